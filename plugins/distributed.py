@@ -1,0 +1,105 @@
+"""What a loss may ask of the other processes, and what that does to gradients.
+
+The one rule: **a loss built on a Collective is computed alike on every process, from joined quantities only.** Then
+
+* every process returns the loss of the joined batch, and
+* the mean over processes of the parameter gradients, which is what DistributedDataParallel takes, equals the gradient
+  of a single process on the joined batch.
+
+To make the second sentence true without any communication in backward, the backward of ``sum`` and ``gather_rows``
+multiplies the local gradient by the number of processes W: process r holds W J_r^T dL/dS, and the mean over processes
+of it is sum_r J_r^T dL/dS, the gradient of the joined batch. Numbers of rows may differ between processes.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Collective:
+    """The processes that share one batch.
+
+    ``LOCAL`` is this process alone, ``WORLD`` all of the default process group (this process alone while none is
+    initialised, so that a script runs unchanged with and without ``torchrun``).
+
+    Args:
+        group: a ``torch.distributed`` process group; None is the default group.
+        enabled: False makes a Collective of this process alone.
+    """
+
+    def __init__(self, group: Any = None, *, enabled: bool = True) -> None:
+        self.group = group
+        self.enabled = enabled
+
+    @property
+    def size(self) -> int:
+        """How many processes share the batch. Asked anew each time, since a process group can begin at any time."""
+        if not self.enabled or not dist.is_available() or not dist.is_initialized():
+            return 1
+        return dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """The place of this process among them, from 0."""
+        return 0 if self.size == 1 else dist.get_rank(self.group)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over processes; same shape on each. Differentiable, see the module's rule."""
+        return tensor if self.size == 1 else _Sum.apply(tensor, self)
+
+    def gather_rows(self, tensor: Tensor) -> Tensor:
+        """Rows of all processes, ``[B_r, ...] → [sum_r B_r, ...]``, in order of rank. Differentiable, see the rule.
+
+        The numbers of rows may differ; one extra all-gather of a single integer finds them.
+        """
+        return tensor if self.size == 1 else _GatherRows.apply(tensor, self)
+
+    def row_counts(self, rows: int, device: torch.device | None = None) -> list[int]:
+        """How many rows each process holds, in order of rank."""
+        if self.size == 1:
+            return [rows]
+        counts = torch.zeros(self.size, dtype=torch.int64, device=device)
+        counts[self.rank] = rows
+        dist.all_reduce(counts, group=self.group)
+        return counts.tolist()
+
+    def __repr__(self) -> str:
+        return f"Collective(size={self.size})"
+
+
+LOCAL = Collective(enabled=False)
+WORLD = Collective()
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, comm: Collective) -> Tensor:
+        ctx.size = comm.size
+        total = tensor.detach().clone()
+        dist.all_reduce(total, group=comm.group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] * ctx.size, None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, comm: Collective) -> Tensor:
+        counts = comm.row_counts(tensor.shape[0], tensor.device)
+        ctx.size = comm.size
+        ctx.start = sum(counts[: comm.rank])
+        ctx.rows = tensor.shape[0]
+        # gloo gathers equal shapes only: pad to the longest, cut afterwards
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[: ctx.rows] = tensor.detach()
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=comm.group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0][ctx.start : ctx.start + ctx.rows] * ctx.size, None

@@ -1,0 +1,123 @@
+"""MethodSpec: which loss, head, predictor and teacher make a method, and which options it has.
+
+An adapter builds any method from its SPEC alone::
+
+    options = spec.resolve(user_options)            # unknown names are errors, aliases are translated
+    projector = spec.head(features_dim, options)
+    predictor = spec.predictor(options)             # an nn.Module with predict(list of z) → list of p
+    ...
+    z = [projector(h) for h in features]            # one per view, with gradient
+    p = predictor.predict(z)
+    target = teacher's projections, or [v.detach() for v in z] without a teacher
+    terms = spec.loss(Embeddings(z, p, target), options, comm);  terms.loss.backward()
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from plugins.distributed import Collective
+
+
+class Embeddings(NamedTuple):
+    """What a loss may look at: one matrix ``[B, D]`` per view in each list."""
+
+    z: list[Tensor]
+    """Projections, with gradient."""
+    p: list[Tensor]
+    """Predictions, with gradient; the projections themselves where a method has no predictor."""
+    target: list[Tensor]
+    """The teacher's projections, or the detached projections where there is no teacher. Never differentiated."""
+
+
+class Terms(Protocol):
+    """What a loss returns: a NamedTuple of scalars, of which ``loss`` is the one to minimise."""
+
+    @property
+    def loss(self) -> Tensor: ...
+    def _asdict(self) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Option:
+    """One entry of a method's options (``method_kwargs`` in solo-learn).
+
+    Args:
+        default: its value when the user gives none. Its type is the type that a given value must have.
+        help: one line: meaning, range, unit.
+        aliases: other names for it, those of the forks, each with a translation of the value (None: taken as it is).
+        choices: the allowed values, where they are few.
+    """
+
+    default: Any
+    help: str
+    aliases: Mapping[str, Callable[[Any], Any] | None] = field(default_factory=dict)
+    choices: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """One self-supervised method.
+
+    Args:
+        name: its key in METHODS, in YAML and on the command line; lowercase snake case.
+        title: its name in tables and figures.
+        loss: (embeddings, options, comm) → Terms.
+        head: (features_dim, options) → projection head, an nn.Module ``[B, features_dim] → [B, D]``.
+        predictor: (options) → predictor, an nn.Module with ``predict``; None where p = z.
+        teacher: whether an exponential-moving-average copy of backbone and head makes the targets.
+        options: every option that it understands.
+        reference: paper and equation.
+    """
+
+    name: str
+    title: str
+    loss: Callable[[Embeddings, Mapping[str, Any], Collective], Terms]
+    head: Callable[[int, Mapping[str, Any]], nn.Module]
+    predictor: Callable[[Mapping[str, Any]], nn.Module] | None
+    teacher: bool
+    options: Mapping[str, Option]
+    reference: str
+
+    def resolve(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Options with their defaults filled in and aliases translated.
+
+        Args:
+            given: what the user wrote, by name or alias.
+
+        Returns:
+            A value for every option, read-only.
+
+        Raises:
+            ValueError: an unknown name, a name given twice under two aliases, a value of another type or outside of the
+                choices.
+        """
+        names = {name: (name, None) for name in self.options}
+        for name, option in self.options.items():
+            names.update({alias: (name, translate) for alias, translate in option.aliases.items()})
+        resolved = {name: option.default for name, option in self.options.items()}
+        origin: dict[str, str] = {}
+        for key, value in given.items():
+            if key not in names:
+                raise ValueError(f"method {self.name} has no option {key!r}; it knows {', '.join(sorted(names))}")
+            name, translate = names[key]
+            if name in origin:
+                raise ValueError(f"method {self.name}: {origin[name]!r} and {key!r} are two names of one option")
+            origin[name] = key
+            resolved[name] = self._checked(name, key, value if translate is None else translate(value))
+        return MappingProxyType(resolved)
+
+    def _checked(self, name: str, key: str, value: Any) -> Any:
+        option = self.options[name]
+        kind = type(option.default)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not kind:
+            raise ValueError(f"method {self.name}: {key} must be a {kind.__name__}, got {value!r}")
+        if option.choices is not None and value not in option.choices:
+            allowed = ", ".join(str(choice) for choice in option.choices)
+            raise ValueError(f"method {self.name}: {key} must be one of {allowed}, got {value!r}")
+        return value

@@ -1,0 +1,7 @@
+"""Predictors: what the online branch applies to its projections before it is compared with a target."""
+
+from plugins.predictors.closed_form import ClosedFormPredictor
+from plugins.predictors.mlp import MLPPredictor
+from plugins.predictors.moment import RunningMoment
+
+__all__ = ["ClosedFormPredictor", "MLPPredictor", "RunningMoment"]

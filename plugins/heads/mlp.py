@@ -1,0 +1,64 @@
+"""The projection head of the methods here: Linear, BatchNorm, ReLU, as often as asked, and a last Linear.
+
+=================================  ==================================================================================
+BYOL family (BYOL 2006.07733)      ``mlp_head(512, 4096, 256)``
+SSL-EY in solo-learn's form        ``mlp_head(512, 2048, 2048, layers=3)``
+SSL-EY as VICReg's expander        ``mlp_head(2048, 8192, 8192, layers=3, final_bias=False)``
+SSL-EY in lightly's form           ``mlp_head(2048, 8192, 8192, bias=False)``
+SimSiam (2011.10566), Matrix-SSL   ``mlp_head(2048, 2048, 2048, layers=3, bias=False, final_norm="plain",
+                                   final_bias="frozen")``
+=================================  ==================================================================================
+"""
+
+from typing import Literal
+
+from torch import nn
+
+from plugins.checks import check_choice, check_range
+
+
+def mlp_head(
+    in_dim: int,
+    hidden_dim: int,
+    out_dim: int,
+    *,
+    layers: int = 2,
+    final_norm: Literal["affine", "plain"] | None = None,
+    bias: bool = True,
+    final_bias: bool | Literal["frozen"] = True,
+) -> nn.Sequential:
+    """A projection head ``[B, in_dim] → [B, out_dim]``, flat, so that its state-dict keys are solo-learn's.
+
+    The keys are ``0.weight`` (Linear), ``1.*`` (BatchNorm), ``3.weight`` (the next Linear, after a ReLU), and so on.
+
+    Args:
+        in_dim: width of the backbone's features.
+        hidden_dim: width of the hidden layers.
+        out_dim: width of the embedding.
+        layers: how many Linear layers, ≥ 1.
+        final_norm: BatchNorm after the last Linear: ``"affine"`` with scale and shift, ``"plain"`` without, or None.
+        bias: whether the hidden Linear layers, each followed by BatchNorm, have a bias (BatchNorm removes it again).
+        final_bias: whether the last Linear has one; ``"frozen"`` keeps it at its initial value, as published SimSiam
+            checkpoints do, where the BatchNorm behind it makes it irrelevant.
+
+    Raises:
+        ValueError: fewer than one layer, or an unknown ``final_norm``.
+
+    Example:
+        >>> [type(module).__name__ for module in mlp_head(512, 4096, 256)]
+        ['Linear', 'BatchNorm1d', 'ReLU', 'Linear']
+    """
+    check_range("layers", layers, low=1)
+    if final_norm is not None:
+        check_choice("final_norm", final_norm, ("affine", "plain"))
+    modules: list[nn.Module] = []
+    for _ in range(layers - 1):
+        modules += [nn.Linear(in_dim, hidden_dim, bias=bias), nn.BatchNorm1d(hidden_dim), nn.ReLU()]
+        in_dim = hidden_dim
+    last = nn.Linear(in_dim, out_dim, bias=bool(final_bias))
+    if final_bias == "frozen":
+        last.bias.requires_grad_(False)
+    modules.append(last)
+    if final_norm is not None:
+        modules.append(nn.BatchNorm1d(out_dim, affine=final_norm == "affine"))
+    return nn.Sequential(*modules)

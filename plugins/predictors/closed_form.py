@@ -1,0 +1,154 @@
+"""The predictor that is not learned but computed: a power of the projection's second moment.
+
+DirectPred (2102.06810, Eq. 18 and 19), DirectCopy (2110.04947, Eq. 3) and, with the same W, IsoLoss and IsoCopy
+(2212.04858, Section 3). The variant is that of 2212.04858: the spectrum is divided by its largest value and ε is added
+inside the power. DirectCopy as first published, W = C + εI, is ``alpha=1, normalize=False``.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from plugins.checks import check_choice, check_range, compute_dtype
+from plugins.distributed import LOCAL, Collective
+from plugins.predictors.moment import RunningMoment, descending, eigh, eigvalsh
+
+
+class ClosedFormPredictor(RunningMoment):
+    """``p = z W`` with ``W = (C / λmax + ε I)^α`` and C the running second moment of z.
+
+    W is symmetric and a constant for autograd. Normalised, its eigenvalues are in [ε^α, (1 + ε)^α] and it does not
+    depend on the scale of z. With ``normalize=False`` it is ``(C + ε I)^α``; ε counts there too. With α = 1 no
+    eigenvectors are computed, and W is exact for rank-deficient and for nearly isotropic C alike.
+
+    While C is zero (before the first update, or when every z so far was zero) it counts as isotropic:
+    W = (1 + ε)^α I, normalised, or ε^α I. So p is finite whatever z was.
+
+    Args:
+        dim: width D of the projection.
+        alpha: α ≥ 0, the power: ½ is DirectPred and IsoLoss, 1 is DirectCopy and IsoCopy.
+        eps: ε ≥ 0, added to the spectrum before the power, in units of λmax (of C itself with ``normalize=False``).
+        rho: ρ in [0, 1), what is kept of C **per update**. ``"sequential"`` makes one update per view, so that a step
+            of two views keeps ρ²; ``"pooled"`` makes one per step and forgets at the same pace with ρ².
+        normalize: divide the spectrum by λmax. With the Euclidean metric use False: normalised W has no absolute scale.
+        mode: ``"sequential"``: view 0 updates C and is predicted with W of it, then view 1, …, so that W differs
+            between views and the order of views matters; ``"pooled"``: one update with all views, one W for all.
+        every: k ≥ 1, compute W at the first and then at each k-th update only; C takes every update. 10 changes W by
+            2e-3 at ρ = 0.998; at ρ = 0.5 keep 1.
+        center: use the centred second moment.
+        comm: the processes whose rows are joined.
+
+    Buffers:
+        C, steps: as in RunningMoment.
+        W: ``[D, D]``, saved, so that a resumed run goes on to the bit, also with ``every`` > 1.
+        eigenvalues: ``[D]``, spectrum of (centred) C when W was last computed, largest first, for logging.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Example:
+        >>> predictor = ClosedFormPredictor(2, alpha=0.5)
+        >>> predictor.predict([torch.tensor([[2.0, 0.0], [0.0, 1.0]])])
+        [tensor([[2.0000, 0.0000],
+                [0.0000, 0.5000]])]
+    """
+
+    W: Tensor
+    eigenvalues: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        alpha: float = 0.5,
+        eps: float = 0.0,
+        rho: float = 0.998,
+        normalize: bool = True,
+        mode: Literal["sequential", "pooled"] = "sequential",
+        every: int = 1,
+        center: bool = False,
+        comm: Collective = LOCAL,
+    ) -> None:
+        super().__init__(dim, rho, center=center, comm=comm)
+        check_range("alpha", alpha, low=0.0)
+        check_range("eps", eps, low=0.0)
+        check_range("every", every, low=1)
+        check_choice("mode", mode, ("sequential", "pooled"))
+        self.alpha, self.eps, self.normalize, self.mode, self.every = alpha, eps, normalize, mode, every
+        isotropic = (float(normalize) + eps) ** alpha
+        self.register_buffer("W", isotropic * torch.eye(dim, dtype=torch.float32))
+        self.register_buffer("eigenvalues", torch.zeros(dim, dtype=torch.float32))
+
+    @torch.no_grad()
+    def update(self, z: Float[Tensor, "B D"]) -> None:
+        """Take one batch into C, and at every k-th call compute W anew.
+
+        Args:
+            z: this process's rows, not differentiated. A batch with an inf or a NaN changes neither C nor W.
+
+        Raises:
+            ValueError: z is no floating-point matrix of D columns.
+        """
+        due = self._calls % self.every == 0
+        super().update(z)
+        if due:
+            with torch.autocast(z.device.type, enabled=False):
+                self._refresh()
+
+    def forward(self, z: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """``z W`` with the W of the last update, in float32 (float64 where z is); gradient flows to z alone.
+
+        Raises:
+            ValueError: z is no floating-point matrix of D columns.
+        """
+        self._check(z)
+        dtype = compute_dtype(z.dtype)
+        with torch.autocast(z.device.type, enabled=False):
+            # a copy: autograd keeps it for backward, while the next view's update writes into the buffer
+            return z.to(dtype) @ self.W.to(dtype, copy=True)
+
+    def predict(self, views: list[Float[Tensor, "_ D"]]) -> list[Float[Tensor, "_ D"]]:
+        """Predictions of all views of one step; in training C and W follow them, in evaluation they stay.
+
+        Args:
+            views: one matrix per view; numbers of rows may differ between views and processes.
+        """
+        if self.training and self.mode == "pooled":
+            self.update(torch.cat([z.detach() for z in views]))
+        predictions = []
+        for z in views:
+            if self.training and self.mode == "sequential":
+                self.update(z)
+            predictions.append(self(z))
+        return predictions
+
+    def extra_repr(self) -> str:
+        options = (
+            f"alpha={self.alpha}, eps={self.eps}, normalize={self.normalize}, mode={self.mode}, every={self.every}"
+        )
+        return f"{super().extra_repr()}, {options}"
+
+    def _refresh(self) -> None:
+        moment = self.covariance()
+        identity = torch.eye(self.dim, dtype=moment.dtype, device=moment.device)
+        if self.alpha == 1:
+            values, vectors = eigvalsh(moment), identity
+        else:
+            values, vectors = eigh(moment)
+        values = values.clamp(min=0)
+        if self.normalize:
+            largest = values[-1]
+            energy = largest > torch.finfo(moment.dtype).tiny
+            scaled = torch.where(energy, moment / largest, identity)
+            relative = torch.where(energy, values / largest, torch.ones_like(values))
+        else:
+            scaled, relative = moment, values
+        if self.alpha == 1:
+            weight = scaled + self.eps * identity
+        else:
+            weight = (vectors * (relative + self.eps) ** self.alpha) @ vectors.T
+            weight = (weight + weight.T) / 2
+        self.W.copy_(weight)
+        self.eigenvalues.copy_(descending(values))

@@ -1,0 +1,32 @@
+"""The learned predictor of BYOL (2006.07733) and SimSiam (2011.10566)."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class MLPPredictor(nn.Sequential):
+    """Linear, BatchNorm, ReLU, Linear, from and to the width of the projection.
+
+    State-dict keys are ``0.*``, ``1.*``, ``3.*``, as in solo-learn.
+
+    Args:
+        dim: width of the projection and of the prediction.
+        hidden_dim: width in between: 4096 for BYOL, a bottleneck (512 of 2048) for SimSiam.
+        bias: whether the first Linear has a bias. SimSiam's has none; the BatchNorm behind it removes it anyway.
+
+    Example:
+        >>> sorted(name for name, _ in MLPPredictor(4, 8, bias=False).named_parameters())
+        ['0.weight', '1.bias', '1.weight', '3.bias', '3.weight']
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = True) -> None:
+        super().__init__(
+            nn.Linear(dim, hidden_dim, bias=bias),
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, dim),
+        )
+
+    def predict(self, views: list[Float[Tensor, "_ D"]]) -> list[Float[Tensor, "_ D"]]:
+        """One prediction per view, each view with its own batch statistics."""
+        return [self(z) for z in views]

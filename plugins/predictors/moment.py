@@ -1,0 +1,143 @@
+"""The running second moment of a projection, which closed-form predictors and spectrum logging share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from plugins.checks import check_range, check_rows
+from plugins.distributed import LOCAL, Collective
+
+
+class RunningMoment(nn.Module):
+    """Exponential moving average of the uncentred second moment of the rows it is shown.
+
+    ``C ← ρ C + (1 − ρ) Zᵀ Z / N`` with Z the joined rows of all processes, ``C = 0`` at first: after k batches of
+    second moment S it holds ``(1 − ρ^k) S``.
+
+    Args:
+        dim: width D of the rows.
+        rho: ρ in [0, 1), what is kept of C at each update (dimensionless). 0.998 remembers about 500 updates.
+        center: also follow the mean, so that ``covariance()`` is centred.
+        comm: the processes whose rows are joined. C is the same on all of them; numbers of rows may differ.
+
+    Buffers:
+        C: ``[D, D]``, symmetric, float32 (float64 after ``.double()``; ``.half()`` leaves it in float32).
+        steps: int64, calls of ``update``, the skipped ones included.
+        mean ``[D]``, mass ``[]``: with ``center`` only, the same moving average of the rows and of the constant 1.
+
+    Example:
+        >>> moment = RunningMoment(2, rho=0.5)
+        >>> moment.update(torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+        >>> moment.C
+        tensor([[1., 0.],
+                [0., 0.]])
+    """
+
+    C: Tensor
+    steps: Tensor
+    mean: Tensor
+    mass: Tensor
+
+    def __init__(self, dim: int, rho: float = 0.998, *, center: bool = False, comm: Collective = LOCAL) -> None:
+        super().__init__()
+        check_range("dim", dim, low=1)
+        check_range("rho", rho, low=0.0, high=1.0 - torch.finfo(torch.float32).eps)
+        self.dim, self.rho, self.center, self.comm = dim, rho, center, comm
+        self.register_buffer("C", torch.zeros(dim, dim, dtype=torch.float32))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        if center:
+            self.register_buffer("mean", torch.zeros(dim, dtype=torch.float32))
+            self.register_buffer("mass", torch.zeros((), dtype=torch.float32))
+        self._calls = 0  # steps, known without asking the device
+
+    @torch.no_grad()
+    def update(self, z: Float[Tensor, "B D"]) -> None:
+        """Take one batch into account.
+
+        Computed in float32 with autocast off: in half precision the small eigenvalues of C drown in rounding. A batch
+        that holds an inf or a NaN, or no rows at all, on whichever process, leaves C as it is on every process.
+
+        Args:
+            z: this process's rows of one or more views, of any floating dtype; not differentiated.
+
+        Raises:
+            ValueError: z is no floating-point matrix of D columns.
+        """
+        self._check(z)
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.detach().to(self.C.dtype)
+            rows = z.new_full((1,), z.shape[0])
+            total = self.comm.sum(torch.cat([(z.T @ z).flatten(), z.sum(0), rows]))  # one collective for all three
+            second, first, rows = total.split([self.dim**2, self.dim, 1])
+            second = second.view(self.dim, self.dim) / rows
+            second = (second + second.T) / 2
+            usable = second.isfinite().all()  # stays on the device: no host synchronisation
+            self._blend(self.C, second, usable)
+            if self.center:
+                self._blend(self.mean, first / rows, usable)
+                self._blend(self.mass, torch.ones_like(self.mass), usable)
+        self.steps += 1
+        self._calls += 1
+
+    def covariance(self) -> Float[Tensor, "D D"]:
+        """C, or with ``center`` C − μμᵀ of the rows seen so far (scaled by 1 − ρ^k, as C is)."""
+        if not self.center:
+            return self.C
+        return self.C - torch.outer(self.mean, self.mean) / self.mass.clamp(min=torch.finfo(self.mass.dtype).tiny)
+
+    @torch.no_grad()
+    def spectrum(self) -> Float[Tensor, "D"]:
+        """Eigenvalues of ``covariance()``, largest first, ≥ 0, computed now: ask for it only when you log it."""
+        return descending(eigvalsh(self.covariance()))
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, rho={self.rho}, center={self.center}"
+
+    def _check(self, z: Tensor) -> None:
+        check_rows(z=z)
+        if z.shape[1] != self.dim:
+            raise ValueError(f"z must have {self.dim} columns, got shape {tuple(z.shape)}")
+
+    def _blend(self, buffer: Tensor, new: Tensor, usable: Tensor) -> None:
+        # in place: DistributedDataParallel and compiled graphs hold on to the buffer itself
+        buffer.copy_(torch.where(usable, buffer.lerp(new, 1 - self.rho), buffer))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningMoment":
+        def no_less_than_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(no_less_than_float32, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._calls = int(self.steps)
+
+
+def descending(eigenvalues: Float[Tensor, "D"]) -> Float[Tensor, "D"]:
+    """Ascending eigenvalues of a positive semidefinite matrix, turned round and freed of negative rounding errors."""
+    return eigenvalues.clamp(min=0).flip(0)
+
+
+def eigh(matrix: Float[Tensor, "D D"]) -> tuple[Float[Tensor, "D"], Float[Tensor, "D D"]]:
+    """Eigenvalues (ascending) and eigenvectors; in float64 on the CPU where the solver does not converge.
+
+    For symmetric matrices only, and always orthogonal: a general solver returns non-orthogonal or complex eigenvectors
+    near equal eigenvalues, which is where IsoLoss converges to.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        values, vectors = torch.linalg.eigh(matrix.double().cpu())
+    return values.to(matrix), vectors.to(matrix)
+
+
+def eigvalsh(matrix: Float[Tensor, "D D"]) -> Float[Tensor, "D"]:
+    """Eigenvalues of ``eigh``, at half its cost."""
+    try:
+        return torch.linalg.eigvalsh(matrix)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        return torch.linalg.eigvalsh(matrix.double().cpu()).to(matrix)

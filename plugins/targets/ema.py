@@ -1,0 +1,125 @@
+"""The teacher of BYOL (2006.07733, Section 3.2): an exponential moving average of the student's parameters."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from plugins.checks import check_range
+
+
+def cosine_tau(step: int, total: int, base: float = 0.99, final: float = 1.0) -> float:
+    """How much of the teacher is kept at the update that follows ``step`` earlier ones.
+
+    ``τ_k = τ_f − (τ_f − τ_b) (1 + cos(π k / K)) / 2``: from τ_b at the very first update to τ_f. It is a function of
+    the step alone, so that a resumed run goes on where it stopped.
+
+    Args:
+        step: k ≥ 0, optimiser steps whose update is done. Beyond K it counts as K.
+        total: K ≥ 1, optimiser steps of the whole run.
+        base: τ_b in [0, 1].
+        final: τ_f in [0, 1].
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Example:
+        >>> [round(cosine_tau(step, 1000, 0.99, 1.0), 6) for step in (0, 500, 1000)]
+        [0.99, 0.995, 1.0]
+    """
+    check_range("step", step, low=0)
+    check_range("total", total, low=1)
+    check_range("base", base, low=0.0, high=1.0)
+    check_range("final", final, low=0.0, high=1.0)
+    return final - (final - base) * (1 + math.cos(math.pi * min(step, total) / total)) / 2
+
+
+def needs_teacher(base: float, final: float) -> bool:
+    """Whether a teacher with this schedule ever differs from the student.
+
+    With τ = 0 throughout it is the student, batch statistics included, and its projections are the student's detached
+    ones: build no teacher then, and save its forward pass.
+
+    Example:
+        >>> needs_teacher(0.99, 1.0), needs_teacher(0.0, 0.0)
+        (True, False)
+    """
+    return base > 0 or final > 0
+
+
+class EMATeacher(nn.Module):
+    """A second copy of the student that follows it slowly: ``θ_t ← τ θ_t + (1 − τ) θ`` after each optimiser step.
+
+    Parameters only. Buffers are never copied after construction: the teacher runs in training mode like the student,
+    its BatchNorm uses the statistics of its own batches and keeps its own running ones. It has no gradient. All of its
+    state is in its state dict, since τ follows from the step that the caller counts anyway.
+
+    Args:
+        student: backbone and head, or whatever makes the projections. It is not registered as a submodule and stays the
+            caller's; wrap it for distribution afterwards.
+        teacher: a module of the same parameters to use as the teacher; its parameters are set to the student's and its
+            buffers left alone. None makes a deep copy.
+        base: τ of the first update, in [0, 1].
+        final: τ at the end, in [0, 1].
+
+    Raises:
+        ValueError: τ outside [0, 1], or a teacher whose parameters are not those of the student.
+
+    Example:
+        >>> student = nn.Linear(1, 1, bias=False)
+        >>> teacher = EMATeacher(student, base=0.5, final=1.0)
+        >>> with torch.no_grad():
+        ...     before = student.weight.clone()
+        ...     _ = student.weight.add_(1.0)
+        >>> teacher.update(0, 100)
+        0.5
+        >>> round(float(teacher.module.weight - before), 4)
+        0.5
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None = None, *, base: float = 0.99, final: float = 1.0
+    ) -> None:
+        super().__init__()
+        cosine_tau(0, 1, base, final)  # the ranges
+        self.base, self.final = base, final
+        self._student = [student]  # in a list: it is not ours to move, save or train
+        self.module = copy.deepcopy(student) if teacher is None else teacher
+        ours, theirs = list(self.module.parameters()), list(student.parameters())
+        if [p.shape for p in ours] != [p.shape for p in theirs]:
+            raise ValueError(
+                f"teacher must have the student's parameters: {len(theirs)} of the shapes "
+                f"{[tuple(p.shape) for p in theirs]}, got {[tuple(p.shape) for p in ours]}"
+            )
+        with torch.no_grad():
+            for own, other in zip(ours, theirs, strict=True):
+                own.copy_(other)
+        self.module.requires_grad_(False)
+
+    @property
+    def student(self) -> nn.Module:
+        """The module that the teacher follows."""
+        return self._student[0]
+
+    @torch.no_grad()
+    def update(self, step: int, total: int) -> float:
+        """Move towards the student; call it once after each optimiser step, once per accumulation window.
+
+        Args:
+            step: how many updates came before this one, 0 for the first.
+            total: optimiser steps of the whole run.
+
+        Returns:
+            τ, for logging.
+        """
+        tau = cosine_tau(step, total, self.base, self.final)
+        get_ema_multi_avg_fn(tau)(list(self.module.parameters()), list(self.student.parameters()), 0)
+        return tau
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The teacher's output, without gradient."""
+        return self.module(*args, **kwargs)

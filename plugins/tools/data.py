@@ -1,0 +1,269 @@
+"""Writes the image folders that the suites train on: ``python -m plugins.tools.data digits``.
+
+``digits`` are the 1797 real handwritten digits that ship inside scikit-learn (8x8 pixels, test part of the UCI set
+"Optical Recognition of Handwritten Digits"). As they are, they prove nothing: the features of an untrained ResNet-18
+already separate them. So each digit is placed once, by its own fixed random shift, scale and rotation, on a larger
+canvas, tinted, on a background with a slope of brightness, with sensor noise. All of these are nuisances to which the
+usual augmentations (random crop, colour jitter, grey scale, blur) teach a network to be blind.
+
+Layout, readable by torchvision's ImageFolder and everything like it::
+
+    datasets/digits/train/<0-9>/<row>.png      1297 images
+    datasets/digits/val/<0-9>/<row>.png         500 images, 50 of each class
+    datasets/digits/train_5/<0-9>/<row>.png      50 images of train, 5 of each class
+    datasets/digits/manifest.json              settings, counts, mean and standard deviation of train
+
+where ``<row>`` is the digit's row in ``sklearn.datasets.load_digits()``.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CLASSES = 10
+VAL_PER_CLASS = 50
+FEW_PER_CLASS = 5
+SCALE = (0.75, 0.95)
+"""Side of the digit's 8x8 box, as a fraction of the canvas."""
+SHIFT = 0.07
+"""Largest shift of the digit's centre along each axis, as a fraction of the canvas."""
+ROTATION = 15.0
+"""Largest rotation, in degrees."""
+TINT = 0.2
+"""Largest darkening of each colour channel of the digit; the background reaches 60 % of it in brightness."""
+FADE = 0.2
+"""Largest loss of the digit's brightness, all channels alike."""
+SLOPE = 0.2
+"""Largest difference of brightness between two opposite edges of the canvas."""
+NOISE = 0.03
+"""Standard deviation of the noise of each pixel."""
+OVERSAMPLING = 2
+"""Samples per pixel along each axis; their mean is the pixel."""
+
+
+class DataError(Exception):
+    """A user's mistake, told in one sentence."""
+
+
+def place_digit(digit: "np.ndarray", *, size: int, scale: float, shift: tuple[float, float], angle: float) -> Any:
+    """Draw a digit on a square canvas: rotated about its centre, scaled, then shifted; bilinear, black outside.
+
+    Args:
+        digit: ``[8, 8]``, ink in [0, 1].
+        size: side of the canvas in pixels.
+        scale: side of the digit's box over side of the canvas.
+        shift: of the centre to the right and downwards, in sides of the canvas.
+        angle: clockwise as displayed, radians.
+
+    Returns:
+        Ink ``[size, size]`` in [0, 1].
+    """
+    import numpy as np
+
+    fine = size * OVERSAMPLING
+    position = (np.arange(fine) + 0.5) / fine - 0.5
+    y, x = np.meshgrid(position - shift[1], position - shift[0], indexing="ij")
+    cos, sin = np.cos(angle), np.sin(angle)
+    side = digit.shape[0]
+    # Canvas → pixel index in the digit padded by two black pixels, so that all beyond its edge reads black.
+    column = np.clip((cos * x + sin * y) * side / scale + side / 2 + 1.5, 0, side + 2.5)
+    row = np.clip((cos * y - sin * x) * side / scale + side / 2 + 1.5, 0, side + 2.5)
+    padded = np.pad(digit, 2)
+    left, top = column.astype(int), row.astype(int)
+    right, down = column - left, row - top
+    ink = (padded[top, left] * (1 - right) + padded[top, left + 1] * right) * (1 - down)
+    ink += (padded[top + 1, left] * (1 - right) + padded[top + 1, left + 1] * right) * down
+    return ink.reshape(size, OVERSAMPLING, size, OVERSAMPLING).mean(axis=(1, 3))
+
+
+def render_digit(digit: "np.ndarray", *, size: int, rng: "np.random.Generator") -> Any:
+    """Place a digit at random and add the nuisances.
+
+    Args:
+        digit: ``[8, 8]``, ink in [0, 1].
+        size: side of the canvas in pixels.
+        rng: source of everything random.
+
+    Returns:
+        An RGB image ``[size, size, 3]`` of bytes.
+    """
+    import numpy as np
+
+    ink = place_digit(
+        digit,
+        size=size,
+        scale=rng.uniform(*SCALE),
+        shift=(rng.uniform(-SHIFT, SHIFT), rng.uniform(-SHIFT, SHIFT)),
+        angle=np.deg2rad(rng.uniform(-ROTATION, ROTATION)),
+    )[..., None]
+    front = rng.uniform(1 - TINT, 1, 3) * (1 - rng.uniform(0, FADE))
+    back = rng.uniform(0, 0.6 * TINT, 3)
+    direction, height = rng.uniform(0, 2 * np.pi), rng.uniform(0, SLOPE)
+    position = (np.arange(size) + 0.5) / size - 0.5
+    slope = height * (np.cos(direction) * position[None, :] + np.sin(direction) * position[:, None])[..., None]
+    noise = NOISE * rng.standard_normal((size, size, 1))
+    return np.round(255 * np.clip(back * (1 - ink) + front * ink + slope + noise, 0, 1)).astype(np.uint8)
+
+
+def split_rows(labels: "np.ndarray", *, seed: int) -> dict[str, list[int]]:
+    """Divide the rows at random: 50 of each class for validation, the others for training, 5 a class of those labelled.
+
+    Args:
+        labels: class of each row.
+        seed: of the shuffling.
+
+    Returns:
+        Rows of ``train``, ``val`` and ``train_5``, ascending; the last is a part of the first.
+    """
+    import numpy as np
+
+    splits: dict[str, list[int]] = {"train": [], "val": [], "train_5": []}
+    for label in range(CLASSES):
+        rows = np.random.default_rng([seed, label]).permutation(np.flatnonzero(labels == label)).tolist()
+        splits["val"] += rows[:VAL_PER_CLASS]
+        splits["train"] += rows[VAL_PER_CLASS:]
+        splits["train_5"] += rows[VAL_PER_CLASS : VAL_PER_CLASS + FEW_PER_CLASS]
+    return {name: sorted(rows) for name, rows in splits.items()}
+
+
+def make_digits(out: str | os.PathLike[str] = "datasets/digits", *, size: int = 16, seed: int = 0) -> bool:
+    """Write the digits, unless they are there already.
+
+    Args:
+        out: the folder to make. It appears when complete, never in part.
+        size: side of the images in pixels, 8 or more.
+        seed: of the placement, the nuisances and the split.
+
+    Returns:
+        Whether it wrote anything.
+
+    Raises:
+        DataError: the folder holds something else, or a setting is out of range.
+    """
+    if size < 8:
+        raise DataError(f"size must be at least 8 pixels, got {size}")
+    if seed < 0:
+        raise DataError(f"seed must not be negative, got {seed}")
+    out = Path(out)
+    settings = _settings(size=size, seed=seed)
+    if _holds(out, settings):
+        return False
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.parent / f".{out.name}.{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        _write_digits(scratch, settings)
+        try:
+            scratch.rename(out)
+        except OSError:
+            # Another process may have been faster; then its folder is as good as ours.
+            if not _holds(out, settings):
+                raise
+            return False
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return True
+
+
+def _settings(*, size: int, seed: int) -> dict[str, Any]:
+    """Everything that the bytes depend on."""
+    recipe = {
+        "scale": list(SCALE),
+        "shift": SHIFT,
+        "rotation": ROTATION,
+        "tint": TINT,
+        "fade": FADE,
+        "slope": SLOPE,
+        "noise": NOISE,
+        "oversampling": OVERSAMPLING,
+    }
+    return {"dataset": "digits", "seed": seed, "size": size, "recipe": recipe}
+
+
+def _holds(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder was made with these settings; false where there is none or an empty one."""
+    found = _read_manifest(out)
+    if found is not None:
+        differing = [name for name in settings if found.get(name) != settings[name]]
+        if not differing:
+            return True
+        details = ", ".join(f"{name} {found.get(name)!r} instead of {settings[name]!r}" for name in differing)
+        raise DataError(
+            f"{out} was made with other settings ({details}); delete it or choose another folder with --out"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists and was not made by this command; delete it or choose another folder with --out")
+    return False
+
+
+def _read_manifest(out: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((out / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _write_digits(folder: Path, settings: dict[str, Any]) -> None:
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    labels = source.target
+    images = np.stack(
+        [
+            render_digit(digit / 16, size=settings["size"], rng=np.random.default_rng([settings["seed"], row]))
+            for row, digit in enumerate(source.images)
+        ]
+    )
+    splits = split_rows(labels, seed=settings["seed"])
+    for split, rows in splits.items():
+        for label in range(CLASSES):
+            (folder / split / str(label)).mkdir(parents=True)
+        for row in rows:
+            Image.fromarray(images[row]).save(folder / split / str(labels[row]) / f"{row:04d}.png")
+    pixels = images[splits["train"]].reshape(-1, 3) / 255
+    manifest = {
+        **settings,
+        "classes": CLASSES,
+        "counts": {split: len(rows) for split, rows in splits.items()},
+        "mean": [round(value, 4) for value in pixels.mean(axis=0).tolist()],
+        "std": [round(value, 4) for value in pixels.std(axis=0).tolist()],
+        "sha256_of_pixels": hashlib.sha256(images.tobytes()).hexdigest(),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m plugins.tools.data", description="Make a data set.")
+    commands = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
+    digits = commands.add_parser("digits", help="1797 real handwritten digits, each placed once at random")
+    digits.add_argument("--out", default="datasets/digits", help="folder to make (default: %(default)s)")
+    digits.add_argument("--size", type=int, default=16, help="side of the images in pixels (default: %(default)s)")
+    digits.add_argument("--seed", type=int, default=0, help="of placement, nuisances and split (default: %(default)s)")
+    options = parser.parse_args(argv)
+    try:
+        written = make_digits(options.out, size=options.size, seed=options.seed)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    manifest = json.loads((Path(options.out) / "manifest.json").read_text())
+    counts = ", ".join(f"{split} {count}" for split, count in manifest["counts"].items())
+    state = "written" if written else "already there"
+    print(f"{options.out}: {state} ({counts}; {manifest['size']} px, seed {manifest['seed']})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

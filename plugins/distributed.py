@@ -49,12 +49,12 @@ class Collective:
         """Sum over processes; same shape on each. Differentiable, see the module's rule."""
         return tensor if self.size == 1 else _Sum.apply(tensor, self)
 
-    def gather_rows(self, tensor: Tensor) -> Tensor:
+    def gather_rows(self, tensor: Tensor, *, counts: list[int] | None = None) -> Tensor:
         """Rows of all processes, ``[B_r, ...] → [sum_r B_r, ...]``, in order of rank. Differentiable, see the rule.
 
-        The numbers of rows may differ; one extra all-gather of a single integer finds them.
+        The numbers of rows may differ. Those that hold the result of ``row_counts`` pass it; else it is asked for.
         """
-        return tensor if self.size == 1 else _GatherRows.apply(tensor, self)
+        return tensor if self.size == 1 else _GatherRows.apply(tensor, self, counts)
 
     def row_counts(self, rows: int, device: torch.device | None = None) -> list[int]:
         """How many rows each process holds, in order of rank."""
@@ -77,7 +77,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, comm: Collective) -> Tensor:
         ctx.size = comm.size
-        total = tensor.detach().clone()
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)  # NCCL refuses other layouts
         dist.all_reduce(total, group=comm.group)
         return total
 
@@ -88,8 +88,9 @@ class _Sum(torch.autograd.Function):
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, comm: Collective) -> Tensor:
-        counts = comm.row_counts(tensor.shape[0], tensor.device)
+    def forward(ctx: Any, tensor: Tensor, comm: Collective, counts: list[int] | None) -> Tensor:
+        if counts is None:
+            counts = comm.row_counts(tensor.shape[0], tensor.device)
         ctx.size = comm.size
         ctx.start = sum(counts[: comm.rank])
         ctx.rows = tensor.shape[0]
@@ -102,4 +103,4 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return gradients[0][ctx.start : ctx.start + ctx.rows] * ctx.size, None
+        return gradients[0][ctx.start : ctx.start + ctx.rows] * ctx.size, None, None

@@ -1,0 +1,252 @@
+"""Algebra that losses and loggers share: joined centring, covariance or Gram by cost, spectra, analytic gradients."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from plugins.checks import check_count
+from plugins.distributed import LOCAL, Collective
+
+FORMS = ("auto", "covariance", "gram")
+
+
+def gram_is_cheaper(rows: int, width: int) -> bool:
+    """Whether ``S S^T`` (rows x rows) costs less than ``S^T S`` (width x width), in flops and in floats to send.
+
+    Args:
+        rows: rows of S, over all processes and both views where views are stacked.
+        width: columns of S.
+
+    >>> gram_is_cheaper(rows=512, width=2048), gram_is_cheaper(rows=512, width=512)
+    (True, False)
+    """
+    return rows < width
+
+
+def squared_norm(matrix: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+    """Sum of squared entries, in one pass and without a temporary of the matrix's size.
+
+    >>> squared_norm(torch.tensor([[1.0, 2.0], [0.0, 2.0]])).item()
+    9.0
+    """
+    return torch.linalg.vector_norm(matrix).square()
+
+
+def joined_mean(values: Float[Tensor, " B"], comm: Collective = LOCAL) -> Float[Tensor, ""]:
+    """Mean of one number per row over the rows of all processes, which may hold different numbers of rows.
+
+    Differentiable by the rule of :mod:`plugins.distributed`; sends two floats and never waits for the device.
+
+    Args:
+        values: one number per row of this process.
+        comm: the processes that share the batch.
+
+    Raises:
+        ValueError: there is no row on any process.
+
+    >>> joined_mean(torch.tensor([1.0, 2.0, 6.0])).item()
+    3.0
+    """
+    if comm.size == 1:
+        check_count(values.shape[0], least=1, what="a batch mean")
+        return values.mean()
+    total = comm.sum(torch.stack([values.sum(), values.new_tensor(values.shape[0])]))
+    if values.shape[0] == 0:  # only then can the joined batch be empty, and only then is the wait worth it
+        check_count(int(total[1].item()), least=1, what="a batch mean")
+    return total[0] / total[1]
+
+
+def standardized_rows(
+    z: Float[Tensor, "*V B D"], comm: Collective = LOCAL, *, what: str = "a covariance"
+) -> tuple[Float[Tensor, "*V B D"], float | Float[Tensor, ""]]:
+    """Rows minus the joined column means, times ``1 / sqrt(N - 1)``: S, of which ``S^T S`` is the unbiased covariance.
+
+    Scaling comes before any product, so that no sum over rows grows with N. The mean is subtracted before squaring,
+    which keeps a small variance beside a large mean. The result carries no gradient: a joined mean used on local rows
+    would break the rule of :mod:`plugins.distributed`.
+
+    Args:
+        z: rows of this process, for each view.
+        comm: the processes that share the batch.
+        what: the quantity that needs two rows, for the error message.
+
+    Returns:
+        S and the factor ``1 / sqrt(N - 1)``; the factor is a tensor where only the device knows N.
+
+    Raises:
+        ValueError: there are fewer than two rows over all processes.
+
+    >>> s, factor = standardized_rows(torch.tensor([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0], [7.0, 5.0], [9.0, 5.0]]))
+    >>> s.square().sum(0), factor
+    (tensor([10.,  0.]), 0.5)
+    """
+    z = z.detach()
+    rows = z.shape[-2]
+    if comm.size == 1:
+        check_count(rows, least=2, what=what)
+        return (z - z.mean(-2, keepdim=True)) * (rows - 1) ** -0.5, (rows - 1) ** -0.5
+    total = comm.sum(torch.cat([z.sum(-2).flatten(), z.new_tensor([rows])]))
+    if rows < 2:  # only then can the joined batch be too small, and only then is waiting for the device worth it
+        check_count(int(total[-1].item()), least=2, what=what)
+    mean = (total[:-1] / total[-1]).unflatten(0, z.shape[:-2] + z.shape[-1:]).unsqueeze(-2)
+    factor = (total[-1] - 1).rsqrt()
+    return (z - mean) * factor, factor
+
+
+def split_square(z: Float[Tensor, "V N D"], *, form: str = "auto") -> Float[Tensor, ""]:
+    """Estimate of ``||V||_F^2``, V the sum of the views' covariances, unbiased: tr(V_a V_b) of two half batches.
+
+    The halves are the rows of even and of odd index; each has its own mean and divisor.
+
+    Args:
+        z: all rows, the same samples in each view.
+        form: "covariance", "gram" or "auto", the cheaper one. The value is the same.
+
+    Raises:
+        ValueError: there are fewer than four rows.
+
+    >>> split_square(torch.tensor([[[1.0], [2.0], [-1.0], [-2.0]]])).item()  # variances 2 and 8
+    16.0
+    """
+    _, rows, width = z.shape
+    check_count(rows, least=4, what="an estimate from two halves")
+    halves = [z[:, part::2] for part in (0, 1)]
+    a, b = ((h - h.mean(1, keepdim=True)).flatten(0, 1) * (h.shape[1] - 1) ** -0.5 for h in halves)
+    if form == "gram" or (form == "auto" and gram_is_cheaper(a.shape[0], 2 * width)):
+        return (a @ b.T).square().sum()
+    return ((a.T @ a) * (b.T @ b)).sum()
+
+
+def ustat_square(z: Float[Tensor, "V N D"], *, form: str = "auto") -> Float[Tensor, ""]:
+    """Estimate of ``||V||_F^2``, V the sum of the views' covariances, unbiased: the U-statistic of order four.
+
+    The mean, over all ordered quadruples of distinct rows i, j, k, l, of sum_uv ((u_i - u_j) . (v_k - v_l))^2 / 4 where
+    u and v run over the views. Centring turns it into power sums of the blocks G_uv = u v^T, at the cost of the biased
+    estimate.
+
+    Args:
+        z: all rows, the same samples in each view.
+        form: "covariance", "gram" or "auto", the cheaper one. The value is the same.
+
+    Raises:
+        ValueError: there are fewer than four rows.
+
+    >>> z = torch.tensor([[[1.0], [2.0], [-1.0], [-2.0]]])
+    >>> round(ustat_square(z).item(), 4)  # ((1 * 1)^2 + (2 * 4)^2 + (3 * 3)^2) / 4 / 3
+    12.1667
+    """
+    views, n, width = z.shape
+    check_count(n, least=4, what="a U-statistic of order four")
+    z = (z - z.mean(1, keepdim=True)) * (n - 1) ** -0.5
+    if form == "gram" or (form == "auto" and gram_is_cheaper(n, width)):
+        stacked = z.flatten(0, 1)
+        blocks = (stacked @ stacked.T).unflatten(1, (views, n)).unflatten(0, (views, n))
+        square = blocks.square().sum()
+    else:
+        beside = z.transpose(0, 1).flatten(1)
+        blocks = (beside.T @ beside).unflatten(1, (views, width)).unflatten(0, (views, width))
+        square = blocks.diagonal(dim1=0, dim2=2).sum(-1).square().sum()
+    turned = (blocks * blocks.transpose(1, 3)).sum()
+    products = (z.unsqueeze(0) * z.unsqueeze(1)).sum(-1)  # u_i . v_i, [V, V, N]
+    diagonal, traces = products.square().sum(), products.sum(-1).square().sum()
+    pairs = square - diagonal
+    triples = 2 * (square - 2 * diagonal) / (n - 2)
+    quadruples = (traces - 6 * diagonal + square + turned) / ((n - 2) * (n - 3))
+    return (pairs + triples + quadruples) * (n - 1) / n  # the rows carry 1 / sqrt(n - 1)
+
+
+@torch.no_grad()
+def covariance_eigenvalues(z: Float[Tensor, "B D"], comm: Collective = LOCAL) -> Float[Tensor, " R"]:
+    """Eigenvalues of the covariance of the joined rows, ascending, for logging; without gradient.
+
+    Found from the smaller of covariance and Gram matrix: D values, or N of them where N < D (the rest are zero).
+
+    Args:
+        z: rows of this process.
+        comm: the processes that share the batch.
+
+    Raises:
+        ValueError: there are fewer than two rows over all processes.
+
+    >>> covariance_eigenvalues(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 3.0], [0.0, -3.0]]))
+    tensor([0.6667, 6.0000])
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
+        counts = comm.row_counts(z.shape[0], z.device)
+        if gram_is_cheaper(sum(counts), z.shape[1]):
+            s, _ = standardized_rows(comm.gather_rows(z, counts=counts))
+            matrix = s @ s.T
+        else:
+            s, _ = standardized_rows(z, comm)
+            matrix = comm.sum(s.T @ s)
+        return torch.linalg.eigvalsh(matrix).clamp_min(0)
+
+
+def participation_ratio(eigenvalues: Float[Tensor, " D"]) -> Float[Tensor, ""]:
+    """How many modes share the variance, ``(sum s)^2 / sum s^2``: 1 (one mode) to D (all alike); 0 for no variance.
+
+    Args:
+        eigenvalues: of a covariance or second moment, in any order and scale; negative ones count as zero.
+
+    >>> participation_ratio(torch.tensor([2.0, 2.0, 0.0, 0.0])).item()
+    2.0
+    """
+    share = _shares(eigenvalues)
+    square = share.square().sum()
+    return torch.where(square > 0, 1 / square.clamp_min(torch.finfo(square.dtype).tiny), 0)
+
+
+def effective_rank(eigenvalues: Float[Tensor, " D"]) -> Float[Tensor, ""]:
+    """Exponential of the entropy of the spectrum: 1 (one mode) to D (all alike); 0 for no variance.
+
+    Args:
+        eigenvalues: of a covariance or second moment, in any order and scale; negative ones count as zero.
+
+    >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0, 0.0])).item(), 4)
+    2.0
+    """
+    share = _shares(eigenvalues)
+    return torch.where(share.sum() > 0, torch.special.entr(share).sum().exp(), 0)
+
+
+def _shares(eigenvalues: Tensor) -> Tensor:
+    """Eigenvalues over their sum; the largest is divided out first, so that no scale over- or underflows."""
+    positive = eigenvalues.clamp_min(0)
+    relative = positive / positive.max().clamp_min(torch.finfo(positive.dtype).tiny)
+    return relative / relative.sum().clamp_min(torch.finfo(positive.dtype).tiny)
+
+
+def attach_gradient(
+    value: Float[Tensor, ""], inputs: Sequence[Float[Tensor, "..."]], gradients: Sequence[Float[Tensor, "..."]]
+) -> Float[Tensor, ""]:
+    """``value``, with the gradients that an analytic formula gave for it. Its backward only scales them.
+
+    Args:
+        value: a scalar computed without a graph.
+        inputs: what it is a function of.
+        gradients: its derivative by each of the inputs.
+
+    >>> x = torch.tensor([3.0], requires_grad=True)
+    >>> attach_gradient(torch.tensor(9.0), [x], [torch.tensor([6.0])]).backward()
+    >>> x.grad
+    tensor([6.])
+    """
+    return _AttachGradient.apply(value, *inputs, *gradients)
+
+
+class _AttachGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[len(tensors) // 2 :])
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable  # a second derivative would silently lack the derivative of the gradients
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        gradients = ctx.saved_tensors
+        return None, *(outer[0] * gradient for gradient in gradients), *(None for _ in gradients)

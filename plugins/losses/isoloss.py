@@ -1,0 +1,88 @@
+"""IsoLoss: BYOL's loss whose gradient skips the predictor, so that all eigenmodes of the embedding learn alike.
+
+Srinath Halvagal, Laborieux & Zenke, "Implicit variance regularization in non-contrastive SSL" (NeurIPS 2023,
+arXiv:2212.04858). The published cosine expression has the gradient ``dL_BYOL/dp`` by z, but a value that is no
+distance. Here it is a straight-through prediction, ``z + stop_gradient(p - z)``, in BYOL's loss: the same gradient,
+BYOL's own value, and any predictor.
+"""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from plugins.checks import check_choice, check_rows
+from plugins.distributed import LOCAL, Collective
+from plugins.losses.byol import METRICS, BYOLLossTerms, byol_terms
+
+IsoLossTerms = BYOLLossTerms
+
+
+def isoloss(
+    z: Float[Tensor, "B D"],
+    p: Float[Tensor, "B D"],
+    target: Float[Tensor, "B D"],
+    *,
+    metric: str = "cosine",
+    comm: Collective = LOCAL,
+) -> Float[Tensor, ""]:
+    """BYOL's loss of p and target, with ``dL/dz := dL_BYOL/dp``.
+
+    Args:
+        z: embeddings, the only argument with a gradient.
+        p: their predictions; for a closed-form predictor ``z @ W``.
+        target: what they should be, for the same samples of the other view.
+        metric: "cosine" or "euclidean". Under "cosine" the gradient scales as 1 / ||p||, so that the scale of a
+            closed-form predictor acts as a learning rate.
+        comm: the processes that share the batch; the mean is over all their rows.
+
+    Returns:
+        The loss of the joined batch, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: shapes differ, an unknown metric, no rows.
+
+    >>> import torch
+    >>> z = torch.tensor([[1.0, 1.0]], requires_grad=True)
+    >>> loss = isoloss(z, z @ torch.diag(torch.tensor([1.0, 0.1])), torch.tensor([[0.0, 0.0]]), metric="euclidean")
+    >>> loss.backward()
+    >>> round(loss.item(), 4), z.grad  # 2 p, where BYOL's gradient would be 2 p W = [2, 0.02]
+    (1.01, tensor([[2.0000, 0.2000]]))
+    """
+    return isoloss_terms(z, p, target, metric=metric, comm=comm).loss
+
+
+def isoloss_terms(
+    z: Float[Tensor, "B D"],
+    p: Float[Tensor, "B D"],
+    target: Float[Tensor, "B D"],
+    *,
+    metric: str = "cosine",
+    comm: Collective = LOCAL,
+) -> IsoLossTerms:
+    """:func:`isoloss` with the mean cosine beside it."""
+    check_rows(z=z, p=p, target=target)
+    return byol_terms(straight_through(z, p), target, metric=metric, comm=comm)
+
+
+def straight_through(z: Float[Tensor, "B D"], p: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    """The value of p with the gradient of z.
+
+    ``z - z`` is an exact zero; ``z + (p - z)`` would round p off beside a large z.
+    """
+    return p.detach() + (z - z.detach())
+
+
+class IsoLoss(nn.Module):
+    """Module of :func:`isoloss`; the arguments are the same."""
+
+    def __init__(self, *, metric: str = "cosine", comm: Collective = LOCAL) -> None:
+        super().__init__()
+        check_choice("metric", metric, METRICS)
+        self.metric, self.comm = metric, comm
+
+    def forward(
+        self, z: Float[Tensor, "B D"], p: Float[Tensor, "B D"], target: Float[Tensor, "B D"]
+    ) -> Float[Tensor, ""]:
+        return isoloss(z, p, target, metric=self.metric, comm=self.comm)
+
+    def extra_repr(self) -> str:
+        return f"metric={self.metric!r}, comm={self.comm}"

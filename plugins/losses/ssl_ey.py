@@ -1,0 +1,146 @@
+"""SSL-EY: the Eckart-Young loss of generalised eigenproblems, for two views through one encoder.
+
+Chapman, Wells & Aguila, "Unconstrained Stochastic CCA: Unifying Multiview and Self-Supervised Learning" (ICLR 2024,
+arXiv:2310.01012). This is the published form without ridge. Its divisor is N - 1 for the N rows that are there, over
+all processes: neither a configured batch size nor the rows of one process. The estimator "plugin" is the published
+one; "split" (two half batches, as in the paper's stochastic variant) and "ustat" are unbiased for ||V||^2.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from plugins.checks import check_choice, check_rows, compute_dtype
+from plugins.distributed import LOCAL, Collective
+from plugins.linalg import (
+    FORMS,
+    attach_gradient,
+    gram_is_cheaper,
+    split_square,
+    squared_norm,
+    standardized_rows,
+    ustat_square,
+)
+
+ESTIMATORS = ("plugin", "split", "ustat")
+
+
+class SSLEYLossTerms(NamedTuple):
+    """``loss = whitening + alignment - D``. Only ``loss`` has a gradient."""
+
+    loss: Float[Tensor, ""]
+    whitening: Float[Tensor, ""]
+    """||V - I||^2, estimated as ||V||^2 - 2 tr V + D; 0 where the two views' covariances add up to the identity."""
+    alignment: Float[Tensor, ""]
+    """2 / (N - 1) ||X - Y||^2, X and Y centred; 0 where the views agree."""
+
+
+def ssl_ey_loss(
+    z0: Float[Tensor, "B D"],
+    z1: Float[Tensor, "B D"],
+    *,
+    comm: Collective = LOCAL,
+    form: str = "auto",
+    estimator: str = "plugin",
+) -> Float[Tensor, ""]:
+    """Eckart-Young loss of two views, ``L = -2 tr C + ||V||^2``.
+
+    With X, Y the views' N joined rows minus their column means: C = 2 / (N - 1) X^T Y, V = (X^T X + Y^T Y) / (N - 1).
+    It fixes the scale of the embedding itself: put no normalisation between projector and loss. With "plugin",
+    L >= -min(D, N - 1), and values compare only at equal N and D, since ||V||^2 is biased upwards by about
+    (tr V)^2 / N.
+
+    Args:
+        z0: embeddings of the first view, one row per sample of this process.
+        z1: embeddings of the second view, in the same order.
+        comm: the processes that share the batch. "plugin" sends the smaller of D x D statistics and N x D rows, and
+            nothing in backward; the other estimators gather rows.
+        form: "covariance" (D x D), "gram" (rows x rows) or "auto", the cheaper one. The value is the same.
+        estimator: how ||V||^2 is estimated: "plugin" from all rows; "split", tr(V_a V_b) of the rows of even and of odd
+            index; "ustat", the unbiased mean over all quadruples of distinct rows, of lower variance than "split".
+
+    Returns:
+        The loss of the joined batch, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: shapes differ, an unknown form or estimator, too few rows over all processes (two; four for "split"
+            and "ustat").
+
+    >>> z = torch.tensor([[0.5, 0.0], [-0.5, 0.0]])
+    >>> ssl_ey_loss(z, z).item()  # the floor: -min(D, N - 1)
+    -1.0
+    """
+    return ssl_ey_terms(z0, z1, comm=comm, form=form, estimator=estimator).loss
+
+
+def ssl_ey_terms(
+    z0: Float[Tensor, "B D"],
+    z1: Float[Tensor, "B D"],
+    *,
+    comm: Collective = LOCAL,
+    form: str = "auto",
+    estimator: str = "plugin",
+) -> SSLEYLossTerms:
+    """:func:`ssl_ey_loss` with its two parts beside it."""
+    check_rows(z0=z0, z1=z1)
+    check_choice("form", form, FORMS)
+    check_choice("estimator", estimator, ESTIMATORS)
+    dtype = compute_dtype(torch.promote_types(z0.dtype, z1.dtype))
+    with torch.autocast(z0.device.type, enabled=False):
+        x, y = z0.to(dtype), z1.to(dtype)
+        if estimator == "plugin":
+            square, trace, cross, loss = _plugin(x, y, comm, form)
+        else:
+            joined = comm.gather_rows(torch.stack([x, y], 1)).transpose(0, 1)
+            square = (split_square if estimator == "split" else ustat_square)(joined, form=form)
+            s = (joined - joined.mean(1, keepdim=True)) * (joined.shape[1] - 1) ** -0.5
+            trace, cross = s.square().sum(), (s[0] * s[1]).sum()
+            loss = square - 4 * cross
+        whitening, alignment = square - 2 * trace + x.shape[1], 2 * trace - 4 * cross
+    return SSLEYLossTerms(loss, whitening.detach(), alignment.detach())
+
+
+def _plugin(x: Tensor, y: Tensor, comm: Collective, form: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """||V||^2, tr V, tr C / 2, and the loss with its gradient: 4 / (N - 1) (X V - Y) by X, and likewise by Y.
+
+    One product makes V, or this process's rows of S S^T; a second one the gradient by this process's rows. That is
+    8 N D^2 flops in all, 16 N^2 D in Gram form, where autograd through the formula takes 18 N D^2 + 6 D^3.
+    """
+    z, rows, what = torch.stack([x, y]).detach(), x.shape[0], "the SSL-EY loss"
+    counts = [] if form == "covariance" else comm.row_counts(rows, x.device)
+    if form == "gram" or (form == "auto" and gram_is_cheaper(2 * sum(counts), x.shape[1])):
+        z = comm.gather_rows(z.transpose(0, 1), counts=counts).transpose(0, 1)
+        every, factor = standardized_rows(z, what=what)
+        first = sum(counts[: comm.rank])
+        s = every[:, first : first + rows]
+        left, right = s.flatten(0, 1) @ every.flatten(0, 1).T, every.flatten(0, 1)
+        square, trace, cross = comm.sum(squared_norm(left)), squared_norm(every), (every[0] * every[1]).sum()
+    else:
+        s, factor = standardized_rows(z, comm, what=what)
+        left = s.flatten(0, 1)
+        right = comm.sum(left.T @ left)
+        square, trace, cross = squared_norm(right), right.trace(), comm.sum((s[0] * s[1]).sum())
+    loss = square - 4 * cross
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        swapped = s.flip(0).flatten(0, 1)
+        gradient = torch.addmm(swapped, left, right, beta=-1).mul_(4 * comm.size * factor)
+        loss = attach_gradient(loss, [x, y], gradient.chunk(2))
+    return square, trace, cross, loss
+
+
+class SSLEYLoss(nn.Module):
+    """Module of :func:`ssl_ey_loss`; the arguments are the same."""
+
+    def __init__(self, *, comm: Collective = LOCAL, form: str = "auto", estimator: str = "plugin") -> None:
+        super().__init__()
+        check_choice("form", form, FORMS)
+        check_choice("estimator", estimator, ESTIMATORS)
+        self.comm, self.form, self.estimator = comm, form, estimator
+
+    def forward(self, z0: Float[Tensor, "B D"], z1: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+        return ssl_ey_loss(z0, z1, comm=self.comm, form=self.form, estimator=self.estimator)
+
+    def extra_repr(self) -> str:
+        return f"form={self.form!r}, estimator={self.estimator!r}, comm={self.comm}"

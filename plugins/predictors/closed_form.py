@@ -5,7 +5,7 @@ DirectPred (2102.06810, Eq. 18 and 19), DirectCopy (2110.04947, Eq. 3) and, with
 inside the power. DirectCopy as first published, W = C + εI, is ``alpha=1, normalize=False``.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -80,6 +80,7 @@ class ClosedFormPredictor(RunningMoment):
         isotropic = (float(normalize) + eps) ** alpha
         self.register_buffer("W", isotropic * torch.eye(dim, dtype=torch.float32))
         self.register_buffer("eigenvalues", torch.zeros(dim, dtype=torch.float32))
+        self._phase = 0  # steps modulo every, known without asking the device; constant for every=1: compiles once
 
     @torch.no_grad()
     def update(self, z: Float[Tensor, "B D"]) -> None:
@@ -91,8 +92,9 @@ class ClosedFormPredictor(RunningMoment):
         Raises:
             ValueError: z is no floating-point matrix of D columns.
         """
-        due = self._calls % self.every == 0
         super().update(z)
+        due = self._phase == 0
+        self._phase = (self._phase + 1) % self.every
         if due:
             with torch.autocast(z.device.type, enabled=False):
                 self._refresh()
@@ -129,6 +131,10 @@ class ClosedFormPredictor(RunningMoment):
             f"alpha={self.alpha}, eps={self.eps}, normalize={self.normalize}, mode={self.mode}, every={self.every}"
         )
         return f"{super().extra_repr()}, {options}"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._phase = int(self.steps) % self.every
 
     def _refresh(self) -> None:
         moment = self.covariance()

@@ -1,7 +1,6 @@
 """The running second moment of a projection, which closed-form predictors and spectrum logging share."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -51,7 +50,6 @@ class RunningMoment(nn.Module):
         if center:
             self.register_buffer("mean", torch.zeros(dim, dtype=torch.float32))
             self.register_buffer("mass", torch.zeros((), dtype=torch.float32))
-        self._calls = 0  # steps, known without asking the device
 
     @torch.no_grad()
     def update(self, z: Float[Tensor, "B D"]) -> None:
@@ -80,7 +78,6 @@ class RunningMoment(nn.Module):
                 self._blend(self.mean, first / rows, usable)
                 self._blend(self.mass, torch.ones_like(self.mass), usable)
         self.steps += 1
-        self._calls += 1
 
     def covariance(self) -> Float[Tensor, "D D"]:
         """C, or with ``center`` C − μμᵀ of the rows seen so far (scaled by 1 − ρ^k, as C is)."""
@@ -89,7 +86,7 @@ class RunningMoment(nn.Module):
         return self.C - torch.outer(self.mean, self.mean) / self.mass.clamp(min=torch.finfo(self.mass.dtype).tiny)
 
     @torch.no_grad()
-    def spectrum(self) -> Float[Tensor, "D"]:
+    def spectrum(self) -> Float[Tensor, " D"]:
         """Eigenvalues of ``covariance()``, largest first, ≥ 0, computed now: ask for it only when you log it."""
         return descending(eigvalsh(self.covariance()))
 
@@ -112,17 +109,13 @@ class RunningMoment(nn.Module):
 
         return super()._apply(no_less_than_float32, recurse)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._calls = int(self.steps)
 
-
-def descending(eigenvalues: Float[Tensor, "D"]) -> Float[Tensor, "D"]:
+def descending(eigenvalues: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
     """Ascending eigenvalues of a positive semidefinite matrix, turned round and freed of negative rounding errors."""
     return eigenvalues.clamp(min=0).flip(0)
 
 
-def eigh(matrix: Float[Tensor, "D D"]) -> tuple[Float[Tensor, "D"], Float[Tensor, "D D"]]:
+def eigh(matrix: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
     """Eigenvalues (ascending) and eigenvectors; in float64 on the CPU where the solver does not converge.
 
     For symmetric matrices only, and always orthogonal: a general solver returns non-orthogonal or complex eigenvectors
@@ -135,7 +128,7 @@ def eigh(matrix: Float[Tensor, "D D"]) -> tuple[Float[Tensor, "D"], Float[Tensor
     return values.to(matrix), vectors.to(matrix)
 
 
-def eigvalsh(matrix: Float[Tensor, "D D"]) -> Float[Tensor, "D"]:
+def eigvalsh(matrix: Float[Tensor, "D D"]) -> Float[Tensor, " D"]:
     """Eigenvalues of ``eigh``, at half its cost."""
     try:
         return torch.linalg.eigvalsh(matrix)

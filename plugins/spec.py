@@ -4,7 +4,7 @@ An adapter builds any method from its SPEC alone::
 
     options = spec.resolve(user_options)            # unknown names are errors, aliases are translated
     projector = spec.head(features_dim, options)
-    predictor = spec.predictor(options)             # an nn.Module with predict(list of z) → list of p
+    predictor = spec.predictor(options, comm)       # an nn.Module with predict(list of z) → list of p
     ...
     z = [projector(h) for h in features]            # one per view, with gradient
     p = predictor.predict(z)
@@ -67,7 +67,7 @@ class MethodSpec:
         title: its name in tables and figures.
         loss: (embeddings, options, comm) → Terms.
         head: (features_dim, options) → projection head, an nn.Module ``[B, features_dim] → [B, D]``.
-        predictor: (options) → predictor, an nn.Module with ``predict``; None where p = z.
+        predictor: (options, comm) → predictor, an nn.Module with ``predict``; None where p = z.
         teacher: whether an exponential-moving-average copy of backbone and head makes the targets.
         options: every option that it understands.
         reference: paper and equation.
@@ -77,7 +77,7 @@ class MethodSpec:
     title: str
     loss: Callable[[Embeddings, Mapping[str, Any], Collective], Terms]
     head: Callable[[int, Mapping[str, Any]], nn.Module]
-    predictor: Callable[[Mapping[str, Any]], nn.Module] | None
+    predictor: Callable[[Mapping[str, Any], Collective], nn.Module] | None
     teacher: bool
     options: Mapping[str, Option]
     reference: str

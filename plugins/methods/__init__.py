@@ -1,0 +1,22 @@
+"""METHODS: every method by name. A new method is one module beside this file and one line below."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from plugins.methods import byol, directcopy, directpred, isocopy, isoloss, simsiam, ssl_ey
+from plugins.spec import MethodSpec
+
+METHODS: Mapping[str, MethodSpec] = MappingProxyType(
+    {
+        spec.name: spec
+        for spec in (
+            byol.SPEC,
+            directcopy.SPEC,
+            directpred.SPEC,
+            isocopy.SPEC,
+            isoloss.SPEC,
+            simsiam.SPEC,
+            ssl_ey.SPEC,
+        )
+    }
+)

@@ -1,0 +1,27 @@
+"""BYOL: a prediction head and an exponential-moving-average teacher (Grill et al. 2020, arXiv:2006.07733, eq. 2)."""
+
+from plugins.methods.common import (
+    LOG_EIGVALS,
+    METRIC,
+    cross_view_terms,
+    projector_options,
+    two_layer_head,
+    two_layer_predictor,
+)
+from plugins.spec import MethodSpec, Option
+
+SPEC = MethodSpec(
+    name="byol",
+    title="BYOL",
+    loss=cross_view_terms,
+    head=two_layer_head,
+    predictor=two_layer_predictor,
+    teacher=True,
+    options={
+        **projector_options(hidden=4096, output=256),
+        "pred_hidden_dim": Option(4096, "width of the predictor's hidden layer, > 0"),
+        "metric": METRIC,
+        "log_eigvals": LOG_EIGVALS,
+    },
+    reference="Grill et al. 2020, arXiv:2006.07733, eq. 2",
+)

@@ -1,0 +1,68 @@
+"""Options, heads and the two-view loss that several methods share."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plugins.distributed import Collective
+from plugins.heads import mlp_head
+from plugins.losses import byol_loss, isoloss
+from plugins.predictors import MLPPredictor
+from plugins.spec import Embeddings, Option
+
+
+class PairTerms(NamedTuple):
+    """Terms of a loss that predicts each view from the other."""
+
+    loss: Tensor
+    """What is minimised: the sum over both ordered pairs of views."""
+    cosine: Tensor
+    """Mean cosine between prediction and target over both pairs and this process's rows, in [-1, 1]; for logging."""
+
+
+def cross_view_terms(e: Embeddings, options: Mapping[str, Any], comm: Collective) -> PairTerms:
+    """L(p_0, y_1) + L(p_1, y_0) with BYOL's loss, or IsoLoss where ``options["iso"]`` is set."""
+    pairs = ((0, 1), (1, 0))
+    metric = options["metric"]
+    if options.get("iso", False):
+        losses = [isoloss(e.z[a], e.p[a], e.target[b], metric=metric, comm=comm) for a, b in pairs]
+    else:
+        losses = [byol_loss(e.p[a], e.target[b], metric=metric, comm=comm) for a, b in pairs]
+    with torch.no_grad():
+        cosine = torch.stack([F.cosine_similarity(e.p[a].float(), e.target[b].float()).mean() for a, b in pairs])
+    return PairTerms(losses[0] + losses[1], cosine.mean())
+
+
+def projector_options(hidden: int, output: int) -> dict[str, Option]:
+    """Widths of the projection head."""
+    return {
+        "proj_hidden_dim": Option(hidden, "width of the projector's hidden layers, > 0"),
+        "proj_output_dim": Option(output, "width D of the embedding, > 0"),
+    }
+
+
+def _metric_of_use_l2(use_l2: Any) -> Any:
+    # anything but a flag is passed on, to be refused as a wrong value
+    return {True: "euclidean", False: "cosine"}.get(use_l2, use_l2)
+
+
+METRIC = Option(
+    "cosine",
+    "distance between prediction and target: 2 - 2 cos, or the squared Euclidean distance",
+    aliases={"use_l2": _metric_of_use_l2},
+    choices=("cosine", "euclidean"),
+)
+LOG_EIGVALS = Option(False, "write the whole spectrum of the embedding's second moment once an epoch")
+
+
+def two_layer_head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
+    """BYOL's projection head: Linear, BN, ReLU, Linear."""
+    return mlp_head(features_dim, options["proj_hidden_dim"], options["proj_output_dim"], layers=2)
+
+
+def two_layer_predictor(options: Mapping[str, Any], _comm: Collective) -> nn.Module:
+    """BYOL's prediction head: Linear, BN, ReLU, Linear."""
+    return MLPPredictor(options["proj_output_dim"], options["pred_hidden_dim"])

@@ -1,0 +1,13 @@
+"""IsoLoss: DirectPred whose gradient skips the predictor, so that all eigenmodes learn at one rate (arXiv:2212.04858)."""
+
+from dataclasses import replace
+
+from plugins.methods import directpred
+
+SPEC = replace(
+    directpred.SPEC,
+    name="isoloss",
+    title="IsoLoss",
+    options=directpred.closed_form_options(alpha=0.5, eps=0.0, iso=True),
+    reference="Halvagal, Laborieux and Zenke 2023, arXiv:2212.04858",
+)

@@ -1,0 +1,43 @@
+"""SimSiam: a prediction head and a stop-gradient, no teacher (Chen and He 2021, arXiv:2011.10566, eq. 2)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from plugins.distributed import Collective
+from plugins.heads import mlp_head
+from plugins.methods.common import LOG_EIGVALS, PairTerms, cross_view_terms, projector_options
+from plugins.predictors import MLPPredictor
+from plugins.spec import Embeddings, MethodSpec, Option
+
+
+def _terms(e: Embeddings, options: Mapping[str, Any], comm: Collective) -> PairTerms:
+    # eq. 2 is half the sum of the two negative cosines; BYOL's 2 - 2 cos of both pairs is 4 plus four times that
+    terms = cross_view_terms(e, {**options, "metric": "cosine"}, comm)
+    return PairTerms(terms.loss / 4 - 1, terms.cosine)
+
+
+def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
+    hidden, output = options["proj_hidden_dim"], options["proj_output_dim"]
+    return mlp_head(features_dim, hidden, output, layers=3, bias=False, final_bias=False, final_norm="plain")
+
+
+def _predictor(options: Mapping[str, Any], _comm: Collective) -> nn.Module:
+    return MLPPredictor(options["proj_output_dim"], options["pred_hidden_dim"], bias=False)
+
+
+SPEC = MethodSpec(
+    name="simsiam",
+    title="SimSiam",
+    loss=_terms,
+    head=_head,
+    predictor=_predictor,
+    teacher=False,
+    options={
+        **projector_options(hidden=2048, output=2048),
+        "pred_hidden_dim": Option(512, "width of the predictor's bottleneck, > 0"),
+        "log_eigvals": LOG_EIGVALS,
+    },
+    reference="Chen and He 2021, arXiv:2011.10566, eq. 2",
+)

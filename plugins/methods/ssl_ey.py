@@ -1,0 +1,40 @@
+"""SSL-EY: the Eckart-Young loss of canonical correlation analysis, no predictor and no teacher (arXiv:2310.01012)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from plugins.distributed import Collective
+from plugins.heads import mlp_head
+from plugins.losses import SSLEYLossTerms, ssl_ey_terms
+from plugins.methods.common import LOG_EIGVALS, projector_options
+from plugins.spec import Embeddings, MethodSpec, Option
+
+
+def _terms(e: Embeddings, options: Mapping[str, Any], comm: Collective) -> SSLEYLossTerms:
+    return ssl_ey_terms(e.z[0], e.z[1], estimator=options["estimator"], comm=comm)
+
+
+def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
+    return mlp_head(features_dim, options["proj_hidden_dim"], options["proj_output_dim"], layers=3)
+
+
+SPEC = MethodSpec(
+    name="ssl_ey",
+    title="SSL-EY",
+    loss=_terms,
+    head=_head,
+    predictor=None,
+    teacher=False,
+    options={
+        **projector_options(hidden=2048, output=2048),
+        "estimator": Option(
+            "plugin",
+            "of the squared norm of the covariance: from all rows, from two halves, or the unbiased U-statistic",
+            choices=("plugin", "split", "ustat"),
+        ),
+        "log_eigvals": LOG_EIGVALS,
+    },
+    reference="Chapman, Wells and Lawry Aguila 2024, arXiv:2310.01012",
+)

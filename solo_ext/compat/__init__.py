@@ -1,0 +1,47 @@
+"""solo-learn, whichever release is installed, behind the interface of its main branch.
+
+Everything else in ``solo_ext`` takes the host from here and never imports ``solo`` itself:
+
+* ``pl`` – the Lightning flavour that the host's modules derive from,
+* ``BaseMethod``, ``BaseMomentumMethod`` – built from one ``cfg``, with ``backbone`` and ``momentum_backbone``,
+* ``LinearModel`` – the host's linear evaluation, built from a backbone and one ``cfg``,
+* ``native_methods()`` – the host's own methods by name, built from one ``cfg`` too,
+* ``native_options(name)`` – the ``method_kwargs`` that a native method knows.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from solo_ext.errors import UserError
+
+
+def host_release() -> str:
+    """The version of the installed solo-learn.
+
+    Raises:
+        UserError: there is none, or it is one that this release cannot drive.
+    """
+    if find_spec("solo") is None:
+        raise UserError("solo-learn is not installed; install it with: pip install 'ssl-plugins[solo]'")
+    if find_spec("solo.backbones") is not None:
+        raise UserError(
+            "the solo-learn found here is a checkout of its main branch; this release drives solo-learn 1.0.2"
+        )
+    try:
+        return version("solo-learn")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+host_release()
+
+from solo_ext.compat.solo_1_0_2 import (  # noqa: E402  (the host must be known to be there)
+    BaseMethod,
+    BaseMomentumMethod,
+    LinearModel,
+    native_methods,
+    native_options,
+    pl,
+)
+
+__all__ = ["BaseMethod", "BaseMomentumMethod", "LinearModel", "host_release", "native_methods", "native_options", "pl"]

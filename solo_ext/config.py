@@ -1,0 +1,204 @@
+"""solo-learn's configuration: defaults, and every check that can be made before training starts.
+
+The format is that of solo-learn's main branch. What main leaves to an assertion deep inside is one sentence here.
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from solo_ext.data import CLASSES, DATASETS
+from solo_ext.errors import UserError
+
+_SHARED_DEFAULTS: dict[str, Any] = {
+    "name": "run",
+    "seed": 5,
+    "devices": 1,
+    "num_nodes": 1,
+    "accelerator": "auto",
+    "strategy": "auto",
+    "precision": 32,
+    "sync_batchnorm": False,
+    "accumulate_grad_batches": 1,
+    "resume_from_checkpoint": None,
+    "debug_augmentations": False,
+    "checkpoint": {
+        "enabled": True,
+        "dir": "trained_models",
+        "frequency": 1,
+        "keep_prev": False,
+        "version": None,
+    },
+    "auto_resume": {"enabled": False, "max_hours": 36},
+    "wandb": {"enabled": False, "entity": None, "project": "solo-learn", "offline": False},
+    "backbone": {"kwargs": {}},
+    "data": {"val_path": None, "format": "image_folder", "no_labels": False, "fraction": -1, "num_workers": 4},
+    "optimizer": {"kwargs": {}, "exclude_bias_n_norm_wd": False},
+    "scheduler": {
+        "name": "warmup_cosine",
+        "lr_decay_steps": None,
+        "min_lr": 0.0,
+        "warmup_start_lr": 3e-5,
+        "warmup_epochs": 10,
+        "interval": "step",
+    },
+    "performance": {"disable_channel_last": False},
+}
+_OPTIMIZERS = ("sgd", "lars", "adam", "adamw")
+_SCHEDULERS = ("warmup_cosine", "step", "none")
+_REQUIRED = ("backbone.name", "data.dataset", "data.train_path", "max_epochs")
+_REQUIRED_OPTIMIZER = ("optimizer.name", "optimizer.batch_size", "optimizer.lr", "optimizer.weight_decay")
+
+
+def parse_pretrain(cfg: DictConfig) -> DictConfig:
+    """Complete and check the configuration of a pre-training.
+
+    ``lr`` and ``classifier_lr`` come out multiplied by (batch size x devices x nodes) / 256, as solo-learn does.
+
+    Raises:
+        UserError: something is missing or wrong.
+    """
+    cfg = _shared(cfg, {"momentum": {}, "method_kwargs": {}, "knn_eval": {"enabled": False}})
+    _require(cfg, "method", "augmentations", "optimizer.classifier_lr")
+    if cfg.optimizer.batch_size < 2:
+        raise UserError(f"optimizer.batch_size must be at least 2, got {cfg.optimizer.batch_size}")
+    large = cfg.augmentations[0].crop_size
+    crops = {True: 0, False: 0}
+    for pipeline in cfg.augmentations:
+        crops[pipeline.crop_size == large] += pipeline.num_crops
+    cfg.data.num_large_crops, cfg.data.num_small_crops = crops[True], crops[False]
+    scale = _batch_scale(cfg)
+    cfg.optimizer.lr *= scale
+    cfg.optimizer.classifier_lr *= scale
+    return cfg
+
+
+def parse_linear(cfg: DictConfig) -> DictConfig:
+    """Complete and check the configuration of a linear evaluation or fine-tuning; ``lr`` is scaled as above.
+
+    Raises:
+        UserError: something is missing or wrong.
+    """
+    cfg = _shared(cfg, {"finetune": False, "auto_augment": False, "mixup": 0, "cutmix": 0, "label_smoothing": 0})
+    _require(cfg, "pretrained_feature_extractor", "data.val_path")
+    for key in ("auto_augment", "mixup", "cutmix", "label_smoothing"):
+        if cfg[key]:
+            raise UserError(f"{key} is not supported with solo-learn 1.0.2; leave it out")
+    cfg.optimizer.lr *= _batch_scale(cfg)
+    return cfg
+
+
+def _shared(cfg: DictConfig, defaults: dict[str, Any]) -> DictConfig:
+    OmegaConf.set_struct(cfg, False)
+    try:
+        cfg = OmegaConf.merge(_SHARED_DEFAULTS, defaults, cfg)
+        OmegaConf.resolve(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(f"the configuration does not resolve: {str(error).splitlines()[0]}") from None
+    _none_words_to_none(cfg)
+    _require(cfg, *_REQUIRED, *_REQUIRED_OPTIMIZER)
+    _check_data(cfg)
+    _check_trainer(cfg)
+    _check_optimizer(cfg)
+    return cfg
+
+
+def _none_words_to_none(cfg: DictConfig) -> None:
+    """YAML files of solo-learn write None where YAML has null."""
+    for key, value in cfg.items():
+        if isinstance(value, DictConfig):
+            _none_words_to_none(value)
+        elif value == "None":
+            cfg[key] = None
+
+
+def _require(cfg: DictConfig, *keys: str) -> None:
+    for key in keys:
+        try:
+            missing = OmegaConf.select(cfg, key, default=...) is ... or OmegaConf.is_missing(cfg, key)
+        except OmegaConfBaseException:
+            missing = True
+        if missing:
+            raise UserError(f"the configuration lacks {key}")
+
+
+def _check_data(cfg: DictConfig) -> None:
+    data = cfg.data
+    if data.dataset not in DATASETS:
+        raise UserError(f"unknown data.dataset {data.dataset!r}; choose from {', '.join(sorted(DATASETS))}")
+    if data.format != "image_folder":
+        raise UserError(f"data.format {data.format!r} is not supported with solo-learn 1.0.2; use image_folder")
+    if data.fraction != -1:
+        raise UserError("data.fraction is not supported with solo-learn 1.0.2; point data.train_path to a subset")
+    downloaded = data.dataset in ("cifar10", "cifar100", "stl10")
+    for key in ("train_path", "val_path"):
+        if data[key] is not None and not downloaded and not Path(data[key]).is_dir():
+            raise UserError(f"data.{key} is no folder: {data[key]}{_hint(data.dataset)}")
+    data.num_classes = CLASSES.get(data.dataset) or max(1, sum(p.is_dir() for p in Path(data.train_path).iterdir()))
+    if data.no_labels:
+        data.num_classes = 1
+
+
+def _hint(dataset: str) -> str:
+    return " (make it with: python -m plugins.tools.data digits)" if dataset == "digits" else ""
+
+
+def _check_trainer(cfg: DictConfig) -> None:
+    devices = cfg.devices
+    if isinstance(devices, str):
+        devices = [int(part) for part in devices.split(",") if part] if "," in devices else int(devices)
+    listed = not isinstance(devices, int)
+    if cfg.accelerator == "auto":
+        cfg.accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    if cfg.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError("accelerator is gpu, but there is no GPU here; add ++accelerator=cpu to train on the CPU")
+    if cfg.accelerator == "cpu":
+        # Lightning takes a number of processes here, not a list of indexes
+        cfg.devices = len(devices) if listed else devices
+        if str(cfg.precision).startswith("16"):
+            print("precision 16 needs a GPU: training in 32 bits on the CPU")
+            cfg.precision = 32
+        cfg.sync_batchnorm = False
+    else:
+        cfg.devices = list(devices) if listed else devices
+    if cfg.strategy is None:
+        cfg.strategy = "auto"
+    cfg.auto_resume.enabled = bool(cfg.auto_resume.enabled)
+    if cfg.resume_from_checkpoint is not None and not Path(cfg.resume_from_checkpoint).is_file():
+        raise UserError(f"resume_from_checkpoint is no file: {cfg.resume_from_checkpoint}")
+
+
+def _check_optimizer(cfg: DictConfig) -> None:
+    from solo_ext.compat.optim import LARS
+
+    optimizer = cfg.optimizer
+    if optimizer.name not in _OPTIMIZERS:
+        raise UserError(f"unknown optimizer.name {optimizer.name!r}; choose from {', '.join(_OPTIMIZERS)}")
+    if cfg.scheduler.name not in _SCHEDULERS:
+        raise UserError(f"unknown scheduler.name {cfg.scheduler.name!r}; choose from {', '.join(_SCHEDULERS)}")
+    if cfg.scheduler.interval not in ("step", "epoch"):
+        raise UserError(f"scheduler.interval must be step or epoch, got {cfg.scheduler.interval!r}")
+    if cfg.scheduler.name == "step" and not cfg.scheduler.lr_decay_steps:
+        raise UserError("scheduler.name step needs scheduler.lr_decay_steps")
+    for key in ("lr", "classifier_lr", "weight_decay"):
+        if key in optimizer:
+            try:  # YAML reads 1e-5 as a word
+                optimizer[key] = float(optimizer[key])
+            except (TypeError, ValueError):
+                raise UserError(f"optimizer.{key} must be a number, got {optimizer[key]!r}") from None
+    if optimizer.name in ("sgd", "lars"):
+        optimizer.kwargs.setdefault("momentum", 0.9)
+    classes = {"sgd": torch.optim.SGD, "lars": LARS, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    known = set(inspect.signature(classes[optimizer.name]).parameters) - {"params", "lr", "weight_decay"}
+    for key in optimizer.kwargs:
+        if key not in known:
+            raise UserError(f"optimizer {optimizer.name} has no option {key!r}; it knows {', '.join(sorted(known))}")
+
+
+def _batch_scale(cfg: DictConfig) -> float:
+    devices = cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
+    return cfg.optimizer.batch_size * max(devices, 1) * cfg.num_nodes / 256

@@ -1,0 +1,19 @@
+"""A user's mistake is one sentence and exit status 2; a traceback is for ours."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Something the user can mend: an unknown name, a missing path, a wrong checkpoint. The message says how."""
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turn a UserError into its sentence on standard error and exit status 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

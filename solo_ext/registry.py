@@ -1,0 +1,83 @@
+"""Which class trains a method: ours, one per MethodSpec, or solo-learn's own.
+
+solo-learn keeps its names. Where both have a method (byol, simsiam), ``method: byol`` is solo-learn's own, unless the
+configuration gives an option that only ours has, such as ``log_eigvals``.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+from omegaconf import DictConfig
+
+from plugins.methods import METHODS
+from plugins.spec import MethodSpec
+from solo_ext.compat import native_methods, native_options
+from solo_ext.errors import UserError
+from solo_ext.method import TeacherlessMethod, TeacherMethod
+from solo_ext.overrides import OVERRIDES
+
+ALIASES = {"ssley": "ssl_ey"}
+"""The forks' names of methods."""
+
+
+@lru_cache(maxsize=1)
+def plugin_methods() -> dict[str, type]:
+    """A solo-learn class for every MethodSpec, by name."""
+    return {name: _adapt(spec) for name, spec in METHODS.items()}
+
+
+def _adapt(spec: MethodSpec) -> type:
+    base = OVERRIDES.get(spec.name, TeacherMethod if spec.teacher else TeacherlessMethod)
+    return type(f"{base.__name__}[{spec.name}]", (base,), {"spec": spec, "__module__": __name__})
+
+
+def register(methods: dict[str, type] | None = None) -> None:
+    """Put our methods into solo-learn's METHODS, beside its own. A second call changes nothing.
+
+    Args:
+        methods: {name: class}; all of ours, without the names that solo-learn has itself, when None.
+
+    Raises:
+        ValueError: a name is taken by another class.
+    """
+    from solo.methods import METHODS as host
+
+    if methods is None:
+        natives = native_methods()
+        methods = {name: cls for name, cls in plugin_methods().items() if name not in natives}
+    for name, cls in methods.items():
+        if name in host and host[name] is not cls:
+            taken = host[name]
+            raise ValueError(
+                f"method {name!r} is registered twice: {taken.__module__}.{taken.__qualname__} "
+                f"and {cls.__module__}.{cls.__qualname__}"
+            )
+    host.update(methods)
+
+
+def method_class(cfg: DictConfig) -> type:
+    """The class that trains ``cfg.method``.
+
+    Raises:
+        UserError: nobody has a method of that name, or it has no such option.
+    """
+    name = ALIASES.get(cfg.method, cfg.method)
+    natives, plugins = native_methods(), plugin_methods()
+    given = dict(cfg.get("method_kwargs") or {})
+    if name not in natives and name not in plugins:
+        known = ", ".join(sorted({*natives, *plugins, *ALIASES}))
+        raise UserError(f"unknown method {cfg.method!r}; choose from {known}")
+    if name in natives and not (name in plugins and _ours_alone(name, given)):
+        return natives[name]
+    try:
+        METHODS[name].resolve(given)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return plugins[name]
+
+
+def _ours_alone(name: str, given: Iterable[str]) -> bool:
+    """Whether one of the given options is known to our method of that name and not to solo-learn's."""
+    options = METHODS[name].options
+    ours = {*options, *(alias for option in options.values() for alias in option.aliases)}
+    return any(key in ours - native_options(name) for key in given)

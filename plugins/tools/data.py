@@ -218,12 +218,13 @@ def _write_digits(folder: Path, settings: dict[str, Any]) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    source = load_digits()
-    labels = source.target
+    pixels, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
     images = np.stack(
         [
-            render_digit(digit / 16, size=settings["size"], rng=np.random.default_rng([settings["seed"], row]))
-            for row, digit in enumerate(source.images)
+            render_digit(
+                digit.reshape(8, 8) / 16, size=settings["size"], rng=np.random.default_rng([settings["seed"], row])
+            )
+            for row, digit in enumerate(pixels)
         ]
     )
     splits = split_rows(labels, seed=settings["seed"])
@@ -232,13 +233,13 @@ def _write_digits(folder: Path, settings: dict[str, Any]) -> None:
             (folder / split / str(label)).mkdir(parents=True)
         for row in rows:
             Image.fromarray(images[row]).save(folder / split / str(labels[row]) / f"{row:04d}.png")
-    pixels = images[splits["train"]].reshape(-1, 3) / 255
+    train = images[splits["train"]].reshape(-1, 3) / 255
     manifest = {
         **settings,
         "classes": CLASSES,
         "counts": {split: len(rows) for split, rows in splits.items()},
-        "mean": [round(value, 4) for value in pixels.mean(axis=0).tolist()],
-        "std": [round(value, 4) for value in pixels.std(axis=0).tolist()],
+        "mean": [round(value, 4) for value in train.mean(axis=0).tolist()],
+        "std": [round(value, 4) for value in train.std(axis=0).tolist()],
         "sha256_of_pixels": hashlib.sha256(images.tobytes()).hexdigest(),
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")

@@ -1,0 +1,342 @@
+"""What tests share: a pool of ranks, the comparison with the joined batch, toy batches.
+
+A test of several processes takes the fixture ``ranks`` (a RankPool, started once per session) and carries the marker
+``ddp``. What runs on the ranks are functions at the top level of the test file; they get the Collective first::
+
+    def _doubled(comm, rows):
+        return comm.sum(rows) * 2
+
+    @pytest.mark.ddp
+    def test_sum(ranks):
+        first, second = ranks.run(_doubled, [(torch.ones(3),), (torch.zeros(3),)])  # ranks 0 and 1; three tuples: all
+
+The distributed convention of a loss is checked by :func:`assert_joined`::
+
+    def _step(comm, model, x0, x1):
+        return ssl_ey_loss(model(x0), model(x1), comm=comm)
+
+    @pytest.mark.ddp
+    def test_ranks(ranks):
+        assert_joined(ranks, _step, toy_views(9, 5), counts=(4, 5))
+
+A failure on a rank is raised in the test, with the rank's traceback. Keep imports of frameworks out of such test files,
+or inside their functions: each rank imports the file once.
+"""
+
+import importlib.util
+import io
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import cache
+from multiprocessing import connection
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from plugins.distributed import LOCAL, WORLD, Collective
+
+POOL_SIZE = 3
+
+
+class RankError(AssertionError):
+    """A function failed on a rank, or did not come back. The message holds the rank's traceback."""
+
+
+class RankPool:
+    """Processes joined in one gloo group, which wait for functions to run.
+
+    They start on first use, from a fork server that has imported torch once, and start anew after a function that hung.
+
+    Args:
+        size: how many.
+        timeout: seconds that a call may take.
+    """
+
+    def __init__(self, size: int = POOL_SIZE, *, timeout: float = 120) -> None:
+        self.size = size
+        self.timeout = timeout
+        self._processes: list[Any] = []
+        self._pipes: list[connection.Connection] = []
+        self._folder: tempfile.TemporaryDirectory | None = None
+
+    def run(self, function: Callable[..., Any], arguments: Sequence[tuple]) -> list[Any]:
+        """Call ``function(comm, *arguments[r])`` on rank r, for as many ranks as there are arguments.
+
+        Args:
+            function: at the top level of its file.
+            arguments: one tuple per rank; what they hold is copied. Functions in them are at the top level, too.
+
+        Returns:
+            What each rank returned, in order of rank.
+
+        Raises:
+            RankError: it raised on some rank, or a rank did not come back in time.
+        """
+        if not 1 <= len(arguments) <= self.size:
+            raise ValueError(f"arguments must be for 1 to {self.size} ranks, got {len(arguments)}")
+        self._start()
+        pipes = self._pipes[: len(arguments)]
+        for pipe, of_rank in zip(pipes, arguments, strict=True):
+            pipe.send_bytes(_dumps((len(arguments), function, of_rank)))
+        replies: dict[int, tuple[str | None, Any]] = {}
+        patience = self.timeout
+        while len(replies) < len(pipes):
+            ready = connection.wait([pipe for rank, pipe in enumerate(pipes) if rank not in replies], patience)
+            for pipe in ready:
+                rank = pipes.index(pipe)
+                try:
+                    replies[rank] = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    replies[rank] = ("the process died", None)
+                if replies[rank][0] is not None:
+                    patience = 5  # the others may now wait for this one in vain
+            if not ready:
+                break
+        failures = [f"rank {rank}: {error}" for rank, (error, _) in sorted(replies.items()) if error is not None]
+        missing = [rank for rank in range(len(pipes)) if rank not in replies]
+        if missing or any(error == "the process died" for error, _ in replies.values()):
+            failures.append(f"ranks {missing} did not come back")
+            self.close(kill=True)
+        if failures:
+            raise RankError("\n".join(failures))
+        return [replies[rank][1] for rank in range(len(pipes))]
+
+    def close(self, *, kill: bool = False) -> None:
+        """End the processes. The next ``run`` would start new ones."""
+        for pipe in self._pipes:
+            if not kill:
+                pipe.send_bytes(b"")
+            pipe.close()
+        for process in self._processes:
+            if kill:
+                process.kill()
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes, self._pipes = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def __enter__(self) -> "RankPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        if self._processes:
+            return
+        methods = multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        context.set_forkserver_preload(["torch", "pytest", "hypothesis"])  # imported once instead of once per rank
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks")
+        rendezvous = (Path(self._folder.name) / "rendezvous").as_uri()
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, rank, self.size, rendezvous, self.timeout), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+
+def _serve(pipe: connection.Connection, rank: int, size: int, rendezvous: str, timeout: float) -> None:
+    """The life of a rank: join the group, then run what comes until nothing does."""
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks the host's name up, which can take long
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=limit)
+    groups = {n: dist.new_group(list(range(n)), timeout=limit) for n in range(2, size)}
+    comms = {1: LOCAL, **{n: Collective(group) for n, group in groups.items()}, size: WORLD}
+    while True:
+        try:
+            message = pipe.recv_bytes()
+        except EOFError:
+            return  # the session is gone; so is any peer to say goodbye to
+        if not message:
+            break
+        try:
+            count, function, arguments = pickle.loads(message)
+            reply = pickle.dumps((None, function(comms[count], *arguments)))
+        except BaseException:
+            reply = pickle.dumps((traceback.format_exc(), None))
+        pipe.send_bytes(reply)
+    dist.destroy_process_group()
+
+
+class _Pickler(pickle.Pickler):
+    """Sends functions and classes of test files by path, since test files are not importable by name."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, FunctionType | type):
+            path = _path_if_not_importable(obj.__module__)
+            if path is not None:
+                return _load, (obj.__module__, path, obj.__qualname__)
+        return NotImplemented
+
+
+def _dumps(message: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(message)
+    return buffer.getvalue()
+
+
+@cache
+def _path_if_not_importable(module: str) -> str | None:
+    path = getattr(sys.modules.get(module), "__file__", None)
+    if path is None:
+        return None
+    roots = {str(Path(entry or ".").resolve()) for entry in sys.path}
+    package = Path(path).resolve().parent
+    while (package / "__init__.py").exists():
+        package = package.parent
+    return None if str(package) in roots and _is_found(module, path) else path
+
+
+def _is_found(module: str, path: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin is not None and Path(spec.origin).resolve() == Path(path).resolve()
+
+
+def _load(module: str, path: str, qualname: str) -> Any:
+    loaded = sys.modules.get(module)
+    if loaded is None or getattr(loaded, "__file__", None) != path:
+        spec = importlib.util.spec_from_file_location(module, path)
+        assert spec is not None and spec.loader is not None
+        loaded = sys.modules[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    for name in qualname.split("."):
+        loaded = getattr(loaded, name)
+    return loaded
+
+
+def assert_joined(
+    ranks: RankPool,
+    step: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    counts: Sequence[int],
+    *,
+    build: Callable[..., nn.Module] | None = None,
+    rtol: float = 1e-10,
+    atol: float = 1e-12,
+) -> None:
+    """Assert the distributed convention: each rank has the loss of the joined batch, the mean gradient is its gradient.
+
+    Args:
+        ranks: the pool.
+        step: ``(comm, model, *inputs) → loss``, at the top level of its file.
+        inputs: the joined batch, rows first.
+        counts: rows for each rank; they may differ.
+        build: ``() → model``, the same at each call, at the top level of its file; None is a small float64 MLP that
+            takes rows as wide as the first input's.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+    """
+    assert sum(counts) == len(inputs[0]), "counts must add up to the rows of the inputs"
+    loss, gradients = _one_step(LOCAL, step, build, *inputs)
+    parts = zip(*(tensor.split(list(counts)) for tensor in inputs), strict=True)
+    results = ranks.run(_one_step, [(step, build, *part) for part in parts])
+    for rank, (rank_loss, _) in enumerate(results):
+        torch.testing.assert_close(rank_loss, loss, rtol=rtol, atol=atol, msg=lambda m, r=rank: f"loss, rank {r}: {m}")
+    for name, gradient in gradients.items():
+        mean = torch.stack([of_rank[name] for _, of_rank in results]).mean(0)
+        torch.testing.assert_close(mean, gradient, rtol=rtol, atol=atol, msg=lambda m, n=name: f"gradient of {n}: {m}")
+
+
+def _one_step(
+    comm: Collective, step: Callable[..., Tensor], build: Callable[..., nn.Module] | None, *inputs: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    model = toy_mlp(inputs[0].shape[-1]) if build is None else build()
+    loss = step(comm, model, *inputs)
+    loss.backward()
+    zeros = torch.zeros_like
+    return loss.detach(), {n: zeros(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+
+
+def toy_mlp(width: int, output: int = 4, *, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A small MLP without batch norm, the same at each call.
+
+    >>> toy_mlp(5)(torch.zeros(2, 5, dtype=torch.float64)).shape
+    torch.Size([2, 4])
+    """
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, 6), nn.Tanh(), nn.Linear(6, output)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=dtype) / 2)
+    return model
+
+
+def toy_views(
+    rows: int, width: int, *, views: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Correlated views of random rows whose mean drifts, so that consecutive parts have different means.
+
+    >>> [view.shape for view in toy_views(6, 3)]
+    [torch.Size([6, 3]), torch.Size([6, 3])]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(rows, width, generator=generator, dtype=dtype)
+    common += torch.linspace(-2, 3, rows, dtype=dtype).unsqueeze(1)
+    return [common + 0.5 * torch.randn(rows, width, generator=generator, dtype=dtype) for _ in range(views)]
+
+
+def waves(scale: float, rows: int, width: int) -> Tensor:
+    """A float64 matrix given by a formula, for golden numbers: sin(s i j + 0.3 s) + 0.25 cos(1.7 i + s j).
+
+    >>> round(waves(1.0, 1, 1).item(), 6)  # sin(1.3) + 0.25 cos(2.7)
+    0.73754
+    """
+    i = torch.arange(1, rows + 1, dtype=torch.float64).unsqueeze(1)
+    j = torch.arange(1, width + 1, dtype=torch.float64)
+    return torch.sin(scale * i * j + 0.3 * scale) + 0.25 * torch.cos(1.7 * i + scale * j)
+
+
+DIFFICULT = ("normal", "large", "small", "constant", "zero", "duplicated", "rank_deficient")
+
+
+def difficult_views(kind: str, rows: int, width: int, *, seed: int = 0) -> list[Tensor]:
+    """Two float32 views on which no loss may be infinite or NaN; ``kind`` is one of DIFFICULT.
+
+    >>> difficult_views("constant", 2, 2)[0]
+    tensor([[3., 3.],
+            [3., 3.]])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(rows, width, generator=generator) for _ in range(2))
+    return {
+        "normal": lambda: [a, b],
+        "large": lambda: [a * 100, b * 100],
+        "small": lambda: [a * 1e-4, b * 1e-4],
+        "constant": lambda: [torch.full_like(a, 3), torch.full_like(b, 3)],
+        "zero": lambda: [torch.zeros_like(a), torch.zeros_like(b)],
+        "duplicated": lambda: [a[:1].expand_as(a).clone(), b[:1].expand_as(b).clone()],
+        "rank_deficient": lambda: [a[:, :1] * a[:1], b[:, :1] * b[:1]],
+    }[kind]()
+
+
+def devices() -> list[str]:
+    """The devices that a test should run on: the CPU, and CUDA where there is one.
+
+    >>> devices()[0]
+    'cpu'
+    """
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

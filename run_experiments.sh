@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# Makes the environment in .venv, then runs a suite of experiments or the tests. See --help.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+root="$PWD"
+
+usage() {
+    cat <<'TEXT'
+usage: ./run_experiments.sh [SUITE] [OPTIONS]    run a suite (default: digits)
+       ./run_experiments.sh test [PYTEST OPTIONS]   run all checks and tests
+       ./run_experiments.sh SUITE --help         the suites and their options
+
+Needs Python 3.10 or newer with pip, found as python3, python3.10 ... python3.13 or $PYTHON. The first call makes the
+environment .venv (several GB); later calls use it as it is, until pyproject.toml changes.
+
+  ./run_experiments.sh                          all methods on digits; table and figure in results/digits
+  ./run_experiments.sh digits --list            name the runs
+  ./run_experiments.sh digits --only isoloss    one method
+  ./run_experiments.sh digits --seeds 3         mean and standard deviation over three seeds
+  ./run_experiments.sh digits --dry-run         print the exact commands
+  ./run_experiments.sh test -k isoloss          checks, then the tests that match
+TEXT
+}
+
+say() { printf '== %s\n' "$*"; }
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 1
+}
+
+# An active environment of the caller must not leak into ours.
+unset VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV PYTHONPATH PYTHONHOME PYTHONSTARTUP
+unset UV_PROJECT UV_PROJECT_ENVIRONMENT UV_PYTHON UV_FROZEN UV_LOCKED UV_NO_SYNC UV_SYSTEM_PYTHON UV_WORKING_DIRECTORY
+export PYTHONNOUSERSITE=1 UV_PYTHON_DOWNLOADS=never
+
+find_python() {
+    local name found="" version
+    for name in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.10 python; do
+        version="$("$name" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" || continue
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            "$name" -c 'import sys; print(sys.executable)'
+            return
+        fi
+        found="$found${found:+, }$name is $version"
+    done
+    fail "Python 3.10 or newer is needed (${found:-no Python found}); install it, or name it with PYTHON=/path/to/python3"
+}
+
+# Prints the path of uv: the one on PATH, else one of our own in .uv.
+find_uv() {
+    if command -v uv >/dev/null && uv --version >/dev/null 2>&1; then
+        command -v uv
+        return
+    fi
+    local log="$root/.uv/install.log" candidate
+    for candidate in "$root/.uv/venv/bin/uv" "$root/.uv/target/bin/uv"; do
+        if "$candidate" --version >/dev/null 2>&1; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    say "no uv on PATH: installing it into .uv with pip" >&2
+    mkdir -p "$root/.uv"
+    printf '*\n' >"$root/.uv/.gitignore"
+    rm -rf "$root/.uv/venv" "$root/.uv/target"
+    if "$python" -m venv "$root/.uv/venv" >"$log" 2>&1; then
+        "$root/.uv/venv/bin/python" -m pip install --quiet uv >>"$log" 2>&1 ||
+            { tail -n 5 "$log" >&2; fail "pip could not install uv; its output is in $log"; }
+        printf '%s\n' "$root/.uv/venv/bin/uv"
+    else
+        # Debian's python3 comes without ensurepip; a folder of our own does as well as a virtual environment.
+        PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 "$python" -m pip install --quiet --target "$root/.uv/target" uv >>"$log" 2>&1 ||
+            { tail -n 5 "$log" >&2; fail "neither venv nor pip of $python could install uv; their output is in $log"; }
+        printf '%s\n' "$root/.uv/target/bin/uv"
+    fi
+}
+
+# What the environment was made from. It is not movable, so its place belongs to it.
+fingerprint() {
+    "$python" - "$root" <<'PYTHON'
+import hashlib, pathlib, sys
+text = pathlib.Path("pyproject.toml").read_bytes()
+print(hashlib.sha256(text).hexdigest(), "Python", sys.version.split()[0], sys.argv[1])
+PYTHON
+}
+
+make_environment() {
+    local stamp=".venv/ssl-plugins.stamp" wanted uv
+    wanted="$(fingerprint)"
+    if [[ -f $stamp && "$(cat "$stamp")" == "$wanted" ]] && .venv/bin/python -c '' 2>/dev/null; then
+        say "environment .venv is up to date, used again"
+    else
+        uv="$(find_uv)"
+        say "making the environment .venv with $("$uv" --version) and $("$python" --version): $python"
+        # A lock file of an earlier time would pin what pyproject.toml no longer asks for.
+        rm -f "$stamp" uv.lock
+        "$uv" sync --all-extras --python "$python" ||
+            fail "uv could not make the environment (its reason is above): uv sync --all-extras --python $python"
+        printf '%s\n' "$wanted" >"$stamp"
+        say "environment .venv is ready"
+    fi
+    export PATH="$root/.venv/bin:$PATH" VIRTUAL_ENV="$root/.venv"
+}
+
+run_tests() {
+    local passed="" failed="" name status
+    check() {
+        name="$1"
+        shift
+        say "$name"
+        status=0
+        "$@" || status=$?
+        if [[ $status == 0 ]]; then
+            passed="$passed${passed:+, }$name"
+        else
+            failed="$failed${failed:+, }$name (status $status)"
+        fi
+    }
+    check "ruff check" ruff check .
+    check "ruff format" ruff format --check .
+    check "lint-imports" lint-imports
+    check "pyright" pyright plugins
+    check "pytest" python -m pytest "$@"
+    say "passed: ${passed:-nothing}"
+    if [[ -n $failed ]]; then
+        fail "failed: $failed"
+    fi
+}
+
+case "${1:-}" in
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    test)
+        shift
+        python="$(find_python)"
+        make_environment
+        run_tests "$@"
+        ;;
+    *)
+        if [[ $# == 0 || $1 == -* ]]; then
+            set -- digits "$@"
+        fi
+        python="$(find_python)"
+        # The command line is checked first: a misspelt option should not cost an installation.
+        "$python" -m plugins.tools.experiments --check "$@"
+        for option in "$@"; do
+            if [[ $option == -h || $option == --help ]]; then
+                exit 0
+            fi
+        done
+        make_environment
+        exec python -m plugins.tools.experiments "$@"
+        ;;
+esac

@@ -1,0 +1,56 @@
+"""Projection heads: the layers of the published ones, and their state-dict keys."""
+
+import pytest
+import torch
+from torch import nn
+
+from plugins.heads import mlp_head
+
+
+def hidden(width_in, width_out, bias=True):
+    return [nn.Linear(width_in, width_out, bias=bias), nn.BatchNorm1d(width_out), nn.ReLU()]
+
+
+PUBLISHED = {
+    "byol": (mlp_head(6, 12, 4), [*hidden(6, 12), nn.Linear(12, 4)]),
+    "ssl_ey, solo-learn": (mlp_head(6, 12, 4, layers=3), [*hidden(6, 12), *hidden(12, 12), nn.Linear(12, 4)]),
+    "ssl_ey, vicreg": (
+        mlp_head(6, 12, 4, layers=3, final_bias=False),
+        [*hidden(6, 12), *hidden(12, 12), nn.Linear(12, 4, bias=False)],
+    ),
+    "ssl_ey, lightly": (mlp_head(6, 12, 4, bias=False), [*hidden(6, 12, False), nn.Linear(12, 4)]),
+    "simsiam": (
+        mlp_head(6, 12, 4, layers=3, bias=False, final_norm="plain", final_bias="frozen"),
+        [*hidden(6, 12, False), *hidden(12, 12, False), nn.Linear(12, 4), nn.BatchNorm1d(4, affine=False)],
+    ),
+    "affine": (mlp_head(6, 12, 4, final_norm="affine"), [*hidden(6, 12), nn.Linear(12, 4), nn.BatchNorm1d(4)]),
+    "one layer": (mlp_head(6, 12, 4, layers=1), [nn.Linear(6, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_is_the_plain_sequence_it_replaces(name):
+    torch.manual_seed(0)
+    head, layers = PUBLISHED[name]
+    plain = nn.Sequential(*layers)
+    assert repr(head) == repr(plain)
+    head.load_state_dict(plain.state_dict(), strict=True)
+    h = torch.randn(8, 6)
+    assert torch.equal(head(h), plain(h))
+
+
+def test_keys_are_those_of_a_flat_sequence():
+    keys = [key for key in mlp_head(6, 12, 4, layers=3).state_dict() if key.endswith("weight")]
+    assert keys == ["0.weight", "1.weight", "3.weight", "4.weight", "6.weight"]
+
+
+def test_frozen_bias_is_kept_but_not_trained():
+    head = mlp_head(6, 12, 4, layers=3, bias=False, final_norm="plain", final_bias="frozen")
+    assert [name for name, p in head.named_parameters() if not p.requires_grad] == ["6.bias"]
+    assert "6.bias" in head.state_dict()
+
+
+@pytest.mark.parametrize(("options", "named"), [({"layers": 0}, "layers"), ({"final_norm": "batch"}, "final_norm")])
+def test_rejects_bad_options(options, named):
+    with pytest.raises(ValueError, match=named):
+        mlp_head(6, 12, 4, **options)

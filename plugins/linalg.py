@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from plugins.checks import check_count
 from plugins.distributed import LOCAL, Collective
@@ -226,6 +225,8 @@ def attach_gradient(
 ) -> Float[Tensor, ""]:
     """``value``, with the gradients that an analytic formula gave for it. Its backward only scales them.
 
+    A second derivative is refused, since it would silently lack the derivative of the gradients.
+
     Args:
         value: a scalar computed without a graph.
         inputs: what it is a function of.
@@ -246,7 +247,8 @@ class _AttachGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # a second derivative would silently lack the derivative of the gradients
     def backward(ctx: Any, *outer: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # that is create_graph=True
+            raise RuntimeError("an analytic gradient has no second derivative: differentiate without create_graph")
         gradients = ctx.saved_tensors
         return None, *(outer[0] * gradient for gradient in gradients), *(None for _ in gradients)

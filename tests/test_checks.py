@@ -1,0 +1,53 @@
+"""Every precondition says what was expected and what was given."""
+
+import pytest
+import torch
+
+from plugins.checks import check_choice, check_count, check_range, check_rows, compute_dtype
+
+
+def test_rows_accept_matrices_of_one_shape():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        check_rows(a=torch.zeros(2, 3, dtype=dtype), b=torch.zeros(2, 3))
+    check_rows(a=torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (torch.zeros(3), torch.zeros(3), r"a must be a matrix \[N, D\], got shape \(3,\)"),
+        (torch.zeros(2, 3), torch.zeros(2, 3, 1), r"b must be a matrix \[N, D\], got shape \(2, 3, 1\)"),
+        (torch.zeros(2, 3), torch.zeros(2, 4), r"b must have the shape of a, \(2, 3\), got \(2, 4\)"),
+        (torch.zeros(2, 3), torch.zeros(2, 3).long(), "b must be of a floating-point dtype, got torch.int64"),
+        (torch.zeros(2, 3).bool(), torch.zeros(2, 3), "a must be of a floating-point dtype, got torch.bool"),
+    ],
+)
+def test_rows_refuse_anything_else(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        check_rows(a=a, b=b)
+
+
+def test_count():
+    check_count(2, least=2, what="a variance")
+    with pytest.raises(ValueError, match="a variance needs at least 2 rows over all processes, got 1"):
+        check_count(1, least=2, what="a variance")
+
+
+def test_choice():
+    check_choice("form", "gram", ("auto", "gram"))
+    with pytest.raises(ValueError, match="form must be one of auto, gram, got 'dual'"):
+        check_choice("form", "dual", ("auto", "gram"))
+
+
+def test_range():
+    check_range("rho", 0.0, low=0, high=1)
+    check_range("rho", 1.0, low=0, high=1)
+    check_range("eps", 1e9, low=0)
+    for value in (-0.1, 1.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"rho must be in \[0, 1\], got"):
+            check_range("rho", value, low=0, high=1)
+
+
+def test_compute_dtype():
+    given = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    assert [compute_dtype(dtype) for dtype in given] == [torch.float32] * 3 + [torch.float64]

@@ -1,0 +1,133 @@
+"""Shared algebra: against numpy, at the limits of scale, with gradients."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plugins.linalg import (
+    attach_gradient,
+    covariance_eigenvalues,
+    effective_rank,
+    gram_is_cheaper,
+    joined_mean,
+    participation_ratio,
+    split_square,
+    squared_norm,
+    standardized_rows,
+    ustat_square,
+)
+from plugins.testing import DIFFICULT, difficult_views, toy_views
+
+
+def test_gram_only_when_smaller():
+    assert gram_is_cheaper(3, 4)
+    assert not gram_is_cheaper(4, 4)
+    assert not gram_is_cheaper(5, 4)
+
+
+def test_squared_norm_and_its_gradient():
+    matrix = toy_views(5, 4, views=1)[0].requires_grad_()
+    assert squared_norm(matrix).item() == pytest.approx((matrix**2).sum().item())
+    squared_norm(matrix).backward()
+    torch.testing.assert_close(matrix.grad, 2 * matrix.detach())
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(2, 12), width=st.integers(1, 9), exponent=st.integers(-6, 6), shift=st.floats(-1e3, 1e3))
+def test_standardized_rows_give_the_covariance(rows, width, exponent, shift):
+    z = 10.0**exponent * (toy_views(rows, width, views=1)[0] + shift)
+    s, factor = standardized_rows(z)
+    expected = np.atleast_2d(np.cov(z.numpy().T))
+    assert np.abs((s.T @ s).numpy() - expected).max() <= 1e-9 * expected.max()
+    assert factor == pytest.approx((rows - 1) ** -0.5)
+
+
+def test_standardized_rows_keep_a_small_variance_beside_a_large_mean():
+    z = toy_views(64, 3, views=1)[0]
+    s, _ = standardized_rows((z + 1000).float())
+    np.testing.assert_allclose((s.T @ s).numpy(), np.cov(z.numpy().T), rtol=1e-3)
+
+
+def test_standardized_rows_of_several_views_are_separate():
+    views = torch.stack(toy_views(5, 3))
+    s, _ = standardized_rows(views)
+    for view, of_view in zip(views, s, strict=True):
+        torch.testing.assert_close(of_view, standardized_rows(view)[0])
+
+
+def test_too_few_rows():
+    with pytest.raises(ValueError, match="a covariance needs at least 2 rows"):
+        standardized_rows(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="a batch mean needs at least 1 rows"):
+        joined_mean(torch.ones(0))
+    for estimate in (split_square, ustat_square):
+        with pytest.raises(ValueError, match="needs at least 4 rows"):
+            estimate(torch.ones(2, 3, 3))
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("form", ["auto", "covariance", "gram"])
+@pytest.mark.parametrize(("rows", "width"), [(4, 3), (5, 7)])
+def test_unbiased_squares_equal_their_definitions(rows, width, form, views):
+    z = torch.stack(toy_views(rows, width, views=views))
+    quadruples = list(itertools.permutations(range(rows), 4))
+    total = sum(
+        ((u[i] - u[j]) @ (v[k] - v[m])).item() ** 2 / 4
+        for u, v in itertools.product(z, repeat=2)
+        for i, j, k, m in quadruples
+    )
+    assert ustat_square(z, form=form).item() == pytest.approx(total / len(quadruples), rel=1e-11)
+    even, odd = (sum(np.cov(view[part::2].numpy().T) for view in z) for part in (0, 1))
+    assert split_square(z, form=form).item() == pytest.approx(np.trace(even @ odd), rel=1e-11)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(20, 4), (5, 9)])
+def test_covariance_eigenvalues(rows, width):
+    (z,) = toy_views(rows, width, views=1)
+    expected = np.linalg.eigvalsh(np.cov(z.numpy().T))[-min(rows, width) :]
+    np.testing.assert_allclose(covariance_eigenvalues(z).numpy(), expected, atol=1e-12)
+    assert covariance_eigenvalues(z.requires_grad_().to(torch.bfloat16)).dtype == torch.float32
+    assert not covariance_eigenvalues(z).requires_grad
+
+
+@pytest.mark.parametrize("kind", DIFFICULT)
+@pytest.mark.parametrize("shape", [(2, 5), (64, 16), (16, 64)])
+def test_spectral_measures_are_finite_and_in_range(kind, shape):
+    for view in difficult_views(kind, *shape):
+        eigenvalues = covariance_eigenvalues(view)
+        for measure in (participation_ratio, effective_rank):
+            assert 0 <= measure(eigenvalues) <= min(shape) + 1e-4
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 9), padding=st.integers(0, 9), exponent=st.integers(-30, 30))
+def test_spectral_measures_count_equal_modes_at_any_scale(count, padding, exponent):
+    eigenvalues = torch.cat([torch.full((count,), 10.0**exponent), torch.zeros(padding)])
+    assert participation_ratio(eigenvalues).item() == pytest.approx(count, rel=1e-5)
+    assert effective_rank(eigenvalues).item() == pytest.approx(count, rel=1e-5)
+
+
+def test_spectral_measures_of_no_variance_and_of_rounding():
+    assert participation_ratio(torch.zeros(3)) == effective_rank(torch.zeros(3)) == 0
+    rounded = torch.tensor([1.0, 1.0, -1e-7])
+    assert participation_ratio(rounded).item() == effective_rank(rounded).item() == pytest.approx(2)
+
+
+def test_participation_ratio_is_its_formula():
+    s = torch.tensor([3.0, 1.0, 0.5, 0.25])
+    assert participation_ratio(s).item() == pytest.approx((s.sum() ** 2 / (s**2).sum()).item())
+    share = (s / s.sum()).numpy()
+    assert effective_rank(s).item() == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+
+
+def test_attached_gradients_are_scaled_by_what_comes_from_above():
+    x, y = (view.requires_grad_() for view in toy_views(3, 2))
+    value = attach_gradient(torch.tensor(5.0, dtype=torch.float64), [x, y], [2 * x.detach(), torch.ones_like(y)])
+    (3 * value).backward()
+    assert value.item() == 5
+    torch.testing.assert_close(x.grad, 6 * x.detach())
+    torch.testing.assert_close(y.grad, 3 * torch.ones_like(y))

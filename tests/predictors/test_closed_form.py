@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from plugins.distributed import LOCAL
 from plugins.predictors import ClosedFormPredictor, RunningMoment
 from plugins.predictors.moment import eigh
 
@@ -569,3 +570,58 @@ def test_moment_does_not_wait_for_the_device():
         moment.update(z)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# P7 and T3: several processes -----------------------------------------------------------------------------------------
+
+
+def _train(comm, steps, options):
+    """Predict two views a step; what a rank holds in the end, and its last predictions."""
+    predictor = ClosedFormPredictor(6, rho=0.7, comm=comm, **options).double()
+    predictions = []
+    for views in steps:
+        predictions = predictor.predict(list(views))
+    return predictor.state_dict(), predictions
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("counts", [(5, 11), (3, 9, 20), (0, 7, 4)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"alpha": 1.0, "eps": 0.25}, {"mode": "pooled"}, {"center": True}, {"every": 2}],
+    ids=["directpred", "directcopy", "pooled", "center", "every"],
+)
+def test_p7_t3_state_is_that_of_the_joined_batch_on_every_rank(ranks, counts, options):
+    """Ranks of different rows, numbers of rows and means; one non-finite row on the last rank in the second step."""
+    steps = torch.randn(4, 2, sum(counts), 6, dtype=torch.float64)
+    offset = 0
+    for rank, count in enumerate(counts):
+        steps[:, :, offset : offset + count] += 3.0 * rank
+        offset += count
+    steps[1, 0, -1, 2] = math.nan
+    wanted, predictions = _train(LOCAL, steps, options)
+
+    arguments = [(part.contiguous(), options) for part in steps.split(counts, dim=2)]
+    answers = ranks.run(_train, arguments)
+    assert len(answers) == len(counts)
+    for state, _ in answers:
+        for name, value in state.items():
+            assert torch.equal(value, answers[0][0][name]), name  # identical on all ranks, to the bit
+            torch.testing.assert_close(value, wanted[name], rtol=1e-9, atol=1e-10)
+    for view in range(2):
+        joined = torch.cat([part[view] for _, part in answers])
+        torch.testing.assert_close(joined, predictions[view], rtol=1e-9, atol=1e-10)
+
+
+def _moment(comm, z):
+    moment = RunningMoment(6, 0.5, comm=comm)
+    moment.update(z)
+    return moment.C
+
+
+@pytest.mark.ddp
+def test_p7_running_moment_joins_ranks_in_float32(ranks):
+    z = torch.randn(16, 6) * torch.logspace(0, -2, 6)
+    first, second = ranks.run(_moment, [(z[:5],), (z[5:],)])
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, _moment(LOCAL, z), rtol=1e-5, atol=1e-7)

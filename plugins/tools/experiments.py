@@ -482,16 +482,19 @@ class Runner:
         job.process = job.log = None
 
     def _end_processes(self) -> None:
-        """Ask every process to end, then end those that did not."""
+        """Ask every process to end, then end those that did not, at once on a second interrupt."""
         processes = [job.process for job in self.active if job.process is not None]
-        for process in processes:
-            _signal_family(process, signal.SIGTERM)
-        deadline = time.monotonic() + KILL_SECONDS
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(deadline - time.monotonic(), 0.1))
-            _signal_family(process, signal.SIGKILL)
-            process.wait()
+        try:
+            for process in processes:
+                _signal_family(process, signal.SIGTERM)
+            deadline = time.monotonic() + KILL_SECONDS
+            for process in processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(deadline - time.monotonic(), 0.1))
+        finally:
+            for process in processes:
+                _signal_family(process, signal.SIGKILL)
+                process.wait()
         for job in self.active:
             self._close(job)
 

@@ -157,6 +157,13 @@ def test_isotropic_moment_makes_no_predictor():
     torch.testing.assert_close(predictor.W, torch.eye(4))
 
 
+def test_spectrum_of_a_rank_deficient_moment_is_not_negative():
+    moment = RunningMoment(24)
+    moment.update(torch.randn(8, 24))
+    assert torch.linalg.eigvalsh(moment.C).min() < 0  # rounding
+    assert moment.spectrum().min() == 0
+
+
 # P3 and T1: degenerate spectra ----------------------------------------------------------------------------------------
 
 

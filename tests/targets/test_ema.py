@@ -97,6 +97,8 @@ def test_buffers_are_never_copied():
     mean = parallel[1].running_mean.clone()
     teacher = EMATeacher(student, parallel, base=0.0, final=0.0)
     assert teacher.module is parallel
+    assert torch.equal(parallel[0].weight, student[0].weight)  # starts as the student
+    disturb(student)
     student(5 + torch.randn(32, 4))
     teacher.update(0, 10)
     assert torch.equal(parallel[1].running_mean, mean)

@@ -87,13 +87,14 @@ def standardized_rows(
     rows = z.shape[-2]
     if comm.size == 1:
         check_count(rows, least=2, what=what)
-        return (z - z.mean(-2, keepdim=True)) * (rows - 1) ** -0.5, (rows - 1) ** -0.5
+        factor = (rows - 1) ** -0.5
+        return (z - z.mean(-2, keepdim=True)).mul_(factor), factor
     total = comm.sum(torch.cat([z.sum(-2).flatten(), z.new_tensor([rows])]))
     if rows < 2:  # only then can the joined batch be too small, and only then is waiting for the device worth it
         check_count(int(total[-1].item()), least=2, what=what)
     mean = (total[:-1] / total[-1]).unflatten(0, z.shape[:-2] + z.shape[-1:]).unsqueeze(-2)
     factor = (total[-1] - 1).rsqrt()
-    return (z - mean) * factor, factor
+    return (z - mean).mul_(factor), factor
 
 
 def split_square(z: Float[Tensor, "V N D"], *, form: str = "auto") -> Float[Tensor, ""]:

@@ -113,20 +113,22 @@ def _plugin(x: Tensor, y: Tensor, comm: Collective, form: str) -> tuple[Tensor, 
     if form == "gram" or (form == "auto" and gram_is_cheaper(2 * sum(counts), x.shape[1])):
         z = comm.gather_rows(z.transpose(0, 1), counts=counts).transpose(0, 1)
         every, factor = standardized_rows(z, what=what)
+        del z
         first = sum(counts[: comm.rank])
         s = every[:, first : first + rows]
         left, right = s.flatten(0, 1) @ every.flatten(0, 1).T, every.flatten(0, 1)
         square, trace, cross = comm.sum(squared_norm(left)), squared_norm(every), (every[0] * every[1]).sum()
     else:
         s, factor = standardized_rows(z, comm, what=what)
+        del z  # memory is short where rows are wide
         left = s.flatten(0, 1)
         right = comm.sum(left.T @ left)
         square, trace, cross = squared_norm(right), right.trace(), comm.sum((s[0] * s[1]).sum())
     loss = square - 4 * cross
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        swapped = s.flip(0).flatten(0, 1)
-        gradient = torch.addmm(swapped, left, right, beta=-1).mul_(4 * comm.size * factor)
-        loss = attach_gradient(loss, [x, y], gradient.chunk(2))
+        by_x, by_y = (left @ right).chunk(2)
+        scale = 4 * comm.size * factor
+        loss = attach_gradient(loss, [x, y], [by_x.sub_(s[1]).mul_(scale), by_y.sub_(s[0]).mul_(scale)])
     return square, trace, cross, loss
 
 

@@ -6,7 +6,6 @@ workers, and not on whether the run was interrupted. A resumed run therefore see
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 
-import solo_ext.compat  # noqa: F401  (makes solo importable)
+from solo_ext.compat import pl
 from solo_ext.errors import UserError
 
 from solo.utils.pretrain_dataloader import (  # isort: skip
@@ -55,7 +54,7 @@ DATASETS = {
     "imagenet100": DatasetInfo(100, *_IMAGENET, (256, 224)),
     "imagenet": DatasetInfo(1000, *_IMAGENET, (256, 224)),
     "custom": DatasetInfo(None, None, None, None),
-    "digits": DatasetInfo(10, (0.2269, 0.2278, 0.2277), (0.2253, 0.2252, 0.2256), None, flip=False),
+    "digits": DatasetInfo(10, (0.2353, 0.2370, 0.2367), (0.1874, 0.1867, 0.1877), None, flip=False),
 }
 CLASSES = {name: info.classes for name, info in DATASETS.items() if info.classes}
 
@@ -201,28 +200,53 @@ class EpochSeeded(Dataset):
         return self.dataset[index]
 
 
-def training_loader(dataset: Dataset, cfg: DictConfig, *, drop_last: bool) -> DataLoader:
-    """A loader in a repeatable random order.
+class Images(pl.LightningDataModule):
+    """Training and validation images of one run.
+
+    The loaders are made when Lightning asks, since only then is it known how many processes share the training images.
+
+    Args:
+        train: training images.
+        val: validation images, or None.
+        cfg: the configuration.
+        drop_last: whether the last, smaller batch of an epoch is left out.
 
     Raises:
-        UserError: there are fewer images than one batch.
+        UserError: there are fewer training images than one batch.
     """
-    world, rank = 1, 0
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    batch_size, workers = cfg.optimizer.batch_size, cfg.data.num_workers
-    if drop_last and len(dataset) < batch_size * world:
-        raise UserError(f"{cfg.data.train_path} holds {len(dataset)} images, fewer than one batch of {batch_size}")
-    sampler = EpochSampler(dataset, world, rank, shuffle=True, seed=cfg.seed, drop_last=drop_last)
-    return DataLoader(
-        EpochSeeded(dataset, cfg.seed),
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        drop_last=drop_last,
-        persistent_workers=workers > 0,
-    )
+
+    def __init__(self, train: Dataset, val: Dataset | None, cfg: DictConfig, *, drop_last: bool) -> None:
+        super().__init__()
+        self.train, self.val, self.cfg, self.drop_last = train, val, cfg, drop_last
+        self.start_epoch = 0
+        """The epoch at which a resumed run begins: its loader fetches before Lightning tells it the epoch."""
+        batch = cfg.optimizer.batch_size * (cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices))
+        if drop_last and len(train) < batch:
+            raise UserError(f"{cfg.data.train_path} holds {len(train)} images, fewer than one batch of {batch}")
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches in an order that repeats."""
+        world, rank = 1, 0
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        sampler = EpochSampler(self.train, world, rank, shuffle=True, seed=self.cfg.seed, drop_last=self.drop_last)
+        sampler.set_epoch(self.start_epoch)
+        workers = self.cfg.data.num_workers
+        return DataLoader(
+            EpochSeeded(self.train, self.cfg.seed),
+            batch_size=self.cfg.optimizer.batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=self.drop_last,
+            persistent_workers=workers > 0,
+        )
+
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        """All validation images, in order."""
+        if self.val is None:
+            return []
+        return evaluation_loader(self.val, self.cfg.optimizer.batch_size, self.cfg.data.num_workers)
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int) -> DataLoader:

@@ -11,6 +11,7 @@ Everything else in ``solo_ext`` takes the host from here and never imports ``sol
 
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 from solo_ext.errors import UserError
 
@@ -21,9 +22,11 @@ def host_release() -> str:
     Raises:
         UserError: there is none, or it is one that this release cannot drive.
     """
-    if find_spec("solo") is None:
-        raise UserError("solo-learn is not installed; install it with: pip install 'ssl-plugins[solo]'")
-    if find_spec("solo.backbones") is not None:
+    host = find_spec("solo")
+    if host is None:
+        raise UserError("solo-learn is not installed; run ./run_experiments.sh once, or: uv sync --extra solo")
+    # looked for as a folder: importing the package would run the code that has yet to be mended
+    if any((Path(place) / "backbones").is_dir() for place in host.submodule_search_locations or ()):
         raise UserError(
             "the solo-learn found here is a checkout of its main branch; this release drives solo-learn 1.0.2"
         )

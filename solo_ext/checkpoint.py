@@ -1,0 +1,215 @@
+"""Checkpoints: where they lie, what they are checked for before training goes on from them.
+
+As solo-learn lays them out: ``<checkpoint.dir>/<method>/<version>/<name>-<version>-ep=<epoch>.ckpt`` with the whole
+configuration beside it in args.json. Lightning writes each to a temporary file first, so that a kill leaves the old one.
+"""
+
+import json
+import random
+import string
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from solo_ext.compat import pl
+from solo_ext.errors import UserError
+
+ARGS = "args.json"
+_MARK = "solo_ext"
+
+# What has to be the same for a run to be the same run. Paths, devices, logging and the like may change.
+_IDENTITY = (
+    "name",
+    "method",
+    "method_kwargs",
+    "momentum",
+    "backbone",
+    "augmentations",
+    "optimizer",
+    "scheduler",
+    "accumulate_grad_batches",
+    "max_epochs",
+    "seed",
+)
+
+
+def run_folder(cfg: DictConfig, kind: str, version: str | None = None) -> Path:
+    """``<checkpoint.dir>/<kind>/<version>``; the version is ``checkpoint.version``, or a new random one.
+
+    Args:
+        cfg: the configuration.
+        kind: the method's name, or "linear".
+        version: overrides the configuration's.
+    """
+    version = version or cfg.checkpoint.version
+    if not version:
+        letters = random.Random(time.time_ns())
+        version = "offline-" + "".join(letters.choices(string.ascii_lowercase + string.digits, k=8))
+    return Path(cfg.checkpoint.dir) / kind / version
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """The part of a configuration that makes a run this run, data set included."""
+    same = {key: OmegaConf.select(cfg, key) for key in _IDENTITY}
+    same = {key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in same.items()}
+    return {**same, "dataset": cfg.data.dataset}
+
+
+class Checkpointer(pl.Callback):
+    """Saves a checkpoint every ``checkpoint.frequency`` epochs and after the last, and args.json at the start.
+
+    Args:
+        cfg: the configuration.
+        folder: the run's folder.
+    """
+
+    def __init__(self, cfg: DictConfig, folder: Path) -> None:
+        self.cfg = cfg
+        self.folder = folder
+        self.last: Path | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write args.json."""
+        self.write_args(trainer)
+
+    def write_args(self, trainer: pl.Trainer) -> None:
+        """Write the whole configuration, once and for all processes."""
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            args = OmegaConf.to_container(self.cfg, resolve=True)
+            args["wandb_run_id"] = self.folder.name if self.cfg.wandb.enabled else None
+            temporary = self.folder / (ARGS + ".tmp")
+            temporary.write_text(json.dumps(args, indent=1))
+            temporary.replace(self.folder / ARGS)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Save, if it is time to."""
+        epoch = trainer.current_epoch
+        if (epoch + 1) % self.cfg.checkpoint.frequency == 0 or epoch + 1 == trainer.max_epochs:
+            self.save(trainer, epoch)
+
+    def save(self, trainer: pl.Trainer, epoch: int) -> None:
+        """Save a checkpoint and, unless ``checkpoint.keep_prev``, remove the one before. All processes take part."""
+        path = self.folder / f"{self.cfg.name}-{self.folder.name}-ep={epoch}.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero and not self.cfg.checkpoint.keep_prev:
+            for old in self.folder.glob("*.ckpt"):
+                if old != path:
+                    old.unlink()
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write into the checkpoint what it is of."""
+        checkpoint[_MARK] = identity(self.cfg)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint file onto the CPU, tensors and plain values only.
+
+    Raises:
+        UserError: it is not there, broken, or holds code.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from None
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path} is no checkpoint of solo-learn: it has no state_dict")
+    return checkpoint
+
+
+def find_checkpoint(place: str | Path) -> Path:
+    """The checkpoint file at a path, or the newest one in a run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    place = Path(place)
+    if place.is_dir():
+        found = sorted(place.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise UserError(f"there is no checkpoint in {place}")
+        return found[-1]
+    if not place.is_file():
+        raise UserError(f"there is no checkpoint {place}")
+    return place
+
+
+def check_resumable(path: Path, cfg: DictConfig, model: torch.nn.Module) -> int:
+    """Refuse a checkpoint of another method or another network.
+
+    Returns:
+        How many epochs it has behind it.
+
+    Raises:
+        UserError: the sentence says what differs.
+    """
+    checkpoint = read_checkpoint(path)
+    mark = checkpoint.get(_MARK, {})
+    for key in ("method", "method_kwargs"):
+        theirs, ours = mark.get(key), identity(cfg)[key]
+        if key in mark and theirs != ours:
+            raise UserError(f"{path} is a checkpoint of {key} {theirs}, this run trains {key} {ours}")
+    theirs, ours = checkpoint["state_dict"], model.state_dict()
+    for name in (*sorted(set(ours) - set(theirs)), *sorted(set(theirs) - set(ours))):
+        raise UserError(f"{path} is a checkpoint of another network: {name} is in only one of the two")
+    for name, tensor in ours.items():
+        if theirs[name].shape != tensor.shape:
+            shapes = f"{tuple(theirs[name].shape)} there, {tuple(tensor.shape)} here"
+            raise UserError(f"{path} is a checkpoint of another network: {name} is {shapes}")
+    try:
+        return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    except KeyError:
+        raise UserError(f"{path} holds weights only; training cannot go on from it") from None
+
+
+def auto_resume(cfg: DictConfig) -> Path | None:
+    """The newest checkpoint of the same run, not older than ``auto_resume.max_hours``, or None.
+
+    The same run has the same name, seed, method, options, teacher, network, augmentations and optimisation. solo-learn
+    compares neither the options nor the teacher, and so resumes one method from another's checkpoint.
+    """
+    wanted = json.loads(json.dumps(identity(cfg)))
+    oldest = time.time() - cfg.auto_resume.max_hours * 3600
+    found = []
+    for args in (Path(cfg.checkpoint.dir) / cfg.method).glob(f"*/{ARGS}"):
+        checkpoints = sorted(args.parent.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+        if not checkpoints or checkpoints[-1].stat().st_mtime < oldest:
+            continue
+        try:
+            same = identity(OmegaConf.create(json.loads(args.read_text()))) == wanted
+        except (ValueError, AttributeError):
+            continue  # args.json of something else
+        if same:
+            found.append(checkpoints[-1])
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def load_backbone(place: str | Path, backbone: torch.nn.Module) -> None:
+    """Load the backbone of a checkpoint, strictly.
+
+    Args:
+        place: a checkpoint, or the folder of a run.
+        backbone: what it is loaded into.
+
+    Raises:
+        UserError: a weight is missing, left over or of another shape.
+    """
+    path = find_checkpoint(place)
+    state = read_checkpoint(path)["state_dict"]
+    # 1.0.2 called it encoder
+    weights = {}
+    for prefix in ("backbone.", "encoder."):
+        weights.update({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
+    if not weights:
+        raise UserError(f"{path} holds no backbone")
+    try:
+        backbone.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} holds another backbone: {problem}") from None

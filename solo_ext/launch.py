@@ -1,0 +1,132 @@
+"""What the command-line drivers share: finding configurations, starting Hydra, building the trainer."""
+
+import inspect
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from solo_ext.errors import UserError, exit_on_user_error
+
+_PACKAGE = Path(__file__).parent
+
+
+def config_folder(given: str) -> Path:
+    """Where ``--config-path`` is: below the working directory, or among the configurations that we ship.
+
+    Raises:
+        UserError: it is in neither.
+    """
+    path = Path(given).expanduser()
+    # an installed copy has configs/solo in the package, a checkout beside it
+    shipped = Path(*path.parts[2:]) if path.parts[:2] == ("configs", "solo") else path
+    places = [path, _PACKAGE / "configs" / shipped, _PACKAGE.parent / "configs" / "solo" / shipped]
+    for place in places:
+        if place.is_dir():
+            return place.resolve()
+    raise UserError(f"--config-path is no folder: {given}")
+
+
+def run_hydra(task: Callable[[DictConfig], None], usage: str) -> None:
+    """Run a task with the configuration that the command line composes, as solo-learn's scripts do.
+
+    Args:
+        task: what to run; a UserError of it ends the process with its sentence and status 2.
+        usage: printed for ``--help``, and when no configuration is named.
+    """
+    with exit_on_user_error():
+        argv = _split_equals(sys.argv[1:])
+        if not argv or "--help" in argv or "-h" in argv:
+            print(usage)
+            raise SystemExit(0 if argv else 2)
+        folder = config_folder(_value(argv, "--config-path", "-cp"))
+        name = _value(argv, "--config-name", "-cn")
+        if not any((folder / f"{name.removesuffix('.yaml')}{suffix}").is_file() for suffix in (".yaml", ".yml")):
+            have = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none"
+            raise UserError(f"there is no configuration {name!r} in {folder}; it has {have}")
+        argv[_index(argv, "--config-path", "-cp") + 1] = str(folder)
+        sys.argv[1:] = argv
+
+        def guarded(cfg: DictConfig) -> None:
+            with exit_on_user_error():
+                task(cfg)
+
+        quieten()
+        hydra.main(version_base="1.2", config_path=None)(guarded)()
+
+
+def _split_equals(argv: list[str]) -> list[str]:
+    """``--config-name=x`` as two words."""
+    words = []
+    for word in argv:
+        words += word.split("=", 1) if word.startswith("--config-") and "=" in word else [word]
+    return words
+
+
+def _index(argv: list[str], *names: str) -> int:
+    for name in names:
+        if name in argv and argv.index(name) + 1 < len(argv):
+            return argv.index(name)
+    raise UserError(f"{names[0]} is missing; see --help")
+
+
+def _value(argv: list[str], *names: str) -> str:
+    return argv[_index(argv, *names) + 1]
+
+
+def quieten() -> None:
+    """Leave out advice that a user of this command cannot act on."""
+    for text in (
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+        ".*exists and is not empty.*",
+        ".*sync_dist=True.*",
+        ".*You are using `LightningModule.log`.*",
+        ".*in eval mode at the start of training.*",
+        ".*Found .* module.*in eval mode.*",
+        ".*lr_scheduler.step.*",
+        ".*LeafSpec.*",
+        ".*torch.cuda.amp.custom_.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)
+
+
+def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Any]) -> Any:
+    """A Lightning trainer from those entries of the configuration that its constructor takes.
+
+    Raises:
+        UserError: Lightning refuses one.
+    """
+    from solo_ext.compat import pl
+
+    from pytorch_lightning.strategies import DDPStrategy  # isort: skip
+
+    # Lightning sets its own loggers to INFO when it is imported
+    for package in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
+    known = set(inspect.signature(pl.Trainer.__init__).parameters)
+    given = {key: value for key, value in OmegaConf.to_container(cfg, resolve=True).items() if key in known}
+    if given["strategy"] == "ddp":
+        given["strategy"] = DDPStrategy(find_unused_parameters=False)
+    given.update(logger=loggers, callbacks=callbacks, enable_checkpointing=False)
+    given.setdefault("enable_progress_bar", sys.stderr.isatty())
+    given.setdefault("enable_model_summary", False)
+    given.setdefault("num_sanity_val_steps", 0)
+    try:
+        return pl.Trainer(**given)
+    except (TypeError, ValueError, pl.utilities.exceptions.MisconfigurationException) as error:
+        raise UserError(f"the trainer refuses the configuration: {error}") from None
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, without Lightning's line about it."""
+    from solo_ext.compat import pl
+
+    os.environ.setdefault("PL_GLOBAL_SEED", str(seed))
+    pl.seed_everything(seed, workers=True, verbose=False)

@@ -1,0 +1,249 @@
+"""What a run writes about itself: metrics, spectrum, progress, and a summary.
+
+In the run's folder: metrics.csv and TensorBoard events of everything that is logged, eigenvalues.csv when
+``log_eigvals`` is set, and one JSON summary. Weights & Biases joins them when ``wandb.enabled``.
+"""
+
+import csv
+import json
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from solo_ext.compat import pl
+from solo_ext.errors import UserError
+
+from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar  # isort: skip
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger  # isort: skip
+
+_PACKAGES = (
+    "ssl-plugins",
+    "solo-learn",
+    "torch",
+    "torchvision",
+    "pytorch-lightning",
+    "torchmetrics",
+    "numpy",
+    "timm",
+)
+
+
+class AppendingCSVLogger(CSVLogger):
+    """A CSVLogger that keeps the rows of an interrupted run, where Lightning's deletes the file.
+
+    Args:
+        folder: the run's folder.
+        epochs: rows of this epoch and later are dropped, for they are trained again.
+    """
+
+    def __init__(self, folder: Path, epochs: int) -> None:
+        super().__init__(folder, name="", version="", flush_logs_every_n_steps=10**9)
+        self._rows = []
+        metrics = folder / "metrics.csv"
+        if epochs and metrics.is_file():
+            with metrics.open(newline="") as file:
+                self._rows = [row for row in csv.DictReader(file) if row.get("epoch") and float(row["epoch"]) < epochs]
+
+    @property
+    def experiment(self) -> Any:
+        """The writer; made at the first use, with the rows of before."""
+        writer = super().experiment
+        rows, self._rows = self._rows, []
+        writer.metrics.extend({key: value for key, value in row.items() if value != ""} for row in rows)
+        return writer
+
+
+def loggers(cfg: DictConfig, folder: Path, epochs: int) -> list[Any]:
+    """Lightning's loggers of a run.
+
+    Args:
+        cfg: the configuration.
+        folder: the run's folder.
+        epochs: how many epochs a resumed run has behind it.
+    """
+    found: list[Any] = [
+        AppendingCSVLogger(folder, epochs),
+        TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
+    ]
+    if cfg.wandb.enabled:
+        wandb = WandbLogger(
+            name=cfg.name,
+            project=cfg.wandb.project,
+            entity=cfg.wandb.entity,
+            offline=cfg.wandb.offline,
+            id=folder.name,
+            resume="allow",
+        )
+        wandb.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        found.append(wandb)
+    return found
+
+
+def callbacks(cfg: DictConfig, folder: Path) -> list[pl.Callback]:
+    """Progress, random numbers, learning rate, CSV flush."""
+    shown = [TQDMProgressBar()] if sys.stderr.isatty() else [EpochLines()]
+    return [*shown, StopWhenNotFinite(), EpochSeed(cfg.seed), LearningRateMonitor(logging_interval="epoch"), FlushMetrics()]
+
+
+class EpochSeed(pl.Callback):
+    """Seeds torch anew each epoch, so that a resumed run draws what an uninterrupted one draws.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Seed from (seed, epoch, process)."""
+        torch.manual_seed(hash((self.seed, trainer.current_epoch, trainer.global_rank)) & 0x7FFFFFFF)
+
+
+class FlushMetrics(pl.Callback):
+    """Writes metrics.csv at every epoch's end, before the checkpoint that a resumed run goes on from."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write what has been logged."""
+        for logger in trainer.loggers:
+            logger.save()
+
+
+class StopWhenNotFinite(pl.Callback):
+    """Ends a run whose loss is inf or NaN, instead of training on to the last epoch.
+
+    Raises:
+        UserError: at the end of the first such epoch; the checkpoint of the epoch before is kept.
+    """
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Look at the epoch's losses."""
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith("train_") and "loss" in name and not torch.isfinite(value).all():
+                raise UserError(
+                    f"{name} is {float(value)} in epoch {trainer.current_epoch + 1}: training diverged; "
+                    "lower optimizer.lr, or use optimizer.name=lars"
+                )
+
+
+class EpochLines(pl.Callback):
+    """One line an epoch, where there is no terminal to draw a progress bar on."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self.began = time.perf_counter()
+        self.first = trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Print the epoch, the time that is left and the losses and accuracies."""
+        if not trainer.is_global_zero:
+            return
+        done = trainer.current_epoch + 1
+        passed = time.perf_counter() - self.began
+        left = passed / (done - self.first) * (trainer.max_epochs - done)
+        shown = ("train_ssl_loss_epoch", "train_loss_epoch", "train_acc1_epoch", "val_acc1", "val_knn_acc1")
+        values = trainer.callback_metrics
+        text = "  ".join(f"{name.removesuffix('_epoch')} {values[name]:.4g}" for name in shown if name in values)
+        print(f"epoch {done}/{trainer.max_epochs}  {text}  {passed:.0f} s, {left:.0f} s left", flush=True)
+
+
+class SpectrumWriter(pl.Callback):
+    """Writes the spectrum of the embedding's second moment once an epoch: CSV, TensorBoard, and wandb.
+
+    Args:
+        folder: the run's folder; eigenvalues.csv gets the columns epoch, eigval_1 ≥ eigval_2 ≥ …
+        epochs: rows of this epoch and later, of an interrupted run, are dropped.
+    """
+
+    def __init__(self, folder: Path, epochs: int) -> None:
+        self.path = folder / "eigenvalues.csv"
+        self.epochs = epochs
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Drop the rows of epochs that are trained again."""
+        if trainer.is_global_zero and self.path.is_file():
+            header, *rows = self.path.read_text().splitlines()
+            kept = [row for row in rows if int(row.split(",")[0]) < self.epochs]
+            self.path.write_text("\n".join([header, *kept]) + "\n")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Add this epoch's row. Lightning calls the module's own hook later, so the spectrum is computed here."""
+        if not trainer.is_global_zero or module.moment is None:
+            return
+        spectrum = module.moment.spectrum().cpu()
+        new = not self.path.is_file()
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["epoch", *(f"eigval_{index}" for index in range(1, len(spectrum) + 1))])
+            writer.writerow([trainer.current_epoch, *spectrum.tolist()])
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_histogram("eigenvalues", spectrum, trainer.current_epoch)
+            elif isinstance(logger, WandbLogger):
+                import wandb
+
+                logger.experiment.log({"eigenvalues": wandb.Histogram(spectrum.numpy())}, commit=False)
+
+
+class Throughput(pl.Callback):
+    """Measures the training images seen per second, validation left out. ``images_per_second`` is None before a batch."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.seconds = 0.0
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Images of this process, each counted once whatever the number of views."""
+        return self.images / self.seconds if self.images else None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._began: float | None = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch, and stop the clock at the epoch's last."""
+        self.images += len(batch[-1])
+        if trainer.is_last_batch and self._began is not None:
+            self.seconds += time.perf_counter() - self._began
+            self._began = None
+
+
+class BestAccuracy(pl.Callback):
+    """Remembers the best validation accuracy of all epochs, in ``acc1`` (per cent; -inf before the first)."""
+
+    acc1 = float("-inf")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Compare this epoch's."""
+        if "val_acc1" in trainer.callback_metrics:
+            self.acc1 = max(self.acc1, float(trainer.callback_metrics["val_acc1"]))
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what a result depends on."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)

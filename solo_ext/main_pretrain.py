@@ -1,0 +1,122 @@
+"""Pre-train a method with solo-learn: ``python -m solo_ext.main_pretrain --config-path … --config-name …``.
+
+The options are those of solo-learn's main_pretrain.py: a folder of YAML files, the name of one, and overrides.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+USAGE = """usage: python -m solo_ext.main_pretrain --config-path FOLDER --config-name NAME [key=value ...]
+
+Pre-trains a self-supervised method with solo-learn.
+
+  --config-path FOLDER   where the YAML files are: configs/solo/digits, or a folder of your own
+  --config-name NAME     which of them, such as isoloss.yaml
+  key=value              changes an entry of it; +key=value adds one, ++key=value does either
+
+  example: python -m solo_ext.main_pretrain --config-path configs/solo/digits --config-name isoloss.yaml ++max_epochs=5
+
+The run's folder is <checkpoint.dir>/<method>/<checkpoint.version>: args.json, the newest checkpoint, metrics.csv,
+TensorBoard events, eigenvalues.csv with method_kwargs.log_eigvals, and pretrain.json at the end.
+resume_from_checkpoint=FILE goes on from a checkpoint, auto_resume.enabled=True from the newest of the same run.
+max_epochs=0 writes the untrained weights."""
+
+
+def pretrain(cfg: DictConfig) -> Path:
+    """Pre-train as ``cfg`` says.
+
+    Args:
+        cfg: a configuration in the format of solo-learn's main branch, as Hydra composed it.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: something is wrong with the configuration, the data or the checkpoint; nothing has been trained.
+    """
+    from solo_ext.checkpoint import Checkpointer, auto_resume, check_resumable, run_folder
+    from solo_ext.config import parse_pretrain
+    from solo_ext.data import Images, evaluation_transform, image_dataset, pretrain_transform
+    from solo_ext.launch import build_trainer, seed_everything
+    from solo_ext.logs import SpectrumWriter, Throughput, callbacks, loggers, versions, write_json
+    from solo_ext.registry import method_class, register
+
+    register()
+    cfg = parse_pretrain(cfg)
+    given = OmegaConf.to_container(cfg, resolve=True)
+    cls = method_class(cfg)
+    seed_everything(cfg.seed)
+    model = cls(cfg)
+    images = _images(cfg, Images, image_dataset, pretrain_transform, evaluation_transform)
+
+    resumed = cfg.resume_from_checkpoint or (auto_resume(cfg) if cfg.auto_resume.enabled else None)
+    folder = run_folder(cfg, cfg.method)
+    if resumed is not None:
+        resumed = Path(resumed)
+        images.start_epoch = check_resumable(resumed, cfg, model)
+        if not cfg.checkpoint.version:
+            folder = resumed.parent
+        if images.start_epoch >= cfg.max_epochs:
+            print(f"{resumed} is of a finished run of {images.start_epoch} epochs: nothing to train")
+            return folder
+        print(f"resuming after epoch {images.start_epoch} of {cfg.max_epochs} from {resumed}", flush=True)
+
+    throughput, checkpointer = Throughput(), Checkpointer(cfg, folder)
+    extra = [SpectrumWriter(folder, images.start_epoch)] if getattr(model, "log_eigvals", False) else []
+    hooks = [*callbacks(cfg, folder), throughput, *extra, checkpointer]
+    if not cfg.checkpoint.enabled:
+        hooks.remove(checkpointer)
+    trainer = build_trainer(cfg, loggers(cfg, folder, images.start_epoch), hooks)
+
+    began = time.perf_counter()
+    if cfg.max_epochs == 0:
+        trainer.strategy.connect(model)
+        checkpointer.write_args(trainer)
+        trainer.save_checkpoint(folder / f"{cfg.name}-{folder.name}-ep=0.ckpt", weights_only=True)
+    else:
+        trainer.fit(model, datamodule=images, ckpt_path=resumed, weights_only=True if resumed else None)
+    if trainer.is_global_zero:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        summary: dict[str, Any] = {
+            "framework": "solo-learn",
+            "method": cfg.method,
+            "dataset": cfg.data.dataset,
+            "seed": cfg.seed,
+            "epochs": cfg.max_epochs,
+            "seconds": time.perf_counter() - began,
+            "images_per_second": throughput.images_per_second,
+            "metrics": metrics,
+            "versions": versions(),
+            "config": given,
+        }
+        write_json(folder / "pretrain.json", summary)
+        print(f"wrote {folder}", flush=True)
+    return folder
+
+
+def _images(cfg: DictConfig, images: Any, open_dataset: Any, train_transform: Any, val_transform: Any) -> Any:
+    """The data module of a pre-training; no validation images where there are none, or no labels."""
+    data = cfg.data
+    train = open_dataset(
+        data.dataset, data.train_path, "pretrain", train_transform(cfg), indexed=True, no_labels=data.no_labels
+    )
+    val = None
+    if data.val_path is not None and not data.no_labels:
+        view = cfg.augmentations[0]
+        transform = val_transform(data.dataset, view.crop_size, view)
+        val = open_dataset(data.dataset, data.val_path, "val", transform, indexed=False, no_labels=False)
+    return images(train, val, cfg, drop_last=True)
+
+
+def main() -> None:
+    """The command."""
+    from solo_ext.launch import run_hydra
+
+    run_hydra(pretrain, USAGE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Digits, configurations and runs that the solo-learn tests share."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "solo" / "digits"
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real digits, thinned out: 96 training and 40 validation images."""
+    from plugins.tools.data import make_digits
+
+    full = tmp_path_factory.mktemp("full") / "digits"
+    make_digits(full)
+    few = tmp_path_factory.mktemp("few")
+    for split, count in (("train", 96), ("val", 40)):
+        classes = sorted((full / split).iterdir())
+        for index in range(count):
+            folder = classes[index % 10]
+            source = sorted(folder.iterdir())[index // 10]
+            target = few / split / folder.name / source.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    return few
+
+
+@pytest.fixture
+def compose(digits: Path, tmp_path: Path) -> Callable:
+    """compose(name, *overrides) → a configuration of configs/solo/digits on the thinned digits, small and quick."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    def build(name: str, *overrides: str):
+        quick = [
+            f"data.train_path={digits / 'train'}",
+            f"data.val_path={digits / 'val'}",
+            f"checkpoint.dir={tmp_path / 'runs'}",
+            "optimizer.batch_size=32",
+            "++max_epochs=1",
+        ]
+        small = ["method_kwargs.proj_hidden_dim=32", "method_kwargs.proj_output_dim=16"]
+        with initialize_config_dir(str(CONFIGS), version_base="1.2"):
+            linear = name.startswith(("linear", "supervised"))
+            return hydra_compose(name, [*quick, *([] if linear else small), *overrides])
+
+    return build

@@ -1,0 +1,186 @@
+"""The generic adapter: the numbers are those of plugins, and solo-learn's steps move what they should."""
+
+import numpy as np
+import pytest
+import torch
+
+from plugins.distributed import LOCAL
+from plugins.methods import METHODS
+from plugins.spec import Embeddings
+from solo_ext.compat import native_methods, pl
+from solo_ext.config import parse_pretrain
+from solo_ext.errors import UserError
+from solo_ext.registry import method_class, plugin_methods, register
+
+pytestmark = pytest.mark.solo
+
+
+def _build(cfg, dtype=torch.float32):
+    cfg = parse_pretrain(cfg)
+    torch.manual_seed(0)
+    model = method_class(cfg)(cfg).to(dtype)
+    model.log_dict = lambda *args, **kwargs: None
+    model.log = lambda *args, **kwargs: None
+    return model
+
+
+def _batch(dtype=torch.float32, rows=8):
+    generator = torch.Generator().manual_seed(1)
+    views = [torch.randn(rows, 3, 16, 16, generator=generator, dtype=dtype) for _ in range(2)]
+    return torch.arange(rows), views, torch.arange(rows) % 10
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_loss_and_gradients_are_those_of_plugins(name, compose):
+    model = _build(compose(name, "method_kwargs.log_eigvals=False", "knn_eval.enabled=False"), torch.float64).train()
+    batch = _batch(torch.float64)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    parameters = [*model.backbone.parameters(), *model.projector.parameters()]
+    total = model.training_step(batch, 0)
+    gradients = torch.autograd.grad(total, parameters)
+
+    model.load_state_dict(state)
+    feats = [model.backbone(view) for view in batch[1]]
+    z = [model.projector(f) for f in feats]
+    p = model.predictor.predict(z) if model.predictor is not None else z
+    if METHODS[name].teacher:
+        with torch.no_grad():
+            targets = [model.momentum_projector(model.momentum_backbone(view)) for view in batch[1]]
+    else:
+        targets = [v.detach() for v in z]
+    loss = METHODS[name].loss(Embeddings(z, p, targets), model.options, LOCAL).loss
+    classifier = sum(torch.nn.functional.cross_entropy(model.classifier(f.detach()), batch[2]) for f in feats) / 2
+    torch.testing.assert_close(total, loss + classifier, rtol=1e-12, atol=1e-12)
+    for one, other in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["byol", "simsiam"])
+def test_our_byol_and_simsiam_are_solo_learns(name, compose):
+    ours = _build(compose(name, "knn_eval.enabled=False"), torch.float64).train()
+    native = _build(compose(name, "knn_eval.enabled=False", "~method_kwargs.log_eigvals"), torch.float64).train()
+    assert type(ours) is plugin_methods()[name] and type(native) is native_methods()[name]
+    missing, unexpected = native.load_state_dict(ours.state_dict(), strict=False)
+    assert all("bias" in key for key in missing)  # a bias that solo-learn freezes and batch norm removes
+    assert all(key.startswith("embedding_moment") for key in unexpected)
+    for key in missing:
+        torch.nn.init.zeros_(native.get_parameter(key))
+    losses = [model.training_step(_batch(torch.float64), 0) for model in (ours, native)]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+    for key in ("backbone.conv1.weight", "projector.0.weight", "predictor.0.weight"):
+        gradients = [torch.autograd.grad(loss, model.get_parameter(key), retain_graph=True)[0]
+                     for loss, model in zip(losses, (ours, native), strict=True)]  # fmt: skip
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["isoloss", "directcopy", "byol"])
+def test_t2_evaluation_leaves_the_moment_alone(name, compose):
+    model = _build(compose(name, "knn_eval.enabled=False"))
+    model.training_step(_batch(), 0)
+    before = {key: value.clone() for key, value in model.moment.state_dict().items()}
+    assert before["C"].abs().sum() > 0
+    model.eval()
+    with torch.no_grad():
+        model.validation_step((torch.randn(8, 3, 16, 16), torch.arange(8)), 0)
+        model(torch.randn(8, 3, 16, 16))
+    for key, value in model.moment.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_t16_no_forward_pass_of_a_teacher_that_is_the_student(compose):
+    passes = {}
+    for tau in (0.0, 0.99):
+        model = _build(compose("isoloss", f"momentum.base_tau={tau}", f"momentum.final_tau={tau}"))
+        model.knn_eval = False
+        passes[tau] = 0
+
+        def count(*_, tau=tau):
+            passes[tau] += 1
+
+        model.momentum_backbone.register_forward_hook(count)
+        model.training_step(_batch(), 0)
+    assert passes == {0.0: 0, 0.99: 2}
+
+
+def test_p9_without_teacher_the_targets_are_the_projections(compose):
+    """At τ = 0 the teacher is a copy of the student: with and without its forward pass the loss is the same."""
+    overrides = ("momentum.base_tau=0.0", "momentum.final_tau=0.0", "knn_eval.enabled=False")
+    model = _build(compose("isoloss", *overrides), torch.float64)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    short = model.training_step(_batch(torch.float64), 0)
+    model.load_state_dict(state)
+    model.has_teacher = True
+    full = model.training_step(_batch(torch.float64), 0)
+    torch.testing.assert_close(short, full, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_three_real_steps_move_every_parameter(name, compose):
+    from solo_ext.data import Images, evaluation_transform, image_dataset, pretrain_transform
+
+    cfg = parse_pretrain(compose(name, "scheduler.name=none", "optimizer.lr=0.01"))
+    model = method_class(cfg)(cfg)
+    folder = cfg.data.train_path
+    train = image_dataset("digits", folder, "pretrain", pretrain_transform(cfg), indexed=True, no_labels=False)
+    val = image_dataset("digits", cfg.data.val_path, "val", evaluation_transform("digits"), indexed=False, no_labels=0)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=Images(train, val, cfg, drop_last=True))
+    assert trainer.global_step == 3
+    still = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
+    assert still == []
+    metrics = trainer.callback_metrics
+    logged = {"train_ssl_loss_epoch", "train_z_std_epoch", "train_acc1_epoch", "val_acc1", "val_knn_acc1"}
+    eigen = {f"eigval_metrics/{s}" for s in ("eigval_min", "eigval_max", "eigval_mean", "eigval_std", "part_ratio")}
+    assert {*logged, *eigen} <= set(metrics)
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+    assert 1 <= metrics["eigval_metrics/part_ratio"] <= 16
+
+
+# the registry
+
+
+def test_unknown_method_lists_the_known(compose):
+    with pytest.raises(UserError, match=r"unknown method 'isolos'; choose from .*isoloss.*vicreg"):
+        method_class(parse_pretrain(compose("isoloss", "method=isolos")))
+
+
+def test_misspelt_option_lists_the_known(compose):
+    with pytest.raises(UserError, match=r"no option 'alhpa'; it knows alpha, .*dp_alpha"):
+        method_class(parse_pretrain(compose("isoloss", "+method_kwargs.alhpa=1")))
+
+
+def test_names_of_the_forks_are_understood(compose):
+    cfg = compose(
+        *("directpred", "~method_kwargs.rho", "+method_kwargs.iso=true", "+method_kwargs.dp_tau=0.5"),
+        *("+method_kwargs.dp_alpha=1", "+method_kwargs.eps_iso=0.25", "+method_kwargs.use_l2=true"),
+    )
+    options = _build(cfg).options
+    wanted = {"iso": True, "rho": 0.5, "alpha": 1.0, "eps": 0.25, "metric": "euclidean"}
+    assert {key: options[key] for key in wanted} == wanted
+    assert method_class(parse_pretrain(compose("ssl_ey", "method=ssley"))) is plugin_methods()["ssl_ey"]
+
+
+def test_solo_learn_keeps_its_names_unless_an_option_is_ours(compose):
+    plain = parse_pretrain(compose("byol", "~method_kwargs.log_eigvals"))
+    assert method_class(plain) is native_methods()["byol"]
+    assert method_class(parse_pretrain(compose("byol"))) is plugin_methods()["byol"]
+
+
+def test_register_is_repeatable_and_refuses_a_taken_name():
+    from solo.methods import METHODS as host
+
+    register()
+    register()
+    assert host["isoloss"] is plugin_methods()["isoloss"]
+    assert host["byol"].__module__ == "solo.methods.byol"
+    with pytest.raises(ValueError, match=r"'byol' is registered twice: solo\.methods\.byol\.BYOL and "):
+        register({"byol": plugin_methods()["byol"]})

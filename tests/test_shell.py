@@ -1,0 +1,175 @@
+"""run_experiments.sh, in a folder of its own with stand-ins for uv and the checkers; nothing is installed."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "run_experiments.sh"
+
+UV = """#!/bin/bash
+if [[ $1 == --version ]]; then echo "uv 1.2.3"; exit 0; fi
+echo "uv $* | VIRTUAL_ENV=${VIRTUAL_ENV-} PYTHONPATH=${PYTHONPATH-} DOWNLOADS=$UV_PYTHON_DOWNLOADS" >> calls.txt
+if [[ -f broken ]]; then echo "no such package" >&2; exit 4; fi
+mkdir -p .venv/bin
+for tool in ruff lint-imports pyright; do
+    printf '#!/bin/bash\\necho "%s $*" >> calls.txt\\n[[ ! -f broken-%s ]]\\n' $tool $tool > .venv/bin/$tool
+    chmod +x .venv/bin/$tool
+done
+printf '#!/bin/bash\\necho "python $*" >> calls.txt\\n[[ ! -f broken-python ]]\\n' > .venv/bin/python
+chmod +x .venv/bin/python
+"""
+
+EXPERIMENTS = """
+import sys
+if "--check" in sys.argv and "nonsense" in sys.argv:
+    print("error: unknown suite", file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def write_program(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the script with a small package, and the stand-in for uv in ``bin``."""
+    folder = tmp_path / "check out"
+    (folder / "plugins" / "tools").mkdir(parents=True)
+    shutil.copy(SCRIPT, folder)
+    (folder / "pyproject.toml").write_text("[project]\n")
+    (folder / "uv.lock").write_text("stale\n")
+    for package in (folder / "plugins", folder / "plugins" / "tools"):
+        (package / "__init__.py").touch()
+    (folder / "plugins" / "tools" / "experiments.py").write_text(EXPERIMENTS)
+    write_program(tmp_path / "bin" / "uv", UV)
+    return folder
+
+
+def call(checkout, *arguments, **environment):
+    """Run the script from another directory."""
+    path = f"{checkout.parent / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", str(checkout / "run_experiments.sh"), *arguments],
+        cwd=checkout.parent,
+        env={**os.environ, "PATH": path, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def calls(checkout):
+    file = checkout / "calls.txt"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_syntax():
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    assert os.access(SCRIPT, os.X_OK)
+
+
+def test_help_makes_no_environment(checkout):
+    for option in ("--help", "-h"):
+        done = call(checkout, option)
+        assert done.returncode == 0
+        assert "usage: ./run_experiments.sh" in done.stdout
+    assert not (checkout / ".venv").exists()
+
+
+def test_default_is_the_digits_suite(checkout):
+    done = call(checkout)
+    assert done.returncode == 0, done.stderr
+    assert calls(checkout)[-1] == "python -m plugins.tools.experiments digits"
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [(["--list"], "digits --list"), (["toy", "--only", "a b"], "toy --only a b"), (["digits"], "digits")],
+)
+def test_options_are_passed_on(checkout, given, passed):
+    assert call(checkout, *given).returncode == 0
+    assert calls(checkout)[-1] == f"python -m plugins.tools.experiments {passed}"
+
+
+def test_a_wrong_command_line_makes_no_environment(checkout):
+    done = call(checkout, "nonsense")
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown suite\n"
+    assert not (checkout / ".venv").exists()
+
+
+def test_status_of_the_suite_is_that_of_the_script(checkout):
+    call(checkout)
+    (checkout / "broken-python").touch()
+    assert call(checkout).returncode != 0
+
+
+def test_environment_is_made_once(checkout):
+    assert "making the environment" in call(checkout).stdout
+    assert "used again" in call(checkout).stdout
+    made = [line for line in calls(checkout) if line.startswith("uv ")]
+    assert len(made) == 1
+    assert made[0].startswith("uv sync --all-extras --python /")
+    assert not (checkout / "uv.lock").exists()
+
+
+def test_environment_is_made_anew_when_the_requirements_change(checkout):
+    call(checkout)
+    (checkout / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    assert "making the environment" in call(checkout).stdout
+    assert "used again" in call(checkout).stdout
+
+
+def test_environment_of_the_caller_does_not_leak(checkout):
+    call(checkout, VIRTUAL_ENV="/elsewhere", PYTHONPATH="/elsewhere", UV_PROJECT_ENVIRONMENT="/elsewhere")
+    assert calls(checkout)[0].endswith("| VIRTUAL_ENV= PYTHONPATH= DOWNLOADS=never")
+
+
+def test_failed_installation_says_which_step_and_is_tried_again(checkout):
+    (checkout / "broken").touch()
+    done = call(checkout)
+    assert done.returncode == 1
+    assert "no such package" in done.stderr
+    assert "error: uv could not make the environment" in done.stderr
+    (checkout / "broken").unlink()
+    assert "making the environment" in call(checkout).stdout
+
+
+def test_old_python_is_refused(checkout):
+    for name in ("python", "python3", *(f"python3.{minor}" for minor in range(10, 14))):
+        old = '#!/bin/bash\ncase "$2" in *print*) echo 3.8;; *) exit 1;; esac\n'
+        write_program(checkout.parent / "bin" / name, old)
+    done = call(checkout, PYTHON="")
+    assert done.returncode == 1
+    assert "Python 3.10 or newer is needed (python3 is 3.8" in done.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_all_checks_run_even_when_some_fail(checkout):
+    call(checkout)
+    (checkout / "broken-ruff").touch()
+    done = call(checkout, "test", "-k", "isoloss")
+    assert done.returncode == 1
+    assert calls(checkout)[-5:] == [
+        "ruff check .",
+        "ruff format --check .",
+        "lint-imports ",
+        "pyright plugins",
+        "python -m pytest -k isoloss",
+    ]
+    assert "passed: lint-imports, pyright, pytest" in done.stdout
+    assert "failed: ruff check (status 1), ruff format (status 1)" in done.stderr
+
+
+def test_passing_checks_give_status_zero(checkout):
+    done = call(checkout, "test")
+    assert done.returncode == 0, done.stderr
+    assert "passed: ruff check, ruff format, lint-imports, pyright, pytest" in done.stdout

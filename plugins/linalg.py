@@ -60,7 +60,7 @@ def joined_mean(values: Float[Tensor, " B"], comm: Collective = LOCAL) -> Float[
 
 
 def standardized_rows(
-    z: Float[Tensor, "*V B D"], comm: Collective = LOCAL, *, what: str = "a covariance"
+    z: Float[Tensor, "*V B D"], comm: Collective = LOCAL, *, what: str = "a covariance", overwrite: bool = False
 ) -> tuple[Float[Tensor, "*V B D"], float | Float[Tensor, ""]]:
     """Rows minus the joined column means, times ``1 / sqrt(N - 1)``: S, of which ``S^T S`` is the unbiased covariance.
 
@@ -72,6 +72,7 @@ def standardized_rows(
         z: rows of this process, for each view.
         comm: the processes that share the batch.
         what: the quantity that needs two rows, for the error message.
+        overwrite: write S into z, which then must be the caller's own: fresh memory costs more time than the sums.
 
     Returns:
         S and the factor ``1 / sqrt(N - 1)``; the factor is a tensor where only the device knows N.
@@ -88,13 +89,14 @@ def standardized_rows(
     if comm.size == 1:
         check_count(rows, least=2, what=what)
         factor = (rows - 1) ** -0.5
-        return (z - z.mean(-2, keepdim=True)).mul_(factor), factor
+        mean = z.mean(-2, keepdim=True)
+        return (z.sub_(mean) if overwrite else z - mean).mul_(factor), factor
     total = comm.sum(torch.cat([z.sum(-2).flatten(), z.new_tensor([rows])]))
     if rows < 2:  # only then can the joined batch be too small, and only then is waiting for the device worth it
         check_count(int(total[-1].item()), least=2, what=what)
     mean = (total[:-1] / total[-1]).unflatten(0, z.shape[:-2] + z.shape[-1:]).unsqueeze(-2)
     factor = (total[-1] - 1).rsqrt()
-    return (z - mean).mul_(factor), factor
+    return (z.sub_(mean) if overwrite else z - mean).mul_(factor), factor
 
 
 def split_square(z: Float[Tensor, "V N D"], *, form: str = "auto") -> Float[Tensor, ""]:

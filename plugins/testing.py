@@ -91,9 +91,11 @@ class RankPool:
         replies: dict[int, tuple[str | None, Any]] = {}
         patience = self.timeout
         while len(replies) < len(pipes):
-            ready = connection.wait([pipe for rank, pipe in enumerate(pipes) if rank not in replies], patience)
-            for pipe in ready:
-                rank = pipes.index(pipe)
+            waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in replies}
+            ready = set(connection.wait(list(waiting), patience))
+            for pipe, rank in waiting.items():
+                if pipe not in ready:
+                    continue
                 try:
                     replies[rank] = pickle.loads(pipe.recv_bytes())
                 except EOFError:
@@ -139,7 +141,7 @@ class RankPool:
         if self._processes:
             return
         methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         context.set_forkserver_preload(["torch", "pytest", "hypothesis"])  # imported once instead of once per rank
         self._folder = tempfile.TemporaryDirectory(prefix="ranks")
         rendezvous = (Path(self._folder.name) / "rendezvous").as_uri()

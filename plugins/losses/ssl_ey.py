@@ -112,15 +112,14 @@ def _plugin(x: Tensor, y: Tensor, comm: Collective, form: str) -> tuple[Tensor, 
     counts = [] if form == "covariance" else comm.row_counts(rows, x.device)
     if form == "gram" or (form == "auto" and gram_is_cheaper(2 * sum(counts), x.shape[1])):
         z = comm.gather_rows(z.transpose(0, 1), counts=counts).transpose(0, 1)
-        every, factor = standardized_rows(z, what=what)
-        del z
+        every, factor = standardized_rows(z, what=what, overwrite=True)
         first = sum(counts[: comm.rank])
         s = every[:, first : first + rows]
         left, right = s.flatten(0, 1) @ every.flatten(0, 1).T, every.flatten(0, 1)
-        square, trace, cross = comm.sum(squared_norm(left)), squared_norm(every), (every[0] * every[1]).sum()
+        own = left.view(2, rows, 2, -1)[..., first : first + rows].diagonal(dim1=1, dim2=3).sum(-1)  # tr of u v^T
+        square, trace, cross = comm.sum(torch.stack([squared_norm(left), own.trace(), own[0, 1]])).unbind()
     else:
-        s, factor = standardized_rows(z, comm, what=what)
-        del z  # memory is short where rows are wide
+        s, factor = standardized_rows(z, comm, what=what, overwrite=True)
         left = s.flatten(0, 1)
         right = comm.sum(left.T @ left)
         square, trace, cross = squared_norm(right), right.trace(), comm.sum((s[0] * s[1]).sum())

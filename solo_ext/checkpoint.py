@@ -36,19 +36,18 @@ _IDENTITY = (
 )
 
 
-def run_folder(cfg: DictConfig, kind: str, version: str | None = None) -> Path:
+def run_folder(cfg: DictConfig, kind: str) -> Path:
     """``<checkpoint.dir>/<kind>/<version>``; the version is ``checkpoint.version``, or a new random one.
 
     Args:
         cfg: the configuration.
-        kind: the method's name, or "linear".
-        version: overrides the configuration's.
+        kind: the method's name, or "linear"; ``checkpoint.group`` replaces it.
     """
-    version = version or cfg.checkpoint.version
+    version = cfg.checkpoint.version
     if not version:
         letters = random.Random(time.time_ns())
         version = "offline-" + "".join(letters.choices(string.ascii_lowercase + string.digits, k=8))
-    return Path(cfg.checkpoint.dir) / kind / version
+    return Path(cfg.checkpoint.dir) / (cfg.checkpoint.group or kind) / version
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
@@ -90,6 +89,13 @@ class Checkpointer(pl.Callback):
         epoch = trainer.current_epoch
         if (epoch + 1) % self.cfg.checkpoint.frequency == 0 or epoch + 1 == trainer.max_epochs:
             self.save(trainer, epoch)
+
+    def save_weights(self, model: torch.nn.Module) -> None:
+        """Write a checkpoint of a network as it is, before any training: weights, and what they are of."""
+        path = self.folder / f"{self.cfg.name}-{self.folder.name}-ep=0.ckpt"
+        temporary = path.with_suffix(".tmp")
+        torch.save({"state_dict": model.state_dict(), _MARK: identity(self.cfg)}, temporary)
+        temporary.replace(path)
 
     def save(self, trainer: pl.Trainer, epoch: int) -> None:
         """Save a checkpoint and, unless ``checkpoint.keep_prev``, remove the one before. All processes take part."""
@@ -177,7 +183,7 @@ def auto_resume(cfg: DictConfig) -> Path | None:
     wanted = json.loads(json.dumps(identity(cfg)))
     oldest = time.time() - cfg.auto_resume.max_hours * 3600
     found = []
-    for args in (Path(cfg.checkpoint.dir) / cfg.method).glob(f"*/{ARGS}"):
+    for args in (Path(cfg.checkpoint.dir) / (cfg.checkpoint.group or cfg.method)).glob(f"*/{ARGS}"):
         checkpoints = sorted(args.parent.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
         if not checkpoints or checkpoints[-1].stat().st_mtime < oldest:
             continue

@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from solo_ext.compat import BaseMethod
 from solo_ext.data import CLASSES, DATASETS
 from solo_ext.errors import UserError
 
@@ -32,6 +33,7 @@ _SHARED_DEFAULTS: dict[str, Any] = {
         "frequency": 1,
         "keep_prev": False,
         "version": None,
+        "group": None,
     },
     "auto_resume": {"enabled": False, "max_hours": 36},
     "wandb": {"enabled": False, "entity": None, "project": "solo-learn", "offline": False},
@@ -62,7 +64,7 @@ def parse_pretrain(cfg: DictConfig) -> DictConfig:
     Raises:
         UserError: something is missing or wrong.
     """
-    cfg = _shared(cfg, {"momentum": {}, "method_kwargs": {}, "knn_eval": {"enabled": False}})
+    cfg = BaseMethod.add_and_assert_specific_cfg(_shared(cfg, {}))
     _require(cfg, "method", "augmentations", "optimizer.classifier_lr")
     if cfg.optimizer.batch_size < 2:
         raise UserError(f"optimizer.batch_size must be at least 2, got {cfg.optimizer.batch_size}")

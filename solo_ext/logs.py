@@ -129,7 +129,7 @@ class StopWhenNotFinite(pl.Callback):
             if name.startswith("train_") and "loss" in name and not torch.isfinite(value).all():
                 raise UserError(
                     f"{name} is {float(value)} in epoch {trainer.current_epoch + 1}: training diverged; "
-                    "lower optimizer.lr, or use optimizer.name=lars"
+                    "lower optimizer.lr, or take optimizer.name=adam or lars"
                 )
 
 

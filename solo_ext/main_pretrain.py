@@ -73,9 +73,8 @@ def pretrain(cfg: DictConfig) -> Path:
 
     began = time.perf_counter()
     if cfg.max_epochs == 0:
-        trainer.strategy.connect(model)
         checkpointer.write_args(trainer)
-        trainer.save_checkpoint(folder / f"{cfg.name}-{folder.name}-ep=0.ckpt", weights_only=True)
+        checkpointer.save_weights(model)
     else:
         trainer.fit(model, datamodule=images, ckpt_path=resumed, weights_only=True if resumed else None)
     if trainer.is_global_zero:

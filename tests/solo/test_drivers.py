@@ -1,0 +1,275 @@
+"""The commands: what they write, what they refuse, and that a killed run ends as one that was never killed."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from solo_ext import main_knn, main_linear, main_pretrain
+from solo_ext.checkpoint import auto_resume, find_checkpoint
+from solo_ext.config import parse_pretrain
+from solo_ext.errors import UserError
+
+pytestmark = pytest.mark.solo
+ROOT = Path(__file__).parents[2]
+
+
+def _arguments(digits: Path, out: Path, name: str, *more: str) -> list[str]:
+    return [
+        *("--config-path", str(ROOT / "configs" / "solo" / "digits"), "--config-name", name),
+        *(f"data.train_path={digits / 'train'}", f"data.val_path={digits / 'val'}", f"++checkpoint.dir={out}"),
+        *("optimizer.batch_size=32", *more),
+    ]
+
+
+def _run(main, argv, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["prog", *argv])
+    main()
+
+
+def _refused(main, argv, monkeypatch, capfd) -> str:
+    """The one sentence with which a command refuses."""
+    with pytest.raises(SystemExit) as stopped:
+        _run(main, argv, monkeypatch)
+    out, err = capfd.readouterr()
+    assert stopped.value.code == 2
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in err
+    assert "epoch 1/" not in out
+    return lines[0]
+
+
+@pytest.mark.slow
+def test_pretrain_then_knn_then_linear(digits, tmp_path, monkeypatch, capfd):
+    more = ("max_epochs=2", "++checkpoint.version=v", "seed=3")
+    _run(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", *more), monkeypatch)
+    run = tmp_path / "isoloss" / "v"
+    assert {path.name for path in run.iterdir()} == {
+        *("args.json", "eigenvalues.csv", "isoloss-digits-v-ep=1.ckpt", "metrics.csv", "pretrain.json", "tensorboard"),
+    }
+    rows = list(csv.DictReader((run / "eigenvalues.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    spectrum = [float(rows[1][f"eigval_{index}"]) for index in range(1, 129)]
+    assert spectrum == sorted(spectrum, reverse=True) and spectrum[0] > 0
+    logged = set().union(*(row.keys() for row in csv.DictReader((run / "metrics.csv").open())))
+    assert {"eigval_metrics/part_ratio", "train_z_std_epoch", "val_acc1", "train_acc1_epoch", "tau"} <= logged
+    summary = json.loads((run / "pretrain.json").read_text())
+    assert summary["seed"] == 3 and summary["epochs"] == 2 and summary["images_per_second"] > 0
+    assert summary["config"]["method_kwargs"]["rho"] == 0.99
+    state = torch.load(find_checkpoint(run), weights_only=True)["state_dict"]
+    prefixes = {name.split(".")[0] for name in state}
+    assert prefixes == {
+        *("backbone", "classifier", "momentum_backbone", "momentum_projector", "predictor", "projector"),
+    }
+    assert "epoch 2/2" in capfd.readouterr().out
+
+    knn = [
+        *("--pretrained_checkpoint_dir", str(run), "--dataset", "digits", "--k", "5", "20"),
+        *("--train_data_path", str(digits / "train"), "--val_data_path", str(digits / "val")),
+        *("--feature_type", "backbone", "projector", "--distance_function", "cosine", "euclidean"),
+        *("--output", str(tmp_path / "knn.json"), "--num_workers", "0"),
+    ]
+    _run(main_knn.main, knn, monkeypatch)
+    rows = json.loads((tmp_path / "knn.json").read_text())
+    assert len(rows) == 8 and all(0 <= row["acc1"] <= row["acc5"] <= 100 for row in rows)
+
+    linear = ("max_epochs=3", "++check_val_every_n_epoch=1", f"pretrained_feature_extractor={run}")
+    more = (*linear, "++checkpoint.version=w")
+    _run(main_linear.main, _arguments(digits, tmp_path, "linear", *more), monkeypatch)
+    found = json.loads((tmp_path / "linear" / "w" / "linear.json").read_text())
+    assert found["train_images"] == 96 and 0 <= found["acc1"] <= found["best_acc1"] <= 100
+    frozen = torch.load(find_checkpoint(tmp_path / "linear" / "w"), weights_only=True)["state_dict"]
+    assert all(torch.equal(frozen[name], state[name]) for name in frozen if name.startswith("backbone."))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["byol", "vicreg"])
+def test_native_methods_run_from_a_yaml_of_main(method, digits, tmp_path, monkeypatch):
+    """BYOL and VICReg as main's scripts/pretrain/cifar configures them, on digits, on a CPU."""
+    kwargs = {
+        "byol": {"proj_hidden_dim": 64, "proj_output_dim": 32, "pred_hidden_dim": 64},
+        "vicreg": {
+            **{"proj_hidden_dim": 64, "proj_output_dim": 64},
+            **{"sim_loss_weight": 25.0, "var_loss_weight": 25.0, "cov_loss_weight": 1.0},
+        },
+    }[method]
+    config = (ROOT / "configs" / "solo" / "digits" / "base.yaml").read_text()
+    config += "\nmethod: " + method + "\nmethod_kwargs: " + json.dumps(kwargs) + "\n"
+    (tmp_path / "native.yaml").write_text(config)
+    argv = _arguments(digits, tmp_path / "out", "native", "max_epochs=1", "++checkpoint.version=v", "knn_eval.k=3")
+    argv[1] = str(tmp_path)
+    lars = ("kwargs.eta=0.02", "kwargs.clip_lr=true", "kwargs.exclude_bias_n_norm=true")
+    more = ("optimizer.name=lars", *(f"++optimizer.{entry}" for entry in lars))
+    _run(main_pretrain.main, [*argv, *more], monkeypatch)
+    summary = json.loads((tmp_path / "out" / method / "v" / "pretrain.json").read_text())
+    assert {"val_acc1", "val_knn_acc1", "train_acc1"} <= set(summary["metrics"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["isoloss", "ssl_ey"])
+def test_a_killed_run_resumes_to_the_same_weights(method, digits, tmp_path, monkeypatch):
+    """SIGKILL in mid-epoch, then auto-resume: weights, predictor, teacher and logs equal the uninterrupted run's."""
+    more = ("max_epochs=3", "auto_resume.enabled=true", "++checkpoint.version=v", "++data.num_workers=0")
+    _run(main_pretrain.main, _arguments(digits, tmp_path / "whole", method, *more), monkeypatch)
+
+    argv = _arguments(digits, tmp_path / "cut", method, *more)
+    log = (tmp_path / "log").open("wb")
+    process = subprocess.Popen([sys.executable, "-m", "solo_ext.main_pretrain", *argv], stdout=log, stderr=log, cwd=ROOT)
+    first = tmp_path / "cut" / method / "v" / f"{method}-digits-v-ep=0.ckpt"
+    deadline = time.monotonic() + 240
+    while not first.is_file():
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    time.sleep(0.3)  # into the second epoch
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stopped_at = int(find_checkpoint(first.parent).stem.rsplit("=", 1)[1])
+    assert stopped_at < 2
+
+    _run(main_pretrain.main, argv, monkeypatch)
+    whole, cut = (torch.load(find_checkpoint(tmp_path / side / method / "v"), weights_only=True) for side in
+                  ("whole", "cut"))  # fmt: skip
+    assert whole["state_dict"].keys() == cut["state_dict"].keys()
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, cut["state_dict"][name]), name
+    for side in ("optimizer_states", "lr_schedulers"):
+        assert str(whole[side]) == str(cut[side])
+    spectra = [(tmp_path / side / method / "v" / "eigenvalues.csv").read_text() for side in ("whole", "cut")]
+    assert spectra[0] == spectra[1]
+    epochs = [
+        sorted({row["epoch"] for row in csv.DictReader((tmp_path / side / method / "v" / "metrics.csv").open())})
+        for side in ("whole", "cut")
+    ]
+    assert epochs[0] == epochs[1]
+
+
+def test_auto_resume_takes_the_same_run_only(compose, tmp_path):
+    """T10: name, method and dataset alone do not make a run the same."""
+    cfg = parse_pretrain(compose("isoloss", "auto_resume.enabled=true", "name=shared"))
+    run = Path(cfg.checkpoint.dir) / "isoloss" / "v"
+    run.mkdir(parents=True)
+    (run / "a-ep=0.ckpt").touch()
+    from omegaconf import OmegaConf
+
+    (run / "args.json").write_text(json.dumps(OmegaConf.to_container(cfg, resolve=True)))
+    assert auto_resume(cfg) == run / "a-ep=0.ckpt"
+    others = (
+        *("method_kwargs.rho=0.5", "+method_kwargs.iso=false", "momentum.base_tau=0.5", "seed=6"),
+        *("optimizer.lr=0.1", "++max_epochs=2", "name=other"),
+    )
+    for other in others:
+        changed = parse_pretrain(compose("isoloss", "auto_resume.enabled=true", "name=shared", "++seed=5", other))
+        assert auto_resume(changed) is None, other
+    os.utime(run / "a-ep=0.ckpt", (0, 0))
+    assert auto_resume(cfg) is None  # older than max_hours
+
+
+# refusals
+
+
+@pytest.fixture(scope="module")
+def untrained(digits, tmp_path_factory):
+    """A run folder with the weights of an untrained IsoLoss network."""
+    out = tmp_path_factory.mktemp("untrained")
+    argv = _arguments(digits, out, "isoloss", "max_epochs=0", "++checkpoint.version=v")
+    with pytest.MonkeyPatch.context() as patch:
+        _run(main_pretrain.main, argv, patch)
+    return out / "isoloss" / "v"
+
+
+_REFUSED = {
+    "unknown method": (["method=isolos"], "unknown method 'isolos'; choose from"),
+    "misspelt option": (["+method_kwargs.alhpa=1"], "method isoloss has no option 'alhpa'; it knows"),
+    "wrong value": (["+method_kwargs.mode=both"], "mode must be one of sequential, pooled, got 'both'"),
+    "missing data": (["data.train_path=nowhere/train"], "data.train_path is no folder: nowhere/train"),
+    "batch of one": (["optimizer.batch_size=1"], "optimizer.batch_size must be at least 2, got 1"),
+    "too few images": (["optimizer.batch_size=512"], "holds 96 images, fewer than one batch of 512"),
+    "unknown dataset": (["data.dataset=digit"], "unknown data.dataset 'digit'; choose from cifar10,"),
+    "unknown backbone": (["backbone.name=resnet19"], "has no backbone 'resnet19'; it has resnet18,"),
+    "unknown optimizer": (["optimizer.name=lamb"], "unknown optimizer.name 'lamb'; choose from sgd,"),
+    "misspelt optimizer option": (["+optimizer.kwargs.momentm=1"], "optimizer sgd has no option 'momentm'"),
+    "no checkpoint": (["+resume_from_checkpoint=a.ckpt"], "resume_from_checkpoint is no file: a.ckpt"),
+    "dali": (["data.format=dali"], "data.format 'dali' is not supported"),
+}
+
+
+@pytest.mark.parametrize("case", _REFUSED)
+def test_a_mistake_is_one_sentence_and_status_2(case, digits, tmp_path, monkeypatch, capfd):
+    more, sentence = _REFUSED[case]
+    said = _refused(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", *more), monkeypatch, capfd)
+    assert sentence in said
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_no_gpu_is_one_sentence(digits, tmp_path, monkeypatch, capfd):
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = _refused(
+        main_pretrain.main, _arguments(digits, tmp_path, "isoloss", "accelerator=gpu"), monkeypatch, capfd
+    )
+    assert "there is no GPU here; add ++accelerator=cpu" in said
+
+
+def test_unknown_configuration_names_the_known(monkeypatch, capfd):
+    argv = ["--config-path", str(ROOT / "configs/solo/digits"), "--config-name", "nothing"]
+    assert "there is no configuration 'nothing'" in _refused(main_pretrain.main, argv, monkeypatch, capfd)
+    argv = ["--config-path", "no/where", "--config-name", "nothing"]
+    assert "--config-path is no folder: no/where" in _refused(main_pretrain.main, argv, monkeypatch, capfd)
+
+
+def test_help(monkeypatch, capfd):
+    for main, word in ((main_pretrain.main, "--config-name"), (main_linear.main, "pretrained_feature_extractor")):
+        with pytest.raises(SystemExit) as stopped:
+            _run(main, ["--help"], monkeypatch)
+        assert stopped.value.code == 0 and word in capfd.readouterr().out
+
+
+def test_checkpoint_of_another_method(untrained, digits, tmp_path, monkeypatch, capfd):
+    checkpoint = find_checkpoint(untrained)
+    more = (f"++resume_from_checkpoint='{checkpoint}'",)
+    said = _refused(main_pretrain.main, _arguments(digits, tmp_path, "ssl_ey", *more), monkeypatch, capfd)
+    assert "is a checkpoint of method isoloss, this run trains method ssl_ey" in said
+    more = (*more, "method_kwargs.rho=0.5")
+    said = _refused(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", *more), monkeypatch, capfd)
+    assert "is a checkpoint of method_kwargs" in said
+
+
+def test_linear_refuses_what_is_no_checkpoint(untrained, digits, tmp_path, monkeypatch, capfd):
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(b"nonsense")
+    for place, sentence in ((tmp_path / "a.ckpt", "there is no checkpoint"), (broken, "cannot be read as a checkpoint")):
+        more = (f"pretrained_feature_extractor={place}",)
+        assert sentence in _refused(
+            main_linear.main, _arguments(digits, tmp_path, "linear", *more), monkeypatch, capfd
+        )
+    more = (f"pretrained_feature_extractor={untrained}", "backbone.name=resnet50")
+    said = _refused(main_linear.main, _arguments(digits, tmp_path, "linear", *more), monkeypatch, capfd)
+    assert "holds another backbone" in said
+
+
+def test_checkpoints_are_read_without_running_code(tmp_path):
+    from solo_ext.checkpoint import read_checkpoint
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "pwned"),))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.ckpt")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        read_checkpoint(tmp_path / "evil.ckpt")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_knn_refuses_a_folder_that_is_no_run(tmp_path, monkeypatch, capfd):
+    argv = [
+        *("--pretrained_checkpoint_dir", str(tmp_path), "--dataset", "digits"),
+        *("--train_data_path", "x", "--val_data_path", "x"),
+    ]
+    assert "is no folder of a run: it has no args.json" in _refused(main_knn.main, argv, monkeypatch, capfd)

@@ -1,0 +1,105 @@
+"""METHODS, the README and the built wheel agree on what there is."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from plugins.methods import METHODS
+from plugins.spec import MethodSpec
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_methods_are_sorted_and_named_after_their_modules():
+    assert list(METHODS) == sorted(METHODS)
+    modules = {path.stem for path in (ROOT / "plugins" / "methods").glob("*.py")} - {"__init__", "common"}
+    assert set(METHODS) == modules
+    assert all(isinstance(spec, MethodSpec) and spec.name == name for name, spec in METHODS.items())
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_option_is_explained_and_its_default_allowed(name):
+    spec = METHODS[name]
+    assert spec.reference and spec.title
+    for option in spec.options.values():
+        assert len(option.help) > 10
+        assert option.choices is None or option.default in option.choices
+    assert dict(spec.resolve({})) == {key: option.default for key, option in spec.options.items()}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"alpah": 1}, "has no option 'alpah'; it knows alpha"),
+        ({"alpha": "x"}, "alpha must be a float, got 'x'"),
+        ({"alpha": True}, "alpha must be a float, got True"),
+        ({"normalize": 1}, "normalize must be a bool, got 1"),
+        ({"mode": "both"}, "mode must be one of sequential, pooled, got 'both'"),
+        ({"alpha": 1.0, "dp_alpha": 1.0}, "'alpha' and 'dp_alpha' are two names of one option"),
+        ({"use_l2": "yes"}, "use_l2 must be one of cosine, euclidean, got 'yes'"),
+    ],
+)
+def test_wrong_options_are_refused(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        METHODS["isoloss"].resolve(given)
+
+
+def test_options_translate_the_forks_names():
+    options = METHODS["directpred"].resolve({"dp_alpha": 1, "eps_iso": 0.25, "dp_tau": 0.5, "use_l2": True})
+    wanted = {"alpha": 1.0, "eps": 0.25, "rho": 0.5, "metric": "euclidean"}
+    assert {key: options[key] for key in wanted} == wanted
+
+
+def test_readme_lists_every_method():
+    from plugins.tools.methods_table import method_table
+
+    readme = (ROOT / "README.md").read_text()
+    assert method_table() in readme, "run: python -m plugins.tools.methods_table --write README.md"
+
+
+def test_every_file_that_the_readme_names_is_there():
+    readme = (ROOT / "README.md").read_text()
+    for name in re.findall(r"`((?:plugins|solo_ext|configs|tests|docs)/[\w./]+)`", readme):
+        assert (ROOT / name).exists(), name
+
+
+def test_no_file_names_a_package_index_or_a_home():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert "uv.lock" not in files
+    for name in files:
+        if not name.endswith((".png", ".pdf")):
+            text = (ROOT / name).read_text()
+            assert "pypi" + ".org" not in text and "/home" + "/" not in text, name
+
+
+@pytest.mark.slow
+def test_wheel_holds_packages_and_configurations(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == {"plugins", "solo_ext"}
+    shipped = {path.name for path in (ROOT / "configs" / "solo" / "digits").glob("*.yaml")}
+    assert {f"solo_ext/configs/digits/{name}" for name in shipped} <= set(names)
+
+    # an installed copy finds its configurations from anywhere
+    target = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(target)
+    code = "from solo_ext.launch import config_folder; print(config_folder('configs/solo/digits'))"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(target)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == str((target / "solo_ext" / "configs" / "digits").resolve())

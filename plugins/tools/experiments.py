@@ -450,7 +450,7 @@ class Runner:
     def _progress(self) -> str:
         states = []
         for job in self.active:
-            epoch = read_epoch(job.run.folder) if job.process and job.remaining[0].name == "pretrain" else None
+            epoch = self._epoch(job)
             step = job.remaining[0].name if job.remaining else ""
             states.append(f"{job.run.name} {step}" + (f" epoch {epoch[0]}/{epoch[1]}" if epoch else ""))
         done = len(self.outcome.finished) + len(self.outcome.failed)
@@ -458,14 +458,17 @@ class Runner:
         eta = f", about {_clock(left)} left" if left is not None else ""
         return f"{self._elapsed()}  {done} of {self.total} done{eta} | {' | '.join(states)}"
 
+    def _epoch(self, job: Job) -> tuple[int, int] | None:
+        return read_epoch(job.run.folder) if job.remaining and job.remaining[0].name == "pretrain" else None
+
     def _seconds_left(self) -> float | None:
-        """From the mean time of the finished runs, else from how far the present ones have come."""
+        """From the mean time of the finished runs, else from how far the present ones have come in pre-training."""
         now = time.monotonic()
         expected = list(self.outcome.seconds)
         if not expected:
             for job in self.active:
-                epoch = read_epoch(job.run.folder)
-                if epoch and 0 < epoch[0] <= epoch[1]:
+                epoch = self._epoch(job)
+                if epoch and 0 < epoch[0] < epoch[1]:
                     expected.append((now - job.started) * epoch[1] / epoch[0])
         if not expected:
             return None

@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from plugins.tools.warm import WarmProcess
+
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Environment of every command. One thread each: two methods side by side are faster than one on two cores."""
 POLL_SECONDS = 0.2
@@ -303,7 +305,7 @@ class Job:
     remaining: list[Step]
     started: float
     step_started: float = 0.0
-    process: "subprocess.Popen[bytes] | None" = None
+    process: "subprocess.Popen[bytes] | WarmProcess | None" = None
     log: IO[bytes] | None = None
 
 
@@ -400,14 +402,7 @@ class Runner:
         job.log.flush()
         job.step_started = time.monotonic()
         # A session of its own, so that the whole family of the command can be ended, data loaders included.
-        job.process = subprocess.Popen(
-            [sys.executable, *step.arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=job.log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **THREADS, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
+        job.process = _start(step.arguments, job.log)
         self.say(f"{self._elapsed()}  {job.run.name}: {step.name}")
 
     def _finish(self, job: Job) -> None:
@@ -492,7 +487,7 @@ class Runner:
                 _signal_family(process, signal.SIGTERM)
             deadline = time.monotonic() + KILL_SECONDS
             for process in processes:
-                with contextlib.suppress(subprocess.TimeoutExpired):
+                with contextlib.suppress(subprocess.TimeoutExpired, TimeoutError):
                     process.wait(max(deadline - time.monotonic(), 0.1))
         finally:
             for process in processes:
@@ -502,7 +497,25 @@ class Runner:
             self._close(job)
 
 
-def _signal_family(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+def _start(arguments: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes] | WarmProcess":
+    """Start a ``python`` command in a session of its own, so that its whole family can be ended, data loaders included.
+
+    Our own modules start warm, which spares each of them the import of torch and the framework.
+    """
+    environment = {**THREADS, "PYTHONUNBUFFERED": "1"}
+    if arguments[0] == "-m" and arguments[1].startswith("solo_ext."):
+        return WarmProcess(arguments, log, environment)
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
+
+
+def _signal_family(process: "subprocess.Popen[bytes] | WarmProcess", number: signal.Signals) -> None:
     """Send a signal to a command and all that it started; its process group has its own number."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)

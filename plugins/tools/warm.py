@@ -84,6 +84,8 @@ def _run(module: str, arguments: list[str], log: str, environment: dict[str, str
         os.dup2(out.fileno(), 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
+    # the fork server hands its own way of starting processes down; data loaders would import everything anew in each worker
+    multiprocessing.set_start_method(None, force=True)
     sys.argv = [module, *arguments]
     sys.path[0] = folder
     runpy.run_module(module, run_name="__main__", alter_sys=True)

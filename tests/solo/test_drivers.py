@@ -101,6 +101,7 @@ def test_native_methods_run_from_a_yaml_of_main(method, digits, tmp_path, monkey
         },
     }[method]
     config = (ROOT / "configs" / "solo" / "digits" / "base.yaml").read_text()
+    config += "\ndefaults: [_self_, {override hydra/hydra_logging: disabled}, {override hydra/job_logging: disabled}]"
     config += "\nmethod: " + method + "\nmethod_kwargs: " + json.dumps(kwargs) + "\n"
     (tmp_path / "native.yaml").write_text(config)
     argv = _arguments(digits, tmp_path / "out", "native", "max_epochs=1", "++checkpoint.version=v", "knn_eval.k=3")

@@ -1,5 +1,6 @@
 """A forked command behaves as one of its own."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -10,7 +11,8 @@ import pytest
 from plugins.tools import warm
 
 PROGRAM = """
-import os, sys, time
+import multiprocessing, os, sys, time
+print("start method", multiprocessing.get_start_method())
 print("argv", sys.argv[1:], "name", __name__, "threads", os.environ["OMP_NUM_THREADS"], "session", os.getsid(0) == os.getpid())
 print("to stderr", file=sys.stderr)
 if "sleep" in sys.argv:
@@ -39,6 +41,7 @@ def test_arguments_output_and_status(run, tmp_path):
     assert process.wait(60) == 0 == process.poll()
     text = (tmp_path / "log").read_text()
     assert "argv ['a', 'b=c d'] name __main__ threads 1 session True" in text and "to stderr" in text
+    assert f"start method {multiprocessing.get_start_method()}" in text
     assert run("seven").wait(60) == 7
     assert run("raise").wait(60) == 1
     assert "RuntimeError: on purpose" in (tmp_path / "log").read_text()

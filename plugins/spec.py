@@ -95,7 +95,7 @@ class MethodSpec:
             ValueError: an unknown name, a name given twice under two aliases, a value of another type or outside of the
                 choices.
         """
-        names = {name: (name, None) for name in self.options}
+        names: dict[str, tuple[str, Callable[[Any], Any] | None]] = {name: (name, None) for name in self.options}
         for name, option in self.options.items():
             names.update({alias: (name, translate) for alias, translate in option.aliases.items()})
         resolved = {name: option.default for name, option in self.options.items()}

@@ -1,7 +1,7 @@
 """Checkpoints: where they lie, what they are checked for before training goes on from them.
 
 As solo-learn lays them out: ``<checkpoint.dir>/<method>/<version>/<name>-<version>-ep=<epoch>.ckpt`` with the whole
-configuration beside it in args.json. Lightning writes each to a temporary file first, so that a kill leaves the old one.
+configuration beside it in args.json. Lightning writes to a temporary file first, so that a kill leaves the old one.
 """
 
 import json

@@ -252,5 +252,3 @@ class Images(pl.LightningDataModule):
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int) -> DataLoader:
     """A loader in order, the last batch as small as it comes."""
     return DataLoader(dataset, batch_size=batch_size, num_workers=workers, persistent_workers=workers > 0)
-
-

@@ -89,7 +89,13 @@ def loggers(cfg: DictConfig, folder: Path, epochs: int) -> list[Any]:
 def callbacks(cfg: DictConfig, folder: Path) -> list[pl.Callback]:
     """Progress, random numbers, learning rate, CSV flush."""
     shown = [TQDMProgressBar()] if sys.stderr.isatty() else [EpochLines()]
-    return [*shown, StopWhenNotFinite(), EpochSeed(cfg.seed), LearningRateMonitor(logging_interval="epoch"), FlushMetrics()]
+    return [
+        *shown,
+        StopWhenNotFinite(),
+        EpochSeed(cfg.seed),
+        LearningRateMonitor(logging_interval="epoch"),
+        FlushMetrics(),
+    ]
 
 
 class EpochSeed(pl.Callback):
@@ -194,7 +200,7 @@ class SpectrumWriter(pl.Callback):
 
 
 class Throughput(pl.Callback):
-    """Measures the training images seen per second, validation left out. ``images_per_second`` is None before a batch."""
+    """Measures the training images per second, validation left out. ``images_per_second`` is None before a batch."""
 
     def __init__(self) -> None:
         self.images = 0

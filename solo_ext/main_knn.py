@@ -1,4 +1,4 @@
-"""k-nearest-neighbour evaluation of a checkpoint: ``python -m solo_ext.main_knn``, options as solo-learn's main_knn.py."""
+"""k-nearest-neighbour evaluation of a checkpoint: ``python -m solo_ext.main_knn``, options as solo-learn's."""
 
 import argparse
 from pathlib import Path

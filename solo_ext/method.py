@@ -1,7 +1,7 @@
 """The generic adapter: any MethodSpec as a method of solo-learn.
 
-What is a method's own stands in its SPEC and, where solo-learn needs more than a SPEC says, in ``overrides``. Checkpoints
-carry solo-learn's keys: ``backbone``, ``projector``, ``predictor``, ``momentum_backbone``, ``momentum_projector``.
+What is a method's own stands in its SPEC and, where solo-learn needs more than a SPEC says, in ``overrides``.
+Checkpoints carry solo-learn's keys: backbone, projector, predictor, momentum_backbone, momentum_projector.
 """
 
 from typing import Any, ClassVar
@@ -103,7 +103,7 @@ class TeacherlessMethod(PluginMethod, BaseMethod):
 class TeacherMethod(PluginMethod, BaseMomentumMethod):
     """A method with an exponential-moving-average teacher.
 
-    With ``momentum.base_tau = momentum.final_tau = 0`` the teacher is the student itself; no second forward pass is made.
+    With ``momentum.base_tau = momentum.final_tau = 0`` the teacher is the student itself: no second forward pass.
     """
 
     def __init__(self, cfg: DictConfig) -> None:

@@ -1,4 +1,4 @@
-"""DirectCopy: the predictor is the second moment itself, no eigenvectors needed (Wang et al. 2021, arXiv:2110.04947)."""
+"""DirectCopy: the predictor is the second moment itself, without eigenvectors (Wang et al. 2021, arXiv:2110.04947)."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""IsoLoss: DirectPred whose gradient skips the predictor, so that all eigenmodes learn at one rate (arXiv:2212.04858)."""
+"""IsoLoss: DirectPred whose gradient skips the predictor: all eigenmodes learn at one rate (arXiv:2212.04858)."""
 
 from dataclasses import replace
 

@@ -1,8 +1,8 @@
 """Starts ``python -m MODULE …`` without importing torch and a framework anew each time.
 
 A suite runs dozens of short commands, and importing what they need takes each of them ten seconds of a core. So one
-process imports it once, and each command is forked from it (``multiprocessing``'s fork server). The command sees what it
-would see on its own: its arguments, ``__main__``, its output in a log, a process group of its own.
+process imports it once, and each command is forked from it (``multiprocessing``'s fork server). The command sees what
+it would see on its own: its arguments, ``__main__``, its output in a log, a process group of its own.
 """
 
 import multiprocessing
@@ -84,7 +84,7 @@ def _run(module: str, arguments: list[str], log: str, environment: dict[str, str
         os.dup2(out.fileno(), 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    # the fork server hands its own way of starting processes down; data loaders would import everything anew in each worker
+    # the fork server hands down its own way of starting processes: each worker of a data loader would import it all
     multiprocessing.set_start_method(None, force=True)
     sys.argv = [module, *arguments]
     sys.path[0] = folder

@@ -2,7 +2,7 @@
 
 No installed file is edited and no class of solo-learn is changed. What is mended, and where it broke:
 
-* ``methods/base.py:28`` imports pl_bolts, which no current Python can install: a module of that name holds our schedule.
+* ``methods/base.py:28`` imports pl_bolts, which no current Python can install: a module of that name has our schedule.
 * ``methods/base.py:519,806``: Lightning 2 refuses a module that has ``validation_epoch_end``: hidden, replaced.
 * ``methods/base.py:745``: ``on_train_batch_end`` wants an argument that Lightning 2 no longer gives: replaced.
 * ``methods/base.py`` ``configure_optimizers``: LARSWrapper and partial(static_lr), see ``optim``: replaced.
@@ -115,9 +115,7 @@ class MainInterface:
             groups = _without_decay_of_vectors(groups)
         static = [index for index, group in enumerate(groups) if group.pop("static_lr", False)]
         options = OmegaConf.to_container(self.cfg.optimizer.kwargs)
-        optimizer = _OPTIMIZERS[self.cfg.optimizer.name](
-            groups, lr=self.lr, weight_decay=self.weight_decay, **options
-        )
+        optimizer = _OPTIMIZERS[self.cfg.optimizer.name](groups, lr=self.lr, weight_decay=self.weight_decay, **options)
         return with_schedule(self, optimizer, self.cfg.scheduler, static={index: self.lr for index in static})
 
     # validation
@@ -217,9 +215,7 @@ class LinearModel(_HostLinear):
         if self.cfg.optimizer.exclude_bias_n_norm_wd:
             groups = _without_decay_of_vectors(groups)
         options = OmegaConf.to_container(self.cfg.optimizer.kwargs)
-        optimizer = _OPTIMIZERS[self.cfg.optimizer.name](
-            groups, lr=self.lr, weight_decay=self.weight_decay, **options
-        )
+        optimizer = _OPTIMIZERS[self.cfg.optimizer.name](groups, lr=self.lr, weight_decay=self.weight_decay, **options)
         return with_schedule(self, optimizer, self.cfg.scheduler, static={})
 
     def forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:

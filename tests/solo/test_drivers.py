@@ -122,7 +122,9 @@ def test_a_killed_run_resumes_to_the_same_weights(method, digits, tmp_path, monk
 
     argv = _arguments(digits, tmp_path / "cut", method, *more)
     log = (tmp_path / "log").open("wb")
-    process = subprocess.Popen([sys.executable, "-m", "solo_ext.main_pretrain", *argv], stdout=log, stderr=log, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "solo_ext.main_pretrain", *argv], stdout=log, stderr=log, cwd=ROOT
+    )
     first = tmp_path / "cut" / method / "v" / f"{method}-digits-v-ep=0.ckpt"
     deadline = time.monotonic() + 240
     while not first.is_file():
@@ -212,9 +214,7 @@ def test_a_mistake_is_one_sentence_and_status_2(case, digits, tmp_path, monkeypa
 def test_no_gpu_is_one_sentence(digits, tmp_path, monkeypatch, capfd):
     if torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = _refused(
-        main_pretrain.main, _arguments(digits, tmp_path, "isoloss", "accelerator=gpu"), monkeypatch, capfd
-    )
+    said = _refused(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", "accelerator=gpu"), monkeypatch, capfd)
     assert "there is no GPU here; add ++accelerator=cpu" in said
 
 
@@ -245,11 +245,12 @@ def test_checkpoint_of_another_method(untrained, digits, tmp_path, monkeypatch, 
 def test_linear_refuses_what_is_no_checkpoint(untrained, digits, tmp_path, monkeypatch, capfd):
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(b"nonsense")
-    for place, sentence in ((tmp_path / "a.ckpt", "there is no checkpoint"), (broken, "cannot be read as a checkpoint")):
+    for place, sentence in (
+        (tmp_path / "a.ckpt", "there is no checkpoint"),
+        (broken, "cannot be read as a checkpoint"),
+    ):
         more = (f"pretrained_feature_extractor={place}",)
-        assert sentence in _refused(
-            main_linear.main, _arguments(digits, tmp_path, "linear", *more), monkeypatch, capfd
-        )
+        assert sentence in _refused(main_linear.main, _arguments(digits, tmp_path, "linear", *more), monkeypatch, capfd)
     more = (f"pretrained_feature_extractor={untrained}", "backbone.name=resnet50")
     said = _refused(main_linear.main, _arguments(digits, tmp_path, "linear", *more), monkeypatch, capfd)
     assert "holds another backbone" in said

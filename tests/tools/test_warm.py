@@ -13,7 +13,8 @@ from plugins.tools import warm
 PROGRAM = """
 import multiprocessing, os, sys, time
 print("start method", multiprocessing.get_start_method())
-print("argv", sys.argv[1:], "name", __name__, "threads", os.environ["OMP_NUM_THREADS"], "session", os.getsid(0) == os.getpid())
+own = os.getsid(0) == os.getpid()
+print("argv", sys.argv[1:], "name", __name__, "threads", os.environ["OMP_NUM_THREADS"], "session", own)
 print("to stderr", file=sys.stderr)
 if "sleep" in sys.argv:
     time.sleep(60)

@@ -40,6 +40,9 @@ class PluginMethod:
         """Parameter groups of the optimiser."""
         heads = {"projector": self.projector, "predictor": self.predictor}
         groups = [{"name": name, "params": list(head.parameters())} for name, head in heads.items() if head is not None]
+        for group in groups:
+            if group["name"] == "predictor" and self.options.get("pred_lr_scale", 1.0) != 1.0:
+                group["lr"] = self.lr * self.options["pred_lr_scale"]
         # a closed-form predictor has no parameters
         return super().learnable_params + [group for group in groups if group["params"]]
 

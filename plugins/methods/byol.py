@@ -4,11 +4,12 @@ from plugins.methods.common import (
     LOG_EIGVALS,
     METRIC,
     cross_view_terms,
+    predictor_options,
     projector_options,
     two_layer_head,
     two_layer_predictor,
 )
-from plugins.spec import MethodSpec, Option
+from plugins.spec import MethodSpec
 
 SPEC = MethodSpec(
     name="byol",
@@ -19,7 +20,7 @@ SPEC = MethodSpec(
     teacher=True,
     options={
         **projector_options(hidden=4096, output=256),
-        "pred_hidden_dim": Option(4096, "width of the predictor's hidden layer, > 0"),
+        **predictor_options(hidden=4096),
         "metric": METRIC,
         "log_eigvals": LOG_EIGVALS,
     },

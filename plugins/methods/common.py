@@ -58,6 +58,14 @@ METRIC = Option(
 LOG_EIGVALS = Option(False, "write the whole spectrum of the embedding's second moment once an epoch")
 
 
+def predictor_options(hidden: int) -> dict[str, Option]:
+    """Width and learning rate of an MLP predictor."""
+    return {
+        "pred_hidden_dim": Option(hidden, "width of the predictor's hidden layer, > 0"),
+        "pred_lr_scale": Option(1.0, "learning rate of the predictor over that of the backbone, > 0"),
+    }
+
+
 def two_layer_head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
     """BYOL's projection head: Linear, BN, ReLU, Linear."""
     return mlp_head(features_dim, options["proj_hidden_dim"], options["proj_output_dim"], layers=2)

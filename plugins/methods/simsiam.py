@@ -7,9 +7,9 @@ from torch import nn
 
 from plugins.distributed import Collective
 from plugins.heads import mlp_head
-from plugins.methods.common import LOG_EIGVALS, PairTerms, cross_view_terms, projector_options
+from plugins.methods.common import LOG_EIGVALS, PairTerms, cross_view_terms, predictor_options, projector_options
 from plugins.predictors import MLPPredictor
-from plugins.spec import Embeddings, MethodSpec, Option
+from plugins.spec import Embeddings, MethodSpec
 
 
 def _terms(e: Embeddings, options: Mapping[str, Any], comm: Collective) -> PairTerms:
@@ -36,7 +36,7 @@ SPEC = MethodSpec(
     teacher=False,
     options={
         **projector_options(hidden=2048, output=2048),
-        "pred_hidden_dim": Option(512, "width of the predictor's bottleneck, > 0"),
+        **predictor_options(hidden=512),
         "log_eigvals": LOG_EIGVALS,
     },
     reference="Chen and He 2021, arXiv:2011.10566, eq. 2",

@@ -116,7 +116,9 @@ class MainInterface:
         static = [index for index, group in enumerate(groups) if group.pop("static_lr", False)]
         options = OmegaConf.to_container(self.cfg.optimizer.kwargs)
         optimizer = _OPTIMIZERS[self.cfg.optimizer.name](groups, lr=self.lr, weight_decay=self.weight_decay, **options)
-        return with_schedule(self, optimizer, self.cfg.scheduler, static={index: self.lr for index in static})
+        return with_schedule(
+            self, optimizer, self.cfg.scheduler, static={index: groups[index].get("lr", self.lr) for index in static}
+        )
 
     # validation
 

@@ -89,28 +89,51 @@ def test_pretrain_then_knn_then_linear(digits, tmp_path, monkeypatch, capfd):
     assert all(torch.equal(frozen[name], state[name]) for name in frozen if name.startswith("backbone."))
 
 
+_NATIVE = {
+    "byol": {"proj_hidden_dim": 64, "proj_output_dim": 32, "pred_hidden_dim": 64},
+    "vicreg": {
+        **{"proj_hidden_dim": 64, "proj_output_dim": 64},
+        **{"sim_loss_weight": 25.0, "var_loss_weight": 25.0, "cov_loss_weight": 1.0},
+    },
+}
+_LARS = [f"++optimizer.kwargs.{entry}" for entry in ("eta=0.02", "clip_lr=true", "exclude_bias_n_norm=true")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["byol", "vicreg"])
-def test_native_methods_run_from_a_yaml_of_main(method, digits, tmp_path, monkeypatch):
-    """BYOL and VICReg as main's scripts/pretrain/cifar configures them, on digits, on a CPU."""
-    kwargs = {
-        "byol": {"proj_hidden_dim": 64, "proj_output_dim": 32, "pred_hidden_dim": 64},
-        "vicreg": {
-            **{"proj_hidden_dim": 64, "proj_output_dim": 64},
-            **{"sim_loss_weight": 25.0, "var_loss_weight": 25.0, "cov_loss_weight": 1.0},
-        },
-    }[method]
+@pytest.mark.parametrize("method", sorted(_NATIVE))
+def test_native_methods_train_resume_and_are_evaluated(method, digits, tmp_path, monkeypatch):
+    """solo-learn's own BYOL and VICReg, options and LARS as in its own files, on digits, on a CPU."""
     config = (ROOT / "configs" / "solo" / "digits" / "base.yaml").read_text()
     config += "\ndefaults: [_self_, {override hydra/hydra_logging: disabled}, {override hydra/job_logging: disabled}]"
-    config += "\nmethod: " + method + "\nmethod_kwargs: " + json.dumps(kwargs) + "\n"
+    config += "\nmethod: " + method + "\nmethod_kwargs: " + json.dumps(_NATIVE[method]) + "\n"
     (tmp_path / "native.yaml").write_text(config)
-    argv = _arguments(digits, tmp_path / "out", "native", "max_epochs=1", "++checkpoint.version=v", "knn_eval.k=3")
-    argv[1] = str(tmp_path)
-    lars = ("kwargs.eta=0.02", "kwargs.clip_lr=true", "kwargs.exclude_bias_n_norm=true")
-    more = ("optimizer.name=lars", *(f"++optimizer.{entry}" for entry in lars))
-    _run(main_pretrain.main, [*argv, *more], monkeypatch)
-    summary = json.loads((tmp_path / "out" / method / "v" / "pretrain.json").read_text())
+
+    def train(version, *more):
+        argv = _arguments(digits, tmp_path / "out", "native", "max_epochs=2", f"++checkpoint.version={version}", *more)
+        argv[1] = str(tmp_path)
+        lars = ("~optimizer.kwargs", "optimizer.name=lars", *_LARS)
+        _run(main_pretrain.main, [*argv, "++checkpoint.keep_prev=true", "knn_eval.k=3", *lars], monkeypatch)
+        return tmp_path / "out" / method / version
+
+    whole = train("whole")
+    summary = json.loads((whole / "pretrain.json").read_text())
     assert {"val_acc1", "val_knn_acc1", "train_acc1"} <= set(summary["metrics"])
+    first = whole / f"{method}-digits-whole-ep=0.ckpt"
+    resumed = train("resumed", f"resume_from_checkpoint='{first}'")
+    states = [torch.load(find_checkpoint(folder), weights_only=True)["state_dict"] for folder in (whole, resumed)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+    more = (f"pretrained_feature_extractor={whole}", "max_epochs=1", "++check_val_every_n_epoch=1")
+    argv = _arguments(digits, tmp_path, "linear", *more, "++checkpoint.version=w")
+    _run(main_linear.main, argv, monkeypatch)
+    assert 0 <= json.loads((tmp_path / "linear" / "w" / "linear.json").read_text())["acc1"] <= 100
+    knn = [
+        *("--pretrained_checkpoint_dir", str(whole), "--dataset", "digits", "--num_workers", "0"),
+        *("--train_data_path", str(digits / "train"), "--val_data_path", str(digits / "val")),
+        *("--output", str(tmp_path / "knn.json"), "--feature_type", "backbone", "projector"),
+    ]
+    _run(main_knn.main, knn, monkeypatch)
+    assert len(json.loads((tmp_path / "knn.json").read_text())) == 2
 
 
 @pytest.mark.slow

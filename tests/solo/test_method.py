@@ -184,3 +184,10 @@ def test_register_is_repeatable_and_refuses_a_taken_name():
     assert host["byol"].__module__ == "solo.methods.byol"
     with pytest.raises(ValueError, match=r"'byol' is registered twice: solo\.methods\.byol\.BYOL and "):
         register({"byol": plugin_methods()["byol"]})
+
+
+def test_predictor_learning_rate_is_scaled_and_simsiams_is_constant(compose):
+    for name, static in (("byol", False), ("simsiam", True)):
+        model = _build(compose(name, "++method_kwargs.pred_lr_scale=10.0"))
+        (group,) = (group for group in model.learnable_params if group["name"] == "predictor")
+        assert group["lr"] == pytest.approx(10 * model.lr) and group.get("static_lr", False) is static

@@ -54,7 +54,7 @@ DATASETS = {
     "imagenet100": DatasetInfo(100, *_IMAGENET, (256, 224)),
     "imagenet": DatasetInfo(1000, *_IMAGENET, (256, 224)),
     "custom": DatasetInfo(None, None, None, None),
-    "digits": DatasetInfo(10, (0.2353, 0.2370, 0.2367), (0.1874, 0.1867, 0.1877), None, flip=False),
+    "digits": DatasetInfo(10, (0.2692, 0.2715, 0.2712), (0.1796, 0.1785, 0.1798), None, flip=False),
 }
 CLASSES = {name: info.classes for name, info in DATASETS.items() if info.classes}
 

@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 CLASSES = 10
 VAL_PER_CLASS = 50
 FEW_PER_CLASS = 5
-SCALE = (0.75, 0.95)
+SCALE = (0.85, 1.0)
 """Side of the digit's 8x8 box, as a fraction of the canvas."""
-SHIFT = 0.07
+SHIFT = 0.03
 """Largest shift of the digit's centre along each axis, as a fraction of the canvas."""
-ROTATION = 15.0
+ROTATION = 6.0
 """Largest rotation, in degrees."""
-TINT = 0.35
+TINT = 0.45
 """Largest darkening of each colour channel of the digit; each of the background reaches 60 % of it in brightness."""
 FADE = 0.3
 """Largest loss of the digit's brightness, all channels alike."""

@@ -20,20 +20,19 @@ from solo_ext.errors import UserError
 ARGS = "args.json"
 _MARK = "solo_ext"
 
-# What has to be the same for a run to be the same run. Paths, devices, logging and the like may change.
-_IDENTITY = (
-    "name",
+# What training goes on from: it cannot change in mid-run.
+_STATE = (
     "method",
     "method_kwargs",
     "momentum",
     "backbone",
-    "augmentations",
     "optimizer",
     "scheduler",
     "accumulate_grad_batches",
-    "max_epochs",
-    "seed",
+    "finetune",
 )
+# What makes a run the same run beside. Other folders, devices, logging and the like may change.
+_IDENTITY = (*_STATE, "name", "augmentations", "max_epochs", "seed", "pretrained_feature_extractor")
 
 
 def run_folder(cfg: DictConfig, kind: str) -> Path:
@@ -51,10 +50,29 @@ def run_folder(cfg: DictConfig, kind: str) -> Path:
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """The part of a configuration that makes a run this run, data set included."""
+    """The part of a configuration that makes a run this run, in plain values.
+
+    Args:
+        cfg: before the learning rate is multiplied by the number of devices, which may change.
+    """
     same = {key: OmegaConf.select(cfg, key) for key in _IDENTITY}
     same = {key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in same.items()}
-    return {**same, "dataset": cfg.data.dataset}
+    folder = str(Path(cfg.data.train_path).resolve()) if cfg.data.dataset == "custom" else None
+    return json.loads(json.dumps({**same, "dataset": cfg.data.dataset, "custom_data": folder}))
+
+
+def claim_folder(folder: Path, resumed: Path | None) -> None:
+    """Refuse to train into a folder that holds another run.
+
+    Raises:
+        UserError: it holds a checkpoint, and this is not that run resumed.
+    """
+    held = sorted(folder.glob("*.ckpt"))
+    if held and (resumed is None or resumed.resolve().parent != folder.resolve()):
+        raise UserError(
+            f"{folder} holds a run already ({held[-1].name}); give another checkpoint.version, delete it, "
+            "or go on from it with auto_resume.enabled=True and the same settings"
+        )
 
 
 class Checkpointer(pl.Callback):
@@ -94,7 +112,7 @@ class Checkpointer(pl.Callback):
         """Write a checkpoint of a network as it is, before any training: weights, and what they are of."""
         path = self.folder / f"{self.cfg.name}-{self.folder.name}-ep=0.ckpt"
         temporary = path.with_suffix(".tmp")
-        torch.save({"state_dict": model.state_dict(), _MARK: identity(self.cfg)}, temporary)
+        torch.save({"state_dict": model.state_dict(), _MARK: OmegaConf.to_container(self.cfg.identity)}, temporary)
         temporary.replace(path)
 
     def save(self, trainer: pl.Trainer, epoch: int) -> None:
@@ -108,7 +126,7 @@ class Checkpointer(pl.Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write into the checkpoint what it is of."""
-        checkpoint[_MARK] = identity(self.cfg)
+        checkpoint[_MARK] = OmegaConf.to_container(self.cfg.identity)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -157,8 +175,8 @@ def check_resumable(path: Path, cfg: DictConfig, model: torch.nn.Module) -> int:
     """
     checkpoint = read_checkpoint(path)
     mark = checkpoint.get(_MARK, {})
-    for key in ("method", "method_kwargs"):
-        theirs, ours = mark.get(key), identity(cfg)[key]
+    for key in _STATE:
+        theirs, ours = mark.get(key), OmegaConf.to_container(cfg.identity)[key]
         if key in mark and theirs != ours:
             raise UserError(f"{path} is a checkpoint of {key} {theirs}, this run trains {key} {ours}")
     theirs, ours = checkpoint["state_dict"], model.state_dict()
@@ -174,26 +192,52 @@ def check_resumable(path: Path, cfg: DictConfig, model: torch.nn.Module) -> int:
         raise UserError(f"{path} holds weights only; training cannot go on from it") from None
 
 
-def auto_resume(cfg: DictConfig) -> Path | None:
+def auto_resume(cfg: DictConfig, kind: str) -> Path | None:
     """The newest checkpoint of the same run, not older than ``auto_resume.max_hours``, or None.
 
-    The same run has the same name, seed, method, options, teacher, network, augmentations and optimisation. solo-learn
-    compares neither the options nor the teacher, and so resumes one method from another's checkpoint.
+    The same run has the same name, seed, method, options, teacher, network, augmentations and optimisation, and the
+    same ``checkpoint.version`` if one is given. solo-learn compares neither the options nor the teacher, and so resumes
+    one method from another's checkpoint.
+
+    Args:
+        cfg: the configuration.
+        kind: the method's name, or "linear".
     """
-    wanted = json.loads(json.dumps(identity(cfg)))
     oldest = time.time() - cfg.auto_resume.max_hours * 3600
     found = []
-    for args in (Path(cfg.checkpoint.dir) / (cfg.checkpoint.group or cfg.method)).glob(f"*/{ARGS}"):
+    runs = Path(cfg.checkpoint.dir) / (cfg.checkpoint.group or kind)
+    for args in runs.glob(f"{cfg.checkpoint.version or '*'}/{ARGS}"):
         checkpoints = sorted(args.parent.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
         if not checkpoints or checkpoints[-1].stat().st_mtime < oldest:
             continue
         try:
-            same = identity(OmegaConf.create(json.loads(args.read_text()))) == wanted
-        except (ValueError, AttributeError):
+            theirs = json.loads(args.read_text())["identity"]
+        except (ValueError, KeyError):
             continue  # args.json of something else
-        if same:
+        if theirs == OmegaConf.to_container(cfg.identity):
             found.append(checkpoints[-1])
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Module) -> tuple[Path, Path | None, int]:
+    """Where a run goes on: its folder, the checkpoint or None, and the epochs that lie behind it.
+
+    Args:
+        cfg: the configuration: ``resume_from_checkpoint`` names a checkpoint, else ``auto_resume`` may find one.
+        kind: the method's name, or "linear".
+        folder: where the run would write if it began anew.
+        model: what would be trained.
+
+    Raises:
+        UserError: the checkpoint is of something else.
+    """
+    found = cfg.resume_from_checkpoint or (auto_resume(cfg, kind) if cfg.auto_resume.enabled else None)
+    if found is None:
+        return folder, None, 0
+    found = Path(found)
+    epochs = check_resumable(found, cfg, model)
+    print(f"resuming after epoch {epochs} of {cfg.max_epochs} from {found}", flush=True)
+    return (folder if cfg.checkpoint.version else found.parent), found, epochs
 
 
 def load_backbone(place: str | Path, backbone: torch.nn.Module) -> None:

@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from solo_ext.checkpoint import identity
 from solo_ext.compat import BaseMethod
 from solo_ext.data import CLASSES, DATASETS
 from solo_ext.errors import UserError
@@ -66,13 +67,28 @@ def parse_pretrain(cfg: DictConfig) -> DictConfig:
     """
     cfg = BaseMethod.add_and_assert_specific_cfg(_shared(cfg, {}))
     _require(cfg, "method", "augmentations", "optimizer.classifier_lr")
-    if cfg.optimizer.batch_size < 2:
-        raise UserError(f"optimizer.batch_size must be at least 2, got {cfg.optimizer.batch_size}")
+    _whole(cfg, "optimizer.batch_size", least=2)
+    for index, view in enumerate(cfg.augmentations):
+        for key in ("crop_size", "num_crops"):
+            if not isinstance(view.get(key), int) or view[key] < 1:
+                raise UserError(f"augmentations[{index}].{key} must be a whole number above 0, got {view.get(key)!r}")
+    for key in ("base_tau", "final_tau"):
+        if not isinstance(cfg.momentum[key], int | float) or not 0 <= cfg.momentum[key] <= 1:
+            raise UserError(f"momentum.{key} must be in [0, 1], got {cfg.momentum[key]!r}")
+    if cfg.momentum.base_tau > cfg.momentum.final_tau:
+        raise UserError("momentum.base_tau must not be above momentum.final_tau")
+    if cfg.knn_eval.enabled:
+        _whole(cfg, "knn_eval.k", least=1)
+        if cfg.knn_eval.distance_func not in ("cosine", "euclidean"):
+            raise UserError(f"knn_eval.distance_func must be cosine or euclidean, got {cfg.knn_eval.distance_func!r}")
     large = cfg.augmentations[0].crop_size
     crops = {True: 0, False: 0}
     for pipeline in cfg.augmentations:
         crops[pipeline.crop_size == large] += pipeline.num_crops
     cfg.data.num_large_crops, cfg.data.num_small_crops = crops[True], crops[False]
+    if cfg.data.val_path is None or cfg.data.no_labels:
+        cfg.knn_eval.enabled = False  # nobody would ask for its answer
+    cfg.identity = identity(cfg)
     scale = _batch_scale(cfg)
     cfg.optimizer.lr *= scale
     cfg.optimizer.classifier_lr *= scale
@@ -85,11 +101,15 @@ def parse_linear(cfg: DictConfig) -> DictConfig:
     Raises:
         UserError: something is missing or wrong.
     """
-    cfg = _shared(cfg, {"finetune": False, "auto_augment": False, "mixup": 0, "cutmix": 0, "label_smoothing": 0})
+    defaults = {"finetune": False, "check_val_every_n_epoch": 1}
+    cfg = _shared(cfg, {**defaults, "auto_augment": False, "mixup": 0, "cutmix": 0, "label_smoothing": 0})
     _require(cfg, "pretrained_feature_extractor", "data.val_path")
+    for key in ("max_epochs", "check_val_every_n_epoch"):
+        _whole(cfg, key, least=1)
     for key in ("auto_augment", "mixup", "cutmix", "label_smoothing"):
         if cfg[key]:
             raise UserError(f"{key} is not supported with solo-learn 1.0.2; leave it out")
+    cfg.identity = identity(cfg)
     cfg.optimizer.lr *= _batch_scale(cfg)
     return cfg
 
@@ -103,6 +123,10 @@ def _shared(cfg: DictConfig, defaults: dict[str, Any]) -> DictConfig:
         raise UserError(f"the configuration does not resolve: {str(error).splitlines()[0]}") from None
     _none_words_to_none(cfg)
     _require(cfg, *_REQUIRED, *_REQUIRED_OPTIMIZER)
+    if cfg.get("method_kwargs", {}) is None:
+        cfg.method_kwargs = {}
+    for key, least in (("optimizer.batch_size", 1), ("max_epochs", 0), ("checkpoint.frequency", 1), ("seed", 0)):
+        _whole(cfg, key, least=least)
     _check_data(cfg)
     _check_trainer(cfg)
     _check_optimizer(cfg)
@@ -124,8 +148,14 @@ def _require(cfg: DictConfig, *keys: str) -> None:
             missing = OmegaConf.select(cfg, key, default=...) is ... or OmegaConf.is_missing(cfg, key)
         except OmegaConfBaseException:
             missing = True
-        if missing:
+        if missing or OmegaConf.select(cfg, key) in (None, [], ""):
             raise UserError(f"the configuration lacks {key}")
+
+
+def _whole(cfg: DictConfig, key: str, *, least: int) -> None:
+    value = OmegaConf.select(cfg, key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{key} must be a whole number, at least {least}, got {value!r}")
 
 
 def _check_data(cfg: DictConfig) -> None:
@@ -151,8 +181,14 @@ def _hint(dataset: str) -> str:
 
 def _check_trainer(cfg: DictConfig) -> None:
     devices = cfg.devices
-    if isinstance(devices, str):
-        devices = [int(part) for part in devices.split(",") if part] if "," in devices else int(devices)
+    if devices == "auto":
+        devices = max(torch.cuda.device_count(), 1)
+    try:
+        if isinstance(devices, str):
+            devices = [int(part) for part in devices.split(",") if part] if "," in devices else int(devices)
+        devices = devices if isinstance(devices, int) else [int(index) for index in devices]
+    except (TypeError, ValueError):
+        raise UserError(f"devices must be a number or a list of indexes, got {cfg.devices!r}") from None
     listed = not isinstance(devices, int)
     if cfg.accelerator == "auto":
         cfg.accelerator = "gpu" if torch.cuda.is_available() else "cpu"
@@ -184,8 +220,8 @@ def _check_optimizer(cfg: DictConfig) -> None:
         raise UserError(f"unknown scheduler.name {cfg.scheduler.name!r}; choose from {', '.join(_SCHEDULERS)}")
     if cfg.scheduler.interval not in ("step", "epoch"):
         raise UserError(f"scheduler.interval must be step or epoch, got {cfg.scheduler.interval!r}")
-    if cfg.scheduler.name == "step" and not cfg.scheduler.lr_decay_steps:
-        raise UserError("scheduler.name step needs scheduler.lr_decay_steps")
+    if cfg.scheduler.name == "step" and not OmegaConf.is_list(cfg.scheduler.lr_decay_steps):
+        raise UserError(f"scheduler.lr_decay_steps must be a list of epochs, got {cfg.scheduler.lr_decay_steps!r}")
     for key in ("lr", "classifier_lr", "weight_decay"):
         if key in optimizer:
             try:  # YAML reads 1e-5 as a word

@@ -168,6 +168,17 @@ def image_dataset(dataset: str, path: str, split: str, transform: Any, *, indexe
         raise UserError(f"{dataset} is not in {path} and could not be downloaded: {error}") from None
 
 
+def check_same_classes(train: Dataset, val: Dataset | None) -> None:
+    """Refuse class folders that differ: the same number would stand for different classes.
+
+    Raises:
+        UserError: it names folders that only one of the two has.
+    """
+    if isinstance(train, ImageFolder) and isinstance(val, ImageFolder) and train.classes != val.classes:
+        alone = ", ".join(sorted(set(train.classes) ^ set(val.classes))[:5])
+        raise UserError(f"{train.root} and {val.root} have different class folders: only one of them has {alone}")
+
+
 class EpochSampler(DistributedSampler):
     """A new order each epoch, from (seed, epoch) alone, that tells the dataset the epoch: yields epoch·n + index."""
 

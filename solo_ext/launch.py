@@ -5,12 +5,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from solo_ext.errors import UserError, exit_on_user_error
 
@@ -53,12 +55,20 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str) -> None:
         argv[_index(argv, "--config-path", "-cp") + 1] = str(folder)
         sys.argv[1:] = argv
 
+        started = False
+
         def guarded(cfg: DictConfig) -> None:
+            nonlocal started
+            started = True
             with exit_on_user_error():
                 task(cfg)
 
         quieten()
-        hydra.main(version_base="1.2", config_path=None)(guarded)()
+        try:
+            hydra.main(version_base="1.2", config_path=None)(guarded)()
+        except SystemExit as stopped:
+            # Hydra has said what is wrong with an override
+            raise SystemExit(stopped.code if started or not stopped.code else 2) from None
 
 
 def _split_equals(argv: list[str]) -> list[str]:
@@ -95,6 +105,20 @@ def quieten() -> None:
         ".*torch.cuda.amp.custom_.*",
     ):
         warnings.filterwarnings("ignore", message=text)
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turn what a constructor says of its arguments into a UserError.
+
+    Args:
+        what: is being made, for the sentence.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, OmegaConfBaseException) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{what} refuses the configuration: {reason}") from error
 
 
 def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Any]) -> Any:

@@ -175,9 +175,12 @@ class SpectrumWriter(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Drop the rows of epochs that are trained again."""
         if trainer.is_global_zero and self.path.is_file():
-            header, *rows = self.path.read_text().splitlines()
+            header, *rows = self.path.read_text().splitlines() or ["epoch"]
             kept = [row for row in rows if int(row.split(",")[0]) < self.epochs]
-            self.path.write_text("\n".join([header, *kept]) + "\n")
+            if kept:
+                self.path.write_text("\n".join([header, *kept]) + "\n")
+            else:
+                self.path.unlink()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Add this epoch's row. Lightning calls the module's own hook later, so the spectrum is computed here."""

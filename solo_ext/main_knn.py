@@ -7,6 +7,16 @@ from typing import Any
 from solo_ext.errors import UserError, exit_on_user_error
 
 
+def _positive(kind: type) -> Any:
+    def positive(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    return positive
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line: solo-learn's options, and ``--device`` and ``--output``."""
     found = argparse.ArgumentParser(
@@ -19,10 +29,10 @@ def parser() -> argparse.ArgumentParser:
     add("--train_data_path", required=True, help="folder of the labelled images that vote")
     add("--val_data_path", required=True, help="folder of the images that are classified")
     add("--data_format", default="image_folder", choices=["image_folder"])
-    add("--batch_size", type=int, default=256)
+    add("--batch_size", type=_positive(int), default=256)
     add("--num_workers", type=int, default=2)
-    add("--k", type=int, nargs="+", default=[20], help="numbers of neighbours")
-    add("--temperature", type=float, nargs="+", default=[0.07], help="for the cosine")
+    add("--k", type=_positive(int), nargs="+", default=[20], help="numbers of neighbours")
+    add("--temperature", type=_positive(float), nargs="+", default=[0.07], help="for the cosine")
     add("--distance_function", nargs="+", default=["cosine"], choices=["cosine", "euclidean"])
     add("--feature_type", nargs="+", default=["backbone"], choices=["backbone", "projector"])
     add("--device", default=None, help="cpu, cuda, …; a GPU if there is one")
@@ -45,7 +55,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     from tqdm import tqdm
 
     from solo_ext.checkpoint import ARGS, find_checkpoint
-    from solo_ext.data import DATASETS, evaluation_loader, evaluation_transform, image_dataset
+    from solo_ext.data import DATASETS, check_same_classes, evaluation_loader, evaluation_transform, image_dataset
     from solo_ext.knn import WeightedKNNClassifier
     from solo_ext.logs import write_json
 
@@ -55,16 +65,26 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.dataset not in DATASETS:
         raise UserError(f"unknown --dataset {args.dataset!r}; choose from {', '.join(sorted(DATASETS))}")
     config = json.loads((folder / ARGS).read_text())
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not {"backbone", "data"} <= set(config):
+        raise UserError(f"{folder / ARGS} is not of a run of solo-learn: it names no backbone and no data")
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
     networks = _networks(find_checkpoint(folder), config, args.feature_type, device)
     views = config.get("augmentations") or [config["data"].get("augmentations") or {}]
     transform = evaluation_transform(args.dataset, views[0].get("crop_size", 224), views[0])
 
     features: dict[str, dict[str, Any]] = {}
+    opened = []
     for split, path in (("train", args.train_data_path), ("val", args.val_data_path)):
         if args.dataset not in ("cifar10", "cifar100", "stl10") and not Path(path).is_dir():
             raise UserError(f"--{split}_data_path is no folder: {path}")
         images = image_dataset(args.dataset, path, split, transform, indexed=False, no_labels=False)
+        opened.append(images)
+        if len(opened) == 2:
+            check_same_classes(*opened)
         loader = evaluation_loader(images, args.batch_size, args.num_workers)
         features[split] = _features(tqdm(loader, desc=split, disable=None), networks, device)
 

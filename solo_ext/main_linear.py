@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 USAGE = """usage: python -m solo_ext.main_linear --config-path FOLDER --config-name NAME [key=value ...]
@@ -31,11 +32,18 @@ def evaluate(cfg: DictConfig) -> Path:
         UserError: something is wrong with the configuration, the data or the checkpoint; nothing has been trained.
     """
     from solo_ext.backbones import build_backbone
-    from solo_ext.checkpoint import Checkpointer, find_checkpoint, load_backbone, run_folder
+    from solo_ext.checkpoint import (
+        Checkpointer,
+        claim_folder,
+        find_checkpoint,
+        load_backbone,
+        resume_point,
+        run_folder,
+    )
     from solo_ext.compat import LinearModel
     from solo_ext.config import parse_linear
-    from solo_ext.data import Images, evaluation_transform, image_dataset, linear_transform
-    from solo_ext.launch import build_trainer, seed_everything
+    from solo_ext.data import Images, check_same_classes, evaluation_transform, image_dataset, linear_transform
+    from solo_ext.launch import build_trainer, refused, seed_everything
     from solo_ext.logs import BestAccuracy, callbacks, loggers, versions, write_json
 
     cfg = parse_linear(cfg)
@@ -47,19 +55,31 @@ def evaluate(cfg: DictConfig) -> Path:
     backbone = build_backbone(cfg.backbone.name, OmegaConf.to_container(cfg.backbone.kwargs), data.dataset, crop_size)
     source = find_checkpoint(cfg.pretrained_feature_extractor)
     load_backbone(source, backbone)
-    model = LinearModel(backbone, cfg)
+    with refused("the linear model"):
+        model = LinearModel(backbone, cfg)
+    if not cfg.performance.disable_channel_last:
+        model = model.to(memory_format=torch.channels_last)
     train = image_dataset(
         data.dataset, data.train_path, "train", linear_transform(data.dataset, cfg), indexed=False, no_labels=False
     )
     transform = evaluation_transform(data.dataset, crop_size, sizes)
     val = image_dataset(data.dataset, data.val_path, "val", transform, indexed=False, no_labels=False)
 
-    folder = run_folder(cfg, "linear")
+    check_same_classes(train, val)
+    images = Images(train, val, cfg, drop_last=False)
+    folder, resumed, images.start_epoch = resume_point(cfg, "linear", run_folder(cfg, "linear"), model)
+    if images.start_epoch >= cfg.max_epochs:
+        print(f"{resumed} is of a finished run of {images.start_epoch} epochs: nothing to train")
+        return folder
+    claim_folder(folder, resumed)
     best = BestAccuracy()
     hooks = [*callbacks(cfg, folder), best, *([Checkpointer(cfg, folder)] if cfg.checkpoint.enabled else [])]
-    trainer = build_trainer(cfg, loggers(cfg, folder, 0), hooks)
+    trainer = build_trainer(cfg, loggers(cfg, folder, images.start_epoch), hooks)
     began = time.perf_counter()
-    trainer.fit(model, datamodule=Images(train, val, cfg, drop_last=False))
+    trainer.fit(model, datamodule=images, ckpt_path=resumed, weights_only=True if resumed else None)
+    if cfg.max_epochs % cfg.check_val_every_n_epoch != 0:
+        trainer.validate(model, dataloaders=images.val_dataloader(), verbose=False)
+        best.acc1 = max(best.acc1, float(trainer.callback_metrics["val_acc1"]))
     if trainer.is_global_zero:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         summary = {

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 USAGE = """usage: python -m solo_ext.main_pretrain --config-path FOLDER --config-name NAME [key=value ...]
@@ -37,10 +38,10 @@ def pretrain(cfg: DictConfig) -> Path:
     Raises:
         UserError: something is wrong with the configuration, the data or the checkpoint; nothing has been trained.
     """
-    from solo_ext.checkpoint import Checkpointer, auto_resume, check_resumable, run_folder
+    from solo_ext.checkpoint import Checkpointer, claim_folder, resume_point, run_folder
     from solo_ext.config import parse_pretrain
-    from solo_ext.data import Images, evaluation_transform, image_dataset, pretrain_transform
-    from solo_ext.launch import build_trainer, seed_everything
+    from solo_ext.data import Images, check_same_classes, evaluation_transform, image_dataset, pretrain_transform
+    from solo_ext.launch import build_trainer, refused, seed_everything
     from solo_ext.logs import SpectrumWriter, Throughput, callbacks, loggers, versions, write_json
     from solo_ext.registry import method_class, register
 
@@ -49,20 +50,20 @@ def pretrain(cfg: DictConfig) -> Path:
     given = OmegaConf.to_container(cfg, resolve=True)
     cls = method_class(cfg)
     seed_everything(cfg.seed)
-    model = cls(cfg)
+    with refused("the method"):
+        model = cls(cfg)
+    if not cfg.performance.disable_channel_last:
+        model = model.to(memory_format=torch.channels_last)
     images = _images(cfg, Images, image_dataset, pretrain_transform, evaluation_transform)
 
-    resumed = cfg.resume_from_checkpoint or (auto_resume(cfg) if cfg.auto_resume.enabled else None)
-    folder = run_folder(cfg, cfg.method)
-    if resumed is not None:
-        resumed = Path(resumed)
-        images.start_epoch = check_resumable(resumed, cfg, model)
-        if not cfg.checkpoint.version:
-            folder = resumed.parent
+    check_same_classes(images.train, images.val)
+    folder, resumed = run_folder(cfg, cfg.method), None
+    if cfg.max_epochs > 0:
+        folder, resumed, images.start_epoch = resume_point(cfg, cfg.method, folder, model)
         if images.start_epoch >= cfg.max_epochs:
             print(f"{resumed} is of a finished run of {images.start_epoch} epochs: nothing to train")
             return folder
-        print(f"resuming after epoch {images.start_epoch} of {cfg.max_epochs} from {resumed}", flush=True)
+    claim_folder(folder, resumed)
 
     throughput, checkpointer = Throughput(), Checkpointer(cfg, folder)
     extra = [SpectrumWriter(folder, images.start_epoch)] if getattr(model, "log_eigvals", False) else []
@@ -99,9 +100,10 @@ def pretrain(cfg: DictConfig) -> Path:
 def _images(cfg: DictConfig, images: Any, open_dataset: Any, train_transform: Any, val_transform: Any) -> Any:
     """The data module of a pre-training; no validation images where there are none, or no labels."""
     data = cfg.data
-    train = open_dataset(
-        data.dataset, data.train_path, "pretrain", train_transform(cfg), indexed=True, no_labels=data.no_labels
-    )
+    transform = train_transform(cfg)
+    if cfg.debug_augmentations:
+        print(f"views:\n{transform}")
+    train = open_dataset(data.dataset, data.train_path, "pretrain", transform, indexed=True, no_labels=data.no_labels)
     val = None
     if data.val_path is not None and not data.no_labels:
         view = cfg.augmentations[0]

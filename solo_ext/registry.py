@@ -68,7 +68,17 @@ def method_class(cfg: DictConfig) -> type:
         known = ", ".join(sorted({*natives, *plugins, *ALIASES}))
         raise UserError(f"unknown method {cfg.method!r}; choose from {known}")
     if name in natives and not (name in plugins and _ours_alone(name, given)):
+        known = native_options(name)
+        for key in given:
+            if key not in known:
+                ours = f", and ours of that name {', '.join(METHODS[name].options)}" if name in plugins else ""
+                raise UserError(
+                    f"solo-learn's method {name} has no option {key!r}; it knows {', '.join(sorted(known))}{ours}"
+                )
         return natives[name]
+    if (cfg.data.num_large_crops, cfg.data.num_small_crops) != (2, 0):
+        crops = f"{cfg.data.num_large_crops} large and {cfg.data.num_small_crops} small"
+        raise UserError(f"method {name} compares two views of one size, the augmentations make {crops} ones")
     try:
         METHODS[name].resolve(given)
     except ValueError as error:

@@ -167,7 +167,13 @@ def _solo_pretrained(method: str, seed: int, epochs: int | None, configs: Path, 
         "main_pretrain",
         configs,
         method,
-        {"seed": seed, "checkpoint.dir": base, "checkpoint.version": f"seed{seed}", **_solo_data("train")},
+        {
+            "seed": seed,
+            "checkpoint.dir": base,
+            "checkpoint.version": f"seed{seed}",
+            "auto_resume.enabled": True,
+            **_solo_data("train"),
+        },
         epochs,
     )
     linear = {"seed": seed, "pretrained_feature_extractor": folder, "checkpoint.dir": folder}
@@ -245,6 +251,7 @@ def _solo_knn(checkpoints: Path, folder: Path) -> Step:
         "temperature": 0.07,
         "distance_function": "cosine",
         "feature_type": "backbone",
+        "num_workers": 0,
         "output": folder / "knn.json",
     }
     flags = (text for key, value in options.items() for text in (f"--{key}", str(value)))

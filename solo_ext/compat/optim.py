@@ -120,8 +120,7 @@ class WarmupCosineLR(LRScheduler):
         total_steps: T.
         start_lr: s.
         end_lr: e.
-        static: {index of a group: constant rate} for groups that keep theirs. Plain numbers, so that a checkpoint of
-            this scheduler loads with ``weights_only=True``.
+        static: {index of a group: constant rate} for groups that keep theirs.
     """
 
     def __init__(
@@ -139,6 +138,10 @@ class WarmupCosineLR(LRScheduler):
         self.end_lr = float(end_lr)
         self.static = dict(static or {})
         super().__init__(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far it has come. The shape of the schedule is the configuration's, so that a run can be made longer."""
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count, "_last_lr": list(self._last_lr)}
 
     def get_lr(self) -> list[float]:
         """The rates of this step, one a group."""

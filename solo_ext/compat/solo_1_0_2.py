@@ -106,6 +106,21 @@ class MainInterface:
         """1.0.2's name of the teacher's backbone."""
         return self.momentum_backbone
 
+    # training
+
+    def _base_shared_step(self, X: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
+        """Classification of one view; the loss of a batch without any label is 0, where solo-learn's is NaN."""
+        out = super()._base_shared_step(X, targets)
+        summed = torch.nn.functional.cross_entropy(out["logits"], targets, ignore_index=-1, reduction="sum")
+        out["loss"] = summed / (targets != -1).sum().clamp(min=1)
+        return out
+
+    def on_train_epoch_start(self) -> None:
+        """Forget the k-NN features of an epoch after which nothing was validated."""
+        super().on_train_epoch_start()
+        if self.knn_eval:
+            self.knn.reset()
+
     # optimiser and schedule
 
     def configure_optimizers(self) -> Any:
@@ -114,8 +129,7 @@ class MainInterface:
         if self.exclude_bias_n_norm_wd:
             groups = _without_decay_of_vectors(groups)
         static = [index for index, group in enumerate(groups) if group.pop("static_lr", False)]
-        options = OmegaConf.to_container(self.cfg.optimizer.kwargs)
-        optimizer = _OPTIMIZERS[self.cfg.optimizer.name](groups, lr=self.lr, weight_decay=self.weight_decay, **options)
+        optimizer = _optimizer(self, groups)
         return with_schedule(
             self, optimizer, self.cfg.scheduler, static={index: groups[index].get("lr", self.lr) for index in static}
         )
@@ -164,7 +178,7 @@ class MomentumInterface(MainInterface):
         if self.trainer.global_step > self.last_step:
             for online, momentum in self.momentum_pairs:
                 self.momentum_updater.update(online, momentum)
-            self.log("tau", self.momentum_updater.cur_tau)
+            self.log("tau", self.momentum_updater.cur_tau, on_step=False, on_epoch=True)
             self._set_tau()
         self.last_step = self.trainer.global_step
 
@@ -216,8 +230,7 @@ class LinearModel(_HostLinear):
         groups = [{"params": list(trained.parameters())}]
         if self.cfg.optimizer.exclude_bias_n_norm_wd:
             groups = _without_decay_of_vectors(groups)
-        options = OmegaConf.to_container(self.cfg.optimizer.kwargs)
-        optimizer = _OPTIMIZERS[self.cfg.optimizer.name](groups, lr=self.lr, weight_decay=self.weight_decay, **options)
+        optimizer = _optimizer(self, groups)
         return with_schedule(self, optimizer, self.cfg.scheduler, static={})
 
     def forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -253,6 +266,15 @@ class LinearModel(_HostLinear):
         names = ("val_loss", "val_acc1", "val_acc5")
         self.log_dict({name: weighted_mean(outputs, name, "batch_size") for name in names}, sync_dist=True)
         outputs.clear()
+
+
+def _optimizer(module: pl.LightningModule, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimiser that ``cfg.optimizer`` names; Adam in its fused form unless told otherwise."""
+    cfg = module.cfg.optimizer
+    options = OmegaConf.to_container(cfg.kwargs)
+    if cfg.name in ("adam", "adamw"):
+        options.setdefault("fused", True)
+    return _OPTIMIZERS[cfg.name](groups, lr=module.lr, weight_decay=module.weight_decay, **options)
 
 
 def with_schedule(
@@ -335,7 +357,9 @@ def _keywords(cfg: DictConfig, cls: type) -> dict[str, Any]:
         keywords["final_tau_momentum"] = cfg.momentum.final_tau
         keywords["momentum_classifier"] = cfg.momentum.classifier
     if getattr(cls, "native", False):
-        keywords.update({**_parser_defaults(cls), **OmegaConf.to_container(cfg.method_kwargs)})
+        given = OmegaConf.to_container(cfg.method_kwargs)
+        own = {key: value for key, value in given.items() if key in _parameters(cls)}
+        keywords.update({**_parser_defaults(cls), **own})
     return keywords
 
 
@@ -368,6 +392,10 @@ def native_methods() -> dict[str, type]:
     return natives
 
 
+_IGNORED_BY_MAIN = {"simsiam": {"temperature"}}
+"""Options that main's own YAML files give and main itself never reads."""
+
+
 def native_options(name: str) -> frozenset[str]:
-    """The ``method_kwargs`` that a native method's constructor takes."""
-    return frozenset(_parameters(native_methods()[name]))
+    """The ``method_kwargs`` that a native method takes."""
+    return frozenset({*_parameters(native_methods()[name]), *_IGNORED_BY_MAIN.get(name, ())})

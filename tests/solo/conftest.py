@@ -41,7 +41,7 @@ def compose(digits: Path, tmp_path: Path) -> Callable:
             f"data.val_path={digits / 'val'}",
             f"checkpoint.dir={tmp_path / 'runs'}",
             "optimizer.batch_size=32",
-            "++max_epochs=1",
+            *("++max_epochs=1", "++check_val_every_n_epoch=1"),
         ]
         small = ["method_kwargs.proj_hidden_dim=32", "method_kwargs.proj_output_dim=16"]
         with initialize_config_dir(str(CONFIGS), version_base="1.2"):

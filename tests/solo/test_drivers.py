@@ -25,7 +25,7 @@ def _arguments(digits: Path, out: Path, name: str, *more: str) -> list[str]:
     return [
         *("--config-path", str(ROOT / "configs" / "solo" / "digits"), "--config-name", name),
         *(f"data.train_path={digits / 'train'}", f"data.val_path={digits / 'val'}", f"++checkpoint.dir={out}"),
-        *("optimizer.batch_size=32", *more),
+        *("optimizer.batch_size=32", "++check_val_every_n_epoch=1", "++checkpoint.frequency=1", *more),
     ]
 
 
@@ -36,6 +36,7 @@ def _run(main, argv, monkeypatch) -> None:
 
 def _refused(main, argv, monkeypatch, capfd) -> str:
     """The one sentence with which a command refuses."""
+    capfd.readouterr()  # what came before
     with pytest.raises(SystemExit) as stopped:
         _run(main, argv, monkeypatch)
     out, err = capfd.readouterr()
@@ -111,7 +112,7 @@ def test_native_methods_train_resume_and_are_evaluated(method, digits, tmp_path,
     def train(version, *more):
         argv = _arguments(digits, tmp_path / "out", "native", "max_epochs=2", f"++checkpoint.version={version}", *more)
         argv[1] = str(tmp_path)
-        lars = ("~optimizer.kwargs", "optimizer.name=lars", *_LARS)
+        lars = ("optimizer.name=lars", *_LARS)
         _run(main_pretrain.main, [*argv, "++checkpoint.keep_prev=true", "knn_eval.k=3", *lars], monkeypatch)
         return tmp_path / "out" / method / version
 
@@ -119,7 +120,7 @@ def test_native_methods_train_resume_and_are_evaluated(method, digits, tmp_path,
     summary = json.loads((whole / "pretrain.json").read_text())
     assert {"val_acc1", "val_knn_acc1", "train_acc1"} <= set(summary["metrics"])
     first = whole / f"{method}-digits-whole-ep=0.ckpt"
-    resumed = train("resumed", f"resume_from_checkpoint='{first}'")
+    resumed = train("resumed", f"++resume_from_checkpoint='{first}'")
     states = [torch.load(find_checkpoint(folder), weights_only=True)["state_dict"] for folder in (whole, resumed)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
@@ -185,16 +186,16 @@ def test_auto_resume_takes_the_same_run_only(compose, tmp_path):
     from omegaconf import OmegaConf
 
     (run / "args.json").write_text(json.dumps(OmegaConf.to_container(cfg, resolve=True)))
-    assert auto_resume(cfg) == run / "a-ep=0.ckpt"
+    assert auto_resume(cfg, "isoloss") == run / "a-ep=0.ckpt"
     others = (
         *("method_kwargs.rho=0.5", "+method_kwargs.iso=false", "momentum.base_tau=0.5", "seed=6"),
         *("optimizer.lr=0.1", "++max_epochs=2", "name=other"),
     )
     for other in others:
         changed = parse_pretrain(compose("isoloss", "auto_resume.enabled=true", "name=shared", "++seed=5", other))
-        assert auto_resume(changed) is None, other
+        assert auto_resume(changed, "isoloss") is None, other
     os.utime(run / "a-ep=0.ckpt", (0, 0))
-    assert auto_resume(cfg) is None  # older than max_hours
+    assert auto_resume(cfg, "isoloss") is None  # older than max_hours
 
 
 # refusals
@@ -215,12 +216,12 @@ _REFUSED = {
     "misspelt option": (["+method_kwargs.alhpa=1"], "method isoloss has no option 'alhpa'; it knows"),
     "wrong value": (["+method_kwargs.mode=both"], "mode must be one of sequential, pooled, got 'both'"),
     "missing data": (["data.train_path=nowhere/train"], "data.train_path is no folder: nowhere/train"),
-    "batch of one": (["optimizer.batch_size=1"], "optimizer.batch_size must be at least 2, got 1"),
+    "batch of one": (["optimizer.batch_size=1"], "optimizer.batch_size must be a whole number, at least 2, got 1"),
     "too few images": (["optimizer.batch_size=512"], "holds 96 images, fewer than one batch of 512"),
     "unknown dataset": (["data.dataset=digit"], "unknown data.dataset 'digit'; choose from cifar10,"),
     "unknown backbone": (["backbone.name=resnet19"], "has no backbone 'resnet19'; it has resnet18,"),
     "unknown optimizer": (["optimizer.name=lamb"], "unknown optimizer.name 'lamb'; choose from sgd,"),
-    "misspelt optimizer option": (["+optimizer.kwargs.momentm=1"], "optimizer sgd has no option 'momentm'"),
+    "misspelt optimizer option": (["+optimizer.kwargs.momentm=1"], "optimizer adamw has no option 'momentm'"),
     "no checkpoint": (["+resume_from_checkpoint=a.ckpt"], "resume_from_checkpoint is no file: a.ckpt"),
     "dali": (["data.format=dali"], "data.format 'dali' is not supported"),
 }
@@ -298,3 +299,106 @@ def test_knn_refuses_a_folder_that_is_no_run(tmp_path, monkeypatch, capfd):
         *("--train_data_path", "x", "--val_data_path", "x"),
     ]
     assert "is no folder of a run: it has no args.json" in _refused(main_knn.main, argv, monkeypatch, capfd)
+
+
+# what users do
+
+
+def _metrics(folder: Path) -> dict:
+    return json.loads((folder / "pretrain.json").read_text())["metrics"]
+
+
+@pytest.mark.slow
+def test_unlabelled_images_train(digits, tmp_path, monkeypatch):
+    """T13: a batch without labels has a classification loss of 0, not NaN."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (digits / "train").glob("*/*.png"):
+        (flat / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
+    argv = [
+        *_arguments(digits, tmp_path, "isoloss", "max_epochs=1", "++checkpoint.version=v"),
+        *(f"data.train_path={flat}", "data.dataset=custom", "++data.no_labels=True", "~data.val_path"),
+        "data.num_workers=2",
+    ]
+    _run(main_pretrain.main, argv, monkeypatch)
+    metrics = _metrics(tmp_path / "isoloss" / "v")
+    assert metrics["train_class_loss_epoch"] == 0 and 0 < metrics["train_ssl_loss_epoch"] < 8
+    assert "val_acc1" not in metrics
+
+
+@pytest.mark.slow
+def test_workers_do_not_change_the_numbers(digits, tmp_path, monkeypatch):
+    losses = []
+    for workers in (0, 2):
+        more = ("max_epochs=1", f"++checkpoint.version=w{workers}", f"data.num_workers={workers}")
+        _run(main_pretrain.main, _arguments(digits, tmp_path, "ssl_ey", *more), monkeypatch)
+        losses.append(_metrics(tmp_path / "ssl_ey" / f"w{workers}")["train_ssl_loss_epoch"])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_run_can_be_made_longer_and_its_folder_is_safe(digits, tmp_path, monkeypatch, capfd):
+    common = ("++checkpoint.version=v", "scheduler.warmup_epochs=0")
+    _run(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", "max_epochs=1", *common), monkeypatch)
+    checkpoint = find_checkpoint(tmp_path / "isoloss" / "v")
+    checkpoint_copy = tmp_path / "copy.ckpt"
+    checkpoint_copy.write_bytes(checkpoint.read_bytes())
+    argv = _arguments(digits, tmp_path, "isoloss", "max_epochs=3", *common)
+    assert "holds a run already" in _refused(main_pretrain.main, argv, monkeypatch, capfd)
+
+    resume = f"++resume_from_checkpoint='{checkpoint}'"
+    said = _refused(main_pretrain.main, [*argv, resume, "optimizer.lr=0.5"], monkeypatch, capfd)
+    assert "is a checkpoint of optimizer" in said
+    _run(main_pretrain.main, [*argv, resume], monkeypatch)
+    state = torch.load(find_checkpoint(tmp_path / "isoloss" / "v"), weights_only=True)
+    assert state["lr_schedulers"][0]["last_epoch"] == 9 and state["epoch"] == 2
+    before = torch.load(checkpoint_copy, weights_only=True)["state_dict"]["backbone.conv1.weight"]
+    moved = (state["state_dict"]["backbone.conv1.weight"] - before).abs().max()
+    assert moved > 1e-3, "the schedule of the shorter run would have stayed at 0"
+    assert json.loads((tmp_path / "isoloss" / "v" / "args.json").read_text())["max_epochs"] == 3
+
+
+@pytest.mark.slow
+def test_wandb_offline(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    more = ("max_epochs=1", "++checkpoint.version=v", "++wandb.enabled=True", "++wandb.offline=True")
+    _run(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", *more), monkeypatch)
+    assert list(tmp_path.rglob("*.wandb"))
+    import wandb
+
+    wandb.finish()
+
+
+@pytest.mark.slow
+def test_linear_evaluation_ends_with_a_validation(untrained, digits, tmp_path, monkeypatch):
+    more = (f"pretrained_feature_extractor={untrained}", "max_epochs=3", "++check_val_every_n_epoch=2")
+    _run(main_linear.main, _arguments(digits, tmp_path, "linear", *more, "++checkpoint.version=w"), monkeypatch)
+    assert json.loads((tmp_path / "linear" / "w" / "linear.json").read_text())["acc1"] is not None
+
+
+_REFUSED_TOO = {
+    "three views": (["augmentations.0.num_crops=3"], "compares two views of one size, the augmentations make 3 large"),
+    "native option": (["method=vicreg", "+method_kwargs.sim_loss_wieght=3"], "vicreg has no option"),
+    "no path": (["data.train_path=null"], "the configuration lacks data.train_path"),
+    "a word for a number": (["optimizer.batch_size=many"], "optimizer.batch_size must be a whole number"),
+    "negative power": (["+method_kwargs.alpha=-1.0"], "alpha must be in [0, inf], got -1.0"),
+    "momentum above 1": (["momentum.base_tau=2"], "momentum.base_tau must be in [0, 1], got 2"),
+    "devices": (["devices=some"], "devices must be a number or a list of indexes, got 'some'"),
+}
+
+
+@pytest.mark.parametrize("case", _REFUSED_TOO)
+def test_more_mistakes_are_one_sentence(case, digits, tmp_path, monkeypatch, capfd):
+    more, sentence = _REFUSED_TOO[case]
+    assert sentence in _refused(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", *more), monkeypatch, capfd)
+
+
+def test_class_folders_must_agree(untrained, digits, tmp_path, monkeypatch, capfd):
+    other = tmp_path / "val"
+    (other / "9").mkdir(parents=True)
+    source = next((digits / "val" / "9").iterdir())
+    (other / "9" / source.name).write_bytes(source.read_bytes())
+    more = (f"pretrained_feature_extractor={untrained}", f"data.val_path={other}")
+    argv = _arguments(digits, tmp_path, "linear", *more)
+    assert "have different class folders: only one of them has" in _refused(main_linear.main, argv, monkeypatch, capfd)

@@ -58,7 +58,10 @@ def test_loss_and_gradients_are_those_of_plugins(name, compose):
 @pytest.mark.parametrize("name", ["byol", "simsiam"])
 def test_our_byol_and_simsiam_are_solo_learns(name, compose):
     ours = _build(compose(name, "knn_eval.enabled=False"), torch.float64).train()
-    native = _build(compose(name, "knn_eval.enabled=False", "~method_kwargs.log_eigvals"), torch.float64).train()
+    native = _build(
+        compose(name, "knn_eval.enabled=False", "~method_kwargs.log_eigvals", "~method_kwargs.pred_lr_scale"),
+        torch.float64,
+    ).train()
     assert type(ours) is plugin_methods()[name] and type(native) is native_methods()[name]
     missing, unexpected = native.load_state_dict(ours.state_dict(), strict=False)
     assert all("bias" in key for key in missing)  # a bias that solo-learn freezes and batch norm removes
@@ -160,7 +163,13 @@ def test_misspelt_option_lists_the_known(compose):
 
 def test_names_of_the_forks_are_understood(compose):
     cfg = compose(
-        *("directpred", "~method_kwargs.rho", "+method_kwargs.iso=true", "+method_kwargs.dp_tau=0.5"),
+        *(
+            "directpred",
+            "~method_kwargs.rho",
+            "~method_kwargs.eps",
+            "+method_kwargs.iso=true",
+            "+method_kwargs.dp_tau=0.5",
+        ),
         *("+method_kwargs.dp_alpha=1", "+method_kwargs.eps_iso=0.25", "+method_kwargs.use_l2=true"),
     )
     options = _build(cfg).options
@@ -170,7 +179,7 @@ def test_names_of_the_forks_are_understood(compose):
 
 
 def test_solo_learn_keeps_its_names_unless_an_option_is_ours(compose):
-    plain = parse_pretrain(compose("byol", "~method_kwargs.log_eigvals"))
+    plain = parse_pretrain(compose("byol", "~method_kwargs.log_eigvals", "~method_kwargs.pred_lr_scale"))
     assert method_class(plain) is native_methods()["byol"]
     assert method_class(parse_pretrain(compose("byol"))) is plugin_methods()["byol"]
 

@@ -354,7 +354,7 @@ def test_a_run_can_be_made_longer_and_its_folder_is_safe(digits, tmp_path, monke
     assert state["lr_schedulers"][0]["last_epoch"] == 9 and state["epoch"] == 2
     before = torch.load(checkpoint_copy, weights_only=True)["state_dict"]["backbone.conv1.weight"]
     moved = (state["state_dict"]["backbone.conv1.weight"] - before).abs().max()
-    assert moved > 1e-3, "the schedule of the shorter run would have stayed at 0"
+    assert moved > 1e-5, "the schedule of the shorter run would have stayed at 0"
     assert json.loads((tmp_path / "isoloss" / "v" / "args.json").read_text())["max_epochs"] == 3
 
 

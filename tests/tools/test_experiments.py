@@ -340,6 +340,7 @@ def test_pretraining_command_names_yaml_seed_folder_and_data(digits):
         "++seed=3",
         "++checkpoint.dir='my results/digits/solo'",
         "++checkpoint.version=seed3",
+        "++auto_resume.enabled=True",
         "++data.train_path=datasets/digits/train",
         "++data.val_path=datasets/digits/val",
         "++max_epochs=2",

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from plugins.methods import METHODS
 from solo_ext import main_knn, main_linear, main_pretrain
 from solo_ext.checkpoint import auto_resume, find_checkpoint
 from solo_ext.config import parse_pretrain
@@ -59,6 +61,9 @@ def test_pretrain_then_knn_then_linear(digits, tmp_path, monkeypatch, capfd):
     assert [row["epoch"] for row in rows] == ["0", "1"]
     spectrum = [float(rows[1][f"eigval_{index}"]) for index in range(1, 129)]
     assert spectrum == sorted(spectrum, reverse=True) and spectrum[0] > 0
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    assert [event.step for event in events.Histograms("eigenvalues")] == [0, 1]
     logged = set().union(*(row.keys() for row in csv.DictReader((run / "metrics.csv").open())))
     assert {"eigval_metrics/part_ratio", "train_z_std_epoch", "val_acc1", "train_acc1_epoch", "tau"} <= logged
     summary = json.loads((run / "pretrain.json").read_text())
@@ -175,6 +180,21 @@ def test_a_killed_run_resumes_to_the_same_weights(method, digits, tmp_path, monk
         for side in ("whole", "cut")
     ]
     assert epochs[0] == epochs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_resumes_to_the_same_weights(method, digits, tmp_path, monkeypatch):
+    """From the checkpoint of an epoch's end; T9: the teacher's momentum goes on where it stood."""
+    states = []
+    for version in ("whole", "resumed"):
+        first = tmp_path / method / "whole" / f"{method}-digits-whole-ep=0.ckpt"
+        more = (f"++resume_from_checkpoint='{first}'",) if version == "resumed" else ("++checkpoint.keep_prev=true",)
+        more = (*more, "max_epochs=2", f"++checkpoint.version={version}")
+        _run(main_pretrain.main, _arguments(digits, tmp_path, method, *more), monkeypatch)
+        states.append(torch.load(find_checkpoint(tmp_path / method / version), weights_only=True)["state_dict"])
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_auto_resume_takes_the_same_run_only(compose, tmp_path):

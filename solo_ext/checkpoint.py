@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from solo_ext.compat import pl
 from solo_ext.errors import UserError
+from solo_ext.logs import write_json
 
 ARGS = "args.json"
 _MARK = "solo_ext"
@@ -86,7 +87,6 @@ class Checkpointer(pl.Callback):
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
         self.cfg = cfg
         self.folder = folder
-        self.last: Path | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write args.json."""
@@ -95,12 +95,9 @@ class Checkpointer(pl.Callback):
     def write_args(self, trainer: pl.Trainer) -> None:
         """Write the whole configuration, once and for all processes."""
         if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
             args = OmegaConf.to_container(self.cfg, resolve=True)
             args["wandb_run_id"] = self.folder.name if self.cfg.wandb.enabled else None
-            temporary = self.folder / (ARGS + ".tmp")
-            temporary.write_text(json.dumps(args, indent=1))
-            temporary.replace(self.folder / ARGS)
+            write_json(self.folder / ARGS, args)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Save, if it is time to."""

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from solo_ext.checkpoint import identity
 from solo_ext.compat import BaseMethod
+from solo_ext.compat.optim import OPTIMIZERS
 from solo_ext.data import CLASSES, DATASETS
 from solo_ext.errors import UserError
 
@@ -51,7 +52,6 @@ _SHARED_DEFAULTS: dict[str, Any] = {
     },
     "performance": {"disable_channel_last": False},
 }
-_OPTIMIZERS = ("sgd", "lars", "adam", "adamw")
 _SCHEDULERS = ("warmup_cosine", "step", "none")
 _REQUIRED = ("backbone.name", "data.dataset", "data.train_path", "max_epochs")
 _REQUIRED_OPTIMIZER = ("optimizer.name", "optimizer.batch_size", "optimizer.lr", "optimizer.weight_decay")
@@ -211,11 +211,9 @@ def _check_trainer(cfg: DictConfig) -> None:
 
 
 def _check_optimizer(cfg: DictConfig) -> None:
-    from solo_ext.compat.optim import LARS
-
     optimizer = cfg.optimizer
-    if optimizer.name not in _OPTIMIZERS:
-        raise UserError(f"unknown optimizer.name {optimizer.name!r}; choose from {', '.join(_OPTIMIZERS)}")
+    if optimizer.name not in OPTIMIZERS:
+        raise UserError(f"unknown optimizer.name {optimizer.name!r}; choose from {', '.join(OPTIMIZERS)}")
     if cfg.scheduler.name not in _SCHEDULERS:
         raise UserError(f"unknown scheduler.name {cfg.scheduler.name!r}; choose from {', '.join(_SCHEDULERS)}")
     if cfg.scheduler.interval not in ("step", "epoch"):
@@ -230,8 +228,7 @@ def _check_optimizer(cfg: DictConfig) -> None:
                 raise UserError(f"optimizer.{key} must be a number, got {optimizer[key]!r}") from None
     if optimizer.name in ("sgd", "lars"):
         optimizer.kwargs.setdefault("momentum", 0.9)
-    classes = {"sgd": torch.optim.SGD, "lars": LARS, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    known = set(inspect.signature(classes[optimizer.name]).parameters) - {"params", "lr", "weight_decay"}
+    known = set(inspect.signature(OPTIMIZERS[optimizer.name]).parameters) - {"params", "lr", "weight_decay"}
     for key in optimizer.kwargs:
         if key not in known:
             raise UserError(f"optimizer {optimizer.name} has no option {key!r}; it knows {', '.join(sorted(known))}")

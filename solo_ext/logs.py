@@ -86,7 +86,7 @@ def loggers(cfg: DictConfig, folder: Path, epochs: int) -> list[Any]:
     return found
 
 
-def callbacks(cfg: DictConfig, folder: Path) -> list[pl.Callback]:
+def callbacks(cfg: DictConfig) -> list[pl.Callback]:
     """Progress, random numbers, learning rate, CSV flush."""
     shown = [TQDMProgressBar()] if sys.stderr.isatty() else [EpochLines()]
     return [
@@ -183,10 +183,10 @@ class SpectrumWriter(pl.Callback):
                 self.path.unlink()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Add this epoch's row. Lightning calls the module's own hook later, so the spectrum is computed here."""
+        """Add this epoch's row."""
         if not trainer.is_global_zero or module.moment is None:
             return
-        spectrum = module.moment.spectrum().cpu()
+        spectrum = module.epoch_spectrum().cpu()
         new = not self.path.is_file()
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file)

@@ -72,20 +72,20 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
-    networks = _networks(find_checkpoint(folder), config, args.feature_type, device)
-    views = config.get("augmentations") or [config["data"].get("augmentations") or {}]
-    transform = evaluation_transform(args.dataset, views[0].get("crop_size", 224), views[0])
+    view = (config.get("augmentations") or [config["data"].get("augmentations") or {}])[0]
+    crop_size = view.get("crop_size", 224)
+    networks = _networks(find_checkpoint(folder), config, crop_size, args.feature_type, device)
+    transform = evaluation_transform(args.dataset, crop_size, view)
 
-    features: dict[str, dict[str, Any]] = {}
-    opened = []
+    images: dict[str, Any] = {}
     for split, path in (("train", args.train_data_path), ("val", args.val_data_path)):
         if args.dataset not in ("cifar10", "cifar100", "stl10") and not Path(path).is_dir():
             raise UserError(f"--{split}_data_path is no folder: {path}")
-        images = image_dataset(args.dataset, path, split, transform, indexed=False, no_labels=False)
-        opened.append(images)
-        if len(opened) == 2:
-            check_same_classes(*opened)
-        loader = evaluation_loader(images, args.batch_size, args.num_workers)
+        images[split] = image_dataset(args.dataset, path, split, transform, indexed=False, no_labels=False)
+    check_same_classes(images["train"], images["val"])
+    features: dict[str, dict[str, Any]] = {}
+    for split, dataset in images.items():
+        loader = evaluation_loader(dataset, args.batch_size, args.num_workers)
         features[split] = _features(tqdm(loader, desc=split, disable=None), networks, device)
 
     results = []
@@ -105,7 +105,9 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def _networks(checkpoint: Path, config: dict[str, Any], kinds: list[str], device: Any) -> dict[str, Any]:
+def _networks(
+    checkpoint: Path, config: dict[str, Any], crop_size: int, kinds: list[str], device: Any
+) -> dict[str, Any]:
     """Backbone and, where asked for, projector of a checkpoint."""
     from omegaconf import OmegaConf
 
@@ -113,13 +115,8 @@ def _networks(checkpoint: Path, config: dict[str, Any], kinds: list[str], device
     from solo_ext.checkpoint import load_backbone, read_checkpoint
     from solo_ext.registry import method_class
 
-    views = config.get("augmentations") or [config["data"].get("augmentations") or {}]
-    backbone = build_backbone(
-        config["backbone"]["name"],
-        config["backbone"].get("kwargs") or {},
-        config["data"]["dataset"],
-        views[0].get("crop_size", 224),
-    )
+    wanted = config["backbone"]
+    backbone = build_backbone(wanted["name"], wanted.get("kwargs") or {}, config["data"]["dataset"], crop_size)
     load_backbone(checkpoint, backbone)
     networks = {"backbone": backbone}
     if "projector" in kinds:

@@ -73,7 +73,7 @@ def evaluate(cfg: DictConfig) -> Path:
         return folder
     claim_folder(folder, resumed)
     best = BestAccuracy()
-    hooks = [*callbacks(cfg, folder), best, *([Checkpointer(cfg, folder)] if cfg.checkpoint.enabled else [])]
+    hooks = [*callbacks(cfg), best, *([Checkpointer(cfg, folder)] if cfg.checkpoint.enabled else [])]
     trainer = build_trainer(cfg, loggers(cfg, folder, images.start_epoch), hooks)
     began = time.perf_counter()
     trainer.fit(model, datamodule=images, ckpt_path=resumed, weights_only=True if resumed else None)

@@ -40,7 +40,6 @@ def pretrain(cfg: DictConfig) -> Path:
     """
     from solo_ext.checkpoint import Checkpointer, claim_folder, resume_point, run_folder
     from solo_ext.config import parse_pretrain
-    from solo_ext.data import Images, check_same_classes, evaluation_transform, image_dataset, pretrain_transform
     from solo_ext.launch import build_trainer, refused, seed_everything
     from solo_ext.logs import SpectrumWriter, Throughput, callbacks, loggers, versions, write_json
     from solo_ext.registry import method_class, register
@@ -54,9 +53,7 @@ def pretrain(cfg: DictConfig) -> Path:
         model = cls(cfg)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
-    images = _images(cfg, Images, image_dataset, pretrain_transform, evaluation_transform)
-
-    check_same_classes(images.train, images.val)
+    images = _images(cfg)
     folder, resumed = run_folder(cfg, cfg.method), None
     if cfg.max_epochs > 0:
         folder, resumed, images.start_epoch = resume_point(cfg, cfg.method, folder, model)
@@ -67,7 +64,7 @@ def pretrain(cfg: DictConfig) -> Path:
 
     throughput, checkpointer = Throughput(), Checkpointer(cfg, folder)
     extra = [SpectrumWriter(folder, images.start_epoch)] if getattr(model, "log_eigvals", False) else []
-    hooks = [*callbacks(cfg, folder), throughput, *extra, checkpointer]
+    hooks = [*callbacks(cfg), throughput, *extra, checkpointer]
     if not cfg.checkpoint.enabled:
         hooks.remove(checkpointer)
     trainer = build_trainer(cfg, loggers(cfg, folder, images.start_epoch), hooks)
@@ -97,19 +94,22 @@ def pretrain(cfg: DictConfig) -> Path:
     return folder
 
 
-def _images(cfg: DictConfig, images: Any, open_dataset: Any, train_transform: Any, val_transform: Any) -> Any:
+def _images(cfg: DictConfig) -> Any:
     """The data module of a pre-training; no validation images where there are none, or no labels."""
+    from solo_ext.data import Images, check_same_classes, evaluation_transform, image_dataset, pretrain_transform
+
     data = cfg.data
-    transform = train_transform(cfg)
+    transform = pretrain_transform(cfg)
     if cfg.debug_augmentations:
         print(f"views:\n{transform}")
-    train = open_dataset(data.dataset, data.train_path, "pretrain", transform, indexed=True, no_labels=data.no_labels)
+    train = image_dataset(data.dataset, data.train_path, "pretrain", transform, indexed=True, no_labels=data.no_labels)
     val = None
     if data.val_path is not None and not data.no_labels:
         view = cfg.augmentations[0]
-        transform = val_transform(data.dataset, view.crop_size, view)
-        val = open_dataset(data.dataset, data.val_path, "val", transform, indexed=False, no_labels=False)
-    return images(train, val, cfg, drop_last=True)
+        transform = evaluation_transform(data.dataset, view.crop_size, view)
+        val = image_dataset(data.dataset, data.val_path, "val", transform, indexed=False, no_labels=False)
+    check_same_classes(train, val)
+    return Images(train, val, cfg, drop_last=True)
 
 
 def main() -> None:

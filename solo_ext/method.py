@@ -22,8 +22,7 @@ class PluginMethod:
     """The training step that all methods share; mixed into solo-learn's base classes below."""
 
     spec: ClassVar[MethodSpec]
-    spectrum: Tensor | None = None
-    """Eigenvalues ``[D]`` of the embedding's second moment at the end of the last epoch, descending."""
+    _spectrum: tuple[int, Tensor] | None = None
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
@@ -82,18 +81,24 @@ class PluginMethod:
         """What follows the embedding's second moment, if anything does."""
         return self.predictor if isinstance(self.predictor, RunningMoment) else getattr(self, "embedding_moment", None)
 
+    def epoch_spectrum(self) -> Tensor:
+        """Eigenvalues ``[D]`` of the moment at this epoch's end, descending; computed once for all who ask."""
+        if self._spectrum is None or self._spectrum[0] != self.current_epoch:
+            self._spectrum = (self.current_epoch, self.moment.spectrum())
+        return self._spectrum[1]
+
     def on_train_epoch_end(self) -> None:
         """Log the statistics of the embedding's spectrum, under the names that implicit-var-reg gave them."""
         super().on_train_epoch_end()
         if self.moment is None:
             return
-        self.spectrum = self.moment.spectrum()
+        spectrum = self.epoch_spectrum()
         metrics = {
-            "eigval_min": self.spectrum.min(),
-            "eigval_max": self.spectrum.max(),
-            "eigval_mean": self.spectrum.mean(),
-            "eigval_std": self.spectrum.std(),
-            "part_ratio": participation_ratio(self.spectrum),
+            "eigval_min": spectrum.min(),
+            "eigval_max": spectrum.max(),
+            "eigval_mean": spectrum.mean(),
+            "eigval_std": spectrum.std(),
+            "part_ratio": participation_ratio(spectrum),
         }
         # the moment is the same on all processes: nothing to reduce
         self.log_dict({f"eigval_metrics/{name}": value for name, value in metrics.items()})

@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plugins.distributed import Collective
 from plugins.heads import mlp_head
-from plugins.losses import byol_loss, isoloss
+from plugins.losses import byol_terms, isoloss_terms
 from plugins.predictors import MLPPredictor
 from plugins.spec import Embeddings, Option
 
@@ -20,7 +18,7 @@ class PairTerms(NamedTuple):
     loss: Tensor
     """What is minimised: the sum over both ordered pairs of views."""
     cosine: Tensor
-    """Mean cosine between prediction and target over both pairs and this process's rows, in [-1, 1]; for logging."""
+    """Mean cosine between prediction and target over both pairs and all rows, in [-1, 1]; for logging."""
 
 
 def cross_view_terms(e: Embeddings, options: Mapping[str, Any], comm: Collective) -> PairTerms:
@@ -28,12 +26,10 @@ def cross_view_terms(e: Embeddings, options: Mapping[str, Any], comm: Collective
     pairs = ((0, 1), (1, 0))
     metric = options["metric"]
     if options.get("iso", False):
-        losses = [isoloss(e.z[a], e.p[a], e.target[b], metric=metric, comm=comm) for a, b in pairs]
+        first, second = (isoloss_terms(e.z[a], e.p[a], e.target[b], metric=metric, comm=comm) for a, b in pairs)
     else:
-        losses = [byol_loss(e.p[a], e.target[b], metric=metric, comm=comm) for a, b in pairs]
-    with torch.no_grad():
-        cosine = torch.stack([F.cosine_similarity(e.p[a].float(), e.target[b].float()).mean() for a, b in pairs])
-    return PairTerms(losses[0] + losses[1], cosine.mean())
+        first, second = (byol_terms(e.p[a], e.target[b], metric=metric, comm=comm) for a, b in pairs)
+    return PairTerms(first.loss + second.loss, (first.similarity + second.similarity) / 2)
 
 
 def projector_options(hidden: int, output: int) -> dict[str, Option]:

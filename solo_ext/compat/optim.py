@@ -106,6 +106,15 @@ def _scaled(parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tenso
     return torch.where(adaptive, gradient.add(parameter, alpha=decay) * rate, gradient)
 
 
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "lars": LARS,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+"""What ``optimizer.name`` may be."""
+
+
 class WarmupCosineLR(LRScheduler):
     """Linear warm-up, then half a cosine, as solo-learn's LinearWarmupCosineAnnealingLR, in closed form.
 

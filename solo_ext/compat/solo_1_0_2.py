@@ -23,7 +23,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from plugins.targets import cosine_tau
-from solo_ext.compat.optim import LARS, WarmupCosineLR
+from solo_ext.compat.optim import OPTIMIZERS, WarmupCosineLR
 from solo_ext.errors import UserError
 from solo_ext.knn import WeightedKNNClassifier
 
@@ -50,7 +50,6 @@ from solo.methods.linear import LinearModel as _HostLinear  # noqa: E402
 from solo.utils.metrics import accuracy_at_k, weighted_mean  # noqa: E402
 
 _RENAMED = {"encoder": "backbone", "momentum_encoder": "momentum_backbone"}
-_OPTIMIZERS = {"sgd": torch.optim.SGD, "lars": LARS, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 _NOT_METHODS = ("base", "linear")
 
 
@@ -274,7 +273,7 @@ def _optimizer(module: pl.LightningModule, groups: list[dict[str, Any]]) -> torc
     options = OmegaConf.to_container(cfg.kwargs)
     if cfg.name in ("adam", "adamw"):
         options.setdefault("fused", True)
-    return _OPTIMIZERS[cfg.name](groups, lr=module.lr, weight_decay=module.weight_decay, **options)
+    return OPTIMIZERS[cfg.name](groups, lr=module.lr, weight_decay=module.weight_decay, **options)
 
 
 def with_schedule(

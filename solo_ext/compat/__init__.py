@@ -6,7 +6,9 @@ Everything else in ``solo_ext`` takes the host from here and never imports ``sol
 * ``BaseMethod``, ``BaseMomentumMethod`` – built from one ``cfg``, with ``backbone`` and ``momentum_backbone``,
 * ``LinearModel`` – the host's linear evaluation, built from a backbone and one ``cfg``,
 * ``native_methods()`` – the host's own methods by name, built from one ``cfg`` too,
-* ``native_options(name)`` – the ``method_kwargs`` that a native method knows.
+* ``native_options(name)`` – the ``method_kwargs`` that a native method knows,
+* ``host_data`` – the host's module of augmentations and datasets,
+* ``GENERATION`` – "1.0.2" or "main".
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -42,9 +44,22 @@ from solo_ext.compat.solo_1_0_2 import (  # noqa: E402  (the host must be known 
     BaseMethod,
     BaseMomentumMethod,
     LinearModel,
+    host_data,
     native_methods,
     native_options,
     pl,
 )
 
-__all__ = ["BaseMethod", "BaseMomentumMethod", "LinearModel", "host_release", "native_methods", "native_options", "pl"]
+GENERATION = "1.0.2"
+
+__all__ = [
+    "GENERATION",
+    "BaseMethod",
+    "BaseMomentumMethod",
+    "LinearModel",
+    "host_data",
+    "host_release",
+    "native_methods",
+    "native_options",
+    "pl",
+]

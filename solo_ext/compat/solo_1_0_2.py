@@ -44,6 +44,7 @@ _provide_pl_bolts()
 
 import pytorch_lightning as pl  # noqa: E402
 import solo.methods  # noqa: E402
+import solo.utils.pretrain_dataloader as host_data  # noqa: E402, F401  (for our callers)
 from solo.methods.base import BaseMethod as _HostBase  # noqa: E402
 from solo.methods.base import BaseMomentumMethod as _HostMomentumBase  # noqa: E402
 from solo.methods.linear import LinearModel as _HostLinear  # noqa: E402

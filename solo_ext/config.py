@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from solo_ext.checkpoint import identity
-from solo_ext.compat import BaseMethod
+from solo_ext.compat.common import METHOD_DEFAULTS, complete
 from solo_ext.compat.optim import OPTIMIZERS
 from solo_ext.data import CLASSES, DATASETS
 from solo_ext.errors import UserError
@@ -26,7 +26,6 @@ _SHARED_DEFAULTS: dict[str, Any] = {
     "strategy": "auto",
     "precision": 32,
     "sync_batchnorm": False,
-    "accumulate_grad_batches": 1,
     "resume_from_checkpoint": None,
     "debug_augmentations": False,
     "checkpoint": {
@@ -39,18 +38,15 @@ _SHARED_DEFAULTS: dict[str, Any] = {
     },
     "auto_resume": {"enabled": False, "max_hours": 36},
     "wandb": {"enabled": False, "entity": None, "project": "solo-learn", "offline": False},
-    "backbone": {"kwargs": {}},
     "data": {"val_path": None, "format": "image_folder", "no_labels": False, "fraction": -1, "num_workers": 4},
-    "optimizer": {"kwargs": {}, "exclude_bias_n_norm_wd": False},
-    "scheduler": {
-        "name": "warmup_cosine",
-        "lr_decay_steps": None,
-        "min_lr": 0.0,
-        "warmup_start_lr": 3e-5,
-        "warmup_epochs": 10,
-        "interval": "step",
-    },
-    "performance": {"disable_channel_last": False},
+}
+_LINEAR_DEFAULTS: dict[str, Any] = {
+    "finetune": False,
+    "check_val_every_n_epoch": 1,
+    "auto_augment": False,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "label_smoothing": 0.0,
 }
 _SCHEDULERS = ("warmup_cosine", "step", "none")
 _REQUIRED = ("backbone.name", "data.dataset", "data.train_path", "max_epochs")
@@ -65,7 +61,7 @@ def parse_pretrain(cfg: DictConfig) -> DictConfig:
     Raises:
         UserError: something is missing or wrong.
     """
-    cfg = BaseMethod.add_and_assert_specific_cfg(_shared(cfg, {}))
+    cfg = complete(_shared(cfg, METHOD_DEFAULTS))
     _require(cfg, "method", "augmentations", "optimizer.classifier_lr")
     _whole(cfg, "optimizer.batch_size", least=2)
     for index, view in enumerate(cfg.augmentations):
@@ -101,14 +97,14 @@ def parse_linear(cfg: DictConfig) -> DictConfig:
     Raises:
         UserError: something is missing or wrong.
     """
-    defaults = {"finetune": False, "check_val_every_n_epoch": 1}
-    cfg = _shared(cfg, {**defaults, "auto_augment": False, "mixup": 0, "cutmix": 0, "label_smoothing": 0})
+    shared = ("backbone", "optimizer", "accumulate_grad_batches", "scheduler", "performance")
+    cfg = _shared(cfg, {**{key: METHOD_DEFAULTS[key] for key in shared}, **_LINEAR_DEFAULTS})
     _require(cfg, "pretrained_feature_extractor", "data.val_path")
     for key in ("max_epochs", "check_val_every_n_epoch"):
         _whole(cfg, key, least=1)
-    for key in ("auto_augment", "mixup", "cutmix", "label_smoothing"):
-        if cfg[key]:
-            raise UserError(f"{key} is not supported with solo-learn 1.0.2; leave it out")
+    for key in ("mixup", "cutmix", "label_smoothing"):
+        if not isinstance(cfg[key], int | float) or cfg[key] < 0:
+            raise UserError(f"{key} must be a number, at least 0, got {cfg[key]!r}")
     cfg.identity = identity(cfg)
     cfg.optimizer.lr *= _batch_scale(cfg)
     return cfg

@@ -16,17 +16,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 
-from solo_ext.compat import pl
+from solo_ext.compat import host_data, pl
 from solo_ext.errors import UserError
-
-from solo.utils.pretrain_dataloader import (  # isort: skip
-    CustomDatasetWithoutLabels,
-    FullTransformPipeline,
-    GaussianBlur,
-    NCropAugmentation,
-    Solarization,
-    dataset_with_index,
-)
 
 
 class DatasetInfo(NamedTuple):
@@ -84,9 +75,9 @@ def view_transform(dataset: str, cfg: DictConfig) -> T.Compose:
     if cfg.grayscale.prob:
         steps.append(T.RandomGrayscale(p=cfg.grayscale.prob))
     if cfg.gaussian_blur.prob:
-        steps.append(T.RandomApply([GaussianBlur()], p=cfg.gaussian_blur.prob))
+        steps.append(T.RandomApply([host_data.GaussianBlur()], p=cfg.gaussian_blur.prob))
     if cfg.solarization.prob:
-        steps.append(T.RandomApply([Solarization()], p=cfg.solarization.prob))
+        steps.append(T.RandomApply([host_data.Solarization()], p=cfg.solarization.prob))
     if cfg.equalization.prob:
         steps.append(T.RandomApply([ImageOps.equalize], p=cfg.equalization.prob))
     if cfg.horizontal_flip.prob:
@@ -95,7 +86,7 @@ def view_transform(dataset: str, cfg: DictConfig) -> T.Compose:
     return T.Compose([*steps, T.ToTensor(), T.Normalize(mean, std)])
 
 
-def pretrain_transform(cfg: DictConfig) -> FullTransformPipeline:
+def pretrain_transform(cfg: DictConfig) -> host_data.FullTransformPipeline:
     """All views of ``cfg.augmentations``: a PIL image → a list of tensors.
 
     Raises:
@@ -103,11 +94,12 @@ def pretrain_transform(cfg: DictConfig) -> FullTransformPipeline:
     """
     try:
         views = [
-            NCropAugmentation(view_transform(cfg.data.dataset, view), view.num_crops) for view in cfg.augmentations
+            host_data.NCropAugmentation(view_transform(cfg.data.dataset, view), view.num_crops)
+            for view in cfg.augmentations
         ]
     except AttributeError as error:
         raise UserError(f"an entry of augmentations is incomplete: {error}") from None
-    return FullTransformPipeline(views)
+    return host_data.FullTransformPipeline(views)
 
 
 def evaluation_transform(dataset: str, crop_size: int = 224, cfg: Any = None) -> T.Compose:
@@ -151,7 +143,7 @@ def image_dataset(dataset: str, path: str, split: str, transform: Any, *, indexe
     Raises:
         UserError: the folder holds no images, or a download fails.
     """
-    wrap = dataset_with_index if indexed else (lambda cls: cls)
+    wrap = host_data.dataset_with_index if indexed else (lambda cls: cls)
     try:
         if dataset in ("cifar10", "cifar100"):
             cls = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
@@ -160,7 +152,7 @@ def image_dataset(dataset: str, path: str, split: str, transform: Any, *, indexe
             part = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split]
             return wrap(STL10)(path, split=part, download=True, transform=transform)
         if no_labels:
-            return wrap(CustomDatasetWithoutLabels)(path, transform)
+            return wrap(host_data.CustomDatasetWithoutLabels)(path, transform)
         return wrap(ImageFolder)(path, transform)
     except FileNotFoundError as error:
         raise UserError(f"no images of {dataset} in {path}: {str(error).splitlines()[0]}") from None

@@ -129,15 +129,13 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Any]) -> 
     """
     from solo_ext.compat import pl
 
-    from pytorch_lightning.strategies import DDPStrategy  # isort: skip
-
     # Lightning sets its own loggers to INFO when it is imported
-    for package in ("pytorch_lightning", "lightning_fabric"):
+    for package in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
     known = set(inspect.signature(pl.Trainer.__init__).parameters)
     given = {key: value for key, value in OmegaConf.to_container(cfg, resolve=True).items() if key in known}
     if given["strategy"] == "ddp":
-        given["strategy"] = DDPStrategy(find_unused_parameters=False)
+        given["strategy"] = pl.strategies.DDPStrategy(find_unused_parameters=False)
     given.update(logger=loggers, callbacks=callbacks, enable_checkpointing=False)
     given.setdefault("enable_progress_bar", sys.stderr.isatty())
     given.setdefault("enable_model_summary", False)

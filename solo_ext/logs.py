@@ -17,15 +17,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from solo_ext.compat import pl
+from solo_ext.compat import host_release, pl
 from solo_ext.errors import UserError
-
-from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar  # isort: skip
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger  # isort: skip
 
 _PACKAGES = (
     "ssl-plugins",
-    "solo-learn",
     "torch",
     "torchvision",
     "pytorch-lightning",
@@ -35,7 +31,7 @@ _PACKAGES = (
 )
 
 
-class AppendingCSVLogger(CSVLogger):
+class AppendingCSVLogger(pl.loggers.CSVLogger):
     """A CSVLogger that keeps the rows of an interrupted run, where Lightning's deletes the file.
 
     Args:
@@ -70,10 +66,10 @@ def loggers(cfg: DictConfig, folder: Path, epochs: int) -> list[Any]:
     """
     found: list[Any] = [
         AppendingCSVLogger(folder, epochs),
-        TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
+        pl.loggers.TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
     ]
     if cfg.wandb.enabled:
-        wandb = WandbLogger(
+        wandb = pl.loggers.WandbLogger(
             name=cfg.name,
             project=cfg.wandb.project,
             entity=cfg.wandb.entity,
@@ -88,12 +84,12 @@ def loggers(cfg: DictConfig, folder: Path, epochs: int) -> list[Any]:
 
 def callbacks(cfg: DictConfig) -> list[pl.Callback]:
     """Progress, random numbers, learning rate, CSV flush."""
-    shown = [TQDMProgressBar()] if sys.stderr.isatty() else [EpochLines()]
+    shown = [pl.callbacks.TQDMProgressBar()] if sys.stderr.isatty() else [EpochLines()]
     return [
         *shown,
         StopWhenNotFinite(),
         EpochSeed(cfg.seed),
-        LearningRateMonitor(logging_interval="epoch"),
+        pl.callbacks.LearningRateMonitor(logging_interval="epoch"),
         FlushMetrics(),
     ]
 
@@ -194,9 +190,9 @@ class SpectrumWriter(pl.Callback):
                 writer.writerow(["epoch", *(f"eigval_{index}" for index in range(1, len(spectrum) + 1))])
             writer.writerow([trainer.current_epoch, *spectrum.tolist()])
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
+            if isinstance(logger, pl.loggers.TensorBoardLogger):
                 logger.experiment.add_histogram("eigenvalues", spectrum, trainer.current_epoch)
-            elif isinstance(logger, WandbLogger):
+            elif isinstance(logger, pl.loggers.WandbLogger):
                 import wandb
 
                 logger.experiment.log({"eigenvalues": wandb.Histogram(spectrum.numpy())}, commit=False)
@@ -241,7 +237,7 @@ class BestAccuracy(pl.Callback):
 
 def versions() -> dict[str, str | None]:
     """Versions of what a result depends on."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version(), "solo-learn": host_release()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -56,7 +57,7 @@ def evaluate(cfg: DictConfig) -> Path:
     source = find_checkpoint(cfg.pretrained_feature_extractor)
     load_backbone(source, backbone)
     with refused("the linear model"):
-        model = LinearModel(backbone, cfg)
+        model = LinearModel(backbone, cfg, *_mixing(cfg))
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
     train = image_dataset(
@@ -101,6 +102,18 @@ def evaluate(cfg: DictConfig) -> Path:
         write_json(folder / "linear.json", summary)
         print(f"accuracy {summary['acc1']:.2f} % (best of all epochs {best.acc1:.2f} %)  wrote {folder}", flush=True)
     return folder
+
+
+def _mixing(cfg: DictConfig) -> tuple[Any, Any]:
+    """The training loss and what mixes a batch, from ``mixup``, ``cutmix``, ``label_smoothing``; None: the usual."""
+    from timm.data.mixup import Mixup
+    from timm.loss import SoftTargetCrossEntropy
+
+    smoothing = float(cfg.label_smoothing)
+    if cfg.mixup > 0 or cfg.cutmix > 0:
+        mix = Mixup(cfg.mixup, cfg.cutmix, label_smoothing=smoothing, num_classes=cfg.data.num_classes)
+        return SoftTargetCrossEntropy(), mix
+    return (torch.nn.CrossEntropyLoss(label_smoothing=smoothing), None) if smoothing else (None, None)
 
 
 def main() -> None:

@@ -11,13 +11,15 @@ from omegaconf import DictConfig
 
 from plugins.methods import METHODS
 from plugins.spec import MethodSpec
-from solo_ext.compat import native_methods, native_options
+from solo_ext.compat import CHECKOUT, host_release, native_methods, native_options
 from solo_ext.errors import UserError
 from solo_ext.method import TeacherlessMethod, TeacherMethod
 from solo_ext.overrides import OVERRIDES
 
 ALIASES = {"ssley": "ssl_ey"}
 """The forks' names of methods."""
+MAIN_ONLY = ("all4one", "mae", "mocov3", "supcon", "vibcreg")
+"""Methods that solo-learn's main branch has, and 1.0.2 has not."""
 
 
 @lru_cache(maxsize=1)
@@ -64,6 +66,11 @@ def method_class(cfg: DictConfig) -> type:
     name = ALIASES.get(cfg.method, cfg.method)
     natives, plugins = native_methods(), plugin_methods()
     given = dict(cfg.get("method_kwargs") or {})
+    if name in MAIN_ONLY and name not in natives:
+        raise UserError(
+            f"method {name} is one of solo-learn's main branch; this is solo-learn {host_release()}. "
+            f"Let {CHECKOUT} name the folder of a checkout of main"
+        )
     if name not in natives and name not in plugins:
         known = ", ".join(sorted({*natives, *plugins, *ALIASES}))
         raise UserError(f"unknown method {cfg.method!r}; choose from {known}")

@@ -1,65 +1,68 @@
-"""solo-learn, whichever release is installed, behind the interface of its main branch.
+"""solo-learn, whichever generation is there, behind the interface of its main branch.
 
-Everything else in ``solo_ext`` takes the host from here and never imports ``solo`` itself:
+There are two: 1.0.2, the only release in the registry, and the main branch on GitHub (1.0.6), which no registry has.
+Main is taken when the environment variable SOLO_LEARN_CHECKOUT names the folder of a checkout, or when it is what
+``import solo`` finds. Everything else in ``solo_ext`` takes the host from here and never imports ``solo`` itself:
 
+* ``GENERATION`` – "1.0.2" or "main",
 * ``pl`` – the Lightning flavour that the host's modules derive from,
 * ``BaseMethod``, ``BaseMomentumMethod`` – built from one ``cfg``, with ``backbone`` and ``momentum_backbone``,
 * ``LinearModel`` – the host's linear evaluation, built from a backbone and one ``cfg``,
 * ``native_methods()`` – the host's own methods by name, built from one ``cfg`` too,
 * ``native_options(name)`` – the ``method_kwargs`` that a native method knows,
-* ``host_data`` – the host's module of augmentations and datasets,
-* ``GENERATION`` – "1.0.2" or "main".
+* ``backbones()`` – the names that ``backbone.name`` can take,
+* ``host_data`` – the host's module of augmentations and datasets.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from solo_ext.errors import UserError
 
+CHECKOUT = "SOLO_LEARN_CHECKOUT"
+"""Environment variable: the folder of a checkout of solo-learn's main branch."""
 
-def host_release() -> str:
-    """The version of the installed solo-learn.
+
+def _generation() -> str:
+    """Find the host.
 
     Raises:
-        UserError: there is none, or it is one that this release cannot drive.
+        UserError: there is none, or no checkout where there should be one.
     """
+    checkout = os.environ.get(CHECKOUT)
+    if checkout and "solo" not in sys.modules:
+        if not (Path(checkout) / "solo" / "backbones").is_dir():
+            raise UserError(f"{CHECKOUT} names no checkout of solo-learn's main branch: {checkout}")
+        folder = str(Path(checkout).resolve())
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
     host = find_spec("solo")
     if host is None:
         raise UserError("solo-learn is not installed; run ./run_experiments.sh once, or: uv sync --extra solo")
     # looked for as a folder: importing the package would run the code that has yet to be mended
-    if any((Path(place) / "backbones").is_dir() for place in host.submodule_search_locations or ()):
-        raise UserError(
-            "the solo-learn found here is a checkout of its main branch; this release drives solo-learn 1.0.2"
-        )
-    try:
-        return version("solo-learn")
-    except PackageNotFoundError:
-        return "unknown"
+    places = host.submodule_search_locations or ()
+    return "main" if any((Path(place) / "backbones").is_dir() for place in places) else "1.0.2"
 
 
-host_release()
+GENERATION = _generation()
 
-from solo_ext.compat.solo_1_0_2 import (  # noqa: E402  (the host must be known to be there)
-    BaseMethod,
-    BaseMomentumMethod,
-    LinearModel,
-    host_data,
-    native_methods,
-    native_options,
-    pl,
-)
+if GENERATION == "main":
+    from solo_ext.compat import solo_main as _host
+else:
+    from solo_ext.compat import solo_1_0_2 as _host
 
-GENERATION = "1.0.2"
+BaseMethod = _host.BaseMethod
+BaseMomentumMethod = _host.BaseMomentumMethod
+LinearModel = _host.LinearModel
+backbones = _host.backbones
+host_data = _host.host_data
+native_methods = _host.native_methods
+native_options = _host.native_options
+pl = _host.pl
 
-__all__ = [
-    "GENERATION",
-    "BaseMethod",
-    "BaseMomentumMethod",
-    "LinearModel",
-    "host_data",
-    "host_release",
-    "native_methods",
-    "native_options",
-    "pl",
-]
+
+def host_release() -> str:
+    """The version of solo-learn."""
+    return _host.RELEASE

@@ -1,12 +1,12 @@
 """solo-learn 1.0.2 (2021) on today's PyTorch and Lightning, with the interface of solo-learn's main branch.
 
-No installed file is edited and no class of solo-learn is changed. What is mended, and where it broke:
+No installed file is edited and no class of solo-learn is changed. What is mended beside ``common``, and where it broke:
 
 * ``methods/base.py:28`` imports pl_bolts, which no current Python can install: a module of that name has our schedule.
 * ``methods/base.py:519,806``: Lightning 2 refuses a module that has ``validation_epoch_end``: hidden, replaced.
 * ``methods/base.py:745``: ``on_train_batch_end`` wants an argument that Lightning 2 no longer gives: replaced.
-* ``methods/base.py`` ``configure_optimizers``: LARSWrapper and partial(static_lr), see ``optim``: replaced.
-* ``methods/base.py:744``: the teacher's momentum starts anew after a resume: computed from the step.
+* ``methods/base.py:200``: the table of encoders is local to a constructor: ours are put in as they are looked up.
+* ``methods/dino.py:230``: ``clip_gradients`` hides Lightning's method of that name: whose it is, its argument tells.
 * ``utils/knn.py`` wants ``compute_on_step``, which torchmetrics dropped: ours is used.
 * every method takes keywords, and keeps its defaults in an argument parser: translated from ``cfg``.
 * ``encoder`` is stored as ``backbone``, so that checkpoints carry the keys of main.
@@ -15,15 +15,23 @@ No installed file is edited and no class of solo-learn is changed. What is mende
 import inspect
 import sys
 from argparse import ArgumentParser
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from plugins.targets import cosine_tau
-from solo_ext.compat.optim import OPTIMIZERS, WarmupCosineLR
+from solo_ext.architectures import ARCHITECTURES
+from solo_ext.compat.common import (
+    CIFAR_STEM,
+    LinearMixin,
+    MethodMixin,
+    MomentumMixin,
+    complete,
+    unknown_backbone,
+)
+from solo_ext.compat.optim import WarmupCosineLR
 from solo_ext.errors import UserError
 from solo_ext.knn import WeightedKNNClassifier
 
@@ -48,52 +56,37 @@ import solo.utils.pretrain_dataloader as host_data  # noqa: E402, F401  (for our
 from solo.methods.base import BaseMethod as _HostBase  # noqa: E402
 from solo.methods.base import BaseMomentumMethod as _HostMomentumBase  # noqa: E402
 from solo.methods.linear import LinearModel as _HostLinear  # noqa: E402
-from solo.utils.metrics import accuracy_at_k, weighted_mean  # noqa: E402
+from solo.utils.metrics import accuracy_at_k  # noqa: E402
 
+RELEASE = "1.0.2"
 _RENAMED = {"encoder": "backbone", "momentum_encoder": "momentum_backbone"}
 _NOT_METHODS = ("base", "linear")
+_STANDS_IN = "vit_tiny"  # an encoder that 1.0.2 takes as it is made, without changing its stem
 
 
-class MainInterface:
+class MainInterface(MethodMixin):
     """What main's BaseMethod offers, laid over a class of 1.0.2. First in the order of resolution."""
 
     validation_epoch_end = None  # Lightning 2 refuses a module on which this can be called
+    accuracy_at_k = staticmethod(accuracy_at_k)
 
     def __init__(self, cfg: DictConfig) -> None:
-        cfg = self.add_and_assert_specific_cfg(cfg)
+        cfg = complete(cfg)
+        architecture = ARCHITECTURES.get(cfg.backbone.name)
+        if architecture is not None:
+            architecture = partial(architecture, cfg.method, cifar=cfg.backbone.kwargs.cifar)
+        object.__setattr__(self, "_architecture", architecture)  # nn.Module's is not ready yet
         super().__init__(**_keywords(cfg, type(self)))
+        self.encoder_name = cfg.backbone.name
         self.cfg = cfg
-        self.scheduler_interval = cfg.scheduler.interval
-        self.exclude_bias_n_norm_wd = cfg.optimizer.exclude_bias_n_norm_wd
         self.knn_eval = cfg.knn_eval.enabled
         if self.knn_eval:
             self.knn = WeightedKNNClassifier(k=cfg.knn_eval.k, distance_fx=cfg.knn_eval.distance_func)
         self.validation_step_outputs: list[dict[str, Any]] = []
 
-    @staticmethod
-    def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
-        """Fill in what a configuration may leave out; the values are main's."""
-        defaults = {
-            "backbone": {"kwargs": {}},
-            "optimizer": {"exclude_bias_n_norm_wd": False, "kwargs": {}},
-            "accumulate_grad_batches": 1,
-            "scheduler": {
-                "lr_decay_steps": None,
-                "min_lr": 0.0,
-                "warmup_start_lr": 3e-5,
-                "warmup_epochs": 10,
-                "interval": "step",
-            },
-            "knn_eval": {"enabled": False, "k": 20, "distance_func": "euclidean"},
-            "performance": {"disable_channel_last": False},
-            "method_kwargs": {},
-            "momentum": {"base_tau": 0.99, "final_tau": 1.0, "classifier": False},
-        }
-        return OmegaConf.merge(defaults, cfg)
-
-    # the encoder is called backbone
-
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "base_model" and self._architecture is not None:
+            value = self._architecture
         super().__setattr__(_RENAMED.get(name, name), value)
 
     @property
@@ -106,102 +99,35 @@ class MainInterface:
         """1.0.2's name of the teacher's backbone."""
         return self.momentum_backbone
 
-    # training
-
-    def _base_shared_step(self, X: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
-        """Classification of one view; the loss of a batch without any label is 0, where solo-learn's is NaN."""
-        out = super()._base_shared_step(X, targets)
-        summed = torch.nn.functional.cross_entropy(out["logits"], targets, ignore_index=-1, reduction="sum")
-        out["loss"] = summed / (targets != -1).sum().clamp(min=1)
-        return out
-
-    def on_train_epoch_start(self) -> None:
-        """Forget the k-NN features of an epoch after which nothing was validated."""
-        super().on_train_epoch_start()
-        if self.knn_eval:
-            self.knn.reset()
-
-    # optimiser and schedule
-
-    def configure_optimizers(self) -> Any:
-        """Optimiser and schedule as main builds them from ``cfg.optimizer`` and ``cfg.scheduler``."""
-        groups = self.learnable_params
-        if self.exclude_bias_n_norm_wd:
-            groups = _without_decay_of_vectors(groups)
-        static = [index for index, group in enumerate(groups) if group.pop("static_lr", False)]
-        optimizer = _optimizer(self, groups)
-        return with_schedule(
-            self, optimizer, self.cfg.scheduler, static={index: groups[index].get("lr", self.lr) for index in static}
-        )
-
-    # validation
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Classify one batch with the online classifiers, and hand its features to the k-NN classifier."""
-        images, targets = batch
-        out = self._base_shared_step(images, targets)
-        if self.knn_eval and not self.trainer.sanity_checking:
-            self.knn(test_features=out["feats"].detach(), test_targets=targets.detach())
-        metrics = {"batch_size": targets.size(0)}
-        metrics.update({f"val_{name}": out[name] for name in ("loss", "acc1", "acc5")})
-        if getattr(self, "momentum_classifier", None) is not None:
-            out = self._shared_step_momentum(images, targets)
-            metrics.update({f"momentum_val_{name}": out[name] for name in ("loss", "acc1", "acc5")})
-        self.validation_step_outputs.append(metrics)
-        return metrics
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the means over all validation images, and the k-NN accuracy."""
-        outputs = self.validation_step_outputs
-        names = [name for name in outputs[0] if name != "batch_size"]
-        log = {name: weighted_mean(outputs, name, "batch_size") for name in names}
-        if self.knn_eval and not self.trainer.sanity_checking:
-            log["val_knn_acc1"], log["val_knn_acc5"] = self.knn.compute()
-        self.log_dict(log, sync_dist=True)
-        outputs.clear()
+    def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, or DINO's, which takes a number where Lightning's takes an optimiser."""
+        if args and not isinstance(args[0], torch.optim.Optimizer):
+            super().clip_gradients(*args, **kwargs)
+        else:
+            pl.LightningModule.clip_gradients(self, *args, **kwargs)
 
 
 class BaseMethod(MainInterface, _HostBase):
     """Main's BaseMethod."""
 
 
-class MomentumInterface(MainInterface):
+class MomentumInterface(MomentumMixin, MainInterface):
     """What main's BaseMomentumMethod offers beside."""
 
-    def on_train_start(self) -> None:
-        """Take up the teacher's schedule where a resumed run stands."""
-        self.last_step = self.trainer.global_step
-        self._set_tau()
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the teacher after each step of the optimiser; the first time with the base momentum."""
-        if self.trainer.global_step > self.last_step:
-            for online, momentum in self.momentum_pairs:
-                self.momentum_updater.update(online, momentum)
-            self.log("tau", self.momentum_updater.cur_tau, on_step=False, on_epoch=True)
-            self._set_tau()
-        self.last_step = self.trainer.global_step
-
-    def _set_tau(self) -> None:
-        updater = self.momentum_updater
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
-        step = min(self.trainer.global_step, total)
-        updater.cur_tau = cosine_tau(step, total, updater.base_tau, updater.final_tau)
+    def teacher_forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The teacher's features ``feats`` of images ``[B, 3, H, W]``, without gradient."""
+        return self.base_momentum_forward(X)
 
 
 class BaseMomentumMethod(MomentumInterface, _HostMomentumBase):
     """Main's BaseMomentumMethod."""
 
 
-class LinearModel(_HostLinear):
-    """Main's LinearModel: a classifier on a backbone that is frozen, or fine-tuned with ``cfg.finetune``.
-
-    Args:
-        backbone: images → features, with ``inplanes`` or ``num_features``.
-        cfg: main's configuration of a linear evaluation, complete.
-    """
+class _Linear(_HostLinear):
+    """1.0.2's LinearModel with main's constructor."""
 
     validation_epoch_end = None
+    accuracy_at_k = staticmethod(accuracy_at_k)
 
     def __init__(self, backbone: torch.nn.Module, cfg: DictConfig) -> None:
         super().__init__(
@@ -218,118 +144,27 @@ class LinearModel(_HostLinear):
             scheduler=cfg.scheduler.name,
             lr_decay_steps=cfg.scheduler.lr_decay_steps,
         )
-        self.cfg = cfg
-        self.finetune = cfg.finetune
-        if self.finetune:
-            backbone.requires_grad_(True)
-        self.validation_step_outputs: list[dict[str, Any]] = []
 
-    def configure_optimizers(self) -> Any:
-        """Optimiser and schedule as main builds them."""
-        trained = self if self.finetune else self.classifier
-        groups = [{"params": list(trained.parameters())}]
-        if self.cfg.optimizer.exclude_bias_n_norm_wd:
-            groups = _without_decay_of_vectors(groups)
-        optimizer = _optimizer(self, groups)
-        return with_schedule(self, optimizer, self.cfg.scheduler, static={})
-
-    def forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images ``[B, 3, H, W]`` → features and logits."""
-        with torch.set_grad_enabled(self.finetune and torch.is_grad_enabled()):
-            feats = self.backbone(X)
-        return {"logits": self.classifier(feats), "feats": feats}
-
-    def shared_step(self, batch: Any, batch_idx: int) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Batch size, loss and accuracies of one batch."""
-        images, targets = batch
-        logits = self(images)["logits"]
-        loss = torch.nn.functional.cross_entropy(logits, targets)
-        acc1, acc5 = accuracy_at_k(logits, targets, top_k=(1, min(5, logits.shape[1])))
-        return images.shape[0], loss, acc1, acc5
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        """One step; a frozen backbone stays in evaluation mode."""
-        self.backbone.train(self.finetune)
-        _, loss, acc1, acc5 = self.shared_step(batch, batch_idx)
-        self.log_dict({"train_loss": loss, "train_acc1": acc1, "train_acc5": acc5}, on_epoch=True, sync_dist=True)
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Classify one batch."""
-        metrics = super().validation_step(batch, batch_idx)
-        self.validation_step_outputs.append(metrics)
-        return metrics
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the means over all validation images."""
-        outputs = self.validation_step_outputs
-        names = ("val_loss", "val_acc1", "val_acc5")
-        self.log_dict({name: weighted_mean(outputs, name, "batch_size") for name in names}, sync_dist=True)
-        outputs.clear()
+    def layer_decay_groups(self) -> list[dict[str, Any]]:
+        """Not in this generation."""
+        raise UserError("optimizer.layer_decay needs solo-learn's main branch; this is 1.0.2")
 
 
-def _optimizer(module: pl.LightningModule, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimiser that ``cfg.optimizer`` names; Adam in its fused form unless told otherwise."""
-    cfg = module.cfg.optimizer
-    options = OmegaConf.to_container(cfg.kwargs)
-    if cfg.name in ("adam", "adamw"):
-        options.setdefault("fused", True)
-    return OPTIMIZERS[cfg.name](groups, lr=module.lr, weight_decay=module.weight_decay, **options)
-
-
-def with_schedule(
-    module: pl.LightningModule, optimizer: torch.optim.Optimizer, cfg: DictConfig, static: dict[int, float]
-) -> Any:
-    """What ``configure_optimizers`` returns: the optimiser with the schedule that ``cfg`` names.
-
-    Args:
-        module: the module that trains, for the number of steps.
-        optimizer: what is scheduled.
-        cfg: ``cfg.scheduler``.
-        static: {index of a parameter group: its constant rate}.
-    """
-    if cfg.name == "none":
-        return optimizer
-    if cfg.name == "step":
-        return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, list(cfg.lr_decay_steps), gamma=0.1)]
-    epochs = module.max_epochs
-    steps = module.trainer.estimated_stepping_batches if cfg.interval == "step" else epochs
-    schedule = WarmupCosineLR(
-        optimizer,
-        warmup_steps=cfg.warmup_epochs * steps / max(epochs, 1),
-        total_steps=steps,
-        start_lr=getattr(module, "warmup_start_lr", cfg.warmup_start_lr),
-        end_lr=getattr(module, "min_lr", cfg.min_lr),
-        static=static,
-    )
-    return [optimizer], [{"scheduler": schedule, "interval": cfg.interval, "frequency": 1}]
-
-
-def _without_decay_of_vectors(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Split each group into matrices, which keep its weight decay, and vectors, which get none."""
-    split = []
-    for group in groups:
-        rest = {key: value for key, value in group.items() if key != "params"}
-        parameters = list(group["params"])
-        matrices = [p for p in parameters if p.ndim > 1]
-        vectors = [p for p in parameters if p.ndim <= 1]
-        split += [{**rest, "params": matrices}] if matrices else []
-        split += [{**rest, "params": vectors, "weight_decay": 0}] if vectors else []
-    return split
+class LinearModel(LinearMixin, _Linear):
+    """Main's LinearModel."""
 
 
 def _keywords(cfg: DictConfig, cls: type) -> dict[str, Any]:
     """Main's configuration as the keywords of a constructor of 1.0.2."""
     backbone = OmegaConf.to_container(cfg.backbone.kwargs)
-    if cfg.backbone.name not in _HostBase._SUPPORTED_ENCODERS:
-        known = ", ".join(_HostBase._SUPPORTED_ENCODERS)
-        raise UserError(f"solo-learn 1.0.2 has no backbone {cfg.backbone.name!r}; it has {known}")
-    if cfg.data.dataset in ("cifar10", "cifar100"):
+    if cfg.backbone.name not in backbones():
+        raise unknown_backbone(cfg.backbone.name, backbones())
+    if cfg.data.dataset in CIFAR_STEM:
         backbone["cifar"] = True
     if cfg.backbone.name.startswith(("vit", "swin")):
         backbone.setdefault("img_size", cfg.augmentations[0].crop_size)
     keywords = {
-        "encoder": cfg.backbone.name,
+        "encoder": _STANDS_IN if cfg.backbone.name in ARCHITECTURES else cfg.backbone.name,
         "num_classes": cfg.data.num_classes,
         "backbone_args": backbone,
         "max_epochs": cfg.max_epochs,
@@ -361,6 +196,11 @@ def _keywords(cfg: DictConfig, cls: type) -> dict[str, Any]:
         own = {key: value for key, value in given.items() if key in _parameters(cls)}
         keywords.update({**_parser_defaults(cls), **own})
     return keywords
+
+
+def backbones() -> list[str]:
+    """Names of the backbones: solo-learn's and ours."""
+    return [*_HostBase._SUPPORTED_ENCODERS, *ARCHITECTURES]
 
 
 def _parameters(cls: type) -> dict[str, Any]:

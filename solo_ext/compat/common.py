@@ -1,0 +1,279 @@
+"""What both generations of solo-learn get: mixins over their base classes that mend, and make both behave alike.
+
+Mended, with the place in main (m) and in 1.0.2 (o):
+
+* ``configure_optimizers`` (m base.py, linear.py; o base.py): ``partial(static_lr)`` and, in 1.0.2, LARSWrapper cannot
+  be read back from a checkpoint safely: a schedule that keeps plain numbers.
+* ``on_train_start`` (m base.py:748; o base.py:744): a resumed run began the teacher's momentum anew.
+* ``_base_shared_step``: the loss of a batch without any label was NaN.
+* ``_shared_step_momentum``: fewer than five classes was a crash.
+* ``on_validation_epoch_end``: processes with unequal numbers of images were averaged as if equal.
+* ``LinearModel``: the same points.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from plugins.targets import cosine_tau
+from solo_ext.architectures import ARCHITECTURES
+from solo_ext.compat.optim import OPTIMIZERS, WarmupCosineLR
+from solo_ext.errors import UserError
+
+METHOD_DEFAULTS: dict[str, Any] = {
+    "backbone": {"kwargs": {}},
+    "optimizer": {"exclude_bias_n_norm_wd": False, "kwargs": {}},
+    "accumulate_grad_batches": 1,
+    "scheduler": {
+        "name": "warmup_cosine",
+        "lr_decay_steps": None,
+        "min_lr": 0.0,
+        "warmup_start_lr": 3e-5,
+        "warmup_epochs": 10,
+        "interval": "step",
+    },
+    "knn_eval": {"enabled": False, "k": 20, "distance_func": "euclidean"},
+    "performance": {"disable_channel_last": False},
+    "method_kwargs": {},
+    "momentum": {"base_tau": 0.99, "final_tau": 1.0, "classifier": False},
+}
+"""What a configuration of a method may leave out; the values are main's."""
+
+CIFAR_STEM = ("cifar10", "cifar100")
+"""Data sets for which solo-learn replaces the first layers of a ResNet."""
+
+
+def complete(cfg: DictConfig) -> DictConfig:
+    """Fill in what a configuration may leave out."""
+    cfg = OmegaConf.merge(METHOD_DEFAULTS, cfg)
+    if cfg.backbone.name in ARCHITECTURES:
+        # solo-learn gives its own networks their stem, ours make it themselves
+        cfg.backbone.kwargs.setdefault("cifar", cfg.data.dataset in CIFAR_STEM)
+    return cfg
+
+
+class MethodMixin:
+    """Mends solo-learn's BaseMethod; first in the order of resolution."""
+
+    def _base_shared_step(self, X: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Classification of one view; the loss of a batch without any label is 0."""
+        out = super()._base_shared_step(X, targets)
+        out["loss"] = _labelled_cross_entropy(out["logits"], targets)
+        return out
+
+    def on_train_epoch_start(self) -> None:
+        """Forget the k-NN features of an epoch after which nothing was validated."""
+        super().on_train_epoch_start()
+        if self.knn_eval:
+            self.knn.reset()
+
+    def configure_optimizers(self) -> Any:
+        """Optimiser and schedule as main builds them from ``cfg.optimizer`` and ``cfg.scheduler``."""
+        groups = self.learnable_params
+        if self.cfg.optimizer.exclude_bias_n_norm_wd:
+            groups = _without_decay_of_vectors(groups)
+        static = [index for index, group in enumerate(groups) if group.pop("static_lr", False)]
+        optimizer = _optimizer(self, groups)
+        return with_schedule(
+            self, optimizer, self.cfg.scheduler, static={index: groups[index].get("lr", self.lr) for index in static}
+        )
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Classify one batch with the online classifiers, and hand its features to the k-NN classifier."""
+        images, targets = batch
+        out = self._base_shared_step(images, targets)
+        if self.knn_eval and not self.trainer.sanity_checking:
+            self.knn(test_features=out["feats"].detach(), test_targets=targets.detach())
+        metrics = {"batch_size": targets.size(0)}
+        metrics.update({f"val_{name}": out[name] for name in ("loss", "acc1", "acc5")})
+        if getattr(self, "momentum_classifier", None) is not None:
+            out = self._shared_step_momentum(images, targets)
+            metrics.update({f"momentum_val_{name}": out[name] for name in ("loss", "acc1", "acc5")})
+        self.validation_step_outputs.append(metrics)
+        return metrics
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all validation images of all processes, and the k-NN accuracy."""
+        log = mean_over_images(self)
+        if self.knn_eval and not self.trainer.sanity_checking:
+            log["val_knn_acc1"], log["val_knn_acc5"] = self.knn.compute()
+        self.log_dict(log)
+
+
+class MomentumMixin(MethodMixin):
+    """Mends solo-learn's BaseMomentumMethod."""
+
+    def on_train_start(self) -> None:
+        """Take up the teacher's schedule where a resumed run stands."""
+        super().on_train_start()
+        self.last_step = self.trainer.global_step
+        self._set_tau()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move the teacher after each step of the optimiser; the first time with the base momentum."""
+        if self.trainer.global_step > self.last_step:
+            for online, momentum in self.momentum_pairs:
+                self.momentum_updater.update(online, momentum)
+            self.log("tau", self.momentum_updater.cur_tau, on_step=False, on_epoch=True)
+            self._set_tau()
+        self.last_step = self.trainer.global_step
+
+    def _set_tau(self) -> None:
+        updater = self.momentum_updater
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        step = min(self.trainer.global_step, total)
+        updater.cur_tau = cosine_tau(step, total, updater.base_tau, updater.final_tau)
+
+    def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Any]:
+        """The teacher's features of one view and, with ``momentum.classifier``, their classification."""
+        out = self.teacher_forward(X)
+        if self.momentum_classifier is not None:
+            logits = self.momentum_classifier(out["feats"])
+            acc1, acc5 = self.accuracy_at_k(logits, targets, top_k=(1, min(5, logits.shape[1])))
+            loss = _labelled_cross_entropy(logits, targets)
+            out.update({"logits": logits, "loss": loss, "acc1": acc1, "acc5": acc5})
+        return out
+
+
+class LinearMixin:
+    """solo-learn's LinearModel: a classifier on a backbone that is frozen, or fine-tuned with ``cfg.finetune``.
+
+    Args:
+        backbone: images → features, with ``inplanes`` or ``num_features``.
+        cfg: main's configuration of a linear evaluation, complete.
+        loss_func: of logits and targets, for training; the cross-entropy when None.
+        mixup_func: mixes a training batch: images, targets → images, soft targets.
+    """
+
+    def __init__(self, backbone: nn.Module, cfg: DictConfig, loss_func: Any = None, mixup_func: Any = None) -> None:
+        super().__init__(backbone, cfg)
+        self.cfg = cfg
+        self.finetune = cfg.finetune
+        self.loss_func = loss_func or F.cross_entropy
+        self.mixup_func = mixup_func
+        backbone.requires_grad_(self.finetune)
+        self.validation_step_outputs: list[dict[str, Any]] = []
+
+    def configure_optimizers(self) -> Any:
+        """Optimiser and schedule as main builds them."""
+        if self.cfg.optimizer.get("layer_decay", 0.0) > 0:
+            groups = self.layer_decay_groups()
+        else:
+            trained = self if self.finetune else self.classifier
+            groups = [{"params": list(trained.parameters())}]
+        if self.cfg.optimizer.exclude_bias_n_norm_wd:
+            groups = _without_decay_of_vectors(groups)
+        optimizer = _optimizer(self, groups)
+        return with_schedule(self, optimizer, self.cfg.scheduler, static={})
+
+    def forward(self, X: Tensor) -> dict[str, Tensor]:
+        """Images ``[B, 3, H, W]`` → features and logits."""
+        with torch.set_grad_enabled(self.finetune and torch.is_grad_enabled()):
+            feats = self.backbone(X)
+        return {"logits": self.classifier(feats), "feats": feats}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One step; a frozen backbone stays in evaluation mode."""
+        self.backbone.train(self.finetune)
+        images, targets = batch
+        if self.mixup_func is not None:
+            images, mixed = self.mixup_func(images, targets)
+            loss = self.loss_func(self(images)["logits"], mixed)
+            self.log("train_loss", loss, on_epoch=True, sync_dist=True)
+            return loss
+        logits = self(images)["logits"]
+        loss = self.loss_func(logits, targets)
+        acc1, acc5 = self.accuracies(logits, targets)
+        self.log_dict({"train_loss": loss, "train_acc1": acc1, "train_acc5": acc5}, on_epoch=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Classify one batch."""
+        images, targets = batch
+        logits = self(images)["logits"]
+        acc1, acc5 = self.accuracies(logits, targets)
+        metrics = {"val_loss": F.cross_entropy(logits, targets), "val_acc1": acc1, "val_acc5": acc5}
+        self.validation_step_outputs.append({"batch_size": images.shape[0], **metrics})
+        return metrics
+
+    def accuracies(self, logits: Tensor, targets: Tensor) -> list[Tensor]:
+        """Accuracy at 1 and at 5, or at the number of classes where they are fewer; per cent."""
+        return self.accuracy_at_k(logits, targets, top_k=(1, min(5, logits.shape[1])))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all validation images of all processes."""
+        self.log_dict(mean_over_images(self))
+
+
+def mean_over_images(module: Any) -> dict[str, Tensor]:
+    """Means of what ``validation_step_outputs`` holds, over the images of all processes; empties it."""
+    outputs = module.validation_step_outputs
+    names = [name for name in outputs[0] if name != "batch_size"]
+    rows = torch.tensor([out["batch_size"] for out in outputs], dtype=torch.float64, device=module.device)
+    values = [torch.stack([torch.as_tensor(out[name]).reshape(()) for out in outputs]) for name in names]
+    sums = torch.stack([*((value.to(rows) * rows).sum() for value in values), rows.sum()])
+    outputs.clear()
+    sums = module.trainer.strategy.reduce(sums, reduce_op="sum")
+    return {name: value.float() for name, value in zip(names, sums[:-1] / sums[-1], strict=True)}
+
+
+def _labelled_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the labelled rows; 0 if there are none."""
+    summed = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    return summed / (targets != -1).sum().clamp(min=1)
+
+
+def _optimizer(module: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimiser that ``cfg.optimizer`` names; Adam in its fused form unless told otherwise."""
+    cfg = module.cfg.optimizer
+    options = OmegaConf.to_container(cfg.kwargs)
+    if cfg.name in ("adam", "adamw"):
+        options.setdefault("fused", True)
+    return OPTIMIZERS[cfg.name](groups, lr=module.lr, weight_decay=module.weight_decay, **options)
+
+
+def with_schedule(module: Any, optimizer: torch.optim.Optimizer, cfg: DictConfig, static: dict[int, float]) -> Any:
+    """What ``configure_optimizers`` returns: the optimiser with the schedule that ``cfg`` names.
+
+    Args:
+        module: the module that trains, for the number of steps.
+        optimizer: what is scheduled.
+        cfg: ``cfg.scheduler``.
+        static: {index of a parameter group: its constant rate}.
+    """
+    if cfg.name == "none":
+        return optimizer
+    if cfg.name == "step":
+        return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, list(cfg.lr_decay_steps), gamma=0.1)]
+    epochs = module.max_epochs
+    steps = module.trainer.estimated_stepping_batches if cfg.interval == "step" else epochs
+    schedule = WarmupCosineLR(
+        optimizer,
+        warmup_steps=cfg.warmup_epochs * steps / max(epochs, 1),
+        total_steps=steps,
+        start_lr=getattr(module, "warmup_start_lr", cfg.warmup_start_lr),
+        end_lr=getattr(module, "min_lr", cfg.min_lr),
+        static=static,
+    )
+    return [optimizer], [{"scheduler": schedule, "interval": cfg.interval, "frequency": 1}]
+
+
+def _without_decay_of_vectors(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Split each group into matrices, which keep its weight decay, and vectors, which get none."""
+    split = []
+    for group in groups:
+        rest = {key: value for key, value in group.items() if key != "params"}
+        parameters = list(group["params"])
+        matrices = [p for p in parameters if p.ndim > 1]
+        vectors = [p for p in parameters if p.ndim <= 1]
+        split += [{**rest, "params": matrices}] if matrices else []
+        split += [{**rest, "params": vectors, "weight_decay": 0}] if vectors else []
+    return split
+
+
+def unknown_backbone(name: str, known: list[str]) -> UserError:
+    """What to raise for a backbone that nobody has."""
+    return UserError(f"there is no backbone {name!r} in this solo-learn; it has {', '.join(sorted(known))}")

@@ -1,0 +1,127 @@
+"""solo-learn's main branch (1.0.6, commit 9187ea3) on today's PyTorch and Lightning.
+
+No file of the checkout is edited. What is mended beside ``common``, and where it broke:
+
+* ``utils/knn.py:53`` wants ``compute_on_step``, which torchmetrics dropped: ours is put in its place, for
+  solo-learn's own scripts too.
+* ``utils/misc.py`` ``remove_bias_and_norm_from_weight_decay``, ``methods/base.py`` ``configure_optimizers``: replaced,
+  so that a checkpoint holds plain values and can be read with ``weights_only``.
+* ``methods/base.py:60`` ``_BACKBONES``: our architectures are added to the table.
+"""
+
+import inspect
+import re
+from functools import lru_cache
+from typing import Any
+
+import lightning.pytorch as pl  # noqa: F401  (for our callers)
+import solo.data.pretrain_dataloader as host_data  # noqa: F401  (for our callers)
+import solo.methods
+import solo.methods.base
+import solo.utils.knn
+import torch
+from omegaconf import DictConfig
+from solo.methods.base import BaseMethod as _HostBase
+from solo.methods.base import BaseMomentumMethod as _HostMomentumBase
+from solo.methods.linear import LinearModel as _HostLinear
+from solo.utils.metrics import accuracy_at_k
+from solo.utils.misc import param_groups_layer_decay
+
+from solo_ext.architectures import ARCHITECTURES
+from solo_ext.compat.common import LinearMixin, MethodMixin, MomentumMixin, complete, unknown_backbone
+from solo_ext.errors import UserError
+from solo_ext.knn import WeightedKNNClassifier
+
+RELEASE = "1.0.6"
+_NOT_METHODS = ("base", "linear")
+
+
+def mend() -> None:
+    """Put what is mended where solo-learn looks it up by name. A second call changes nothing."""
+    solo.utils.knn.WeightedKNNClassifier = WeightedKNNClassifier
+    solo.methods.base.WeightedKNNClassifier = WeightedKNNClassifier
+    for name, factory in ARCHITECTURES.items():
+        _HostBase._BACKBONES.setdefault(name, factory)
+
+
+mend()
+
+
+class MainInterface(MethodMixin):
+    """Mends main's BaseMethod; first in the order of resolution."""
+
+    accuracy_at_k = staticmethod(accuracy_at_k)
+
+    def __init__(self, cfg: DictConfig) -> None:
+        if cfg.backbone.name not in backbones():
+            raise unknown_backbone(cfg.backbone.name, backbones())
+        super().__init__(complete(cfg))
+
+
+class BaseMethod(MainInterface, _HostBase):
+    """Main's BaseMethod."""
+
+
+class MomentumInterface(MomentumMixin, MainInterface):
+    """Mends main's BaseMomentumMethod beside."""
+
+    def teacher_forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The teacher's features ``feats`` of images ``[B, 3, H, W]``, and what a method adds, without gradient."""
+        return self.momentum_forward(X)
+
+
+class BaseMomentumMethod(MomentumInterface, _HostMomentumBase):
+    """Main's BaseMomentumMethod."""
+
+
+class _Linear(_HostLinear):
+    """Main's LinearModel."""
+
+    accuracy_at_k = staticmethod(accuracy_at_k)
+
+    def layer_decay_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups whose learning rate shrinks by ``optimizer.layer_decay`` from layer to layer."""
+        if not self.finetune or not hasattr(self.backbone, "no_weight_decay"):
+            raise UserError("optimizer.layer_decay needs finetune=True and a ViT")
+        groups = param_groups_layer_decay(
+            self.backbone,
+            self.weight_decay,
+            no_weight_decay_list=self.backbone.no_weight_decay(),
+            layer_decay=self.cfg.optimizer.layer_decay,
+        )
+        return [*groups, {"name": "classifier", "params": self.classifier.parameters()}]
+
+
+class LinearModel(LinearMixin, _Linear):
+    """Main's LinearModel, mended."""
+
+
+def backbones() -> list[str]:
+    """Names of the backbones: solo-learn's and ours."""
+    return list(_HostBase._BACKBONES)
+
+
+@lru_cache(maxsize=1)
+def native_methods() -> dict[str, type]:
+    """solo-learn's own methods by name, mended."""
+    natives = {}
+    for name, cls in solo.methods.METHODS.items():
+        if name in _NOT_METHODS or not issubclass(cls, _HostBase) or issubclass(cls, MethodMixin):
+            continue
+        interface = MomentumInterface if issubclass(cls, _HostMomentumBase) else MainInterface
+        natives[name] = type(cls.__name__, (interface, cls), {"native": True, "__module__": __name__})
+    return natives
+
+
+_IGNORED = {"simsiam": {"temperature"}}
+"""Options that main's own YAML files give and main itself never reads."""
+
+
+def native_options(name: str) -> frozenset[str]:
+    """The ``method_kwargs`` that a native method reads: main declares them nowhere, so its source is searched."""
+    sources = [
+        inspect.getsource(base)
+        for base in native_methods()[name].__mro__
+        if base.__module__.startswith("solo.methods.") and base not in (_HostBase, _HostMomentumBase)
+    ]
+    return frozenset({*re.findall(r"method_kwargs\.(\w+)", "\n".join(sources)), *_IGNORED.get(name, ())})

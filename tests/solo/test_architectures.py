@@ -1,0 +1,119 @@
+"""The backbones that we add: their widths, sizes, stems and options."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from solo_ext.architectures import ARCHITECTURES
+
+pytestmark = pytest.mark.solo
+
+# name: (feature width, class of torchvision's published weights, whose metadata count the parameters)
+PUBLISHED = {
+    "resnet34": (512, models.ResNet34_Weights),
+    "resnet101": (2048, models.ResNet101_Weights),
+    "resnet152": (2048, models.ResNet152_Weights),
+    "resnext50": (2048, models.ResNeXt50_32X4D_Weights),
+    "resnext101": (2048, models.ResNeXt101_32X8D_Weights),
+    "wide_resnet50": (2048, models.Wide_ResNet50_2_Weights),
+    "wide_resnet101": (2048, models.Wide_ResNet101_2_Weights),
+    "regnet_y_400mf": (440, models.RegNet_Y_400MF_Weights),
+    "regnet_y_800mf": (784, models.RegNet_Y_800MF_Weights),
+    "regnet_y_1_6gf": (888, models.RegNet_Y_1_6GF_Weights),
+    "regnet_y_3_2gf": (1512, models.RegNet_Y_3_2GF_Weights),
+    "regnet_y_8gf": (2016, models.RegNet_Y_8GF_Weights),
+    "regnet_y_16gf": (3024, models.RegNet_Y_16GF_Weights),
+    "regnet_y_32gf": (3712, models.RegNet_Y_32GF_Weights),
+}
+
+
+def _build(name: str, **kwargs) -> nn.Module:
+    """A network, without memory where torchvision can: it computes a RegNet's widths with tensors."""
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        return ARCHITECTURES[name]("isoloss", **kwargs)
+
+
+@torch.no_grad()
+def _shape(network: nn.Module, pixels: int) -> tuple[int, ...]:
+    """Shape of the features of two images."""
+    device = next(network.parameters()).device
+    return tuple(network(torch.zeros(2, 3, pixels, pixels, device=device)).shape)
+
+
+def _count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_all_names():
+    assert set(ARCHITECTURES) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_width_and_number_of_parameters(name):
+    width, weights = PUBLISHED[name]
+    network = _build(name)
+    assert network.num_features == width
+    assert _shape(network, 32) == (2, width)
+    assert isinstance(network.fc, nn.Identity)
+    # the published count is with a classifier of 1000 classes
+    assert _count(network) == weights.DEFAULT.meta["num_params"] - (width * 1000 + 1000)
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnext50", "wide_resnet50"])
+def test_resnet_stem_of_cifar(name):
+    network = _build(name, cifar=True)
+    seen = {}
+    network.layer1.register_forward_hook(lambda module, inputs, output: seen.update(first=output.shape[2:]))
+    network.layer4.register_forward_hook(lambda module, inputs, output: seen.update(last=output.shape[2:]))
+    assert _shape(network, 32) == (2, network.num_features)
+    # 32 + 2·2 - 2 = 34 pixels, then halved three times, rounding up
+    assert seen == {"first": (34, 34), "last": (5, 5)}
+    # 64 filters of 3·7·7 become 64 of 3·3·3
+    assert _count(_build(name)) - _count(network) == 64 * 3 * (49 - 9)
+
+
+def test_regnet_stem_of_cifar():
+    network = _build("regnet_y_400mf", cifar=True)
+    seen = {}
+    network.stem.register_forward_hook(lambda module, inputs, output: seen.update(stem=output.shape[2:]))
+    network.trunk_output.register_forward_hook(lambda module, inputs, output: seen.update(last=output.shape[2:]))
+    assert _shape(network, 32) == (2, 440)
+    # four stages, each halves
+    assert seen == {"stem": (32, 32), "last": (2, 2)}
+    assert _count(network) == _count(_build("regnet_y_400mf"))
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(PUBLISHED) if "resnet" in name])
+def test_come_out_right_of_the_hosts_own_surgery(name):
+    """solo-learn reads ``inplanes`` of a ResNet and replaces its classifier and its stem itself."""
+    network = _build(name, cifar=True)
+    assert network.inplanes == network.num_features
+    ours = network.conv1
+    assert (ours.in_channels, ours.out_channels, ours.kernel_size, ours.stride, ours.padding, ours.bias) == (
+        *(3, 64, (3, 3), (1, 1), (2, 2), None),
+    )
+    assert isinstance(network.maxpool, nn.Identity)
+
+
+def test_options_reach_the_network():
+    network = ARCHITECTURES["resnet34"]("byol", zero_init_residual=True)
+    assert all((block.bn2.weight == 0).all() for block in network.layer3)
+    assert all((block.bn2.weight == 1).all() for block in ARCHITECTURES["resnet34"]("byol").layer3)
+
+
+@pytest.mark.parametrize("name", ["resnext50", "regnet_y_400mf"])
+@pytest.mark.parametrize("key", ["zero_init_residuals", "weights", "num_classes"])
+def test_an_unknown_option_is_named(name, key):
+    with pytest.raises(TypeError, match=f"backbone {name} has no option '{key}'; it knows"):
+        _build(name, **{key: 1})
+
+
+def test_features_and_gradients_are_finite():
+    torch.manual_seed(0)
+    for name in ("regnet_y_400mf", "resnext50"):
+        network = ARCHITECTURES[name]("ssl_ey", cifar=True)
+        features = network(torch.randn(4, 3, 32, 32))
+        assert features.isfinite().all() and features.std(dim=0).mean() > 1e-3
+        features.square().mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())

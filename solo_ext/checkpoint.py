@@ -5,6 +5,7 @@ configuration beside it in args.json. Lightning writes to a temporary file first
 """
 
 import json
+import os
 import random
 import string
 import time
@@ -15,10 +16,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from solo_ext.compat import pl
+from solo_ext.console import first_process, say
 from solo_ext.errors import UserError
 from solo_ext.logs import write_json
 
 ARGS = "args.json"
+_VERSION = "SOLO_EXT_RUN_VERSION"
 _MARK = "solo_ext"
 
 # What training goes on from: it cannot change in mid-run.
@@ -42,12 +45,25 @@ def run_folder(cfg: DictConfig, kind: str) -> Path:
     Args:
         cfg: the configuration.
         kind: the method's name, or "linear"; ``checkpoint.group`` replaces it.
+
     """
-    version = cfg.checkpoint.version
-    if not version:
-        letters = random.Random(time.time_ns())
-        version = "offline-" + "".join(letters.choices(string.ascii_lowercase + string.digits, k=8))
+    version = cfg.checkpoint.version or _new_version()
     return Path(cfg.checkpoint.dir) / (cfg.checkpoint.group or kind) / version
+
+
+def _new_version() -> str:
+    """A random name that all processes of a run agree on.
+
+    Those that Lightning starts inherit it, those that SLURM or torchrun start draw it from the number of the job.
+    """
+    if not first_process() and _VERSION in os.environ:
+        return os.environ[_VERSION]
+    several = int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    job = os.environ.get("SLURM_JOB_ID") if several else os.environ.get("TORCHELASTIC_RUN_ID")
+    letters = random.Random(job if job not in (None, "none") else time.time_ns())
+    version = "offline-" + "".join(letters.choices(string.ascii_lowercase + string.digits, k=8))
+    os.environ[_VERSION] = version
+    return version
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
@@ -233,7 +249,7 @@ def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Modul
         return folder, None, 0
     found = Path(found)
     epochs = check_resumable(found, cfg, model)
-    print(f"resuming after epoch {epochs} of {cfg.max_epochs} from {found}", flush=True)
+    say(f"resuming after epoch {epochs} of {cfg.max_epochs} from {found}")
     return (folder if cfg.checkpoint.version else found.parent), found, epochs
 
 

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from solo_ext.checkpoint import identity
 from solo_ext.compat.common import METHOD_DEFAULTS, complete
 from solo_ext.compat.optim import OPTIMIZERS
+from solo_ext.console import say
 from solo_ext.data import CLASSES, DATASETS
 from solo_ext.errors import UserError
 
@@ -194,7 +195,7 @@ def _check_trainer(cfg: DictConfig) -> None:
         # Lightning takes a number of processes here, not a list of indexes
         cfg.devices = len(devices) if listed else devices
         if str(cfg.precision).startswith("16"):
-            print("precision 16 needs a GPU: training in 32 bits on the CPU")
+            say("precision 16 needs a GPU: training in 32 bits on the CPU")
             cfg.precision = 32
         cfg.sync_batchnorm = False
     else:

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig
 from PIL import ImageOps
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 
@@ -229,9 +229,7 @@ class Images(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches in an order that repeats."""
-        world, rank = 1, 0
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        world, rank = processes()
         sampler = EpochSampler(self.train, world, rank, shuffle=True, seed=self.cfg.seed, drop_last=self.drop_last)
         sampler.set_epoch(self.start_epoch)
         workers = self.cfg.data.num_workers
@@ -249,7 +247,16 @@ class Images(pl.LightningDataModule):
         """All validation images, in order."""
         if self.val is None:
             return []
-        return evaluation_loader(self.val, self.cfg.optimizer.batch_size, self.cfg.data.num_workers)
+        world, rank = processes()
+        mine = self.val if world == 1 else Subset(self.val, range(rank, len(self.val), world))
+        return evaluation_loader(mine, self.cfg.optimizer.batch_size, self.cfg.data.num_workers)
+
+
+def processes() -> tuple[int, int]:
+    """How many processes share the images, and which this is."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int) -> DataLoader:

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from solo_ext.console import first_process
+
 
 class UserError(Exception):
     """Something the user can mend: an unknown name, a missing path, a wrong checkpoint. The message says how."""
@@ -15,5 +17,6 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first_process():
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -102,6 +102,8 @@ def quieten() -> None:
         ".*Found .* module.*in eval mode.*",
         ".*lr_scheduler.step.*",
         ".*LeafSpec.*",
+        ".*Overwriting .* in registry.*",
+        ".*Importing from timm.*",
         ".*torch.cuda.amp.custom_.*",
     ):
         warnings.filterwarnings("ignore", message=text)
@@ -140,6 +142,7 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Any]) -> 
     given.setdefault("enable_progress_bar", sys.stderr.isatty())
     given.setdefault("enable_model_summary", False)
     given.setdefault("num_sanity_val_steps", 0)
+    given["use_distributed_sampler"] = False  # the loaders divide the images themselves, each image once
     try:
         return pl.Trainer(**given)
     except (TypeError, ValueError, pl.utilities.exceptions.MisconfigurationException) as error:

@@ -43,6 +43,7 @@ def evaluate(cfg: DictConfig) -> Path:
     )
     from solo_ext.compat import LinearModel
     from solo_ext.config import parse_linear
+    from solo_ext.console import say
     from solo_ext.data import Images, check_same_classes, evaluation_transform, image_dataset, linear_transform
     from solo_ext.launch import build_trainer, refused, seed_everything
     from solo_ext.logs import BestAccuracy, callbacks, loggers, versions, write_json
@@ -70,7 +71,7 @@ def evaluate(cfg: DictConfig) -> Path:
     images = Images(train, val, cfg, drop_last=False)
     folder, resumed, images.start_epoch = resume_point(cfg, "linear", run_folder(cfg, "linear"), model)
     if images.start_epoch >= cfg.max_epochs:
-        print(f"{resumed} is of a finished run of {images.start_epoch} epochs: nothing to train")
+        say(f"{resumed} is of a finished run of {images.start_epoch} epochs: nothing to train")
         return folder
     claim_folder(folder, resumed)
     best = BestAccuracy()

@@ -40,6 +40,7 @@ def pretrain(cfg: DictConfig) -> Path:
     """
     from solo_ext.checkpoint import Checkpointer, claim_folder, resume_point, run_folder
     from solo_ext.config import parse_pretrain
+    from solo_ext.console import say
     from solo_ext.launch import build_trainer, refused, seed_everything
     from solo_ext.logs import SpectrumWriter, Throughput, callbacks, loggers, versions, write_json
     from solo_ext.registry import method_class, register
@@ -58,7 +59,7 @@ def pretrain(cfg: DictConfig) -> Path:
     if cfg.max_epochs > 0:
         folder, resumed, images.start_epoch = resume_point(cfg, cfg.method, folder, model)
         if images.start_epoch >= cfg.max_epochs:
-            print(f"{resumed} is of a finished run of {images.start_epoch} epochs: nothing to train")
+            say(f"{resumed} is of a finished run of {images.start_epoch} epochs: nothing to train")
             return folder
     claim_folder(folder, resumed)
 
@@ -76,6 +77,7 @@ def pretrain(cfg: DictConfig) -> Path:
     else:
         trainer.fit(model, datamodule=images, ckpt_path=resumed, weights_only=True if resumed else None)
     if trainer.is_global_zero:
+        speed = throughput.images_per_second
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         summary: dict[str, Any] = {
             "framework": "solo-learn",
@@ -84,7 +86,7 @@ def pretrain(cfg: DictConfig) -> Path:
             "seed": cfg.seed,
             "epochs": cfg.max_epochs,
             "seconds": time.perf_counter() - began,
-            "images_per_second": throughput.images_per_second,
+            "images_per_second": speed and speed * trainer.world_size,
             "metrics": metrics,
             "versions": versions(),
             "config": given,
@@ -96,12 +98,13 @@ def pretrain(cfg: DictConfig) -> Path:
 
 def _images(cfg: DictConfig) -> Any:
     """The data module of a pre-training; no validation images where there are none, or no labels."""
+    from solo_ext.console import say
     from solo_ext.data import Images, check_same_classes, evaluation_transform, image_dataset, pretrain_transform
 
     data = cfg.data
     transform = pretrain_transform(cfg)
     if cfg.debug_augmentations:
-        print(f"views:\n{transform}")
+        say(f"views:\n{transform}")
     train = image_dataset(data.dataset, data.train_path, "pretrain", transform, indexed=True, no_labels=data.no_labels)
     val = None
     if data.val_path is not None and not data.no_labels:

@@ -19,6 +19,8 @@ environment .venv (several GB); later calls use it as it is, until pyproject.tom
   ./run_experiments.sh digits --seeds 3         mean and standard deviation over three seeds
   ./run_experiments.sh digits --dry-run         print the exact commands
   ./run_experiments.sh test -k isoloss          checks, then the tests that match
+  SOLO_LEARN_CHECKOUT=FOLDER ./run_experiments.sh test   the tests of solo_ext a second time, on a checkout of
+                                                solo-learn's main branch
 TEXT
 }
 
@@ -102,6 +104,13 @@ make_environment() {
     export PATH="$root/.venv/bin:$PATH" VIRTUAL_ENV="$root/.venv"
 }
 
+# The tests of solo_ext on the checkout; options may select none of them.
+test_main_branch() {
+    local status=0
+    SOLO_LEARN_CHECKOUT="$(cd "$SOLO_LEARN_CHECKOUT" && pwd)" python -m pytest tests/solo "$@" || status=$?
+    [[ $status == 5 ]] || return "$status"
+}
+
 run_tests() {
     local passed="" failed="" name status
     check() {
@@ -120,8 +129,15 @@ run_tests() {
     check "ruff format" ruff format --check .
     check "lint-imports" lint-imports
     check "pyright" pyright plugins
-    check "pytest" python -m pytest "$@"
+    check "pytest" env -u SOLO_LEARN_CHECKOUT python -m pytest "$@"
+    # A process holds one solo-learn only: its tests run a second time, on the main branch.
+    if [[ -n ${SOLO_LEARN_CHECKOUT:-} ]]; then
+        check "pytest, solo-learn main" test_main_branch "$@"
+    fi
     say "passed: ${passed:-nothing}"
+    if [[ -z ${SOLO_LEARN_CHECKOUT:-} ]]; then
+        say "NOT TESTED: solo-learn's main branch. Let SOLO_LEARN_CHECKOUT name the folder of a checkout to test on it too"
+    fi
     if [[ -n $failed ]]; then
         fail "failed: $failed"
     fi

@@ -1,13 +1,30 @@
 """Digits, configurations and runs that the solo-learn tests share."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from solo_ext.compat import CHECKOUT, GENERATION, host_release
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "solo" / "digits"
+
+
+def pytest_report_header() -> str:
+    """Say which solo-learn is tested: a process holds one of the two only."""
+    main = "" if GENERATION == "main" else f"; main is NOT tested in this process: {CHECKOUT} names no checkout of it"
+    return f"solo-learn {host_release()}{main}"
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The folder of the checkout of solo-learn's main branch that is tested."""
+    if GENERATION != "main":
+        pytest.skip(f"NOT TESTED: solo-learn's main branch, since {CHECKOUT} names no checkout of it")
+    return Path(os.environ[CHECKOUT])
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""solo-learn 1.0.2 on today's stack: what solo_ext.compat and solo_ext.knn mend."""
+"""solo-learn on today's stack: what solo_ext.compat and solo_ext.knn mend."""
 
 import math
 import sys
@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from solo_ext.compat import native_methods
+from solo_ext.compat import GENERATION, native_methods
 from solo_ext.compat.optim import LARS, WarmupCosineLR
 from solo_ext.knn import WeightedKNNClassifier
+from solo_ext.registry import MAIN_ONLY
 
 pytestmark = pytest.mark.solo
 
@@ -197,12 +198,14 @@ def test_knn_ignores_the_length_of_features_for_the_cosine():
 # the bridge
 
 
-def test_all_fourteen_native_methods_are_found():
-    assert set(native_methods()) == {
+def test_all_native_methods_are_found():
+    fourteen = {
         *("barlow_twins", "byol", "deepclusterv2", "dino", "mocov2plus", "nnbyol", "nnclr", "nnsiam"),
         *("ressl", "simclr", "simsiam", "swav", "vicreg", "wmse"),
     }
+    assert set(native_methods()) == fourteen | (set(MAIN_ONLY) if GENERATION == "main" else set())
 
 
+@pytest.mark.skipif(GENERATION == "main", reason="the main branch does not import pl_bolts")
 def test_pl_bolts_stands_in_under_its_own_name_only():
     assert "Stands in" in sys.modules["pl_bolts"].__doc__

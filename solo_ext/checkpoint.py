@@ -19,6 +19,7 @@ from solo_ext.compat import pl
 from solo_ext.console import first_process, say
 from solo_ext.errors import UserError
 from solo_ext.logs import write_json
+from solo_ext.unpickle import load_inert
 
 ARGS = "args.json"
 _VERSION = "SOLO_EXT_RUN_VERSION"
@@ -142,21 +143,30 @@ class Checkpointer(pl.Callback):
         checkpoint[_MARK] = OmegaConf.to_container(self.cfg.identity)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint file onto the CPU, tensors and plain values only.
+def read_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
+    """Load a checkpoint file onto the CPU, tensors and plain values only; code in it is neither run nor kept.
+
+    Args:
+        path: the file.
+        to_resume: whether all of it is needed, not the weights alone.
 
     Raises:
-        UserError: it is not there, broken, or holds code.
+        UserError: it is not there, broken or dangerous, or holds code where all is needed.
     """
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint, code = load_inert(path)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path} is no checkpoint of solo-learn: it has no state_dict")
+    if to_resume and code:
+        raise UserError(
+            f"{path} holds code ({code[0]}, …), as solo-learn's own scripts write it: "
+            "its weights can be evaluated, but training cannot go on from it"
+        )
     return checkpoint
 
 
@@ -186,7 +196,7 @@ def check_resumable(path: Path, cfg: DictConfig, model: torch.nn.Module) -> int:
     Raises:
         UserError: the sentence says what differs.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, to_resume=True)
     mark = checkpoint.get(_MARK, {})
     for key in _STATE:
         theirs, ours = mark.get(key), OmegaConf.to_container(cfg.identity)[key]

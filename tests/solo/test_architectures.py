@@ -117,3 +117,27 @@ def test_features_and_gradients_are_finite():
         assert features.isfinite().all() and features.std(dim=0).mean() > 1e-3
         features.square().mean().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet34", "wide_resnet50", "regnet_y_400mf"])
+@pytest.mark.parametrize("dataset", ["cifar10", "custom"])
+def test_the_host_builds_student_and_teacher(name, dataset):
+    from omegaconf import OmegaConf
+
+    from solo_ext.backbones import build_backbone
+    from solo_ext.compat import BaseMomentumMethod
+
+    cfg = {
+        "method": "base",
+        "backbone": {"name": name, "kwargs": {}},
+        "data": {"dataset": dataset, "num_classes": 3, "num_large_crops": 2, "num_small_crops": 0},
+        "augmentations": [{"crop_size": 32}],
+        "max_epochs": 1,
+        "optimizer": {"name": "sgd", "batch_size": 2, "lr": 0.0, "weight_decay": 0.0, "classifier_lr": 0.0},
+        "scheduler": {"name": "none"},
+    }
+    method = BaseMomentumMethod(OmegaConf.create(cfg))
+    expected = ARCHITECTURES[name]("base", cifar=dataset == "cifar10")
+    for network in (method.backbone, method.momentum_backbone, build_backbone(name, {}, dataset, 32)):
+        assert repr(network) == repr(expected)
+    assert method.features_dim == method.classifier.in_features == expected.num_features

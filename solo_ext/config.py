@@ -15,8 +15,9 @@ from solo_ext.checkpoint import identity
 from solo_ext.compat.common import METHOD_DEFAULTS, complete
 from solo_ext.compat.optim import OPTIMIZERS
 from solo_ext.console import say
-from solo_ext.data import CLASSES, DATASETS
+from solo_ext.data import DOWNLOADED, H5Images, hint, split_path
 from solo_ext.errors import UserError
+from solo_ext.transforms import CLASSES, DATASETS, complete_views
 
 _SHARED_DEFAULTS: dict[str, Any] = {
     "name": "run",
@@ -49,6 +50,7 @@ _LINEAR_DEFAULTS: dict[str, Any] = {
     "cutmix": 0.0,
     "label_smoothing": 0.0,
 }
+_FORMATS = ("image_folder", "dali", "h5")
 _SCHEDULERS = ("warmup_cosine", "step", "none")
 _REQUIRED = ("backbone.name", "data.dataset", "data.train_path", "max_epochs")
 _REQUIRED_OPTIMIZER = ("optimizer.name", "optimizer.batch_size", "optimizer.lr", "optimizer.weight_decay")
@@ -65,10 +67,7 @@ def parse_pretrain(cfg: DictConfig) -> DictConfig:
     cfg = complete(_shared(cfg, METHOD_DEFAULTS))
     _require(cfg, "method", "augmentations", "optimizer.classifier_lr")
     _whole(cfg, "optimizer.batch_size", least=2)
-    for index, view in enumerate(cfg.augmentations):
-        for key in ("crop_size", "num_crops"):
-            if not isinstance(view.get(key), int) or view[key] < 1:
-                raise UserError(f"augmentations[{index}].{key} must be a whole number above 0, got {view.get(key)!r}")
+    cfg.augmentations = complete_views(cfg.augmentations)
     for key in ("base_tau", "final_tau"):
         if not isinstance(cfg.momentum[key], int | float) or not 0 <= cfg.momentum[key] <= 1:
             raise UserError(f"momentum.{key} must be in [0, 1], got {cfg.momentum[key]!r}")
@@ -159,21 +158,66 @@ def _check_data(cfg: DictConfig) -> None:
     data = cfg.data
     if data.dataset not in DATASETS:
         raise UserError(f"unknown data.dataset {data.dataset!r}; choose from {', '.join(sorted(DATASETS))}")
-    if data.format != "image_folder":
-        raise UserError(f"data.format {data.format!r} is not supported with solo-learn 1.0.2; use image_folder")
-    if data.fraction != -1:
-        raise UserError("data.fraction is not supported with solo-learn 1.0.2; point data.train_path to a subset")
-    downloaded = data.dataset in ("cifar10", "cifar100", "stl10")
-    for key in ("train_path", "val_path"):
-        if data[key] is not None and not downloaded and not Path(data[key]).is_dir():
-            raise UserError(f"data.{key} is no folder: {data[key]}{_hint(data.dataset)}")
-    data.num_classes = CLASSES.get(data.dataset) or max(1, sum(p.is_dir() for p in Path(data.train_path).iterdir()))
+    if data.format not in _FORMATS:
+        raise UserError(f"unknown data.format {data.format!r}; choose from {', '.join(_FORMATS)}")
+    if data.format != "image_folder" and data.dataset in DOWNLOADED:
+        raise UserError(f"data.format={data.format} needs image files, {data.dataset} has none; use image_folder")
+    fraction = data.fraction
+    if not isinstance(fraction, int | float) or not (fraction == -1 or 0 < fraction <= 1):
+        raise UserError(f"data.fraction must be above 0 and at most 1, or -1 for all images, got {fraction!r}")
+    if data.no_labels and (data.dataset != "custom" or data.format == "h5"):
+        raise UserError("data.no_labels is for data.dataset=custom, a folder of images without class folders")
+    if data.num_workers is None or not isinstance(data.num_workers, int) or data.num_workers < 0:
+        raise UserError(f"data.num_workers must be a whole number, at least 0, got {data.num_workers!r}")
+    if data.format == "dali":
+        _check_dali(cfg)
+    for key, split in (("train_path", "train"), ("val_path", "val")):
+        if data[key] is None or data.dataset in DOWNLOADED:
+            continue
+        if data.format == "h5":
+            if not Path(data[key]).is_file():
+                raise UserError(f"data.{key} is no file: {data[key]}")
+            continue
+        data[key] = split_path(data.dataset, str(data[key]), split)
+        if not Path(data[key]).is_dir():
+            raise UserError(f"data.{key} is no folder: {data[key]}{hint(data.dataset)}")
+    data.num_classes = CLASSES.get(data.dataset) or _count_classes(data)
+
+
+def _count_classes(data: DictConfig) -> int:
+    """How many classes custom images have; 1 if none, since solo-learn's classifier needs one."""
     if data.no_labels:
-        data.num_classes = 1
+        return 1
+    if data.format == "h5":
+        return len(H5Images(data.train_path, None).classes)
+    return max(1, sum(entry.is_dir() for entry in Path(data.train_path).iterdir()))
 
 
-def _hint(dataset: str) -> str:
-    return " (make it with: python -m plugins.tools.data digits)" if dataset == "digits" else ""
+def _check_dali(cfg: DictConfig) -> None:
+    """Is there a DALI, and can it run where ``dali.device`` says; without one, it runs where the network does."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"data.format=dali needs NVIDIA DALI ({error}); install it with: uv sync --extra dali, "
+            "or pip install nvidia-dali-cuda120"
+        ) from None
+    gpu = torch.cuda.is_available()
+    default = "gpu" if gpu and cfg.accelerator in ("auto", "gpu", "cuda") else "cpu"
+    given = cfg.get("dali") or {}
+    if not hasattr(given, "items"):
+        raise UserError(f"dali must have entries, such as device: cpu, got {given!r}")
+    given = {"device": default, "encode_indexes_into_labels": False, **given}
+    cfg.dali = given
+    for key in given:
+        if key not in ("device", "encode_indexes_into_labels"):
+            raise UserError(f"dali has no entry {key!r}; it knows device, encode_indexes_into_labels")
+    if given["device"] not in ("cpu", "gpu"):
+        raise UserError(f"dali.device must be cpu or gpu, got {given['device']!r}")
+    if given["device"] == "gpu" and not gpu:
+        raise UserError("dali.device is gpu, but there is no GPU here; add ++dali.device=cpu")
+    if cfg.get("auto_augment"):
+        raise UserError("auto_augment is not there in DALI; use data.format=image_folder")
 
 
 def _check_trainer(cfg: DictConfig) -> None:

@@ -1,135 +1,83 @@
-"""Images for solo-learn: its datasets and ours, its augmentations as main's YAML writes them, in a repeatable order.
+"""Images for solo-learn: its datasets and ours, in an order that can be repeated.
 
 Which images make a batch, and how each is augmented, depends on (seed, epoch, index) alone: not on the number of
 workers, and not on whether the run was interrupted. A resumed run therefore sees what an uninterrupted one sees.
+``data.format`` says who reads the files: ``image_folder`` and ``h5`` are read here, ``dali`` in :mod:`solo_ext.dali`.
 """
 
+import io
 import random
+import socket
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from filelock import FileLock
 from omegaconf import DictConfig
-from PIL import ImageOps
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
-from torchvision import transforms as T
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from solo_ext.compat import host_data, pl
+from solo_ext.console import say
 from solo_ext.errors import UserError
+from solo_ext.transforms import (
+    DATASETS,
+    evaluation_transform,
+    linear_crop,
+    linear_transform,
+    pretrain_transform,
+)
 
-
-class DatasetInfo(NamedTuple):
-    """What is known about a dataset.
-
-    Args:
-        classes: number of classes; None where the folders say.
-        mean, std: of each channel, in [0, 1]; None where the augmentation's YAML or ImageNet's values say.
-        resize: (side to resize the shorter edge to, side of the centre crop) for evaluation, in pixels; None: as it is.
-        flip: whether a mirrored image is still of its class, for the augmentation of a linear evaluation.
-    """
-
-    classes: int | None
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    resize: tuple[int, int] | None
-    flip: bool = True
-
-
-_IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-DATASETS = {
-    "cifar10": DatasetInfo(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), None),
-    "cifar100": DatasetInfo(100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), None),
-    "stl10": DatasetInfo(10, (0.4914, 0.4823, 0.4466), (0.247, 0.243, 0.261), (96, 96)),
-    "imagenet100": DatasetInfo(100, *_IMAGENET, (256, 224)),
-    "imagenet": DatasetInfo(1000, *_IMAGENET, (256, 224)),
-    "custom": DatasetInfo(None, None, None, None),
-    "digits": DatasetInfo(10, (0.2692, 0.2715, 0.2712), (0.1796, 0.1785, 0.1798), None, flip=False),
+_DOWNLOADS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}
+DOWNLOADED = tuple(_DOWNLOADS)
+"""Datasets that torchvision fetches; all others are folders with one folder of images for each class."""
+DOWNLOAD_TIMEOUT = 15.0
+"""Seconds without an answer after which a download is given up."""
+PREPARE = {
+    "digits": "python -m plugins.tools.data digits",
+    "tinyimagenet": "python -m plugins.tools.data tinyimagenet --archive tiny-imagenet-200.zip",
 }
-CLASSES = {name: info.classes for name, info in DATASETS.items() if info.classes}
+"""The commands that make a dataset's folders."""
 
 
-def statistics(dataset: str, cfg: Any = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, of the dataset or else of ``cfg.mean`` and ``cfg.std``."""
-    info = DATASETS[dataset]
-    if info.mean is not None and info.std is not None:
-        return info.mean, info.std
-    given = cfg or {}
-    return tuple(given.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(given.get("std", IMAGENET_DEFAULT_STD))
+def hint(dataset: str) -> str:
+    """How to make the folders of a dataset, to be put behind a sentence; empty where we cannot."""
+    return f" (make it with: {PREPARE[dataset]})" if dataset in PREPARE else ""
 
 
-def view_transform(dataset: str, cfg: DictConfig) -> T.Compose:
-    """One entry of ``augmentations`` as a transform of a PIL image, in main's order."""
-    steps: list[Any] = []
-    bicubic = T.InterpolationMode.BICUBIC
-    if cfg.rrc.enabled:
-        scale = (cfg.rrc.crop_min_scale, cfg.rrc.crop_max_scale)
-        steps.append(T.RandomResizedCrop(cfg.crop_size, scale=scale, interpolation=bicubic))
-    else:
-        steps.append(T.Resize(cfg.crop_size, interpolation=bicubic))
-    jitter = cfg.color_jitter
-    if jitter.prob:
-        strength = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-        steps.append(T.RandomApply([T.ColorJitter(*strength)], p=jitter.prob))
-    if cfg.grayscale.prob:
-        steps.append(T.RandomGrayscale(p=cfg.grayscale.prob))
-    if cfg.gaussian_blur.prob:
-        steps.append(T.RandomApply([host_data.GaussianBlur()], p=cfg.gaussian_blur.prob))
-    if cfg.solarization.prob:
-        steps.append(T.RandomApply([host_data.Solarization()], p=cfg.solarization.prob))
-    if cfg.equalization.prob:
-        steps.append(T.RandomApply([ImageOps.equalize], p=cfg.equalization.prob))
-    if cfg.horizontal_flip.prob:
-        steps.append(T.RandomHorizontalFlip(p=cfg.horizontal_flip.prob))
-    mean, std = statistics(dataset, cfg)
-    return T.Compose([*steps, T.ToTensor(), T.Normalize(mean, std)])
+def split_path(dataset: str, path: str, split: str) -> str:
+    """Where a split's images are: ``path``, or ``path/<dataset>/<split>`` if that is a folder.
 
-
-def pretrain_transform(cfg: DictConfig) -> host_data.FullTransformPipeline:
-    """All views of ``cfg.augmentations``: a PIL image → a list of tensors.
-
-    Raises:
-        UserError: an augmentation lacks an entry.
-    """
-    try:
-        views = [
-            host_data.NCropAugmentation(view_transform(cfg.data.dataset, view), view.num_crops)
-            for view in cfg.augmentations
-        ]
-    except AttributeError as error:
-        raise UserError(f"an entry of augmentations is incomplete: {error}") from None
-    return host_data.FullTransformPipeline(views)
-
-
-def evaluation_transform(dataset: str, crop_size: int = 224, cfg: Any = None) -> T.Compose:
-    """The fixed transform of evaluation.
+    implicit-var-reg's ImageNet files give ``./datasets``, the common folder of all datasets, as their path.
 
     Args:
-        dataset: its name.
-        crop_size: for custom data: side of the centre crop, of an image resized to 256/224 of it.
-        cfg: for custom data: where ``mean`` and ``std`` stand.
+        dataset: a key of DATASETS.
+        path: what the configuration gives.
+        split: "train" or "val".
     """
-    resize = (round(crop_size * 256 / 224), crop_size) if dataset == "custom" else DATASETS[dataset].resize
-    steps: list[Any] = [T.Resize(resize[0]), T.CenterCrop(resize[1])] if resize else []
-    return T.Compose([*steps, T.ToTensor(), T.Normalize(*statistics(dataset, cfg))])
+    if dataset not in (*DOWNLOADED, "custom"):
+        for name in (dataset, dataset.replace("imagenet100", "imagenet-100")):
+            if (Path(path) / name / split).is_dir():
+                return str(Path(path) / name / split)
+    return path
 
 
-def linear_transform(dataset: str, cfg: DictConfig) -> T.Compose:
-    """The training transform of a linear evaluation: a random crop, and a flip where the classes bear one.
-
-    ``data.augmentations.crop_size`` (pixels) and ``data.augmentations.crop_min_scale`` (fraction of the area) set it.
-    """
-    given = cfg.data.get("augmentations") or {}
-    sizes = {"cifar10": 32, "cifar100": 32, "stl10": 96, "digits": 16}
-    crop = T.RandomResizedCrop(
-        given.get("crop_size", sizes.get(dataset, 224)), scale=(given.get("crop_min_scale", 0.08), 1.0)
-    )
-    flip = [T.RandomHorizontalFlip()] if DATASETS[dataset].flip else []
-    return T.Compose([crop, *flip, T.ToTensor(), T.Normalize(*statistics(dataset, given))])
-
-
-def image_dataset(dataset: str, path: str, split: str, transform: Any, *, indexed: bool, no_labels: bool) -> Dataset:
+def image_dataset(
+    dataset: str,
+    path: str,
+    split: str,
+    transform: Any,
+    *,
+    indexed: bool,
+    no_labels: bool,
+    data_format: str = "image_folder",
+    fraction: float = -1,
+) -> Dataset:
     """Open a dataset.
 
     Args:
@@ -139,25 +87,163 @@ def image_dataset(dataset: str, path: str, split: str, transform: Any, *, indexe
         transform: of a PIL image.
         indexed: whether an item starts with its index.
         no_labels: a flat folder of images (custom data); every label is -1.
+        data_format: "h5" if ``path`` is an HDF5 file, else folders.
+        fraction: of the images to take, the same of each class; all of them unless above 0.
 
     Raises:
         UserError: the folder holds no images, or a download fails.
     """
-    wrap = host_data.dataset_with_index if indexed else (lambda cls: cls)
     try:
-        if dataset in ("cifar10", "cifar100"):
-            cls = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
-            return wrap(cls)(path, train=split != "val", download=True, transform=transform)
-        if dataset == "stl10":
-            part = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split]
-            return wrap(STL10)(path, split=part, download=True, transform=transform)
-        if no_labels:
-            return wrap(host_data.CustomDatasetWithoutLabels)(path, transform)
-        return wrap(ImageFolder)(path, transform)
+        if dataset in _DOWNLOADS:
+            found = _downloaded(dataset, path, split, transform)
+        elif data_format == "h5":
+            found = H5Images(path, transform, _subset_classes(dataset))
+        elif no_labels:
+            found = _flat_folder(path, transform)
+        else:
+            found = ImageFolder(path, transform)
     except FileNotFoundError as error:
-        raise UserError(f"no images of {dataset} in {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"no images of {dataset} in {path}: {str(error).splitlines()[0]}{hint(dataset)}") from None
+    if dataset not in _DOWNLOADS and not no_labels:
+        _check_classes(dataset, path, found.classes)
+    if 0 < fraction < 1:
+        found = Subset(found, _fraction(found, fraction))
+    return Indexed(found) if indexed else found
+
+
+def _downloaded(dataset: str, path: str, split: str, transform: Any) -> Dataset:
+    """CIFAR or STL-10 from the disk, or else from the network."""
+    cls = _DOWNLOADS[dataset]
+    if dataset == "stl10":
+        choice = {"split": {"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split]}
+    else:
+        choice = {"train": split != "val"}
+    try:
+        return cls(path, **choice, transform=transform)
+    except RuntimeError:
+        pass  # it is not there
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        # several processes may start at once, and one broken download would stop them all
+        with FileLock(Path(path) / f".{dataset}.lock"), _impatient_sockets():
+            return cls(path, **choice, transform=transform, download=True)
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{dataset} is not in {path} and could not be downloaded: {error}") from None
+        reason = f"{dataset} is not in {path} and could not be downloaded ({error})"
+        raise UserError(f"{reason}; put {cls.filename} there, or mend the network") from None
+
+
+@contextmanager
+def _impatient_sockets() -> Iterator[None]:
+    """Give up a connection that does not answer: Python waits without end, the system for minutes."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _flat_folder(path: str, transform: Any) -> Dataset:
+    """A folder of images without classes, in alphabetical order: solo-learn takes the order of the disk."""
+    found = host_data.CustomDatasetWithoutLabels(path, transform)
+    found.images = sorted(name for name in found.images if name.lower().endswith(IMG_EXTENSIONS))
+    if not found.images:
+        raise FileNotFoundError("with data.no_labels the images lie in the folder itself")
+    return found
+
+
+def _subset_classes(dataset: str) -> list[str] | None:
+    """The classes of ImageNet-100, which main takes from an HDF5 file of all ImageNet; 1.0.2 does not list them."""
+    names = Path(host_data.__file__).parent / "dataset_subset" / "imagenet100_classes.txt"
+    return names.read_text().split() if dataset == "imagenet100" and names.is_file() else None
+
+
+def _check_classes(dataset: str, path: str, classes: list[str]) -> None:
+    """Refuse folders that are not the classes of the dataset."""
+    known = DATASETS[dataset].classes
+    if known is not None and len(classes) > known:
+        raise UserError(f"{path} holds {len(classes)} classes, {dataset} has {known}")
+    if dataset == "tinyimagenet" and classes == ["images"]:
+        raise UserError(f"the images in {path} are not sorted into class folders{hint(dataset)}")
+
+
+def _fraction(dataset: Dataset, fraction: float) -> list[int]:
+    """The rows that main takes for ``data.fraction``, in its order."""
+    from sklearn.model_selection import train_test_split
+
+    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    rows = list(range(len(dataset)))
+    try:
+        kept, _ = train_test_split(rows, train_size=fraction, stratify=labels, random_state=42)
+    except ValueError as error:
+        raise UserError(f"data.fraction={fraction} cannot be taken of {len(rows)} images: {error}") from None
+    return kept
+
+
+class Indexed(Dataset):
+    """A dataset each item of which starts with its index.
+
+    Args:
+        dataset: what is read.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple:
+        return (index, *self.dataset[index])
+
+
+class H5Images(Dataset):
+    """Images in an HDF5 file as solo-learn lays it out: a group for each class, in it the bytes of each image file.
+
+    Args:
+        path: the file.
+        transform: of a PIL image.
+        subset: names of the classes to read, if the file has any of them; None: all.
+
+    Raises:
+        UserError: it is no such file.
+    """
+
+    def __init__(self, path: str, transform: Any, subset: list[str] | None = None) -> None:
+        import h5py
+
+        self.path, self.transform = str(path), transform
+        self._file = None
+        try:
+            with h5py.File(self.path) as file:
+                self.classes = sorted(set(file) & set(subset or ())) or sorted(file)
+                self.names = [(name, image) for name in self.classes for image in file[name]]
+        except (OSError, TypeError) as error:
+            raise UserError(f"{path} is no HDF5 file with a group of images for each class: {error}") from None
+        rank = {name: index for index, name in enumerate(self.classes)}
+        self.targets = [rank[name] for name, _ in self.names]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        import h5py
+
+        if self._file is None:  # each worker needs its own
+            self._file = h5py.File(self.path)
+        name, image = self.names[index]
+        with Image.open(io.BytesIO(self._file[name][image][()])) as opened:
+            return self.transform(opened.convert("RGB")), self.targets[index]
+
+
+def listing(dataset: Dataset) -> tuple[list[str], list[int]]:
+    """Paths and labels of the images of a class folder, a flat folder, or a subset of one."""
+    if isinstance(dataset, Subset):
+        files, labels = listing(dataset.dataset)
+        return [files[row] for row in dataset.indices], [labels[row] for row in dataset.indices]
+    if isinstance(dataset, ImageFolder):
+        return [path for path, _ in dataset.samples], dataset.targets
+    return [str(dataset.root / name) for name in dataset.images], [-1] * len(dataset)
 
 
 def check_same_classes(train: Dataset, val: Dataset | None) -> None:
@@ -166,6 +252,8 @@ def check_same_classes(train: Dataset, val: Dataset | None) -> None:
     Raises:
         UserError: it names folders that only one of the two has.
     """
+    while isinstance(train, Indexed | Subset):
+        train = train.dataset
     if isinstance(train, ImageFolder) and isinstance(val, ImageFolder) and train.classes != val.classes:
         alone = ", ".join(sorted(set(train.classes) ^ set(val.classes))[:5])
         raise UserError(f"{train.root} and {val.root} have different class folders: only one of them has {alone}")
@@ -200,6 +288,7 @@ class EpochSeeded(Dataset):
         # not torch.manual_seed, which also prepares every GPU
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
         return self.dataset[index]
 
 
@@ -223,15 +312,20 @@ class Images(pl.LightningDataModule):
         self.train, self.val, self.cfg, self.drop_last = train, val, cfg, drop_last
         self.start_epoch = 0
         """The epoch at which a resumed run begins: its loader fetches before Lightning tells it the epoch."""
-        batch = cfg.optimizer.batch_size * (cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices))
+        devices = cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
+        batch = cfg.optimizer.batch_size * devices * cfg.get("num_nodes", 1)
         if drop_last and len(train) < batch:
             raise UserError(f"{cfg.data.train_path} holds {len(train)} images, fewer than one batch of {batch}")
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Any:
         """Batches in an order that repeats."""
         world, rank = processes()
         sampler = EpochSampler(self.train, world, rank, shuffle=True, seed=self.cfg.seed, drop_last=self.drop_last)
         sampler.set_epoch(self.start_epoch)
+        return self.loader(sampler)
+
+    def loader(self, sampler: EpochSampler) -> Any:
+        """The batches of this process, in the sampler's order."""
         workers = self.cfg.data.num_workers
         return DataLoader(
             EpochSeeded(self.train, self.cfg.seed),
@@ -262,3 +356,70 @@ def processes() -> tuple[int, int]:
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int) -> DataLoader:
     """A loader in order, the last batch as small as it comes."""
     return DataLoader(dataset, batch_size=batch_size, num_workers=workers, persistent_workers=workers > 0)
+
+
+def pretrain_images(cfg: DictConfig) -> Images:
+    """The data module of a pre-training; no validation images where there are none, or no labels.
+
+    Args:
+        cfg: the configuration, checked.
+
+    Returns:
+        Batches ``[indexes, [views], targets]`` for training, ``[images, targets]`` for validation. A resumed run sets
+        ``start_epoch``.
+
+    Raises:
+        UserError: images are missing, or too few.
+    """
+    transform = pretrain_transform(cfg)
+    if cfg.debug_augmentations:
+        say(f"views:\n{transform}")
+    view = cfg.augmentations[0]
+    evaluation = evaluation_transform(cfg.data.dataset, view.crop_size, view)
+    dali = cfg.data.format == "dali"
+    train, val = _train_and_val(cfg, "pretrain", None if dali else transform, evaluation, indexed=not dali)
+    if not dali:
+        return Images(train, val, cfg, drop_last=True)
+    from solo_ext.dali import DALIImages, pretrain_views
+
+    return DALIImages(train, val, cfg, pretrain_views(cfg), indexed=True, drop_last=True)
+
+
+def linear_images(cfg: DictConfig) -> Images:
+    """The data module of a linear evaluation or fine-tuning.
+
+    Args:
+        cfg: the configuration, checked.
+
+    Returns:
+        Batches ``[images, targets]``. A resumed run sets ``start_epoch``.
+
+    Raises:
+        UserError: images are missing.
+    """
+    data = cfg.data
+    crop = linear_crop(data.dataset, cfg)
+    evaluation = evaluation_transform(data.dataset, crop.side, data.get("augmentations"))
+    dali = data.format == "dali"
+    transform = None if dali else linear_transform(data.dataset, cfg)
+    train, val = _train_and_val(cfg, "train", transform, evaluation, indexed=False)
+    # mixup pairs the images of a batch: their number must be even
+    drop_last = cfg.get("mixup", 0) > 0 or cfg.get("cutmix", 0) > 0
+    if not dali:
+        return Images(train, val, cfg, drop_last=drop_last)
+    from solo_ext.dali import DALIImages, linear_view
+
+    return DALIImages(train, val, cfg, [linear_view(crop)], indexed=False, drop_last=drop_last)
+
+
+def _train_and_val(
+    cfg: DictConfig, split: str, transform: Any, evaluation: Any, *, indexed: bool
+) -> tuple[Dataset, Dataset | None]:
+    data = cfg.data
+    options = {"indexed": indexed, "no_labels": data.no_labels, "fraction": data.fraction, "data_format": data.format}
+    train, val = image_dataset(data.dataset, data.train_path, split, transform, **options), None
+    if data.val_path is not None and not data.no_labels:
+        options = {"indexed": False, "no_labels": False, "data_format": data.format}
+        val = image_dataset(data.dataset, data.val_path, "val", evaluation, **options)
+    check_same_classes(train, val)
+    return train, val

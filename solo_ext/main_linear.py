@@ -44,7 +44,7 @@ def evaluate(cfg: DictConfig) -> Path:
     from solo_ext.compat import LinearModel
     from solo_ext.config import parse_linear
     from solo_ext.console import say
-    from solo_ext.data import Images, check_same_classes, evaluation_transform, image_dataset, linear_transform
+    from solo_ext.data import linear_images
     from solo_ext.launch import build_trainer, refused, seed_everything
     from solo_ext.logs import BestAccuracy, callbacks, loggers, versions, write_json
 
@@ -52,8 +52,7 @@ def evaluate(cfg: DictConfig) -> Path:
     data = cfg.data
     given = OmegaConf.to_container(cfg, resolve=True)
     seed_everything(cfg.seed)
-    sizes = data.get("augmentations") or {}
-    crop_size = sizes.get("crop_size", 224)
+    crop_size = (data.get("augmentations") or {}).get("crop_size", 224)
     backbone = build_backbone(cfg.backbone.name, OmegaConf.to_container(cfg.backbone.kwargs), data.dataset, crop_size)
     source = find_checkpoint(cfg.pretrained_feature_extractor)
     load_backbone(source, backbone)
@@ -61,14 +60,7 @@ def evaluate(cfg: DictConfig) -> Path:
         model = LinearModel(backbone, cfg, *_mixing(cfg))
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
-    train = image_dataset(
-        data.dataset, data.train_path, "train", linear_transform(data.dataset, cfg), indexed=False, no_labels=False
-    )
-    transform = evaluation_transform(data.dataset, crop_size, sizes)
-    val = image_dataset(data.dataset, data.val_path, "val", transform, indexed=False, no_labels=False)
-
-    check_same_classes(train, val)
-    images = Images(train, val, cfg, drop_last=False)
+    images = linear_images(cfg)
     folder, resumed, images.start_epoch = resume_point(cfg, "linear", run_folder(cfg, "linear"), model)
     if images.start_epoch >= cfg.max_epochs:
         say(f"{resumed} is of a finished run of {images.start_epoch} epochs: nothing to train")
@@ -90,7 +82,7 @@ def evaluate(cfg: DictConfig) -> Path:
             "finetune": cfg.finetune,
             "dataset": data.dataset,
             "train_path": str(data.train_path),
-            "train_images": len(train),
+            "train_images": len(images.train),
             "seed": cfg.seed,
             "epochs": cfg.max_epochs,
             "acc1": metrics.get("val_acc1"),

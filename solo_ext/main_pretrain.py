@@ -41,6 +41,7 @@ def pretrain(cfg: DictConfig) -> Path:
     from solo_ext.checkpoint import Checkpointer, claim_folder, resume_point, run_folder
     from solo_ext.config import parse_pretrain
     from solo_ext.console import say
+    from solo_ext.data import pretrain_images
     from solo_ext.launch import build_trainer, refused, seed_everything
     from solo_ext.logs import SpectrumWriter, Throughput, callbacks, loggers, versions, write_json
     from solo_ext.registry import method_class, register
@@ -54,7 +55,7 @@ def pretrain(cfg: DictConfig) -> Path:
         model = cls(cfg)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
-    images = _images(cfg)
+    images = pretrain_images(cfg)
     folder, resumed = run_folder(cfg, cfg.method), None
     if cfg.max_epochs > 0:
         folder, resumed, images.start_epoch = resume_point(cfg, cfg.method, folder, model)
@@ -94,25 +95,6 @@ def pretrain(cfg: DictConfig) -> Path:
         write_json(folder / "pretrain.json", summary)
         print(f"wrote {folder}", flush=True)
     return folder
-
-
-def _images(cfg: DictConfig) -> Any:
-    """The data module of a pre-training; no validation images where there are none, or no labels."""
-    from solo_ext.console import say
-    from solo_ext.data import Images, check_same_classes, evaluation_transform, image_dataset, pretrain_transform
-
-    data = cfg.data
-    transform = pretrain_transform(cfg)
-    if cfg.debug_augmentations:
-        say(f"views:\n{transform}")
-    train = image_dataset(data.dataset, data.train_path, "pretrain", transform, indexed=True, no_labels=data.no_labels)
-    val = None
-    if data.val_path is not None and not data.no_labels:
-        view = cfg.augmentations[0]
-        transform = evaluation_transform(data.dataset, view.crop_size, view)
-        val = image_dataset(data.dataset, data.val_path, "val", transform, indexed=False, no_labels=False)
-    check_same_classes(train, val)
-    return Images(train, val, cfg, drop_last=True)
 
 
 def main() -> None:

@@ -243,7 +243,7 @@ _REFUSED = {
     "unknown optimizer": (["optimizer.name=lamb"], "unknown optimizer.name 'lamb'; choose from sgd,"),
     "misspelt optimizer option": (["+optimizer.kwargs.momentm=1"], "optimizer adamw has no option 'momentm'"),
     "no checkpoint": (["+resume_from_checkpoint=a.ckpt"], "resume_from_checkpoint is no file: a.ckpt"),
-    "dali": (["data.format=dali"], "data.format 'dali' is not supported"),
+    "unknown format": (["data.format=lmdb"], "unknown data.format 'lmdb'; choose from image_folder, dali, h5"),
 }
 
 

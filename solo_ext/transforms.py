@@ -1,0 +1,227 @@
+"""Datasets, what is known of them, and the transforms of their images, as main's YAML writes them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+from PIL import ImageOps
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision import transforms as T
+
+from solo_ext.compat import host_data
+from solo_ext.errors import UserError
+
+
+class DatasetInfo(NamedTuple):
+    """What is known about a dataset.
+
+    Args:
+        classes: number of classes; None where the folders say.
+        mean, std: of each channel, in [0, 1]; None where the augmentation's YAML or ImageNet's values say.
+        resize: (side to resize the shorter edge to, side of the centre crop) for evaluation, in pixels; None: as it is.
+        side: of the images that a linear evaluation trains on, in pixels.
+        flip: whether a mirrored image is still of its class, for the augmentation of a linear evaluation.
+    """
+
+    classes: int | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    resize: tuple[int, int] | None
+    side: int = 224
+    flip: bool = True
+
+
+_IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+DATASETS = {
+    "cifar10": DatasetInfo(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), None, 32),
+    "cifar100": DatasetInfo(100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), None, 32),
+    "stl10": DatasetInfo(10, (0.4914, 0.4823, 0.4466), (0.247, 0.243, 0.261), (96, 96), 96),
+    "tinyimagenet": DatasetInfo(200, *_IMAGENET, (64, 64), 64),
+    "imagenet100": DatasetInfo(100, *_IMAGENET, (256, 224)),
+    "imagenet": DatasetInfo(1000, *_IMAGENET, (256, 224)),
+    "custom": DatasetInfo(None, None, None, None),
+    "digits": DatasetInfo(10, (0.2692, 0.2715, 0.2712), (0.1796, 0.1785, 0.1798), None, 16, flip=False),
+}
+CLASSES = {name: info.classes for name, info in DATASETS.items() if info.classes}
+
+_SECTIONS = {
+    "rrc": ("crop_min_scale", "crop_max_scale"),
+    "color_jitter": ("brightness", "contrast", "saturation", "hue"),
+    "grayscale": (),
+    "gaussian_blur": (),
+    "solarization": (),
+    "equalization": (),
+    "horizontal_flip": (),
+}
+"""The sections of a view, and what each needs beside its switch, which is ``enabled`` of rrc and ``prob`` else."""
+
+
+def complete_views(views: Sequence[Any]) -> list[dict[str, Any]]:
+    """Check the entries of ``augmentations``; a section that is left out is switched off.
+
+    Returns:
+        The entries, each with every section.
+
+    Raises:
+        UserError: something is missing, misspelt or out of range.
+    """
+    if not isinstance(views, Sequence) or not all(hasattr(view, "items") for view in views):
+        raise UserError("augmentations must be a list of views, each with rrc, color_jitter, ..., crop_size, num_crops")
+    return [_complete_view(view, f"augmentations[{index}]") for index, view in enumerate(views)]
+
+
+def _complete_view(view: Any, place: str) -> dict[str, Any]:
+    view = dict(OmegaConf.to_container(view) if OmegaConf.is_config(view) else view)
+    _known(view, (*_SECTIONS, "crop_size", "num_crops", "mean", "std"), place)
+    for key in ("crop_size", "num_crops"):
+        if not isinstance(view.get(key), int) or view[key] < 1:
+            raise UserError(f"{place}.{key} must be a whole number above 0, got {view.get(key)!r}")
+    for key, least in (("mean", 0), ("std", 1e-6)):
+        given = view.get(key, [1, 1, 1])
+        if not isinstance(given, list) or len(given) != 3 or not all(_is_number(v) and v >= least for v in given):
+            raise UserError(f"{place}.{key} must be three numbers, at least {least}, got {given!r}")
+    if view.get("rrc") is None:
+        raise UserError(f"{place} lacks rrc: a random resized crop, or enabled: False")
+    for section, needs in _SECTIONS.items():
+        switch = "enabled" if section == "rrc" else "prob"
+        given = view[section] = view.get(section) or {switch: 0.0}
+        _known(given, (switch, *needs), f"{place}.{section}")
+        for key in (switch, *(needs if given.get(switch) else ())):
+            if not _is_number(given.get(key)) or given[key] < 0:
+                raise UserError(f"{place}.{section}.{key} must be a number, at least 0, got {given.get(key)!r}")
+        for key in (switch, *(needs if section == "rrc" else ())):
+            if given.get(key, 0) > 1:
+                raise UserError(f"{place}.{section}.{key} must be in [0, 1], got {given[key]!r}")
+    crop = view["rrc"]
+    if crop["enabled"] and not 0 < crop["crop_min_scale"] <= crop["crop_max_scale"]:
+        raise UserError(f"{place}.rrc.crop_min_scale must be above 0 and not above crop_max_scale")
+    if view["color_jitter"].get("hue", 0) > 0.5:
+        raise UserError(f"{place}.color_jitter.hue must be in [0, 0.5], got {view['color_jitter']['hue']!r}")
+    return view
+
+
+def _known(given: Any, known: Sequence[str], place: str) -> None:
+    if not hasattr(given, "items"):
+        raise UserError(f"{place} must have entries {', '.join(known)}, got {given!r}")
+    for key in given:
+        if key not in known:
+            raise UserError(f"{place} has no entry {key!r}; it knows {', '.join(known)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def statistics(dataset: str, cfg: Any = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, of the dataset or else of ``cfg.mean`` and ``cfg.std``."""
+    info = DATASETS[dataset]
+    if info.mean is not None and info.std is not None:
+        return info.mean, info.std
+    given = cfg or {}
+    return tuple(given.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(given.get("std", IMAGENET_DEFAULT_STD))
+
+
+def view_transform(dataset: str, cfg: DictConfig) -> T.Compose:
+    """One complete entry of ``augmentations`` as a transform of a PIL image, in main's order."""
+    steps: list[Any] = []
+    bicubic = T.InterpolationMode.BICUBIC
+    if cfg.rrc.enabled:
+        scale = (cfg.rrc.crop_min_scale, cfg.rrc.crop_max_scale)
+        steps.append(T.RandomResizedCrop(cfg.crop_size, scale=scale, interpolation=bicubic))
+    else:
+        # a batch needs images of one shape: main's stops at the first that is no square
+        steps += [T.Resize(cfg.crop_size, interpolation=bicubic), T.CenterCrop(cfg.crop_size)]
+    jitter = cfg.color_jitter
+    if jitter.prob:
+        strength = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        steps.append(T.RandomApply([T.ColorJitter(*strength)], p=jitter.prob))
+    if cfg.grayscale.prob:
+        steps.append(T.RandomGrayscale(p=cfg.grayscale.prob))
+    if cfg.gaussian_blur.prob:
+        steps.append(T.RandomApply([host_data.GaussianBlur()], p=cfg.gaussian_blur.prob))
+    if cfg.solarization.prob:
+        steps.append(T.RandomApply([host_data.Solarization()], p=cfg.solarization.prob))
+    if cfg.equalization.prob:
+        steps.append(T.RandomApply([ImageOps.equalize], p=cfg.equalization.prob))
+    if cfg.horizontal_flip.prob:
+        steps.append(T.RandomHorizontalFlip(p=cfg.horizontal_flip.prob))
+    mean, std = statistics(dataset, cfg)
+    return T.Compose([*steps, T.ToTensor(), T.Normalize(mean, std)])
+
+
+def pretrain_transform(cfg: DictConfig) -> host_data.FullTransformPipeline:
+    """All views of ``cfg.augmentations``, complete: a PIL image → a list of tensors."""
+    views = [
+        host_data.NCropAugmentation(view_transform(cfg.data.dataset, view), view.num_crops)
+        for view in cfg.augmentations
+    ]
+    return host_data.FullTransformPipeline(views)
+
+
+def evaluation_transform(dataset: str, crop_size: int = 224, cfg: Any = None) -> T.Compose:
+    """The fixed transform of evaluation.
+
+    Args:
+        dataset: its name.
+        crop_size: for custom data: side of the centre crop, of an image resized to 256/224 of it.
+        cfg: for custom data: where ``mean`` and ``std`` stand.
+    """
+    resize = (round(crop_size * 256 / 224), crop_size) if dataset == "custom" else DATASETS[dataset].resize
+    steps: list[Any] = [T.Resize(resize[0]), T.CenterCrop(resize[1])] if resize else []
+    return T.Compose([*steps, T.ToTensor(), T.Normalize(*statistics(dataset, cfg))])
+
+
+class LinearCrop(NamedTuple):
+    """The training augmentation of a linear evaluation: a random crop, and a flip where the classes bear one.
+
+    Args:
+        side: of the crop in pixels.
+        min_scale: smallest crop, as a fraction of the image's area.
+        flip: whether half of the images are mirrored.
+        mean, std: of each channel.
+    """
+
+    side: int
+    min_scale: float
+    flip: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def linear_crop(dataset: str, cfg: DictConfig) -> LinearCrop:
+    """What ``data.augmentations.crop_size`` (pixels) and ``.crop_min_scale`` (fraction of the area) say, or else main.
+
+    Raises:
+        UserError: one of them is no such number.
+    """
+    info, given = DATASETS[dataset], cfg.data.get("augmentations") or {}
+    side, min_scale = given.get("crop_size", info.side), given.get("crop_min_scale", 0.08)
+    if not isinstance(side, int) or side < 1:
+        raise UserError(f"data.augmentations.crop_size must be a whole number above 0, got {side!r}")
+    if not _is_number(min_scale) or not 0 < min_scale <= 1:
+        raise UserError(f"data.augmentations.crop_min_scale must be in (0, 1], got {min_scale!r}")
+    return LinearCrop(side, min_scale, info.flip, *statistics(dataset, given))
+
+
+def linear_transform(dataset: str, cfg: DictConfig) -> Any:
+    """The training transform of a linear evaluation; with ``auto_augment`` timm's RandAugment and erasing, as main."""
+    crop = linear_crop(dataset, cfg)
+    if cfg.get("auto_augment"):
+        from timm.data import create_transform
+
+        return create_transform(
+            input_size=crop.side,
+            is_training=True,
+            scale=(crop.min_scale, 1.0),
+            hflip=0.5 if crop.flip else 0.0,
+            color_jitter=None,
+            auto_augment="rand-m9-mstd0.5-inc1",
+            interpolation="bicubic",
+            re_prob=0.25,
+            re_mode="pixel",
+            mean=crop.mean,
+            std=crop.std,
+        )
+    flip = [T.RandomHorizontalFlip()] if crop.flip else []
+    random_crop = T.RandomResizedCrop(crop.side, scale=(crop.min_scale, 1.0))
+    return T.Compose([random_crop, *flip, T.ToTensor(), T.Normalize(crop.mean, crop.std)])

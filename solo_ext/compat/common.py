@@ -152,7 +152,7 @@ class LinearMixin:
         super().__init__(backbone, cfg)
         self.cfg = cfg
         self.finetune = cfg.finetune
-        self.loss_func = loss_func or F.cross_entropy
+        self.loss_func = loss_func or nn.CrossEntropyLoss()
         self.mixup_func = mixup_func
         backbone.requires_grad_(self.finetune)
         self.validation_step_outputs: list[dict[str, Any]] = []

@@ -138,23 +138,19 @@ class ClosedFormPredictor(RunningMoment):
 
     def _refresh(self) -> None:
         moment = self.covariance()
-        identity = torch.eye(self.dim, dtype=moment.dtype, device=moment.device)
         if self.alpha == 1:
-            values, vectors = eigvalsh(moment), identity
+            values, vectors = eigvalsh(moment), None
         else:
             values, vectors = eigh(moment)
         values = values.clamp(min=0)
-        if self.normalize:
-            largest = values[-1]
-            energy = largest > torch.finfo(moment.dtype).tiny
-            scaled = torch.where(energy, moment / largest, identity)
-            relative = torch.where(energy, values / largest, torch.ones_like(values))
+        largest = values[-1] if self.normalize else torch.ones_like(values[-1])
+        energy = largest > torch.finfo(moment.dtype).tiny
+        scale = torch.where(energy, largest, 1)
+        lift = self.eps + (~energy).to(moment)  # without energy the spectrum counts as ones
+        if vectors is None:
+            weight = moment / scale
+            weight.diagonal().add_(lift)
         else:
-            scaled, relative = moment, values
-        if self.alpha == 1:
-            weight = scaled + self.eps * identity
-        else:
-            weight = (vectors * (relative + self.eps) ** self.alpha) @ vectors.T
-            weight = (weight + weight.T) / 2
-        self.W.copy_(weight)
+            weight = (vectors * (values / scale + lift) ** self.alpha) @ vectors.T
+        self.W.copy_((weight + weight.T).div_(2))
         self.eigenvalues.copy_(descending(values))

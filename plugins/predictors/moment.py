@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from plugins.checks import check_range, check_rows
 from plugins.distributed import LOCAL, Collective
+from plugins.linalg import squared_norm
 
 
 class RunningMoment(nn.Module):
@@ -23,7 +24,7 @@ class RunningMoment(nn.Module):
         comm: the processes whose rows are joined. C is the same on all of them; numbers of rows may differ.
 
     Buffers:
-        C: ``[D, D]``, symmetric, float32 (float64 after ``.double()``; ``.half()`` leaves it in float32).
+        C: ``[D, D]``, symmetric up to rounding, float32 (float64 after ``.double()``; ``.half()`` leaves it in float32).
         steps: int64, calls of ``update``, the skipped ones included.
         mean ``[D]``, mass ``[]``: with ``center`` only, the same moving average of the rows and of the constant 1.
 
@@ -56,7 +57,8 @@ class RunningMoment(nn.Module):
         """Take one batch into account.
 
         Computed in float32 with autocast off: in half precision the small eigenvalues of C drown in rounding. A batch
-        that holds an inf or a NaN, or no rows at all, on whichever process, leaves C as it is on every process.
+        that holds an inf or a NaN, or no rows at all, on whichever process, leaves C as it is on every process; so does
+        one whose squares add up to more than float32 can hold.
 
         Args:
             z: this process's rows of one or more views, of any floating dtype; not differentiated.
@@ -67,17 +69,26 @@ class RunningMoment(nn.Module):
         self._check(z)
         with torch.autocast(z.device.type, enabled=False):
             z = z.detach().to(self.C.dtype)
-            rows = z.new_full((1,), z.shape[0])
-            total = self.comm.sum(torch.cat([(z.T @ z).flatten(), z.sum(0), rows]))  # one collective for all three
-            second, first, rows = total.split([self.dim**2, self.dim, 1])
-            second = second.view(self.dim, self.dim) / rows
-            second = (second + second.T) / 2
-            usable = second.isfinite().all()  # stays on the device: no host synchronisation
-            self._blend(self.C, second, usable)
+            # no entry of any product below exceeds the sum of all squares; nothing here waits for the device
+            usable = squared_norm(z) < torch.finfo(z.dtype).max / self.comm.size
+            z = torch.where(usable, z, 0)
+            second, first, rows, bad = self._joined([z.T @ z, z.sum(0), z.new_full((), z.shape[0]), (~usable).to(z)])
+            weight = ((bad == 0) & (rows > 0)).to(z.dtype) * (1 - self.rho)
+            rows = rows.clamp(min=1)
+            # in place: DistributedDataParallel and compiled graphs hold on to the buffer itself
+            self.C.lerp_(second.div_(rows), weight)
             if self.center:
-                self._blend(self.mean, first / rows, usable)
-                self._blend(self.mass, torch.ones_like(self.mass), usable)
+                self.mean.lerp_(first / rows, weight)
+                self.mass.lerp_(torch.ones_like(self.mass), weight)
         self.steps += 1
+
+    def _joined(self, parts: list[Tensor]) -> list[Tensor]:
+        """Sums over the processes, by one collective for all."""
+        if self.comm.size == 1:
+            return parts
+        total = self.comm.sum(torch.cat([part.flatten() for part in parts]))
+        sums = total.split([part.numel() for part in parts])
+        return [summed.view_as(part) for summed, part in zip(sums, parts, strict=True)]
 
     def covariance(self) -> Float[Tensor, "D D"]:
         """C, or with ``center`` C − μμᵀ of the rows seen so far (scaled by 1 − ρ^k, as C is)."""
@@ -97,10 +108,6 @@ class RunningMoment(nn.Module):
         check_rows(z=z)
         if z.shape[1] != self.dim:
             raise ValueError(f"z must have {self.dim} columns, got shape {tuple(z.shape)}")
-
-    def _blend(self, buffer: Tensor, new: Tensor, usable: Tensor) -> None:
-        # in place: DistributedDataParallel and compiled graphs hold on to the buffer itself
-        buffer.copy_(torch.where(usable, buffer.lerp(new, 1 - self.rho), buffer))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningMoment":
         def no_less_than_float32(tensor: Tensor) -> Tensor:

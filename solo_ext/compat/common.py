@@ -115,11 +115,15 @@ class MomentumMixin(MethodMixin):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the teacher after each step of the optimiser; the first time with the base momentum."""
         if self.trainer.global_step > self.last_step:
-            for online, momentum in self.momentum_pairs:
-                self.momentum_updater.update(online, momentum)
+            self.move_teacher()
             self.log("tau", self.momentum_updater.cur_tau, on_step=False, on_epoch=True)
             self._set_tau()
         self.last_step = self.trainer.global_step
+
+    def move_teacher(self) -> None:
+        """One step of the teacher towards the student, as solo-learn makes it."""
+        for online, momentum in self.momentum_pairs:
+            self.momentum_updater.update(online, momentum)
 
     def _set_tau(self) -> None:
         updater = self.momentum_updater

@@ -105,6 +105,22 @@ def test_t16_no_forward_pass_of_a_teacher_that_is_the_student(compose):
     assert passes == {0.0: 0, 0.99: 2}
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.3, 1.0])
+def test_the_teacher_moves_in_place_as_solo_learns_does(tau, compose):
+    model = _build(compose("isoloss", "knn_eval.enabled=False"), torch.float64)
+    model.momentum_updater.cur_tau = tau
+    teachers = [teacher for _, module in model.momentum_pairs for teacher in module.parameters()]
+    students = [student for module, _ in model.momentum_pairs for student in module.parameters()]
+    with torch.no_grad():
+        for student in students:
+            student.add_(torch.randn_like(student))
+    wanted = [tau * teacher + (1 - tau) * student for teacher, student in zip(teachers, students, strict=True)]
+    places = [teacher.data_ptr() for teacher in teachers]
+    model.move_teacher()
+    torch.testing.assert_close(teachers, wanted, rtol=1e-12, atol=1e-12)
+    assert places == [teacher.data_ptr() for teacher in teachers]
+
+
 def test_p9_without_teacher_the_targets_are_the_projections(compose):
     """At τ = 0 the teacher is a copy of the student: with and without its forward pass the loss is the same."""
     overrides = ("momentum.base_tau=0.0", "momentum.final_tau=0.0", "knn_eval.enabled=False")

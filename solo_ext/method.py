@@ -131,7 +131,7 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
 
     @torch.no_grad()
     def move_teacher(self) -> None:
-        """θ_t ← τ θ_t + (1 − τ) θ in place: a quarter of the time of solo-learn's, which makes three new tensors each."""
+        """θ_t ← τ θ_t + (1 − τ) θ in place, in a quarter of the time that new tensors take."""
         student, teacher = ([p for pair in self.momentum_pairs for p in pair[side].parameters()] for side in (0, 1))
         get_ema_multi_avg_fn(self.momentum_updater.cur_tau)(teacher, student, 0)
 

@@ -24,7 +24,7 @@ class RunningMoment(nn.Module):
         comm: the processes whose rows are joined. C is the same on all of them; numbers of rows may differ.
 
     Buffers:
-        C: ``[D, D]``, symmetric up to rounding, float32 (float64 after ``.double()``; ``.half()`` leaves it in float32).
+        C: ``[D, D]``, symmetric up to rounding, in float32 (float64 after ``.double()``; ``.half()`` changes nothing).
         steps: int64, calls of ``update``, the skipped ones included.
         mean ``[D]``, mass ``[]``: with ``center`` only, the same moving average of the rows and of the constant 1.
 

@@ -17,7 +17,12 @@ def _terms(e: Embeddings, options: Mapping[str, Any], comm: Collective) -> SSLEY
 
 
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
-    return mlp_head(features_dim, options["proj_hidden_dim"], options["proj_output_dim"], layers=3)
+    hidden, output = options["proj_hidden_dim"], options["proj_output_dim"]
+    if options["projector"]:
+        return mlp_head(features_dim, hidden, output, layers=3)
+    if output != features_dim:
+        raise ValueError(f"without a projector proj_output_dim is that of the features, {features_dim}, got {output}")
+    return nn.Identity()
 
 
 SPEC = MethodSpec(
@@ -29,6 +34,7 @@ SPEC = MethodSpec(
     teacher=False,
     options={
         **projector_options(hidden=2048, output=2048),
+        "projector": Option(True, "whether there is a projector; without one the loss takes the backbone's features"),
         "estimator": Option(
             "plugin",
             "of the squared norm of the covariance: from all rows, from two halves, or the unbiased U-statistic",

@@ -133,18 +133,15 @@ def make_table(rows: Sequence[Row]) -> str:
     body = [
         [
             (f"*{title}* (baseline)" if row.baseline else title) + ("" if row.results else ": missing"),
-            _number(row.mean("epochs")),
-            *(_score(row, key, None if row.baseline else _untrained(rows, row.framework, key)) for key in SCORES),
-            _number(row.mean("seconds")),
-            _number(row.mean("images_per_second")),
+            number(row.mean("epochs")),
+            *(score(row, key, None if row.baseline else _untrained(rows, row.framework, key)) for key in SCORES),
+            number(row.mean("seconds")),
+            number(row.mean("images_per_second")),
         ]
         for row, title in zip(rows, titles(rows), strict=True)
     ]
-    widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
     lines = [
-        _line(head, widths),
-        "|" + "|".join("-" * (width + 1) + (":" if column else "-") for column, width in enumerate(widths)) + "|",
-        *(_line(cells, widths) for cells in body),
+        *markdown_table(head, body),
         "",
         "kNN and linear evaluation use all training labels, the third column 5 labels a class; the backbone is frozen,",
         "except in the supervised row. Accuracy of the last epoch on the validation images; in brackets the points",
@@ -159,15 +156,29 @@ def make_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [
-        cell.rjust(width) if column else cell.ljust(width)
-        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-    return "| " + " | ".join(padded) + " |"
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, words: int = 1) -> list[str]:
+    """The lines of a table whose columns are of one width each.
+
+    Args:
+        head: titles of the columns.
+        body: cells, line by line.
+        words: how many columns, from the left, hold words; the others are aligned to the right.
+    """
+    widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
+
+    def text(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if column < words else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (width + 1) + ("-" if i < words else ":") for i, width in enumerate(widths)) + "|"
+    return [text(head), rule, *map(text, body)]
 
 
-def _score(row: Row, key: str, reference: float | None) -> str:
+def score(row: Row, key: str, reference: float | None) -> str:
+    """Mean, deviation and points above a reference, as a cell."""
     mean, deviation = row.mean(key), row.deviation(key)
     if mean is None:
         return MISSING
@@ -175,7 +186,8 @@ def _score(row: Row, key: str, reference: float | None) -> str:
     return text if reference is None else f"{text} ({mean - reference:+.1f})"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A whole number as a cell."""
     return MISSING if value is None else f"{value:.0f}"
 
 
@@ -392,17 +404,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m plugins.tools.report", description="Table and figure of a suite.")
     parser.add_argument("folder", type=Path, help="results of a suite, such as results/digits")
-    folder = parser.parse_args(argv).folder
+    parser.add_argument("--by-dataset", action="store_true", help="of a suite that runs on several data sets")
+    options = parser.parse_args(argv)
+    table = _write_by_dataset(options.folder) if options.by_dataset else _write(options.folder)
+    if table is None:
+        print(
+            f"error: no runs in {options.folder}; expected folders <framework>/<method>/seed<n> there", file=sys.stderr
+        )
+        return 2
+    print(f"\n{table}")
+    print("written: " + ", ".join(str(options.folder / name) for name in ("table.md", "figure.png", "figure.pdf")))
+    return 0
+
+
+def _write(folder: Path) -> str | None:
     rows = read_rows(folder) if folder.is_dir() else []
     if not rows:
-        print(f"error: no runs in {folder}; expected folders <framework>/<method>/seed<n> there", file=sys.stderr)
-        return 2
+        return None
     table = make_table(rows)
     (folder / "table.md").write_text(table)
-    print(f"\n{table}")
     make_figure(rows, [folder / "figure.png", folder / "figure.pdf"])
-    print(f"written: {folder / 'table.md'}, {folder / 'figure.png'}, {folder / 'figure.pdf'}")
-    return 0
+    return table
+
+
+def _write_by_dataset(folder: Path) -> str | None:
+    from plugins.tools import report_datasets
+
+    return report_datasets.write(folder)
 
 
 if __name__ == "__main__":

@@ -203,6 +203,54 @@ def euclidean_matrix_step(
     return weight - step * (gradient[rule] + weight_decay * weight)
 
 
+def cosine_matrix_step(
+    weight: Float[ndarray, "M K"],
+    first: Float[ndarray, "N K"],
+    second: Float[ndarray, "N K"],
+    *,
+    step: float,
+    rule: Rule = "direct",
+    alpha: float = 1.0,
+) -> Float[ndarray, "M K"]:
+    """One step of gradient descent on W over a sample of two views, cosine metric.
+
+    The loss is ``−mean cos(p, z')`` with ``p = W_P W x_1`` (no_predictor: ``W x_1``) and ``z' = W x_2``. Its gradient
+    by p is ``(cos(p, z') p/‖p‖ − z'/‖z'‖) / ‖p‖``, by z' the same with the roles exchanged; the latter counts for
+    no_stop_gradient alone.
+
+    Args:
+        weight: W.
+        first: x_1, the view that is predicted from.
+        second: x_2, the view that is the target.
+        step: η > 0, the learning rate.
+        rule, alpha: as in cosine_rate.
+
+    Raises:
+        ValueError: an unknown rule.
+
+    Example:
+        >>> x = np.array([[1.0, 1.0], [1.0, -1.0]])
+        >>> cosine_matrix_step(np.diag([1.0, 2.0]), x, x, step=0.1, rule="iso").diagonal().round(4)
+        array([1.0041, 1.9995])
+    """
+    if rule not in ("direct", "iso", "no_stop_gradient", "no_predictor"):
+        raise ValueError(f"rule must be direct, iso, no_stop_gradient or no_predictor, got {rule!r}")
+    z, target = first @ weight.T, second @ weight.T
+    predictor = np.eye(len(weight))
+    if rule != "no_predictor":
+        values, vectors = np.linalg.eigh(weight @ weight.T)
+        predictor = (vectors * predictor_spectrum(values.clip(min=0), alpha=alpha)) @ vectors.T
+    p = z @ predictor
+    norm_p, norm_t = (np.linalg.norm(v, axis=1, keepdims=True) for v in (p, target))
+    p_hat, t_hat = p / norm_p, target / norm_t
+    cosine = (p_hat * t_hat).sum(1, keepdims=True)
+    by_p = (cosine * p_hat - t_hat) / norm_p
+    gradient = (by_p if rule == "iso" else by_p @ predictor).T @ first
+    if rule == "no_stop_gradient":
+        gradient = gradient + ((cosine * t_hat - p_hat) / norm_t).T @ second
+    return weight - step * gradient / len(first)
+
+
 def iso_solution(
     time: float | Float[ndarray, " T"],
     start: float,

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from plugins.tools import experiments
-from plugins.tools.experiments import Request, Run, Runner, Step, Suite
+from plugins.tools.suites import Run, Step, Suite, runner
+from plugins.tools.suites.runner import Runner
 
 WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
 
@@ -37,7 +39,7 @@ def fake_run(out, method, *, seed=0, steps=None, needs=()):
 
 @pytest.fixture
 def lines(monkeypatch):
-    monkeypatch.setattr(experiments, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
     return []
 
 
@@ -45,7 +47,7 @@ def lines(monkeypatch):
 def suite(monkeypatch, tmp_path):
     """A suite of two methods and a baseline; the second method fails where ``broken`` is among its runs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiments, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
     chosen = {"methods": ["good", "better"]}
 
     def runs(request):
@@ -61,7 +63,7 @@ def suite(monkeypatch, tmp_path):
         title="toy",
         folder="toy",
         frameworks={"solo": runs},
-        prepare=(touch(Path(), "prepared"),),
+        prepare=lambda runs, request: [touch(Path(), "prepared")],
         report=("-c", "import sys; print('report of', sys.argv[1])"),
     )
     monkeypatch.setitem(experiments.SUITES, "toy", toy)
@@ -114,11 +116,20 @@ def test_a_failing_run_stops_no_other_and_sets_the_status(suite, tmp_path, capfd
 
 
 def test_failing_preparation_runs_nothing(suite, monkeypatch, tmp_path, capfd):
-    toy = experiments.SUITES["toy"]
-    broken = Suite(toy.title, toy.folder, toy.frameworks, prepare=(("-c", "raise SystemExit(1)"),))
+    broken = replace(experiments.SUITES["toy"], prepare=lambda *_: [("-c", "raise SystemExit(1)")])
     monkeypatch.setitem(experiments.SUITES, "toy", broken)
     assert experiments.main(["toy"]) == 1
     assert "preparation failed" in capfd.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_preparation_that_has_said_what_is_missing_speaks_alone(suite, monkeypatch, tmp_path, capfd):
+    code = "import sys; sys.exit(print('error: no images', file=sys.stderr) or 2)"
+    monkeypatch.setitem(
+        experiments.SUITES, "toy", replace(experiments.SUITES["toy"], prepare=lambda *_: [("-c", code)])
+    )
+    assert experiments.main(["toy"]) == 2
+    assert capfd.readouterr().err == "error: no images\n"
     assert not (tmp_path / "results").exists()
 
 
@@ -155,7 +166,14 @@ def test_only_selects_by_part_of_the_name(suite, capsys, pattern, names):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "unknown suite 'nonsense'; the suites are: digits, toy"),
+        (["nonsense"], "unknown suite 'nonsense'; the suites are: digits, implicit_var_reg, ssl_ey, toy_dynamics, toy"),
+        (["toy_dynamics", "--seeds", "2"], "suite toy_dynamics has no --seeds"),
+        (["toy_dynamics", "--epochs", "2"], "suite toy_dynamics has no --epochs"),
+        (["digits", "--data", "cifar10"], "suite digits has no --data"),
+        (
+            ["ssl_ey", "--data", "cifar10,stl10"],
+            "suite ssl_ey has no data set 'stl10'; it has: cifar10, cifar100, imagenet100, digits",
+        ),
         (["toy", "--only", "nothing"], "--only nothing matches none of the runs: solo/good/seed0, solo/better/seed0"),
         (["toy", "--framework", "keras"], "suite toy has no framework 'keras'; it has: solo"),
         (["toy", "--seeds", "0"], "argument --seeds: must be a whole number of at least 1, got '0'"),
@@ -276,9 +294,9 @@ def _alive(pid):
 
 def test_terminating_the_runner_ends_with_status_130(tmp_path):
     code = (
-        "import sys; from plugins.tools import experiments as e; from pathlib import Path\n"
-        "run = e.Run('solo', 'm', 'toy', 0, Path('m'), (e.Step('s', ('-c', 'import time; time.sleep(60)')),), dict)\n"
-        "e.SUITES['toy'] = e.Suite('toy', 'toy', {'solo': lambda request: [run]})\n"
+        "import sys; from plugins.tools import experiments as e, suites as s; from pathlib import Path\n"
+        "run = s.Run('solo', 'm', 'toy', 0, Path('m'), (s.Step('s', ('-c', 'import time; time.sleep(60)')),), dict)\n"
+        "e.SUITES['toy'] = s.Suite('toy', 'toy', {'solo': lambda request: [run]})\n"
         "sys.exit(e.main(['toy']))"
     )
     root = Path(experiments.__file__).parents[2]
@@ -300,107 +318,25 @@ def test_terminating_the_runner_ends_with_status_130(tmp_path):
 
 
 def test_progress_reads_the_epoch_from_the_metrics(tmp_path):
-    assert experiments.read_epoch(tmp_path) is None
+    assert runner.read_epoch(tmp_path) is None
     (tmp_path / "args.json").write_text('{"max_epochs": 25}')
-    assert experiments.read_epoch(tmp_path) is None
+    assert runner.read_epoch(tmp_path) is None
     (tmp_path / "metrics.csv").write_text("epoch,loss\n")
-    assert experiments.read_epoch(tmp_path) is None
+    assert runner.read_epoch(tmp_path) is None
     (tmp_path / "metrics.csv").write_text("epoch,loss\n0,1.0\n1,0.5\n,0.4\n")
-    assert experiments.read_epoch(tmp_path) == (2, 25)
+    assert runner.read_epoch(tmp_path) == (2, 25)
 
 
 def test_remaining_time_is_work_over_places(tmp_path, lines):
-    runner = Runner([fake_run(tmp_path, name) for name in "abcd"], jobs=2, say=lines.append)
-    assert runner._seconds_left() is None
-    runner.outcome.seconds = [10.0, 20.0]
-    assert runner._seconds_left() == pytest.approx(30.0)
+    found = Runner([fake_run(tmp_path, name) for name in "abcd"], jobs=2, say=lines.append)
+    assert found._seconds_left() is None
+    found.outcome.seconds = [10.0, 20.0]
+    assert found._seconds_left() == pytest.approx(30.0)
 
 
-# ------------------------------------------------------------------------------------------- digits in solo-learn
-
-
-@pytest.fixture
-def digits(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "configs" / "solo" / "digits"
-    folder.mkdir(parents=True)
-    for name in ("byol", "ssl_ey", "untrained", "supervised", "linear", "linear_5", "not_a_method"):
-        (folder / f"{name}.yaml").touch()
-    return lambda **options: {run.name: run for run in experiments.solo_digits(Request(**options))}
-
-
-def test_methods_are_those_with_a_yaml_and_the_baselines(digits):
-    assert list(digits()) == [f"solo/{name}/seed0" for name in ("untrained", "byol", "ssl_ey", "supervised")]
-
-
-def test_pretraining_command_names_yaml_seed_folder_and_data(digits):
-    run = digits(seeds=[3], epochs=2, out=Path("my results"))["solo/byol/seed3"]
-    assert run.steps[0].arguments == (
-        *("-m", "solo_ext.main_pretrain", "--config-path", "configs/solo/digits", "--config-name", "byol.yaml"),
-        "++seed=3",
-        "++checkpoint.dir='my results/digits/solo'",
-        "++checkpoint.version=seed3",
-        "++auto_resume.enabled=True",
-        "++data.train_path=datasets/digits/train",
-        "++data.val_path=datasets/digits/val",
-        "++max_epochs=2",
-    )
-    assert [step.name for step in run.steps] == ["pretrain", "knn", "linear", "linear_5"]
-
-
-def test_epochs_change_the_training_of_backbones_only(digits):
-    for name, run in digits(epochs=2).items():
-        longer = [step.name for step in run.steps if "++max_epochs=2" in step.arguments]
-        expected = {"solo/untrained/seed0": [], "solo/supervised/seed0": ["train"]}
-        assert longer == expected.get(name, ["pretrain"])
-
-
-def test_supervised_starts_from_the_untrained_weights(digits):
-    run = digits(seeds=[1])["solo/supervised/seed1"]
-    assert run.needs == ("solo/untrained/seed1",)
-    assert "++pretrained_feature_extractor=results/digits/solo/untrained/seed1" in run.steps[0].arguments
-
-
-def test_without_configurations_there_is_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiments.importlib.util, "find_spec", lambda name: None)
-    assert experiments.main(["digits", "--list"]) == 2
-    assert capsys.readouterr().err.startswith("error: no folder configs/solo/digits here")
-
-
-@pytest.mark.parametrize(("value", "text"), [("a/b-1.c", "a/b-1.c"), ("a=b", "'a=b'"), ("it's", r"'it\'s'"), (3, "3")])
-def test_override_values_are_quoted_for_hydra(value, text):
-    assert experiments._hydra_value(value) == text
-
-
-def _write_outputs(folder, *, pretrain=True):
-    for version, accuracy in (("all", 94.0), ("five", 86.0)):
-        (folder / "linear" / version).mkdir(parents=True)
-        content = {"acc1": accuracy, "best_acc1": 99.0, "epochs": 50, "images_per_second": 900.0, "seconds": 5.0}
-        (folder / "linear" / version / "linear.json").write_text(json.dumps(content))
-    (folder / "knn.json").write_text(json.dumps([{"feature_type": "backbone", "k": 20, "acc1": 91.0, "acc5": 99.0}]))
-    if pretrain:
-        content = {"epochs": 25, "images_per_second": 500.0, "seconds": 75.0, "versions": {"torch": "2"}, "config": {}}
-        (folder / "pretrain.json").write_text(json.dumps(content))
-
-
-def test_result_joins_the_numbers_of_all_steps(digits):
-    run = digits()["solo/byol/seed0"]
-    _write_outputs(run.folder)
-    assert experiments.collect_solo(run) == {
-        "epochs": 25,
-        "knn": 91.0,
-        "linear": 94.0,
-        "linear_5": 86.0,
-        "images_per_second": 500.0,
-        "seconds": 75.0,
-        "versions": {"torch": "2"},
-        "config": {},
-    }
-
-
-def test_supervised_result_takes_its_own_accuracy_as_linear(digits):
-    run = digits()["solo/supervised/seed0"]
-    _write_outputs(run.folder, pretrain=False)
-    result = experiments.collect_solo(run)
-    assert (result["epochs"], result["linear"], result["linear_5"], result["seconds"]) == (50, 94.0, 86.0, 5.0)
+def test_a_suite_says_how_many_runs_go_at_a_time(suite, monkeypatch, capfd):
+    monkeypatch.setattr(experiments, "_cores", lambda: 2)
+    monkeypatch.setitem(experiments.SUITES, "toy", replace(experiments.SUITES["toy"], jobs=lambda request: 1))
+    experiments.main(["toy", "--only", "good"])
+    experiments.main(["toy"])
+    assert "1 runs, 1 at a time" in capfd.readouterr().out

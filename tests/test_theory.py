@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from plugins.predictors import ClosedFormPredictor
 from plugins.tools.theory import (
+    cosine_matrix_step,
     cosine_rate,
     direct_time,
     euclidean_matrix_step,
@@ -215,7 +216,8 @@ def test_euclidean_rates_are_gradients():
 
     for rule in ("direct", "no_stop_gradient", "no_predictor", "iso"):
         options = {"alpha": alpha, "noise": (c - 1) ** 0.5, "target_noise": (c_target - 1) ** 0.5, "rule": rule}
-        np.testing.assert_allclose(euclidean_rate(values.numpy(), **options), rate(rule), rtol=1e-10, err_msg=rule)
+        got = euclidean_rate(values.numpy(), **options)
+        np.testing.assert_allclose(got, rate(rule), rtol=1e-10, atol=1e-12, err_msg=rule)
 
 
 # P12, P13: cosine -----------------------------------------------------------------------------------------------------
@@ -297,9 +299,32 @@ def test_cosine_rates_are_gradients(rule, alpha):
     np.testing.assert_allclose(rates, change.diagonal().numpy(), rtol=1e-10)
 
 
+@pytest.mark.parametrize("rule", ["direct", "iso", "no_stop_gradient", "no_predictor"])
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_cosine_steps_are_gradients(rule, alpha):
+    """The step on the whole matrix against autograd, two different views."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 6, dtype=torch.float64, generator=generator)
+    first, second = torch.randn(2, 30, 6, dtype=torch.float64, generator=generator)
+    values, vectors = torch.linalg.eigh(weight @ weight.T)
+    predictor = vectors @ torch.diag(values**alpha) @ vectors.T if rule != "no_predictor" else torch.eye(4).double()
+
+    online = weight.clone().requires_grad_()
+    z = first @ online.T
+    p = z @ predictor
+    if rule == "iso":
+        p = z + (p - z).detach()
+    target = second @ (online if rule == "no_stop_gradient" else weight).T
+    (gradient,) = torch.autograd.grad(-F.cosine_similarity(p, target).mean(), online)
+    got = cosine_matrix_step(weight.numpy(), first.numpy(), second.numpy(), step=0.3, rule=rule, alpha=alpha)
+    np.testing.assert_allclose(got, (weight - 0.3 * gradient).numpy(), rtol=1e-10, atol=1e-12)
+
+
 def test_unknown_rule_is_an_error():
     with pytest.raises(ValueError, match="rule"):
         cosine_rate(np.ones(2), np.ones((3, 2)), rule="other")
+    with pytest.raises(ValueError, match="rule"):
+        cosine_matrix_step(np.ones((2, 2)), np.ones((3, 2)), np.ones((3, 2)), step=0.1, rule="other")
     with pytest.raises(KeyError):
         euclidean_rate(np.ones(2), rule="other")
 

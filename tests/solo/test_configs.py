@@ -1,0 +1,133 @@
+"""Every YAML that we ship: it says what it is for, composes, and builds."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from solo_ext.config import parse_linear, parse_pretrain
+from solo_ext.launch import config_folder
+from solo_ext.registry import method_class, register
+
+ROOT = Path(__file__).parents[2] / "configs" / "solo"
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.yaml"))
+COMPLETE = [path for path in FILES if path.name != "base.yaml" and path.parent.name != "teacher"]
+SELF_SUPERVISED = [path for path in COMPLETE if not path.stem.startswith(("linear", "supervised"))]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Class folders, for what looks whether they are there."""
+    folder = tmp_path_factory.mktemp("images")
+    for split in ("train", "val"):
+        for label in range(3):
+            (folder / split / str(label)).mkdir(parents=True)
+    return folder
+
+
+def load(path: Path, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / path.parent), version_base="1.2"):
+        return compose(path.stem, list(overrides))
+
+
+def local(images: Path) -> list[str]:
+    """What it takes to build any of them here."""
+    return [
+        f"data.train_path={images / 'train'}",
+        f"data.val_path={images / 'val'}",
+        "++accelerator=cpu",
+        "++devices=1",
+    ]
+
+
+def test_every_data_set_of_the_suites_has_its_folder():
+    assert {path.parts[0] for path in FILES} == {
+        *("cifar", "digits", "imagenet", "imagenet100", "stl10", "tinyimagenet"),
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_first_lines_say_purpose_and_command(path):
+    text = (ROOT / path).read_text()
+    head = [line for line in text.splitlines()[:4] if line.startswith("#") and "@package" not in line]
+    assert head, "no comment"
+    for folder, name in re.findall(r"--config-path (\S+) --config-name (\S+)", "\n".join(head)):
+        assert config_folder(folder) == (ROOT / path).parent
+        assert name == path.name
+    if path in SELF_SUPERVISED and " as " not in head[0] and path.stem != "untrained":
+        assert "--config-name" in "\n".join(head)
+
+
+@pytest.mark.parametrize("path", SELF_SUPERVISED, ids=str)
+def test_pretraining_builds(path, images):
+    """The configuration is accepted as it is; the network is built, with small heads, where it is not as in CIFAR."""
+    cfg = parse_pretrain(load(path, *local(images)))
+    register()
+    cls = method_class(cfg)
+    if path.parts[0] in ("imagenet", "stl10", "tinyimagenet"):
+        return
+    cfg.method_kwargs.proj_hidden_dim = 8
+    if cfg.method_kwargs.get("projector", True):
+        cfg.method_kwargs.proj_output_dim = 4
+    assert cls(cfg).features_dim == 512
+
+
+@pytest.mark.parametrize("name", ["byol", "directpred", "isoloss"])
+def test_imagenet_settings(name, images):
+    """100 epochs, learning rate 7.2 for 4096 images, half of them blurred."""
+    cfg = parse_pretrain(load(Path("imagenet") / f"{name}.yaml", *local(images)[:-1], "++devices=4"))
+    assert method_class(cfg).spec.name == name
+    assert cfg.optimizer.lr * cfg.accumulate_grad_batches == pytest.approx(7.2)
+    assert cfg.optimizer.classifier_lr * cfg.accumulate_grad_batches == pytest.approx(3.2)
+    assert cfg.optimizer.weight_decay == {"byol": 1e-6}.get(name, 1e-5)
+    assert (cfg.max_epochs, cfg.backbone.name, cfg.augmentations[0].crop_size) == (100, "resnet50", 224)
+    assert [view.gaussian_blur.prob for view in cfg.augmentations] == [1.0, 0.1]
+
+
+@pytest.mark.parametrize("path", [path for path in COMPLETE if path not in SELF_SUPERVISED], ids=str)
+def test_linear_evaluation_parses(path, images):
+    cfg = parse_linear(load(path, "pretrained_feature_extractor=x", *local(images)))
+    assert cfg.optimizer.lr > 0
+
+
+@pytest.mark.parametrize("folder", ["cifar", "stl10", "tinyimagenet"])
+@pytest.mark.parametrize("method", ["byol", "directpred", "directcopy", "isoloss", "isocopy"])
+@pytest.mark.parametrize("teacher", ["ema", "none"])
+def test_settings_of_the_isoloss_table(folder, method, teacher):
+    cfg = load(Path(folder) / f"{method}.yaml", f"teacher={teacher}")
+    OmegaConf.resolve(cfg)
+    optimizer, options = cfg.optimizer, cfg.method_kwargs
+    assert (optimizer.name, optimizer.lr) == {"ema": ("lars", 1.0), "none": ("sgd", 0.1)}[teacher]
+    assert (optimizer.batch_size, optimizer.classifier_lr, cfg.max_epochs) == (256, 0.1, 1000)
+    assert float(optimizer.weight_decay) == (1e-5 if method == "byol" else 1e-4)
+    assert (cfg.momentum.base_tau, cfg.momentum.final_tau) == {"ema": (0.99, 1.0), "none": (0.0, 0.0)}[teacher]
+    if method != "byol":
+        powers = (1.0, 0.25) if method.endswith("copy") else (0.5, 0.0)
+        assert (options.alpha, options.eps, options.rho) == (*powers, {"ema": 0.998, "none": 0.5}[teacher])
+    size, blur = {"cifar": (32, [0, 0]), "stl10": (96, [1.0, 0.1]), "tinyimagenet": (64, [0, 0])}[folder]
+    assert [view.crop_size for view in cfg.augmentations] == [size, size]
+    assert [view.gaussian_blur.prob for view in cfg.augmentations] == blur
+    assert [view.solarization.prob for view in cfg.augmentations] == [0, 0.2]
+    assert all(view.rrc.crop_min_scale == 0.08 for view in cfg.augmentations)
+
+
+@pytest.mark.parametrize("folder", ["cifar", "imagenet100"])
+def test_settings_of_ssl_ey(folder):
+    cfg = load(Path(folder) / "ssl_ey.yaml")
+    assert (cfg.optimizer.name, cfg.optimizer.lr, cfg.optimizer.classifier_lr) == ("lars", 0.3, 0.1)
+    assert (float(cfg.optimizer.weight_decay), cfg.optimizer.kwargs.eta) == (1e-4, 0.02)
+    assert cfg.optimizer.batch_size * cfg.devices == 256
+    assert cfg.max_epochs == {"cifar": 1000, "imagenet100": 400}[folder]
+    (view,) = cfg.augmentations
+    assert (view.num_crops, view.rrc.crop_min_scale, view.solarization.prob) == (2, 0.2, 0.1)
+    assert view.gaussian_blur.prob == {"cifar": 0.0, "imagenet100": 0.5}[folder]
+
+
+def test_no_projector_without_its_width_is_refused(images):
+    cfg = parse_pretrain(
+        load(Path("cifar/ssl_ey_no_projector.yaml"), *local(images), "++method_kwargs.proj_output_dim=8")
+    )
+    with pytest.raises(ValueError, match="without a projector proj_output_dim is that of the features, 512, got 8"):
+        method_class(cfg)(cfg)

@@ -39,6 +39,7 @@ _SHARED_DEFAULTS: dict[str, Any] = {
         "group": None,
     },
     "auto_resume": {"enabled": False, "max_hours": 36},
+    "auto_umap": {"enabled": False, "dir": "auto_umap", "frequency": 1},
     "wandb": {"enabled": False, "entity": None, "project": "solo-learn", "offline": False},
     "data": {"val_path": None, "format": "image_folder", "no_labels": False, "fraction": -1, "num_workers": 4},
 }

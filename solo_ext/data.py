@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from filelock import FileLock
 from omegaconf import DictConfig
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from solo_ext.compat import host_data, pl
 from solo_ext.console import say
+from solo_ext.decode import open_image
 from solo_ext.errors import UserError
 from solo_ext.transforms import (
     DATASETS,
@@ -99,9 +99,9 @@ def image_dataset(
         elif data_format == "h5":
             found = H5Images(path, transform, _subset_classes(dataset))
         elif no_labels:
-            found = _flat_folder(path, transform)
+            found = FlatFolder(path, transform)
         else:
-            found = ImageFolder(path, transform)
+            found = ImageFolder(path, transform, loader=open_image)
     except FileNotFoundError as error:
         raise UserError(f"no images of {dataset} in {path}: {str(error).splitlines()[0]}{hint(dataset)}") from None
     if dataset not in _DOWNLOADS and not no_labels:
@@ -141,15 +141,6 @@ def _impatient_sockets() -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _flat_folder(path: str, transform: Any) -> Dataset:
-    """A folder of images without classes, in alphabetical order: solo-learn takes the order of the disk."""
-    found = host_data.CustomDatasetWithoutLabels(path, transform)
-    found.images = sorted(name for name in found.images if name.lower().endswith(IMG_EXTENSIONS))
-    if not found.images:
-        raise FileNotFoundError("with data.no_labels the images lie in the folder itself")
-    return found
 
 
 def _subset_classes(dataset: str) -> list[str] | None:
@@ -197,6 +188,30 @@ class Indexed(Dataset):
         return (index, *self.dataset[index])
 
 
+class FlatFolder(Dataset):
+    """A folder of images without classes, in alphabetical order: solo-learn takes the order of the disk.
+
+    Args:
+        path: the folder.
+        transform: of a PIL image.
+
+    Raises:
+        FileNotFoundError: it holds no images.
+    """
+
+    def __init__(self, path: str, transform: Any) -> None:
+        self.root, self.transform = Path(path), transform
+        self.images = sorted(file.name for file in self.root.iterdir() if file.name.lower().endswith(IMG_EXTENSIONS))
+        if not self.images:
+            raise FileNotFoundError("with data.no_labels the images lie in the folder itself")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(open_image(self.root / self.images[index])), -1
+
+
 class H5Images(Dataset):
     """Images in an HDF5 file as solo-learn lays it out: a group for each class, in it the bytes of each image file.
 
@@ -232,8 +247,8 @@ class H5Images(Dataset):
         if self._file is None:  # each worker needs its own
             self._file = h5py.File(self.path)
         name, image = self.names[index]
-        with Image.open(io.BytesIO(self._file[name][image][()])) as opened:
-            return self.transform(opened.convert("RGB")), self.targets[index]
+        opened = open_image(io.BytesIO(self._file[name][image][()]), f"{name}/{image} in {self.path}")
+        return self.transform(opened), self.targets[index]
 
 
 def listing(dataset: Dataset) -> tuple[list[str], list[int]]:

@@ -8,7 +8,14 @@ from solo_ext.console import first_process
 
 
 class UserError(Exception):
-    """Something the user can mend: an unknown name, a missing path, a wrong checkpoint. The message says how."""
+    """Something the user can mend: an unknown name, a missing path, a wrong checkpoint. The message says how.
+
+    Args:
+        sentence: what is wrong. A data loader hands over its worker's whole traceback, of which it is the last line.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 @contextmanager

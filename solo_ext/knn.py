@@ -23,6 +23,7 @@ class WeightedKNNClassifier:
         distance_fx: "cosine" or "euclidean".
         max_distance_matrix_size: elements.
         epsilon: > 0, for the Euclidean distance.
+        device: where distances are computed; where the features came from when None.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class WeightedKNNClassifier:
         distance_fx: str = "cosine",
         max_distance_matrix_size: int = 5_000_000,
         epsilon: float = 1e-5,
+        device: torch.device | None = None,
     ) -> None:
         if distance_fx not in ("cosine", "euclidean"):
             raise ValueError(f"distance_fx must be cosine or euclidean, got {distance_fx!r}")
@@ -42,12 +44,13 @@ class WeightedKNNClassifier:
         self.distance_fx = distance_fx
         self.max_distance_matrix_size = max_distance_matrix_size
         self.epsilon = epsilon
+        self.device = device
         self.reset()
 
     def reset(self) -> None:
         """Forget all features."""
         self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "test": []}
-        self._device = torch.device("cpu")
+        self._features_from = torch.device("cpu")
 
     def __call__(
         self,
@@ -65,7 +68,7 @@ class WeightedKNNClassifier:
             raise ValueError(f"{side} features and {side} targets come together")
         if features is None or targets is None:
             return
-        self._device = features.device
+        self._features_from = features.device
         labelled = targets != -1
         features = features.detach()[labelled].float()
         if self.distance_fx == "cosine":
@@ -77,7 +80,7 @@ class WeightedKNNClassifier:
         """Accuracy at 1 and at 5 in per cent; (-1, -1) while either side is empty. Forgets the features."""
         train, train_targets = self._joined("train")
         test, test_targets = self._joined("test")
-        device = self._device
+        device = self.device or self._features_from
         self.reset()
         if not len(train) or not len(test):
             return -1.0, -1.0

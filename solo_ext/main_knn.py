@@ -7,14 +7,40 @@ from typing import Any
 from solo_ext.errors import UserError, exit_on_user_error
 
 
-def _positive(kind: type) -> Any:
+def number(kind: type, *, zero: bool = False) -> Any:
+    """A type for argparse: a number above 0.
+
+    Args:
+        kind: int or float.
+        zero: whether 0 will do.
+    """
+
     def positive(text: str) -> Any:
         value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        if not (value > 0 or (zero and value == 0)):
+            raise argparse.ArgumentTypeError(f"must be {'at least' if zero else 'above'} 0, got {text}")
         return value
 
+    positive.__name__ = kind.__name__  # argparse names it when the text is no number
     return positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add solo-learn's options that say which run and which images, and ``--device``."""
+    add = parser.add_argument
+    add("--pretrained_checkpoint_dir", required=True, help="folder of a run: args.json and a checkpoint")
+    add("--dataset", required=True, help="cifar10, cifar100, stl10, imagenet, imagenet100, custom or digits")
+    add("--train_data_path", required=True, help="folder of the training images; h5: the file")
+    add("--val_data_path", help="folder of the validation images; CIFAR and STL-10: the same unless given")
+    formats = ["image_folder", "dali", "h5"]
+    add("--data_format", default=formats[0], choices=formats, help="dali reads folders too: nothing is augmented here")
+    add("--data_fraction", type=float, default=-1.0, help="part of the training images to use; -1: all")
+    add("--no_labels", action="store_true", help="custom data: the images lie in the folder itself")
+    add("--mean", type=float, nargs=3, help="custom data: of each channel; as in pre-training unless given")
+    add("--std", type=float, nargs=3, help="custom data: of each channel; as in pre-training unless given")
+    add("--batch_size", type=number(int), default=256)
+    add("--num_workers", type=number(int, zero=True), default=2, help="processes that read images")
+    add("--device", help="cpu, cuda, ...; a GPU if there is one")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,20 +49,13 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m solo_ext.main_knn",
         description="Weighted k-nearest-neighbour accuracy of a pre-trained backbone or its projector.",
     )
+    add_arguments(found)
     add = found.add_argument
-    add("--pretrained_checkpoint_dir", required=True, help="folder of a run: args.json and a checkpoint")
-    add("--dataset", required=True, help="cifar10, cifar100, stl10, imagenet, imagenet100, custom or digits")
-    add("--train_data_path", required=True, help="folder of the labelled images that vote")
-    add("--val_data_path", required=True, help="folder of the images that are classified")
-    add("--data_format", default="image_folder", choices=["image_folder"])
-    add("--batch_size", type=_positive(int), default=256)
-    add("--num_workers", type=int, default=2)
-    add("--k", type=_positive(int), nargs="+", default=[20], help="numbers of neighbours")
-    add("--temperature", type=_positive(float), nargs="+", default=[0.07], help="for the cosine")
+    add("--k", type=number(int), nargs="+", default=[20], help="numbers of neighbours")
+    add("--temperature", type=number(float), nargs="+", default=[0.07], help="for the cosine")
     add("--distance_function", nargs="+", default=["cosine"], choices=["cosine", "euclidean"])
     add("--feature_type", nargs="+", default=["backbone"], choices=["backbone", "projector"])
-    add("--device", default=None, help="cpu, cuda, …; a GPU if there is one")
-    add("--output", type=Path, default=None, help="write the accuracies to this JSON file too")
+    add("--output", type=Path, help="write the accuracies to this JSON file too")
     return found
 
 
@@ -49,53 +68,30 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         UserError: a path or a checkpoint is wrong.
     """
-    import json
-
-    import torch
-    from tqdm import tqdm
-
-    from solo_ext.checkpoint import ARGS, find_checkpoint
-    from solo_ext.data import DATASETS, check_same_classes, evaluation_loader, evaluation_transform, image_dataset
+    from solo_ext.features import collect, extractor, open_images, read_run, usable_device
     from solo_ext.knn import WeightedKNNClassifier
     from solo_ext.logs import write_json
 
-    folder = Path(args.pretrained_checkpoint_dir)
-    if not (folder / ARGS).is_file():
-        raise UserError(f"{folder} is no folder of a run: it has no {ARGS}")
-    if args.dataset not in DATASETS:
-        raise UserError(f"unknown --dataset {args.dataset!r}; choose from {', '.join(sorted(DATASETS))}")
-    config = json.loads((folder / ARGS).read_text())
-    if not {"backbone", "data"} <= set(config):
-        raise UserError(f"{folder / ARGS} is not of a run of solo-learn: it names no backbone and no data")
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
-    view = (config.get("augmentations") or [config["data"].get("augmentations") or {}])[0]
-    crop_size = view.get("crop_size", 224)
-    networks = _networks(find_checkpoint(folder), config, crop_size, args.feature_type, device)
-    transform = evaluation_transform(args.dataset, crop_size, view)
-
-    images: dict[str, Any] = {}
-    for split, path in (("train", args.train_data_path), ("val", args.val_data_path)):
-        if args.dataset not in ("cifar10", "cifar100", "stl10") and not Path(path).is_dir():
-            raise UserError(f"--{split}_data_path is no folder: {path}")
-        images[split] = image_dataset(args.dataset, path, split, transform, indexed=False, no_labels=False)
-    check_same_classes(images["train"], images["val"])
-    features: dict[str, dict[str, Any]] = {}
-    for split, dataset in images.items():
-        loader = evaluation_loader(dataset, args.batch_size, args.num_workers)
-        features[split] = _features(tqdm(loader, desc=split, disable=None), networks, device)
+    if args.no_labels:
+        raise UserError("k-nearest neighbours vote with their labels: leave out --no_labels")
+    run, device = read_run(Path(args.pretrained_checkpoint_dir)), usable_device(args.device)
+    images = open_images(args, run)
+    if "val" not in images:
+        raise UserError("--val_data_path is missing")
+    if max(args.k) > len(images["train"]):
+        raise UserError(f"--k {max(args.k)} is more than the {len(images['train'])} training images")
+    extract = extractor(run, device, projector="projector" in args.feature_type)
+    reading = {"batch_size": args.batch_size, "workers": args.num_workers}
+    train = collect(images["train"], extract, device, **reading, title="train")
+    val = collect(images["val"], extract, device, **reading, title="val")
 
     results = []
     for kind in args.feature_type:
         for k in args.k:
             for distance in args.distance_function:
                 for temperature in args.temperature if distance == "cosine" else [None]:
-                    knn = WeightedKNNClassifier(k=k, T=temperature or 1.0, distance_fx=distance)
-                    knn(*(features["train"][name] for name in (kind, "labels")))
-                    knn(test_features=features["val"][kind], test_targets=features["val"]["labels"])
+                    knn = WeightedKNNClassifier(k=k, T=temperature or 1.0, distance_fx=distance, device=device)
+                    knn(train[kind], train["labels"], val[kind], val["labels"])
                     acc1, acc5 = knn.compute()
                     row = {"feature_type": kind, "k": k, "distance_function": distance, "temperature": temperature}
                     results.append({**row, "acc1": acc1, "acc5": acc5})
@@ -103,45 +99,6 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.output is not None:
         write_json(args.output, results)
     return results
-
-
-def _networks(
-    checkpoint: Path, config: dict[str, Any], crop_size: int, kinds: list[str], device: Any
-) -> dict[str, Any]:
-    """Backbone and, where asked for, projector of a checkpoint."""
-    from omegaconf import OmegaConf
-
-    from solo_ext.backbones import build_backbone
-    from solo_ext.checkpoint import load_backbone, read_checkpoint
-    from solo_ext.registry import method_class
-
-    wanted = config["backbone"]
-    backbone = build_backbone(wanted["name"], wanted.get("kwargs") or {}, config["data"]["dataset"], crop_size)
-    load_backbone(checkpoint, backbone)
-    networks = {"backbone": backbone}
-    if "projector" in kinds:
-        cfg = OmegaConf.create(config)
-        model = method_class(cfg)(cfg) if "method" in cfg else None
-        if getattr(model, "projector", None) is None:
-            raise UserError(f"{checkpoint} has no projector; use --feature_type backbone")
-        model.load_state_dict(read_checkpoint(checkpoint)["state_dict"], strict=False)
-        networks["projector"] = model.projector
-    return {name: network.to(device).eval() for name, network in networks.items()}
-
-
-def _features(loader: Any, networks: dict[str, Any], device: Any) -> dict[str, Any]:
-    """Features and labels of all images, on the CPU."""
-    import torch
-
-    found: dict[str, list[Any]] = {"labels": [], **{name: [] for name in networks}}
-    with torch.no_grad():
-        for images, labels in loader:
-            feats = networks["backbone"](images.to(device))
-            found["labels"].append(labels)
-            found["backbone"].append(feats.cpu())
-            if "projector" in networks:
-                found["projector"].append(networks["projector"](feats).cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def main() -> None:

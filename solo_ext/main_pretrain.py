@@ -23,6 +23,7 @@ Pre-trains a self-supervised method with solo-learn.
 The run's folder is <checkpoint.dir>/<method>/<checkpoint.version>: args.json, the newest checkpoint, metrics.csv,
 TensorBoard events, eigenvalues.csv with method_kwargs.log_eigvals, and pretrain.json at the end.
 resume_from_checkpoint=FILE goes on from a checkpoint, auto_resume.enabled=True from the newest of the same run.
+++auto_umap.enabled=True draws the validation images every ++auto_umap.frequency=1 epochs.
 max_epochs=0 writes the untrained weights."""
 
 
@@ -69,6 +70,10 @@ def pretrain(cfg: DictConfig) -> Path:
     hooks = [*callbacks(cfg), throughput, *extra, checkpointer]
     if not cfg.checkpoint.enabled:
         hooks.remove(checkpointer)
+    if cfg.auto_umap.enabled:
+        from solo_ext.umap import AutoUMAP
+
+        hooks.append(AutoUMAP(cfg, folder))
     trainer = build_trainer(cfg, loggers(cfg, folder, images.start_epoch), hooks)
 
     began = time.perf_counter()

@@ -1,0 +1,240 @@
+"""What main_knn and main_umap share: the network of a run, images, and its features of them."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from tqdm import tqdm
+
+from solo_ext.backbones import build_backbone
+from solo_ext.checkpoint import ARGS, find_checkpoint, load_backbone, read_checkpoint
+from solo_ext.compat import native_methods, native_options
+from solo_ext.data import DOWNLOADED, check_same_classes, evaluation_loader, hint, image_dataset
+from solo_ext.errors import UserError
+from solo_ext.launch import refused
+from solo_ext.registry import method_class
+from solo_ext.transforms import DATASETS, evaluation_transform
+
+Extractor = Callable[[Tensor], dict[str, Tensor]]
+"""Images ``[B, 3, H, W]`` → features ``[B, D]`` by name: "backbone", and "projector" where that was asked for."""
+
+_FLAT_DATA = {"num_classes": 2, "num_large_crops": 2, "num_small_crops": 0}
+_RENAMED = {"encoder.": "backbone.", "momentum_encoder.": "momentum_backbone."}
+"""Weights that 1.0.2 names otherwise than main."""
+
+
+class Run(NamedTuple):
+    """A pre-training that was written to a folder.
+
+    Args:
+        checkpoint: its newest checkpoint.
+        config: its configuration in the format of solo-learn's main branch.
+    """
+
+    checkpoint: Path
+    config: dict[str, Any]
+
+    @property
+    def view(self) -> dict[str, Any]:
+        """The first entry of its augmentations, where ``crop_size``, ``mean`` and ``std`` stand."""
+        views = self.config.get("augmentations") or self.config["data"].get("augmentations") or {}
+        return dict(views[0] if isinstance(views, list) else views)
+
+    @property
+    def crop_size(self) -> int:
+        """Side of the images that it was trained on, in pixels."""
+        return self.view.get("crop_size", 224)
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name; a GPU if there is one when None.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def read_run(folder: Path) -> Run:
+    """Read the args.json of a run: ours, solo-learn main's, or the flat one of solo-learn until 1.0.5.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        UserError: it is no folder of a run.
+    """
+    path = folder / ARGS
+    if not path.is_file():
+        raise UserError(f"{folder} is no folder of a run: it has no {ARGS}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is broken: {error}") from None
+    if isinstance(config, dict) and isinstance(config.get("dataset"), str):
+        config = _nested(config)
+    if not isinstance(config, dict) or not all(isinstance(config.get(key), dict) for key in ("backbone", "data")):
+        raise UserError(f"{path} is not of a run of solo-learn: it names no backbone and no data")
+    return Run(find_checkpoint(folder), config)
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """The flat args.json of solo-learn until 1.0.5 in main's format, as far as a network needs it."""
+    name, method = flat.get("encoder", flat.get("backbone")), flat.get("method")
+    if not isinstance(name, str):
+        return {}
+    kwargs = {key: value for key, value in (flat.get("backbone_args") or {}).items() if key != "cifar"}
+    sizes = flat.get("crop_size", 224)
+    view = {"crop_size": sizes[0] if isinstance(sizes, list) else sizes}
+    view.update({key: flat[key] for key in ("mean", "std") if key in flat})
+    known = native_options(method) if method in native_methods() else ()
+    rates = {key: flat.get(key, 0.0) for key in ("lr", "weight_decay", "classifier_lr")}
+    return {
+        "method": method,
+        "backbone": {"name": name, "kwargs": kwargs},
+        "data": {"dataset": flat["dataset"], **{key: flat.get(key, least) for key, least in _FLAT_DATA.items()}},
+        "augmentations": [view],
+        "max_epochs": flat.get("max_epochs", 1),
+        "optimizer": {"name": "sgd", "batch_size": flat.get("batch_size", 1), **rates},
+        "momentum": {"classifier": bool(flat.get("momentum_classifier"))},
+        "method_kwargs": {key: value for key, value in flat.items() if key in known and value is not None},
+    }
+
+
+def extractor(run: Run, device: torch.device, *, projector: bool) -> Extractor:
+    """The network of a run's checkpoint, ready to be called.
+
+    Args:
+        run: what :func:`read_run` returned.
+        device: where it computes.
+        projector: whether projections are wanted beside the backbone's features.
+
+    Raises:
+        UserError: the checkpoint holds another network, or no projector.
+    """
+    if projector:
+        method = _load_method(run).to(device).eval()
+
+        def extract(images: Tensor) -> dict[str, Tensor]:
+            out = method(images)
+            if "z" not in out:
+                raise UserError(f"{run.checkpoint} has no projector; use --feature_type backbone")
+            return {"backbone": out["feats"], "projector": out["z"]}
+
+        return extract
+    wanted = run.config["backbone"]
+    backbone = build_backbone(wanted["name"], wanted.get("kwargs") or {}, run.config["data"]["dataset"], run.crop_size)
+    load_backbone(run.checkpoint, backbone)
+    backbone.to(device).eval()
+    return lambda images: {"backbone": backbone(images)}
+
+
+def _load_method(run: Run) -> torch.nn.Module:
+    """The whole method of a checkpoint, for its projector."""
+    cfg = OmegaConf.create(run.config)
+    if not cfg.get("method"):
+        raise UserError(f"{run.checkpoint} has no projector; use --feature_type backbone")
+    with refused("the method"):
+        method = method_class(cfg)(cfg)
+    weights = {}
+    for name, value in read_checkpoint(run.checkpoint)["state_dict"].items():
+        old = next((prefix for prefix in _RENAMED if name.startswith(prefix)), "")
+        weights[_RENAMED.get(old, "") + name[len(old) :]] = value
+    try:
+        missing = method.load_state_dict(weights, strict=False).missing_keys
+    except RuntimeError as error:
+        raise UserError(f"{run.checkpoint} holds another network: {' '.join(str(error).split())[:300]}") from None
+    if missing:
+        raise UserError(f"{run.checkpoint} holds another network: it lacks {', '.join(missing[:3])}")
+    return method
+
+
+def open_images(args: argparse.Namespace, run: Run) -> dict[str, Dataset]:
+    """Training and validation images of the command line, as evaluation sees them.
+
+    Args:
+        args: the options of ``main_knn.add_arguments``.
+        run: whose crop size, mean and standard deviation are taken for custom data.
+
+    Returns:
+        {"train": images, "val": images}, the second only where its path is given.
+
+    Raises:
+        UserError: a path or the classes are wrong.
+    """
+    if args.dataset not in DATASETS:
+        raise UserError(f"unknown --dataset {args.dataset!r}; choose from {', '.join(sorted(DATASETS))}")
+    if not (args.data_fraction == -1 or 0 < args.data_fraction < 1):
+        raise UserError(f"--data_fraction must be in (0, 1), or -1 for all images, got {args.data_fraction}")
+    if args.no_labels and args.dataset != "custom":
+        raise UserError(f"--no_labels is for --dataset custom, not {args.dataset}")
+    given = {key: getattr(args, key) for key in ("mean", "std") if getattr(args, key)}
+    transform = evaluation_transform(args.dataset, run.crop_size, {**run.view, **given})
+    downloaded = args.dataset in DOWNLOADED
+    paths = {"train": args.train_data_path, "val": args.val_data_path}
+    if downloaded and paths["val"] is None:
+        paths["val"] = paths["train"]
+    paths = {split: path for split, path in paths.items() if path is not None}
+    for split, path in paths.items():
+        if args.data_format == "h5" and not downloaded:
+            if not Path(path).is_file():
+                raise UserError(f"--{split}_data_path is no file: {path}")
+        elif not downloaded and not Path(path).is_dir():
+            raise UserError(f"--{split}_data_path is no folder: {path}{hint(args.dataset)}")
+    found = {}
+    for split, path in paths.items():
+        found[split] = image_dataset(
+            *(args.dataset, path, split, transform),
+            indexed=False,
+            no_labels=args.no_labels,
+            data_format=args.data_format,
+            fraction=args.data_fraction if split == "train" else -1,
+        )
+    check_same_classes(found["train"], found.get("val"))
+    return found
+
+
+def class_names(images: Dataset) -> list[str]:
+    """Names of the classes by label; empty where the images are not labelled."""
+    while isinstance(images, Subset):
+        images = images.dataset
+    return list(getattr(images, "classes", []))
+
+
+@torch.no_grad()
+def collect(
+    images: Dataset, extract: Extractor, device: torch.device, *, batch_size: int, workers: int, title: str
+) -> dict[str, Tensor]:
+    """Features and labels of all images, on the CPU, with a progress bar.
+
+    Args:
+        images: a dataset of (image, label).
+        extract: what makes features of a batch.
+        device: where it computes.
+        batch_size: images at a time.
+        workers: processes that read images.
+        title: of the progress bar.
+
+    Returns:
+        Features ``[N, D]`` by name, and "labels" ``[N]``.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    loader = evaluation_loader(images, batch_size, workers)
+    found: dict[str, list[Tensor]] = {}
+    for batch, labels in tqdm(loader, desc=title, disable=None):
+        for name, rows in {**extract(batch.to(device)), "labels": labels}.items():
+            found.setdefault(name, []).append(rows.cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}

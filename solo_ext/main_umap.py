@@ -1,0 +1,92 @@
+"""UMAP pictures of a checkpoint's features: ``python -m solo_ext.main_umap``, options as solo-learn's."""
+
+import argparse
+import time
+from pathlib import Path
+
+from solo_ext.errors import UserError, exit_on_user_error
+from solo_ext.main_knn import add_arguments, number
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: solo-learn's options, and what says where, how many and how."""
+    found = argparse.ArgumentParser(
+        prog="python -m solo_ext.main_umap",
+        description="Draws the features of a pre-trained backbone in two dimensions, in the colours of the classes: "
+        "train_umap and val_umap, each as PDF, PNG and CSV. Images without class folders come out grey.",
+    )
+    add_arguments(found)
+    add = found.add_argument
+    add("--output", type=Path, help="folder to write to; umap in the run's folder unless given")
+    add("--seed", type=number(int, zero=True), default=0, help="of UMAP and of the choice of images")
+    most = "draw no more images of each split than this, chosen at random; 0: all"
+    add("--max_images", type=number(int, zero=True), default=20_000, help=most)
+    add("--n_neighbors", type=number(int), default=15, help="more show the whole, fewer the detail")
+    return found
+
+
+_NAMES = {"train": "training", "val": "validation"}
+
+
+def draw(args: argparse.Namespace) -> Path:
+    """Draw the training images, and the validation images where they are given.
+
+    Returns:
+        The folder that holds the pictures.
+
+    Raises:
+        UserError: a path or a checkpoint is wrong, or there are too few images.
+    """
+    from solo_ext.umap import check_installed, embed, plot, write_points
+
+    check_installed()
+    if args.n_neighbors < 2:
+        raise UserError(f"--n_neighbors must be at least 2, got {args.n_neighbors}")
+    import torch
+    from torch.utils.data import Subset
+
+    from solo_ext.features import class_names, collect, extractor, open_images, read_run, usable_device
+
+    folder = Path(args.pretrained_checkpoint_dir)
+    run, device = read_run(folder), usable_device(args.device)
+    images = open_images(args, run)
+    for split, found in images.items():
+        if len(found) <= args.n_neighbors:
+            raise UserError(
+                f"there are {len(found)} {_NAMES[split]} images: more are needed than --n_neighbors {args.n_neighbors}"
+            )
+    if 0 < args.max_images <= args.n_neighbors:
+        raise UserError(f"--max_images {args.max_images} is not more than --n_neighbors {args.n_neighbors}")
+    extract = extractor(run, device, projector=False)
+    output = args.output or folder / "umap"
+    for split, found in images.items():
+        if 0 < args.max_images < len(found):
+            rows = torch.randperm(len(found), generator=torch.Generator().manual_seed(args.seed))[: args.max_images]
+            print(f"{split}: {args.max_images} of {len(found)} images, chosen at random (--max_images 0 draws all)")
+            found = Subset(found, rows.sort().values.tolist())
+        features = collect(found, extract, device, batch_size=args.batch_size, workers=args.num_workers, title=split)
+        labels, width = features["labels"].tolist(), features["backbone"].shape[1]
+        print(f"{split}: UMAP of {len(labels)} features of width {width} ...", end=" ", flush=True)
+        began = time.perf_counter()
+        points = embed(features["backbone"], neighbours=args.n_neighbors, seed=args.seed)
+        print(f"{time.perf_counter() - began:.0f} s", flush=True)
+        classes, stem = class_names(found), output / f"{split}_umap"
+        title = f"{run.config.get('method') or 'backbone'}, {args.dataset}: {len(labels)} {_NAMES[split]} images"
+        plot(points, labels, classes, title, [stem.with_suffix(".pdf"), stem.with_suffix(".png")])
+        write_points(points, labels, classes, stem.with_suffix(".csv"))
+    print(f"wrote {output}", flush=True)
+    return output
+
+
+def main() -> None:
+    """The command."""
+    from solo_ext.launch import quieten
+
+    args = parser().parse_args()
+    quieten()
+    with exit_on_user_error():
+        draw(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -85,7 +85,9 @@ def _complete_view(view: Any, place: str) -> dict[str, Any]:
     for section, needs in _SECTIONS.items():
         switch = "enabled" if section == "rrc" else "prob"
         given = view[section] = view.get(section) or {switch: 0.0}
-        _known(given, (switch, *needs), f"{place}.{section}")
+        _known(given, ("enabled", *(() if section == "rrc" else ("prob",)), *needs), f"{place}.{section}")
+        if given.get("enabled") is False and section != "rrc":
+            given["prob"] = 0.0  # some of main's files write both; main looks at prob alone
         for key in (switch, *(needs if given.get(switch) else ())):
             if not _is_number(given.get(key)) or given[key] < 0:
                 raise UserError(f"{place}.{section}.{key} must be a number, at least 0, got {given.get(key)!r}")

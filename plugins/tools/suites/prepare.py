@@ -15,12 +15,12 @@ from typing import Any
 
 TIMEOUT_SECONDS = 30.0
 """How long a server may be silent."""
-DOWNLOADED = {
-    "cifar10": ("CIFAR10", {}, "cifar-10-python.tar.gz"),
-    "cifar100": ("CIFAR100", {}, "cifar-100-python.tar.gz"),
-    "stl10": ("STL10", {"split": "train+unlabeled"}, "stl10_binary.tar.gz"),
+DOWNLOADED: dict[str, tuple[str, dict[str, str]]] = {
+    "cifar10": ("CIFAR10", {}),
+    "cifar100": ("CIFAR100", {}),
+    "stl10": ("STL10", {"split": "train+unlabeled"}),
 }
-"""data set → (class in torchvision.datasets, its options, archive that can be put into the folder by hand)."""
+"""data set → (class in torchvision.datasets, its options)."""
 FOLDERS = {
     "tinyimagenet": "make it of its archive with: "
     "python -m plugins.tools.data tinyimagenet --archive tiny-imagenet-200.zip --out {place}",
@@ -58,7 +58,7 @@ def prepare(datasets: Sequence[str], folder: Path) -> None:
 def _download(name: str, folder: Path) -> None:
     from torchvision import datasets
 
-    title, options, archive = DOWNLOADED[name]
+    title, options = DOWNLOADED[name]
     dataset: Any = getattr(datasets, title)
     with contextlib.suppress(RuntimeError), contextlib.redirect_stdout(io.StringIO()):
         dataset(folder, **options)
@@ -74,7 +74,7 @@ def _download(name: str, folder: Path) -> None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{name} is not in {folder} and could not be downloaded ({reason}): "
-            f"put its archive {archive} there, or choose other data sets with --data"
+            f"put its archive {dataset.filename} there, or choose other data sets with --data"
         ) from None
     finally:
         socket.setdefaulttimeout(before)

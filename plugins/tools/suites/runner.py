@@ -82,8 +82,10 @@ class Runner:
             while self.waiting or self.active:
                 self._start()
                 self._advance()
-                if time.monotonic() - spoken >= PROGRESS_SECONDS and self.active:
-                    spoken = time.monotonic()
+                now = time.monotonic()
+                # runs of days need no line every quarter of a minute
+                if now - spoken >= max(PROGRESS_SECONDS, (now - self.began) / 60) and self.active:
+                    spoken = now
                     self.say(self._progress())
                 if self.active:
                     time.sleep(POLL_SECONDS)

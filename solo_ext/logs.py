@@ -18,6 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from solo_ext.compat import host_release, pl
+from solo_ext.console import say
 from solo_ext.errors import UserError
 
 _PACKAGES = (
@@ -69,17 +70,32 @@ def loggers(cfg: DictConfig, folder: Path, epochs: int) -> list[Any]:
         pl.loggers.TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
     ]
     if cfg.wandb.enabled:
-        wandb = pl.loggers.WandbLogger(
+        found.append(_wandb_logger(cfg, folder))
+    return found
+
+
+def _wandb_logger(cfg: DictConfig, folder: Path) -> Any:
+    """Weights & Biases; offline where it was asked for, and where there is no account or no network."""
+    import wandb
+
+    def start(mode: str | None) -> Any:
+        logger = pl.loggers.WandbLogger(
             name=cfg.name,
             project=cfg.wandb.project,
             entity=cfg.wandb.entity,
-            offline=cfg.wandb.offline,
+            mode=mode,  # None: the environment says
             id=folder.name,
             resume="allow",
         )
-        wandb.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-        found.append(wandb)
-    return found
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        return logger
+
+    try:
+        return start("offline" if cfg.wandb.offline else None)
+    except wandb.errors.Error as error:
+        reason = str(error).strip().splitlines()[0]
+        say(f"wandb logs offline, into ./wandb; 'wandb sync' uploads that later. Why it cannot log online: {reason}")
+        return start("offline")
 
 
 def callbacks(cfg: DictConfig) -> list[pl.Callback]:
@@ -157,7 +173,7 @@ class EpochLines(pl.Callback):
 
 
 class SpectrumWriter(pl.Callback):
-    """Writes the spectrum of the embedding's second moment once an epoch: CSV, TensorBoard, and wandb.
+    """Writes the spectrum of the embedding's second moment at each epoch's end: CSV, TensorBoard, and wandb.
 
     Args:
         folder: the run's folder; eigenvalues.csv gets the columns epoch, eigval_1 ≥ eigval_2 ≥ …
@@ -182,7 +198,7 @@ class SpectrumWriter(pl.Callback):
         """Add this epoch's row."""
         if not trainer.is_global_zero or module.moment is None:
             return
-        spectrum = module.epoch_spectrum().cpu()
+        spectrum = module.moment.spectrum().cpu()
         new = not self.path.is_file()
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file)
@@ -196,6 +212,19 @@ class SpectrumWriter(pl.Callback):
                 import wandb
 
                 logger.experiment.log({"eigenvalues": wandb.Histogram(spectrum.numpy())}, commit=False)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Give wandb the whole table, ``eigvals``: one row an epoch, those before a resumption included."""
+        if not trainer.is_global_zero or not self.path.is_file():
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, pl.loggers.WandbLogger):
+                import wandb
+
+                with self.path.open(newline="") as file:
+                    header, *rows = csv.reader(file)
+                table = wandb.Table(columns=header[1:], data=[[float(value) for value in row[1:]] for row in rows])
+                logger.experiment.log({"eigvals": table})
 
 
 class Throughput(pl.Callback):

@@ -14,16 +14,30 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from plugins.distributed import WORLD
 from plugins.linalg import participation_ratio
-from plugins.predictors import RunningMoment
+from plugins.predictors import ClosedFormPredictor, RunningMoment
 from plugins.spec import Embeddings, MethodSpec
 from solo_ext.compat import BaseMethod, BaseMomentumMethod
 
+_PREDICTING = ("byol", "directcopy", "directpred", "isocopy", "isoloss", "simsiam")
+LOSS_NAMES = {**dict.fromkeys(_PREDICTING, "train_neg_cos_sim"), "ssl_ey": "train_ssley_loss"}
+"""The name under which solo-learn, or the fork that a method comes from, logs the loss that we call train_ssl_loss."""
+
 
 class PluginMethod:
-    """The training step that all methods share; mixed into solo-learn's base classes below."""
+    """The training step that all methods share; mixed into solo-learn's base classes below.
+
+    It logs, each with ``_step`` and ``_epoch`` appended by Lightning:
+
+    * ``train_ssl_loss``, and the same under the name of LOSS_NAMES. ``train_neg_cos_sim`` is a sum of distances
+      (2 - 2 cos, or squared Euclidean) over both orders of the views, as in solo-learn; also for IsoLoss.
+    * ``train_<term>`` of the loss's terms, such as the mean ``train_cosine`` of prediction and target in [-1, 1].
+    * ``train_z_std``, the standard deviation of the normalised embedding: 1 / sqrt(D) when it is isotropic.
+    * ``eigval_metrics/eigval_{min,max,mean,std}`` and ``eigval_metrics/part_ratio`` of the embedding's second moment.
+    * solo-learn's own: ``train_class_loss`` (over labelled images), ``train_acc1``, ``train_acc5`` (an image without
+      a label counts as wrong), ``tau``, ``val_loss``, ``val_acc1``, ``val_acc5``.
+    """
 
     spec: ClassVar[MethodSpec]
-    _spectrum: tuple[int, Tensor] | None = None
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
@@ -71,29 +85,33 @@ class PluginMethod:
     @torch.no_grad()
     def _log_step(self, terms: Any, z: list[Tensor]) -> None:
         metrics = {"train_ssl_loss": terms.loss}
+        if self.spec.name in LOSS_NAMES:
+            metrics[LOSS_NAMES[self.spec.name]] = terms.loss
         metrics.update({f"train_{name}": value for name, value in terms._asdict().items() if name != "loss"})
         metrics["train_z_std"] = F.normalize(torch.stack(z), dim=-1).std(dim=1).mean()
         self.log_dict(metrics, on_epoch=True, sync_dist=True)
         if hasattr(self, "embedding_moment"):
-            self.embedding_moment.update(torch.cat(z))
+            for view in z:
+                self.embedding_moment.update(view)
 
     @property
     def moment(self) -> RunningMoment | None:
         """What follows the embedding's second moment, if anything does."""
         return self.predictor if isinstance(self.predictor, RunningMoment) else getattr(self, "embedding_moment", None)
 
-    def epoch_spectrum(self) -> Tensor:
-        """Eigenvalues ``[D]`` of the moment at this epoch's end, descending; computed once for all who ask."""
-        if self._spectrum is None or self._spectrum[0] != self.current_epoch:
-            self._spectrum = (self.current_epoch, self.moment.spectrum())
-        return self._spectrum[1]
-
-    def on_train_epoch_end(self) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the statistics of the embedding's spectrum, under the names that implicit-var-reg gave them."""
-        super().on_train_epoch_end()
-        if self.moment is None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        trainer = self.trainer
+        if isinstance(self.predictor, ClosedFormPredictor):
+            spectrum = self.predictor.eigenvalues
+        elif self.moment is not None and (
+            trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0
+        ):
+            # computed for the log alone: only where the log is written
+            spectrum = self.moment.spectrum()
+        else:
             return
-        spectrum = self.epoch_spectrum()
         metrics = {
             "eigval_min": spectrum.min(),
             "eigval_max": spectrum.max(),
@@ -102,7 +120,7 @@ class PluginMethod:
             "part_ratio": participation_ratio(spectrum),
         }
         # the moment is the same on all processes: nothing to reduce
-        self.log_dict({f"eigval_metrics/{name}": value for name, value in metrics.items()})
+        self.log_dict({f"eigval_metrics/{name}": value for name, value in metrics.items()}, on_step=True, on_epoch=True)
 
 
 class TeacherlessMethod(PluginMethod, BaseMethod):

@@ -99,6 +99,11 @@ class MainInterface(MethodMixin):
         """1.0.2's name of the teacher's backbone."""
         return self.momentum_backbone
 
+    @property
+    def learnable_params(self) -> list[dict[str, Any]]:
+        """Parameter groups of the optimiser, under main's names: the learning rates are logged by them."""
+        return [{**group, "name": _RENAMED.get(group["name"], group["name"])} for group in super().learnable_params]
+
     def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's, or DINO's, which takes a number where Lightning's takes an optimiser."""
         if args and not isinstance(args[0], torch.optim.Optimizer):

@@ -65,7 +65,7 @@ def test_pretrain_then_knn_then_linear(digits, tmp_path, monkeypatch, capfd):
     events.Reload()
     assert [event.step for event in events.Histograms("eigenvalues")] == [0, 1]
     logged = set().union(*(row.keys() for row in csv.DictReader((run / "metrics.csv").open())))
-    assert {"eigval_metrics/part_ratio", "train_z_std_epoch", "val_acc1", "train_acc1_epoch", "tau"} <= logged
+    assert {"eigval_metrics/part_ratio_epoch", "train_z_std_epoch", "val_acc1", "train_acc1_epoch", "tau"} <= logged
     summary = json.loads((run / "pretrain.json").read_text())
     assert summary["seed"] == 3 and summary["epochs"] == 2 and summary["images_per_second"] > 0
     assert summary["config"]["method_kwargs"]["rho"] == 0.99

@@ -160,12 +160,13 @@ def _load_method(run: Run) -> torch.nn.Module:
     return method
 
 
-def open_images(args: argparse.Namespace, run: Run) -> dict[str, Dataset]:
+def open_images(args: argparse.Namespace, run: Run, *, need_labels: bool) -> dict[str, Dataset]:
     """Training and validation images of the command line, as evaluation sees them.
 
     Args:
         args: the options of ``main_knn.add_arguments``.
         run: whose crop size, mean and standard deviation are taken for custom data.
+        need_labels: whether a folder without class folders is a mistake; else its images are unlabelled.
 
     Returns:
         {"train": images, "val": images}, the second only where its path is given.
@@ -192,12 +193,13 @@ def open_images(args: argparse.Namespace, run: Run) -> dict[str, Dataset]:
                 raise UserError(f"--{split}_data_path is no file: {path}")
         elif not downloaded and not Path(path).is_dir():
             raise UserError(f"--{split}_data_path is no folder: {path}{hint(args.dataset)}")
+    flat_will_do = args.dataset == "custom" and args.data_format != "h5" and not need_labels
     found = {}
     for split, path in paths.items():
         found[split] = image_dataset(
             *(args.dataset, path, split, transform),
             indexed=False,
-            no_labels=args.no_labels,
+            no_labels=args.no_labels or (flat_will_do and not any(entry.is_dir() for entry in Path(path).iterdir())),
             data_format=args.data_format,
             fraction=args.data_fraction if split == "train" else -1,
         )

@@ -75,7 +75,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.no_labels:
         raise UserError("k-nearest neighbours vote with their labels: leave out --no_labels")
     run, device = read_run(Path(args.pretrained_checkpoint_dir)), usable_device(args.device)
-    images = open_images(args, run)
+    images = open_images(args, run, need_labels=True)
     if "val" not in images:
         raise UserError("--val_data_path is missing")
     if max(args.k) > len(images["train"]):

@@ -49,7 +49,7 @@ def draw(args: argparse.Namespace) -> Path:
 
     folder = Path(args.pretrained_checkpoint_dir)
     run, device = read_run(folder), usable_device(args.device)
-    images = open_images(args, run)
+    images = open_images(args, run, need_labels=False)
     for split, found in images.items():
         if len(found) <= args.n_neighbors:
             raise UserError(

@@ -2,8 +2,9 @@
 
 import colorsys
 import csv
+import random
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +42,7 @@ def embed(features: Tensor, *, neighbours: int = NEIGHBOURS, seed: int = 0) -> n
     Args:
         features: ``[N, D]``.
         neighbours: of each point, >= 2.
-        seed: of UMAP's random numbers; the global ones are left alone.
+        seed: of UMAP's random numbers; the global ones, and torch's number of threads, are left alone.
 
     Returns:
         Coordinates ``[N, 2]``, float32.
@@ -53,12 +54,24 @@ def embed(features: Tensor, *, neighbours: int = NEIGHBOURS, seed: int = 0) -> n
         raise UserError(f"UMAP with {neighbours} neighbours needs more than {neighbours} images, got {len(features)}")
     if not torch.isfinite(features).all():
         raise UserError("the features hold infinite values or no numbers: the network has diverged")
-    with warnings.catch_warnings():
+    with _undisturbed(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its dependencies, and that a seed means one thread
         from umap import UMAP  # takes many seconds
 
         found = UMAP(n_components=2, n_neighbors=neighbours, random_state=seed).fit_transform(features.float().numpy())
     return np.asarray(found, dtype=np.float32)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Undo what UMAP does to its process: numba sets the threads of torch too, an import draws from ``random``."""
+    threads, python, numpy = torch.get_num_threads(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _colours(count: int) -> list[Any]:
@@ -184,7 +197,7 @@ class AutoUMAP(pl.Callback):
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Any:
+def _evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; each submodule gets its own mode back."""
     modes = {child: child.training for child in module.modules()}
     module.eval()

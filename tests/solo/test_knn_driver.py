@@ -206,9 +206,10 @@ def test_mean_and_std_of_custom_images(run, digits):
     custom = features.read_run(run)
     options = ["--pretrained_checkpoint_dir", str(run), "--train_data_path", str(digits / "train")]
     parse = main_knn.parser().parse_args
-    plain = features.open_images(parse([*options, "--dataset", "digits"]), custom)["train"]
-    given = features.open_images(parse([*options, "--dataset", "custom", *numbers]), custom)["train"]
-    other = features.open_images(parse([*options, "--dataset", "custom"]), custom)["train"]
+    open_images = functools.partial(features.open_images, run=custom, need_labels=True)
+    plain = open_images(parse([*options, "--dataset", "digits"]))["train"]
+    given = open_images(parse([*options, "--dataset", "custom", *numbers]))["train"]
+    other = open_images(parse([*options, "--dataset", "custom"]))["train"]
     # custom images are enlarged to 18 pixels and their centre is cut out: the mean stays nearly what it was
     assert given[0][0].shape == plain[0][0].shape == (3, 16, 16)
     means = [torch.stack([images[i][0] for i in range(96)]).mean().item() for images in (plain, given, other)]
@@ -284,6 +285,12 @@ def test_classes_must_be_the_same(run, digits, tmp_path):
     (tmp_path / "val" / "3").rename(tmp_path / "val" / "three")
     with pytest.raises(UserError, match="have different class folders: only one of them has 3, three"):
         _knn(run, digits, "--val_data_path", str(tmp_path / "val"))
+
+
+def test_labels_are_needed(run, digits, tmp_path):
+    shutil.copy(next(digits.glob("val/*/*.png")), tmp_path)
+    with pytest.raises(UserError, match="Couldn't find any class folder"):
+        _knn(run, digits, "--dataset", "custom", "--val_data_path", str(tmp_path))
 
 
 def test_validation_images_are_needed(run, digits):

@@ -1,12 +1,14 @@
-"""Time and memory of losses and predictors beside the straightforward formula: ``python -m plugins.tools.bench``.
+"""Benchmarks: losses and predictors beside the straightforward formula, training steps beside solo-learn's.
 
-Each case runs forward and backward of two functions of the same inputs in one process, interleaved: "plain", our
-rendering of the formula as published, left to autograd (for the predictor: the general eigensolver); and "ours".
-Printed are medians of the times, the median of their ratio in each round, and the floor that arithmetic alone sets: the
-ratio of the numbers of operations. The two results are compared as well, so that no ratio is of different things.
+``losses`` and ``predictors`` run forward and backward of two functions of the same inputs in one process, interleaved:
+"plain", our rendering of the formula as published, left to autograd (for the predictor: the general eigensolver); and
+"ours". Printed are medians of the times, the median of their ratio in each round, and the floor that arithmetic alone
+sets: the ratio of the numbers of operations. The two results are compared as well, so that no ratio is of different
+things. ``step`` runs whole training steps: see :mod:`plugins.tools.bench_step`.
 
     python -m plugins.tools.bench losses --sizes 256x512 256x2048
     python -m plugins.tools.bench predictors --device cuda
+    python -m plugins.tools.bench step --device cuda --precision 16 --batch 256 data.dataset=cifar10
     python -m plugins.tools.bench all --json results/bench.json
 """
 
@@ -31,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from plugins.losses import byol_loss, isoloss, ssl_ey_loss
 from plugins.predictors import ClosedFormPredictor
+from plugins.tools import bench_step
 
 QUICK_SIZES = ((256, 128), (256, 512), (1024, 512), (256, 2048))
 SIZES = (*QUICK_SIZES, (1024, 2048), (2048, 2048), (2048, 8192))
@@ -264,14 +267,31 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m plugins.tools.bench", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("what", nargs="?", choices=("losses", "predictors", "all"), default="all")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--sizes", nargs="+", type=_size, metavar="NxD", help="rows x width, like 256x512")
-    parser.add_argument("--repeat", type=int, default=7, help="timed rounds, of which the median is printed")
-    parser.add_argument("--quick", action="store_true", help="only sizes that take seconds")
-    parser.add_argument("--budget", type=float, default=600, help="seconds in all; what would not fit is left out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results and the environment here, too")
+    parser = argparse.ArgumentParser(
+        prog="python -m plugins.tools.bench",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="COMMAND --help lists the options of each.",
+    )
+    commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
+    for name, text in {
+        "losses": "each loss beside the formula as published",
+        "predictors": "the closed-form predictor beside the general eigensolver",
+        "all": "both",
+    }.items():
+        command = commands.add_parser(name, help=text, description=f"Time and memory of {text}.")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        command.add_argument("--sizes", nargs="+", type=_size, metavar="NxD", help="rows x width, like 256x512")
+        least = bench_step.at_least(1)
+        command.add_argument("--repeat", type=least, default=7, help="timed rounds, of which the median is printed")
+        command.add_argument("--quick", action="store_true", help="only sizes that take seconds")
+        command.add_argument("--budget", type=float, default=600, help="seconds in all; what does not fit is left out")
+    text = "a whole training step of each method beside one of solo-learn's own"
+    first, *_, last = (bench_step.__doc__ or "").split("\n\n")
+    bench_step.add_options(commands.add_parser("step", help=text, description=f"{first} {last}"))
+    for command in commands.choices.values():
+        command.add_argument(
+            "--json", type=Path, metavar="FILE", help="write the results and the environment here, too"
+        )
     return parser
 
 
@@ -279,10 +299,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.repeat < 1:
-        parser.error(f"--repeat must be at least 1, got {options.repeat}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is visible to torch")
+    environment, results = bench_step.run(options) if options.what == "step" else _run(options)
+    if options.json is not None:
+        environment["machine"] = platform.machine()
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"environment": environment, "results": results}, indent=2) + "\n")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Print the table of losses and predictors; what it was measured on, and the results."""
     jobs = []
     if options.what in ("losses", "all"):
         jobs += [(n, *size) for size in options.sizes or (QUICK_SIZES if options.quick else SIZES) for n in LOSSES]
@@ -305,12 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = compare(name, rows, width, device=options.device, repeat=options.repeat, budget=left / 4)
         results.append(result)
         print(_row(result), flush=True)
-    if options.json is not None:
-        environment = {"torch": torch.__version__, "device": device, "machine": platform.machine()}
-        text = json.dumps({"environment": environment, "results": [r._asdict() for r in results]}, indent=2)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
-    return 0
+    return {"torch": torch.__version__, "device": device}, [r._asdict() for r in results]
 
 
 def _expected_seconds(name: str, rows: int, width: int, results: Sequence[Result]) -> float:

@@ -5,7 +5,17 @@ import json
 import pytest
 import torch
 
+from plugins.methods import METHODS
 from plugins.tools.bench import LOSSES, PREDICTORS, compare, main
+
+
+@pytest.fixture
+def one_thread():
+    """Threads that wait for each other are slow where other programs run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", [*LOSSES, *PREDICTORS])
@@ -42,16 +52,63 @@ def test_command_leaves_out_what_does_not_fit(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sizes", "256"], "must be ROWSxWIDTH"),
-        (["--sizes", "1x8"], "at least 2 rows"),
-        (["--repeat", "0"], "--repeat must be at least 1, got 0"),
+        (["losses", "--sizes", "256"], "must be ROWSxWIDTH"),
+        (["losses", "--sizes", "1x8"], "at least 2 rows"),
+        (["predictors", "--repeat", "0"], "--repeat: must be a whole number, at least 1, got 0"),
+        (["step", "--batch", "1"], "--batch: must be a whole number, at least 2, got 1"),
+        (["step", "--method", "isolos"], "no method matches 'isolos'; there are byol, directcopy"),
+        (["step", "--method", "isoloss", "--backbone", "resnet1"], "there is no backbone 'resnet1'"),
+        (["step", "--method", "isoloss", "optimizer"], "optimizer"),
+        (["step", "--configs", "nowhere"], "--config-path is no folder: nowhere"),
         (["everything"], "invalid choice"),
+        ([], "required: COMMAND"),
     ],
 )
 def test_command_explains_mistakes(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+_TINY = ("--batch", "4", "--size", "16", "--hidden", "8", "--width", "4", "--repeat", "2", "--steps", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.solo
+def test_step_compares_each_method_with_one_of_solo_learns(one_thread, tmp_path, capsys):
+    assert (
+        main(["step", "--method", "[!di]*", *_TINY, "--json", str(tmp_path / "step.json"), "optimizer.name=sgd"]) == 0
+    )
+    header, titles, rule, *rows = (line for line in capsys.readouterr().out.splitlines() if line)
+    assert "4 images of 16 px" in header and "CPU threads" in header
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (titles, rule, *rows)]
+    assert {len(row) for row in cells} == {9}
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert written["environment"]["batch"] == 4 and written["environment"]["overrides"] == ["optimizer.name=sgd"]
+    results = written["results"]
+    expected = []
+    for name, reference in (("byol", "byol"), ("simsiam", "simsiam"), ("ssl_ey", "vicreg")):
+        spec = METHODS[name]
+        expected += [(name, teacher, reference) for teacher in (("EMA", "τ = 0") if spec.teacher else ("none",))]
+    assert [(r["method"], r["teacher"], r["reference"]) for r in results] == expected
+    assert [tuple(row[:3]) for row in cells[2:]] == expected
+    for r in results:
+        assert (r["hidden"], r["width"], len(r["ratios"])) == (8, 4, 2)
+        assert min(r[key] for key in ("seconds", "reference_seconds", "ratio", "fastest")) > 0
+    assert len({r["reference_seconds"] for r in results if r["reference"] == "byol"}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.solo
+@pytest.mark.parametrize(("method", "limits"), [("isoloss", (1.25, 0.95)), ("ssl_ey", (1.25,))])
+def test_step_marks(method, limits, one_thread, tmp_path):
+    # a quiet machine must reach 1, clearly less at τ = 0, and 1; shared machines are noisy
+    sizes = ("--batch", "64", "--size", "16", "--repeat", "4", "--steps", "1", "--clock", "processor")
+    assert main(["step", "--method", method, *sizes, "--json", str(tmp_path / "b.json")]) == 0
+    results = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert len(results) == len(limits)
+    for result, limit in zip(results, limits, strict=True):
+        assert min(result["ratio"], result["fastest"]) < limit, result
 
 
 @pytest.mark.slow
@@ -66,11 +123,6 @@ def test_command_explains_mistakes(arguments, message, capsys):
         ("closed_form_predictor", 256, 256, 2),
     ],
 )
-def test_marks(name, rows, width, mark):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        best = max(compare(name, rows, width, repeat=5, budget=20).time_ratio for _ in range(2))
-    finally:
-        torch.set_num_threads(threads)
+def test_marks(name, rows, width, mark, one_thread):
+    best = max(compare(name, rows, width, repeat=5, budget=20).time_ratio for _ in range(2))
     assert best >= mark

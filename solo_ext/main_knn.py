@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add solo-learn's options that say which run and which images, and ``--device``."""
     add = parser.add_argument
     add("--pretrained_checkpoint_dir", required=True, help="folder of a run: args.json and a checkpoint")
-    add("--dataset", required=True, help="cifar10, cifar100, stl10, imagenet, imagenet100, custom or digits")
+    add("--dataset", required=True, help="cifar10, imagenet, ..., or custom: folders of your own")
     add("--train_data_path", required=True, help="folder of the training images; h5: the file")
     add("--val_data_path", help="folder of the validation images; CIFAR and STL-10: the same unless given")
     formats = ["image_folder", "dali", "h5"]

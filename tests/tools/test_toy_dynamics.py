@@ -36,6 +36,7 @@ def test_deviation_is_relative_to_the_largest_value_of_the_theory():
     assert (row.simulated, row.theory, row.steps) == ((2.5, 5.0), (2.0, 5.0), 1)
 
 
+@pytest.mark.slow
 def test_the_suite_draws_figures_and_a_table(tmp_path, monkeypatch, capfd):
     """End to end with a fiftieth of the steps; a second call skips what is there."""
     monkeypatch.chdir(tmp_path)
@@ -140,6 +141,7 @@ def test_known_numbers_of_weight_decay_and_growth(tmp_path):
         assert row.simulated == pytest.approx((low, high), rel=0.1), case
 
 
+@pytest.mark.slow
 def test_known_numbers_of_two_neurons(tmp_path):
     rows = {row.case: row for row in toy_dynamics.draw("two_neurons", tmp_path)}
     for start, direct, iso in ((1, 0.236, 0.304), (2, 0.927, 1.109), (3, 1.216, 1.39)):

@@ -32,7 +32,8 @@ class PluginMethod:
       (2 - 2 cos, or squared Euclidean) over both orders of the views, as in solo-learn; also for IsoLoss.
     * ``train_<term>`` of the loss's terms, such as the mean ``train_cosine`` of prediction and target in [-1, 1].
     * ``train_z_std``, the standard deviation of the normalised embedding: 1 / sqrt(D) when it is isotropic.
-    * ``eigval_metrics/eigval_{min,max,mean,std}`` and ``eigval_metrics/part_ratio`` of the embedding's second moment.
+    * ``eigval_metrics/eigval_{min,max,mean,std}`` and ``eigval_metrics/part_ratio`` of the embedding's second moment,
+      at the steps that are written; ``_epoch`` is their mean over these and the last.
     * solo-learn's own: ``train_class_loss`` (over labelled images), ``train_acc1``, ``train_acc5`` (an image without
       a label counts as wrong), ``tau``, ``val_loss``, ``val_acc1``, ``val_acc5``.
     """
@@ -100,18 +101,17 @@ class PluginMethod:
         return self.predictor if isinstance(self.predictor, RunningMoment) else getattr(self, "embedding_moment", None)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the statistics of the embedding's spectrum, under the names that implicit-var-reg gave them."""
+        """Log the statistics of the embedding's spectrum, under the names that implicit-var-reg gave them.
+
+        Only at the steps that Lightning writes and at the last of an epoch: each value logged takes time.
+        """
         super().on_train_batch_end(outputs, batch, batch_idx)
         trainer = self.trainer
-        if isinstance(self.predictor, ClosedFormPredictor):
-            spectrum = self.predictor.eigenvalues
-        elif self.moment is not None and (
-            trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0
-        ):
-            # computed for the log alone: only where the log is written
-            spectrum = self.moment.spectrum()
-        else:
+        written = trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0
+        if self.moment is None or not written:
             return
+        known = isinstance(self.predictor, ClosedFormPredictor)
+        spectrum = self.predictor.eigenvalues if known else self.moment.spectrum()
         metrics = {
             "eigval_min": spectrum.min(),
             "eigval_max": spectrum.max(),

@@ -102,7 +102,11 @@ class MainInterface(MethodMixin):
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
         """Parameter groups of the optimiser, under main's names: the learning rates are logged by them."""
-        return [{**group, "name": _RENAMED.get(group["name"], group["name"])} for group in super().learnable_params]
+        groups = super().learnable_params
+        for group in groups:
+            if "name" in group:  # the groups of its heads have none
+                group["name"] = _RENAMED.get(group["name"], group["name"])
+        return groups
 
     def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's, or DINO's, which takes a number where Lightning's takes an optimiser."""

@@ -198,6 +198,7 @@ def _configuration(folder: Path, name: str, setting: Setting) -> Any:
     with initialize_config_dir(str(folder), version_base="1.2"):
         try:
             cfg = compose(name, list(setting.overrides))
+            OmegaConf.resolve(cfg)
         except Exception as error:  # Hydra has many kinds, each with one good first line
             raise UserError(f"{folder / name}.yaml: {str(error).splitlines()[0]}") from None
     OmegaConf.set_struct(cfg, False)

@@ -221,16 +221,24 @@ def _check_dali(cfg: DictConfig) -> None:
         raise UserError("auto_augment is not there in DALI; use data.format=image_folder")
 
 
-def _check_trainer(cfg: DictConfig) -> None:
-    devices = cfg.devices
-    if devices == "auto":
-        devices = max(torch.cuda.device_count(), 1)
+def device_list(given: Any) -> int | list[int]:
+    """How many devices, or which: ``devices`` as Lightning would read it.
+
+    Raises:
+        UserError: it is neither a number nor a list.
+    """
+    if given == "auto":
+        return max(torch.cuda.device_count(), 1)
     try:
-        if isinstance(devices, str):
-            devices = [int(part) for part in devices.split(",") if part] if "," in devices else int(devices)
-        devices = devices if isinstance(devices, int) else [int(index) for index in devices]
+        if isinstance(given, str):
+            return [int(part) for part in given.split(",") if part] if "," in given else int(given)
+        return given if isinstance(given, int) else [int(index) for index in given]
     except (TypeError, ValueError):
-        raise UserError(f"devices must be a number or a list of indexes, got {cfg.devices!r}") from None
+        raise UserError(f"devices must be a number or a list of indexes, got {given!r}") from None
+
+
+def _check_trainer(cfg: DictConfig) -> None:
+    devices = device_list(cfg.devices)
     listed = not isinstance(devices, int)
     if cfg.accelerator == "auto":
         cfg.accelerator = "gpu" if torch.cuda.is_available() else "cpu"

@@ -63,6 +63,8 @@ class WeightedKNNClassifier:
         self._add("train", train_features, train_targets)
         self._add("test", test_features, test_targets)
 
+    update = __call__
+
     def _add(self, side: str, features: Tensor | None, targets: Tensor | None) -> None:
         if (features is None) != (targets is None):
             raise ValueError(f"{side} features and {side} targets come together")

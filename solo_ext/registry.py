@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 
 from plugins.methods import METHODS
 from plugins.spec import MethodSpec
-from solo_ext.compat import CHECKOUT, host_release, native_methods, native_options
+from solo_ext.compat import MULTICROP, host_release, native_methods, native_options
+from solo_ext.compat.common import needs_main
 from solo_ext.errors import UserError
 from solo_ext.method import TeacherlessMethod, TeacherMethod
 from solo_ext.overrides import OVERRIDES
@@ -67,10 +68,7 @@ def method_class(cfg: DictConfig) -> type:
     natives, plugins = native_methods(), plugin_methods()
     given = dict(cfg.get("method_kwargs") or {})
     if name in MAIN_ONLY and name not in natives:
-        raise UserError(
-            f"method {name} is one of solo-learn's main branch; this is solo-learn {host_release()}. "
-            f"Let {CHECKOUT} name the folder of a checkout of main"
-        )
+        raise needs_main(f"method {name}", host_release())
     if name not in natives and name not in plugins:
         known = ", ".join(sorted({*natives, *plugins, *ALIASES}))
         raise UserError(f"unknown method {cfg.method!r}; choose from {known}")
@@ -82,6 +80,7 @@ def method_class(cfg: DictConfig) -> type:
                 raise UserError(
                     f"solo-learn's method {name} has no option {key!r}; it knows {', '.join(sorted(known))}{ours}"
                 )
+        _check_native_crops(name, cfg)
         return natives[name]
     if (cfg.data.num_large_crops, cfg.data.num_small_crops) != (2, 0):
         crops = f"{cfg.data.num_large_crops} large and {cfg.data.num_small_crops} small"
@@ -91,6 +90,16 @@ def method_class(cfg: DictConfig) -> type:
     except ValueError as error:
         raise UserError(str(error)) from None
     return plugins[name]
+
+
+def _check_native_crops(name: str, cfg: DictConfig) -> None:
+    large, small = cfg.data.num_large_crops, cfg.data.num_small_crops
+    if large != 2 and name not in ("mae", "wmse"):
+        raise UserError(f"solo-learn's method {name} compares two large crops, the augmentations make {large}")
+    if small and name not in MULTICROP:
+        raise UserError(
+            f"method {name} of solo-learn {host_release()} takes no small crops, the augmentations make {small}"
+        )
 
 
 def _ours_alone(name: str, given: Iterable[str]) -> bool:

@@ -10,6 +10,7 @@ Main is taken when the environment variable SOLO_LEARN_CHECKOUT names the folder
 * ``LinearModel`` – the host's linear evaluation, built from a backbone and one ``cfg``,
 * ``native_methods()`` – the host's own methods by name, built from one ``cfg`` too,
 * ``native_options(name)`` – the ``method_kwargs`` that a native method knows,
+* ``MULTICROP`` – the native methods that take small crops beside the large ones,
 * ``backbones()`` – the names that ``backbone.name`` can take,
 * ``host_data`` – the host's module of augmentations and datasets.
 """
@@ -53,6 +54,7 @@ if GENERATION == "main":
 else:
     from solo_ext.compat import solo_1_0_2 as _host
 
+MULTICROP = _host.MULTICROP
 BaseMethod = _host.BaseMethod
 BaseMomentumMethod = _host.BaseMomentumMethod
 LinearModel = _host.LinearModel

@@ -9,8 +9,10 @@ Mended, with the place in main (m) and in 1.0.2 (o):
 * ``_shared_step_momentum``: fewer than five classes was a crash.
 * ``on_validation_epoch_end``: processes with unequal numbers of images were averaged as if equal.
 * ``LinearModel``: the same points.
+* ``methods/deepclusterv2.py``: the loss of the first epoch, before there are clusters, was NaN, its gradient zero.
 """
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -44,6 +46,12 @@ METHOD_DEFAULTS: dict[str, Any] = {
 
 CIFAR_STEM = ("cifar10", "cifar100")
 """Data sets for which solo-learn replaces the first layers of a ResNet."""
+
+IGNORED_OPTIONS = {
+    "ressl": {"base_tau_momentum", "final_tau_momentum", "momentum_classifier"},
+    "simsiam": {"temperature"},
+}
+"""Options that main's own YAML files give a native method, and main itself never reads."""
 
 
 def complete(cfg: DictConfig) -> DictConfig:
@@ -281,3 +289,24 @@ def _without_decay_of_vectors(groups: list[dict[str, Any]]) -> list[dict[str, An
 def unknown_backbone(name: str, known: list[str]) -> UserError:
     """What to raise for a backbone that nobody has."""
     return UserError(f"there is no backbone {name!r} in this solo-learn; it has {', '.join(sorted(known))}")
+
+
+def needs_main(what: str, release: str) -> UserError:
+    """What to raise for something that solo-learn's main branch has and this release has not."""
+    from solo_ext.compat import CHECKOUT  # which has imported this module
+
+    return UserError(
+        f"{what} is one of solo-learn's main branch; this is solo-learn {release}. "
+        f"Let {CHECKOUT} name the folder of a checkout of main"
+    )
+
+
+def zero_before_clusters(loss: Any) -> Any:
+    """DeepClusterV2's loss function, 0 where no image is of a cluster yet: without gradient, as it is in the host."""
+
+    @wraps(loss)
+    def mended(outputs: Tensor, assignments: Tensor, temperature: float = 0.1) -> Tensor:
+        value = loss(outputs, assignments, temperature)
+        return value.where((assignments != -1).any(), torch.zeros_like(value))
+
+    return mended

@@ -8,6 +8,7 @@ No installed file is edited and no class of solo-learn is changed. What is mende
 * ``methods/base.py:200``: the table of encoders is local to a constructor: ours are put in as they are looked up.
 * ``methods/dino.py:230``: ``clip_gradients`` hides Lightning's method of that name: whose it is, its argument tells.
 * ``utils/knn.py`` wants ``compute_on_step``, which torchmetrics dropped: ours is used.
+* ``utils/whitening.py:63`` calls ``torch.cholesky``, which torch dropped: ours is used.
 * every method takes keywords, and keeps its defaults in an argument parser: translated from ``cfg``.
 * ``encoder`` is stored as ``backbone``, so that checkpoints carry the keys of main.
 """
@@ -25,11 +26,14 @@ from omegaconf import DictConfig, OmegaConf
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat.common import (
     CIFAR_STEM,
+    IGNORED_OPTIONS,
     LinearMixin,
     MethodMixin,
     MomentumMixin,
     complete,
+    needs_main,
     unknown_backbone,
+    zero_before_clusters,
 )
 from solo_ext.compat.optim import WarmupCosineLR
 from solo_ext.errors import UserError
@@ -52,6 +56,8 @@ _provide_pl_bolts()
 
 import pytorch_lightning as pl  # noqa: E402
 import solo.methods  # noqa: E402
+import solo.methods.deepclusterv2 as _deepcluster  # noqa: E402
+import solo.methods.wmse as _wmse  # noqa: E402
 import solo.utils.pretrain_dataloader as host_data  # noqa: E402, F401  (for our callers)
 from solo.methods.base import BaseMethod as _HostBase  # noqa: E402
 from solo.methods.base import BaseMomentumMethod as _HostMomentumBase  # noqa: E402
@@ -59,9 +65,31 @@ from solo.methods.linear import LinearModel as _HostLinear  # noqa: E402
 from solo.utils.metrics import accuracy_at_k  # noqa: E402
 
 RELEASE = "1.0.2"
+MULTICROP = ("byol", "simclr", "wmse")  # W-MSE leaves them out of its loss
 _RENAMED = {"encoder": "backbone", "momentum_encoder": "momentum_backbone"}
 _NOT_METHODS = ("base", "linear")
+_MAIN_ONLY = ("convnext_", "poolformer_", "wide_resnet28w")  # how the names of backbones begin that main has alone
+_MAINS_DEFAULTS = {"queue_size": 65536, "warmup_teacher_temperature_epochs": 0}  # of SwAV and of DINO; all others agree
 _STANDS_IN = "vit_tiny"  # an encoder that 1.0.2 takes as it is made, without changing its stem
+
+
+_deepcluster.deepclusterv2_loss_func = zero_before_clusters(_deepcluster.deepclusterv2_loss_func)
+
+
+class _Whitening(_wmse.Whitening2d):
+    """W-MSE's whitening with today's linear algebra (Ermolov et al. 2021, arXiv:2007.06346, §3)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, D]`` → L⁻¹ (x - mean), where L Lᵀ = (1 - eps) covariance + eps I; in 32 bits."""
+        with torch.autocast(x.device.type, enabled=False):
+            centred = x.float() - x.float().mean(0)
+            covariance = centred.T @ centred / (len(x) - 1)
+            eye = torch.eye(x.shape[1], device=x.device)
+            lower = torch.linalg.cholesky((1 - self.eps) * covariance + self.eps * eye)
+            return torch.linalg.solve_triangular(lower, centred.T, upper=False).T
+
+
+_wmse.Whitening2d = _Whitening
 
 
 class MainInterface(MethodMixin):
@@ -166,6 +194,8 @@ class LinearModel(LinearMixin, _Linear):
 def _keywords(cfg: DictConfig, cls: type) -> dict[str, Any]:
     """Main's configuration as the keywords of a constructor of 1.0.2."""
     backbone = OmegaConf.to_container(cfg.backbone.kwargs)
+    if cfg.backbone.name.startswith(_MAIN_ONLY):
+        raise needs_main(f"backbone {cfg.backbone.name}", RELEASE)
     if cfg.backbone.name not in backbones():
         raise unknown_backbone(cfg.backbone.name, backbones())
     if cfg.data.dataset in CIFAR_STEM:
@@ -224,9 +254,10 @@ def _parameters(cls: type) -> dict[str, Any]:
 
 
 def _parser_defaults(cls: type) -> dict[str, Any]:
-    """Defaults of a native method's own keywords: 1.0.2 keeps them in its argument parser."""
+    """Defaults of a native method's own keywords: 1.0.2 keeps them in its argument parser; main's where they differ."""
     parser = cls.add_model_specific_args(ArgumentParser(add_help=False))
-    return {action.dest: action.default for action in parser._actions if action.dest in _parameters(cls)}
+    defaults = {action.dest: action.default for action in parser._actions if action.dest in _parameters(cls)}
+    return {name: _MAINS_DEFAULTS.get(name, default) for name, default in defaults.items()}
 
 
 @lru_cache(maxsize=1)
@@ -241,10 +272,6 @@ def native_methods() -> dict[str, type]:
     return natives
 
 
-_IGNORED_BY_MAIN = {"simsiam": {"temperature"}}
-"""Options that main's own YAML files give and main itself never reads."""
-
-
 def native_options(name: str) -> frozenset[str]:
     """The ``method_kwargs`` that a native method takes."""
-    return frozenset({*_parameters(native_methods()[name]), *_IGNORED_BY_MAIN.get(name, ())})
+    return frozenset({*_parameters(native_methods()[name]), *IGNORED_OPTIONS.get(name, ())})

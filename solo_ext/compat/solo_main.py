@@ -7,17 +7,20 @@ No file of the checkout is edited. What is mended beside ``common``, and where i
 * ``utils/misc.py`` ``remove_bias_and_norm_from_weight_decay``, ``methods/base.py`` ``configure_optimizers``: replaced,
   so that a checkpoint holds plain values and can be read with ``weights_only``.
 * ``methods/base.py:60`` ``_BACKBONES``: our architectures are added to the table.
+* ``data/dali_dataloader.py:280,568``: a pipeline for the CPU is built for a GPU; mended for solo-learn's own scripts
+  alone, since ours have their own.
 """
 
 import inspect
 import re
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import lightning.pytorch as pl  # noqa: F401  (for our callers)
 import solo.data.pretrain_dataloader as host_data  # noqa: F401  (for our callers)
 import solo.methods
 import solo.methods.base
+import solo.methods.deepclusterv2
 import solo.utils.knn
 import torch
 from omegaconf import DictConfig
@@ -28,23 +31,54 @@ from solo.utils.metrics import accuracy_at_k
 from solo.utils.misc import param_groups_layer_decay
 
 from solo_ext.architectures import ARCHITECTURES
-from solo_ext.compat.common import LinearMixin, MethodMixin, MomentumMixin, complete, unknown_backbone
+from solo_ext.compat.common import (
+    IGNORED_OPTIONS,
+    LinearMixin,
+    MethodMixin,
+    MomentumMixin,
+    complete,
+    unknown_backbone,
+    zero_before_clusters,
+)
 from solo_ext.errors import UserError
 from solo_ext.knn import WeightedKNNClassifier
 
 RELEASE = "1.0.6"
+MULTICROP = ("byol", "simclr", "supcon", "swav", "wmse")  # W-MSE leaves them out of its loss
 _NOT_METHODS = ("base", "linear")
 
 
 def mend() -> None:
-    """Put what is mended where solo-learn looks it up by name. A second call changes nothing."""
+    """Put what is mended where solo-learn looks it up by name."""
     solo.utils.knn.WeightedKNNClassifier = WeightedKNNClassifier
     solo.methods.base.WeightedKNNClassifier = WeightedKNNClassifier
     for name, factory in ARCHITECTURES.items():
         _HostBase._BACKBONES.setdefault(name, factory)
+    deepcluster = solo.methods.deepclusterv2
+    deepcluster.deepclusterv2_loss_func = zero_before_clusters(deepcluster.deepclusterv2_loss_func)
 
 
 mend()
+
+
+def mend_dali() -> None:
+    """Let main's DALI pipelines run without a GPU, where ``dali.device`` is "cpu". Without DALI nothing is done."""
+    try:
+        from solo.data.dali_dataloader import NormalPipelineBuilder, PretrainPipelineBuilder
+    except ImportError:
+        return
+    for builder in (NormalPipelineBuilder, PretrainPipelineBuilder):
+        builder.pipeline = _without_gpu(builder.pipeline)
+
+
+def _without_gpu(pipeline: Any) -> Any:
+    @wraps(pipeline)
+    def build(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.device == "cpu":
+            kwargs["device_id"] = None  # a number makes DALI look for a GPU
+        return pipeline(self, *args, **kwargs)
+
+    return build
 
 
 class MainInterface(MethodMixin):
@@ -113,10 +147,6 @@ def native_methods() -> dict[str, type]:
     return natives
 
 
-_IGNORED = {"simsiam": {"temperature"}}
-"""Options that main's own YAML files give and main itself never reads."""
-
-
 def native_options(name: str) -> frozenset[str]:
     """The ``method_kwargs`` that a native method reads: main declares them nowhere, so its source is searched."""
     sources = [
@@ -124,4 +154,4 @@ def native_options(name: str) -> frozenset[str]:
         for base in native_methods()[name].__mro__
         if base.__module__.startswith("solo.methods.") and base not in (_HostBase, _HostMomentumBase)
     ]
-    return frozenset({*re.findall(r"method_kwargs\.(\w+)", "\n".join(sources)), *_IGNORED.get(name, ())})
+    return frozenset({*re.findall(r"method_kwargs\.(\w+)", "\n".join(sources)), *IGNORED_OPTIONS.get(name, ())})

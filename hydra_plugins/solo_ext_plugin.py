@@ -1,0 +1,13 @@
+"""Makes the scripts of solo-learn's main branch know our methods, unedited.
+
+Hydra imports every module of the namespace package ``hydra_plugins`` before a script's own function runs. This one
+does nothing unless the script has imported solo-learn's main branch, and nothing in our own commands, which need no
+such help.
+"""
+
+import sys
+
+if "solo.backbones" in sys.modules and "solo_ext.compat" not in sys.modules:  # 1.0.2 has no module of that name
+    from solo_ext.stock import activate
+
+    activate()

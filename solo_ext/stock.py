@@ -1,0 +1,159 @@
+"""solo-learn's own main_pretrain.py and main_linear.py with our methods, unedited.
+
+``hydra_plugins`` calls ``activate`` when one of these scripts of the main branch runs, in every process of the run. For
+Hydra to find that folder, ssl-plugins is installed, or PYTHONPATH names its checkout. Changed are the loaded modules,
+never a file:
+
+* ``method`` may be one of ours; it is chosen as by our own command, and its options are checked
+  (``solo_ext.registry``). solo-learn's own methods are the mended ones (``solo_ext.compat``).
+* ``data.dataset`` may be one of ours, ``backbone.name`` too.
+* ``devices`` may be a number, also on a CPU; ``strategy`` may be left out.
+* the k-NN classifier works, and so does DALI without a GPU (``solo_ext.compat.solo_main``).
+"""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from solo_ext.architectures import ARCHITECTURES
+from solo_ext.compat import CHECKOUT, GENERATION, native_methods
+from solo_ext.compat.common import CIFAR_STEM
+from solo_ext.config import device_list
+from solo_ext.data import hint, split_path
+from solo_ext.errors import UserError, exit_on_user_error
+from solo_ext.registry import ALIASES, method_class, plugin_methods, register
+from solo_ext.transforms import DATASETS, evaluation_transform, linear_transform
+
+
+class Scripts:
+    """What solo-learn's functions do instead, for the script of this process.
+
+    Args:
+        own: our data sets, by name.
+    """
+
+    def __init__(self, own: dict[str, Any]) -> None:
+        self.own = own
+        self.cfg: DictConfig | None = None
+
+    def parse_pretrain(self, original: Callable, cfg: DictConfig) -> DictConfig:
+        """Main's checks and ours of the configuration of a pre-training; puts the class to train into METHODS."""
+        from solo.methods import METHODS
+
+        cfg = self._parse(original, cfg)
+        if cfg.data.dataset in self.own:
+            # main's transform takes from here what its own table lacks
+            info = self.own[cfg.data.dataset]
+            for view in cfg.augmentations:
+                view.mean, view.std = list(info.mean), list(info.std)
+        with exit_on_user_error():
+            METHODS[cfg.method] = method_class(cfg)
+        return cfg
+
+    def parse_linear(self, original: Callable, cfg: DictConfig) -> DictConfig:
+        """Main's checks and ours of the configuration of a linear evaluation."""
+        cfg = self._parse(original, cfg)
+        if cfg.backbone.name in ARCHITECTURES:
+            # as in pre-training; the script itself only changes the stem of what is called resnet
+            cfg.backbone.kwargs.setdefault("cifar", cfg.data.dataset in CIFAR_STEM)
+        return cfg
+
+    def _parse(self, original: Callable, cfg: DictConfig) -> DictConfig:
+        with exit_on_user_error():
+            try:
+                OmegaConf.resolve(cfg)
+            except OmegaConfBaseException as error:
+                raise UserError(f"the configuration does not resolve: {str(error).splitlines()[0]}") from None
+            devices = device_list(cfg.get("devices", 1))
+            if cfg.data.dataset in self.own:
+                _find_folders(cfg.data)
+        listed = not isinstance(devices, int)
+        cfg.devices = devices if listed else list(range(devices))  # the learning rate grows with its length
+        self.cfg = OmegaConf.create(OmegaConf.to_container(cfg))
+        cfg = original(cfg)
+        accelerator = cfg.get("accelerator", "auto")
+        if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+            # Lightning takes a number of processes here, not a list of indexes
+            devices = len(devices) if listed else devices
+            cfg.sync_batchnorm = False
+        cfg.devices = devices
+        if cfg.strategy is None:
+            cfg.strategy = "auto"
+        return cfg
+
+    def folders(self, original: Callable, dataset: str, *args: Any, **kwargs: Any) -> Any:
+        """Main's ``prepare_datasets``; our data sets are folders as its custom data are."""
+        return original("custom" if dataset in self.own else dataset, *args, **kwargs)
+
+    def transforms(self, original: Callable, dataset: str) -> tuple[Any, Any]:
+        """Main's ``prepare_transforms``: of linear training and of evaluation."""
+        if dataset not in self.own:
+            return original(dataset)
+        cfg = self.cfg or OmegaConf.create({"data": {}})
+        return linear_transform(dataset, cfg), evaluation_transform(dataset)
+
+
+def _find_folders(data: DictConfig) -> None:
+    for key, split in (("train_path", "train"), ("val_path", "val")):
+        data[key] = split_path(data.dataset, str(data.get(key)), split)
+        if not Path(data[key]).is_dir():
+            raise UserError(f"data.{key} is no folder: {data[key]}{hint(data.dataset)}")
+
+
+def _replace(module: ModuleType, name: str, instead: Callable) -> None:
+    """Put a function in another's place, in its module and in the script, which has imported it by name.
+
+    Args:
+        module: where the function is.
+        name: of the function.
+        instead: is called with the function first, then with what the function would be called with.
+    """
+    original = getattr(module, name)
+
+    @wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return instead(original, *args, **kwargs)
+
+    for holder in (module, sys.modules["__main__"]):
+        if vars(holder).get(name) is original:
+            setattr(holder, name, replacement)
+
+
+def activate() -> None:
+    """Change the loaded main branch as above.
+
+    Raises:
+        UserError: solo-learn 1.0.2 is loaded, which has no such scripts.
+    """
+    if GENERATION != "main":
+        raise UserError(f"solo-learn 1.0.2 has no scripts to extend; let {CHECKOUT} name a checkout of its main branch")
+    import solo.args.linear
+    import solo.args.pretrain
+    import solo.data.classification_dataloader as classification
+    import solo.data.pretrain_dataloader as pretrain
+    from solo.methods import METHODS
+
+    from solo_ext.compat.solo_main import mend_dali
+
+    mend_dali()
+    natives = native_methods()  # read from METHODS once, before anything is put there
+    register()
+    METHODS.update({alias: plugin_methods()[name] for alias, name in ALIASES.items() if alias not in natives})
+
+    known = solo.args.pretrain._SUPPORTED_DATASETS
+    scripts = Scripts({name: info for name, info in DATASETS.items() if name not in known})
+    for module in (solo.args.pretrain, solo.args.linear):
+        module._SUPPORTED_DATASETS += list(scripts.own)
+        module._N_CLASSES_PER_DATASET.update({name: info.classes for name, info in scripts.own.items()})
+    _replace(solo.args.pretrain, "parse_cfg", scripts.parse_pretrain)
+    _replace(solo.args.linear, "parse_cfg", scripts.parse_linear)
+    _replace(pretrain, "prepare_datasets", scripts.folders)
+    _replace(classification, "prepare_datasets", scripts.folders)
+    _replace(classification, "prepare_transforms", scripts.transforms)

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat import CHECKOUT, GENERATION, native_methods
-from solo_ext.compat.common import CIFAR_STEM
+from solo_ext.compat.common import CIFAR_STEM, complete
 from solo_ext.config import device_list
 from solo_ext.data import hint, split_path
 from solo_ext.errors import UserError, exit_on_user_error
@@ -55,7 +55,7 @@ class Scripts:
                 view.mean, view.std = list(info.mean), list(info.std)
         with exit_on_user_error():
             METHODS[cfg.method] = method_class(cfg)
-        return cfg
+        return complete(cfg)  # main's classes do so in place, the script relies on it; ours leave their argument alone
 
     def parse_linear(self, original: Callable, cfg: DictConfig) -> DictConfig:
         """Main's checks and ours of the configuration of a linear evaluation."""

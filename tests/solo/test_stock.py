@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 from torchvision import transforms as T
 
@@ -87,6 +89,16 @@ def test_options_choose_between_our_byol_and_solo_learns(scripts, compose):
     own.method_kwargs = {"proj_hidden_dim": 32, "proj_output_dim": 16, "pred_hidden_dim": 32}
     scripts.args.pretrain.parse_cfg(own)
     assert scripts.methods.METHODS["byol"] is native_methods()["byol"]
+
+
+def test_solo_learns_own_files_are_completed_as_its_own_classes_do(scripts, checkout, digits):
+    """The script reads entries that main's classes used to fill in."""
+    with initialize_config_dir(str(checkout / "scripts" / "pretrain" / "cifar"), version_base="1.2"):
+        cfg = hydra_compose("simsiam", ["data.dataset=custom", f"data.train_path={digits / 'train'}"])
+    OmegaConf.set_struct(cfg, False)
+    cfg = scripts.args.pretrain.parse_cfg(cfg)
+    assert cfg.performance.disable_channel_last is False
+    assert scripts.methods.METHODS["simsiam"] is native_methods()["simsiam"]
 
 
 def test_the_forks_name_of_a_method_is_known(scripts, compose):

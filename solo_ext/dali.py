@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 
 from solo_ext.compat import GENERATION
 from solo_ext.data import EpochSampler, Images, listing
+from solo_ext.decode import open_image
 from solo_ext.transforms import LinearCrop, statistics
 
 host = importlib.import_module("solo.data.dali_dataloader" if GENERATION == "main" else "solo.utils.dali_dataloader")
@@ -154,31 +155,46 @@ class DALILoader:
         return count // self.batch_size if self.sampler.drop_last else -(-count // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Any]]:
-        """One epoch, the one that the sampler has been told."""
+        """One epoch, the one that the sampler has been told.
+
+        Raises:
+            UserError: an image is broken; it is named.
+        """
         rows = [key % len(self.files) for key in self.sampler]
         rows = rows[: len(self) * self.batch_size]
-        seed = hash((self.cfg.seed, self.sampler.epoch, self.sampler.rank)) & 0x7FFFFFFF
+        batches, done = None, 0
+        try:
+            batches = self._start(rows)
+            for (batch,) in batches:
+                index = batch["row"].flatten()
+                crops = [batch[f"view{number}"] for number in range(len(self.views))]
+                yield [index, crops, self.labels[index]] if self.indexed else [crops[0], self.labels[index]]
+                done += self.batch_size
+        except RuntimeError:
+            # DALI does not say which image it cannot read; it is at most a few batches ahead. Nothing helps where DALI
+            # 2.4 dies of one: its decoder may leave threads at work behind an error, which then read freed memory
+            for row in rows[done : done + 4 * self.batch_size]:
+                open_image(self.files[row])
+            raise
+        finally:
+            # DALI's objects refer to each other: without this, memory of old epochs is freed late
+            del batches
+            gc.collect()
+
+    def _start(self, rows: list[int]) -> DALIGenericIterator:
+        """A pipeline over these rows, in this order."""
         device = self.cfg.dali.device
         pipeline = _epoch(
             *([self.files[row] for row in rows], rows, self.views, device),
             batch_size=self.batch_size,
             num_threads=max(self.cfg.data.num_workers, 1),
             device_id=torch.cuda.current_device() if device == "gpu" else None,
-            seed=seed,
+            seed=hash((self.cfg.seed, self.sampler.epoch, self.sampler.rank)) & 0x7FFFFFFF,
         )
-        names = [*(f"view{index}" for index in range(len(self.views))), "row"]
-        batches = DALIGenericIterator(
+        names = [*(f"view{number}" for number in range(len(self.views))), "row"]
+        return DALIGenericIterator(
             pipeline, names, reader_name="Reader", auto_reset=False, last_batch_policy=LastBatchPolicy.PARTIAL
         )
-        try:
-            for (batch,) in batches:
-                index = batch["row"].flatten()
-                crops = [batch[name] for name in names[:-1]]
-                yield [index, crops, self.labels[index]] if self.indexed else [crops[0], self.labels[index]]
-        finally:
-            # DALI's objects refer to each other: without this, memory of old epochs is freed late
-            del batches, pipeline
-            gc.collect()
 
 
 class DALIImages(Images):

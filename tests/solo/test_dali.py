@@ -1,6 +1,7 @@
 """Images through DALI: every step of every epoch, the right labels, and an epoch that can be repeated."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -253,6 +254,22 @@ def test_images_without_labels(compose, digits, tmp_path):
     assert images.val is None
     for index, _, targets in images.train_dataloader():
         assert torch.equal(targets, torch.full_like(index, -1))
+
+
+def test_a_broken_image_is_named(compose, digits, tmp_path, monkeypatch):
+    """DALI says that an image is broken, not which. Its own part is left out: it may die of one."""
+
+    def refuse(*_):
+        raise RuntimeError("nvImageCodec failure")
+
+    folder = tmp_path / "broken"
+    shutil.copytree(digits / "train", folder)
+    (folder / "7" / "oops.png").write_bytes(b"no image")
+    cfg = parse_pretrain(compose("isoloss", *DALI, f"data.train_path={folder}", "optimizer.batch_size=97"))
+    loader = pretrain_images(cfg).train_dataloader()
+    monkeypatch.setattr(loader, "_start", refuse)
+    with pytest.raises(UserError, match=r"7/oops.png cannot be read as an image"):
+        list(loader)
 
 
 # the commands

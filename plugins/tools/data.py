@@ -1,4 +1,4 @@
-"""Writes the image folders that the suites train on: ``python -m plugins.tools.data digits``.
+"""Writes the image folders that the suites train on: ``python -m plugins.tools.data digits`` or ``tinyimagenet``.
 
 ``digits`` are the 1797 real handwritten digits that ship inside scikit-learn (8x8 pixels, test part of the UCI set
 "Optical Recognition of Handwritten Digits"). As they are, they prove nothing: the features of an untrained ResNet-18
@@ -14,6 +14,14 @@ Layout, readable by torchvision's ImageFolder and everything like it::
     datasets/digits/manifest.json              settings, counts, mean and standard deviation of train
 
 where ``<row>`` is the digit's row in ``sklearn.datasets.load_digits()``.
+
+``tinyimagenet`` is Stanford's archive tiny-imagenet-200.zip (200 classes, 64x64 pixels), which everyone has to download
+on their own. In it the validation images lie in one folder, beside a list of their classes; they are sorted into class
+folders here, and the files are copied as they are::
+
+    datasets/tinyimagenet/train/<class>/*.JPEG  500 images of each class
+    datasets/tinyimagenet/val/<class>/*.JPEG     50 images of each class
+    datasets/tinyimagenet/manifest.json         counts
 """
 
 import argparse
@@ -22,7 +30,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,15 +158,22 @@ def make_digits(out: str | os.PathLike[str] = "datasets/digits", *, size: int = 
         raise DataError(f"size must be at least 8 pixels, got {size}")
     if seed < 0:
         raise DataError(f"seed must not be negative, got {seed}")
-    out = Path(out)
-    settings = _settings(size=size, seed=seed)
+    return _make(Path(out), _settings(size=size, seed=seed), _write_digits)
+
+
+def _make(out: Path, settings: dict[str, Any], write: Callable[[Path, dict[str, Any]], None]) -> bool:
+    """Let ``write(folder, settings)`` fill a folder, and put it in its place when it is complete.
+
+    Returns:
+        Whether anything was written: not if ``out`` was made with the same settings before.
+    """
     if _holds(out, settings):
         return False
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.parent / f".{out.name}.{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        _write_digits(scratch, settings)
+        write(scratch, settings)
         try:
             scratch.rename(out)
         except OSError:
@@ -239,6 +256,94 @@ def _write_digits(folder: Path, settings: dict[str, Any]) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
+class _Archive:
+    """The files of a zip archive, or of the folder that it was unpacked into, below the folder that holds wnids.txt."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        try:
+            if place.is_dir():
+                self.zip, names = None, [str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()]
+            elif place.is_file():
+                self.zip = zipfile.ZipFile(place)
+                names = self.zip.namelist()
+            else:
+                raise DataError(f"there is no {place}; download tiny-imagenet-200.zip and give its path with --archive")
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{place} is no complete zip archive ({error}); download it again") from None
+        lists = sorted((name for name in names if Path(name).name == "wnids.txt"), key=len)
+        if not lists:
+            raise DataError(f"{place} is not tiny-imagenet-200: it has no wnids.txt")
+        self.root = lists[0].removesuffix("wnids.txt")
+        self.names = {name.removeprefix(self.root) for name in names if name.startswith(self.root)}
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            DataError: it is missing, or broken.
+        """
+        if name not in self.names:
+            raise DataError(f"{self.place} is incomplete: it has no {self.root}{name}; download it again")
+        try:
+            return (self.place / self.root / name).read_bytes() if self.zip is None else self.zip.read(self.root + name)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise DataError(f"{self.place} is broken ({error}); download it again") from None
+
+    def rows(self, name: str) -> list[list[str]]:
+        """The words of each line of a text file."""
+        return [line.split() for line in self.read(name).decode().splitlines() if line.strip()]
+
+
+def make_tinyimagenet(archive: str | os.PathLike[str], out: str | os.PathLike[str] = "datasets/tinyimagenet") -> bool:
+    """Sort the images of Tiny ImageNet into class folders, unless that has been done already.
+
+    Args:
+        archive: tiny-imagenet-200.zip, or the folder that it was unpacked into.
+        out: the folder to make. It appears when complete, never in part.
+
+    Returns:
+        Whether it wrote anything.
+
+    Raises:
+        DataError: the archive is missing, broken or incomplete, or the folder holds something else.
+    """
+
+    def write(folder: Path, settings: dict[str, Any]) -> None:
+        _write_tinyimagenet(folder, settings, _Archive(Path(archive)))
+
+    return _make(Path(out), {"dataset": "tinyimagenet", "size": 64}, write)
+
+
+def _write_tinyimagenet(folder: Path, settings: dict[str, Any], archive: _Archive) -> None:
+    from tqdm import tqdm
+
+    classes = [row[0] for row in archive.rows("wnids.txt")]
+    images = [
+        (f"train/{name}/images/{row[0]}", f"train/{name}/{row[0]}")
+        for name in classes
+        for row in archive.rows(f"train/{name}/{name}_boxes.txt")
+    ]
+    counts = {"train": len(images)}
+    for row in archive.rows("val/val_annotations.txt"):
+        if row[1] not in classes:
+            raise DataError(f"val_annotations.txt names a class that wnids.txt does not: {row[1]}")
+        images.append((f"val/images/{row[0]}", f"val/{row[1]}/{row[0]}"))
+    counts["val"] = len(images) - counts["train"]
+    for _, target in images:  # an archive comes from outside: it must not write elsewhere
+        if len(Path(target).parts) != 3 or ".." in Path(target).parts:
+            raise DataError(f"{archive.place} names an image that is none: {target}")
+    if 0 in counts.values():
+        raise DataError(f"{archive.place} lists no images of {min(counts, key=lambda split: counts[split])}")
+    for split in counts:
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+    for source, target in tqdm(images, desc="tinyimagenet", unit=" images", disable=None):
+        (folder / target).write_bytes(archive.read(source))
+    manifest = {**settings, "classes": len(classes), "counts": counts}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m plugins.tools.data", description="Make a data set.")
@@ -247,16 +352,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     digits.add_argument("--out", default="datasets/digits", help="folder to make (default: %(default)s)")
     digits.add_argument("--size", type=int, default=16, help="side of the images in pixels (default: %(default)s)")
     digits.add_argument("--seed", type=int, default=0, help="of placement, nuisances and split (default: %(default)s)")
+    tiny = commands.add_parser("tinyimagenet", help="Tiny ImageNet, sorted into class folders")
+    tiny.add_argument("--archive", required=True, help="tiny-imagenet-200.zip, or the folder it was unpacked into")
+    tiny.add_argument("--out", default="datasets/tinyimagenet", help="folder to make (default: %(default)s)")
     options = parser.parse_args(argv)
     try:
-        written = make_digits(options.out, size=options.size, seed=options.seed)
+        if options.dataset == "digits":
+            written = make_digits(options.out, size=options.size, seed=options.seed)
+        else:
+            written = make_tinyimagenet(options.archive, options.out)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     manifest = json.loads((Path(options.out) / "manifest.json").read_text())
     counts = ", ".join(f"{split} {count}" for split, count in manifest["counts"].items())
     state = "written" if written else "already there"
-    print(f"{options.out}: {state} ({counts}; {manifest['size']} px, seed {manifest['seed']})")
+    seed = f", seed {manifest['seed']}" if "seed" in manifest else ""
+    print(f"{options.out}: {state} ({counts}; {manifest['size']} px{seed})")
     return 0
 
 

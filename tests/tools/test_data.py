@@ -1,6 +1,8 @@
-"""The digits on disk: split, bytes, and what happens when the folder is there already."""
+"""Data on disk: split, bytes, and what happens when the folder is there already."""
 
+import io
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -127,3 +129,124 @@ def test_shift_moves_right_and_down():
     centred = data.place_digit(digit, size=16, scale=0.5, shift=(0, 0), angle=0)
     moved = data.place_digit(digit, size=16, scale=0.5, shift=(2 / 16, 1 / 16), angle=0)
     np.testing.assert_allclose(moved, np.roll(centred, (1, 2), axis=(0, 1)), atol=1e-9)
+
+
+# Tiny ImageNet, in an archive laid out as Stanford's
+
+_CLASSES = ("n02", "n01", "n03")
+
+
+def _image(colour):
+    data = io.BytesIO()
+    Image.new("RGB", (64, 64), colour).save(data, "JPEG")
+    return data.getvalue()
+
+
+def _tiny_files():
+    """{name: bytes}: three classes with four images for training and two for validation each."""
+    files, annotations = {"wnids.txt": "\n".join(_CLASSES).encode() + b"\n", "words.txt": b"n01\ttench\n"}, []
+    for label, name in enumerate(_CLASSES):
+        files[f"train/{name}/{name}_boxes.txt"] = b"".join(
+            f"{name}_{i}.JPEG\t0\t10\t63\t58\n".encode() for i in range(4)
+        )
+        for index in range(4):
+            files[f"train/{name}/images/{name}_{index}.JPEG"] = _image((80 * label, 50 * index, 0))
+        for index in range(2):
+            number = 2 * ((label + 1) % 3) + index
+            files[f"val/images/val_{number}.JPEG"] = _image((80 * label, 50 * index, 255))
+            annotations.append(f"val_{number}.JPEG\t{name}\t0\t32\t44\t62\n")
+    files["val/val_annotations.txt"] = "".join(annotations).encode()
+    files["test/images/test_0.JPEG"] = _image((0, 0, 0))
+    return files
+
+
+def _zip(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(f"tiny-imagenet-200/{name}", data)
+    return path
+
+
+def _check_tiny(out, files):
+    found = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.JPEG")}
+    wanted = {name.replace("/images/", "/"): data for name, data in files.items() if name.startswith("train/n")}
+    wanted = {name: data for name, data in wanted.items() if name.endswith(".JPEG")}
+    for line in files["val/val_annotations.txt"].decode().splitlines():
+        image, name = line.split()[:2]
+        wanted[f"val/{name}/{image}"] = files[f"val/images/{image}"]
+    assert found == wanted and len(found) == 3 * 4 + 3 * 2
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["counts"] == {"train": 12, "val": 6} and manifest["classes"] == 3
+
+
+def test_tinyimagenet_is_sorted_into_class_folders(tmp_path, capsys):
+    files, out = _tiny_files(), tmp_path / "datasets" / "tinyimagenet"
+    archive = _zip(tmp_path / "tiny-imagenet-200.zip", files)
+    assert data.main(["tinyimagenet", "--archive", str(archive), "--out", str(out)]) == 0
+    assert "written (train 12, val 6; 64 px)" in capsys.readouterr().out
+    _check_tiny(out, files)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    archive.unlink()  # not needed a second time
+    assert data.main(["tinyimagenet", "--archive", str(archive), "--out", str(out)]) == 0
+    assert "already there" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+@pytest.mark.parametrize("inner", [".", "tiny-imagenet-200"])
+def test_tinyimagenet_may_be_unpacked(tmp_path, inner):
+    files = _tiny_files()
+    for name, content in files.items():
+        (tmp_path / "unpacked" / inner / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "unpacked" / inner / name).write_bytes(content)
+    assert data.make_tinyimagenet(tmp_path / "unpacked", tmp_path / "out")
+    _check_tiny(tmp_path / "out", files)
+
+
+def test_solo_learn_and_torchvision_read_it(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    data.make_tinyimagenet(_zip(tmp_path / "a.zip", _tiny_files()), tmp_path / "out")
+    train, val = ImageFolder(tmp_path / "out" / "train"), ImageFolder(tmp_path / "out" / "val")
+    assert train.classes == val.classes == sorted(_CLASSES)
+    assert [val.targets.count(label) for label in range(3)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("wnids.txt", "is not tiny-imagenet-200: it has no wnids.txt"),
+        ("val/val_annotations.txt", "is incomplete: it has no tiny-imagenet-200/val/val_annotations.txt"),
+        ("train/n03/images/n03_2.JPEG", "is incomplete: it has no tiny-imagenet-200/train/n03/images/n03_2.JPEG"),
+        ("train/n01/n01_boxes.txt", "is incomplete: it has no tiny-imagenet-200/train/n01/n01_boxes.txt"),
+        ("val/images/val_5.JPEG", "is incomplete: it has no tiny-imagenet-200/val/images/val_5.JPEG"),
+    ],
+)
+def test_an_incomplete_tinyimagenet_is_refused(tmp_path, missing, sentence, capsys):
+    files = _tiny_files()
+    del files[missing]
+    archive = _zip(tmp_path / "tiny.zip", files)
+    assert data.main(["tinyimagenet", "--archive", str(archive), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and len(error.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.zip"]
+
+
+def test_a_broken_tinyimagenet_is_refused(tmp_path, capsys):
+    archive, out = _zip(tmp_path / "tiny.zip", _tiny_files()), str(tmp_path / "out")
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: len(whole) // 2])  # a download that stopped
+    assert data.main(["tinyimagenet", "--archive", str(archive), "--out", out]) == 2
+    assert "is no complete zip archive" in capsys.readouterr().err
+    spoiled = bytearray(whole)
+    spoiled[whole.index(b"\xff\xd8") + 30] ^= 0xFF  # in the first image
+    archive.write_bytes(spoiled)
+    assert data.main(["tinyimagenet", "--archive", str(archive), "--out", out]) == 2
+    assert "is broken" in capsys.readouterr().err
+    files = _tiny_files()
+    files["train/n01/n01_boxes.txt"] += b"../../../../evil.JPEG\t0\n"
+    _zip(archive, files)
+    assert data.main(["tinyimagenet", "--archive", str(archive), "--out", out]) == 2
+    assert "names an image that is none" in capsys.readouterr().err
+    assert data.main(["tinyimagenet", "--archive", str(tmp_path / "none.zip"), "--out", out]) == 2
+    assert "download tiny-imagenet-200.zip and give its path with --archive" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.zip"]

@@ -53,18 +53,20 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    """Processes joined in one gloo group, which wait for functions to run.
+    """Processes joined in one group, which wait for functions to run.
 
     They start on first use, from a fork server that has imported torch once, and start anew after a function that hung.
 
     Args:
         size: how many.
         timeout: seconds that a call may take.
+        backend: "gloo", or "nccl", with which rank r has the GPU of index r as its current device.
     """
 
-    def __init__(self, size: int = POOL_SIZE, *, timeout: float = 120) -> None:
+    def __init__(self, size: int = POOL_SIZE, *, timeout: float = 120, backend: str = "gloo") -> None:
         self.size = size
         self.timeout = timeout
+        self.backend = backend
         self._processes: list[Any] = []
         self._pipes: list[connection.Connection] = []
         self._folder: tempfile.TemporaryDirectory | None = None
@@ -148,7 +150,7 @@ class RankPool:
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, rank, self.size, rendezvous, self.timeout), daemon=True
+                target=_serve, args=(theirs, rank, self.size, rendezvous, self.timeout, self.backend), daemon=True
             )
             process.start()
             theirs.close()
@@ -156,13 +158,15 @@ class RankPool:
             self._pipes.append(ours)
 
 
-def _serve(pipe: connection.Connection, rank: int, size: int, rendezvous: str, timeout: float) -> None:
+def _serve(pipe: connection.Connection, rank: int, size: int, rendezvous: str, timeout: float, backend: str) -> None:
     """The life of a rank: join the group, then run what comes until nothing does."""
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks the host's name up, which can take long
     torch.set_num_threads(1)
     limit = timedelta(seconds=timeout)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=limit)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=size, timeout=limit)
     groups = {n: dist.new_group(list(range(n)), timeout=limit) for n in range(2, size)}
     comms = {1: LOCAL, **{n: Collective(group) for n, group in groups.items()}, size: WORLD}
     while True:

@@ -100,6 +100,22 @@ def test_step_compares_each_method_with_one_of_solo_learns(one_thread, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.solo
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [("cpu", "bf16"), *(pytest.param("cuda", each, marks=pytest.mark.gpu) for each in ("32", "16", "bf16"))],
+)
+def test_step_in_each_precision(device, precision, one_thread, tmp_path):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("NOT TESTED on a GPU: there is none")
+    options = ("--method", "isoloss", "--device", device, "--precision", precision, "--json", str(tmp_path / "b.json"))
+    assert main(["step", *options, *_TINY]) == 0
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert (written["environment"]["precision"], len(written["results"])) == (precision, 2)
+    assert all(result["ratio"] > 0 for result in written["results"])
+
+
+@pytest.mark.slow
+@pytest.mark.solo
 @pytest.mark.parametrize(("method", "limits"), [("isoloss", (1.25, 0.95)), ("ssl_ey", (1.25,))])
 def test_step_marks(method, limits, one_thread, tmp_path):
     # a quiet machine must reach 1, clearly less at τ = 0, and 1; shared machines are noisy

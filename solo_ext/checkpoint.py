@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from solo_ext.compat import pl
+from solo_ext.compat.common import LATE_BUFFERS
 from solo_ext.console import first_process, say
 from solo_ext.errors import UserError
 from solo_ext.logs import write_json
@@ -203,6 +204,7 @@ def check_resumable(path: Path, cfg: DictConfig, model: torch.nn.Module) -> int:
         if key in mark and theirs != ours:
             raise UserError(f"{path} is a checkpoint of {key} {theirs}, this run trains {key} {ours}")
     theirs, ours = checkpoint["state_dict"], model.state_dict()
+    theirs = {name: tensor for name, tensor in theirs.items() if name in ours or name not in LATE_BUFFERS}
     for name in (*sorted(set(ours) - set(theirs)), *sorted(set(theirs) - set(ours))):
         raise UserError(f"{path} is a checkpoint of another network: {name} is in only one of the two")
     for name, tensor in ours.items():

@@ -8,12 +8,13 @@ Mended, with the place in main (m) and in 1.0.2 (o):
 * ``_base_shared_step``: the loss of a batch without any label was NaN.
 * ``_shared_step_momentum``: fewer than five classes was a crash.
 * ``on_validation_epoch_end``: processes with unequal numbers of images were averaged as if equal.
+* ``on_train_start`` of SwAV and DeepClusterV2: it makes buffers, without which a checkpoint was refused at resumption.
 * ``LinearModel``: the same points.
 * ``methods/deepclusterv2.py``: the loss of the first epoch, before there are clusters, was NaN, its gradient zero.
 """
 
 from functools import wraps
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,9 @@ IGNORED_OPTIONS = {
 }
 """Options that main's own YAML files give a native method, and main itself never reads."""
 
+LATE_BUFFERS = ("queue", "local_memory_index", "local_memory_embeddings")
+"""Buffers of a checkpoint that SwAV and DeepClusterV2 make only when training starts."""
+
 
 def complete(cfg: DictConfig) -> DictConfig:
     """Fill in what a configuration may leave out."""
@@ -66,15 +70,33 @@ def complete(cfg: DictConfig) -> DictConfig:
 class MethodMixin:
     """Mends solo-learn's BaseMethod; first in the order of resolution."""
 
+    _late: ClassVar[dict[str, Tensor]] = {}
+
     def _base_shared_step(self, X: Tensor, targets: Tensor) -> dict[str, Any]:
         """Classification of one view; the loss of a batch without any label is 0."""
         out = super()._base_shared_step(X, targets)
         out["loss"] = _labelled_cross_entropy(out["logits"], targets)
         return out
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep back the buffers that are not there yet."""
+        super().on_load_checkpoint(checkpoint)
+        state, there = checkpoint["state_dict"], dict(self.named_buffers())
+        self._late = {name: state.pop(name) for name in LATE_BUFFERS if name in state and name not in there}
+
+    def on_train_start(self) -> None:
+        """Fill the buffers that were kept back, unless there are more or fewer processes now."""
+        super().on_train_start()
+        for name, value in self._late.items():
+            if self.get_buffer(name).shape == value.shape:
+                self.get_buffer(name).copy_(value)
+
     def on_train_epoch_start(self) -> None:
         """Forget the k-NN features of an epoch after which nothing was validated."""
-        super().on_train_epoch_start()
+        with torch.random.fork_rng(devices=[]):
+            # DeepClusterV2 starts its clusters at random: the same in a resumed run
+            torch.default_generator.manual_seed(self.current_epoch)
+            super().on_train_epoch_start()
         if self.knn_eval:
             self.knn.reset()
 

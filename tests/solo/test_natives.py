@@ -104,6 +104,23 @@ def test_native_method_trains_from_its_own_file(file, checkout, digits, tmp_path
     _check_run(tmp_path / _method(file) / "v", _method(file))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["cifar/deepclusterv2.yaml", "cifar/swav.yaml"])
+def test_a_method_with_a_memory_resumes_to_the_same_weights(file, checkout, digits, tmp_path, monkeypatch):
+    """Its buffers are made when training starts, after a checkpoint is read; clusters start at random."""
+    states = []
+    for version in ("whole", "resumed"):
+        more = ["++max_epochs=2", f"++checkpoint.version={version}", "++checkpoint.keep_prev=true"]
+        if states:
+            (first,) = tmp_path.rglob("*-whole-ep=0.ckpt")
+            more.append(f"++resume_from_checkpoint='{first}'")
+        monkeypatch.setattr(sys, "argv", ["main_pretrain", *_arguments(file, checkout, digits, tmp_path, *more)])
+        main_pretrain.main()
+        states.append(torch.load(next(tmp_path.rglob(f"*-{version}-ep=1.ckpt")), weights_only=True)["state_dict"])
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 _LOOP = """
 import contextlib, io, json, sys, traceback
 from solo_ext import main_pretrain

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import string
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,27 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     return json.loads(json.dumps({**same, "dataset": cfg.data.dataset, "custom_data": folder}))
 
 
+def check_writable(folder: Path, option: str) -> None:
+    """Make a folder, and see whether a file can be written there.
+
+    Raises:
+        UserError: it cannot; the sentence names the option that says where.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{option}: nothing can be written to {folder}: {error.strerror}") from None
+
+
 def claim_folder(folder: Path, resumed: Path | None) -> None:
     """Refuse to train into a folder that holds another run.
 
     Raises:
         UserError: it holds a checkpoint, and this is not that run resumed.
     """
+    check_writable(folder, "checkpoint.dir")
     held = sorted(folder.glob("*.ckpt"))
     if held and (resumed is None or resumed.resolve().parent != folder.resolve()):
         raise UserError(

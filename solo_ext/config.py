@@ -4,6 +4,7 @@ The format is that of solo-learn's main branch. What main leaves to an assertion
 """
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from solo_ext.compat.optim import OPTIMIZERS
 from solo_ext.console import say
 from solo_ext.data import DOWNLOADED, H5Images, hint, split_path
 from solo_ext.errors import UserError
+from solo_ext.launch import refused
 from solo_ext.transforms import CLASSES, DATASETS, complete_views
 
 _SHARED_DEFAULTS: dict[str, Any] = {
@@ -51,6 +53,19 @@ _LINEAR_DEFAULTS: dict[str, Any] = {
     "cutmix": 0.0,
     "label_smoothing": 0.0,
 }
+_WORDS = ("name", "checkpoint.dir", "checkpoint.version", "checkpoint.group", "resume_from_checkpoint")
+_WHOLE = {
+    **{"optimizer.batch_size": 1, "max_epochs": 0, "checkpoint.frequency": 1, "seed": 0, "num_nodes": 1},
+    **{"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 1},
+}
+"""Entries that are whole numbers, and the least they can be."""
+_LIGHTNING_DECIDES = ("check_val_every_n_epoch", "log_every_n_steps")  # null is Lightning's own value
+_NOT_NEGATIVE = (
+    *("optimizer.lr", "optimizer.classifier_lr", "optimizer.weight_decay", "optimizer.layer_decay"),
+    *("scheduler.warmup_epochs", "scheduler.min_lr", "scheduler.warmup_start_lr", "auto_resume.max_hours"),
+    *("mixup", "cutmix", "label_smoothing"),
+)
+"""Entries that are numbers, at least 0."""
 _FORMATS = ("image_folder", "dali", "h5")
 _SCHEDULERS = ("warmup_cosine", "step", "none")
 _REQUIRED = ("backbone.name", "data.dataset", "data.train_path", "max_epochs")
@@ -103,9 +118,12 @@ def parse_linear(cfg: DictConfig) -> DictConfig:
     _require(cfg, "pretrained_feature_extractor", "data.val_path")
     for key in ("max_epochs", "check_val_every_n_epoch"):
         _whole(cfg, key, least=1)
-    for key in ("mixup", "cutmix", "label_smoothing"):
-        if not isinstance(cfg[key], int | float) or cfg[key] < 0:
-            raise UserError(f"{key} must be a number, at least 0, got {cfg[key]!r}")
+    if cfg.label_smoothing >= 1:
+        raise UserError(f"label_smoothing must be below 1, got {cfg.label_smoothing}")
+    if (cfg.mixup or cfg.cutmix) and cfg.optimizer.batch_size % 2:
+        raise UserError(
+            f"mixup and cutmix pair images: optimizer.batch_size must be even, got {cfg.optimizer.batch_size}"
+        )
     cfg.identity = identity(cfg)
     cfg.optimizer.lr *= _batch_scale(cfg)
     return cfg
@@ -118,16 +136,62 @@ def _shared(cfg: DictConfig, defaults: dict[str, Any]) -> DictConfig:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"the configuration does not resolve: {str(error).splitlines()[0]}") from None
-    _none_words_to_none(cfg)
-    _require(cfg, *_REQUIRED, *_REQUIRED_OPTIMIZER)
     if cfg.get("method_kwargs", {}) is None:
         cfg.method_kwargs = {}
-    for key, least in (("optimizer.batch_size", 1), ("max_epochs", 0), ("checkpoint.frequency", 1), ("seed", 0)):
-        _whole(cfg, key, least=least)
+    _check_kinds(cfg, {**_SHARED_DEFAULTS, **defaults})
+    _none_words_to_none(cfg)
+    _words(cfg, *_WORDS)
+    _require(cfg, *_REQUIRED, *_REQUIRED_OPTIMIZER)
+    for key, least in _WHOLE.items():
+        absent = (..., None) if key in _LIGHTNING_DECIDES else (...,)
+        if OmegaConf.select(cfg, key, default=...) not in absent:
+            _whole(cfg, key, least=least)
+    if cfg.seed >= 2**32:
+        raise UserError(f"seed must be below 2**32, got {cfg.seed}")
+    for key in _NOT_NEGATIVE:
+        if OmegaConf.select(cfg, key, default=...) is not ...:
+            _not_negative(cfg, key)
     _check_data(cfg)
     _check_trainer(cfg)
     _check_optimizer(cfg)
     return cfg
+
+
+def _check_kinds(cfg: DictConfig, defaults: dict[str, Any], above: str = "") -> None:
+    """Refuse a value where a section of entries belongs, and anything but true and false where these do."""
+    for key, default in defaults.items():
+        value, name = cfg.get(key), above + key
+        if isinstance(default, dict):
+            if not OmegaConf.is_dict(value):
+                raise UserError(f"{name} must be a section with entries of its own, got {value!r}")
+            _check_kinds(value, default, f"{name}.")
+        elif isinstance(default, bool) and not isinstance(value, bool):
+            raise UserError(f"{name} must be true or false, got {value!r}")
+
+
+def _words(cfg: DictConfig, *keys: str) -> None:
+    """Make words of what YAML reads as numbers: a version 3, a name 2024."""
+    for key in keys:
+        value = OmegaConf.select(cfg, key)
+        if value is None and key not in ("name", "checkpoint.dir"):
+            continue
+        if not isinstance(value, str | int | float) or isinstance(value, bool) or value == "":
+            raise UserError(f"{key} must be a word, got {value!r}")
+        if key in ("name", "checkpoint.version") and "/" in str(value):
+            raise UserError(f"{key} becomes the name of a file: it cannot hold a slash, got {value!r}")
+        OmegaConf.update(cfg, key, str(value))
+
+
+def _not_negative(cfg: DictConfig, key: str) -> None:
+    value = OmegaConf.select(cfg, key)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # YAML reads 1e-5 as a word
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise UserError(f"{key} must be a number, at least 0, got {value!r}")
+    if isinstance(value, str):
+        OmegaConf.update(cfg, key, number)
 
 
 def _none_words_to_none(cfg: DictConfig) -> None:
@@ -270,18 +334,17 @@ def _check_optimizer(cfg: DictConfig) -> None:
         raise UserError(f"scheduler.interval must be step or epoch, got {cfg.scheduler.interval!r}")
     if cfg.scheduler.name == "step" and not OmegaConf.is_list(cfg.scheduler.lr_decay_steps):
         raise UserError(f"scheduler.lr_decay_steps must be a list of epochs, got {cfg.scheduler.lr_decay_steps!r}")
-    for key in ("lr", "classifier_lr", "weight_decay"):
-        if key in optimizer:
-            try:  # YAML reads 1e-5 as a word
-                optimizer[key] = float(optimizer[key])
-            except (TypeError, ValueError):
-                raise UserError(f"optimizer.{key} must be a number, got {optimizer[key]!r}") from None
     if optimizer.name in ("sgd", "lars"):
         optimizer.kwargs.setdefault("momentum", 0.9)
     known = set(inspect.signature(OPTIMIZERS[optimizer.name]).parameters) - {"params", "lr", "weight_decay"}
     for key in optimizer.kwargs:
         if key not in known:
             raise UserError(f"optimizer {optimizer.name} has no option {key!r}; it knows {', '.join(sorted(known))}")
+    rates = {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
+    with refused("the optimizer"):
+        OPTIMIZERS[optimizer.name](
+            [torch.zeros(1, requires_grad=True)], **rates, **OmegaConf.to_container(optimizer.kwargs)
+        )
 
 
 def _batch_scale(cfg: DictConfig) -> float:

@@ -145,7 +145,7 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Any]) -> 
     given["use_distributed_sampler"] = False  # the loaders divide the images themselves, each image once
     try:
         return pl.Trainer(**given)
-    except (TypeError, ValueError, pl.utilities.exceptions.MisconfigurationException) as error:
+    except (TypeError, ValueError, ImportError, pl.utilities.exceptions.MisconfigurationException) as error:
         raise UserError(f"the trainer refuses the configuration: {error}") from None
 
 

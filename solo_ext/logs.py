@@ -46,7 +46,7 @@ class AppendingCSVLogger(pl.loggers.CSVLogger):
         metrics = folder / "metrics.csv"
         if epochs and metrics.is_file():
             with metrics.open(newline="") as file:
-                self._rows = [row for row in csv.DictReader(file) if row.get("epoch") and float(row["epoch"]) < epochs]
+                self._rows = _rows_before(epochs, list(csv.DictReader(file)))
 
     @property
     def experiment(self) -> Any:
@@ -55,6 +55,12 @@ class AppendingCSVLogger(pl.loggers.CSVLogger):
         rows, self._rows = self._rows, []
         writer.metrics.extend({key: value for key, value in row.items() if value != ""} for row in rows)
         return writer
+
+
+def _rows_before(epochs: int, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows of the first epochs; one that names no epoch, such as a learning rate's, goes with its step."""
+    last = max((int(row["step"]) for row in rows if row.get("epoch") and float(row["epoch"]) < epochs), default=-1)
+    return [row for row in rows if (float(row["epoch"]) < epochs if row.get("epoch") else int(row["step"]) <= last)]
 
 
 def loggers(cfg: DictConfig, folder: Path, epochs: int) -> list[Any]:

@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from solo_ext.checkpoint import check_writable
 from solo_ext.compat import pl
 from solo_ext.data import evaluation_loader
 from solo_ext.errors import UserError
@@ -151,6 +152,7 @@ class AutoUMAP(pl.Callback):
         if not isinstance(self.frequency, int) or isinstance(self.frequency, bool) or self.frequency < 1:
             raise UserError(f"auto_umap.frequency must be a whole number above 0, got {self.frequency!r}")
         self.folder = Path(cfg.auto_umap.dir) / cfg.method / folder.name
+        check_writable(self.folder, "auto_umap.dir")
         self.stem = f"{cfg.name}-{folder.name}"
         self.seed = cfg.seed
         self.reading = (cfg.optimizer.batch_size, cfg.data.num_workers)

@@ -304,6 +304,8 @@ def _without_decay_of_vectors(groups: list[dict[str, Any]]) -> list[dict[str, An
         matrices = [p for p in parameters if p.ndim > 1]
         vectors = [p for p in parameters if p.ndim <= 1]
         split += [{**rest, "params": matrices}] if matrices else []
+        if vectors and "name" in rest:  # the learning rates of both are logged under their names
+            rest["name"] += "_no_decay"
         split += [{**rest, "params": vectors, "weight_decay": 0}] if vectors else []
     return split
 

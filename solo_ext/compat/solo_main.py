@@ -89,7 +89,11 @@ class MainInterface(MethodMixin):
     def __init__(self, cfg: DictConfig) -> None:
         if cfg.backbone.name not in backbones():
             raise unknown_backbone(cfg.backbone.name, backbones())
-        super().__init__(complete(cfg))
+        cfg = complete(cfg)
+        crop_size = cfg.augmentations[0].crop_size
+        if cfg.backbone.name.startswith(("vit", "swin")) and crop_size != 224:
+            cfg.backbone.kwargs.setdefault("img_size", crop_size)
+        super().__init__(cfg)
 
 
 class BaseMethod(MainInterface, _HostBase):

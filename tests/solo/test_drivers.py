@@ -18,6 +18,7 @@ from solo_ext import main_knn, main_linear, main_pretrain
 from solo_ext.checkpoint import auto_resume, find_checkpoint
 from solo_ext.config import parse_pretrain
 from solo_ext.errors import UserError
+from solo_ext.logs import AppendingCSVLogger
 
 pytestmark = pytest.mark.solo
 ROOT = Path(__file__).parents[2]
@@ -406,6 +407,22 @@ _REFUSED_TOO = {
     "negative power": (["+method_kwargs.alpha=-1.0"], "alpha must be in [0, inf], got -1.0"),
     "momentum above 1": (["momentum.base_tau=2"], "momentum.base_tau must be in [0, 1], got 2"),
     "devices": (["devices=some"], "devices must be a number or a list of indexes, got 'some'"),
+    "negative rate": (["optimizer.lr=-1"], "optimizer.lr must be a number, at least 0, got -1"),
+    "infinite decay": (["optimizer.weight_decay=inf"], "optimizer.weight_decay must be a number, at least 0, got inf"),
+    "no section": (["scheduler=null"], "scheduler must be a section with entries of its own, got None"),
+    "no section either": (["++auto_resume=true"], "auto_resume must be a section"),
+    "a number for options": (["++optimizer.kwargs=3"], "optimizer.kwargs must be a section"),
+    "an option's kind": (["++optimizer.kwargs.betas=5"], "the optimizer refuses the configuration"),
+    "neither true nor false": (
+        ["++momentum.classifier=maybe"],
+        "momentum.classifier must be true or false, got 'maybe'",
+    ),
+    "no folder": (["++checkpoint.dir=null"], "checkpoint.dir must be a word, got None"),
+    "slash": (["++checkpoint.version=a/b"], "checkpoint.version becomes the name of a file"),
+    "no accumulation": (["++accumulate_grad_batches=0"], "accumulate_grad_batches must be a whole number, at least 1"),
+    "seed": (["seed=99999999999"], "seed must be below 2**32"),
+    "warm-up": (["++scheduler.warmup_epochs=abc"], "scheduler.warmup_epochs must be a number, at least 0, got 'abc'"),
+    "unwritable": (["++checkpoint.dir=/dev/null/x"], "checkpoint.dir: nothing can be written to /dev/null/x"),
 }
 
 
@@ -413,6 +430,27 @@ _REFUSED_TOO = {
 def test_more_mistakes_are_one_sentence(case, digits, tmp_path, monkeypatch, capfd):
     more, sentence = _REFUSED_TOO[case]
     assert sentence in _refused(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", *more), monkeypatch, capfd)
+
+
+@pytest.mark.slow
+def test_vectors_can_be_left_out_of_weight_decay(digits, tmp_path, monkeypatch):
+    """Both halves of a group are logged, each under a name of its own; a version may look like a number."""
+    more = ("++optimizer.exclude_bias_n_norm_wd=true", "max_epochs=1", "++checkpoint.version=3")
+    _run(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", *more), monkeypatch)
+    groups = torch.load(find_checkpoint(tmp_path / "isoloss" / "3"), weights_only=True)["optimizer_states"][0]
+    decay = {group["name"]: group["weight_decay"] for group in groups["param_groups"]}
+    assert decay["backbone"] > 0 == decay["backbone_no_decay"]
+
+
+def test_a_resumed_log_keeps_the_rows_before(tmp_path):
+    """Learning rates are logged with a step alone."""
+    rows = ["epoch,lr,step,loss", ",0.1,0,", "0,,2,1.5", ",0.2,3,", "1,,5,1.4", ",0.3,6,"]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
+    logger = AppendingCSVLogger(tmp_path, epochs=1)
+    logger.log_metrics({"loss": 1.3}, step=5)
+    logger.save()
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [(row["step"], row["lr"]) for row in csv.DictReader(file)] == [("0", "0.1"), ("2", ""), ("5", "")]
 
 
 def test_class_folders_must_agree(untrained, digits, tmp_path, monkeypatch, capfd):

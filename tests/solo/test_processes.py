@@ -54,7 +54,7 @@ def test_two_processes_are_one_run(pretrained):
     # 96 images, 2 processes of 16: 3 steps an epoch
     assert torch.load(find_checkpoint(folder), weights_only=True)["global_step"] == 6
     with (folder / "metrics.csv").open() as file:
-        assert {row["epoch"] for row in csv.DictReader(file)} == {"0", "1"}
+        assert {row["epoch"] for row in csv.DictReader(file) if row["epoch"]} == {"0", "1"}
 
 
 def test_learning_rates_grow_with_the_processes(pretrained):

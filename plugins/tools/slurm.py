@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,10 +39,12 @@ class Command:
 
     Args:
         arguments: of ``python``.
+        port: where the processes meet, if they are all on this machine; else it follows from the job's number.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], port: int | None = None) -> None:
         self.arguments = list(arguments)
+        self.port = port
 
     def __call__(self) -> None:
         """Run it.
@@ -50,6 +53,8 @@ class Command:
             RuntimeError: its exit status is not 0.
         """
         environment = {**os.environ, **torch_variables()}
+        if self.port is not None:
+            environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port))
         # the signal that announces the end of the job is for this process, not for the command
         process = subprocess.Popen([sys.executable, *self.arguments], env=environment, preexec_fn=_ignore_announcement)
         try:
@@ -71,6 +76,13 @@ class Command:
 
 def _ignore_announcement() -> None:
     signal.signal(getattr(signal, f"SIG{JobEnvironment.USR_SIG}"), signal.SIG_IGN)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def torch_variables() -> dict[str, str]:
@@ -301,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse(list(sys.argv[1:] if argv is None else argv))
         arguments = complete(options.command, nodes=options.nodes, tasks_per_node=options.tasks_per_node)
-        return submit(options, Command(arguments))
+        return submit(options, Command(arguments, free_port() if options.cluster == "local" else None))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

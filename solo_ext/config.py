@@ -286,19 +286,22 @@ def _check_dali(cfg: DictConfig) -> None:
 
 
 def device_list(given: Any) -> int | list[int]:
-    """How many devices, or which: ``devices`` as Lightning would read it.
+    """How many devices, or which: ``devices`` as Lightning would read it; "auto" and -1 are all there are.
 
     Raises:
         UserError: it is neither a number nor a list.
     """
-    if given == "auto":
+    if given in ("auto", -1, "-1"):
         return max(torch.cuda.device_count(), 1)
     try:
         if isinstance(given, str):
-            return [int(part) for part in given.split(",") if part] if "," in given else int(given)
-        return given if isinstance(given, int) else [int(index) for index in given]
+            given = given.split(",") if "," in given else int(given)
+        devices = given if isinstance(given, int) else [int(index) for index in given if index != ""]
     except (TypeError, ValueError):
-        raise UserError(f"devices must be a number or a list of indexes, got {given!r}") from None
+        devices = 0
+    if not devices or (isinstance(devices, int) and devices < 1):
+        raise UserError(f"devices must be a number above 0 or a list of indexes, got {given!r}")
+    return devices
 
 
 def _check_trainer(cfg: DictConfig) -> None:

@@ -70,7 +70,7 @@ def compose(compose):
     return build
 
 
-@pytest.mark.parametrize(("devices", "count"), [("1", 1), ("2", 2), ("[0]", 1), ("[0,1]", 2), ("'2'", 2)])
+@pytest.mark.parametrize(("devices", "count"), [("1", 1), ("2", 2), ("[0]", 1), ("[0,1]", 2), ("'2'", 2), ("'0,1'", 2)])
 def test_learning_rate_grows_with_the_devices_however_they_are_written(devices, count, scripts, compose):
     cfg = scripts.args.pretrain.parse_cfg(compose("isoloss", f"devices={devices}", "optimizer.lr=0.8"))
     assert cfg.devices == count  # on a CPU Lightning takes a number alone
@@ -112,7 +112,8 @@ _REFUSED = {
     "unknown method": (["method=isolos"], "unknown method 'isolos'; choose from"),
     "small crops": (["augmentations.0.num_crops=3"], "method isoloss compares two views of one size"),
     "missing images": (["data.train_path=nowhere"], "data.train_path is no folder: nowhere (make it with"),
-    "devices": (["devices=many"], "devices must be a number or a list of indexes, got 'many'"),
+    "devices": (["devices=many"], "devices must be a number above 0 or a list of indexes, got 'many'"),
+    "no device": (["devices=0"], "devices must be a number above 0 or a list of indexes, got 0"),
     "interpolation": (["seed=${nothing}"], "the configuration does not resolve"),
 }
 

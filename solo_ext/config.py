@@ -151,7 +151,7 @@ def _shared(cfg: DictConfig, defaults: dict[str, Any]) -> DictConfig:
     for key in _NOT_NEGATIVE:
         if OmegaConf.select(cfg, key, default=...) is not ...:
             _not_negative(cfg, key)
-    _check_data(cfg)
+    check_data(cfg)
     _check_trainer(cfg)
     _check_optimizer(cfg)
     return cfg
@@ -219,7 +219,12 @@ def _whole(cfg: DictConfig, key: str, *, least: int) -> None:
         raise UserError(f"{key} must be a whole number, at least {least}, got {value!r}")
 
 
-def _check_data(cfg: DictConfig) -> None:
+def check_data(cfg: DictConfig) -> None:
+    """Complete and check ``data`` and ``dali``.
+
+    Raises:
+        UserError: something is missing or wrong.
+    """
     data = cfg.data
     if data.dataset not in DATASETS:
         raise UserError(f"unknown data.dataset {data.dataset!r}; choose from {', '.join(sorted(DATASETS))}")

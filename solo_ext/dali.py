@@ -1,26 +1,28 @@
-"""Training images through NVIDIA DALI (``data.format: dali``), for both generations of solo-learn.
+"""Training images through NVIDIA DALI (``data.format: dali``), the same for both generations of solo-learn.
 
-The random steps of an augmentation (colour jitter, grey scale, blur, solarisation) are the host's own classes. What
-stands around them is ours, for three reasons:
+DALI does the work; the few lines that tell it what to do are ours and not the host's, for these reasons:
 
 * the host's pipelines need a GPU: ``device_id`` is a number in them, which on a CPU must be None;
 * the host's order of images is DALI's, which no seed changes, and starts anew when a run is resumed;
-* the host's iterator is reset at each epoch's end, after which Lightning skipped every second epoch.
+* the host's iterator is reset at each epoch's end, after which Lightning skipped every second epoch;
+* 1.0.2 computes every random step for every image and then throws half of them away; both blur with a kernel of 23
+  pixels whatever the width of the blur. On a CPU that makes DALI slower than the ordinary loader.
 
 So each epoch gets a pipeline of its own, which reads just the files of that epoch, in the order in which the ordinary
 loader takes them, and draws from a seed made of (run's seed, epoch, process). Building one takes a tenth of a second,
 2 s for the 1.28 million files of ImageNet. What follows: the same images make a batch with either format; labels and
-indexes are always right; and a resumed run on the CPU sees the very bytes that an uninterrupted one sees, with any
-``data.num_workers``, as long as it has as many processes. On a GPU order, labels and random draws repeat, too, and the
-pixels do as far as the GPU's decoder does. The augmentations are those of the YAML, but not bit for bit those of the
-ordinary loader, whose images come from PIL.
+indexes are always right, so that ``dali.encode_indexes_into_labels`` has nothing to add; and a resumed run on the CPU
+sees the very bytes that an uninterrupted one sees, with any ``data.num_workers``, as long as it has as many processes.
+On a GPU order, labels and random draws repeat, too, and the pixels as far as the GPU's decoder does.
+
+Each step draws from the same distribution as in the host. The pixels are not those of the ordinary loader, whose images
+come from Pillow: DALI's contrast turns about mid-grey, Pillow's about the image's mean.
 
 Validation images are read by the ordinary loader, as in solo-learn's main branch.
 """
 
 import gc
-import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,68 +31,17 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
-from solo_ext.compat import GENERATION
 from solo_ext.data import EpochSampler, Images, listing
 from solo_ext.decode import open_image
 from solo_ext.transforms import LinearCrop, statistics
 
-host = importlib.import_module("solo.data.dali_dataloader" if GENERATION == "main" else "solo.utils.dali_dataloader")
+
+def _cropped(images: Any, side: int, area: tuple[float, float]) -> Any:
+    """A random part of each image, of a random shape, resized to a square."""
+    return fn.random_resized_crop(images, size=side, random_area=area, interp_type=types.INTERP_CUBIC)
 
 
-class View:
-    """One entry of ``augmentations`` in DALI: a batch of images → a batch of crops.
-
-    Args:
-        cfg: the entry, complete.
-        mean, std: of each channel, in [0, 1].
-        device: "cpu" or "gpu".
-    """
-
-    def __init__(self, cfg: DictConfig, mean: Sequence[float], std: Sequence[float], device: str) -> None:
-        self.cfg = cfg
-        self.steps: list[Any] = []
-        self.statistics = {"mean": [255 * value for value in mean], "std": [255 * value for value in std]}
-        jitter = cfg.color_jitter
-        if jitter.prob:
-            strength = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-            self.steps.append(host.RandomColorJitter(*strength, prob=jitter.prob, device=device))
-        if cfg.grayscale.prob:
-            self.steps.append(host.RandomGrayScaleConversion(prob=cfg.grayscale.prob, device=device))
-        if cfg.gaussian_blur.prob:
-            self.steps.append(host.RandomGaussianBlur(prob=cfg.gaussian_blur.prob, device=device))
-        if cfg.solarization.prob:
-            self.steps.append(host.RandomSolarize(prob=cfg.solarization.prob))
-        if cfg.equalization.prob:
-            self.steps.append(_RandomEqualization(cfg.equalization.prob))
-
-    def __call__(self, images: Any) -> Any:
-        """Add the view to the pipeline that is being defined."""
-        side, crop = self.cfg.crop_size, self.cfg.rrc
-        if crop.enabled:
-            area = (crop.crop_min_scale, crop.crop_max_scale)
-            images = fn.random_resized_crop(images, size=side, random_area=area, interp_type=types.INTERP_CUBIC)
-        else:
-            images = fn.resize(images, resize_shorter=side, interp_type=types.INTERP_CUBIC)
-        for step in self.steps:
-            images = step(images)
-        return _normalized(images, side, self.cfg.horizontal_flip.prob, self.statistics)
-
-
-class _RandomEqualization:
-    """The host has none for DALI."""
-
-    def __init__(self, prob: float) -> None:
-        self.prob = prob
-
-    def __call__(self, images: Any) -> Any:
-        if fn.random.coin_flip(probability=self.prob, dtype=types.BOOL):
-            result = fn.equalize(fn.cast(images, dtype=types.UINT8))
-        else:
-            result = fn.cast(images, dtype=types.UINT8)
-        return result
-
-
-def _normalized(images: Any, side: int, flip: float, statistics: dict[str, list[float]]) -> Any:
+def _normalized(images: Any, side: int, flip: float, mean: Sequence[float], std: Sequence[float]) -> Any:
     """The last step of every view: flip, crop at the centre, normalise."""
     return fn.crop_mirror_normalize(
         images,
@@ -98,26 +49,99 @@ def _normalized(images: Any, side: int, flip: float, statistics: dict[str, list[
         mirror=fn.random.coin_flip(probability=flip),
         dtype=types.FLOAT,
         output_layout="CHW",
-        **statistics,
+        mean=[255 * value for value in mean],
+        std=[255 * value for value in std],
     )
+
+
+def _sometimes(prob: float, change: Callable[[Any], Any], images: Any) -> Any:
+    """Change each image with this probability; DALI makes a branch of the ``if``."""
+    if fn.random.coin_flip(probability=prob, dtype=types.BOOL):  # noqa: SIM108  (DALI takes no other form)
+        result = change(images)
+    else:
+        result = images
+    return result
+
+
+def _uniform(low: float, high: float) -> Any:
+    """A number for each image; DALI refuses an empty range."""
+    return fn.random.uniform(range=[low, high]) if low < high else low
+
+
+def _jitter(cfg: DictConfig) -> Callable[[Any], Any]:
+    """Change brightness, contrast, saturation and hue, as ``color_jitter`` says."""
+
+    def jitter(images: Any) -> Any:
+        return fn.color_twist(
+            images,
+            brightness=_uniform(max(1 - cfg.brightness, 0), 1 + cfg.brightness),
+            contrast=_uniform(max(1 - cfg.contrast, 0), 1 + cfg.contrast),
+            saturation=_uniform(max(1 - cfg.saturation, 0), 1 + cfg.saturation),
+            hue=_uniform(-360 * cfg.hue, 360 * cfg.hue),
+        )
+
+    return jitter
+
+
+def _gray(images: Any) -> Any:
+    gray = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
+    return fn.cat(gray, gray, gray, axis=2)
+
+
+def _blur(images: Any) -> Any:
+    return fn.gaussian_blur(images, sigma=_uniform(0.1, 2.0))
+
+
+def _solarize(images: Any) -> Any:
+    dark = images < 128
+    return fn.cast(dark * images + (dark ^ True) * (255 - images), dtype=types.UINT8)
+
+
+class View:
+    """One entry of ``augmentations`` in DALI: a batch of images → a batch of crops, steps in main's order.
+
+    Args:
+        cfg: the entry, complete.
+        mean, std: of each channel, in [0, 1].
+    """
+
+    def __init__(self, cfg: DictConfig, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.cfg, self.mean, self.std = cfg, mean, std
+        steps = [
+            (cfg.color_jitter.prob, _jitter(cfg.color_jitter)),
+            (cfg.grayscale.prob, _gray),
+            (cfg.gaussian_blur.prob, _blur),
+            (cfg.solarization.prob, _solarize),
+            (cfg.equalization.prob, fn.equalize),
+        ]
+        self.steps = [(prob, change) for prob, change in steps if prob]
+
+    def __call__(self, images: Any) -> Any:
+        """Add the view to the pipeline that is being defined."""
+        side, crop = self.cfg.crop_size, self.cfg.rrc
+        if crop.enabled:
+            images = _cropped(images, side, (crop.crop_min_scale, crop.crop_max_scale))
+        else:
+            images = fn.resize(images, resize_shorter=side, interp_type=types.INTERP_CUBIC)
+        for prob, change in self.steps:
+            images = _sometimes(prob, change, images)
+        return _normalized(images, side, self.cfg.horizontal_flip.prob, self.mean, self.std)
 
 
 def pretrain_views(cfg: DictConfig) -> list[View]:
     """All views of ``cfg.augmentations``, each as often as it is wanted."""
     views: list[View] = []
     for view in cfg.augmentations:
-        views += [View(view, *statistics(cfg.data.dataset, view), cfg.dali.device)] * view.num_crops
+        views += [View(view, *statistics(cfg.data.dataset, view))] * view.num_crops
     return views
 
 
-def linear_view(crop: LinearCrop) -> Any:
+def linear_view(crop: LinearCrop) -> Callable[[Any], Any]:
     """The training augmentation of a linear evaluation: a batch of images → a batch of crops."""
-    numbers = {"mean": [255 * value for value in crop.mean], "std": [255 * value for value in crop.std]}
 
     def view(images: Any) -> Any:
-        area = (crop.min_scale, 1.0)
-        images = fn.random_resized_crop(images, size=crop.side, random_area=area, interp_type=types.INTERP_CUBIC)
-        return _normalized(images, crop.side, 0.5 if crop.flip else 0.0, numbers)
+        images = _cropped(images, crop.side, (crop.min_scale, 1.0))
+        return _normalized(images, crop.side, 0.5 if crop.flip else 0.0, crop.mean, crop.std)
 
     return view
 

@@ -64,15 +64,17 @@ def bench_data(
     Raises:
         UserError: DALI or the GPU is missing, or there are no images.
     """
+    from solo_ext.compat import GENERATION
+    from solo_ext.errors import UserError
+
     with _folder(images) as folder:
         readers = {form: _images(folder, form, device, batch_size, workers, crop) for form in ("image_folder", "dali")}
-        speeds = []
+        count, speeds = len(readers["dali"].train), []
+        if count < 2 * batch_size:
+            raise UserError(f"{count} images are fewer than two batches of {batch_size}: nothing to time")
         for epoch in range(rounds):
             pair = [_speed(reader.train_dataloader(), epoch, batches) for reader in readers.values()]
             speeds.append((pair[0], pair[1]))
-        count = len(readers["dali"].train)
-    from solo_ext.compat import GENERATION
-
     return DataResult(
         *(count, crop, batch_size, workers, device, GENERATION),
         loader=statistics.median(loader for loader, _ in speeds),

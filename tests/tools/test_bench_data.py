@@ -48,8 +48,10 @@ def test_command_explains_mistakes(jpegs, tmp_path, capsys, monkeypatch):
     assert main(["--images", str(tmp_path / "none")]) == 2
     assert "error: data.train_path is no folder" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["--images", str(jpegs), "--device", "gpu"]) == 2
+    assert main(["--images", str(jpegs), "--device", "gpu", "--batch-size", "4"]) == 2
     assert "there is no GPU here" in capsys.readouterr().err
+    assert main(["--images", str(jpegs), "--batch-size", "16"]) == 2
+    assert "24 images are fewer than two batches of 16" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["--rounds", "0"])
     assert "--rounds must be at least 1, got 0" in capsys.readouterr().err

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from plugins.tools.command import UserError, first_process, say
 from solo_ext.compat import pl
 from solo_ext.compat.common import LATE_BUFFERS
-from solo_ext.console import first_process, say
-from solo_ext.errors import UserError
 from solo_ext.logs import write_json
 from solo_ext.unpickle import load_inert
 

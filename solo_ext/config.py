@@ -12,12 +12,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from plugins.tools.command import UserError, say
 from solo_ext.checkpoint import identity
 from solo_ext.compat.common import METHOD_DEFAULTS, complete
 from solo_ext.compat.optim import OPTIMIZERS
-from solo_ext.console import say
 from solo_ext.data import DOWNLOADED, H5Images, hint, split_path
-from solo_ext.errors import UserError
 from solo_ext.launch import refused
 from solo_ext.transforms import CLASSES, DATASETS, complete_views
 

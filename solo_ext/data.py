@@ -21,10 +21,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from plugins.tools.command import UserError, say
 from solo_ext.compat import host_data, pl
-from solo_ext.console import say
 from solo_ext.decode import open_image
-from solo_ext.errors import UserError
 from solo_ext.transforms import (
     DATASETS,
     evaluation_transform,

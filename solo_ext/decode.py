@@ -4,7 +4,7 @@ from typing import Any
 
 from PIL import Image
 
-from solo_ext.errors import UserError
+from plugins.tools.command import UserError
 
 
 def open_image(source: Any, name: str | None = None) -> Image.Image:

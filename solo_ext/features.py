@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
+from plugins.tools.command import UserError
 from solo_ext.backbones import build_backbone
 from solo_ext.checkpoint import ARGS, find_checkpoint, load_backbone, read_checkpoint
 from solo_ext.compat import native_methods, native_options
 from solo_ext.data import DOWNLOADED, check_same_classes, evaluation_loader, hint, image_dataset
-from solo_ext.errors import UserError
 from solo_ext.launch import refused
 from solo_ext.registry import method_class
 from solo_ext.transforms import DATASETS, evaluation_transform

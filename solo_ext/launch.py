@@ -14,7 +14,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from solo_ext.errors import UserError, exit_on_user_error
+from plugins.tools.command import UserError, exit_on_user_error
 
 _PACKAGE = Path(__file__).parent
 

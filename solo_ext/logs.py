@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from plugins.tools.command import UserError, say
 from solo_ext.compat import host_release, pl
-from solo_ext.console import say
-from solo_ext.errors import UserError
 
 _PACKAGES = (
     "ssl-plugins",

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from solo_ext.errors import UserError, exit_on_user_error
+from plugins.tools.command import UserError, exit_on_user_error
 
 
 def number(kind: type, *, zero: bool = False) -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from plugins.tools.command import say
+
 USAGE = """usage: python -m solo_ext.main_linear --config-path FOLDER --config-name NAME [key=value ...]
 
 Trains a linear classifier on a frozen pre-trained backbone, or with finetune=True the backbone too.
@@ -43,7 +45,6 @@ def evaluate(cfg: DictConfig) -> Path:
     )
     from solo_ext.compat import LinearModel
     from solo_ext.config import parse_linear
-    from solo_ext.console import say
     from solo_ext.data import linear_images
     from solo_ext.launch import build_trainer, refused, seed_everything
     from solo_ext.logs import BestAccuracy, callbacks, loggers, versions, write_json

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from plugins.tools.command import say
+
 USAGE = """usage: python -m solo_ext.main_pretrain --config-path FOLDER --config-name NAME [key=value ...]
 
 Pre-trains a self-supervised method with solo-learn.
@@ -41,7 +43,6 @@ def pretrain(cfg: DictConfig) -> Path:
     """
     from solo_ext.checkpoint import Checkpointer, claim_folder, resume_point, run_folder
     from solo_ext.config import parse_pretrain
-    from solo_ext.console import say
     from solo_ext.data import pretrain_images
     from solo_ext.launch import build_trainer, refused, seed_everything
     from solo_ext.logs import SpectrumWriter, Throughput, callbacks, loggers, versions, write_json

@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from solo_ext.errors import UserError, exit_on_user_error
+from plugins.tools.command import UserError, exit_on_user_error
 from solo_ext.main_knn import add_arguments, number
 
 

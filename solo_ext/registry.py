@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 
 from plugins.methods import METHODS
 from plugins.spec import MethodSpec
+from plugins.tools.command import UserError
 from solo_ext.compat import MULTICROP, host_release, native_methods, native_options
 from solo_ext.compat.common import needs_main
-from solo_ext.errors import UserError
 from solo_ext.method import TeacherlessMethod, TeacherMethod
 from solo_ext.overrides import OVERRIDES
 

@@ -22,12 +22,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from plugins.tools.command import UserError, exit_on_user_error
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat import CHECKOUT, GENERATION, native_methods
 from solo_ext.compat.common import CIFAR_STEM, complete
 from solo_ext.config import device_list
 from solo_ext.data import hint, split_path
-from solo_ext.errors import UserError, exit_on_user_error
 from solo_ext.registry import ALIASES, method_class, plugin_methods, register
 from solo_ext.transforms import DATASETS, evaluation_transform, linear_transform
 

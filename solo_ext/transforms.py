@@ -8,8 +8,8 @@ from PIL import ImageOps
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms as T
 
+from plugins.tools.command import UserError
 from solo_ext.compat import host_data
-from solo_ext.errors import UserError
 
 
 class DatasetInfo(NamedTuple):

@@ -15,10 +15,10 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from plugins.tools.command import UserError
 from solo_ext.checkpoint import check_writable
 from solo_ext.compat import pl
 from solo_ext.data import evaluation_loader
-from solo_ext.errors import UserError
 
 NEIGHBOURS = 15
 """How many neighbours UMAP looks at unless told otherwise; its own default."""

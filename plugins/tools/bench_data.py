@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plugins.tools.command import UserError
+
 SYNTHETIC = 512
 """Images that are made when none are given."""
 
@@ -65,7 +67,6 @@ def bench_data(
         UserError: DALI or the GPU is missing, or there are no images.
     """
     from solo_ext.compat import GENERATION
-    from solo_ext.errors import UserError
 
     with _folder(images) as folder:
         readers = {form: _images(folder, form, device, batch_size, workers, crop) for form in ("image_folder", "dali")}
@@ -181,7 +182,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("batch_size", "workers", "crop", "batches", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    from solo_ext.errors import UserError
 
     arguments = {name: value for name, value in vars(options).items() if name != "json"}
     try:

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from plugins.tools.command import UserError, exit_on_user_error
+
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 """The second one stands still while other programs run: for one thread of a shared machine."""
@@ -140,7 +142,6 @@ def bench_step(
     """
     from plugins.methods import METHODS
     from solo_ext.compat import native_methods
-    from solo_ext.errors import UserError
     from solo_ext.launch import config_folder
     from solo_ext.registry import plugin_methods
 
@@ -193,7 +194,6 @@ def _configuration(folder: Path, name: str, setting: Setting) -> Any:
     from omegaconf import OmegaConf
 
     from solo_ext.compat.common import complete
-    from solo_ext.errors import UserError
 
     with initialize_config_dir(str(folder), version_base="1.2"):
         try:
@@ -311,7 +311,6 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any
     quieten()
     warnings.filterwarnings("ignore", message=".*no `val_dataloader`.*")
     from solo_ext.compat import host_release
-    from solo_ext.errors import exit_on_user_error
 
     setting = Setting(**{key: getattr(options, key) for key in Setting._fields if key != "overrides"})
     setting = setting._replace(overrides=tuple(options.overrides))

@@ -20,7 +20,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from solo_ext.errors import UserError
+from plugins.tools.command import UserError
 
 CHECKOUT = "SOLO_LEARN_CHECKOUT"
 """Environment variable: the folder of a checkout of solo-learn's main branch."""

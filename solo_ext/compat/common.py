@@ -22,9 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from plugins.targets import cosine_tau
+from plugins.tools.command import UserError
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat.optim import OPTIMIZERS, WarmupCosineLR
-from solo_ext.errors import UserError
 
 METHOD_DEFAULTS: dict[str, Any] = {
     "backbone": {"kwargs": {}},

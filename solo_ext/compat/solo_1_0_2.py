@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from plugins.tools.command import UserError
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat.common import (
     CIFAR_STEM,
@@ -36,7 +37,6 @@ from solo_ext.compat.common import (
     zero_before_clusters,
 )
 from solo_ext.compat.optim import WarmupCosineLR
-from solo_ext.errors import UserError
 from solo_ext.knn import WeightedKNNClassifier
 
 

@@ -30,6 +30,7 @@ from solo.methods.linear import LinearModel as _HostLinear
 from solo.utils.metrics import accuracy_at_k
 from solo.utils.misc import param_groups_layer_decay
 
+from plugins.tools.command import UserError
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat.common import (
     IGNORED_OPTIONS,
@@ -40,7 +41,6 @@ from solo_ext.compat.common import (
     unknown_backbone,
     zero_before_clusters,
 )
-from solo_ext.errors import UserError
 from solo_ext.knn import WeightedKNNClassifier
 
 RELEASE = "1.0.6"

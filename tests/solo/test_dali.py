@@ -11,12 +11,12 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image, ImageOps
 
+from plugins.tools.command import UserError
 from solo_ext import main_linear, main_pretrain
 from solo_ext.checkpoint import find_checkpoint
 from solo_ext.compat import pl
 from solo_ext.config import parse_pretrain
 from solo_ext.data import EpochSampler, pretrain_images
-from solo_ext.errors import UserError
 from solo_ext.registry import method_class
 from solo_ext.transforms import complete_views
 

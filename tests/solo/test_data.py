@@ -16,10 +16,10 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from torchvision.transforms import RandomApply
 
+from plugins.tools.command import UserError
 from solo_ext.compat import GENERATION
 from solo_ext.config import parse_linear, parse_pretrain
 from solo_ext.data import EpochSampler, EpochSeeded, image_dataset, listing, pretrain_images, split_path
-from solo_ext.errors import UserError
 from solo_ext.transforms import (
     DATASETS,
     complete_views,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from plugins.tools.command import UserError
 from solo_ext.data import image_dataset
 from solo_ext.decode import open_image
-from solo_ext.errors import UserError
 
 pytestmark = pytest.mark.solo
 

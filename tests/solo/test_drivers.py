@@ -14,10 +14,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from plugins.methods import METHODS
+from plugins.tools.command import UserError
 from solo_ext import main_knn, main_linear, main_pretrain
 from solo_ext.checkpoint import auto_resume, find_checkpoint
 from solo_ext.config import parse_pretrain
-from solo_ext.errors import UserError
 from solo_ext.logs import AppendingCSVLogger
 
 pytestmark = pytest.mark.solo

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torchvision.models import resnet18
 
+from plugins.tools.command import UserError
 from solo_ext import features, main_knn
 from solo_ext.checkpoint import find_checkpoint
 from solo_ext.compat import GENERATION, native_methods
-from solo_ext.errors import UserError
 from solo_ext.transforms import DATASETS
 
 pytestmark = pytest.mark.solo

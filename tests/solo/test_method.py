@@ -7,9 +7,9 @@ import torch
 from plugins.distributed import LOCAL
 from plugins.methods import METHODS
 from plugins.spec import Embeddings
+from plugins.tools.command import UserError
 from solo_ext.compat import native_methods, pl
 from solo_ext.config import parse_pretrain
-from solo_ext.errors import UserError
 from solo_ext.registry import method_class, plugin_methods, register
 
 pytestmark = pytest.mark.solo

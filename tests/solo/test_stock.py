@@ -13,10 +13,10 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 from torchvision import transforms as T
 
+from plugins.tools.command import UserError
 from solo_ext import main_pretrain, stock
 from solo_ext.checkpoint import find_checkpoint
 from solo_ext.compat import CHECKOUT, GENERATION, native_methods
-from solo_ext.errors import UserError
 from solo_ext.registry import plugin_methods
 from solo_ext.transforms import DATASETS
 

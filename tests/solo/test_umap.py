@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from plugins.tools.command import UserError
 from solo_ext import main_umap, umap
 from solo_ext.checkpoint import find_checkpoint
-from solo_ext.errors import UserError
 from solo_ext.main_pretrain import pretrain
 
 pytestmark = pytest.mark.solo

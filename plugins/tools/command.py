@@ -1,10 +1,11 @@
-"""A user's mistake is one sentence and exit status 2; a traceback is for ours."""
+"""What all commands share: a user's mistake is one sentence and exit status 2, and one process of a run speaks."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from solo_ext.console import first_process
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, of Lightning's children, of SLURM
 
 
 class UserError(Exception):
@@ -27,3 +28,14 @@ def exit_on_user_error() -> Iterator[None]:
         if first_process():
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def first_process() -> bool:
+    """Whether this is the process of a run that speaks."""
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
+
+
+def say(text: str) -> None:
+    """Print a line, from the first process only."""
+    if first_process():
+        print(text, flush=True)

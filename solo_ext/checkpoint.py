@@ -174,9 +174,11 @@ def read_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
     try:
         checkpoint, code = load_inert(path)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = "it was not written by torch.save, or holds code that may do harm"
+        if isinstance(error, OSError | RuntimeError) and str(error).strip():
+            reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from None
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{path} is no checkpoint of solo-learn: it has no state_dict")
     if to_resume and code:
         raise UserError(
@@ -214,10 +216,11 @@ def check_resumable(path: Path, cfg: DictConfig, model: torch.nn.Module) -> int:
     """
     checkpoint = read_checkpoint(path, to_resume=True)
     mark = checkpoint.get(_MARK, {})
-    for key in _STATE:
-        theirs, ours = mark.get(key), OmegaConf.to_container(cfg.identity)[key]
-        if key in mark and theirs != ours:
-            raise UserError(f"{path} is a checkpoint of {key} {theirs}, this run trains {key} {ours}")
+    here = OmegaConf.to_container(cfg.identity)
+    for key in (*_STATE, "dataset"):
+        if key in mark and mark[key] != here[key]:
+            name, theirs, ours = _difference(key, mark[key], here[key])
+            raise UserError(f"{path} is a checkpoint of {name} {theirs}, this run trains {name} {ours}")
     theirs, ours = checkpoint["state_dict"], model.state_dict()
     theirs = {name: tensor for name, tensor in theirs.items() if name in ours or name not in LATE_BUFFERS}
     for name in (*sorted(set(ours) - set(theirs)), *sorted(set(theirs) - set(ours))):
@@ -230,6 +233,15 @@ def check_resumable(path: Path, cfg: DictConfig, model: torch.nn.Module) -> int:
         return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     except KeyError:
         raise UserError(f"{path} holds weights only; training cannot go on from it") from None
+
+
+def _difference(name: str, theirs: Any, ours: Any) -> tuple[str, Any, Any]:
+    """The first entry in which two values differ: its full name, and both."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(key) != ours.get(key):
+                return _difference(f"{name}.{key}", theirs.get(key), ours.get(key))
+    return name, theirs, ours
 
 
 def auto_resume(cfg: DictConfig, kind: str) -> Path | None:

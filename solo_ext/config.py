@@ -55,7 +55,7 @@ _LINEAR_DEFAULTS: dict[str, Any] = {
 _WORDS = ("name", "checkpoint.dir", "checkpoint.version", "checkpoint.group", "resume_from_checkpoint")
 _WHOLE = {
     **{"optimizer.batch_size": 1, "max_epochs": 0, "checkpoint.frequency": 1, "seed": 0, "num_nodes": 1},
-    **{"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 1},
+    **{"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 1, "data.num_workers": 0},
 }
 """Entries that are whole numbers, and the least they can be."""
 _LIGHTNING_DECIDES = ("check_val_every_n_epoch", "log_every_n_steps")  # null is Lightning's own value
@@ -232,12 +232,10 @@ def check_data(cfg: DictConfig) -> None:
     if data.format != "image_folder" and data.dataset in DOWNLOADED:
         raise UserError(f"data.format={data.format} needs image files, {data.dataset} has none; use image_folder")
     fraction = data.fraction
-    if not isinstance(fraction, int | float) or not (fraction == -1 or 0 < fraction <= 1):
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not (fraction == -1 or 0 < fraction <= 1):
         raise UserError(f"data.fraction must be above 0 and at most 1, or -1 for all images, got {fraction!r}")
     if data.no_labels and (data.dataset != "custom" or data.format == "h5"):
         raise UserError("data.no_labels is for data.dataset=custom, a folder of images without class folders")
-    if data.num_workers is None or not isinstance(data.num_workers, int) or data.num_workers < 0:
-        raise UserError(f"data.num_workers must be a whole number, at least 0, got {data.num_workers!r}")
     if data.format == "dali":
         _check_dali(cfg)
     for key, split in (("train_path", "train"), ("val_path", "val")):
@@ -339,8 +337,10 @@ def _check_optimizer(cfg: DictConfig) -> None:
         raise UserError(f"unknown scheduler.name {cfg.scheduler.name!r}; choose from {', '.join(_SCHEDULERS)}")
     if cfg.scheduler.interval not in ("step", "epoch"):
         raise UserError(f"scheduler.interval must be step or epoch, got {cfg.scheduler.interval!r}")
-    if cfg.scheduler.name == "step" and not OmegaConf.is_list(cfg.scheduler.lr_decay_steps):
-        raise UserError(f"scheduler.lr_decay_steps must be a list of epochs, got {cfg.scheduler.lr_decay_steps!r}")
+    if cfg.scheduler.name == "step":
+        steps = cfg.scheduler.lr_decay_steps
+        if not OmegaConf.is_list(steps) or any(type(step) is not int or step < 0 for step in steps):
+            raise UserError(f"scheduler.lr_decay_steps must be a list of epochs, got {steps!r}")
     if optimizer.name in ("sgd", "lars"):
         optimizer.kwargs.setdefault("momentum", 0.9)
     known = set(inspect.signature(OPTIMIZERS[optimizer.name]).parameters) - {"params", "lr", "weight_decay"}

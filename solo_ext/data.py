@@ -153,6 +153,8 @@ def _check_classes(dataset: str, path: str, classes: list[str]) -> None:
     known = DATASETS[dataset].classes
     if known is not None and len(classes) > known:
         raise UserError(f"{path} holds {len(classes)} classes, {dataset} has {known}")
+    if known is not None and len(classes) < known:
+        say(f"{path} holds {len(classes)} of the {known} classes of {dataset}")
     if dataset == "tinyimagenet" and classes == ["images"]:
         raise UserError(f"the images in {path} are not sorted into class folders{hint(dataset)}")
 

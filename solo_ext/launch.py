@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from plugins.tools.command import UserError, exit_on_user_error
+from plugins.tools.command import Parser, UserError, exit_on_user_error
 
 _PACKAGE = Path(__file__).parent
 
@@ -43,51 +44,37 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str) -> None:
         usage: printed for ``--help``, and when no configuration is named.
     """
     with exit_on_user_error():
-        argv = _split_equals(sys.argv[1:])
-        if not argv or "--help" in argv or "-h" in argv:
+        if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
             print(usage)
-            raise SystemExit(0 if argv else 2)
-        folder = config_folder(_value(argv, "--config-path", "-cp"))
-        name = _value(argv, "--config-name", "-cn")
-        if not any((folder / f"{name.removesuffix('.yaml')}{suffix}").is_file() for suffix in (".yaml", ".yml")):
+            raise SystemExit(0 if sys.argv[1:] else 2)
+        parser = Parser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--config-path", "-cp", required=True)
+        parser.add_argument("--config-name", "-cn", required=True)
+        given, rest = parser.parse_known_args()
+        folder = config_folder(given.config_path)
+        name = given.config_name.removesuffix(".yaml")
+        if not any((folder / f"{name}{suffix}").is_file() for suffix in (".yaml", ".yml")):
             have = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none"
             raise UserError(f"there is no configuration {name!r} in {folder}; it has {have}")
-        argv[_index(argv, "--config-path", "-cp") + 1] = str(folder)
-        sys.argv[1:] = argv
+        sys.argv[1:] = ["--config-path", str(folder), "--config-name", given.config_name, *rest]
 
         started = False
 
         def guarded(cfg: DictConfig) -> None:
             nonlocal started
             started = True
-            with exit_on_user_error():
-                task(cfg)
+            task(cfg)
 
         quieten()
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own lines and ends the process with status 1
         try:
             hydra.main(version_base="1.2", config_path=None)(guarded)()
-        except SystemExit as stopped:
-            # Hydra has said what is wrong with an override
-            raise SystemExit(stopped.code if started or not stopped.code else 2) from None
-
-
-def _split_equals(argv: list[str]) -> list[str]:
-    """``--config-name=x`` as two words."""
-    words = []
-    for word in argv:
-        words += word.split("=", 1) if word.startswith("--config-") and "=" in word else [word]
-    return words
-
-
-def _index(argv: list[str], *names: str) -> int:
-    for name in names:
-        if name in argv and argv.index(name) + 1 < len(argv):
-            return argv.index(name)
-    raise UserError(f"{names[0]} is missing; see --help")
-
-
-def _value(argv: list[str], *names: str) -> str:
-    return argv[_index(argv, *names) + 1]
+        except (HydraException, OmegaConfBaseException) as error:
+            if started:
+                raise
+            # what is wrong with an override, and what would be right; the rest is about Hydra's innards
+            override = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
+            raise UserError(override + " ".join(str(error).splitlines()[:2])) from None
 
 
 def quieten() -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from plugins.tools.command import UserError, exit_on_user_error
+from plugins.tools.command import Parser, UserError, exit_on_user_error
 
 
 def number(kind: type, *, zero: bool = False) -> Any:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line: solo-learn's options, and ``--device`` and ``--output``."""
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="python -m solo_ext.main_knn",
         description="Weighted k-nearest-neighbour accuracy of a pre-trained backbone or its projector.",
     )
@@ -108,10 +108,9 @@ def main() -> None:
     """The command."""
     from solo_ext.launch import quieten
 
-    args = parser().parse_args()
     quieten()
     with exit_on_user_error():
-        evaluate(args)
+        evaluate(parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ import argparse
 import time
 from pathlib import Path
 
-from plugins.tools.command import UserError, exit_on_user_error
+from plugins.tools.command import Parser, UserError, exit_on_user_error
 from solo_ext.main_knn import add_arguments, number
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line: solo-learn's options, and what says where, how many and how."""
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="python -m solo_ext.main_umap",
         description="Draws the features of a pre-trained backbone in two dimensions, in the colours of the classes: "
         "train_umap and val_umap, each as PDF, PNG and CSV. Images without class folders come out grey.",
@@ -82,10 +82,9 @@ def main() -> None:
     """The command."""
     from solo_ext.launch import quieten
 
-    args = parser().parse_args()
     quieten()
     with exit_on_user_error():
-        draw(args)
+        draw(parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -152,7 +152,6 @@ class AutoUMAP(pl.Callback):
         if not isinstance(self.frequency, int) or isinstance(self.frequency, bool) or self.frequency < 1:
             raise UserError(f"auto_umap.frequency must be a whole number above 0, got {self.frequency!r}")
         self.folder = Path(cfg.auto_umap.dir) / cfg.method / folder.name
-        check_writable(self.folder, "auto_umap.dir")
         self.stem = f"{cfg.name}-{folder.name}"
         self.seed = cfg.seed
         self.reading = (cfg.optimizer.batch_size, cfg.data.num_workers)
@@ -164,6 +163,7 @@ class AutoUMAP(pl.Callback):
             raise UserError("auto_umap draws the labelled validation images: it needs data.val_path")
         if len(val) <= NEIGHBOURS:
             raise UserError(f"auto_umap needs more than {NEIGHBOURS} validation images, got {len(val)}")
+        check_writable(self.folder, "auto_umap.dir")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw, if it is time to, on the first process; the others go on until they need it."""

@@ -42,13 +42,14 @@ def mlp_head(
             checkpoints do, where the BatchNorm behind it makes it irrelevant.
 
     Raises:
-        ValueError: fewer than one layer, or an unknown ``final_norm``.
+        ValueError: fewer than one layer, a width below 1, or an unknown ``final_norm``.
 
     Example:
         >>> [type(module).__name__ for module in mlp_head(512, 4096, 256)]
         ['Linear', 'BatchNorm1d', 'ReLU', 'Linear']
     """
-    check_range("layers", layers, low=1)
+    for name, count in {"layers": layers, "in_dim": in_dim, "hidden_dim": hidden_dim, "out_dim": out_dim}.items():
+        check_range(name, count, low=1)
     if final_norm is not None:
         check_choice("final_norm", final_norm, ("affine", "plain"))
     modules: list[nn.Module] = []

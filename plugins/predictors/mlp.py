@@ -3,6 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from plugins.checks import check_range
+
 
 class MLPPredictor(nn.Sequential):
     """Linear, BatchNorm, ReLU, Linear, from and to the width of the projection.
@@ -14,12 +16,17 @@ class MLPPredictor(nn.Sequential):
         hidden_dim: width in between: 4096 for BYOL, a bottleneck (512 of 2048) for SimSiam.
         bias: whether the first Linear has a bias. SimSiam's has none; the BatchNorm behind it removes it anyway.
 
+    Raises:
+        ValueError: a width below 1.
+
     Example:
         >>> sorted(name for name, _ in MLPPredictor(4, 8, bias=False).named_parameters())
         ['0.weight', '1.bias', '1.weight', '3.bias', '3.weight']
     """
 
     def __init__(self, dim: int, hidden_dim: int, *, bias: bool = True) -> None:
+        check_range("dim", dim, low=1)
+        check_range("hidden_dim", hidden_dim, low=1)
         super().__init__(
             nn.Linear(dim, hidden_dim, bias=bias),
             nn.BatchNorm1d(hidden_dim),

@@ -4,11 +4,13 @@
 "plain", our rendering of the formula as published, left to autograd (for the predictor: the general eigensolver); and
 "ours". Printed are medians of the times, the median of their ratio in each round, and the floor that arithmetic alone
 sets: the ratio of the numbers of operations. The two results are compared as well, so that no ratio is of different
-things. ``step`` runs whole training steps: see :mod:`plugins.tools.bench_step`.
+things. ``step`` runs whole training steps, ``data`` reads images: see :mod:`plugins.tools.bench_step` and
+:mod:`plugins.tools.bench_data`.
 
     python -m plugins.tools.bench losses --sizes 256x512 256x2048
     python -m plugins.tools.bench predictors --device cuda
     python -m plugins.tools.bench step --device cuda --precision 16 --batch 256 data.dataset=cifar10
+    python -m plugins.tools.bench data --images datasets/imagenet/train --device gpu --workers 16
     python -m plugins.tools.bench all --json results/bench.json
 """
 
@@ -33,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from plugins.losses import byol_loss, isoloss, ssl_ey_loss
 from plugins.predictors import ClosedFormPredictor
-from plugins.tools import bench_step
+from plugins.tools import bench_data, bench_step
 
 QUICK_SIZES = ((256, 128), (256, 512), (1024, 512), (256, 2048))
 SIZES = (*QUICK_SIZES, (1024, 2048), (2048, 2048), (2048, 8192))
@@ -288,6 +290,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "a whole training step of each method beside one of solo-learn's own"
     first, *_, last = (bench_step.__doc__ or "").split("\n\n")
     bench_step.add_options(commands.add_parser("step", help=text, description=f"{first} {last}"))
+    text = "images per second of DALI and of the ordinary loader"
+    bench_data.add_options(commands.add_parser("data", help=text, description=f"{text.capitalize()}."))
     for command in commands.choices.values():
         command.add_argument(
             "--json", type=Path, metavar="FILE", help="write the results and the environment here, too"
@@ -301,7 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is visible to torch")
-    environment, results = bench_step.run(options) if options.what == "step" else _run(options)
+    run = {"step": bench_step.run, "data": bench_data.run}.get(options.what, _run)
+    environment, results = run(options)
     if options.json is not None:
         environment["machine"] = platform.machine()
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,26 +1,27 @@
-"""Images per second of the two image readers of solo_ext: ``python -m plugins.tools.bench_data``.
+"""Images per second of the two image readers of solo_ext: ``python -m plugins.tools.bench data``.
 
 "loader" is the ordinary one (Pillow in worker processes), "DALI" is ``data.format: dali``. Both make the same two
 views of the same files with the same augmentation (random crop, colour jitter, grey scale, blur, flip), with as many
 worker processes as threads. They take turns in one process; printed are the medians of the rounds, and the median of
 the ratio in each round.
 
-    python -m plugins.tools.bench_data                                    # 256 px JPEGs made for it
-    python -m plugins.tools.bench_data --images datasets/imagenet/train --device gpu --workers 16
+    python -m plugins.tools.bench data                                    # 256 px JPEGs made for it
+    python -m plugins.tools.bench data --images datasets/imagenet/train --device gpu --workers 16
 """
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plugins.tools.command import UserError
+import torch
+
+from plugins.tools.bench_step import at_least
+from plugins.tools.command import UserError, exit_on_user_error
 
 SYNTHETIC = 512
 """Images that are made when none are given."""
@@ -148,8 +149,6 @@ def _images(folder: Path, form: str, device: str, batch_size: int, workers: int,
 
 def _speed(loader: Any, epoch: int, batches: int) -> float:
     """Images per second of ``batches`` batches, after a first one; if the epoch is shorter, of what it has."""
-    import torch
-
     loader.sampler.set_epoch(epoch)
     source = iter(loader)
     next(source)
@@ -164,42 +163,41 @@ def _speed(loader: Any, epoch: int, batches: int) -> float:
     return count / (time.perf_counter() - began)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m plugins.tools.bench_data", description="Images per second of DALI and of the ordinary loader."
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bench data``."""
     add = parser.add_argument
     add("--images", type=Path, help=f"folder of class folders (default: {SYNTHETIC} JPEGs of 256 px, made for it)")
     add("--device", choices=("cpu", "gpu"), default="cpu", help="where DALI runs (default: %(default)s)")
-    add("--batch-size", type=int, default=64, help="images in a batch (default: %(default)s)")
-    add("--workers", type=int, default=2, help="processes of the loader, threads of DALI (default: %(default)s)")
-    add("--crop", type=int, default=224, help="side of the two views in pixels (default: %(default)s)")
-    add("--batches", type=int, default=8, help="timed in each round (default: %(default)s)")
-    add("--rounds", type=int, default=3, help="medians are over these (default: %(default)s)")
-    add("--json", type=Path, help="write the numbers to this file too")
-    options = parser.parse_args(argv)
-    for name in ("batch_size", "workers", "crop", "batches", "rounds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    add("--batch-size", type=at_least(1), default=64, help="images in a batch (default: %(default)s)")
+    add("--workers", type=at_least(1), default=2, help="loader processes, DALI threads (default: %(default)s)")
+    add("--crop", type=at_least(1), default=224, help="side of the two views in pixels (default: %(default)s)")
+    add("--batches", type=at_least(1), default=8, help="timed in each round (default: %(default)s)")
+    add("--rounds", type=at_least(1), default=3, help="medians are over these (default: %(default)s)")
 
-    arguments = {name: value for name, value in vars(options).items() if name != "json"}
-    try:
-        result = bench_data(**arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Print the table that the options ask for.
+
+    Returns:
+        What it was measured with, and the one result.
+
+    Raises:
+        SystemExit: there is nothing to time; its sentence is printed.
+    """
+    with exit_on_user_error():
+        result = bench_data(
+            options.images,
+            device=options.device,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            crop=options.crop,
+            batches=options.batches,
+            rounds=options.rounds,
+        )
     print("| images | crop | batch | workers | DALI on | loader, images/s | DALI, images/s | times faster |")
     print("|-------:|-----:|------:|--------:|---------|-----------------:|---------------:|-------------:|")
     print(
         f"| {result.images} | {result.crop} | {result.batch_size} | {result.workers} | {result.device} "
         f"| {result.loader:.0f} | {result.dali:.0f} | {result.ratio:.2f} |"
     )
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result._asdict(), indent=2) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return {"torch": torch.__version__}, [result._asdict()]

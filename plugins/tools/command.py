@@ -1,9 +1,11 @@
 """What all commands share: a user's mistake is one sentence and exit status 2, and one process of a run speaks."""
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, of Lightning's children, of SLURM
 
@@ -17,6 +19,14 @@ class UserError(Exception):
 
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are a UserError, without the usage that argparse prints before."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the UserError."""
+        raise UserError(f"{message}; see --help")
 
 
 @contextmanager

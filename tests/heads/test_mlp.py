@@ -50,7 +50,16 @@ def test_frozen_bias_is_kept_but_not_trained():
     assert "6.bias" in head.state_dict()
 
 
-@pytest.mark.parametrize(("options", "named"), [({"layers": 0}, "layers"), ({"final_norm": "batch"}, "final_norm")])
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"layers": 0}, "layers"),
+        ({"final_norm": "batch"}, "final_norm"),
+        ({"in_dim": 0}, "in_dim"),
+        ({"hidden_dim": -1}, "hidden_dim"),
+        ({"out_dim": 0}, "out_dim"),
+    ],
+)
 def test_rejects_bad_options(options, named):
     with pytest.raises(ValueError, match=named):
-        mlp_head(6, 12, 4, **options)
+        mlp_head(**{"in_dim": 6, "hidden_dim": 12, "out_dim": 4, **options})

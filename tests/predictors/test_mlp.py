@@ -1,5 +1,6 @@
 """The learned predictor: its layers, its state-dict keys, one prediction per view."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -20,6 +21,12 @@ def test_bias_is_that_of_the_first_layer():
     predictor = MLPPredictor(6, 10, bias=False)
     assert predictor[0].bias is None
     assert predictor[3].bias is not None
+
+
+@pytest.mark.parametrize("widths", [(0, 4), (4, 0)])
+def test_rejects_no_width(widths):
+    with pytest.raises(ValueError, match="dim must be in"):
+        MLPPredictor(*widths)
 
 
 def test_predicts_view_by_view():

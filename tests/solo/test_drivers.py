@@ -285,13 +285,20 @@ def test_checkpoint_of_another_method(untrained, digits, tmp_path, monkeypatch, 
     assert "is a checkpoint of method isoloss, this run trains method ssl_ey" in said
     more = (*more, "method_kwargs.rho=0.5")
     said = _refused(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", *more), monkeypatch, capfd)
-    assert "is a checkpoint of method_kwargs" in said
+    assert "is a checkpoint of method_kwargs.rho 0.99, this run trains method_kwargs.rho 0.5" in said
+    more = (more[0], "data.dataset=custom")
+    said = _refused(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", *more), monkeypatch, capfd)
+    assert "is a checkpoint of dataset digits, this run trains dataset custom" in said
 
 
 def test_linear_refuses_what_is_no_checkpoint(untrained, digits, tmp_path, monkeypatch, capfd):
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(b"nonsense")
+    torch.save({"state_dict": None}, tmp_path / "empty.ckpt")
+    (tmp_path / "text.ckpt").write_text("a line of text\nand another\n")
     for place, sentence in (
+        (tmp_path / "empty.ckpt", "it has no state_dict"),
+        (tmp_path / "text.ckpt", "cannot be read as a checkpoint: it was not written by torch.save"),
         (tmp_path / "a.ckpt", "there is no checkpoint"),
         (broken, "cannot be read as a checkpoint"),
     ):
@@ -370,7 +377,7 @@ def test_a_run_can_be_made_longer_and_its_folder_is_safe(digits, tmp_path, monke
 
     resume = f"++resume_from_checkpoint='{checkpoint}'"
     said = _refused(main_pretrain.main, [*argv, resume, "optimizer.lr=0.5"], monkeypatch, capfd)
-    assert "is a checkpoint of optimizer" in said
+    assert "is a checkpoint of optimizer.lr " in said
     _run(main_pretrain.main, [*argv, resume], monkeypatch)
     state = torch.load(find_checkpoint(tmp_path / "isoloss" / "v"), weights_only=True)
     assert state["lr_schedulers"][0]["last_epoch"] == 9 and state["epoch"] == 2
@@ -422,6 +429,15 @@ _REFUSED_TOO = {
     "no accumulation": (["++accumulate_grad_batches=0"], "accumulate_grad_batches must be a whole number, at least 1"),
     "seed": (["seed=99999999999"], "seed must be below 2**32"),
     "warm-up": (["++scheduler.warmup_epochs=abc"], "scheduler.warmup_epochs must be a number, at least 0, got 'abc'"),
+    "no width": (["++method_kwargs.proj_hidden_dim=0"], "hidden_dim must be in [1, inf], got 0"),
+    "workers": (["data.num_workers=true"], "data.num_workers must be a whole number, at least 0, got True"),
+    "fraction": (["++data.fraction=true"], "data.fraction must be above 0 and at most 1, or -1 for all images"),
+    "no epochs": (
+        ["scheduler.name=step", "++scheduler.lr_decay_steps=[abc]"],
+        "scheduler.lr_decay_steps must be a list of epochs, got ['abc']",
+    ),
+    "misspelt entry": (["max_epoch=3"], "Could not override 'max_epoch'. To append to your config use +max_epoch=3"),
+    "no override": (["optimizer.lr=[1"], "optimizer.lr=[1: no viable alternative at input '[1'"),
     "unwritable": (["++checkpoint.dir=/dev/null/x"], "checkpoint.dir: nothing can be written to /dev/null/x"),
 }
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from plugins.tools.bench_data import bench_data, main, make_jpegs
+from plugins.tools.bench import main
+from plugins.tools.bench_data import bench_data, make_jpegs
 
 pytestmark = pytest.mark.solo
 
@@ -38,20 +39,23 @@ def test_ratio_is_of_the_same_work(jpegs):
 
 def test_command_prints_and_writes(jpegs, tmp_path, capsys):
     small = ["--batch-size", "4", "--workers", "1", "--crop", "16", "--batches", "2", "--rounds", "1"]
-    assert main(["--images", str(jpegs), *small, "--json", str(tmp_path / "new" / "b.json")]) == 0
+    assert main(["data", "--images", str(jpegs), *small, "--json", str(tmp_path / "new" / "b.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[2].startswith("| 24 | 16 | 4 | 1 | cpu |")
-    assert json.loads((tmp_path / "new" / "b.json").read_text())["images"] == 24
+    assert json.loads((tmp_path / "new" / "b.json").read_text())["results"][0]["images"] == 24
 
 
-def test_command_explains_mistakes(jpegs, tmp_path, capsys, monkeypatch):
-    assert main(["--images", str(tmp_path / "none")]) == 2
-    assert "error: data.train_path is no folder" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--images", "none"], "error: data.train_path is no folder"),
+        (["--images", "JPEGS", "--device", "gpu", "--batch-size", "4"], "there is no GPU here"),
+        (["--images", "JPEGS", "--batch-size", "16"], "24 images are fewer than two batches of 16"),
+        (["--rounds", "0"], "argument --rounds: must be a whole number, at least 1, got 0"),
+    ],
+)
+def test_command_explains_mistakes(jpegs, capsys, monkeypatch, options, sentence):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["--images", str(jpegs), "--device", "gpu", "--batch-size", "4"]) == 2
-    assert "there is no GPU here" in capsys.readouterr().err
-    assert main(["--images", str(jpegs), "--batch-size", "16"]) == 2
-    assert "24 images are fewer than two batches of 16" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        main(["--rounds", "0"])
-    assert "--rounds must be at least 1, got 0" in capsys.readouterr().err
+        main(["data", *(str(jpegs) if word == "JPEGS" else word for word in options)])
+    assert sentence in capsys.readouterr().err

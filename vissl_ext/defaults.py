@@ -1,8 +1,12 @@
-"""Settings that VISSL needs where there is no GPU."""
+"""Settings of VISSL that depend on the machine: what works without a GPU, and what needs apex."""
 
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
+
+from plugins.tools.command import UserError
 
 _CPU: dict[str, Any] = {
     "MACHINE.DEVICE": "cpu",
@@ -14,23 +18,69 @@ _CPU: dict[str, Any] = {
     "DATA.PIN_MEMORY": False,
     "MODEL.SYNC_BN_CONFIG.CONVERT_BN_TO_SYNC_BN": False,
     "MODEL.AMP_PARAMS.USE_AMP": False,
-    "OPTIMIZER.use_larc": False,
 }
+_NEED_GPU: dict[str, Any] = {
+    "MACHINE.DEVICE": "gpu",
+    "DISTRIBUTED.BACKEND": "nccl",
+    "MODEL.SYNC_BN_CONFIG.CONVERT_BN_TO_SYNC_BN": True,
+    "MODEL.AMP_PARAMS.USE_AMP": True,
+    "MODEL.FSDP_CONFIG.AUTO_SETUP_FSDP": True,
+    "MODEL.SHARDED_DDP_SETUP.USE_SDP": True,
+}
+"""What cannot work on a CPU, wherever it was written."""
+_APEX = (
+    ("MODEL.AMP_PARAMS.USE_AMP", "MODEL.AMP_PARAMS.AMP_TYPE"),
+    ("MODEL.SYNC_BN_CONFIG.CONVERT_BN_TO_SYNC_BN", "MODEL.SYNC_BN_CONFIG.SYNC_BN_TYPE"),
+)
+"""Pairs: a setting, and what then must not be "apex" where there is no apex."""
 
 
-def cpu_safe(cfg: DictConfig, given: set[str]) -> list[str]:
-    """Change what cannot work without a GPU.
+def adapt(cfg: DictConfig, given: dict[str, Any]) -> list[str]:
+    """Turn on what a run on the CPU needs; a run on a GPU keeps its settings.
 
     Args:
-        cfg: VISSL's configuration, with ``config`` on top; changed in place.
-        given: keys, below ``config``, that the user named on the command line: they are left alone.
+        cfg: the composed configuration, with ``config`` on top; changed in place.
+        given: keys, below ``config``, that the command line names, and their values; they are never changed.
 
     Returns:
         What was changed, as ``KEY=value``.
+
+    Raises:
+        UserError: a setting needs a GPU, or apex, and there is none.
     """
-    changed = []
-    for key, value in _CPU.items():
-        if key not in given and OmegaConf.select(cfg.config, key) != value:
-            OmegaConf.update(cfg.config, key, value)
-            changed.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+    changed: list[str] = []
+    gpu = torch.cuda.is_available()
+    if not gpu or OmegaConf.select(cfg.config, "MACHINE.DEVICE") == "cpu":
+        changed = _cpu_safe(cfg.config, given, "there is no GPU here" if not gpu else "MACHINE.DEVICE is cpu")
+    _check_apex(cfg.config)
     return changed
+
+
+def _cpu_safe(config: DictConfig, given: dict[str, Any], why: str) -> list[str]:
+    wanted = dict(_CPU)
+    if given.get("DISTRIBUTED.NUM_NODES", 1) != 1:  # the machines then have to know where they meet
+        del wanted["DISTRIBUTED.INIT_METHOD"], wanted["DISTRIBUTED.RUN_ID"]
+    if find_spec("vissl_ext.larc") is None and find_spec("apex") is None:
+        wanted["OPTIMIZER.use_larc"] = False
+    changed = []
+    for key, value in wanted.items():
+        if key not in given and OmegaConf.select(config, key) != value:
+            OmegaConf.update(config, key, value)
+            changed.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+    for key, value in _NEED_GPU.items():
+        if OmegaConf.select(config, key) == value:
+            text = str(value).lower() if isinstance(value, bool) else value
+            raise UserError(f"config.{key}={text} needs a GPU, but {why}")
+    if "OPTIMIZER.use_larc" in wanted and OmegaConf.select(config, "OPTIMIZER.use_larc"):
+        raise UserError("config.OPTIMIZER.use_larc=true needs apex, which is not installed")
+    return changed
+
+
+def _check_apex(config: DictConfig) -> None:
+    if find_spec("apex") is not None:
+        return
+    for switch, key in _APEX:
+        if OmegaConf.select(config, switch) and OmegaConf.select(config, key) == "apex":
+            raise UserError(
+                f"config.{key} is apex, which is not installed; add config.{key}=pytorch, or config.{switch}=false"
+            )

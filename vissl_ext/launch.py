@@ -1,30 +1,168 @@
-"""python -m vissl_ext.launch config=NAME [OVERRIDES]: VISSL's run_distributed_engines with our methods."""
+"""python -m vissl_ext.launch config=NAME [OVERRIDES]: VISSL's tools/run_distributed_engines.py with our methods."""
 
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-import torch
+from plugins.tools.command import UserError, exit_on_user_error, say
 
-from plugins.tools.command import exit_on_user_error, say
-from vissl_ext import ranks
-from vissl_ext.defaults import cpu_safe
+USAGE = """usage: python -m vissl_ext.launch config=NAME [OVERRIDE ...] [--config-dir FOLDER]
+
+Trains or evaluates with VISSL 0.1.6. Takes what VISSL's tools/run_distributed_engines.py takes: a configuration by its
+name below VISSL's configs/config, and overrides of single entries in Hydra's language.
+
+  config=NAME           VISSL's own (pretrain/simclr/simclr_8node_resnet), ours (pretrain/isoloss/...), or one of
+                        ./configs/config or FOLDER/config; --list names them all
+  config.KEY=VALUE      overrides an entry, +config.KEY=VALUE adds one
+  +config/GROUP=NAME    lays another file over it
+  engine_name=NAME      train (default), extract_features, ...
+  node_id=NUMBER        of this machine, if there are several
+  --config-dir FOLDER   a folder of your own that holds a folder 'config'; may be given several times
+  --list [TEXT]         name the configurations, those with TEXT in their name
+
+Images: config.DATA.TRAIN.DATA_PATHS=[FOLDER] is enough, with a folder for each class or without.
+Without a GPU the settings that need one are turned off, and a line says which. The run's folder, config.CHECKPOINT.DIR,
+gets checkpoints, log.txt, metrics.json and train_config.yaml; a run that was killed goes on from its last checkpoint.
+
+examples:
+  python -m vissl_ext.launch config=pretrain/simclr/simclr_8node_resnet \\
+      config.DATA.TRAIN.DATA_PATHS=[/data/imagenet/train] config.CHECKPOINT.DIR=runs/simclr \\
+      config.DISTRIBUTED.NUM_NODES=1 config.DISTRIBUTED.RUN_ID=auto \\
+      config.MODEL.SYNC_BN_CONFIG.SYNC_BN_TYPE=pytorch
+  python -m vissl_ext.launch config=pretrain/moco/moco_1node_resnet --config-dir ~/my_vissl/configs \\
+      config.DATA.TRAIN.DATA_PATHS=[~/photos] config.OPTIMIZER.num_epochs=20
+  python -m vissl_ext.launch --list swav
+"""
 
 
 def main(argv: list[str]) -> None:
-    """Compose the configuration that the command line names, and run it."""
-    from vissl.utils.distributed_launcher import launch_distributed
-    from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
+    """Do what a command line says.
 
-    cfg: Any = compose_hydra_configuration(argv)
-    if not torch.cuda.is_available():
-        given = {word.lstrip("+").split("=")[0].removeprefix("config.") for word in argv}
-        changed = cpu_safe(cfg, given)
-        if changed:
-            say(f"no GPU here: {', '.join(changed)}")
-    args, config = convert_to_attrdict(cfg)
-    launch_distributed(cfg=config, node_id=args.node_id, engine_name=args.engine_name, hook_generator=ranks.hooks)
+    Args:
+        argv: without the program's name.
+
+    Raises:
+        UserError: something in it is wrong; nothing has been started.
+    """
+    if find_spec("vissl") is None:
+        raise UserError("VISSL is not installed; run ./run_experiments.sh once, or: uv sync --extra vissl")
+    overrides, folders = _options(argv)
+    if "--list" in overrides:
+        from vissl_ext.compose import config_names
+
+        places = [Path(folder).expanduser() for folder in folders]
+        words = [word for word in overrides if word != "--list"]
+        print("\n".join(name for name in config_names(places) if all(word in name for word in words)))
+        return
+    unknown = next((word for word in overrides if word.startswith("-")), None)
+    if unknown:
+        raise UserError(f"unknown option {unknown}; see --help")
+    args, config = prepare(overrides, folders)
+    run(args, config)
+
+
+def _options(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The overrides and the folders of ``--config-dir``."""
+    overrides, folders, words = [], [], iter(argv)
+    for word in words:
+        if word == "--config-dir" or word.startswith("--config-dir="):
+            folder = word.partition("=")[2] or next(words, None)
+            if not folder:
+                raise UserError("--config-dir must name a folder")
+            folders.append(folder)
+        else:
+            overrides.append(word)
+    return overrides, folders
+
+
+def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
+    """Compose a configuration, check it and complete it; begins the run's folder.
+
+    Args:
+        overrides: ``config=NAME`` and Hydra's overrides.
+        folders: of ``--config-dir``.
+
+    Returns:
+        VISSL's whole configuration, and what is below ``config``.
+
+    Raises:
+        UserError: something in it is wrong; nothing has been started, and no file written.
+    """
+    from vissl.utils.hydra_config import convert_to_attrdict
+
+    from vissl_ext import catalog, ranks
+    from vissl_ext.checks import check
+    from vissl_ext.compat.checkpoints import set_aside
+    from vissl_ext.compose import compose
+    from vissl_ext.defaults import adapt
+
+    ranks.quieten()
+    cfg, given = compose(overrides, folders)
+    check(cfg)
+    changed = adapt(cfg, given)
+    # a rank, a data loader's worker and a link may have another working directory
+    cfg.config.CHECKPOINT.DIR = str(Path(str(cfg.config.CHECKPOINT.DIR)).expanduser().absolute())
+    lists = catalog.complete(cfg.config, given)
+    weights = cfg.config.MODEL.WEIGHTS_INIT.PARAMS_FILE
+    if weights and "://" not in weights and not Path(weights).is_file():
+        raise UserError(f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE is no file: {weights}")
+    if changed:
+        say(f"on the CPU: {', '.join(changed)}")
+    try:
+        args, config = convert_to_attrdict(cfg, dump_config=False)
+    except AssertionError as error:
+        raise UserError(f"VISSL refuses the configuration: {str(error).splitlines()[0]}") from None
+    from vissl.utils.hydra_config import save_attrdict_to_disk
+
+    save_attrdict_to_disk(_plain(config))
+    catalog.write_lists(lists)
+    folder = Path(config.CHECKPOINT.DIR)
+    for name in set_aside(folder):
+        say(f"{name} was only half written: it is kept as {name}.broken, and the one before is used")
+    return args, config
+
+
+def _plain(config: Any) -> Any:
+    """A copy that YAML can write: torch's dtypes by name."""
+    from vissl.config import AttrDict
+
+    copy = AttrDict(config.to_dict())
+    copy.MODEL.FSDP_CONFIG.compute_dtype = str(copy.MODEL.FSDP_CONFIG.compute_dtype).removeprefix("torch.")
+    return copy
+
+
+def run(args: Any, config: Any) -> None:
+    """Start the ranks of this machine, or queue a job for SLURM.
+
+    Args:
+        args: VISSL's whole configuration.
+        config: what is below ``config``.
+    """
+    from vissl.utils import distributed_launcher
+    from vissl.utils.checkpoint import get_checkpoint_folder, is_training_finished
+
+    from vissl_ext import catalog, ranks
+
+    distributed_launcher._distributed_worker = ranks.worker
+    distributed_launcher._ResumableSlurmJob = ranks.SlurmJob
+    catalog.register(config)
+    if config.SLURM.USE_SLURM:
+        distributed_launcher.launch_distributed_on_slurm(engine_name=args.engine_name, cfg=config)
+        return
+    folder = get_checkpoint_folder(config)
+    say(f"run's folder: {folder}")
+    if is_training_finished(config, checkpoint_folder=folder):
+        say("the training there is finished; config.CHECKPOINT.OVERWRITE_EXISTING=true trains on")
+        return
+    distributed_launcher.launch_distributed(
+        cfg=config, node_id=args.node_id, engine_name=args.engine_name, hook_generator=ranks.hooks
+    )
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
+        if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
+            print(USAGE)
+            raise SystemExit(0 if sys.argv[1:] else 2)
         main(sys.argv[1:])

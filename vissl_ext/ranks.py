@@ -1,23 +1,94 @@
-"""What runs in each process of a training: our registrations, hooks, console.
+"""What runs in each process of a training: registrations, hooks, and VISSL's own worker between them.
 
-Functions of the launcher itself could not be found by a spawned process, for which ``__main__`` is another module.
+A spawned process finds these functions by this module's name; those of a launcher stand under ``__main__``, which is
+another module there.
 """
 
+import random
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
+import torch
+from classy_vision.hooks.classy_hook import ClassyHook
+from vissl.hooks import default_hook_generator
+from vissl.utils.distributed_launcher import _distributed_worker as _vissl_worker
+from vissl.utils.distributed_launcher import _ResumableSlurmJob
+from vissl.utils.env import get_machine_local_and_dist_rank
+
+from vissl_ext import catalog
+from vissl_ext.compat.cuda_calls import stay_on_cpu
+from vissl_ext.hooks import extra_hooks
+from vissl_ext.progress import Progress, quieten
 from vissl_ext.registry import register
 
 register()
 
 
+class EpochSeed(ClassyHook):
+    """Seeds Python, NumPy and torch anew before each phase: a resumed run draws what an uninterrupted one draws.
+
+    The seed is made of SEED_VALUE, the phase and the process. A phase's data loader draws its workers' seeds before
+    ``on_phase_start``: the seeding has to stand at the end of the phase before.
+    """
+
+    on_phase_start = ClassyHook._noop
+    on_forward = ClassyHook._noop
+    on_loss_and_meter = ClassyHook._noop
+    on_backward = ClassyHook._noop
+    on_update = ClassyHook._noop
+    on_step = ClassyHook._noop
+    on_end = ClassyHook._noop
+
+    def on_start(self, task: Any) -> None:
+        """Seed the first phase, or the one that a resumed run goes on with."""
+        self._seed(task)
+
+    def on_phase_end(self, task: Any) -> None:
+        """Seed the next phase."""
+        self._seed(task)
+
+    @staticmethod
+    def _seed(task: Any) -> None:
+        rank = get_machine_local_and_dist_rank()[1]
+        phase = task.checkpoint["phase_idx"] if task.phase_idx < 0 and task.checkpoint else task.phase_idx
+        sequence = np.random.SeedSequence([task.config["SEED_VALUE"], phase + 1, rank])
+        seeds = sequence.generate_state(3)
+        random.seed(int(seeds[0]))
+        np.random.seed(int(seeds[1]))
+        torch.manual_seed(int(seeds[2]))
+
+
 def hooks(cfg: Any) -> list[Any]:
-    """VISSL's default hooks for a configuration and ours.
+    """VISSL's default hooks for a configuration, and ours.
 
     Args:
         cfg: VISSL's configuration, below ``config``.
     """
-    from vissl.hooks import default_hook_generator
+    return [*default_hook_generator(cfg), *extra_hooks(cfg), Progress(), EpochSeed()]
 
-    from vissl_ext.hooks import extra_hooks
 
-    return [*default_hook_generator(cfg), *extra_hooks(cfg)]
+def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:
+    """VISSL's worker of one process, with what it needs around it."""
+    quieten()
+    catalog.register(cfg)
+    with stay_on_cpu() if cfg.MACHINE.DEVICE == "cpu" else nullcontext():
+        _vissl_worker(local_rank, cfg, *args, **kwargs)
+
+
+class SlurmJob(_ResumableSlurmJob):
+    """VISSL's job for SLURM, unpickled by a process that has nothing mended or registered yet."""
+
+    def __call__(self) -> None:
+        """Run on this machine, as one of the job's."""
+        from vissl.utils import distributed_launcher
+
+        distributed_launcher._distributed_worker = worker
+        distributed_launcher.default_hook_generator = hooks
+        super().__call__()
+
+    def checkpoint(self) -> Any:
+        """What submitit queues again when the job's time is over."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(SlurmJob(engine_name=self.engine_name, config=self.config))

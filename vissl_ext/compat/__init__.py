@@ -6,12 +6,12 @@ that needs it. The tests show of each that it is still needed.
 
 from importlib.util import find_spec
 
-from vissl_ext.compat import kinetics400, numpy_names, pkg_resources
+from vissl_ext.compat import checkpoints, import_warnings, kinetics400, numpy_names, pkg_resources
 
 
 def activate() -> None:
     """Mend everything; does nothing where VISSL is not installed."""
     if find_spec("vissl") is None:
         return
-    for mend in (pkg_resources, numpy_names, kinetics400):
+    for mend in (import_warnings, pkg_resources, numpy_names, kinetics400, checkpoints):
         mend.activate()

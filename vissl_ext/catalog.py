@@ -1,0 +1,158 @@
+"""Image folders named on the command line, without an entry in VISSL's dataset catalogue.
+
+``config.DATA.TRAIN.DATA_PATHS=[folder]`` is enough: what the folder holds says how VISSL has to read it.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from plugins.tools.command import UserError
+
+_IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_FILES = ("disk_folder", "disk_filelist")
+_DIGITS = "; make the digits with: python -m plugins.tools.data digits"
+
+
+def complete(config: DictConfig, given: dict[str, Any]) -> dict[str, list[str]]:
+    """Say in the configuration how the named folders have to be read.
+
+    A folder with a folder for each class becomes ``disk_folder``; one with images in it ``disk_filelist``, whose list
+    :func:`write_lists` writes. Labels are read where the configuration has ``LABEL_SOURCES``.
+
+    Args:
+        config: VISSL's configuration, below ``config``; changed in place.
+        given: keys, below ``config``, that the command line names.
+
+    Returns:
+        The images of each list that has to be written, by the list's path.
+
+    Raises:
+        UserError: a path is not there, holds no images, or lacks the labels that the configuration asks for.
+    """
+    lists: dict[str, list[str]] = {}
+    splits = [*([] if config.TEST_ONLY else ["TRAIN"]), *(["TEST"] if config.TEST_MODEL else [])]
+    for split in splits:
+        data = config.DATA[split]
+        if len(data.DATA_PATHS) == 0:
+            _check_names(split, data)
+            continue
+        if any(source not in _FILES for source in data.DATA_SOURCES):
+            continue  # synthetic and torchvision's data have their own meaning of a path
+        paths, sources, names = [], [], []
+        for index, path in enumerate(map(str, data.DATA_PATHS)):
+            path = str(Path(path).expanduser())
+            source, images = _kind(split, path)
+            if source == "disk_filelist" and images is not None:
+                path = str(Path(config.CHECKPOINT.DIR) / f"{split.lower()}_images_{index}.npy")
+                lists[path] = images
+            paths.append(path)
+            sources.append(source)
+            names.append(_name(split, data, index, path))
+        if f"DATA.{split}.DATA_SOURCES" in given and list(data.DATA_SOURCES) != sources:
+            raise UserError(
+                f"config.DATA.{split}.DATA_SOURCES is {list(data.DATA_SOURCES)}, but DATA_PATHS holds {sources}"
+            )
+        wanted = len(data.LABEL_SOURCES) > 0 and len(data.LABEL_PATHS) == 0
+        if wanted and any(_unlabelled(name, source) for name, source in zip(names, sources, strict=True)):
+            raise UserError(
+                f"config.DATA.{split}.LABEL_SOURCES asks for labels, but {data.DATA_PATHS[0]} has no folders of classes"
+            )
+        data.DATA_PATHS, data.DATA_SOURCES, data.DATASET_NAMES = paths, sources, names
+        if wanted and "disk_folder" in sources:
+            data.LABEL_SOURCES = sources
+    return lists
+
+
+def write_lists(lists: dict[str, list[str]]) -> None:
+    """Write the lists of images that :func:`complete` has named."""
+    for path, images in lists.items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(f"{path}.{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            np.save(file, np.array(images))
+        temporary.replace(path)
+
+
+def register(config: Any) -> None:
+    """Enter the paths of a completed configuration into VISSL's catalogue; a spawned process starts with its own.
+
+    Args:
+        config: VISSL's configuration, below ``config``.
+    """
+    from vissl.data.dataset_catalog import VisslDatasetCatalog
+
+    for split in ("TRAIN", "TEST"):
+        data = config.DATA[split]
+        if len(data.DATA_PATHS) != len(data.DATASET_NAMES):
+            continue
+        for name, path, source in zip(data.DATASET_NAMES, data.DATA_PATHS, data.DATA_SOURCES, strict=False):
+            if not VisslDatasetCatalog.has_data(name):
+                entry = [path, path if source == "disk_folder" else ""]
+                VisslDatasetCatalog.register_data(name, {"train": entry, "val": entry})
+
+
+def _check_names(split: str, data: DictConfig) -> None:
+    from vissl.data.dataset_catalog import VisslDatasetCatalog
+
+    for source, name in zip(data.DATA_SOURCES, data.DATASET_NAMES, strict=False):
+        if source not in _FILES:
+            continue
+        hint = f"name a folder with config.DATA.{split}.DATA_PATHS=[FOLDER]"
+        if not VisslDatasetCatalog.has_data(name):
+            raise UserError(f"config.DATA.{split}.DATASET_NAMES: no catalogue has {name!r}; {hint}")
+        place = VisslDatasetCatalog.get(name)["train" if split == "TRAIN" else "val"][0]
+        if isinstance(place, str) and not Path(place).exists():
+            raise UserError(f"the catalogue says that {name!r} is in {place}, which is not there; {hint}")
+
+
+def _name(split: str, data: DictConfig, index: int, path: str) -> str:
+    """The name that the configuration gives, where a catalogue knows it, for its labels; else one of our own."""
+    from vissl.data.dataset_catalog import VisslDatasetCatalog
+
+    if index < len(data.DATASET_NAMES) and VisslDatasetCatalog.has_data(data.DATASET_NAMES[index]):
+        return data.DATASET_NAMES[index]
+    return f"{split.lower()}:{path}"
+
+
+def _unlabelled(name: str, source: str) -> bool:
+    from vissl.data.dataset_catalog import VisslDatasetCatalog
+
+    return source == "disk_filelist" and not VisslDatasetCatalog.has_data(name)
+
+
+def _kind(split: str, given: str) -> tuple[str, list[str] | None]:
+    """How VISSL has to read a path, and the images, where a list has to be made of them."""
+    path = Path(given)
+    if path.is_file() and path.suffix == ".npy":
+        return "disk_filelist", None
+    if not path.is_dir():
+        hint = _DIGITS if path.parent.name == "digits" else ""
+        raise UserError(f"config.DATA.{split}.DATA_PATHS is no folder and no .npy list of images: {given}{hint}")
+    folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    if not any(_is_image(entry.name) for entry in os.scandir(path)):
+        if {"train", "val"} <= set(folders):
+            raise UserError(f"config.DATA.{split}.DATA_PATHS: {given} holds train and val; name one of the two")
+        if folders:
+            empty = [name for name in folders if not any(_images(path / name))]
+            if empty:
+                raise UserError(f"config.DATA.{split}.DATA_PATHS: there is no image in {path / empty[0]}")
+            return "disk_folder", None
+    images = sorted(_images(path))
+    if not images:
+        raise UserError(f"config.DATA.{split}.DATA_PATHS: there is no image in {given}")
+    return "disk_filelist", images
+
+
+def _images(folder: Path) -> Any:
+    for place, _, names in os.walk(folder.resolve(), followlinks=True):
+        for name in names:
+            if _is_image(name):
+                yield f"{place}/{name}"
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(_IMAGES)

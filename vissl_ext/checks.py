@@ -1,0 +1,141 @@
+"""Every check of a configuration that can be made before anything is started.
+
+What VISSL leaves to an assertion deep inside a rank, or does not notice at all, is one sentence here.
+"""
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from plugins.tools.command import UserError
+
+_OPTIONAL = {
+    "cross_entropy_multiple_output_single_target": {"label_smoothing"},
+    "nce_loss_with_memory": {"ignore_index"},
+    "dino_loss": {"num_crops"},
+}
+"""Keys that a stock loss reads and VISSL's defaults.yaml does not have."""
+
+
+def check(cfg: DictConfig) -> None:
+    """Look for names that nothing is registered under, and for keys that a loss does not read.
+
+    Args:
+        cfg: the composed configuration, with ``config`` on top.
+
+    Raises:
+        UserError: there is one.
+    """
+    from classy_vision.dataset.transforms import TRANSFORM_REGISTRY
+    from classy_vision.optim import OPTIMIZER_REGISTRY
+    from torchvision import transforms
+    from vissl.data import DATASET_SOURCE_MAP
+    from vissl.data.collators import COLLATOR_REGISTRY
+    from vissl.engines.engine_registry import _ENGINE_REGISTRY
+    from vissl.models import MODEL_REGISTRY
+    from vissl.models.heads import MODEL_HEADS_REGISTRY
+    from vissl.models.trunks import MODEL_TRUNKS_REGISTRY
+    from vissl.trainer.train_steps import TRAIN_STEP_REGISTRY
+
+    config = cfg.config
+    _known("engine_name", cfg.engine_name, _ENGINE_REGISTRY)
+    _known("config.MODEL.BASE_MODEL_NAME", config.MODEL.BASE_MODEL_NAME, MODEL_REGISTRY)
+    _known("config.MODEL.TRUNK.NAME", config.MODEL.TRUNK.NAME, MODEL_TRUNKS_REGISTRY)
+    for head in _heads(OmegaConf.to_container(config.MODEL.HEAD.PARAMS)):
+        _known("config.MODEL.HEAD.PARAMS", head, MODEL_HEADS_REGISTRY)
+    _known("config.OPTIMIZER.name", config.OPTIMIZER.name, OPTIMIZER_REGISTRY)
+    _known("config.TRAINER.TRAIN_STEP_NAME", config.TRAINER.TRAIN_STEP_NAME, TRAIN_STEP_REGISTRY)
+    _loss(OmegaConf.to_container(config.LOSS))
+    for split in ("TRAIN", "TEST"):
+        data = config.DATA[split]
+        for source in data.DATA_SOURCES:
+            _known(f"config.DATA.{split}.DATA_SOURCES", source, DATASET_SOURCE_MAP)
+        _known(f"config.DATA.{split}.COLLATE_FUNCTION", data.COLLATE_FUNCTION, {"default_collate", *COLLATOR_REGISTRY})
+        for transform in data.TRANSFORMS:
+            name = str(transform.get("name"))
+            if not any(hasattr(transforms, form) for form in (name, name.title().replace("_", ""))):
+                key = f"config.DATA.{split}.TRANSFORMS"
+                _known(key, name, TRANSFORM_REGISTRY, transform.get("transform_type") == "augly")
+    for key in ("OPTIMIZER.num_epochs", "DATA.TRAIN.BATCHSIZE_PER_REPLICA", "DISTRIBUTED.NUM_PROC_PER_NODE"):
+        value = OmegaConf.select(config, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"config.{key} must be a whole number, at least 1, got {value!r}")
+
+
+def _known(key: str, name: Any, names: Iterable[str], trusted: bool = False) -> None:
+    names = list(names)
+    if trusted or name in names:
+        return
+    near = difflib.get_close_matches(str(name), names, n=1)
+    raise UserError(f"{key}: {name!r} is unknown{_meant(near)}; known are {', '.join(sorted(names))}")
+
+
+def _meant(near: list[str]) -> str:
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _heads(params: list[Any]) -> Iterable[Any]:
+    """The names in MODEL.HEAD.PARAMS, where a head is [name, options] or a list of such."""
+    for head in params:
+        if isinstance(head, list) and head and isinstance(head[0], list):
+            yield from _heads(head)
+        elif isinstance(head, list) and head:
+            yield head[0]
+        else:
+            raise UserError(f"config.MODEL.HEAD.PARAMS must be a list of [NAME, {{OPTIONS}}], got {head!r} in it")
+
+
+@cache
+def _stock() -> dict[str, Any]:
+    text = files("vissl.config").joinpath("defaults.yaml").read_text()
+    return yaml.safe_load(text)["config"]["LOSS"]
+
+
+def _loss(losses: dict[str, Any]) -> None:
+    import torch.nn.modules.loss as torch_losses
+    from classy_vision.losses import LOSS_REGISTRY
+
+    of_torch = {name for name, kind in vars(torch_losses).items() if inspect.isclass(kind) and name.endswith("Loss")}
+    name, known = losses.get("name"), {*LOSS_REGISTRY, *of_torch}
+    if name not in known:
+        near = difflib.get_close_matches(str(name), sorted(known), n=1)
+        raise UserError(
+            f"config.LOSS.name: {name!r} is unknown{_meant(near)}; known are {', '.join(sorted(LOSS_REGISTRY))} "
+            "and the losses of torch.nn"
+        )
+    for section in losses:
+        if section != "name":
+            _known("config.LOSS", section, {*_stock(), *known})
+    if not isinstance(losses.get(name), dict):
+        raise UserError(f"config.LOSS names {name}, but has no section {name} with its options")
+    kind = LOSS_REGISTRY.get(name)
+    if kind is not None and hasattr(kind, "check_config"):
+        try:
+            kind.check_config(dict(losses[name]))
+        except ValueError as error:
+            raise UserError(f"config.LOSS.{name}: {error}") from None
+    elif kind is None:
+        options = set(inspect.signature(getattr(torch_losses, name)).parameters)
+        _keys(f"config.LOSS.{name}", losses[name], {option: None for option in options})
+    elif name in _stock():
+        optional = dict.fromkeys(_OPTIONAL.get(name, ()))
+        _keys(f"config.LOSS.{name}", losses[name], {**_stock()[name], **optional})
+
+
+def _keys(above: str, given: dict[str, Any], known: dict[str, Any]) -> None:
+    for key, value in given.items():
+        if key == "name":
+            continue
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise UserError(f"{above} has no key {key!r}{_meant(near)}; it knows {', '.join(sorted(known))}")
+        if isinstance(known[key], dict):
+            if not isinstance(value, dict):
+                raise UserError(f"{above}.{key} must have entries, such as {', '.join(known[key])}, got {value!r}")
+            _keys(f"{above}.{key}", value, known[key])

@@ -1,0 +1,75 @@
+"""Checkpoints that are whole or not there.
+
+classy_vision/generic/util.py:352 writes into the final name, and vissl/utils/checkpoint.py:422 takes the existence of
+``model_final_*.torch`` for the end of a training: one that is killed while it writes can neither resume nor start anew.
+vissl/utils/checkpoint.py:143 links to a path relative to the working directory, not to the link.
+"""
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+_BEGUN = ".writing-"
+
+
+def activate() -> None:
+    """Write checkpoints under another name first."""
+    from vissl.utils import checkpoint
+
+    checkpoint.CheckpointWriter._save = _save
+    checkpoint.CheckpointWriter._create_symbolic_link = _link
+
+
+def _save(self: Any, name: str, content: Any) -> None:
+    import torch
+
+    folder = Path(self.checkpoint_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # the name is none that VISSL looks for
+    begun = folder / f"{_BEGUN}{os.getpid()}"
+    try:
+        with begun.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        begun.replace(folder / name)
+    finally:
+        begun.unlink(missing_ok=True)
+
+
+def _link(self: Any, checkpoint_name: str) -> None:
+    folder = Path(self.checkpoint_folder)
+    begun = folder / f"{_BEGUN}{os.getpid()}"
+    begun.unlink(missing_ok=True)
+    begun.symlink_to(checkpoint_name)
+    begun.replace(folder / "checkpoint.torch")
+
+
+def set_aside(folder: Path) -> list[str]:
+    """Rename checkpoints that a killed process has left half written, so that the one before is resumed from.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        Their former names; the new ones end in ``.broken``.
+    """
+    broken = []
+    for path in sorted(folder.glob("*.torch")):
+        if path.is_file() and not path.is_symlink() and not _whole(path):
+            path.replace(path.with_name(path.name + ".broken"))
+            broken.append(path.name)
+    link = folder / "checkpoint.torch"
+    if link.is_symlink() and not link.exists():
+        link.unlink()
+    for path in folder.glob(f"{_BEGUN}*"):
+        path.unlink()
+    return broken
+
+
+def _whole(path: Path) -> bool:
+    """A file of torch's present format ends in a directory of its parts; one of the former format is taken as it is."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    return zipfile.is_zipfile(path) if start in (b"PK", b"") else True

@@ -1,0 +1,22 @@
+"""Warnings that VISSL's own imports raise, which a user of it cannot act on.
+
+classy_vision/dataset/transforms/__init__.py:15 (torchvision's video transforms), classy_vision/models/mlp.py and others
+(torch.jit), vissl/utils/hydra_config.py:124 (Hydra's version_base), vissl/utils/collect_env.py:55 (no CUDA toolkit).
+"""
+
+import logging
+import warnings
+
+_MESSAGES = (
+    ".*_functional_video.* module is deprecated",
+    ".*_transforms_video.* module is deprecated",
+    ".*torch.jit.script.* is deprecated",
+    r"\s*The version_base parameter is not specified",
+)
+
+
+def activate() -> None:
+    """Leave them out."""
+    for message in _MESSAGES:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -1,0 +1,123 @@
+"""Finding and composing a configuration: VISSL's stock ones, ours, and those of a folder of the user's own."""
+
+import difflib
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from plugins.tools.command import UserError
+
+_PACKAGE = Path(__file__).parent
+
+
+def own_folder() -> Path:
+    """Our configurations: in the package of an installed copy, beside it in a checkout."""
+    places = [_PACKAGE / "configs", _PACKAGE.parent / "configs" / "vissl"]
+    return next((place for place in places if place.is_dir()), places[0])
+
+
+def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[DictConfig, dict[str, Any]]:
+    """Compose as VISSL's tools do.
+
+    Args:
+        overrides: ``config=NAME`` and Hydra's overrides.
+        folders: the user's, each with a folder ``config`` in it, as VISSL's ./configs has; the first is looked into
+            first, before ./configs, VISSL's own and ours.
+
+    Returns:
+        The configuration, with ``config`` on top; and the keys below ``config`` that the overrides name, with the
+        values that they give.
+
+    Raises:
+        UserError: Hydra cannot make a configuration of it.
+    """
+    places = []
+    for folder in folders:
+        place = Path(folder).expanduser().resolve()
+        if not (place / "config").is_dir():
+            raise UserError(f"--config-dir must name a folder with a folder 'config' in it, as VISSL has: {folder}")
+        places.append(place)
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        given = _given(overrides)
+        search = create_config_search_path("pkg://vissl.config")
+        if not any(entry.provider == "vissl_ext" for entry in search.get_path()):
+            search.append("vissl_ext", f"file://{own_folder()}")
+        for place in reversed(places):
+            search.prepend("user", f"file://{place}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Hydra's advice is for the authors of the configurations
+            Hydra.create_main_hydra2("vissl_ext", search)
+            return hydra_compose("defaults", overrides=list(overrides)), given
+    except MissingConfigException as error:
+        raise UserError(_missing(error, given, places)) from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_sentence(error)) from None
+    finally:
+        GlobalHydra.instance().clear()
+        if before is not None:
+            GlobalHydra.instance().initialize(before)
+
+
+def config_names(folders: Sequence[Path] = ()) -> list[str]:
+    """What ``config=`` can name: the files below ``config`` that are no part of another, as far as names tell.
+
+    Args:
+        folders: the user's.
+    """
+    spec = find_spec("configs")
+    stock = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    names = set()
+    for folder in (*folders, Path("configs"), *stock, own_folder()):
+        root = folder / "config"
+        names |= {path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml")}
+    return sorted(names)
+
+
+def _given(overrides: Sequence[str]) -> dict[str, Any]:
+    given = {}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.key_or_group.startswith("config.") and not override.is_delete():
+            given[override.key_or_group.removeprefix("config.")] = override.value()
+    return given
+
+
+def _missing(error: MissingConfigException, given: dict[str, Any], places: list[Path]) -> str:
+    name = str(error.missing_cfg_file or "").removeprefix("config/").removesuffix(".yaml")
+    names = config_names(places)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or [
+        other for other in names if Path(other).name == Path(name).name
+    ]
+    hint = f"; did you mean {' or '.join(near[:3])}?" if near else "; --list names those there are"
+    return f"there is no configuration {name!r}{hint}"
+
+
+def _sentence(error: Exception) -> str:
+    """What Hydra says, in one line: its later lines are context or advice."""
+    text = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    if "must specify 'config'" in str(error):
+        return "no configuration is named; begin with config=NAME, see --help"
+    cause = error.__cause__
+    if cause is not None and str(cause) not in text[0]:
+        text[0] += f" {str(cause).splitlines()[0]}"
+    if "Could not override" in text[0] and "To append" in str(error):
+        key = text[0].partition("'")[2].partition("'")[0]
+        return f"the configuration has no key {key}; write +{key}=VALUE to add one"
+    return text[0]
+
+
+def plain(cfg: Any) -> Any:
+    """An OmegaConf configuration as dictionaries and lists."""
+    return OmegaConf.to_container(cfg, resolve=True)

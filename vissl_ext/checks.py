@@ -35,6 +35,7 @@ def check(cfg: DictConfig) -> None:
     from classy_vision.dataset.transforms import TRANSFORM_REGISTRY
     from classy_vision.optim import OPTIMIZER_REGISTRY
     from torchvision import transforms
+    from vissl.config import AttrDict
     from vissl.data import DATASET_SOURCE_MAP
     from vissl.data.collators import COLLATOR_REGISTRY
     from vissl.engines.engine_registry import _ENGINE_REGISTRY
@@ -42,6 +43,8 @@ def check(cfg: DictConfig) -> None:
     from vissl.models.heads import MODEL_HEADS_REGISTRY
     from vissl.models.trunks import MODEL_TRUNKS_REGISTRY
     from vissl.trainer.train_steps import TRAIN_STEP_REGISTRY
+
+    from vissl_ext.task import check_config
 
     config = cfg.config
     _known("engine_name", cfg.engine_name, _ENGINE_REGISTRY)
@@ -66,6 +69,7 @@ def check(cfg: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"config.{key} must be a whole number, at least 1, got {value!r}")
+    check_config(AttrDict(OmegaConf.to_container(config)))
 
 
 def _known(key: str, name: Any, names: Iterable[str], trusted: bool = False) -> None:

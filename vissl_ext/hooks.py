@@ -1,6 +1,16 @@
 """Hooks that our methods add to VISSL's own."""
 
+import csv
+from pathlib import Path
 from typing import Any
+
+import torch
+from classy_vision.generic.distributed_util import is_primary
+from classy_vision.hooks import ClassyHook
+from classy_vision.losses import LOSS_REGISTRY
+
+from plugins.linalg import participation_ratio
+from vissl_ext.methods import MethodLoss, TeacherLoss
 
 
 def extra_hooks(cfg: Any) -> list[Any]:
@@ -9,4 +19,97 @@ def extra_hooks(cfg: Any) -> list[Any]:
     Args:
         cfg: VISSL's configuration, below ``config``.
     """
-    return []
+    loss = LOSS_REGISTRY.get(cfg.LOSS.name, object)
+    hooks: list[Any] = [EMATeacherHook()] if issubclass(loss, TeacherLoss) else []
+    return [*hooks, MetricsHook()] if issubclass(loss, MethodLoss) else hooks
+
+
+class _Hook(ClassyHook):
+    """A hook all of whose events do nothing until a child says what."""
+
+    on_start = ClassyHook._noop
+    on_phase_start = ClassyHook._noop
+    on_forward = ClassyHook._noop
+    on_loss_and_meter = ClassyHook._noop
+    on_backward = ClassyHook._noop
+    on_update = ClassyHook._noop
+    on_step = ClassyHook._noop
+    on_phase_end = ClassyHook._noop
+    on_end = ClassyHook._noop
+    on_exception = ClassyHook._noop
+
+
+class EMATeacherHook(_Hook):
+    """Runs and moves the teacher of a TeacherLoss: ``θ_t ← τ θ_t + (1 − τ) θ``, τ on BYOL's cosine over all steps.
+
+    τ is a function of the optimiser steps done, which VISSL checkpoints: a resumed run goes on where it stopped.
+    """
+
+    def on_forward(self, task: Any) -> None:
+        """The teacher's output for the batch, without gradient, where the loss looks for it."""
+        loss = task.base_loss
+        if loss.teacher is not None:
+            output = loss.teacher(task.last_batch.sample["input"])
+            # VISSL unwraps the outputs of a model of one head alike
+            loss.teacher_output = output[0] if len(output) == 1 else output
+
+    def on_update(self, task: Any) -> None:
+        """Called after each optimiser step; ``task.iteration`` counts those before it."""
+        loss = task.base_loss
+        if loss.teacher is not None:
+            loss.tau = loss.teacher.update(task.iteration, task.max_iteration)
+
+
+class MetricsHook(_Hook):
+    """Writes metrics.csv, one row an epoch: means of the loss's terms, and the spectrum of the embedding's moment.
+
+    Columns: epoch, the terms, ``z_std``, ``tau`` with a teacher, and where the second moment is followed
+    ``eigval_{min,max,mean,std}`` and ``part_ratio``. With ``log_eigvals`` the whole spectrum goes to eigenvalues.csv.
+    Rows that a resumed run trains again are replaced.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sums: dict[str, torch.Tensor] = {}
+        self._steps = 0
+
+    def on_phase_start(self, task: Any) -> None:
+        """Forget the last epoch."""
+        self._sums, self._steps = {}, 0
+
+    def on_update(self, task: Any) -> None:
+        """Add one step, without waiting for the device."""
+        for name, value in task.base_loss.metrics.items():
+            self._sums[name] = self._sums.get(name, 0) + value
+        self._steps += 1
+
+    def on_phase_end(self, task: Any) -> None:
+        """Write the epoch's row."""
+        if not (task.train and is_primary() and self._steps):
+            return
+        row = {name: float(value) / self._steps for name, value in self._sums.items()}
+        if hasattr(task.base_loss, "tau"):
+            row["tau"] = task.base_loss.tau
+        folder, epoch = Path(task.checkpoint_folder), task.train_phase_idx
+        moment = task.base_model.heads[0].moment
+        if moment is not None:
+            spectrum = moment.spectrum().cpu()
+            for name in ("min", "max", "mean", "std"):
+                row[f"eigval_{name}"] = float(getattr(spectrum, name)())
+            row["part_ratio"] = float(participation_ratio(spectrum))
+            if task.base_loss.options["log_eigvals"]:
+                values = {f"eigval_{index}": value for index, value in enumerate(spectrum.tolist(), 1)}
+                _write_row(folder / "eigenvalues.csv", epoch, values)
+        _write_row(folder / "metrics.csv", epoch, row)
+
+
+def _write_row(path: Path, epoch: int, row: dict[str, float]) -> None:
+    """Put an epoch's row into a CSV file, in place of rows of this epoch and later."""
+    kept = []
+    if path.is_file():
+        with path.open(newline="") as file:
+            kept = [line for line in csv.DictReader(file) if int(line["epoch"]) < epoch]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["epoch", *row], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*kept, {"epoch": epoch, **row}])

@@ -3,3 +3,6 @@
 
 def register() -> None:
     """Import what registers itself. May be called again without harm."""
+    from vissl_ext import methods, schedules, task, trunks  # noqa: F401
+
+    task.replace_task()

@@ -1,0 +1,241 @@
+"""Our methods in VISSL compute what ``plugins`` computes, and are told what they cannot be."""
+
+import copy
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from plugins.distributed import LOCAL
+from plugins.methods import METHODS
+from plugins.spec import Embeddings
+
+pytest.importorskip("vissl")
+pytestmark = pytest.mark.vissl
+
+from vissl_ext.registry import register  # noqa: E402
+
+register()
+
+from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict  # noqa: E402
+
+from plugins.tools.command import UserError  # noqa: E402
+from vissl_ext.hooks import EMATeacherHook  # noqa: E402
+from vissl_ext.task import PluginTask, check_config  # noqa: E402
+
+SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "log_eigvals": True}
+
+
+def configuration(method: str, *overrides: str) -> Any:
+    """The digits configuration of a method, with a small head."""
+    small = [f"config.LOSS.{method}.{key}={value}" for key, value in SMALL.items() if key in METHODS[method].options]
+    words = [f"config=pretrain/{method}/digits", *small, *overrides]
+    return convert_to_attrdict(compose_hydra_configuration(words), dump_config=False)[1]
+
+
+def built(method: str, *overrides: str) -> Any:
+    """Task, with model and loss as ``prepare`` builds them."""
+    task = PluginTask.from_config(configuration(method, *overrides))
+    torch.manual_seed(0)
+    task.base_model = task._build_model()
+    task.base_loss = task._build_loss()
+    task.base_model.train()
+    return task
+
+
+def vissl_loss(task: Any, batch: Any) -> Tensor:
+    """What VISSL's training step does with a batch, up to the loss."""
+    output = task.base_model(batch)
+    assert len(output) == 1
+    step = SimpleNamespace(base_loss=task.base_loss, last_batch=SimpleNamespace(sample={"input": batch}))
+    EMATeacherHook().on_forward(step)
+    return task.base_loss(output[0], torch.zeros(1))
+
+
+def shake(module: nn.Module) -> None:
+    """Make weights that no initialisation makes: a teacher that differs, biases that are not 0."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def plugins_loss(method: str, options: Any, trunk: nn.Module, head: Any, teacher: Any, views: list[Tensor]) -> Tensor:
+    """The same from the SPEC alone, each view by itself."""
+    spec = METHODS[method]
+    z = [head.projector(trunk(view, [])[0]) for view in views]
+    p = z if spec.predictor is None else head.predictor.predict(z)
+    if teacher is None:
+        target = [view.detach() for view in z]
+    else:
+        with torch.no_grad():
+            target = [teacher.heads[0].projector(teacher.trunk(view, [])[0]) for view in views]
+    return spec.loss(Embeddings(z, p, target), options, LOCAL).loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_and_gradients_are_those_of_plugins(method: str, dtype: torch.dtype) -> None:
+    task = built(method)
+    torch.manual_seed(1)
+    for module in (task.base_model, task.base_loss):
+        module.to(dtype)
+        shake(module)
+    views = [torch.randn(6, 3, 16, 16, dtype=dtype) for _ in range(2)]
+    alone = copy.deepcopy(task.base_model)
+    teacher = copy.deepcopy(task.base_loss.teacher.module) if task.base_loss.teacher is not None else None
+    assert (teacher is not None) == METHODS[method].teacher
+
+    loss = vissl_loss(task, views)
+    loss.backward()
+    expected = plugins_loss(method, task.base_loss.options, alone.trunk, alone.heads[0], teacher, views)
+    expected.backward()
+
+    tolerance = {"rtol": 1e-6, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-13}
+    torch.testing.assert_close(loss, expected, **tolerance)
+    moved = 0
+    for (name, ours), theirs in zip(task.base_model.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        moved += float(ours.grad.abs().sum()) > 0
+    assert moved > 60, "most parameters of a ResNet-18 and its head have a gradient"
+    assert all(parameter.grad is None for parameter in task.base_loss.parameters())
+    for (name, ours), theirs in zip(task.base_model.named_buffers(), alone.buffers(), strict=True):
+        if "embedding_moment" not in name:
+            torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("method", ["isoloss", "byol"])
+def test_batches_of_any_collator(method: str) -> None:
+    """simclr_collator's tensor is the views one after another; resolutions may differ with multicrop_collator."""
+    torch.manual_seed(0)
+    views = [torch.randn(6, 3, 16, 16) for _ in range(2)]
+    for batch, overrides in (
+        (torch.cat(views), ["config.DATA.TRAIN.COLLATE_FUNCTION=simclr_collator"]),
+        (views, ["config.MODEL.SINGLE_PASS_EVERY_CROP=false"]),
+        ([views[0], views[1][:, :, 3:, 3:]], ["config.MODEL.SINGLE_PASS_EVERY_CROP=false"]),
+    ):
+        task = built(method, *overrides)
+        reference = built(method, *overrides)
+        loss = vissl_loss(task, batch)
+        # the trunk sees images of one size together, the head each view by itself
+        sizes = (
+            [batch] if isinstance(batch, Tensor) else [torch.cat(batch)] if batch[0].shape == batch[1].shape else batch
+        )
+        model, teacher = reference.base_model, reference.base_loss.teacher.module
+        z = [model.heads[0].projector(h) for h in torch.cat([model.trunk(images, [])[0] for images in sizes]).chunk(2)]
+        with torch.no_grad():
+            features = torch.cat([teacher.trunk(images, [])[0] for images in sizes])
+            target = [teacher.heads[0].projector(h) for h in features.chunk(2)]
+        embeddings = Embeddings(z, model.heads[0].predictor.predict(z), target)
+        expected = METHODS[method].loss(embeddings, reference.base_loss.options, LOCAL).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_without_momentum_the_student_is_the_teacher() -> None:
+    task = built("isoloss", "+config.LOSS.isoloss.base_tau=0.0", "+config.LOSS.isoloss.final_tau=0.0")
+    assert task.base_loss.teacher is None
+    assert not task.base_loss.state_dict()
+    views = [torch.randn(6, 3, 16, 16) for _ in range(2)]
+    alone = copy.deepcopy(task.base_model)
+    expected = plugins_loss("isoloss", task.base_loss.options, alone.trunk, alone.heads[0], None, views)
+    torch.testing.assert_close(vissl_loss(task, views), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_teacher_follows_the_schedule() -> None:
+    """θ_t ← τ θ_t + (1 − τ) θ, τ from 0.5 to 1 over ten steps: τ_5 = 0.75."""
+    task = built("byol", "+config.LOSS.byol.base_tau=0.5")
+    teacher, model = task.base_loss.teacher, task.base_model
+    before = [parameter.clone() for parameter in teacher.parameters()]
+    shake(model)
+    task.iteration, task.max_iteration = 5, 10
+    EMATeacherHook().on_update(task)
+    assert task.base_loss.tau == pytest.approx(0.75)
+    student = [*model.trunk.parameters(), *model.heads[0].projector.parameters()]
+    for old, new, now in zip(before, teacher.parameters(), student, strict=True):
+        torch.testing.assert_close(new, 0.75 * old + 0.25 * now)
+
+
+def test_evaluation_leaves_the_predictor_and_gives_projections() -> None:
+    task = built("isoloss")
+    head = task.base_model.heads[0].eval()
+    state = copy.deepcopy(head.state_dict())
+    features = torch.randn(5, 512)
+    (z,) = head(features)
+    torch.testing.assert_close(z, head.projector(features))
+    assert all(torch.equal(value, state[name]) for name, value in head.state_dict().items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_parameter_is_trained_once(method: str) -> None:
+    task = built(method)
+    task.optimizer = task._build_optimizer()
+    task.optimizer_schedulers = task._build_optimizer_schedulers()
+    task.prepare_optimizer()
+    trained = [id(parameter) for group in task.optimizer.param_groups for parameter in group["params"]]
+    assert sorted(trained) == sorted(id(parameter) for parameter in task.base_model.parameters())
+
+
+def test_learning_rate_of_a_predictor() -> None:
+    """BYOL's follows the schedule, ten times as high; SimSiam's stays at its peak: 0.002 · 64 / 256, ten times."""
+    cosine = (1 + math.cos(math.pi * (0.5 - 0.0556) / (1 - 0.0556))) / 2
+    for method, at_start, at_half in (
+        ("byol", 0.0, 10 * 0.0028 / 4 * cosine),
+        ("simsiam", 10 * 0.002 / 4, 10 * 0.002 / 4),
+    ):
+        task = built(method)
+        task.optimizer = task._build_optimizer()
+        task.optimizer_schedulers = task._build_optimizer_schedulers()
+        task.prepare_optimizer()
+        predictor = {id(parameter) for parameter in task.base_model.heads[0].predictor.parameters()}
+        for where, expected in ((0.0, at_start), (0.5, at_half)):
+            task.optimizer._update_schedule(task.optimizer._run_schedulers(where, None))
+            rates = {
+                group["lr"]
+                for group in task.optimizer.param_groups
+                if any(id(parameter) in predictor for parameter in group["params"])
+            }
+            assert len(rates) == 1
+            assert rates.pop() == pytest.approx(expected, rel=1e-6)
+
+
+def test_closed_form_methods_have_no_learned_predictor() -> None:
+    assert not list(built("isoloss").base_model.heads[0].predictor.parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["+config.LOSS.isoloss.alhpa=1.0"],
+            "config.LOSS.isoloss: method isoloss has no option 'alhpa'; it knows alpha",
+        ),
+        (["config.LOSS.isoloss.rho=high"], "config.LOSS.isoloss: method isoloss: rho must be a float, got 'high'"),
+        (["+config.LOSS.isoloss.base_tau=1.5"], "config.LOSS.isoloss: base must be"),
+        (
+            ["+config.LOSS.isoloss.base_tau=true"],
+            "LOSS.isoloss: method isoloss: base_tau must be a float, got True",
+        ),
+        (
+            ["config.MODEL.HEAD.PARAMS=[[mlp,{dims:[512,128]}]]"],
+            "LOSS.name=isoloss needs config.MODEL.HEAD.PARAMS",
+        ),
+        (["config.MODEL.HEAD.PARAMS=[[method_head,{}]]"], "method_head needs in_dim"),
+        (["config.TEST_MODEL=true"], "set config.TEST_MODEL=false"),
+        (["config.DATA.TRAIN.TRANSFORMS=[{name:ToTensor}]"], "needs two views of each image"),
+        (["config.DATA.TRAIN.COLLATE_FUNCTION=default_collate"], "got default_collate"),
+        (["config.LOSS.name=barlow_twins_loss"], "method_head needs a config.LOSS.name of byol, "),
+    ],
+)
+def test_mistakes_are_sentences(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_config(configuration("isoloss", *overrides))
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_width_of_the_trunk_is_checked() -> None:
+    task = built("isoloss", "config.MODEL.HEAD.PARAMS=[[method_head,{in_dim:2048}]]")
+    with pytest.raises(ValueError, match="in_dim=2048, but the trunk's features have 512"):
+        task.base_model([torch.randn(4, 3, 16, 16)] * 2)

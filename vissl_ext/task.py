@@ -1,0 +1,167 @@
+"""VISSL's training task with what our methods and a machine without apex need.
+
+It takes the place of ``self_supervision_task``, so that stock configurations train with it. For a stock loss it differs
+in one thing: LARC works without apex.
+"""
+
+from typing import Any
+
+from classy_vision.optim.param_scheduler import ClassyParamScheduler, ConstantParamScheduler, UpdateInterval
+from classy_vision.tasks import TASK_REGISTRY
+from vissl.optimizers import get_optimizer_param_groups
+from vissl.trainer.train_task import SelfSupervisionTask
+
+from plugins.methods import METHODS
+from plugins.tools.command import UserError
+from vissl_ext.hooks import extra_hooks
+from vissl_ext.larc import needs_plain_larc, plain_larc
+from vissl_ext.methods import HEAD, TeacherLoss, method_options
+
+_CONSTANT_PREDICTOR_LR = {"simsiam"}
+"""Methods whose predictor keeps the highest learning rate of the schedule (Chen and He 2021, §4.2)."""
+
+
+def check_config(config: Any) -> None:
+    """Refuse what the method cannot be trained with.
+
+    Args:
+        config: VISSL's configuration, below ``config``.
+
+    Raises:
+        UserError: one sentence that says what is wrong and what is allowed.
+    """
+    name = config.LOSS.name
+    heads = [head[0] for head in config.MODEL.HEAD.PARAMS]
+    if name not in METHODS:
+        if HEAD in heads:
+            raise UserError(f"{HEAD} needs a config.LOSS.name of {', '.join(sorted(METHODS))}, got {name}")
+        return
+    try:
+        method_options(name, config.LOSS.get(name, {}))
+    except ValueError as error:
+        raise UserError(f"config.LOSS.{name}: {error}") from None
+    if heads != [HEAD]:
+        raise UserError(
+            f"config.LOSS.name={name} needs config.MODEL.HEAD.PARAMS=[[{HEAD},{{in_dim:...}}]], got the heads {heads}"
+        )
+    if not isinstance(config.MODEL.HEAD.PARAMS[0][1].get("in_dim"), int):
+        raise UserError(f"{HEAD} needs in_dim, the width of the trunk's features: 512 of a ResNet-18, 2048 of a 50")
+    if config.TEST_MODEL:
+        raise UserError(f"config.LOSS.name={name} is for training alone: set config.TEST_MODEL=false")
+    if views(config) < 2:
+        raise UserError(
+            f"config.LOSS.name={name} needs two views of each image: put ImgPilToMultiCrop or ImgReplicatePil into "
+            "config.DATA.TRAIN.TRANSFORMS, and collate them with multicrop_collator or simclr_collator"
+        )
+    if config.DATA.TRAIN.COLLATE_FUNCTION not in ("multicrop_collator", "simclr_collator"):
+        raise UserError(
+            f"config.LOSS.name={name} needs config.DATA.TRAIN.COLLATE_FUNCTION=multicrop_collator or simclr_collator, "
+            f"got {config.DATA.TRAIN.COLLATE_FUNCTION}"
+        )
+
+
+def views(config: Any) -> int:
+    """How many views of an image the training transforms make."""
+    count = 1
+    for transform in config.DATA.TRAIN.TRANSFORMS:
+        if transform["name"] == "ImgPilToMultiCrop":
+            count *= transform["total_num_crops"]
+        elif transform["name"] == "ImgReplicatePil":
+            count *= transform.get("num_times", 2)
+    return count
+
+
+class ScaledScheduler(ClassyParamScheduler):
+    """A schedule times a number.
+
+    Args:
+        scheduler: the schedule.
+        factor: what its values are multiplied by.
+    """
+
+    def __init__(self, scheduler: Any, factor: float) -> None:
+        super().__init__(scheduler.update_interval)
+        self.scheduler, self.factor = scheduler, factor
+
+    def __call__(self, where: float) -> float:
+        """The value at a fraction of the training in [0, 1)."""
+        return self.factor * self.scheduler(where)
+
+
+def predictor_groups(groups: list[dict[str, Any]], predictor: list[Any], scale: float, constant: bool) -> list[Any]:
+    """VISSL's parameter groups with the predictor's parameters in groups of their own.
+
+    Args:
+        groups: of ``get_optimizer_param_groups``; their ``lr`` is a schedule.
+        predictor: the predictor's parameters.
+        scale: its learning rate over that of its group.
+        constant: it keeps the highest learning rate that the schedule takes.
+    """
+    ids = {id(parameter) for parameter in predictor}
+    own = []
+    for group in groups:
+        inside = [parameter for parameter in group["params"] if id(parameter) in ids]
+        if not inside:
+            continue
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+        schedule = group["lr"]
+        if constant:
+            schedule = ConstantParamScheduler(max(schedule(step / 4096) for step in range(4096)))
+            schedule.update_interval = UpdateInterval.STEP
+        own.append({**group, "params": inside, "lr": ScaledScheduler(schedule, scale)})
+    return [*groups, *own]
+
+
+class PluginTask(SelfSupervisionTask):
+    """SelfSupervisionTask for stock losses and ours."""
+
+    @property
+    def method(self) -> str | None:
+        """The key of METHODS that is trained, if one is."""
+        return self.config.LOSS.name if self.config.LOSS.name in METHODS else None
+
+    def set_hooks(self, hooks: list[Any]) -> Any:
+        """The given hooks and those that the loss needs, which a launcher that does not know us leaves out."""
+        names = {type(hook) for hook in hooks}
+        return super().set_hooks([*hooks, *(hook for hook in extra_hooks(self.config) if type(hook) not in names)])
+
+    def _build_model(self) -> Any:
+        if self.method:
+            check_config(self.config)
+            given = {key: value for key, value in self.config.LOSS[self.method].items() if key != "name"}
+            self.config.MODEL.HEAD.PARAMS[0][1].update(method=self.method, options=given, views=views(self.config))
+        return super()._build_model()
+
+    def _build_loss(self) -> Any:
+        loss = super()._build_loss()
+        if isinstance(loss, TeacherLoss):
+            # before the checkpoint is read, which holds the teacher
+            loss.attach(self.base_model)
+        return loss
+
+    def _build_optimizer(self) -> Any:
+        if needs_plain_larc(self.config.OPTIMIZER):
+            return plain_larc(self.config.OPTIMIZER)
+        return super()._build_optimizer()
+
+    def prepare_optimizer(self) -> None:
+        """Parameter groups as VISSL makes them; a predictor with a learning rate of its own gets its own groups."""
+        head = self.base_model.heads[0] if self.method else None
+        parameters = list(head.predictor.parameters()) if head is not None and head.predictor is not None else []
+        scale = head.options.get("pred_lr_scale", 1.0) if parameters else 1.0
+        constant = self.method in _CONSTANT_PREDICTOR_LR
+        if not parameters or (scale == 1.0 and not constant):
+            super().prepare_optimizer()
+            return
+        groups = get_optimizer_param_groups(
+            model=self.base_model,
+            model_config=self.config.MODEL,
+            optimizer_config=self.config.OPTIMIZER,
+            optimizer_schedulers=self.optimizer_schedulers,
+        )
+        self.optimizer.set_param_groups(predictor_groups(groups, parameters, scale, constant))
+
+
+def replace_task() -> None:
+    """Let VISSL build this task where a configuration says ``self_supervision_task``."""
+    TASK_REGISTRY["self_supervision_task"] = PluginTask

@@ -1,0 +1,78 @@
+"""Trunks that VISSL 0.1.6 lacks: ResNet-18 and ResNet-34, and the stem for images of 32 pixels.
+
+``TRUNK: {NAME: plain_resnet, RESNETS: {DEPTH: 18, CIFAR_STEM: true}}``; of RESNETS it also takes ZERO_INIT_RESIDUAL.
+Its state dict has the keys of VISSL's own ``resnet``, so that a checkpoint of either goes into the other.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models import resnet
+from vissl.models.model_helpers import get_trunk_forward_outputs, transform_model_input_data_type
+from vissl.models.trunks import register_model_trunk
+
+from plugins.tools.command import UserError
+
+DEPTHS = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50, 101: resnet.resnet101, 152: resnet.resnet152}
+_NAMES = {
+    "conv1": "conv1_relu",
+    "res1": "maxpool",
+    "res2": "layer1",
+    "res3": "layer2",
+    "res4": "layer3",
+    "res5": "layer4",
+    "res5avg": "avgpool",
+    "flatten": "flatten",
+}
+
+
+@register_model_trunk("plain_resnet")
+class PlainResNet(nn.Module):
+    """torchvision's ResNet as a trunk.
+
+    With the CIFAR stem, that of solo-learn, the first convolution is 3×3 of stride 1 and padding 2 (32 pixels become
+    34) and there is no max-pool.
+
+    Args:
+        model_config: VISSL's MODEL section.
+        model_name: the trunk's name; not used.
+
+    Raises:
+        UserError: there is no ResNet of that depth.
+    """
+
+    def __init__(self, model_config: Any, model_name: str) -> None:
+        super().__init__()
+        config = model_config.TRUNK.RESNETS
+        if config.DEPTH not in DEPTHS:
+            raise UserError(f"RESNETS.DEPTH must be one of {', '.join(map(str, DEPTHS))}, got {config.DEPTH}")
+        self.input_type = model_config.INPUT_TYPE
+        network = DEPTHS[config.DEPTH](weights=None, zero_init_residual=config.ZERO_INIT_RESIDUAL)
+        self.num_features = network.fc.in_features
+        if config.get("CIFAR_STEM", False):
+            network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=2, bias=False)
+            network.maxpool = nn.Identity()
+        self._feature_blocks = nn.ModuleDict(
+            {
+                "conv1": network.conv1,
+                "bn1": network.bn1,
+                "conv1_relu": network.relu,
+                "maxpool": network.maxpool,
+                "layer1": network.layer1,
+                "layer2": network.layer2,
+                "layer3": network.layer3,
+                "layer4": network.layer4,
+                "avgpool": network.avgpool,
+                "flatten": nn.Flatten(1),
+            }
+        )
+        self.feat_eval_mapping = dict(_NAMES)
+
+    def forward(self, x: Tensor, out_feat_keys: list[str] | None = None) -> list[Tensor]:
+        """Images ``[B, 3, H, W]`` → the features that are asked for by name; without names the last, flat."""
+        return get_trunk_forward_outputs(
+            feat=transform_model_input_data_type(x, self.input_type),
+            out_feat_keys=out_feat_keys or [],
+            feature_blocks=self._feature_blocks,
+            feature_mapping=self.feat_eval_mapping,
+        )

@@ -14,6 +14,8 @@ from plugins.tools.command import UserError
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _FILES = ("disk_folder", "disk_filelist")
+_NOT_FILES = ("synthetic", "torchvision_dataset", "airstore")
+"""Sources with a meaning of their own for a path."""
 _DIGITS = "; make the digits with: python -m plugins.tools.data digits"
 
 
@@ -40,8 +42,8 @@ def complete(config: DictConfig, given: dict[str, Any]) -> dict[str, list[str]]:
         if len(data.DATA_PATHS) == 0:
             _check_names(split, data)
             continue
-        if any(source not in _FILES for source in data.DATA_SOURCES):
-            continue  # synthetic and torchvision's data have their own meaning of a path
+        if any(source in _NOT_FILES for source in data.DATA_SOURCES):
+            continue
         paths, sources, names = [], [], []
         for index, path in enumerate(map(str, data.DATA_PATHS)):
             path = str(Path(path).expanduser())

@@ -21,6 +21,8 @@ _OPTIONAL = {
     "dino_loss": {"num_crops"},
 }
 """Keys that a stock loss reads and VISSL's defaults.yaml does not have."""
+_MISPLACED = {"ignore_index"}
+"""Keys directly below LOSS in stock files (pretrain/rotnet/rotnet_8gpu_resnet), where VISSL does not look for them."""
 
 
 def check(cfg: DictConfig) -> None:
@@ -105,7 +107,7 @@ def _loss(losses: dict[str, Any]) -> None:
     import torch.nn.modules.loss as torch_losses
     from classy_vision.losses import LOSS_REGISTRY
 
-    of_torch = {name for name, kind in vars(torch_losses).items() if inspect.isclass(kind) and name.endswith("Loss")}
+    of_torch = {name for name in dir(torch_losses) if name.endswith("Loss") and not name.startswith("_")}
     name, known = losses.get("name"), {*LOSS_REGISTRY, *of_torch}
     if name not in known:
         near = difflib.get_close_matches(str(name), sorted(known), n=1)
@@ -114,7 +116,7 @@ def _loss(losses: dict[str, Any]) -> None:
             "and the losses of torch.nn"
         )
     for section in losses:
-        if section != "name":
+        if section not in {"name", *_MISPLACED}:
             _known("config.LOSS", section, {*_stock(), *known})
     if not isinstance(losses.get(name), dict):
         raise UserError(f"config.LOSS names {name}, but has no section {name} with its options")

@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from plugins.tools.command import UserError
 
@@ -63,6 +64,8 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
             return hydra_compose("defaults", overrides=list(overrides)), given
     except MissingConfigException as error:
         raise UserError(_missing(error, given, places)) from None
+    except YAMLError as error:
+        raise UserError(f"a configuration is no YAML: {' '.join(str(error).split())}") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_sentence(error)) from None
     finally:

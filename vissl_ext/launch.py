@@ -1,6 +1,7 @@
 """python -m vissl_ext.launch config=NAME [OVERRIDES]: VISSL's tools/run_distributed_engines.py with our methods."""
 
 import sys
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     Raises:
         UserError: something in it is wrong; nothing has been started, and no file written.
     """
-    from vissl.utils.hydra_config import convert_to_attrdict
+    from classy_vision.optim import build_optimizer_schedulers
+    from vissl.utils.hydra_config import convert_to_attrdict, save_attrdict_to_disk
 
     from vissl_ext import catalog, ranks
     from vissl_ext.checks import check
@@ -99,11 +101,11 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
 
     ranks.quieten()
     cfg, given = compose(overrides, folders)
-    check(cfg)
     changed = adapt(cfg, given)
     # a rank, a data loader's worker and a link may have another working directory
     cfg.config.CHECKPOINT.DIR = str(Path(str(cfg.config.CHECKPOINT.DIR)).expanduser().absolute())
     lists = catalog.complete(cfg.config, given)
+    check(cfg)
     weights = cfg.config.MODEL.WEIGHTS_INIT.PARAMS_FILE
     if weights and "://" not in weights and not Path(weights).is_file():
         raise UserError(f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE is no file: {weights}")
@@ -111,10 +113,9 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
         say(f"on the CPU: {', '.join(changed)}")
     try:
         args, config = convert_to_attrdict(cfg, dump_config=False)
-    except AssertionError as error:
-        raise UserError(f"VISSL refuses the configuration: {str(error).splitlines()[0]}") from None
-    from vissl.utils.hydra_config import save_attrdict_to_disk
-
+        build_optimizer_schedulers(deepcopy(config.OPTIMIZER))
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise UserError(f"VISSL refuses the configuration: {str(error).strip().splitlines()[0]}") from None
     save_attrdict_to_disk(_plain(config))
     catalog.write_lists(lists)
     folder = Path(config.CHECKPOINT.DIR)

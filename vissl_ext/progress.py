@@ -132,7 +132,8 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
     """The numbers in a meter's value, each with the names above it."""
     if isinstance(value, dict):
         for key, entry in value.items():
-            yield from _numbers(entry, f"{name} {key}".strip())
+            # a meter of one head calls it 0
+            yield from _numbers(entry, name if len(value) == 1 and str(key).isdigit() else f"{name} {key}".strip())
     elif hasattr(value, "numel") and value.numel() > 1:
         yield name, float(value.float().mean())
     elif isinstance(value, int | float) or hasattr(value, "item"):

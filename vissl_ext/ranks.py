@@ -18,6 +18,7 @@ from vissl.utils.env import get_machine_local_and_dist_rank
 
 from vissl_ext import catalog
 from vissl_ext.compat.cuda_calls import stay_on_cpu
+from vissl_ext.compat.teachers import RestoreTeacher
 from vissl_ext.hooks import extra_hooks
 from vissl_ext.progress import Progress, quieten
 from vissl_ext.registry import register
@@ -65,7 +66,8 @@ def hooks(cfg: Any) -> list[Any]:
     Args:
         cfg: VISSL's configuration, below ``config``.
     """
-    return [*default_hook_generator(cfg), *extra_hooks(cfg), Progress(), EpochSeed()]
+    stock = default_hook_generator(cfg)
+    return [*stock, *extra_hooks(cfg), RestoreTeacher(stock), Progress(), EpochSeed()]
 
 
 def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:

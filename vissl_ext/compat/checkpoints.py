@@ -1,12 +1,15 @@
 """Checkpoints that are whole or not there.
 
-classy_vision/generic/util.py:352 writes into the final name, and vissl/utils/checkpoint.py:422 takes the existence of
+classy_vision/generic/util.py:352 writes into the final name, and vissl/utils/checkpoint.py:443 takes the existence of
 ``model_final_*.torch`` for the end of a training: one that is killed while it writes can neither resume nor start anew.
-vissl/utils/checkpoint.py:143 links to a path relative to the working directory, not to the link.
+vissl/utils/checkpoint.py:143 links to a path relative to the working directory, not to the link. Where checkpoints are
+written every few iterations too, vissl/utils/checkpoint.py:576 looks for no others, and finds the file ``None``.
 """
 
 import os
 import zipfile
+from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,12 @@ _BEGUN = ".writing-"
 
 
 def activate() -> None:
-    """Write checkpoints under another name first."""
+    """Write checkpoints under another name first; resume from the newest."""
     from vissl.utils import checkpoint
 
+    find = checkpoint.get_checkpoint_resume_files
+    if not hasattr(find, "__wrapped__"):
+        checkpoint.get_checkpoint_resume_files = wraps(find)(partial(_newest, find))
     checkpoint.CheckpointWriter._save = _save
     checkpoint.CheckpointWriter._create_symbolic_link = _link
 
@@ -44,6 +50,14 @@ def _link(self: Any, checkpoint_name: str) -> None:
     begun.unlink(missing_ok=True)
     begun.symlink_to(checkpoint_name)
     begun.replace(folder / "checkpoint.torch")
+
+
+def _newest(find: Callable[..., str | None], checkpoint_folder: str, config: Any, **options: Any) -> str | None:
+    """The checkpoint of an epoch or of an iteration, whichever was written last."""
+    epochs = type(config)(config)
+    epochs.CHECKPOINT = type(config)({**config.CHECKPOINT, "CHECKPOINT_ITER_FREQUENCY": -1})
+    found = {find(checkpoint_folder, each, **options) for each in (config, epochs)} - {None}
+    return max(found, key=lambda name: (Path(checkpoint_folder) / name).stat().st_mtime_ns, default=None)
 
 
 def set_aside(folder: Path) -> list[str]:

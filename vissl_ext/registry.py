@@ -3,6 +3,7 @@
 
 def register() -> None:
     """Import what registers itself. May be called again without harm."""
-    from vissl_ext import methods, schedules, task, trunks  # noqa: F401
+    from vissl_ext import features, methods, schedules, task, trunks  # noqa: F401
 
     task.replace_task()
+    features.replace_trainer()

@@ -1,0 +1,68 @@
+"""Digits and runs of the launcher that the VISSL tests share."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real digits, thinned out: 96 training and 40 validation images."""
+    from plugins.tools.data import make_digits
+
+    full = tmp_path_factory.mktemp("full") / "digits"
+    make_digits(full)
+    few = tmp_path_factory.mktemp("few") / "datasets" / "digits"
+    for split, count in (("train", 96), ("val", 40)):
+        classes = sorted((full / split).iterdir())
+        for index in range(count):
+            folder = classes[index % 10]
+            source = sorted(folder.iterdir())[index // 10]
+            target = few / split / folder.name / source.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    return few
+
+
+@pytest.fixture(scope="session")
+def start_launch(few_digits: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """start_launch(*overrides) → the process of the launcher, where datasets/digits are the thinned digits."""
+    started: list[subprocess.Popen] = []
+
+    def start(*overrides: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "vissl_ext.launch", *overrides],
+            cwd=few_digits.parents[1],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def launch(start_launch: Callable[..., subprocess.Popen]) -> Callable[..., str]:
+    """launch(*overrides) → what the launcher printed, once it has ended well."""
+
+    def run(*overrides: str) -> str:
+        process = start_launch(*overrides)
+        printed, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, printed[-6000:]
+        return printed
+
+    return run

@@ -1,0 +1,140 @@
+"""Feature extraction, nearest neighbours and linear evaluation of a checkpoint, on a CPU."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+pytest.importorskip("vissl")
+pytestmark = pytest.mark.vissl
+
+from vissl_ext.registry import register  # noqa: E402
+
+register()
+
+from vissl.utils.extract_features_utils import ExtractedFeaturesLoader  # noqa: E402
+
+from plugins.tools.command import UserError  # noqa: E402
+from vissl_ext.features import FeatureWriter, load_features  # noqa: E402
+
+MEAN, STD = (0.2692, 0.2715, 0.2712), (0.1796, 0.1785, 0.1798)
+
+
+@pytest.mark.parametrize("threshold", [0, 7, -1])
+def test_chunks_hold_every_row_once(threshold: int, tmp_path: Path) -> None:
+    """Read back by VISSL's loader and by ours; images that a sampler repeats count once."""
+    features, targets = torch.randn(20, 3, 2), torch.arange(20) % 4
+    order = torch.cat([torch.randperm(20), torch.tensor([3, 5])])
+    writer = FeatureWriter(tmp_path, "train", ["res5"], threshold)
+    for rows in order.split(4):
+        writer.add(rows, targets[rows], [features[rows]])
+    writer.flush()
+    chunks = len(list(tmp_path.glob("*_features.npy")))
+    assert chunks == {0: 6, 7: 3, -1: 1}[threshold]
+    read = ExtractedFeaturesLoader.load_features(str(tmp_path), "train", "res5")
+    np.testing.assert_array_equal(read["features"], features.numpy())
+    np.testing.assert_array_equal(read["targets"][:, 0], targets.numpy())
+    ours, labels = load_features(tmp_path, "train", "res5")
+    assert torch.equal(ours, features.flatten(1))
+    assert torch.equal(labels, targets)
+
+
+def test_missing_features_are_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no features of res5 of the test images"):
+        load_features(tmp_path, "test", "res5")
+
+
+@pytest.fixture(scope="module")
+def trained(few_digits: Path, tmp_path_factory: pytest.TempPathFactory, launch: Any) -> Path:
+    """A checkpoint of two epochs."""
+    folder = tmp_path_factory.mktemp("trained")
+    launch(
+        "config=pretrain/isoloss/digits",
+        "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=32",
+        "config.OPTIMIZER.num_epochs=2",
+        f"config.CHECKPOINT.DIR={folder}",
+    )
+    return folder / "model_final_checkpoint_phase1.torch"
+
+
+def _features(checkpoint: Path, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """By torchvision alone, in float64: features and classes of the images in the order of their paths."""
+    from torchvision.models import resnet18
+
+    trunk = torch.load(checkpoint, weights_only=False)["classy_state_dict"]["base_model"]["model"]["trunk"]
+    network = resnet18(weights=None)
+    network.fc = torch.nn.Identity()
+    network.load_state_dict({key.removeprefix("_feature_blocks."): value for key, value in trunk.items()})
+    read = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    paths = sorted(folder.glob("*/*.png"))
+    images = torch.stack([read(Image.open(path).convert("RGB")) for path in paths])
+    with torch.no_grad():
+        return network.eval().double()(images.double()), torch.tensor([int(path.parent.name) for path in paths])
+
+
+def _reference_knn(train: Any, labels: Any, test: Any, truth: Any, k: int, sigma: float) -> float:
+    """Every distance, one image at a time."""
+    right = 0
+    for row, true in zip(test.numpy(), truth.tolist(), strict=True):
+        cosine = train.numpy() @ row / (np.linalg.norm(train.numpy(), axis=1) * np.linalg.norm(row))
+        votes = np.zeros(10)
+        for index in np.argsort(-cosine)[:k]:
+            votes[labels[index]] += np.exp(cosine[index] / sigma)
+        right += int(votes.argmax()) == true
+    return 100 * right / len(truth)
+
+
+@pytest.mark.slow
+def test_extracts_what_the_trunk_computes(trained: Path, few_digits: Path, tmp_path: Path, launch: Any) -> None:
+    launch(
+        "config=feature_extraction/digits/extract",
+        "engine_name=extract_features",
+        f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={trained}",
+        f"config.CHECKPOINT.DIR={tmp_path}",
+    )
+    for split, folder in (("train", "train"), ("test", "val")):
+        features, labels = load_features(tmp_path, split, "res5avg")
+        expected, classes = _features(trained, few_digits / folder)
+        assert torch.equal(labels, classes)
+        torch.testing.assert_close(features.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_nearest_neighbours_equal_brute_force(trained: Path, few_digits: Path, tmp_path: Path, launch: Any) -> None:
+    out = launch(
+        "config=benchmark/nearest_neighbor/digits/knn",
+        "engine_name=knn",
+        f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={trained}",
+        f"config.CHECKPOINT.DIR={tmp_path}",
+    )
+    train, labels = _features(trained, few_digits / "train")
+    test, truth = _features(trained, few_digits / "val")
+    expected = _reference_knn(train, labels, test, truth, 20, 0.07)
+    assert json.loads((tmp_path / "knn.json").read_text())["res5avg"]["top1"] == pytest.approx(expected)
+    assert f"kNN of res5avg: top-1 {expected:.2f} %" in out
+    assert not (tmp_path / "knn_features").exists()
+
+
+@pytest.mark.slow
+def test_linear_evaluation_trains_the_classifier_alone(trained: Path, tmp_path: Path, launch: Any) -> None:
+    """VISSL's own configuration: the trunk stays the checkpoint's, the classifier learns, accuracies are logged."""
+    launch(
+        "config=benchmark/linear_image_classification/digits/eval_resnet18_linear",
+        "config.OPTIMIZER.num_epochs=3",
+        f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={trained}",
+        f"config.CHECKPOINT.DIR={tmp_path}",
+    )
+    model = torch.load(tmp_path / "model_final_checkpoint_phase2.torch", weights_only=False)
+    after = model["classy_state_dict"]["base_model"]["model"]["trunk"]
+    before = torch.load(trained, weights_only=False)["classy_state_dict"]["base_model"]["model"]["trunk"]
+    for name, value in before.items():
+        if "num_batches_tracked" not in name:
+            assert torch.equal(after[f"base_model.{name}"], value), name
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    accuracy = [line["test_accuracy_list_meter"]["top_1"]["res5avg"] for line in lines if len(line) > 1]
+    assert accuracy[-1] > 20  # ten classes

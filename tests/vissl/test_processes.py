@@ -1,0 +1,100 @@
+"""Two processes under VISSL's DistributedDataParallel take the step that one takes on the joined batch.
+
+SyncBatchNorm exists on GPUs only. On a CPU BatchNorm's own statistics would differ between the halves and the whole;
+its layers use their running statistics here, so that everything else must be exact.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from plugins.distributed import Collective
+from plugins.methods import METHODS
+from plugins.testing import RankPool
+
+pytest.importorskip("vissl")
+pytestmark = [pytest.mark.vissl, pytest.mark.ddp]
+
+SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "log_eigvals": True}
+
+
+def first_step(method: str, views: list[Tensor], distributed: bool) -> dict[str, Any]:
+    """Loss, gradients and buffers of the head after one step as VISSL takes it."""
+    from vissl_ext.registry import register
+
+    register()
+    from classy_vision.generic.distributed_util import init_distributed_data_parallel_model, set_cpu_device
+    from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
+
+    from vissl_ext.hooks import EMATeacherHook
+    from vissl_ext.task import PluginTask
+
+    small = [f"config.LOSS.{method}.{key}={value}" for key, value in SMALL.items() if key in METHODS[method].options]
+    cfg = compose_hydra_configuration([f"config=pretrain/{method}/digits", *small])
+    task = PluginTask.from_config(convert_to_attrdict(cfg, dump_config=False)[1])
+    torch.manual_seed(0)
+    task.base_model = task._build_model().double().train()
+    task.base_loss = task._build_loss()
+    for module in (*task.base_model.modules(), *task.base_loss.modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    model = task.base_model
+    if distributed:
+        set_cpu_device()
+        model = init_distributed_data_parallel_model(model, broadcast_buffers=True, find_unused_parameters=True)
+    (output,) = model(views)
+    step = SimpleNamespace(base_loss=task.base_loss, last_batch=SimpleNamespace(sample={"input": views}))
+    EMATeacherHook().on_forward(step)
+    loss = task.base_loss(output, torch.zeros(1))
+    loss.backward()
+    return {
+        "loss": loss.detach(),
+        **{f"gradient of {name}": parameter.grad for name, parameter in task.base_model.named_parameters()},
+        **{name: buffer for name, buffer in task.base_model.heads.named_buffers() if name.endswith((".C", ".W"))},
+    }
+
+
+def step_of_rank(comm: Collective, method: str, views: list[Tensor], counts: list[int]) -> dict[str, Any]:
+    """The step of one rank on its rows."""
+    return first_step(method, [view.split(counts)[comm.rank] for view in views], distributed=True)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[RankPool]:
+    """Two processes whose default group is the two: VISSL knows no other."""
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_step_as_one(method: str, two: RankPool) -> None:
+    torch.manual_seed(3)
+    views = [torch.randn(10, 3, 16, 16, dtype=torch.float64) for _ in range(2)]
+    views[0][:6] += 0.5  # the halves differ in their means
+    expected = first_step(method, views, distributed=False)
+    for result in two.run(step_of_rank, [(method, views, [6, 4])] * 2):
+        assert result.keys() == expected.keys()
+        for name, value in result.items():
+            # W is a root of eigenvalues that may be zero but for rounding
+            atol = 1e-6 if name.endswith(".W") else 1e-10
+            torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=atol, msg=f"{name} {value}")
+
+
+@pytest.mark.slow
+def test_two_processes_train_from_the_launcher(few_digits: Path, tmp_path: Path, launch: Any) -> None:
+    launch(
+        "config=pretrain/isoloss/digits",
+        "config.DISTRIBUTED.NUM_PROC_PER_NODE=2",
+        "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16",
+        "config.OPTIMIZER.num_epochs=2",
+        f"config.CHECKPOINT.DIR={tmp_path}",
+    )
+    checkpoint = torch.load(tmp_path / "model_final_checkpoint_phase1.torch", weights_only=False)
+    assert checkpoint["iteration"] == 2 * (96 // 32)
+    heads = checkpoint["classy_state_dict"]["base_model"]["model"]["heads"]
+    assert int(heads["0.predictor.steps"]) == 2 * 6  # one update a view

@@ -63,7 +63,7 @@ def test_readme_lists_every_method():
 
 def test_every_file_that_the_readme_names_is_there():
     readme = (ROOT / "README.md").read_text()
-    for name in re.findall(r"`((?:plugins|solo_ext|vissl_ext|configs|tests|docs)/[\w./]+)`", readme):
+    for name in re.findall(r"`((?:plugins|solo_ext|lightly_ext|vissl_ext|configs|tests|docs)/[\w./]+)`", readme):
         assert (ROOT / name).exists(), name
 
 
@@ -86,7 +86,7 @@ def test_wheel_holds_packages_and_configurations(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"hydra_plugins", "plugins", "solo_ext", "vissl_ext"}
+    assert tops == {"hydra_plugins", "lightly_ext", "plugins", "solo_ext", "vissl_ext"}
     assert "hydra_plugins/__init__.py" not in names, "hydra_plugins belongs to all packages in common"
     shipped = {path.name for path in (ROOT / "configs" / "solo" / "digits").glob("*.yaml")}
     assert {f"solo_ext/configs/digits/{name}" for name in shipped} <= set(names)

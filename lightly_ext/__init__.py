@@ -1,0 +1,18 @@
+"""The methods of ``plugins`` for lightly, under lightly's own names: replace ``lightly`` by ``lightly_ext``.
+
+=================================  =====================================================================
+lightly_ext.loss                   losses, with ``gather_distributed``
+lightly_ext.models.modules.heads   projection and prediction heads
+lightly_ext.transforms             augmentations
+lightly_ext.models                 model classes for a backbone of your own
+lightly_ext.lightning              the same as LightningModules, with the constructor of lightly's benchmarks
+lightly_ext.benchmarks             METHODS, and ``python -m lightly_ext.benchmarks``
+=================================  =====================================================================
+
+``register()`` puts these names into lightly's own modules, ``unregister()`` takes them out again, and
+``import lightly_ext.auto`` registers on import.
+"""
+
+from lightly_ext.registry import register, unregister
+
+__all__ = ["register", "unregister"]

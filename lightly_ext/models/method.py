@@ -1,0 +1,286 @@
+"""The generic adapter: any MethodSpec as an nn.Module with a backbone of the user's own.
+
+A training loop, with or without a teacher::
+
+    from lightly.utils.scheduler import cosine_schedule
+    from lightly_ext.models import IsoLoss
+
+    model = IsoLoss(backbone)
+    optimizer = torch.optim.SGD(model.training_parameters(), lr=0.06)
+    for step, (views, *_) in enumerate(dataloader):
+        loss = model.loss(views)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_momentum(cosine_schedule(step, max_steps, 0.99, 1))
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from plugins.checks import check_range
+from plugins.distributed import LOCAL, WORLD
+from plugins.predictors import RunningMoment
+from plugins.spec import Embeddings, MethodSpec, Terms
+
+_PROBE = (1, 3, 224, 224)
+
+
+class MethodModel(nn.Module):
+    """Backbone, projection head, and where the method has them prediction head and teacher.
+
+    ``backbone``, ``projection_head``, ``prediction_head`` (None without one), ``teacher_backbone`` and
+    ``teacher_projection_head`` (None without a teacher) are submodules: the state dict holds them all, and the second
+    moment and W of a computed prediction head as its buffers.
+
+    Args:
+        backbone: images ``[B, C, H, W]`` → features ``[B, D]``, or ``[B, D, 1, 1]``; without its classifier.
+        input_dim: width of the features, as the projection head sees it. None: asked of the backbone, by passing a
+            black image of 224 pixels through it.
+        projection_head: a head of your own, ``[B, input_dim] → [B, D]``, such as lightly's; None makes the method's.
+        prediction_head: a head of your own, ``[B, D] → [B, D]``; None makes the method's.
+        teacher: whether a momentum teacher makes the targets; None is what the method says. Without one they are the
+            other view's own projections, detached.
+        gather_distributed: whether all processes share one batch. While no process group is initialised it changes
+            nothing.
+        options: those of the method.
+
+    Raises:
+        ValueError: an unknown option, a value out of range, a backbone that ends in a classifier, a part that the
+            method does not have, widths that do not fit.
+    """
+
+    spec: ClassVar[MethodSpec]
+    views: ClassVar[int] = 2
+    """How many views of each image the loss takes."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        input_dim: int | None = None,
+        projection_head: nn.Module | None = None,
+        prediction_head: nn.Module | None = None,
+        teacher: bool | None = None,
+        gather_distributed: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        spec = self.spec
+        if prediction_head is not None and spec.predictor is None:
+            raise ValueError(f"method {spec.name} has no prediction head")
+        if teacher and not spec.teacher:
+            raise ValueError(f"method {spec.name} has no teacher")
+        if (classifier := _classifier(backbone)) is not None:
+            raise ValueError(f"backbone ends in a classifier; take it off: backbone.{classifier} = torch.nn.Identity()")
+        self.comm = WORLD if gather_distributed else LOCAL
+        self.backbone = backbone
+        self.feature_dim = _backbone_width(backbone) if input_dim is None else input_dim
+        if projection_head is not None:
+            width = _width(projection_head, torch.zeros(1, self.feature_dim), "projection_head")
+            if options.setdefault("proj_output_dim", width) != width:
+                raise ValueError(
+                    f"projection_head gives {width} columns, got proj_output_dim={options['proj_output_dim']}"
+                )
+        # a plain dict: the model can be copied and pickled
+        self.options = dict(spec.resolve(options))
+        self.projection_head = projection_head or spec.head(self.feature_dim, self.options)
+        if prediction_head is None and spec.predictor is not None:
+            prediction_head = spec.predictor(self.options, self.comm)
+        self.prediction_head = prediction_head
+        self.teacher_backbone: nn.Module | None = None
+        self.teacher_projection_head: nn.Module | None = None
+        if spec.teacher if teacher is None else teacher:
+            self.teacher_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+            self.teacher_projection_head = copy.deepcopy(self.projection_head).requires_grad_(False)
+        self.embedding_moment: RunningMoment | None = None
+        if self.options.get("log_eigvals") and not isinstance(self.prediction_head, RunningMoment):
+            # a closed-form predictor follows the second moment anyway; here it is followed for the log alone
+            self.embedding_moment = RunningMoment(self.options["proj_output_dim"], rho=0.99, comm=self.comm)
+
+    @property
+    def moment(self) -> RunningMoment | None:
+        """What follows the embedding's second moment, if anything does: ``moment.spectrum()`` are its eigenvalues."""
+        computed = isinstance(self.prediction_head, RunningMoment)
+        return self.prediction_head if computed else self.embedding_moment
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """Features of images; or, of a list of views, the loss.
+
+        Wrappers such as DistributedDataParallel work on forward alone: call them with the views and take the loss.
+
+        Args:
+            x: images ``[B, C, H, W]``, or one such batch per view.
+
+        Returns:
+            ``[B, feature_dim]``, or a scalar.
+        """
+        return self.backbone(x).flatten(start_dim=1) if isinstance(x, Tensor) else self.loss(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Images → projections ``[B, D]``."""
+        return self.projection_head(self(x))
+
+    def loss(self, views: Sequence[Tensor]) -> Tensor:
+        """The method's loss on the views of a batch, each with its own batch statistics. A scalar.
+
+        Args:
+            views: one batch of images per view, as lightly's transforms and collates give them.
+
+        Raises:
+            ValueError: another number of views than the method's, or too few rows.
+        """
+        return self.terms(self.embed(views)[1]).loss
+
+    def embed(self, views: Sequence[Tensor]) -> tuple[list[Tensor], Embeddings]:
+        """Features of the views, and what the loss looks at; in training a computed prediction head follows them."""
+        if isinstance(views, Tensor) or len(views) != self.views:
+            got = f"a tensor of shape {tuple(views.shape)}" if isinstance(views, Tensor) else f"{len(views)} views"
+            raise ValueError(f"the loss of {self.spec.name} takes a list of {self.views} views, got {got}")
+        features = [self.backbone(view).flatten(start_dim=1) for view in views]
+        z = [self.projection_head(h) for h in features]
+        p = z if self.prediction_head is None else self._predict(z)
+        if self.embedding_moment is not None and self.training:
+            for view in z:
+                self.embedding_moment.update(view)
+        return features, Embeddings(z, p, self._targets(views, z))
+
+    def terms(self, embeddings: Embeddings) -> Terms:
+        """The loss and its parts, a NamedTuple of scalars, of which ``loss`` has a gradient."""
+        return self.spec.loss(embeddings, self.options, self.comm)
+
+    def _predict(self, z: list[Tensor]) -> list[Tensor]:
+        if hasattr(self.prediction_head, "predict"):
+            return self.prediction_head.predict(z)
+        return [self.prediction_head(view) for view in z]  # one of the user's own, such as lightly's
+
+    def _targets(self, views: Sequence[Tensor], z: list[Tensor]) -> list[Tensor]:
+        if self.teacher_backbone is None:
+            return [view.detach() for view in z]
+        with torch.no_grad():
+            return [self.teacher_projection_head(self.teacher_backbone(view).flatten(start_dim=1)) for view in views]
+
+    def training_parameters(self, lr: float | None = None) -> list[Any]:
+        """What the optimizer should train: all but the teacher.
+
+        Args:
+            lr: the learning rate; with one, parameter groups with a learning rate each, the predictor's multiplied by
+                ``pred_lr_scale``.
+
+        Raises:
+            ValueError: ``pred_lr_scale`` is not 1 and there is no ``lr`` to multiply with.
+        """
+        scale = self.options.get("pred_lr_scale", 1.0)
+        if lr is None and scale != 1.0:
+            raise ValueError(f"pred_lr_scale={scale:g} needs training_parameters(lr=...), to be multiplied with")
+        parts = {
+            "backbone": self.backbone,
+            "projection_head": self.projection_head,
+            "prediction_head": self.prediction_head or nn.Identity(),
+        }
+        trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
+        if lr is None:
+            return [parameter for parameters in trained.values() for parameter in parameters]
+        return [
+            {"name": name, "params": parameters, "lr": lr * (scale if name == "prediction_head" else 1.0)}
+            for name, parameters in trained.items()
+            if parameters
+        ]
+
+    @torch.no_grad()
+    def update_momentum(self, m: float) -> None:
+        """Move the teacher: θ_t ← m θ_t + (1 − m) θ. Call it once after each optimizer step; without a teacher it does
+        nothing.
+
+        Args:
+            m: momentum in [0, 1], as of ``lightly.utils.scheduler.cosine_schedule``.
+        """
+        check_range("m", m, low=0.0, high=1.0)
+        if self.teacher_backbone is None:
+            return
+        pairs = ((self.backbone, self.teacher_backbone), (self.projection_head, self.teacher_projection_head))
+        student, teacher = ([p for pair in pairs for p in pair[side].parameters()] for side in (0, 1))
+        if teacher:
+            get_ema_multi_avg_fn(m)(teacher, student, 0)
+
+
+def model_class(name: str, spec: MethodSpec, module: str) -> type[MethodModel]:
+    """The model class of a MethodSpec.
+
+    Args:
+        name: its name.
+        spec: the method.
+        module: dotted name of the module that it becomes an attribute of.
+    """
+    options = "\n".join(
+        f"        {key}:\n            {option.help} (default: {option.default})."
+        for key, option in spec.options.items()
+    )
+    doc = f"""Implementation of {spec.title} [0].
+
+    - [0] {spec.reference}
+
+    The arguments are those of MethodModel: backbone, input_dim, projection_head, prediction_head, teacher and
+    gather_distributed, and as options of the method:
+
+    Attributes:
+{options}
+
+    Examples:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from {module} import {name}
+        >>> backbone = resnet18()
+        >>> backbone.fc = torch.nn.Identity()
+        >>> model = {name}(backbone)
+        >>> views = [torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)]
+        >>> loss = model.loss(views)
+        >>> loss.backward()
+        >>> model(views[0]).shape
+        torch.Size([4, 512])
+    """
+    return type(name, (MethodModel,), {"spec": spec, "__doc__": doc, "__module__": module})
+
+
+def _classifier(backbone: nn.Module) -> str | None:
+    """Name of the classifier that a model of torchvision or timm still ends in."""
+    if not type(backbone).__module__.startswith(("torchvision.models.", "timm.models.")):
+        return None
+    for name in ("fc", "classifier", "heads", "head"):
+        layer = backbone._modules.get(name)
+        if isinstance(layer, nn.Sequential) and len(layer):
+            layer = layer[-1]
+        elif layer is not None and type(layer).__module__.startswith("timm."):
+            layer = layer._modules.get("fc")  # pooling and classifier in one
+            name = f"{name}.fc"
+        if isinstance(layer, nn.Linear):
+            return name
+    return None
+
+
+def _backbone_width(backbone: nn.Module) -> int:
+    try:
+        return _width(backbone, torch.zeros(_PROBE), "backbone")
+    except Exception as error:
+        raise ValueError(f"backbone takes no image of shape {_PROBE} ({error}); give input_dim") from error
+
+
+@torch.no_grad()
+def _width(module: nn.Module, example: Tensor, name: str) -> int:
+    """Columns of what a module gives, asked in evaluation mode, so that nothing in it moves."""
+    modes = {each: each.training for each in module.modules()}
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), example)
+    module.eval()
+    try:
+        output = module(example.to(parameter.device, parameter.dtype))
+    finally:
+        for each, training in modes.items():
+            each.training = training
+    if not isinstance(output, Tensor):
+        raise ValueError(f"{name} must give a tensor, got {type(output).__name__}")
+    return output.flatten(start_dim=1).shape[1]

@@ -1,0 +1,113 @@
+"""The augmentations of BYOL with flat arguments."""
+
+from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
+from lightly.transforms.multi_view_transform import MultiViewTransform
+from lightly.transforms.utils import IMAGENET_NORMALIZE
+
+
+class TwoViewTransform(MultiViewTransform):
+    """Transforms an image into two views, as BYOL does [0], which DirectPred, DirectCopy and IsoLoss take over.
+
+    Where an argument is a pair, it has a value for each view; a single value counts for both.
+
+    Input to this transform:
+        PIL Image or Tensor.
+
+    Output of this transform:
+        List of Tensor of length 2.
+
+    - [0]: Bootstrap Your Own Latent, 2020, https://arxiv.org/abs/2006.07733
+
+    Attributes:
+        input_size:
+            Size of the input image in pixels.
+        cj_prob:
+            Probability that color jitter is applied.
+        cj_strength:
+            Strength of the color jitter. `cj_bright`, `cj_contrast`, `cj_sat`, and `cj_hue` are multiplied by it.
+        cj_bright:
+            How much to jitter brightness.
+        cj_contrast:
+            How much to jitter contrast.
+        cj_sat:
+            How much to jitter saturation.
+        cj_hue:
+            How much to jitter hue.
+        min_scale:
+            Minimum size of the randomized crop relative to the input_size.
+        random_gray_scale:
+            Probability of conversion to grayscale.
+        gaussian_blur:
+            Probability of Gaussian blur.
+        solarization_prob:
+            Probability of solarization.
+        sigmas:
+            Min and max of the standard deviation of the Gaussian blur.
+        vf_prob:
+            Probability that vertical flip is applied.
+        hf_prob:
+            Probability that horizontal flip is applied.
+        rr_prob:
+            Probability that random rotation is applied.
+        rr_degrees:
+            Range of degrees of the random rotation; None rotates by 90 degrees.
+        normalize:
+            Dictionary with 'mean' and 'std' for torchvision.transforms.Normalize; None leaves that step out.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from lightly_ext.transforms import IsoLossTransform
+        >>> transform = IsoLossTransform(input_size=32, gaussian_blur=0.0, solarization_prob=(0.0, 0.2))
+        >>> [view.shape for view in transform(Image.new("RGB", (40, 40)))]
+        [torch.Size([3, 32, 32]), torch.Size([3, 32, 32])]
+    """
+
+    def __init__(
+        self,
+        input_size: int = 224,
+        cj_prob: float = 0.8,
+        cj_strength: float = 1.0,
+        cj_bright: float = 0.4,
+        cj_contrast: float = 0.4,
+        cj_sat: float = 0.2,
+        cj_hue: float = 0.1,
+        min_scale: float = 0.08,
+        random_gray_scale: float = 0.2,
+        gaussian_blur: float | tuple[float, float] = (1.0, 0.1),
+        solarization_prob: float | tuple[float, float] = (0.0, 0.2),
+        sigmas: tuple[float, float] = (0.1, 2),
+        vf_prob: float = 0.0,
+        hf_prob: float = 0.5,
+        rr_prob: float = 0.0,
+        rr_degrees: float | tuple[float, float] | None = None,
+        normalize: dict[str, list[float]] | None = IMAGENET_NORMALIZE,
+    ) -> None:
+        """Initializes the transform with the specified parameters."""
+        both = {
+            "input_size": input_size,
+            "cj_prob": cj_prob,
+            "cj_strength": cj_strength,
+            "cj_bright": cj_bright,
+            "cj_contrast": cj_contrast,
+            "cj_sat": cj_sat,
+            "cj_hue": cj_hue,
+            "min_scale": min_scale,
+            "random_gray_scale": random_gray_scale,
+            "sigmas": sigmas,
+            "vf_prob": vf_prob,
+            "hf_prob": hf_prob,
+            "rr_prob": rr_prob,
+            "rr_degrees": rr_degrees,
+            "normalize": normalize,
+        }
+        blurs, solarizations = (
+            value if isinstance(value, tuple) else (value, value) for value in (gaussian_blur, solarization_prob)
+        )
+        super().__init__(
+            [
+                view(gaussian_blur=blur, solarization_prob=solarization, **both)
+                for view, blur, solarization in zip(
+                    (BYOLView1Transform, BYOLView2Transform), blurs, solarizations, strict=True
+                )
+            ]
+        )

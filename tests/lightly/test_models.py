@@ -1,0 +1,346 @@
+"""Model classes compute what ``plugins`` computes, on any backbone, in any wrapper."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightly_ext import models
+from lightly_ext.names import CLASS_NAMES
+from plugins.distributed import LOCAL
+from plugins.methods import METHODS
+from plugins.spec import Embeddings
+from plugins.targets import EMATeacher
+from plugins.testing import assert_joined, toy_mlp, toy_views
+
+pytestmark = pytest.mark.lightly
+
+SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10}
+NAMES = {spec.name: name for name, spec in CLASS_NAMES.items()}
+
+
+def small(method: str, **more: object) -> dict:
+    """Options that make a method's heads small."""
+    return {**{key: value for key, value in SMALL.items() if key in METHODS[method].options}, **more}
+
+
+def conv() -> nn.Module:
+    """A small backbone of 8 features."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    )
+
+
+def built(method: str, backbone: nn.Module | None = None, **options: object) -> models.MethodModel:
+    """A small model, the same at each call, with weights that no initialisation makes: its teacher differs."""
+    torch.manual_seed(0)
+    model = vars(models)[NAMES[method]](backbone or conv(), **small(method, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def images(dtype: torch.dtype = torch.float32, rows: int = 6) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(rows, 3, 16, 16, generator=generator, dtype=dtype) for _ in range(2)]
+
+
+def plugins_loss(method: str, model: models.MethodModel, views: list[Tensor]) -> Tensor:
+    """The same from the SPEC alone."""
+    spec = METHODS[method]
+    options = spec.resolve(small(method))
+    z = [model.projection_head(model.backbone(view).flatten(1)) for view in views]
+    p = z if spec.predictor is None else model.prediction_head.predict(z)
+    if spec.teacher:
+        with torch.no_grad():
+            target = [model.teacher_projection_head(model.teacher_backbone(view).flatten(1)) for view in views]
+    else:
+        target = [view.detach() for view in z]
+    return spec.loss(Embeddings(z, p, target), options, LOCAL).loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_and_gradients_are_those_of_plugins(method: str, dtype: torch.dtype) -> None:
+    model = built(method).to(dtype)
+    alone = copy.deepcopy(model)
+    model.loss(images(dtype)).backward()
+    loss = copy.deepcopy(alone)(images(dtype))  # a list of views: forward is the loss
+    expected = plugins_loss(method, alone, images(dtype))
+    expected.backward()
+    tolerance = {"rtol": 1e-6, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-13}
+    torch.testing.assert_close(loss, expected, **tolerance)
+    for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert (ours.grad is None) == name.startswith("teacher_")
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    for ours, theirs in zip(model.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def test_classes_are_named_after_titles() -> None:
+    wanted = {"BYOL", "DirectCopy", "DirectPred", "IsoCopy", "IsoLoss", "SSLEY", "SimSiam"}
+    assert wanted <= set(models.__all__)
+    assert {vars(models)[name].spec.name for name in CLASS_NAMES} == set(METHODS)
+
+
+def test_features_projections_and_widths() -> None:
+    model = built("isoloss").eval()
+    x = images()[0]
+    features = model(x)
+    assert features.shape == (6, 8) and model.feature_dim == 8
+    torch.testing.assert_close(features, model.backbone(x).flatten(1))
+    torch.testing.assert_close(model.project(x), model.projection_head(features))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_parameters_are_all_but_the_teacher(method: str) -> None:
+    model = built(method)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trained = {names[id(parameter)] for parameter in model.training_parameters()}
+    assert trained == {name for name in names.values() if not name.startswith("teacher_")}
+    assert len(model.training_parameters()) == len(trained)
+
+
+def test_learning_rate_of_the_predictor() -> None:
+    model = built("byol", pred_lr_scale=10.0)
+    rates = {group["name"]: group["lr"] for group in model.training_parameters(lr=0.5)}
+    assert rates == {"backbone": 0.5, "projection_head": 0.5, "prediction_head": 5.0}
+    with pytest.raises(ValueError, match=r"pred_lr_scale=10 needs training_parameters\(lr=...\)"):
+        model.training_parameters()
+    groups = built("isoloss").training_parameters(lr=0.5)
+    assert [group["name"] for group in groups] == ["backbone", "projection_head"], "a computed predictor trains nothing"
+
+
+def test_teacher_moves_as_that_of_plugins() -> None:
+    model = built("directpred")
+    student = nn.ModuleList([model.backbone, model.projection_head])
+    copied = nn.ModuleList([model.teacher_backbone, model.teacher_projection_head])
+    before = [parameter.clone() for parameter in copied.parameters()]
+    teacher = EMATeacher(student, copy.deepcopy(copied), base=0.75, final=1.0)
+    with torch.no_grad():
+        for theirs, old in zip(teacher.module.parameters(), before, strict=True):
+            theirs.copy_(old)
+    assert teacher.update(0, 10) == 0.75
+    model.update_momentum(0.75)
+    for ours, theirs, old, now in zip(
+        copied.parameters(), teacher.module.parameters(), before, student.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, 0.75 * old + 0.25 * now)
+    with pytest.raises(ValueError, match=r"m must be in \[0, 1\], got 1.5"):
+        model.update_momentum(1.5)
+    built("ssl_ey").update_momentum(0.5)  # one loop for all methods
+
+
+def test_without_a_teacher_targets_are_the_other_view() -> None:
+    model = built("byol", teacher=False)
+    assert model.teacher_backbone is None and not any(name.startswith("teacher") for name in model.state_dict())
+    alone = copy.deepcopy(model)
+    z = [alone.project(view) for view in images()]
+    embeddings = Embeddings(z, alone.prediction_head.predict(z), [view.detach() for view in z])
+    expected = METHODS["byol"].loss(embeddings, alone.options, LOCAL).loss
+    torch.testing.assert_close(model.loss(images()), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_heads_of_lightly() -> None:
+    """BYOL on lightly's parts is BYOL in lightly's own words."""
+    heads = pytest.importorskip("lightly.models.modules.heads")
+    from lightly.loss import NegativeCosineSimilarity
+
+    torch.manual_seed(0)
+    head, predictor = heads.BYOLProjectionHead(8, 12, 4), heads.BYOLPredictionHead(4, 6, 4)
+    model = models.BYOL(conv(), projection_head=head, prediction_head=predictor)
+    assert model.projection_head is head and model.options["proj_output_dim"] == 4
+    theirs = copy.deepcopy(model)
+    loss = model.loss(images())
+    loss.backward()
+    criterion = NegativeCosineSimilarity()
+    p = [theirs.prediction_head(theirs.projection_head(theirs.backbone(x).flatten(1))) for x in images()]
+    with torch.no_grad():
+        z = [theirs.teacher_projection_head(theirs.teacher_backbone(x).flatten(1)) for x in images()]
+    expected = 2 * (criterion(p[0], z[1]) + criterion(p[1], z[0]))
+    expected.backward()
+    torch.testing.assert_close(loss, expected + 4, rtol=1e-6, atol=1e-6)
+    for ours, other in zip(model.training_parameters(), theirs.training_parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_state_dict_holds_everything(method: str) -> None:
+    """A model that goes on from a state dict goes on as the one that wrote it."""
+    first = built(method)
+    optimizer = torch.optim.SGD(first.training_parameters(), lr=0.05)
+
+    def step(model: models.MethodModel, optimizer: torch.optim.Optimizer) -> Tensor:
+        loss = model(images())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_momentum(0.9)
+        return loss.detach()
+
+    step(first, optimizer)
+    state = copy.deepcopy(first.state_dict())
+    if method in ("directpred", "directcopy", "isoloss", "isocopy"):
+        assert {"prediction_head.C", "prediction_head.W"} <= set(state)
+    second = vars(models)[NAMES[method]](conv(), **small(method))
+    second.load_state_dict(state)
+    other = torch.optim.SGD(second.training_parameters(), lr=0.05)
+    for _ in range(2):
+        assert torch.equal(step(first, optimizer), step(second, other))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_models_copy_and_pickle(method: str) -> None:
+    model = built(method)
+    expected = copy.deepcopy(model).loss(images())
+    assert torch.equal(pickle.loads(pickle.dumps(model)).loss(images()), expected)
+
+
+def test_evaluation_leaves_the_model_as_it_is() -> None:
+    model = built("isoloss", log_eigvals=True).eval()
+    state = copy.deepcopy(model.state_dict())
+    model.loss(images())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_the_spectrum_can_be_followed() -> None:
+    assert built("ssl_ey").moment is None
+    model = built("ssl_ey", log_eigvals=True)
+    before = copy.deepcopy(model)
+    model.loss(images())
+    first, second = (before.project(view).detach() for view in images())
+    moment = 0.99 * 0.01 * first.T @ first / 6 + 0.01 * second.T @ second / 6
+    torch.testing.assert_close(model.moment.C, moment, rtol=1e-4, atol=1e-7)
+    computed = built("isoloss")
+    assert computed.moment is computed.prediction_head
+
+
+def test_backbones_are_asked_for_their_width_and_left_alone() -> None:
+    import timm
+    import torchvision
+
+    resnet = torchvision.models.resnet18()
+    resnet.fc = nn.Identity()
+    resnet.layer1.eval()
+    before = copy.deepcopy(resnet.state_dict())
+    assert models.SSLEY(resnet).feature_dim == 512
+    assert resnet.training and not resnet.layer1.training
+    assert all(torch.equal(value, before[name]) for name, value in resnet.state_dict().items())
+    body = nn.Sequential(*list(torchvision.models.resnet18().children())[:-1])  # as in lightly's examples
+    assert models.SSLEY(body).feature_dim == 512
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    assert models.SSLEY(vit)(torch.zeros(1, 3, 224, 224)).shape == (1, 192)
+    vectors = nn.Linear(5, 3)
+    assert models.SSLEY(vectors, input_dim=3).loss([torch.randn(4, 5), torch.randn(4, 5)]).ndim == 0
+
+
+def test_mistakes_are_sentences() -> None:
+    import timm
+    import torchvision
+
+    views = images()
+    cases = [
+        (lambda: models.SSLEY(conv(), alhpa=1.0), "method ssl_ey has no option 'alhpa'; it knows estimator"),
+        (lambda: models.SSLEY(conv(), prediction_head=nn.Identity()), "method ssl_ey has no prediction head"),
+        (lambda: models.SSLEY(conv(), teacher=True), "method ssl_ey has no teacher"),
+        (lambda: models.SSLEY(nn.Linear(5, 3)), "backbone takes no image of shape (1, 3, 224, 224)"),
+        (lambda: models.SSLEY(torchvision.models.resnet18()), "take it off: backbone.fc = torch.nn.Identity()"),
+        (lambda: models.SSLEY(torchvision.models.vit_b_16()), "take it off: backbone.heads = torch.nn.Identity()"),
+        (lambda: models.SSLEY(timm.create_model("convnext_atto")), "backbone.head.fc = torch.nn.Identity()"),
+        (
+            lambda: models.BYOL(conv(), projection_head=nn.Linear(8, 4), proj_output_dim=5),
+            "projection_head gives 4 columns, got proj_output_dim=5",
+        ),
+        (lambda: built("byol").loss(views[0]), "takes a list of 2 views, got a tensor of shape (6, 3, 16, 16)"),
+        (lambda: built("byol").loss([*views, views[0]]), "the loss of byol takes a list of 2 views, got 3 views"),
+    ]
+    for call, sentence in cases:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert sentence in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["isoloss", "ssl_ey"])
+def test_compiled(method: str) -> None:
+    model = built(method)
+    compiled_model = copy.deepcopy(model)
+    compiled = torch.compile(compiled_model, backend="aot_eager")
+    for _ in range(2):
+        losses = []
+        for each, call in ((model, model), (compiled_model, compiled)):
+            each.zero_grad()
+            loss = call(images())
+            loss.backward()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(model.training_parameters(), compiled_model.training_parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(model.buffers(), compiled_model.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def _joined_build(method: str) -> models.MethodModel:
+    """Vectors for images, and no batch norm, whose statistics are each process's own."""
+    parts = {"projection_head": toy_mlp(6, 4), "input_dim": 6}
+    if "pred_hidden_dim" in METHODS[method].options:
+        parts["prediction_head"] = toy_mlp(4, 4)
+    model = vars(models)[NAMES[method]](toy_mlp(5, 6), **parts).double()
+    with torch.no_grad():
+        for parameter in [] if model.teacher_backbone is None else model.teacher_backbone.parameters():
+            parameter.mul_(0.9)
+    return model
+
+
+class _Build:
+    """A model of a method; picklable, to be sent to the ranks."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+
+    def __call__(self) -> models.MethodModel:
+        return _joined_build(self.method)
+
+
+def _ddp_step(comm, model, x0, x1):
+    wrapped = DistributedDataParallel(model) if comm.size > 1 else model
+    return wrapped([x0, x1])
+
+
+def _trained(comm, method, views):
+    model = _joined_build(method)
+    wrapped = DistributedDataParallel(model) if comm.size > 1 else model
+    optimizer = torch.optim.SGD(model.training_parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        wrapped(views).backward()
+        optimizer.step()
+        model.update_momentum(0.9)
+    return model.state_dict()
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_have_the_gradients_of_the_joined_batch(ranks, method: str) -> None:
+    assert_joined(ranks, _ddp_step, toy_views(12, 5), counts=(3, 4, 5), build=_Build(method))
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("method", ["isoloss", "ssl_ey"])
+def test_training_on_ranks_is_training_on_the_joined_batch(ranks, method: str) -> None:
+    views = toy_views(12, 5)
+    expected = _trained(LOCAL, method, views)
+    parts = zip(*(view.split([3, 4, 5]) for view in views), strict=True)
+    for state in ranks.run(_trained, [(method, list(part)) for part in parts]):
+        for name, value in state.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")

@@ -100,10 +100,13 @@ def register(config: Any) -> None:
 def _check_names(split: str, data: DictConfig) -> None:
     from vissl.data.dataset_catalog import VisslDatasetCatalog
 
+    hint = f"name a folder with config.DATA.{split}.DATA_PATHS=[FOLDER]"
+    if len(data.DATA_SOURCES) == 0:
+        unless = "set config.TEST_MODEL=false" if split == "TEST" else "give DATA_SOURCES"
+        raise UserError(f"config.DATA.{split} names no data; {hint}, or {unless}")
     for source, name in zip(data.DATA_SOURCES, data.DATASET_NAMES, strict=False):
         if source not in _FILES:
             continue
-        hint = f"name a folder with config.DATA.{split}.DATA_PATHS=[FOLDER]"
         if not VisslDatasetCatalog.has_data(name):
             raise UserError(f"config.DATA.{split}.DATASET_NAMES: no catalogue has {name!r}; {hint}")
         place = VisslDatasetCatalog.get(name)["train" if split == "TRAIN" else "val"][0]

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import vissl.config
 from hydra import compose as hydra_compose
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -20,6 +21,7 @@ from yaml import YAMLError
 from plugins.tools.command import UserError
 
 _PACKAGE = Path(__file__).parent
+_DEFAULTS = Path(vissl.config.__file__).parent / "defaults.yaml"
 
 
 def own_folder() -> Path:
@@ -100,10 +102,9 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
 def _missing(error: MissingConfigException, given: dict[str, Any], places: list[Path]) -> str:
     name = str(error.missing_cfg_file or "").removeprefix("config/").removesuffix(".yaml")
     names = config_names(places)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or [
-        other for other in names if Path(other).name == Path(name).name
-    ]
-    hint = f"; did you mean {' or '.join(near[:3])}?" if near else "; --list names those there are"
+    near = [other for other in names if Path(other).name == Path(name).name]
+    near = near[:3] or difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; --list names those there are"
     return f"there is no configuration {name!r}{hint}"
 
 
@@ -117,10 +118,9 @@ def _sentence(error: Exception) -> str:
         text[0] += f" {str(cause).splitlines()[0]}"
     if "Could not override" in text[0] and "To append" in str(error):
         key = text[0].partition("'")[2].partition("'")[0]
-        return f"the configuration has no key {key}; write +{key}=VALUE to add one"
+        above, _, last = key.rpartition(".")
+        beside = OmegaConf.select(OmegaConf.load(_DEFAULTS), above) or {}
+        near = difflib.get_close_matches(last, map(str, beside), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"write +{key}=VALUE to add one"
+        return f"the configuration has no key {key}; {hint}"
     return text[0]
-
-
-def plain(cfg: Any) -> Any:
-    """An OmegaConf configuration as dictionaries and lists."""
-    return OmegaConf.to_container(cfg, resolve=True)

@@ -109,16 +109,20 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     weights = cfg.config.MODEL.WEIGHTS_INIT.PARAMS_FILE
     if weights and "://" not in weights and not Path(weights).is_file():
         raise UserError(f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE is no file: {weights}")
-    if changed:
-        say(f"on the CPU: {', '.join(changed)}")
     try:
         args, config = convert_to_attrdict(cfg, dump_config=False)
         build_optimizer_schedulers(deepcopy(config.OPTIMIZER))
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UserError(f"VISSL refuses the configuration: {str(error).strip().splitlines()[0]}") from None
-    save_attrdict_to_disk(_plain(config))
-    catalog.write_lists(lists)
     folder = Path(config.CHECKPOINT.DIR)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_attrdict_to_disk(_plain(config))
+        catalog.write_lists(lists)
+    except OSError as error:
+        raise UserError(f"config.CHECKPOINT.DIR cannot be written to: {error}") from None
+    if changed:
+        say(f"on the CPU: {', '.join(changed)}")
     for name in set_aside(folder):
         say(f"{name} was only half written: it is kept as {name}.broken, and the one before is used")
     return args, config
@@ -140,6 +144,7 @@ def run(args: Any, config: Any) -> None:
         args: VISSL's whole configuration.
         config: what is below ``config``.
     """
+    from torch.multiprocessing.spawn import ProcessRaisedException
     from vissl.utils import distributed_launcher
     from vissl.utils.checkpoint import get_checkpoint_folder, is_training_finished
 
@@ -156,9 +161,14 @@ def run(args: Any, config: Any) -> None:
     if is_training_finished(config, checkpoint_folder=folder):
         say("the training there is finished; config.CHECKPOINT.OVERWRITE_EXISTING=true trains on")
         return
-    distributed_launcher.launch_distributed(
-        cfg=config, node_id=args.node_id, engine_name=args.engine_name, hook_generator=ranks.hooks
-    )
+    try:
+        distributed_launcher.launch_distributed(
+            cfg=config, node_id=args.node_id, engine_name=args.engine_name, hook_generator=ranks.hooks
+        )
+    except ProcessRaisedException as error:
+        if "UserError: " not in str(error):
+            raise
+        raise UserError(str(error)) from None
 
 
 if __name__ == "__main__":

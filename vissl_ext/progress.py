@@ -32,6 +32,7 @@ def quieten() -> None:
 
     logger.sys = SimpleNamespace(stdout=_Nowhere())
     warnings.showwarning = to_log
+    logging.raiseExceptions = False  # vissl/utils/distributed_launcher.py:162 logs with an argument too many
 
 
 class _Nowhere(io.TextIOBase):

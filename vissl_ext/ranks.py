@@ -16,6 +16,7 @@ from vissl.utils.distributed_launcher import _distributed_worker as _vissl_worke
 from vissl.utils.distributed_launcher import _ResumableSlurmJob
 from vissl.utils.env import get_machine_local_and_dist_rank
 
+from plugins.tools.command import UserError, say
 from vissl_ext import catalog
 from vissl_ext.compat.cuda_calls import stay_on_cpu
 from vissl_ext.compat.teachers import RestoreTeacher
@@ -71,11 +72,23 @@ def hooks(cfg: Any) -> list[Any]:
 
 
 def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:
-    """VISSL's worker of one process, with what it needs around it."""
+    """VISSL's worker of one process, with what it needs around it.
+
+    Raises:
+        UserError: the loss, or the output of the network, is inf or NaN.
+    """
     quieten()
     catalog.register(cfg)
-    with stay_on_cpu() if cfg.MACHINE.DEVICE == "cpu" else nullcontext():
-        _vissl_worker(local_rank, cfg, *args, **kwargs)
+    try:
+        with stay_on_cpu() if cfg.MACHINE.DEVICE == "cpu" else nullcontext():
+            _vissl_worker(local_rank, cfg, *args, **kwargs)
+    except FloatingPointError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"training diverged: {reason}; lower the learning rate, or warm it up") from None
+    except KeyboardInterrupt:
+        # VISSL would end as if all were done
+        say("interrupted; the same command goes on from the last checkpoint")
+        raise SystemExit(130) from None
 
 
 class SlurmJob(_ResumableSlurmJob):

@@ -1,7 +1,8 @@
 """Runs commands of vissl_ext.launch one after another, each in a fork of one process that has VISSL imported.
 
-Reads a JSON list of {"argv": [...], "folder": ..., "kill": seconds or null} from standard input, and writes a list of
-{"status": ..., "output": ..., "seconds": ...} to standard output.
+Reads a JSON list of {"argv": [...], "folder": ..., "kill_when": a file's path, or absent} from standard input, and
+writes a list of {"status": ..., "output": ...} to standard output. A child is killed as soon as that file is there, and
+after 120 seconds in any case.
 """
 
 import json
@@ -28,6 +29,18 @@ def run(argv, folder):
     return 0
 
 
+def wait(child, kill_when):
+    """Wait for a child; its exit status, or minus the signal that it was killed with."""
+    began = time.monotonic()
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if (kill_when and os.path.exists(kill_when)) or time.monotonic() - began > 120:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
+
+
 def main():
     """Run all."""
     import vissl_ext.checks
@@ -36,7 +49,6 @@ def main():
 
     results = []
     for job in json.load(sys.stdin):
-        began = time.perf_counter()
         with tempfile.TemporaryFile("w+") as output:
             child = os.fork()
             if child == 0:
@@ -46,19 +58,9 @@ def main():
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)
-            wait = job.get("kill_when")
-            while wait and not os.path.exists(wait):
-                if os.waitpid(child, os.WNOHANG)[0]:
-                    child = None
-                    break
-                time.sleep(0.005)
-            if wait and child:
-                os.kill(child, signal.SIGKILL)
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else None
+            status = wait(child, job.get("kill_when"))
             output.seek(0)
-            text = output.read()
-        results.append({"status": status, "output": text, "seconds": time.perf_counter() - began})
-        print(job["argv"][:1], status, file=sys.stderr)
+            results.append({"status": status, "output": output.read()})
     json.dump(results, sys.stdout)
 
 

@@ -4,6 +4,7 @@ A spawned process finds these functions by this module's name; those of a launch
 another module there.
 """
 
+import multiprocessing
 import random
 from contextlib import nullcontext
 from typing import Any
@@ -79,6 +80,8 @@ def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:
     """
     quieten()
     catalog.register(cfg)
+    # the workers of a data loader, made anew each epoch, are forked from a process that has imported everything
+    multiprocessing.set_forkserver_preload([__name__])
     try:
         with stay_on_cpu() if cfg.MACHINE.DEVICE == "cpu" else nullcontext():
             _vissl_worker(local_rank, cfg, *args, **kwargs)

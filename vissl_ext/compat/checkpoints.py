@@ -3,10 +3,12 @@
 classy_vision/generic/util.py:352 writes into the final name, and vissl/utils/checkpoint.py:443 takes the existence of
 ``model_final_*.torch`` for the end of a training: one that is killed while it writes can neither resume nor start anew.
 vissl/utils/checkpoint.py:143 links to a path relative to the working directory, not to the link. Where checkpoints are
-written every few iterations too, vissl/utils/checkpoint.py:576 looks for no others, and finds the file ``None``.
+written every few iterations too, vissl/utils/checkpoint.py:576 looks for no others; where there are none of those that
+it looks for, vissl/utils/checkpoint.py:624 names the file ``None``.
 """
 
 import os
+import sys
 import zipfile
 from collections.abc import Callable
 from functools import partial, wraps
@@ -20,9 +22,13 @@ def activate() -> None:
     """Write checkpoints under another name first; resume from the newest."""
     from vissl.utils import checkpoint
 
-    find = checkpoint.get_checkpoint_resume_files
-    if not hasattr(find, "__wrapped__"):
-        checkpoint.get_checkpoint_resume_files = wraps(find)(partial(_newest, find))
+    for name, mended in (("get_checkpoint_resume_files", _newest), ("get_resume_checkpoint", _there)):
+        stock = getattr(checkpoint, name)
+        if hasattr(stock, "__wrapped__"):
+            continue
+        for module in (checkpoint, sys.modules.get("vissl.utils.distributed_launcher")):
+            if module is not None and hasattr(module, name):
+                setattr(module, name, wraps(stock)(partial(mended, stock)))
     checkpoint.CheckpointWriter._save = _save
     checkpoint.CheckpointWriter._create_symbolic_link = _link
 
@@ -58,6 +64,12 @@ def _newest(find: Callable[..., str | None], checkpoint_folder: str, config: Any
     epochs.CHECKPOINT = type(config)({**config.CHECKPOINT, "CHECKPOINT_ITER_FREQUENCY": -1})
     found = {find(checkpoint_folder, each, **options) for each in (config, epochs)} - {None}
     return max(found, key=lambda name: (Path(checkpoint_folder) / name).stat().st_mtime_ns, default=None)
+
+
+def _there(find: Callable[..., str | None], cfg: Any, checkpoint_folder: str) -> str | None:
+    """The checkpoint to resume from, if there is one."""
+    path = find(cfg, checkpoint_folder)
+    return path if path is not None and Path(path).is_file() else None
 
 
 def set_aside(folder: Path) -> list[str]:

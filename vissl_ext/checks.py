@@ -71,7 +71,7 @@ def check(cfg: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"config.{key} must be a whole number, at least 1, got {value!r}")
-    check_config(AttrDict(OmegaConf.to_container(config)))
+    check_config(AttrDict(OmegaConf.to_container(config)), training=cfg.engine_name == "train")
 
 
 def _known(key: str, name: Any, names: Iterable[str], trusted: bool = False) -> None:

@@ -109,7 +109,9 @@ def _write_row(path: Path, epoch: int, row: dict[str, float]) -> None:
     if path.is_file():
         with path.open(newline="") as file:
             kept = [line for line in csv.DictReader(file) if int(line["epoch"]) < epoch]
-    with path.open("w", newline="") as file:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", *row], extrasaction="ignore")
         writer.writeheader()
         writer.writerows([*kept, {"epoch": epoch, **row}])
+    temporary.replace(path)  # in one go: a run may be killed at any time

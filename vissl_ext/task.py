@@ -13,7 +13,7 @@ from vissl.trainer.train_task import SelfSupervisionTask
 
 from plugins.methods import METHODS
 from plugins.tools.command import UserError
-from vissl_ext.hooks import extra_hooks
+from vissl_ext.hooks import MetricsHook, extra_hooks
 from vissl_ext.larc import needs_plain_larc, plain_larc
 from vissl_ext.methods import HEAD, TeacherLoss, method_options
 
@@ -21,11 +21,12 @@ _CONSTANT_PREDICTOR_LR = {"simsiam"}
 """Methods whose predictor keeps the highest learning rate of the schedule (Chen and He 2021, §4.2)."""
 
 
-def check_config(config: Any) -> None:
+def check_config(config: Any, *, training: bool = True) -> None:
     """Refuse what the method cannot be trained with.
 
     Args:
         config: VISSL's configuration, below ``config``.
+        training: whether it is to be trained; an extraction of its projections has no views.
 
     Raises:
         UserError: one sentence that says what is wrong and what is allowed.
@@ -46,6 +47,8 @@ def check_config(config: Any) -> None:
         )
     if not isinstance(config.MODEL.HEAD.PARAMS[0][1].get("in_dim"), int):
         raise UserError(f"{HEAD} needs in_dim, the width of the trunk's features: 512 of a ResNet-18, 2048 of a 50")
+    if not training:
+        return
     if config.TEST_MODEL:
         raise UserError(f"config.LOSS.name={name} is for training alone: set config.TEST_MODEL=false")
     if views(config) < 2:
@@ -123,11 +126,18 @@ class PluginTask(SelfSupervisionTask):
     def set_hooks(self, hooks: list[Any]) -> Any:
         """The given hooks and those that the loss needs, which a launcher that does not know us leaves out."""
         names = {type(hook) for hook in hooks}
-        return super().set_hooks([*hooks, *(hook for hook in extra_hooks(self.config) if type(hook) not in names)])
+        hooks = [*hooks, *(hook for hook in extra_hooks(self.config) if type(hook) not in names)]
+        # an epoch's row is written before its checkpoint: a run that is killed between the two writes it again
+        return super().set_hooks(sorted(hooks, key=lambda hook: not isinstance(hook, MetricsHook)))
+
+    def prepare(self, pin_memory: bool = False) -> Any:
+        """Everything that a training needs; refuses what cannot be trained."""
+        check_config(self.config)
+        return super().prepare(pin_memory=pin_memory)
 
     def _build_model(self) -> Any:
         if self.method:
-            check_config(self.config)
+            check_config(self.config, training=False)
             given = {key: value for key, value in self.config.LOSS[self.method].items() if key != "name"}
             self.config.MODEL.HEAD.PARAMS[0][1].update(method=self.method, options=given, views=views(self.config))
         return super()._build_model()

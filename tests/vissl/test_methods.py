@@ -24,6 +24,7 @@ from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_att
 
 from plugins.tools.command import UserError  # noqa: E402
 from vissl_ext.hooks import EMATeacherHook  # noqa: E402
+from vissl_ext.methods import copy_model  # noqa: E402
 from vissl_ext.task import PluginTask, check_config  # noqa: E402
 
 SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "log_eigvals": True}
@@ -165,6 +166,21 @@ def test_evaluation_leaves_the_predictor_and_gives_projections() -> None:
     (z,) = head(features)
     torch.testing.assert_close(z, head.projector(features))
     assert all(torch.equal(value, state[name]) for name, value in head.state_dict().items())
+
+
+def test_process_groups_are_shared_by_teacher_and_student() -> None:
+    """A group of processes, which SyncBatchNorm holds, cannot be copied."""
+
+    class Group:
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("cannot pickle a process group")
+
+    group = Group()
+    model = nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2, process_group=group))
+    copied = copy_model(model)
+    assert copied[1].process_group is group
+    assert copied[0].weight is not model[0].weight
+    assert torch.equal(copied[0].weight, model[0].weight)
 
 
 @pytest.mark.parametrize("method", METHODS)

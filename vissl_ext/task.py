@@ -16,6 +16,7 @@ from plugins.tools.command import UserError
 from vissl_ext.hooks import MetricsHook, extra_hooks
 from vissl_ext.larc import needs_plain_larc, plain_larc
 from vissl_ext.methods import HEAD, TeacherLoss, method_options
+from vissl_ext.trunks import check_trunk
 
 _CONSTANT_PREDICTOR_LR = {"simsiam"}
 """Methods whose predictor keeps the highest learning rate of the schedule (Chen and He 2021, §4.2)."""
@@ -31,6 +32,7 @@ def check_config(config: Any, *, training: bool = True) -> None:
     Raises:
         UserError: one sentence that says what is wrong and what is allowed.
     """
+    check_trunk(config.MODEL)
     name = config.LOSS.name
     heads = [head[0] for head in config.MODEL.HEAD.PARAMS]
     if name not in METHODS:

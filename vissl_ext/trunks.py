@@ -26,6 +26,36 @@ _NAMES = {
 }
 
 
+_FIXED = {
+    "WIDTH_MULTIPLIER": 1,
+    "NORM": "BatchNorm",
+    "STANDARDIZE_CONVOLUTIONS": False,
+    "GROUPS": 1,
+    "WIDTH_PER_GROUP": 64,
+    "LAYER4_STRIDE": 2,
+}
+"""Settings of VISSL's own trunk that this one does not have, and what they must be."""
+
+
+def check_trunk(model_config: Any) -> None:
+    """Refuse what ``plain_resnet`` cannot be; other trunks are not looked at.
+
+    Args:
+        model_config: VISSL's MODEL section.
+
+    Raises:
+        UserError: there is no ResNet of that depth, or a setting is of VISSL's own trunk alone.
+    """
+    if model_config.TRUNK.NAME != "plain_resnet":
+        return
+    config = model_config.TRUNK.RESNETS
+    if config.DEPTH not in DEPTHS:
+        raise UserError(f"RESNETS.DEPTH of plain_resnet is one of {', '.join(map(str, DEPTHS))}, got {config.DEPTH}")
+    for key, value in _FIXED.items():
+        if config.get(key, value) != value:
+            raise UserError(f"RESNETS.{key} of plain_resnet is {value}, got {config[key]}; see VISSL's trunk resnet")
+
+
 @register_model_trunk("plain_resnet")
 class PlainResNet(nn.Module):
     """torchvision's ResNet as a trunk.
@@ -38,14 +68,14 @@ class PlainResNet(nn.Module):
         model_name: the trunk's name; not used.
 
     Raises:
-        UserError: there is no ResNet of that depth.
+        UserError: see ``check_trunk``.
     """
 
     def __init__(self, model_config: Any, model_name: str) -> None:
         super().__init__()
         config = model_config.TRUNK.RESNETS
-        if config.DEPTH not in DEPTHS:
-            raise UserError(f"RESNETS.DEPTH must be one of {', '.join(map(str, DEPTHS))}, got {config.DEPTH}")
+        check_trunk(model_config)
+        self.checkpointing = model_config.ACTIVATION_CHECKPOINTING
         self.input_type = model_config.INPUT_TYPE
         network = DEPTHS[config.DEPTH](weights=None, zero_init_residual=config.ZERO_INIT_RESIDUAL)
         self.num_features = network.fc.in_features
@@ -75,4 +105,6 @@ class PlainResNet(nn.Module):
             out_feat_keys=out_feat_keys or [],
             feature_blocks=self._feature_blocks,
             feature_mapping=self.feat_eval_mapping,
+            use_checkpointing=self.checkpointing.USE_ACTIVATION_CHECKPOINTING,
+            checkpointing_splits=self.checkpointing.NUM_ACTIVATION_CHECKPOINTING_SPLITS,
         )

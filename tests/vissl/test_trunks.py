@@ -63,9 +63,22 @@ def test_weights_of_vissls_own_trunk_fit() -> None:
         torch.testing.assert_close(ours(images, [name])[0], stock(images, [name])[0])
 
 
-def test_unknown_depth_is_a_sentence() -> None:
-    with pytest.raises(UserError, match=r"RESNETS.DEPTH must be one of 18, 34, 50, 101, 152, got 20"):
+def test_what_it_cannot_be_is_a_sentence() -> None:
+    with pytest.raises(UserError, match=r"RESNETS.DEPTH of plain_resnet is one of 18, 34, 50, 101, 152, got 20"):
         trunk("config.MODEL.TRUNK.RESNETS.DEPTH=20")
+    with pytest.raises(UserError, match=r"RESNETS.WIDTH_MULTIPLIER of plain_resnet is 1, got 2"):
+        trunk("config.MODEL.TRUNK.RESNETS.WIDTH_MULTIPLIER=2")
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    torch.manual_seed(0)
+    images, gradients = torch.randn(2, 3, 40, 40), []
+    for switch in ("true", "false"):
+        ours = trunk(f"config.MODEL.ACTIVATION_CHECKPOINTING.USE_ACTIVATION_CHECKPOINTING={switch}")
+        ours(images.clone(), [])[0].square().sum().backward()
+        gradients.append([parameter.grad for parameter in ours.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 _REGNET = "{depth:4,w_0:8,w_a:8.0,w_m:2.0,group_width:8,bn_epsilon:1e-05,bn_momentum:0.1}"

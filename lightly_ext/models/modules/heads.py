@@ -4,6 +4,7 @@ For each method ``<Name>ProjectionHead``; for those whose predictor is computed 
 lightly has itself (BYOL's, SimSiam's) are lightly's.
 """
 
+from itertools import pairwise
 from typing import Any
 
 from lightly.models.modules import heads as _lightly
@@ -42,10 +43,7 @@ class SSLEYProjectionHead(ProjectionHead):
         if num_layers < 2:
             raise ValueError(f"num_layers must be at least 2, got {num_layers}")
         widths = [input_dim, *[hidden_dim] * (num_layers - 1)]
-        blocks = [
-            (before, after, nn.BatchNorm1d(after), nn.ReLU())
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
-        ]
+        blocks = [(before, after, nn.BatchNorm1d(after), nn.ReLU()) for before, after in pairwise(widths)]
         super().__init__([*blocks, (hidden_dim, output_dim, None, None)])
 
 

@@ -1,0 +1,166 @@
+"""The training that all methods share, in the manner of lightly's benchmarks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightly.models.utils import get_weight_decay_parameters
+from lightly.utils.benchmarking import OnlineLinearClassifier
+from lightly.utils.lars import LARS
+from lightly.utils.scheduler import CosineWarmupScheduler
+from torch import Tensor, nn
+
+from lightly_ext import models
+from plugins.checks import check_choice, check_range
+from plugins.targets import cosine_tau
+
+OPTIMIZERS = ("lars", "sgd", "adamw")
+
+
+class TrainingSteps:
+    """What a Trainer calls; mixed into a model class and a LightningModule by ``bind``.
+
+    It logs ``train_loss``, the loss's other terms as ``train_<term>``, ``tau`` of a teacher, and lightly's
+    ``train_online_cls_*`` and ``val_online_cls_*`` of a linear classifier that learns beside the model.
+
+    Args:
+        batch_size_per_device: for the learning rate, which is ``lr`` for 256 images over all devices.
+        num_classes: classes of the online classifier.
+        backbone: as of the model classes; None is an untrained ResNet-50, as in lightly's benchmarks.
+        optimizer: "lars" (momentum 0.9), "sgd" (momentum 0.9) or "adamw".
+        lr: learning rate for 256 images, > 0; it follows a cosine after a linear warm-up.
+        weight_decay: of all parameters but biases, normalisation and the online classifier.
+        warmup_epochs: at most the whole run.
+        base_tau: momentum of the teacher at its first update, in [0, 1].
+        final_tau: at its last, in [0, 1].
+        options: those of the model class: input_dim, projection_head, teacher, … and the method's own.
+
+    Raises:
+        ValueError: a value out of range, or what the model class refuses.
+    """
+
+    def __init__(
+        self,
+        batch_size_per_device: int,
+        num_classes: int,
+        backbone: nn.Module | None = None,
+        *,
+        optimizer: str = "lars",
+        lr: float = 0.45,
+        weight_decay: float = 1e-6,
+        warmup_epochs: float = 10,
+        base_tau: float = 0.99,
+        final_tau: float = 1.0,
+        **options: Any,
+    ) -> None:
+        check_choice("optimizer", optimizer, OPTIMIZERS)
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "warmup_epochs": warmup_epochs}.items():
+            check_range(name, value, low=0.0)
+        cosine_tau(0, 1, base_tau, final_tau)  # the ranges
+        super().__init__(_resnet50() if backbone is None else backbone, **options)
+        self.save_hyperparameters(
+            {
+                "batch_size_per_device": batch_size_per_device,
+                "num_classes": num_classes,
+                "optimizer": optimizer,
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "warmup_epochs": warmup_epochs,
+                "base_tau": base_tau,
+                "final_tau": final_tau,
+                **{name: value for name, value in options.items() if not isinstance(value, nn.Module)},
+            }
+        )
+        self.batch_size_per_device = batch_size_per_device
+        topk = (1, 5) if num_classes >= 5 else (1,)
+        self.online_classifier = OnlineLinearClassifier(self.feature_dim, num_classes, topk=topk)
+        self._steps_done = 0
+
+    @property
+    def criterion(self) -> Any:
+        """The loss: Embeddings → its terms."""
+        return self.terms
+
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
+        """The method's loss, and that of the online classifier on the features of the first view."""
+        views, targets = batch[0], batch[1]
+        features, embeddings = self.embed(views)
+        terms = self.terms(embeddings)
+        self.log("train_loss", terms.loss, prog_bar=True, sync_dist=True, batch_size=len(targets))
+        others = {f"train_{name}": value for name, value in terms._asdict().items() if name != "loss"}
+        cls_loss, cls_log = self.online_classifier.training_step((features[0].detach(), targets), batch_idx)
+        self.log_dict({**others, **cls_log}, sync_dist=True, batch_size=len(targets))
+        return terms.loss + cls_loss
+
+    def validation_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
+        """The online classifier on images that are not augmented."""
+        images, targets = batch[0], batch[1]
+        cls_loss, cls_log = self.online_classifier.validation_step((self(images), targets), batch_idx)
+        self.log_dict(cls_log, prog_bar=True, sync_dist=True, batch_size=len(targets))
+        return cls_loss
+
+    def on_train_start(self) -> None:
+        """A resumed run has steps behind it."""
+        self._steps_done = self.trainer.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move the teacher, once per step of the optimizer, however many batches that accumulates."""
+        if self.teacher_backbone is None or self.trainer.global_step == self._steps_done:
+            return
+        total = max(1, self.trainer.estimated_stepping_batches)
+        tau = cosine_tau(self._steps_done, total, self.hparams.base_tau, self.hparams.final_tau)
+        self._steps_done = self.trainer.global_step
+        self.update_momentum(tau)
+        self.log("tau", tau, batch_size=1)
+
+    def configure_optimizers(self) -> tuple[list[Any], list[dict[str, Any]]]:
+        """The optimizer and its schedule over the whole run."""
+        given = self.hparams
+        lr = given.lr * self.batch_size_per_device * self.trainer.world_size / 256
+        parts = {"backbone": self.backbone, "projection_head": self.projection_head, "prediction_head": None}
+        parts["prediction_head"] = self.prediction_head or nn.Identity()
+        groups = []
+        for name, part in parts.items():
+            rate = lr * (self.options.get("pred_lr_scale", 1.0) if name == "prediction_head" else 1.0)
+            decayed, plain = get_weight_decay_parameters([part])
+            groups += [
+                {"name": name, "params": decayed, "lr": rate, "weight_decay": given.weight_decay},
+                {"name": f"{name}_no_weight_decay", "params": plain, "lr": rate, "weight_decay": 0.0},
+            ]
+        classifier = list(self.online_classifier.parameters())
+        groups.append({"name": "online_classifier", "params": classifier, "lr": lr, "weight_decay": 0.0})
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        groups = [group for group in groups if group["params"]]
+        if given.optimizer == "adamw":
+            optimizer: Any = torch.optim.AdamW(groups, lr=lr)
+        else:
+            optimizer = {"lars": LARS, "sgd": torch.optim.SGD}[given.optimizer](groups, lr=lr, momentum=0.9)
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = min(total, int(total / (self.trainer.max_epochs or 1) * given.warmup_epochs))
+        schedule = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=total)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def bind(name: str, base: type, module: str) -> type:
+    """The class of a method for one flavour of Lightning.
+
+    Args:
+        name: of a class of ``lightly_ext.models``.
+        base: the flavour's LightningModule.
+        module: dotted name of the module that it becomes an attribute of.
+    """
+    parent = vars(models)[name]
+    doc = f"""{parent.spec.title} as a LightningModule, for a Trainer whose batches are (views, targets, …).
+
+    The arguments are those of TrainingSteps and of ``lightly_ext.models.{name}``.
+    """
+    return type(name, (TrainingSteps, parent, base), {"__doc__": doc, "__module__": module})
+
+
+def _resnet50() -> nn.Module:
+    from torchvision.models import resnet50
+
+    backbone = resnet50()
+    backbone.fc = nn.Identity()
+    return backbone

@@ -1,0 +1,309 @@
+"""LightningModules of both flavours, and the benchmarks that are run with them."""
+
+import copy
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("lightly")
+pytestmark = pytest.mark.lightly
+
+import pytorch_lightning  # noqa: E402
+from lightly.utils.benchmarking import FinetuneClassifier, KNNClassifier, LinearClassifier  # noqa: E402
+
+import lightly_ext.lightning  # noqa: E402
+from lightly_ext import benchmarks, lightning  # noqa: E402
+from lightly_ext.benchmarks import __main__ as command  # noqa: E402
+from lightly_ext.names import CLASS_NAMES  # noqa: E402
+from plugins.methods import METHODS  # noqa: E402
+from plugins.targets import cosine_tau  # noqa: E402
+
+SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10}
+NAMES = {spec.name: name for name, spec in CLASS_NAMES.items()}
+
+
+def built(method: str, flavour: object = lightning, **more: object) -> nn.Module:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    options = {key: value for key, value in SMALL.items() if key in METHODS[method].options}
+    cls = flavour.__getattr__(NAMES[method])
+    return cls(batch_size_per_device=8, num_classes=10, backbone=backbone, **{"optimizer": "sgd", **options, **more})
+
+
+def batches(count: int = 4, rows: int = 8) -> list[tuple[list[Tensor], Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            [torch.randn(rows, 3, 16, 16, generator=generator) for _ in range(2)],
+            torch.arange(rows) % 10,
+        )
+        for _ in range(count)
+    ]
+
+
+def trainer(flavour: object = pytorch_lightning, **options: object) -> object:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return flavour.Trainer(**{"max_epochs": 1, "accelerator": "cpu", "devices": 1, **quiet, **options})
+
+
+def plain(data: list) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(data, batch_size=None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_moves_every_parameter(method: str) -> None:
+    module = built(method, pred_lr_scale=2.0) if "pred_lr_scale" in METHODS[method].options else built(method)
+    before = copy.deepcopy(dict(module.named_parameters()))
+    host = trainer()
+    host.fit(module, plain(batches()), plain([(views[0], targets) for views, targets in batches(1)]))
+    for name, parameter in module.named_parameters():
+        # a bias in front of batch norm has no gradient but for rounding
+        assert torch.isfinite(parameter).all()
+        assert name.endswith("bias") or not torch.equal(parameter, before[name]), name
+    logged = host.callback_metrics
+    assert {"train_loss", "train_online_cls_top1", "val_online_cls_top1", "val_online_cls_top5"} <= set(logged)
+    assert ("tau" in logged) == METHODS[method].teacher
+
+
+def test_loss_is_that_of_the_model() -> None:
+    module = built("isoloss")
+    expected = copy.deepcopy(module)
+    values = []
+    module.log = lambda name, value, **_: values.append(value)
+    module.log_dict = lambda *_, **__: None
+    total = module.training_step(batches(1)[0], 0)
+    views, targets = batches(1)[0]
+    loss = expected.loss(views)
+    features = copy.deepcopy(built("isoloss"))(views[0])
+    classifier = nn.functional.cross_entropy(expected.online_classifier.classification_head(features), targets)
+    torch.testing.assert_close(values[0], loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(total, loss + classifier, rtol=1e-6, atol=1e-7)
+
+
+def test_teacher_moves_once_per_optimizer_step() -> None:
+    """Four batches, two accumulated: two steps, with τ of a run of two."""
+    module = built("byol", base_tau=0.5)
+    taus: list[float] = []
+    move = module.update_momentum
+    module.update_momentum = lambda m: (taus.append(m), move(m))
+    trainer(accumulate_grad_batches=2).fit(module, plain(batches(4)))
+    assert taus == [cosine_tau(0, 2, 0.5, 1.0), cosine_tau(1, 2, 0.5, 1.0)]
+
+
+def test_learning_rates_and_weight_decay() -> None:
+    module = built("byol", lr=0.5, weight_decay=0.1, warmup_epochs=0, pred_lr_scale=10.0)
+    host = trainer()
+    host.fit(module, plain(batches(1)))
+    groups = {group["name"]: group for group in host.optimizers[0].param_groups}
+    rates = {name: group["initial_lr"] for name, group in groups.items()}
+    base = 0.5 * 8 / 256
+    assert rates["backbone"] == rates["online_classifier"] == base and rates["prediction_head"] == 10 * base
+    assert {name for name, group in groups.items() if group["weight_decay"]} == {
+        "backbone",
+        "projection_head",
+        "prediction_head",
+    }
+    assert all(p.ndim > 1 for name in ("backbone", "projection_head") for p in groups[name]["params"])
+    trained = {id(p) for group in groups.values() for p in group["params"]}
+    assert trained == {id(p) for p in module.parameters() if p.requires_grad}
+
+
+def test_flavours_fit_their_trainers() -> None:
+    other = pytest.importorskip("lightning.pytorch")
+    from lightly_ext.lightning import pytorch
+
+    assert lightning.IsoLoss is lightly_ext.lightning.IsoLoss
+    assert issubclass(lightning.IsoLoss, pytorch_lightning.LightningModule)
+    assert not issubclass(pytorch.IsoLoss, pytorch_lightning.LightningModule)
+    trainer(other).fit(built("isoloss", pytorch), plain(batches(1)))
+    with pytest.raises(TypeError):
+        trainer(other).fit(built("isoloss"), plain(batches(1)))
+    for module in (lightning, pytorch):
+        assert pickle.loads(pickle.dumps(module.__getattr__("SSLEY"))) is module.__getattr__("SSLEY")
+        with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+            module.__getattr__("Nothing")
+
+
+def test_constructor_of_lightlys_benchmarks() -> None:
+    module = lightning.SimSiam(batch_size_per_device=4, num_classes=3)
+    assert module.feature_dim == module.online_classifier.feature_dim == 2048
+    assert module.online_classifier.topk == (1,)
+    assert {"backbone", "projection_head", "online_classifier"} <= set(dict(module.named_children()))
+    with pytest.raises(ValueError, match="optimizer must be one of lars, sgd, adamw, got 'adam'"):
+        built("isoloss", optimizer="adam")
+    with pytest.raises(ValueError, match="base must be in"):
+        built("isoloss", base_tau=2.0)
+
+
+def test_checkpoints_load(tmp_path: Path) -> None:
+    module = built("isoloss", rho=0.5)
+    host = trainer(logger=False)
+    host.fit(module, plain(batches(2)))
+    host.save_checkpoint(tmp_path / "model.ckpt")
+    backbone = copy.deepcopy(built("isoloss").backbone)
+    loaded = lightning.IsoLoss.load_from_checkpoint(tmp_path / "model.ckpt", backbone=backbone)
+    assert loaded.options["rho"] == 0.5
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+    state = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
+    assert {"teacher_backbone.0.weight", "prediction_head.C", "prediction_head.W"} <= set(state)
+
+
+@pytest.mark.parametrize("method", ["ssl_ey", "isoloss"])
+def test_lightlys_evaluation_runs_on_them(method: str) -> None:
+    """kNN, linear and fine-tuning of lightly, as they are, on the model class and on the LightningModule."""
+    labelled = [(views[0], targets) for views, targets in batches(3)]
+    from lightly_ext import models
+
+    options = {key: value for key, value in SMALL.items() if key in METHODS[method].options}
+    model = vars(models)[NAMES[method]](built(method).backbone, **options)
+    for each in (model, built(method)):
+        before = copy.deepcopy(each.state_dict())
+        knn = KNNClassifier(each, num_classes=10, knn_k=5, knn_t=0.1, train_dataloader_idx=0, val_dataloader_idx=1)
+        (_, metrics) = trainer().validate(knn, [plain(labelled), plain(labelled)], verbose=False)
+        assert metrics["val_knn_top5/dataloader_idx_1"] == 1.0, "each image is its own neighbour"
+        linear = LinearClassifier(each, batch_size_per_device=8, feature_dim=8, num_classes=10)
+        trainer().fit(linear, plain(labelled))
+        assert all(torch.equal(value, before[name]) for name, value in each.state_dict().items()), "a frozen backbone"
+        finetune = FinetuneClassifier(each, batch_size_per_device=8, feature_dim=8, num_classes=10)
+        trainer().fit(finetune, plain(labelled))
+        assert not torch.equal(each.backbone[0].weight, before["backbone.0.weight"])
+
+
+# ------------------------------------------------------------------------------------------------------ benchmarks
+
+
+def test_methods_have_lightlys_shape() -> None:
+    assert set(benchmarks.METHODS) == set(METHODS)
+    for name, entry in benchmarks.METHODS.items():
+        assert set(entry) == {"model", "transform"}
+        assert entry["model"] is lightning.__getattr__(NAMES[name]) and callable(entry["transform"])
+
+
+QUICK = (
+    *("--epochs", "1", "--batch-size-per-device", "16", "--num-workers", "0", "--accelerator", "cpu"),
+    *("--backbone", "resnet18", "--input-size", "16", "--linear-epochs", "1", "--finetune-epochs", "1"),
+    *("--knn-k", "5", "--optimizer", "adamw", "--lr", "0.01", "--seed", "0"),
+    *("--option", "proj_hidden_dim=16", "proj_output_dim=8", "--transform", "min_scale=0.6"),
+)
+
+OTHER = """
+from lightly.loss import VICRegLoss
+from lightly.models.modules.heads import VICRegProjectionHead
+from lightly.transforms import VICRegTransform
+from lightly.utils.benchmarking import OnlineLinearClassifier
+from pytorch_lightning import LightningModule
+from torch import nn, optim
+
+
+class VICReg(LightningModule):
+    def __init__(self, batch_size_per_device, num_classes):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.projection_head = VICRegProjectionHead(8, 8, 8, num_layers=2)
+        self.criterion = VICRegLoss()
+        self.online_classifier = OnlineLinearClassifier(8, num_classes)
+
+    def forward(self, x):
+        return self.backbone(x)
+
+    def training_step(self, batch, batch_idx):
+        z = [self.projection_head(self(view)) for view in batch[0]]
+        loss = self.criterion(*z)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return optim.SGD(self.parameters(), lr=0.01)
+
+
+METHODS = {"vicreg": {"model": VICReg, "transform": VICRegTransform(input_size=16, gaussian_blur=0.0)}}
+"""
+
+
+@pytest.mark.slow
+def test_benchmark_of_ours_and_of_lightlys(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    other = tmp_path / "main.py"
+    other.write_text(OTHER)
+    folders = (
+        "--train-dir",
+        str(digits / "train"),
+        "--val-dir",
+        str(digits / "val"),
+        "--log-dir",
+        str(tmp_path / "logs"),
+    )
+    command.main([*folders, *QUICK, "--methods", "isoloss", "vicreg", "--add", str(other)])
+    printed = capsys.readouterr().out.rstrip().splitlines()
+    table = (tmp_path / "logs" / "table.md").read_text().splitlines()
+    assert printed[-4:] == table
+    assert re.split(r"\s*\|\s*", table[0].strip("| "))[:4] == ["Method", "Epochs", "kNN top1", "kNN top5"]
+    assert [row.split("|")[1].strip() for row in table[2:]] == ["isoloss", "vicreg"]
+    for name, row in zip(("isoloss", "vicreg"), table[2:], strict=True):
+        result = json.loads((tmp_path / "logs" / name / "result.json").read_text())
+        shown = [float(cell) for cell in row.strip("| ").split("|")[2:]]
+        expected = [100 * result[kind][k] for kind in ("knn", "linear", "finetune") for k in ("top1", "top5")]
+        assert shown == pytest.approx(expected, abs=0.005)
+        assert result["framework"] == "lightly" and result["epochs"] == 1 and result["train_loss"] is not None
+        assert (tmp_path / "logs" / name / "checkpoint.ckpt").is_file()
+
+    # the checkpoint alone gives the same neighbours
+    only = ("--epochs", "0", "--methods", "isoloss", "--skip-linear-eval", "--skip-finetune-eval")
+    checkpoint = ("--ckpt-path", str(tmp_path / "logs" / "isoloss" / "checkpoint.ckpt"))
+    first = json.loads((tmp_path / "logs" / "isoloss" / "result.json").read_text())
+    command.main([*folders, *QUICK, *only, *checkpoint])
+    assert json.loads((tmp_path / "logs" / "isoloss" / "result.json").read_text())["knn"] == first["knn"]
+
+
+def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    empty = tmp_path / "empty"
+    (empty / "0").mkdir(parents=True)
+    folders = [
+        "--train-dir",
+        str(digits / "train"),
+        "--val-dir",
+        str(digits / "val"),
+        "--log-dir",
+        str(tmp_path / "logs"),
+    ]
+    good = [*folders, *QUICK, "--methods", "isoloss"]
+    (tmp_path / "none.py").write_text("x = 1\n")
+    cases = [
+        (["--methods", "barlow"], "--methods: there is no method 'barlow'; there are byol, "),
+        (["--train-dir", str(tmp_path / "gone")], f"--train-dir: there is no folder {tmp_path / 'gone'}"),
+        (["--val-dir", str(empty)], f"--val-dir: there are no images in class folders of {empty}"),
+        (["--batch-size-per-device", "128"], "one batch of 128 is more than the 80 training images"),
+        (["--batch-size-per-device", "1"], "--batch-size-per-device must be at least 2, got 1"),
+        (["--knn-k", "100"], "--knn-k 100 is more than the 80 training images"),
+        (["--backbone", "resnet81"], "--backbone: torchvision has no model 'resnet81'; it has alexnet, "),
+        (["--backbone", "vgg11", "--small-images"], "--small-images is for ResNets, got --backbone vgg11"),
+        (["--option", "alhpa=1.0"], "isoloss: method isoloss has no option 'alhpa'; it knows alpha, "),
+        (["--option", "rho"], "--option takes KEY=VALUE, got 'rho'"),
+        (["--option", "rho=high"], "isoloss: method isoloss: rho must be a float, got 'high'"),
+        (["--transform", "minscale=1"], "--transform: IsoLossTransform has no argument 'minscale'; it knows "),
+        (["--mean", "0", "0", "0"], "--mean and --std belong together"),
+        (["--add", str(tmp_path / "none.py")], "has no METHODS of the form"),
+        (["--ckpt-path", str(tmp_path / "gone")], "--ckpt-path needs a file and one method"),
+        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'; see --help"),
+    ]
+    for more, sentence in cases:
+        with pytest.raises(SystemExit) as stopped:
+            command.main([*good, *more])
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert said.startswith("error: ") and sentence in said and said.count("\n") == 1, said
+    assert not (tmp_path / "logs").exists()

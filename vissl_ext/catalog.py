@@ -92,7 +92,8 @@ def register(config: Any) -> None:
         if len(data.DATA_PATHS) != len(data.DATASET_NAMES):
             continue
         for name, path, source in zip(data.DATASET_NAMES, data.DATA_PATHS, data.DATA_SOURCES, strict=False):
-            if not VisslDatasetCatalog.has_data(name):
+            ours = str(name).startswith(f"{split.lower()}:")
+            if ours and not VisslDatasetCatalog.has_data(name):
                 entry = [path, path if source == "disk_folder" else ""]
                 VisslDatasetCatalog.register_data(name, {"train": entry, "val": entry})
 

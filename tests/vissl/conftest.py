@@ -1,11 +1,13 @@
 """Digits and runs of the launcher that the VISSL tests share."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,5 +66,23 @@ def launch(start_launch: Callable[..., subprocess.Popen]) -> Callable[..., str]:
         printed, _ = process.communicate(timeout=600)
         assert process.returncode == 0, printed[-6000:]
         return printed
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launches() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """launches(jobs) → their results, from one process that has imported VISSL once; see runner.py."""
+
+    def run(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        process = subprocess.run(
+            [sys.executable, "-P", str(Path(__file__).with_name("runner.py"))],
+            input=json.dumps(jobs),
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        return json.loads(process.stdout)
 
     return run

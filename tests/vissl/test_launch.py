@@ -1,0 +1,267 @@
+"""The command line: where configurations are found, what a CPU changes, and that mistakes are sentences."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+pytest.importorskip("vissl")
+
+from plugins.tools.command import UserError
+from vissl_ext.checks import check
+from vissl_ext.compat.checkpoints import set_aside
+from vissl_ext.compose import compose, config_names
+from vissl_ext.defaults import adapt
+from vissl_ext.launch import USAGE, _options
+from vissl_ext.progress import Progress
+
+pytestmark = pytest.mark.vissl
+SIMCLR = "config=pretrain/simclr/simclr_8node_resnet"
+LOSS = "config.LOSS.simclr_info_nce_loss"
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+# finding
+
+
+def test_configurations_are_found_in_all_places(tmp_path, monkeypatch):
+    own, beside = tmp_path / "own", tmp_path / "beside"
+    for folder, seed in ((own, 11), (beside / "configs", 22)):
+        (folder / "config" / "mine").mkdir(parents=True)
+        for name in ("a", "b") if folder is own else ("b", "c"):
+            text = f"# @package _global_\nconfig:\n  SEED_VALUE: {seed}\n"
+            (folder / "config" / "mine" / f"{name}.yaml").write_text(text)
+    monkeypatch.chdir(beside)
+    # the user's folder comes before ./configs
+    for name, seed in (("a", 11), ("b", 11), ("c", 22)):
+        assert seed == compose([f"config=mine/{name}"], [str(own)])[0].config.SEED_VALUE
+    monkeypatch.chdir(tmp_path)
+    assert compose([SIMCLR])[0].config.LOSS.name == "simclr_info_nce_loss"
+    assert compose(["config=pretrain/isoloss/digits"])[0].config.LOSS.name == "isoloss"
+    names = config_names([own])
+    assert {"mine/a", "pretrain/swav/swav_8node_resnet", "pretrain/isoloss/digits"} <= set(names)
+    assert "mine/c" not in names
+
+
+def test_a_file_of_the_user_hides_the_stock_one(tmp_path):
+    folder = tmp_path / "config" / "pretrain" / "simclr"
+    folder.mkdir(parents=True)
+    (folder / "simclr_8node_resnet.yaml").write_text("# @package _global_\nconfig:\n  SEED_VALUE: 77\n")
+    assert compose([SIMCLR], [str(tmp_path)])[0].config.SEED_VALUE == 77
+
+
+def test_every_stock_file_passes_the_checks():
+    refused = {}
+    stock = Path(configs.__file__).parent / "config"
+    names = [path.relative_to(stock).with_suffix("").as_posix() for path in sorted(stock.glob("pretrain/**/*.yaml"))]
+    assert len(names) > 60
+    for name in names:
+        try:
+            check(compose([f"config={name}"])[0])
+        except UserError as error:
+            refused[name] = str(error)
+    assert refused == {}
+
+
+def test_options_take_both_forms():
+    assert _options(["a=1", "--config-dir", "x", "--config-dir=y"]) == (["a=1"], ["x", "y"])
+    with pytest.raises(UserError, match="must name a folder"):
+        _options(["--config-dir"])
+
+
+# CPU and GPU
+
+
+def test_a_gpu_changes_nothing(gpu):
+    cfg, given = compose([SIMCLR, "config.MODEL.SYNC_BN_CONFIG.SYNC_BN_TYPE=pytorch"])
+    before = OmegaConf.to_container(cfg)
+    assert adapt(cfg, given) == []
+    assert OmegaConf.to_container(cfg) == before
+
+
+def test_a_cpu_changes_what_cannot_work_and_says_so(no_gpu):
+    cfg, given = compose([SIMCLR, "config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.MODEL.SYNC_BN_CONFIG.GROUP_SIZE=1"])
+    before = OmegaConf.to_container(cfg)
+    changed = adapt(cfg, given)
+    assert changed == [
+        "MACHINE.DEVICE=cpu",
+        "DISTRIBUTED.BACKEND=gloo",
+        "DISTRIBUTED.NUM_NODES=1",
+        "DISTRIBUTED.RUN_ID=auto",
+        "DATA.PIN_MEMORY=false",
+        "MODEL.SYNC_BN_CONFIG.CONVERT_BN_TO_SYNC_BN=false",
+    ]
+    assert cfg.config.DISTRIBUTED.NUM_PROC_PER_NODE == 2
+    # nothing else, and nothing unsaid
+    for text in changed:
+        key = text.partition("=")[0]
+        OmegaConf.update(cfg.config, key, OmegaConf.select(OmegaConf.create(before).config, key))
+    assert OmegaConf.to_container(cfg) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("config.MACHINE.DEVICE=gpu", "config.MACHINE.DEVICE=gpu needs a GPU, but there is no GPU here"),
+        ("config.DISTRIBUTED.BACKEND=nccl", "config.DISTRIBUTED.BACKEND=nccl needs a GPU"),
+        ("config.MODEL.AMP_PARAMS.USE_AMP=true", "USE_AMP=true needs a GPU"),
+        ("config.MODEL.SYNC_BN_CONFIG.CONVERT_BN_TO_SYNC_BN=true", "CONVERT_BN_TO_SYNC_BN=true needs a GPU"),
+        ("config.MODEL.FSDP_CONFIG.AUTO_SETUP_FSDP=true", "AUTO_SETUP_FSDP=true needs a GPU"),
+    ],
+)
+def test_what_the_user_asks_for_and_a_cpu_cannot_do_is_refused(no_gpu, override, text):
+    with pytest.raises(UserError, match=re.escape(text)):
+        adapt(*compose([SIMCLR, override]))
+
+
+def test_apex_is_refused_where_there_is_none(gpu):
+    with pytest.raises(UserError, match=r"SYNC_BN_TYPE is apex, which is not installed; add .*SYNC_BN_TYPE=pytorch"):
+        adapt(*compose([SIMCLR]))
+    amp = ["config.MODEL.AMP_PARAMS.USE_AMP=true", "config.MODEL.AMP_PARAMS.AMP_TYPE=apex"]
+    with pytest.raises(UserError, match="AMP_TYPE is apex, which is not installed"):
+        adapt(*compose([SIMCLR, "config.MODEL.SYNC_BN_CONFIG.SYNC_BN_TYPE=pytorch", *amp]))
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        ([SIMCLR, f"{LOSS}.temprature=1"], f"has no key {LOSS}.temprature; did you mean temperature?"),
+        ([SIMCLR, f"+{LOSS}.temprature=1"], "has no key 'temprature', did you mean 'temperature'?"),
+        ([SIMCLR, f"+{LOSS}.buffer_params.size=1"], f"{LOSS}.buffer_params has no key 'size'"),
+        ([SIMCLR, f"{LOSS}.buffer_params=1"], "must have entries, such as"),
+        ([SIMCLR, "+config.LOSS.temperature=1"], "config.LOSS: 'temperature' is unknown"),
+        ([SIMCLR, "config.LOSS.name=simclr_info_nce"], "did you mean 'simclr_info_nce_loss'?"),
+        ([SIMCLR, "config.LOSS.name=MSELoss"], "has no section MSELoss"),
+        ([SIMCLR, "config.LOSS.name=MSELoss", "+config.LOSS.MSELoss={reductio: sum}"], "did you mean 'reduction'?"),
+        ([SIMCLR, "config.MODEL.HEAD.PARAMS=[[mpl,{dims:[1,2]}]]"], "'mpl' is unknown, did you mean 'mlp'?"),
+        ([SIMCLR, "config.MODEL.HEAD.PARAMS=[[[mlp,{dims:[1,2]}],[nlp,{}]]]"], "'nlp' is unknown"),
+        ([SIMCLR, "config.MODEL.HEAD.PARAMS=[mlp]"], "must be a list of [NAME, {OPTIONS}]"),
+        ([SIMCLR, "config.MODEL.TRUNK.NAME=resnt"], "'resnt' is unknown, did you mean 'resnet'?"),
+        ([SIMCLR, "config.OPTIMIZER.name=sdg"], "did you mean 'sgd'?"),
+        ([SIMCLR, "engine_name=trian"], "did you mean 'train'?"),
+        ([SIMCLR, "config.DATA.TRAIN.TRANSFORMS.0.name=Foo"], "TRANSFORMS: 'Foo' is unknown"),
+        ([SIMCLR, "config.DATA.TRAIN.COLLATE_FUNCTION=foo"], "COLLATE_FUNCTION: 'foo' is unknown"),
+        ([SIMCLR, "config.DISTRIBUTED.NUM_PROC_PER_NODE=0"], "must be a whole number, at least 1, got 0"),
+        (["config=pretrain/simclr/simclr_8nodes_resnet"], "did you mean pretrain/simclr/simclr_8node_resnet?"),
+        (["config=simclr_8node_resnet"], "did you mean pretrain/simclr/simclr_8node_resnet?"),
+        (["config.SEED_VALUE=1"], "no configuration is named"),
+        ([SIMCLR, "config.DATA.TRAIN.DATA_PATHS=[/a"], "no viable alternative at input"),
+    ],
+)
+def test_mistakes_are_one_sentence(overrides, text):
+    with pytest.raises(UserError, match=re.escape(text)) as caught:
+        check(compose(overrides)[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_configurations_is_refused(tmp_path):
+    with pytest.raises(UserError, match="a folder 'config' in it"):
+        compose([SIMCLR], [str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_commands(few_digits: Path, tmp_path: Path, launches: Callable, no_gpu):
+    data = f"config.DATA.TRAIN.DATA_PATHS=[{few_digits / 'train'}]"
+    small = [
+        *(SIMCLR, data, "config.DATA.TRAIN.DATA_LIMIT=16", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=8"),
+        *("config.OPTIMIZER.num_epochs=1", "config.DATA.NUM_DATALOADER_WORKERS=0"),
+        "config.DATA.TRAIN.TRANSFORMS.1.size=32",
+    ]
+    rate = "config.OPTIMIZER.param_schedulers.lr.auto_lr_scaling.base_value=1e25"
+    wrong = {
+        "the catalogue has nothing": ([SIMCLR], "no catalogue has 'imagenet1k_folder'"),
+        "no such folder": ([SIMCLR, "config.DATA.TRAIN.DATA_PATHS=[/nowhere]"], "is no folder"),
+        "steps for more epochs": (
+            ["config=pretrain/moco/moco_1node_resnet", data, "config.OPTIMIZER.num_epochs=2"],
+            "VISSL refuses the configuration: Total num_updates",
+        ),
+        "test without data": ([SIMCLR, data, "config.TEST_MODEL=true"], "config.DATA.TEST names no data"),
+        "unwritable": ([*small, "config.CHECKPOINT.DIR=/dev/null/x"], "CHECKPOINT.DIR cannot be written to"),
+        "unknown option": ([SIMCLR, "--foo"], "unknown option --foo; see --help"),
+    }
+    right = {
+        "help": ["--help"],
+        "list": ["--list", "swav_8"],
+        "two ranks": [*small, "config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.CHECKPOINT.DIR=two"],
+        "again": [*small, "config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.CHECKPOINT.DIR=two"],
+    }
+    jobs = (
+        [argv for argv, _ in wrong.values()] + list(right.values()) + [[*small, rate, "config.CHECKPOINT.DIR=nan"], []]
+    )
+    results = launches([{"argv": argv, "folder": str(tmp_path)} for argv in jobs])
+    for (name, (_, text)), result in zip(wrong.items(), results, strict=False):
+        assert result["status"] == 2, (name, result["output"])
+        assert text in result["output"] and len(result["output"].splitlines()) == 1, (name, result["output"])
+    *_, diverged, empty = results
+    named = dict(zip(right, results[len(wrong) :], strict=False))
+    assert all(result["status"] == 0 for result in named.values()), named
+    assert named["help"]["output"].strip() == USAGE.strip() == empty["output"].strip()
+    assert empty["status"] == 2
+    assert named["list"]["output"].split() == ["pretrain/swav/swav_8node_resnet"]
+    lines = named["two ranks"]["output"].splitlines()
+    assert lines[0].startswith("on the CPU: MACHINE.DEVICE=cpu, ")
+    # one iteration of two processes; each line once
+    shown = [line.split("  ")[1] for line in lines if line.startswith("epoch 1/1")]
+    assert shown[0] == "iteration 1/1" and len(shown) == 2
+    assert "the training there is finished" in named["again"]["output"]
+    assert diverged["status"] == 2 and "training diverged: " in diverged["output"].splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan", "two"], "a mistake left something behind"
+
+
+# progress
+
+
+def _task(**more):
+    options = SimpleNamespace(lr=[0.1, 0.3])
+    task = SimpleNamespace(train=True, iteration=0, max_iteration=20, train_phase_idx=0, num_train_phases=2, meters=[])
+    vars(task).update(
+        dataloaders={"train": range(10), "test": range(4)}, optimizer=SimpleNamespace(options_view=options)
+    )
+    vars(task).update(config={"METERS": {"enable_training_meter": True}}, checkpoint_folder="runs/x", **more)
+    return task
+
+
+def test_lines_come_at_growing_intervals(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr("vissl_ext.progress.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: False))
+    task, progress = _task(), Progress()
+    progress.on_start(task)
+    progress.on_phase_start(task)
+    for step in range(10):
+        now += 4.0
+        task.iteration = step + 1
+        task.last_batch = SimpleNamespace(loss=torch.tensor(float(step)))
+        progress.on_step(task)
+    task.meters = [SimpleNamespace(value={"top_1": {"0": 12.5}, "top_5": {"a": 50.0, "b": 75.0}})]
+    progress.on_phase_end(task)
+    progress.on_end(task)
+    # shown at 4 s, then 5, 7.5 and 11.25 s later or more, in steps of 4 s
+    assert capsys.readouterr().out.splitlines() == [
+        "epoch 1/2  iteration 1/10  loss 0.0000  lr 0.3  ETA 0:01:16",
+        "epoch 1/2  iteration 3/10  loss 2.0000  lr 0.3  ETA 0:01:08",
+        "epoch 1/2  iteration 5/10  loss 4.0000  lr 0.3  ETA 0:01:00",
+        "epoch 1/2  iteration 8/10  loss 7.0000  lr 0.3  ETA 0:00:48",
+        "epoch 1/2  train loss 4.5000  train top_1 12.5  train top_5 a 50  train top_5 b 75  lr 0.3  after 0:00:40",
+        "finished; checkpoints and log.txt are in runs/x",
+    ]
+
+
+def test_nothing_is_set_aside_in_a_new_folder(tmp_path):
+    assert set_aside(tmp_path / "new") == []

@@ -82,7 +82,8 @@ def test_numpy_names_are_needed(bare):
 
     # one positive before one negative: every positive is found first
     assert get_precision_recall(np.array([1, 0]), np.array([0.9, 0.1]))[3] == pytest.approx(1.0)
-    assert torch.as_tensor(get_rmac_descriptors(torch.ones(1, 3, 4, 4), 2)).numel() == 3
+    # the whole map and its four quarters, three channels each
+    assert torch.as_tensor(get_rmac_descriptors(torch.ones(1, 3, 4, 4), 2)).numel() == 5 * 3
     assert np.in1d([1, 2], [2]).tolist() == [False, True] and np.bool is not None
 
 

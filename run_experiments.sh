@@ -13,9 +13,11 @@ usage: ./run_experiments.sh [SUITE] [OPTIONS]    run a suite (default: digits)
 Needs Python 3.10 or newer with pip, found as python3, python3.10 ... python3.13 or $PYTHON. The first call makes the
 environment .venv (several GB); later calls use it as it is, until pyproject.toml changes.
 
-  ./run_experiments.sh                          all methods on digits; table and figure in results/digits
+  ./run_experiments.sh                          all methods in solo-learn, IsoLoss in VISSL, on digits: table and
+                                                figure in results/digits
   ./run_experiments.sh digits --list            name the runs
   ./run_experiments.sh digits --only isoloss    one method
+  ./run_experiments.sh digits --framework vissl all methods in VISSL
   ./run_experiments.sh digits --seeds 3         mean and standard deviation over three seeds
   ./run_experiments.sh digits --dry-run         print the exact commands
   ./run_experiments.sh toy_dynamics             theory against simulation of the toy model: figures in a minute

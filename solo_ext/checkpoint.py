@@ -17,9 +17,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import UserError, first_process, say
+from plugins.tools.records import write_json
 from solo_ext.compat import pl
 from solo_ext.compat.common import LATE_BUFFERS
-from solo_ext.logs import write_json
 from solo_ext.unpickle import load_inert
 
 ARGS = "args.json"

@@ -5,12 +5,8 @@ In the run's folder: metrics.csv and TensorBoard events of everything that is lo
 """
 
 import csv
-import json
-import os
-import platform
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +14,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import UserError, say
+from plugins.tools.records import versions
 from solo_ext.compat import host_release, pl
-
-_PACKAGES = (
-    "ssl-plugins",
-    "torch",
-    "torchvision",
-    "pytorch-lightning",
-    "torchmetrics",
-    "numpy",
-    "timm",
-)
 
 
 class AppendingCSVLogger(pl.loggers.CSVLogger):
@@ -269,20 +256,6 @@ class BestAccuracy(pl.Callback):
             self.acc1 = max(self.acc1, float(trainer.callback_metrics["val_acc1"]))
 
 
-def versions() -> dict[str, str | None]:
+def host_versions() -> dict[str, str | None]:
     """Versions of what a result depends on."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "solo-learn": host_release()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
+    return {**versions("pytorch-lightning", "torchmetrics", "timm"), "solo-learn": host_release()}

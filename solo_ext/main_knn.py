@@ -68,10 +68,10 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         UserError: a path or a checkpoint is wrong.
     """
+    from plugins.tools.records import write_json
     from solo_ext.checkpoint import check_writable
     from solo_ext.features import collect, extractor, open_images, read_run, usable_device
     from solo_ext.knn import WeightedKNNClassifier
-    from solo_ext.logs import write_json
 
     if args.output is not None:
         check_writable(args.output.parent, "--output")

@@ -34,6 +34,7 @@ def evaluate(cfg: DictConfig) -> Path:
     Raises:
         UserError: something is wrong with the configuration, the data or the checkpoint; nothing has been trained.
     """
+    from plugins.tools.records import write_json
     from solo_ext.backbones import build_backbone
     from solo_ext.checkpoint import (
         Checkpointer,
@@ -47,7 +48,7 @@ def evaluate(cfg: DictConfig) -> Path:
     from solo_ext.config import parse_linear
     from solo_ext.data import linear_images
     from solo_ext.launch import build_trainer, refused, seed_everything
-    from solo_ext.logs import BestAccuracy, callbacks, loggers, versions, write_json
+    from solo_ext.logs import BestAccuracy, callbacks, host_versions, loggers
 
     cfg = parse_linear(cfg)
     data = cfg.data
@@ -90,7 +91,7 @@ def evaluate(cfg: DictConfig) -> Path:
             "acc5": metrics.get("val_acc5"),
             "best_acc1": best.acc1,
             "seconds": time.perf_counter() - began,
-            "versions": versions(),
+            "versions": host_versions(),
             "config": given,
         }
         write_json(folder / "linear.json", summary)

@@ -41,11 +41,12 @@ def pretrain(cfg: DictConfig) -> Path:
     Raises:
         UserError: something is wrong with the configuration, the data or the checkpoint; nothing has been trained.
     """
+    from plugins.tools.records import write_json
     from solo_ext.checkpoint import Checkpointer, claim_folder, resume_point, run_folder
     from solo_ext.config import parse_pretrain
     from solo_ext.data import pretrain_images
     from solo_ext.launch import build_trainer, refused, seed_everything
-    from solo_ext.logs import SpectrumWriter, Throughput, callbacks, loggers, versions, write_json
+    from solo_ext.logs import SpectrumWriter, Throughput, callbacks, host_versions, loggers
     from solo_ext.registry import method_class, register
 
     register()
@@ -95,7 +96,7 @@ def pretrain(cfg: DictConfig) -> Path:
             "seconds": time.perf_counter() - began,
             "images_per_second": speed and speed * trainer.world_size,
             "metrics": metrics,
-            "versions": versions(),
+            "versions": host_versions(),
             "config": given,
         }
         write_json(folder / "pretrain.json", summary)

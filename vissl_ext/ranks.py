@@ -24,6 +24,7 @@ from vissl_ext.compat.teachers import RestoreTeacher
 from vissl_ext.hooks import extra_hooks
 from vissl_ext.progress import Progress, quieten
 from vissl_ext.registry import register
+from vissl_ext.summary import Summary
 
 register()
 
@@ -69,7 +70,7 @@ def hooks(cfg: Any) -> list[Any]:
         cfg: VISSL's configuration, below ``config``.
     """
     stock = default_hook_generator(cfg)
-    return [*stock, *extra_hooks(cfg), RestoreTeacher(stock), Progress(), EpochSeed()]
+    return [*stock, *extra_hooks(cfg), RestoreTeacher(stock), Progress(), Summary(), EpochSeed()]
 
 
 def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:

@@ -15,14 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from plugins.tools.suites import Request, Run, Suite, UsageError, solo, toy
-from plugins.tools.suites.runner import THREADS, Outcome, Runner, read_json, shell
+from plugins.tools.records import read_json
+from plugins.tools.suites import Request, Run, Suite, UsageError, solo, toy, vissl
+from plugins.tools.suites.runner import THREADS, Outcome, Runner, shell
 
 SUITES: dict[str, Suite] = {
     "digits": Suite(
         title="every method on 1797 real handwritten digits, beside an untrained and a supervised backbone",
         folder="digits",
-        frameworks={"solo": solo.digits},
+        frameworks={"solo": solo.digits, "vissl": vissl.digits},
+        sample={"vissl": ("untrained", "isoloss")},
         options=("seeds", "epochs"),
         prepare=solo.prepare,
     ),
@@ -71,11 +73,15 @@ def select(runs: Sequence[Run], pattern: str | None) -> list[Run]:
     """
     if pattern is None:
         return list(runs)
-    chosen = {run.name for run in runs if fnmatch.fnmatchcase(run.name, f"*{pattern}*")}
+    chosen = {run.name for run in runs if _matches(run, pattern)}
     if not chosen:
         raise UsageError(f"--only {pattern} matches none of the runs: {', '.join(run.name for run in runs)}")
     needed = {name for run in runs if run.name in chosen and not run.result.is_file() for name in run.needs}
     return [run for run in runs if run.name in chosen | needed]
+
+
+def _matches(run: Run, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(run.name, f"*{pattern}*")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,7 +104,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("suite", metavar="SUITE", help=f"one of {', '.join(SUITES)}")
-    add("--framework", metavar="NAME", help="only the runs of this framework (default: all)")
+    add(
+        "--framework", metavar="NAME", help="only the runs of this framework, or all of all (digits: solo and a sample)"
+    )
     add("--only", metavar="PATTERN", help="only runs with this in their name; * and ? as in a shell")
     add("--seeds", type=_positive, metavar="N", help="seeds 0 to N-1 (default: 1)")
     add("--epochs", type=_positive, metavar="N", help="epochs of pre-training instead of the YAML's")
@@ -114,9 +122,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.suite not in SUITES:
         raise UsageError(f"unknown suite {options.suite!r}; the suites are: {', '.join(SUITES)}")
     suite = SUITES[options.suite]
-    if options.framework is not None and options.framework not in suite.frameworks:
+    if options.framework not in (None, "all", *suite.frameworks):
         raise UsageError(
-            f"suite {options.suite} has no framework {options.framework!r}; it has: {', '.join(suite.frameworks)}"
+            f"suite {options.suite} has no framework {options.framework!r}; it has: {', '.join(suite.frameworks)}, all"
         )
     for option in ("seeds", "epochs", "devices", "data"):
         if getattr(options, option) is not None and option not in suite.options:
@@ -157,8 +165,7 @@ def run_suite(options: argparse.Namespace) -> int:
         data=options.data,
         data_folder=options.data_folder,
     )
-    frameworks = [options.framework] if options.framework else list(suite.frameworks)
-    runs = select([run for name in frameworks for run in suite.frameworks[name](request)], options.only)
+    runs = select(_of_frameworks(suite, options.framework, options.only, request), options.only)
     if options.list:
         width = max(len(run.name) for run in runs)
         for run in runs:
@@ -193,6 +200,21 @@ def run_suite(options: argparse.Namespace) -> int:
     if to_do:
         _summarise(outcome, {run.name: run for run in to_do})
     return status
+
+
+def _of_frameworks(suite: Suite, framework: str | None, only: str | None, request: Request) -> list[Run]:
+    """The runs of one framework or of all. Of what the user did not ask for: the suite's sample.
+
+    A pattern means the first framework, unless it matches nothing there: ``--only isoloss`` is one run.
+    """
+    names = [framework] if framework in suite.frameworks else list(suite.frameworks)
+    runs = [run for name in names for run in suite.frameworks[name](request)]
+    if framework is not None:
+        return runs
+    if only is None:
+        return [run for run in runs if run.method in suite.sample.get(run.framework, (run.method,))]
+    first = [run for run in runs if run.framework == names[0]]
+    return first if any(_matches(run, only) for run in first) else runs
 
 
 def _print_commands(preparation: Sequence[Sequence[str]], runs: Sequence[Run], report: Sequence[str]) -> None:

@@ -20,7 +20,8 @@ from typing import Any
 BASELINES = ("untrained", "supervised")
 """Rows that are no self-supervised method: the first goes to the top of the table, the second to its end."""
 SCORES = {"knn": "kNN", "linear": "linear", "linear_5": "5 labels"}
-LOSS = "train_ssl_loss_epoch"
+LOSSES = ("train_ssl_loss_epoch", "loss")
+"""The column of an epoch's mean loss, in solo-learn and in VISSL."""
 MISSING = "–"
 SMALLEST = 1e-8
 """Eigenvalues below this fraction of the largest are rounding noise and not drawn."""
@@ -195,7 +196,7 @@ def number(value: float | None) -> str:
 
 
 def read_losses(run: Path) -> tuple[list[float], list[float]]:
-    """Training loss of each epoch, from Lightning's metrics.csv.
+    """Training loss of each epoch, from metrics.csv.
 
     Args:
         run: folder of the run.
@@ -204,8 +205,9 @@ def read_losses(run: Path) -> tuple[list[float], list[float]]:
         Epochs, from 1, and losses; empty where there are none.
     """
     epochs, losses = [], []
-    for line in _read_csv(run / "metrics.csv"):
-        epoch, loss = _float(line.get("epoch")), _float(line.get(LOSS))
+    for line in _read_csv(run, "metrics.csv"):
+        epoch = _float(line.get("epoch"))
+        loss = next((_float(line[name]) for name in LOSSES if name in line), None)
         if epoch is not None and loss is not None:
             epochs.append(epoch + 1)
             losses.append(loss)
@@ -222,7 +224,7 @@ def read_spectrum(run: Path) -> tuple[list[float], list[list[float]]]:
         Epochs, from 1, and for each epoch its eigenvalues, largest first; empty where there are none.
     """
     epochs, spectra = [], []
-    for line in _read_csv(run / "eigenvalues.csv"):
+    for line in _read_csv(run, "eigenvalues.csv"):
         epoch = _float(line.get("epoch"))
         values = [_float(value) for name, value in line.items() if name and name.startswith("eigval_")]
         if epoch is not None and values:
@@ -231,7 +233,9 @@ def read_spectrum(run: Path) -> tuple[list[float], list[list[float]]]:
     return epochs, spectra
 
 
-def _read_csv(file: Path) -> list[dict[str, Any]]:
+def _read_csv(run: Path, name: str) -> list[dict[str, Any]]:
+    """Rows of a file that pre-training wrote: into the run's folder, or into one below it."""
+    file = next((file for file in (run / name, run / "pretrain" / name) if file.is_file()), run / name)
     try:
         with file.open(newline="") as lines:
             return list(csv.DictReader(lines))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from plugins.tools import experiments
-from plugins.tools.suites import Run, Step, Suite, runner
+from plugins.tools.suites import Run, Step, Suite, runner, solo
 from plugins.tools.suites.runner import Runner
 
 WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
@@ -175,7 +175,7 @@ def test_only_selects_by_part_of_the_name(suite, capsys, pattern, names):
             "suite ssl_ey has no data set 'stl10'; it has: cifar10, cifar100, imagenet100, digits",
         ),
         (["toy", "--only", "nothing"], "--only nothing matches none of the runs: solo/good/seed0, solo/better/seed0"),
-        (["toy", "--framework", "keras"], "suite toy has no framework 'keras'; it has: solo"),
+        (["toy", "--framework", "keras"], "suite toy has no framework 'keras'; it has: solo, all"),
         (["toy", "--seeds", "0"], "argument --seeds: must be a whole number of at least 1, got '0'"),
         (["toy", "--epoch", "3"], "unrecognized arguments: --epoch 3"),
     ],
@@ -318,13 +318,13 @@ def test_terminating_the_runner_ends_with_status_130(tmp_path):
 
 
 def test_progress_reads_the_epoch_from_the_metrics(tmp_path):
-    assert runner.read_epoch(tmp_path) is None
+    assert solo.progress(tmp_path) is None
     (tmp_path / "args.json").write_text('{"max_epochs": 25}')
-    assert runner.read_epoch(tmp_path) is None
+    assert solo.progress(tmp_path) is None
     (tmp_path / "metrics.csv").write_text("epoch,loss\n")
-    assert runner.read_epoch(tmp_path) is None
+    assert solo.progress(tmp_path) is None
     (tmp_path / "metrics.csv").write_text("epoch,loss\n0,1.0\n1,0.5\n,0.4\n")
-    assert runner.read_epoch(tmp_path) == (2, 25)
+    assert solo.progress(tmp_path) == (2, 25)
 
 
 def test_remaining_time_is_work_over_places(tmp_path, lines):
@@ -340,3 +340,25 @@ def test_a_suite_says_how_many_runs_go_at_a_time(suite, monkeypatch, capfd):
     experiments.main(["toy", "--only", "good"])
     experiments.main(["toy"])
     assert "1 runs, 1 at a time" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ([], ["solo/a", "solo/b", "vissl/a"]),
+        (["--framework", "all"], ["solo/a", "solo/b", "vissl/a", "vissl/b"]),
+        (["--framework", "vissl"], ["vissl/a", "vissl/b"]),
+        (["--only", "b"], ["solo/b"]),
+        (["--only", "vissl/b"], ["vissl/b"]),
+        (["--framework", "vissl", "--only", "b"], ["vissl/b"]),
+    ],
+)
+def test_a_second_framework_is_a_sample_until_it_is_asked_for(tmp_path, monkeypatch, capsys, options, names):
+    def runs(framework):
+        return lambda request: [replace(fake_run(tmp_path, method), framework=framework) for method in "ab"]
+
+    frameworks = {"solo": runs("solo"), "vissl": runs("vissl")}
+    suite = Suite(title="two", folder="two", frameworks=frameworks, sample={"vissl": ("a",)})
+    monkeypatch.setattr(experiments, "SUITES", {"two": suite})
+    assert experiments.main(["two", "--list", *options]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [f"{name}/seed0" for name in names]

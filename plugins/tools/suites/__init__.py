@@ -8,7 +8,7 @@ the standard library, so that a command line can be checked before the environme
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Run:
         needs: names of the runs that must be finished before it starts.
         epochs: epochs that the user asked for, None where the YAML decides.
         label: its name among the runs of the suite, where the method's alone does not tell it apart.
+        progress: folder → finished epochs of the pre-training and epochs in all, None where it is not known yet.
     """
 
     framework: str
@@ -70,6 +71,7 @@ class Run:
     needs: tuple[str, ...] = ()
     epochs: int | None = None
     label: str | None = None
+    progress: Callable[[Path], tuple[int, int] | None] = lambda folder: None
 
     @property
     def name(self) -> str:
@@ -100,6 +102,8 @@ class Suite:
         title: one line for ``--help``.
         folder: name of its folder of results.
         frameworks: framework → function that lists its runs.
+        sample: framework → the only methods that run where the command line picks neither framework nor runs; a
+            framework that is not named here runs whole.
         options: those of the command line's options that it understands, of seeds, epochs, devices and data.
         datasets: what ``--data`` may name.
         prepare: (runs to do, request) → arguments of the ``python`` commands that go before all runs.
@@ -110,6 +114,7 @@ class Suite:
     title: str
     folder: str
     frameworks: Mapping[str, Callable[[Request], list[Run]]]
+    sample: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     options: tuple[str, ...] = ("seeds", "epochs")
     datasets: tuple[str, ...] = ()
     prepare: Callable[[Sequence[Run], Request], list[tuple[str, ...]]] = nothing

@@ -5,8 +5,6 @@ finished leaves a ``result.json``.
 """
 
 import contextlib
-import csv
-import json
 import os
 import shlex
 import signal
@@ -18,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from plugins.tools.records import read_json, write_json
 from plugins.tools.suites import Run, Step, UsageError
 from plugins.tools.warm import WarmProcess
 
@@ -195,7 +194,7 @@ class Runner:
         return f"{self._elapsed()}  {done} of {self.total} done{eta} | {' | '.join(states)}"
 
     def _epoch(self, job: Job) -> tuple[int, int] | None:
-        return read_epoch(job.run.folder) if job.remaining and job.remaining[0].name == "pretrain" else None
+        return job.run.progress(job.run.folder) if job.remaining and job.remaining[0].name == "pretrain" else None
 
     def _seconds_left(self) -> float | None:
         """From the mean time of the finished runs, else from how far the present ones have come in pre-training."""
@@ -244,7 +243,7 @@ def _start(arguments: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes]
     Our own modules start warm, which spares each of them the import of torch and the framework.
     """
     environment = {**THREADS, "PYTHONUNBUFFERED": "1"}
-    if arguments[0] == "-m" and arguments[1].startswith("solo_ext."):
+    if arguments[0] == "-m" and arguments[1].startswith(("solo_ext.", "vissl_ext.")):
         return WarmProcess(arguments, log, environment)
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -292,36 +291,6 @@ def _remaining_steps(run: Run) -> list[Step]:
         if note["seconds"] is None or tuple(note["arguments"]) != step.arguments:
             return list(run.steps[index:])
     return []
-
-
-def read_epoch(folder: Path) -> tuple[int, int] | None:
-    """How far the pre-training in a folder has come.
-
-    Args:
-        folder: of the run, with Lightning's metrics.csv and solo-learn's args.json.
-
-    Returns:
-        Finished epochs and epochs in all; None where either is not known yet.
-    """
-    try:
-        total = int(read_json(folder / "args.json")["max_epochs"])
-        with (folder / "metrics.csv").open(newline="") as file:
-            epochs = [float(row["epoch"]) for row in csv.DictReader(file) if row.get("epoch")]
-        return int(max(epochs)) + 1, total
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file holds."""
-    return json.loads(file.read_text())
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    scratch = file.with_name(f".{file.name}.tmp")
-    scratch.write_text(json.dumps(content, indent=2) + "\n")
-    scratch.replace(file)
 
 
 def _last_lines(file: Path) -> list[str]:

@@ -1,13 +1,14 @@
 """The suites that run in solo-learn: ``digits``, ``implicit_var_reg`` and ``ssl_ey``."""
 
+import csv
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plugins.tools.records import read_json
 from plugins.tools.suites import Request, Run, Step, UsageError
-from plugins.tools.suites.runner import read_json
 
 # ------------------------------------------------------------------------------------------------------ data sets
 
@@ -119,6 +120,7 @@ def _digits_pretrained(method: str, seed: int, epochs: int | None, configs: Path
         ),
         collect=collect_digits,
         epochs=epochs,
+        progress=progress,
     )
 
 
@@ -268,6 +270,7 @@ def _table_run(suite: str, variant: Variant, dataset: str, seed: int, request: R
         steps=tuple(steps),
         collect=collect_table,
         epochs=request.epochs,
+        progress=progress,
         label=label,
     )
 
@@ -299,19 +302,28 @@ def collect_table(run: Run) -> dict[str, Any]:
 
 
 def config_folder(dataset: str) -> Path:
-    """Our YAML files: those of the working directory, else those that were installed with solo_ext.
+    """Our YAML files for a data set in solo-learn.
+
+    Raises:
+        UsageError: there are none.
+    """
+    return installed_configs("solo") / dataset
+
+
+def installed_configs(framework: str) -> Path:
+    """Our configurations for a framework: those of the working directory, else those installed with its adapter.
 
     Raises:
         UsageError: there are neither.
     """
-    here = Path("configs/solo") / dataset
+    here = Path("configs") / framework
     if here.is_dir():
         return here
-    spec = importlib.util.find_spec("solo_ext")
+    spec = importlib.util.find_spec(f"{framework}_ext")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(folder) / "configs" / dataset).is_dir():
-            return Path(folder) / "configs" / dataset
-    raise UsageError(f"no folder {here} here and none installed with solo_ext; run this from the checkout")
+        if (Path(folder) / "configs").is_dir():
+            return Path(folder) / "configs"
+    raise UsageError(f"no folder {here} here and none installed with {framework}_ext; run this from the checkout")
 
 
 def command(
@@ -362,6 +374,24 @@ def knn_step(checkpoints: Path, folder: Path, dataset: str, request: Request) ->
     }
     flags = (text for key, value in options.items() for text in (f"--{key}", str(value)))
     return Step("knn", ("-m", "solo_ext.main_knn", *flags))
+
+
+def finished_epochs(folder: Path) -> int:
+    """Epochs that metrics.csv in a folder holds.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: there is none yet, or it is being written.
+    """
+    with (folder / "metrics.csv").open(newline="") as file:
+        return int(max(float(row["epoch"]) for row in csv.DictReader(file) if row.get("epoch"))) + 1
+
+
+def progress(folder: Path) -> tuple[int, int] | None:
+    """How far the pre-training in a folder has come: finished epochs and epochs in all; None while not known."""
+    try:
+        return finished_epochs(folder), int(read_json(folder / "args.json")["max_epochs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def hydra_value(value: Any) -> str:

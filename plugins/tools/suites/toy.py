@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from plugins.tools.records import read_json
 from plugins.tools.suites import Request, Run, Step
-from plugins.tools.suites.runner import read_json
 
 FIGURES = ("eigenvalues", "weight_decay", "early_growth", "two_neurons")
 """As :mod:`plugins.tools.toy_dynamics` draws them."""

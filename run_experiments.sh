@@ -109,10 +109,10 @@ make_environment() {
     export PATH="$root/.venv/bin:$PATH" VIRTUAL_ENV="$root/.venv"
 }
 
-# The tests of solo_ext on the checkout; options may select none of them.
+# The tests of solo_ext, and of all frameworks together, on the checkout; options may select none of them.
 test_main_branch() {
     local status=0
-    SOLO_LEARN_CHECKOUT="$(cd "$SOLO_LEARN_CHECKOUT" && pwd)" python -m pytest tests/solo "$@" || status=$?
+    SOLO_LEARN_CHECKOUT="$(cd "$SOLO_LEARN_CHECKOUT" && pwd)" python -m pytest tests/solo tests/test_parity.py "$@" || status=$?
     [[ $status == 5 ]] || return "$status"
 }
 

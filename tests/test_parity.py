@@ -1,0 +1,199 @@
+"""One number everywhere: the same weights and views give the same loss and gradients in every framework."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from lightly_ext import models
+from lightly_ext.names import CLASS_NAMES
+from plugins.distributed import LOCAL
+from plugins.methods import METHODS
+from plugins.spec import Embeddings
+from solo_ext.config import parse_pretrain
+from solo_ext.registry import method_class
+from vissl_ext.registry import register
+
+register()
+
+from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict  # noqa: E402
+
+from vissl_ext.hooks import EMATeacherHook  # noqa: E402
+from vissl_ext.task import PluginTask  # noqa: E402
+
+pytestmark = [pytest.mark.solo, pytest.mark.lightly, pytest.mark.vissl]
+CONFIGS = Path(__file__).parents[1] / "configs" / "solo" / "digits"
+WIDTHS = {"proj_hidden_dim": 24, "proj_output_dim": 12, "pred_hidden_dim": 20}
+
+
+class Parts(NamedTuple):
+    """What all frameworks have of a method, under whatever names."""
+
+    backbone: nn.Module
+    projector: nn.Module
+    predictor: nn.Module | None
+    teacher_backbone: nn.Module | None
+    teacher_projector: nn.Module | None
+
+
+Step = Callable[[list[Tensor]], Tensor]
+"""Views → loss with a gradient."""
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Every option of a method, as the SPEC has it, but for small widths; a framework's files may have others."""
+    options = METHODS[name].resolve({})
+    return {**options, "log_eigvals": True, **{key: value for key, value in WIDTHS.items() if key in options}}
+
+
+def in_plugins(name: str) -> tuple[Parts, Step]:
+    """The SPEC alone, around torchvision's ResNet-18."""
+    spec = METHODS[name]
+    options = options_of(name)
+
+    def encoder() -> tuple[nn.Module, nn.Module]:
+        backbone = resnet18()
+        backbone.fc = nn.Identity()
+        return backbone, spec.head(512, options)
+
+    predictor = spec.predictor(options, LOCAL) if spec.predictor else None
+    parts = Parts(*encoder(), predictor, *(encoder() if spec.teacher else (None, None)))
+
+    def step(views: list[Tensor]) -> Tensor:
+        z = [parts.projector(parts.backbone(view)) for view in views]
+        p = z if predictor is None else predictor.predict(z)
+        target = [view.detach() for view in z]
+        if spec.teacher:
+            with torch.no_grad():
+                target = [parts.teacher_projector(parts.teacher_backbone(view)) for view in views]
+        return spec.loss(Embeddings(z, p, target), options, LOCAL).loss
+
+    return parts, step
+
+
+def in_solo(name: str) -> tuple[Parts, Step]:
+    """solo-learn's training step, of whichever generation is loaded; its online classifier has a loss of its own."""
+    options = [f"++method_kwargs.{key}={value}" for key, value in options_of(name).items()]
+    with initialize_config_dir(str(CONFIGS), version_base="1.2"):
+        cfg = compose(name, [f"data.train_path={CONFIGS}", "data.val_path=null", *options])
+    cfg = parse_pretrain(cfg)
+    model = method_class(cfg)(cfg)
+    logged: dict[str, Tensor] = {}
+    model.log_dict = lambda metrics, **how: logged.update(metrics)
+    model.log = lambda *what, **how: None
+    teacher = METHODS[name].teacher
+    parts = Parts(
+        model.backbone,
+        model.projector,
+        model.predictor,
+        model.momentum_backbone if teacher else None,
+        model.momentum_projector if teacher else None,
+    )
+
+    def step(views: list[Tensor]) -> Tensor:
+        model.to(views[0].dtype)  # the classifiers, too
+        rows = torch.arange(len(views[0]))
+        model.training_step((rows, views, rows % 10), 0)
+        return logged["train_ssl_loss"]
+
+    return parts, step
+
+
+def in_lightly(name: str) -> tuple[Parts, Step]:
+    """lightly's manner: a model class around a backbone."""
+    backbone = resnet18()
+    backbone.fc = nn.Identity()
+    (title,) = (title for title, spec in CLASS_NAMES.items() if spec.name == name)
+    model = getattr(models, title)(backbone, **options_of(name))
+    parts = Parts(
+        model.backbone,
+        model.projection_head,
+        model.prediction_head,
+        model.teacher_backbone,
+        model.teacher_projection_head,
+    )
+    return parts, model.loss
+
+
+def in_vissl(name: str) -> tuple[Parts, Step]:
+    """VISSL's model, loss and hook, as its task builds them."""
+    options = [f"++config.LOSS.{name}.{key}={value}" for key, value in options_of(name).items()]
+    composed = compose_hydra_configuration([f"config=pretrain/{name}/digits", *options])
+    task = PluginTask.from_config(convert_to_attrdict(composed, dump_config=False)[1])
+    task.base_model = task._build_model()
+    task.base_loss = task._build_loss()
+    (head,) = task.base_model.heads
+    teacher = task.base_loss.teacher.module if METHODS[name].teacher else None
+    parts = Parts(
+        task.base_model.trunk._feature_blocks,
+        head.projector,
+        head.predictor,
+        teacher and teacher.trunk._feature_blocks,
+        teacher and teacher.heads[0].projector,
+    )
+
+    def step(views: list[Tensor]) -> Tensor:
+        batch = SimpleNamespace(sample={"input": views})
+        EMATeacherHook().on_forward(SimpleNamespace(base_loss=task.base_loss, last_batch=batch))
+        (output,) = task.base_model(views)
+        return task.base_loss(output, torch.zeros(1))
+
+    return parts, step
+
+
+def run(build: Callable[[str], tuple[Parts, Step]], name: str, dtype: torch.dtype, weights: Any) -> Any:
+    """Loss and gradients of one framework.
+
+    Returns:
+        The loss, the gradients by part and name, and the weights before the step, which are those given if any are.
+    """
+    parts, step = build(name)
+    torch.manual_seed(1)
+    for module in parts:
+        if module is not None:
+            module.to(dtype).train()
+    if weights is None:
+        with torch.no_grad():  # a teacher that differs from the student, biases that are not 0
+            for module in parts:
+                for parameter in module.parameters() if module is not None else ():
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        weights = [module and {key: value.clone() for key, value in module.state_dict().items()} for module in parts]
+    else:
+        for module, state in zip(parts, weights, strict=True):
+            if module is not None:
+                module.load_state_dict(state, strict=True)
+    generator = torch.Generator().manual_seed(2)
+    views = [torch.randn(8, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)]
+    loss = step(views)
+    names = {
+        (part, key): parameter
+        for part, module in zip(Parts._fields, parts, strict=True)
+        if module is not None and not part.startswith("teacher")
+        for key, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+    gradients = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
+    return loss.detach(), dict(zip(names, gradients, strict=True)), weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_framework_computes_the_same(name: str, dtype: torch.dtype) -> None:
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
+    loss, gradients, weights = run(in_plugins, name, dtype, None)
+    assert len(gradients) > 60 and loss.dtype == dtype
+    for build in (in_solo, in_lightly, in_vissl):
+        their_loss, their_gradients, _ = run(build, name, dtype, weights)
+        assert abs(their_loss - loss) <= tolerance * abs(loss), build.__name__
+        assert their_gradients.keys() == gradients.keys(), build.__name__
+        for key, gradient in gradients.items():
+            assert (gradient is None) == (their_gradients[key] is None), (build.__name__, key)
+            if gradient is not None:
+                error = (their_gradients[key] - gradient).norm()
+                assert error <= tolerance * gradient.norm() + 1e-30, (build.__name__, key, error / gradient.norm())

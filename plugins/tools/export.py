@@ -1,0 +1,220 @@
+"""Takes the backbone out of a checkpoint::
+
+    python -m plugins.tools.export CKPT --to torchvision|timm|safetensors OUT
+
+CKPT is a checkpoint of solo-learn (both generations), of lightly or any other LightningModule with a ``backbone``, of
+VISSL, or a state dict. ``torchvision`` and ``timm`` write a state dict for the library's model without its classifier::
+
+    model = torchvision.models.resnet18()
+    model.fc = torch.nn.Identity()
+    model.load_state_dict(torch.load("OUT", weights_only=True))
+
+    timm.create_model("resnet18", num_classes=0).load_state_dict(torch.load("OUT", weights_only=True))
+
+``safetensors`` writes the backbone's tensors under the same names. What is not the backbone is dropped and named; a key
+that is missing, left over or of another shape is an error, for a backbone that is loaded in part trains from noise.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from plugins.tools.command import Parser, UserError, exit_on_user_error, say
+
+_PREFIXES = ("backbone.", "encoder.", "model.backbone.", "module.backbone.")
+_TRUNK = "_feature_blocks."
+_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+_RESNETS = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
+)
+TARGETS = ("torchvision", "timm", "safetensors")
+
+
+class Backbone(NamedTuple):
+    """The weights of a backbone.
+
+    Args:
+        state: key → tensor, under torchvision's names where the backbone is one of its ResNets.
+        dropped: how many tensors the checkpoint holds beside, by the first part of their names.
+    """
+
+    state: dict[str, Tensor]
+    dropped: Mapping[str, int]
+
+
+def read_backbone(path: Path) -> Backbone:
+    """The backbone in a checkpoint of any of the frameworks.
+
+    Args:
+        path: the file; nothing in it is run.
+
+    Raises:
+        UserError: there is no such file, it is no checkpoint, or it holds no backbone.
+    """
+    from solo_ext.unpickle import load_inert
+
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        content = load_inert(path)[0]
+    except Exception as error:
+        raise UserError(f"{path} is no checkpoint that can be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, no checkpoint")
+    if "classy_state_dict" in content:
+        parts = content["classy_state_dict"]["base_model"]["model"]
+        every = {f"{part}.{key}": value for part, state in parts.items() for key, value in _tensors(state).items()}
+        prefix = f"trunk.{_TRUNK}"
+    else:
+        every = _tensors(content.get("state_dict", content))
+        prefix = next((each for each in _PREFIXES if any(key.startswith(each) for key in every)), "")
+    state = {key.removeprefix(prefix): value for key, value in every.items() if key.startswith(prefix)}
+    if not state:
+        raise UserError(f"{path} holds no backbone: none of its keys begins with {', '.join(_PREFIXES)}")
+    dropped = Counter(key.split(".")[0] for key in every if not key.startswith(prefix))
+    if {key.split(".")[0] for key in state} == set(_CHILDREN):  # nn.Sequential(*list(resnet.children())[:-1])
+        state = {f"{_CHILDREN[(parts := key.partition('.'))[0]]}.{parts[2]}": value for key, value in state.items()}
+    return Backbone(state, dict(sorted(dropped.items())))
+
+
+def fit(state: Mapping[str, Tensor], target: str, arch: str | None) -> tuple[str, nn.Module]:
+    """The model of a library that the weights fit, with them loaded.
+
+    Args:
+        state: of a backbone.
+        target: "torchvision" or "timm".
+        arch: the model's name there; None looks among the ResNets.
+
+    Returns:
+        Its name, and the model without classifier. A ResNet whose stem is that for small images has the same here.
+
+    Raises:
+        UserError: there is no such model, or the weights do not fit it; what differs is named.
+    """
+    if arch is not None:
+        model = _build(target, arch)
+        if differences := _differences(state, model):
+            raise UserError(f"the backbone is no {arch} of {target}: {differences}")
+    else:
+        for arch in _RESNETS:
+            with torch.device("meta"):
+                model = _build("torchvision", arch)
+            if not _differences(state, model):
+                break
+        else:
+            keys = ", ".join(list(state)[:3])
+            raise UserError(
+                f"the backbone is no ResNet (its keys begin with {keys}); name its architecture with --arch"
+            )
+        model = _build(target, arch)
+        if differences := _differences(state, model):
+            raise UserError(f"the backbone is no {arch} of {target}: {differences}")
+    model.load_state_dict(dict(state))
+    return arch, model
+
+
+def _build(target: str, arch: str) -> nn.Module:
+    if target == "timm":
+        import timm
+
+        if arch not in timm.list_models():
+            raise UserError(f"timm has no model {arch!r}")
+        return timm.create_model(arch, num_classes=0)
+    import torchvision
+
+    if arch not in torchvision.models.list_models(module=torchvision.models):
+        raise UserError(f"torchvision has no model {arch!r}")
+    model = torchvision.models.get_model(arch, weights=None)
+    for name in ("fc", "classifier", "heads", "head"):
+        if name in dict(model.named_children()):
+            setattr(model, name, nn.Identity())
+    return model
+
+
+def _differences(state: Mapping[str, Tensor], model: nn.Module) -> str:
+    """What keeps the weights from fitting, in words; adapts a ResNet's stem to the weights' first."""
+    stem, conv = state.get("conv1.weight"), dict(model.named_children()).get("conv1")
+    if isinstance(stem, Tensor) and isinstance(conv, nn.Conv2d) and conv.kernel_size == (7, 7):
+        width, channels = conv.weight.shape[:2]
+        if stem.shape == (width, channels, 3, 3):
+            model.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False, device=conv.weight.device)
+            model.maxpool = nn.Identity()
+    wanted = model.state_dict()
+    shapes = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
+    found = {
+        "missing": [key for key in wanted if key not in state],
+        "left over": [key for key in state if key not in wanted],
+        "of another shape": shapes,
+    }
+    return "; ".join(
+        f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+        for what, keys in found.items()
+        if keys
+    )
+
+
+def _tensors(state: Any) -> dict[str, Tensor]:
+    if not isinstance(state, Mapping):
+        return {}
+    return {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
+
+
+def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
+    """Write the backbone of a checkpoint.
+
+    Args:
+        path: the checkpoint.
+        target: one of TARGETS.
+        out: the file to write; it is whole or not there.
+        arch: name of the model in torchvision or timm; None looks among the ResNets.
+
+    Returns:
+        What was written and what was dropped, for the user.
+
+    Raises:
+        UserError: see ``read_backbone`` and ``fit``.
+    """
+    if out.is_dir():
+        raise UserError(f"OUT must be a file, got the folder {out}")
+    backbone = read_backbone(path)
+    # tensors of a checkpoint may share memory, which safetensors refuses and torch.save would write in whole
+    state = {key: value.clone().contiguous() for key, value in backbone.state.items()}
+    what = f"{len(state)} tensors"
+    if target != "safetensors" or arch is not None:
+        arch = fit(state, "torchvision" if target == "safetensors" else target, arch)[0]
+        what = f"{arch} for {target}, {what}"
+        if arch in _RESNETS and state["conv1.weight"].shape[-1] == 3:
+            what += ", with the stem for small images: give the model a 3x3 conv1 of stride 1 and no maxpool"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    begun = out.with_name(f".{out.name}.writing")
+    if target == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file(state, begun)
+    else:
+        torch.save(state, begun)
+    begun.replace(out)
+    dropped = ", ".join(f"{name} ({count})" for name, count in backbone.dropped.items()) or "nothing"
+    return f"{out}: {what}; dropped: {dropped}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    with exit_on_user_error():
+        parser = Parser("python -m plugins.tools.export", description="Takes the backbone out of a checkpoint.")
+        parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="of solo-learn, lightly or VISSL")
+        parser.add_argument("--to", required=True, choices=TARGETS)
+        parser.add_argument("out", type=Path, metavar="OUT", help="the file to write")
+        parser.add_argument("--arch", metavar="NAME", help="the model's name there; default: the ResNet that fits")
+        args = parser.parse_args(arguments)
+        say(export(args.checkpoint, args.to, args.out, args.arch))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

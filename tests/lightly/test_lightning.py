@@ -2,8 +2,11 @@
 
 import copy
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -267,6 +270,25 @@ def test_benchmark_of_ours_and_of_lightlys(digits: Path, tmp_path: Path, capsys:
     first = json.loads((tmp_path / "logs" / "isoloss" / "result.json").read_text())
     command.main([*folders, *QUICK, *only, *checkpoint])
     assert json.loads((tmp_path / "logs" / "isoloss" / "result.json").read_text())["knn"] == first["knn"]
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_two_processes_print_one_table(digits: Path, tmp_path: Path) -> None:
+    """With the strategy that the command takes by itself; teacher and prediction matrix are in the checkpoint."""
+    folders = ["--train-dir", str(digits / "train"), "--val-dir", str(digits / "val"), "--log-dir", str(tmp_path)]
+    more = ["--methods", "isoloss", "--devices", "2", "--skip-linear-eval", "--skip-finetune-eval"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "lightly_ext.benchmarks", *folders, *QUICK, *more],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| Method ") == 1 and done.stdout.count("pre-training for 1 epochs") == 1
+    state = torch.load(tmp_path / "isoloss" / "checkpoint.ckpt", weights_only=True)
+    # 80 images are two steps of 2 x 16 and a rest: two updates of the second moment each
+    assert state["global_step"] == 2 and int(state["state_dict"]["prediction_head.steps"]) == 4
 
 
 def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

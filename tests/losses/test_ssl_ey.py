@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import linalg
 from torch.utils.flop_counter import FlopCounterMode
 
 from plugins.losses import SSLEYLoss, ssl_ey_loss, ssl_ey_terms
@@ -194,7 +195,6 @@ def _correlated_data(widths=(12, 10)):
 @pytest.mark.parametrize(("k", "value_error", "spectrum_error"), [(3, 1e-9, 1e-5), (10, 1e-9, 1e-5), (14, 1e-7, 1e-3)])
 def test_minimum_of_linear_maps_is_the_eigenvalue_sum(k, value_error, spectrum_error):
     """min L = -sum_j max(lambda_j, 0)^2 of canonical correlation analysis, and eig V = lambda (Eckart-Young)."""
-    linalg = pytest.importorskip("scipy.linalg")
     x0, x1 = _correlated_data()
     s00, s01, s11 = _blocks(x0, x1)
     cross = np.block([[np.zeros_like(s00), s01], [s01.T, np.zeros_like(s11)]])
@@ -216,7 +216,6 @@ def test_minimum_of_linear_maps_is_the_eigenvalue_sum(k, value_error, spectrum_e
 
 @pytest.mark.slow
 def test_minimum_of_a_tied_map_is_the_eigenvalue_sum():
-    linalg = pytest.importorskip("scipy.linalg")
     x0, x1 = _correlated_data((10, 10))
     x1 = x1 + 0.8 * x0  # else a tied map finds little in common
     s00, s01, s11 = _blocks(x0, x1)

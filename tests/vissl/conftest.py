@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import vissl_ext  # noqa: F401 - mends VISSL before a test imports it
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("vissl")
-
 from plugins.tools.command import UserError
 from vissl_ext import catalog
 from vissl_ext.compose import compose

@@ -12,9 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("vissl")
-
-import vissl_ext  # noqa: F401 - mends before the imports below
 from vissl_ext import compat
 from vissl_ext.compat.checkpoints import set_aside
 from vissl_ext.compat.cuda_calls import stay_on_cpu

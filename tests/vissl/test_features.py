@@ -9,18 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
+from vissl.utils.extract_features_utils import ExtractedFeaturesLoader
 
-pytest.importorskip("vissl")
-pytestmark = pytest.mark.vissl
-
-from vissl_ext.registry import register  # noqa: E402
+from plugins.tools.command import UserError
+from vissl_ext.features import FeatureWriter, load_features
+from vissl_ext.registry import register
 
 register()
-
-from vissl.utils.extract_features_utils import ExtractedFeaturesLoader  # noqa: E402
-
-from plugins.tools.command import UserError  # noqa: E402
-from vissl_ext.features import FeatureWriter, load_features  # noqa: E402
+pytestmark = pytest.mark.vissl
 
 MEAN, STD = (0.2692, 0.2715, 0.2712), (0.1796, 0.1785, 0.1798)
 

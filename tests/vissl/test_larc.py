@@ -6,18 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from classy_vision.optim import build_optimizer
+from vissl.config import AttrDict
 
-pytest.importorskip("vissl")
-pytestmark = pytest.mark.vissl
-
-from vissl_ext.registry import register  # noqa: E402
+from vissl_ext.larc import LARC, PlainLARC, needs_plain_larc, plain_larc
+from vissl_ext.registry import register
 
 register()
-
-from classy_vision.optim import build_optimizer  # noqa: E402
-from vissl.config import AttrDict  # noqa: E402
-
-from vissl_ext.larc import LARC, PlainLARC, needs_plain_larc, plain_larc  # noqa: E402
+pytestmark = pytest.mark.vissl
 
 
 def stepped(value: list[float], gradient: list[float], **kwargs: float) -> torch.Tensor:

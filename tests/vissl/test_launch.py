@@ -9,8 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-pytest.importorskip("vissl")
-
+import configs
 from plugins.tools.command import UserError
 from vissl_ext.checks import check
 from vissl_ext.compat.checkpoints import set_aside

@@ -5,20 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from vissl.data.ssl_transforms import get_transform
+from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
 
 from plugins.methods import METHODS
-
-pytest.importorskip("vissl")
-pytestmark = pytest.mark.vissl
-
-from vissl_ext.registry import register  # noqa: E402
+from vissl_ext.registry import register
+from vissl_ext.task import PluginTask, check_config
 
 register()
-
-from vissl.data.ssl_transforms import get_transform  # noqa: E402
-from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict  # noqa: E402
-
-from vissl_ext.task import PluginTask, check_config  # noqa: E402
+pytestmark = pytest.mark.vissl
 
 ROOT = Path(__file__).parents[2] / "configs" / "vissl" / "config"
 OURS = sorted(

@@ -8,24 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
 
 from plugins.distributed import LOCAL
 from plugins.methods import METHODS
 from plugins.spec import Embeddings
-
-pytest.importorskip("vissl")
-pytestmark = pytest.mark.vissl
-
-from vissl_ext.registry import register  # noqa: E402
+from plugins.tools.command import UserError
+from vissl_ext.hooks import EMATeacherHook
+from vissl_ext.methods import copy_model
+from vissl_ext.registry import register
+from vissl_ext.task import PluginTask, check_config
 
 register()
-
-from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict  # noqa: E402
-
-from plugins.tools.command import UserError  # noqa: E402
-from vissl_ext.hooks import EMATeacherHook  # noqa: E402
-from vissl_ext.methods import copy_model  # noqa: E402
-from vissl_ext.task import PluginTask, check_config  # noqa: E402
+pytestmark = pytest.mark.vissl
 
 SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "log_eigvals": True}
 

@@ -17,7 +17,6 @@ from plugins.distributed import Collective
 from plugins.methods import METHODS
 from plugins.testing import RankPool
 
-pytest.importorskip("vissl")
 pytestmark = [pytest.mark.vissl, pytest.mark.ddp]
 
 SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "log_eigvals": True}

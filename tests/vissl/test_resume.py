@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("vissl")
 pytestmark = [pytest.mark.vissl, pytest.mark.slow]
 
 EPOCHS = 6

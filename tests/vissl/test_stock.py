@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("vissl")
 pytestmark = [pytest.mark.vissl, pytest.mark.slow]
 
 PAGE = (Path(__file__).parents[2] / "docs" / "vissl_stock.md").read_text()

@@ -5,19 +5,15 @@ from typing import Any
 import pytest
 import torch
 from torchvision.models import resnet
+from vissl.models import build_model
+from vissl.models.trunks import get_model_trunk
+from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
 
-pytest.importorskip("vissl")
-pytestmark = pytest.mark.vissl
-
-from vissl_ext.registry import register  # noqa: E402
+from plugins.tools.command import UserError
+from vissl_ext.registry import register
 
 register()
-
-from vissl.models import build_model  # noqa: E402
-from vissl.models.trunks import get_model_trunk  # noqa: E402
-from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict  # noqa: E402
-
-from plugins.tools.command import UserError  # noqa: E402
+pytestmark = pytest.mark.vissl
 
 
 def model_config(*overrides: str) -> Any:

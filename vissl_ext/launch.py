@@ -106,9 +106,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     cfg.config.CHECKPOINT.DIR = str(Path(str(cfg.config.CHECKPOINT.DIR)).expanduser().absolute())
     lists = catalog.complete(cfg.config, given)
     check(cfg)
-    weights = cfg.config.MODEL.WEIGHTS_INIT.PARAMS_FILE
-    if weights and "://" not in weights and not Path(weights).is_file():
-        raise UserError(f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE is no file: {weights}")
+    _check_weights(cfg.config.MODEL.WEIGHTS_INIT.PARAMS_FILE)
     try:
         args, config = convert_to_attrdict(cfg, dump_config=False)
         build_optimizer_schedulers(deepcopy(config.OPTIMIZER))
@@ -126,6 +124,26 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     for name in set_aside(folder):
         say(f"{name} was only half written: it is kept as {name}.broken, and the one before is used")
     return args, config
+
+
+def _check_weights(path: str | None) -> None:
+    """Refuse a file of weights that is not there, is torn, or that torch would not read, as it names code."""
+    from vissl_ext.compat.saved_types import unknown_types
+
+    if not path or "://" in path:
+        return
+    key = "config.MODEL.WEIGHTS_INIT.PARAMS_FILE"
+    if not Path(path).is_file():
+        raise UserError(f"{key} is no file: {path}")
+    try:
+        unknown = unknown_types(path)
+    except RuntimeError:
+        raise UserError(f"{key} is torn, or no file of torch.save: {path}") from None
+    if unknown:
+        raise UserError(
+            f"{key} names {', '.join(unknown)}, which could run code and is not read; "
+            f"take the tensors alone into a file of their own: {path}"
+        )
 
 
 def _plain(config: Any) -> Any:

@@ -1,13 +1,14 @@
 """VISSL's training task with what our methods and a machine without apex need.
 
 It takes the place of ``self_supervision_task``, so that stock configurations train with it. For a stock loss it differs
-in one thing: LARC works without apex.
+in two things: LARC works without apex, and the loss scale of PyTorch's mixed precision is in the checkpoint.
 """
 
 from typing import Any
 
 from classy_vision.optim.param_scheduler import ClassyParamScheduler, ConstantParamScheduler, UpdateInterval
 from classy_vision.tasks import TASK_REGISTRY
+from classy_vision.tasks.classification_task import AmpType
 from vissl.optimizers import get_optimizer_param_groups
 from vissl.trainer.train_task import SelfSupervisionTask
 
@@ -53,10 +54,16 @@ def check_config(config: Any, *, training: bool = True) -> None:
         return
     if config.TEST_MODEL:
         raise UserError(f"config.LOSS.name={name} is for training alone: set config.TEST_MODEL=false")
-    if views(config) < 2:
+    count = views(config)
+    if count < 2:
         raise UserError(
             f"config.LOSS.name={name} needs two views of each image: put ImgPilToMultiCrop or ImgReplicatePil into "
             "config.DATA.TRAIN.TRANSFORMS, and collate them with multicrop_collator or simclr_collator"
+        )
+    if count > 2:
+        # the losses of our methods would leave out the others
+        raise UserError(
+            f"config.LOSS.name={name} compares two views of each image, config.DATA.TRAIN.TRANSFORMS makes {count}"
         )
     if config.DATA.TRAIN.COLLATE_FUNCTION not in ("multicrop_collator", "simclr_collator"):
         raise UserError(
@@ -172,6 +179,24 @@ class PluginTask(SelfSupervisionTask):
             optimizer_schedulers=self.optimizer_schedulers,
         )
         self.optimizer.set_param_groups(predictor_groups(groups, parameters, scale, constant))
+
+    def get_classy_state(self, deep_copy: bool = False) -> dict[str, Any]:
+        """VISSL's state and the loss scale of PyTorch's mixed precision.
+
+        classy_vision/tasks/classification_task.py:968 saves it where there are ``amp_args``, which VISSL has for apex
+        alone.
+        """
+        state = super().get_classy_state(deep_copy=deep_copy)
+        if self.amp_grad_scaler is not None:
+            state["amp"] = self.amp_grad_scaler.state_dict()
+        return state
+
+    def _set_classy_state(self, state: dict[str, Any]) -> None:
+        ours = self.amp_grad_scaler is not None and "scale" in state.get("amp", {})
+        if not ours and self.amp_type != AmpType.APEX:
+            # of a run with apex, or in another precision
+            state = {key: value for key, value in state.items() if key != "amp"}
+        super()._set_classy_state(state)
 
 
 def replace_task() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import vissl_ext  # noqa: F401 - mends VISSL before a test imports it
 
@@ -33,6 +34,21 @@ def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
     return few
+
+
+@pytest.fixture(scope="session")
+def on() -> Callable[..., list[str]]:
+    """on(device, count=1) → the launcher's overrides; skips where there are fewer GPUs than that."""
+
+    def overrides(device: str, count: int = 1) -> list[str]:
+        if device == "cpu":
+            return ["config.MACHINE.DEVICE=cpu", "config.DISTRIBUTED.BACKEND=gloo"]
+        found = torch.cuda.device_count()
+        if found < count:
+            pytest.skip(f"NOT TESTED on a GPU: this needs {count}, there are {found}")
+        return ["config.MACHINE.DEVICE=gpu", "config.DISTRIBUTED.BACKEND=nccl"]
+
+    return overrides
 
 
 @pytest.fixture(scope="session")

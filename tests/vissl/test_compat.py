@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from vissl_ext import compat
+from vissl_ext.compat import import_warnings
 from vissl_ext.compat.checkpoints import set_aside
 from vissl_ext.compat.cuda_calls import stay_on_cpu
 from vissl_ext.compat.teachers import RestoreTeacher
@@ -43,6 +45,7 @@ with warnings.catch_warnings(record=True) as heard:
     attempt("nan", "from vissl.hooks import CheckNanModelOutputHook as H; H._checkpoint_model")
     attempt("rmac", "import torch; from vissl.utils.instance_retrieval_utils.rmac import get_rmac_descriptors as g;"
                     "g(torch.ones(1, 3, 4, 4), 2)")
+    attempt("amp", "import torch; torch.cuda.amp.GradScaler(); torch.cuda.amp.autocast()")
 said["warnings"] = [str(warning.message) for warning in heard]
 json.dump(said, sys.stdout)
 """
@@ -85,8 +88,14 @@ def test_numpy_names_are_needed(bare):
 
 
 def test_import_warnings_are_left_out(bare):
-    for text in ("_functional_video", "_transforms_video", "torch.jit.script"):
+    amp = ("cuda.amp.autocast", "cuda.amp.GradScaler")
+    for text in ("_functional_video", "_transforms_video", "torch.jit.script", *amp):
         assert any(text in message for message in bare["warnings"]), text
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        import_warnings.activate()
+        torch.cuda.amp.GradScaler(), torch.cuda.amp.autocast()
+    assert not [warning for warning in heard if "deprecated" in str(warning.message)]
     process = subprocess.run(
         [sys.executable, "-P", "-m", "vissl_ext.launch", "config=pretrain/nothing"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,6 +183,9 @@ def test_commands(few_digits: Path, tmp_path: Path, launches: Callable, no_gpu):
         *("config.OPTIMIZER.num_epochs=1", "config.DATA.NUM_DATALOADER_WORKERS=0"),
         "config.DATA.TRAIN.TRANSFORMS.1.size=32",
     ]
+    torch.save({"schedule": partial(print)}, tmp_path / "code.torch")
+    (tmp_path / "torn.torch").write_bytes((tmp_path / "code.torch").read_bytes()[:-30])
+    params = "config.MODEL.WEIGHTS_INIT.PARAMS_FILE"
     rate = "config.OPTIMIZER.param_schedulers.lr.auto_lr_scaling.base_value=1e25"
     wrong = {
         "the catalogue has nothing": ([SIMCLR], "no catalogue has 'imagenet1k_folder'"),
@@ -191,6 +195,12 @@ def test_commands(few_digits: Path, tmp_path: Path, launches: Callable, no_gpu):
             "VISSL refuses the configuration: Total num_updates",
         ),
         "test without data": ([SIMCLR, data, "config.TEST_MODEL=true"], "config.DATA.TEST names no data"),
+        "no weights": ([*small, f"{params}=none.torch"], f"{params} is no file: none.torch"),
+        "weights that name code": (
+            [*small, f"{params}=code.torch"],
+            "names builtins.print, functools.partial, which could run code",
+        ),
+        "half of the weights": ([*small, f"{params}=torn.torch"], "is torn, or no file of torch.save: torn.torch"),
         "unwritable": ([*small, "config.CHECKPOINT.DIR=/dev/null/x"], "CHECKPOINT.DIR cannot be written to"),
         "unknown option": ([SIMCLR, "--foo"], "unknown option --foo; see --help"),
     }
@@ -220,7 +230,9 @@ def test_commands(few_digits: Path, tmp_path: Path, launches: Callable, no_gpu):
     assert shown[0] == "iteration 1/1" and len(shown) == 2
     assert "the training there is finished" in named["again"]["output"]
     assert diverged["status"] == 2 and "training diverged: " in diverged["output"].splitlines()[-1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan", "two"], "a mistake left something behind"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["code.torch", "nan", "torn.torch", "two"], (
+        "a mistake left something behind"
+    )
 
 
 # progress

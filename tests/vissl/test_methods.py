@@ -235,6 +235,10 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
         (["config.MODEL.HEAD.PARAMS=[[method_head,{}]]"], "method_head needs in_dim"),
         (["config.TEST_MODEL=true"], "set config.TEST_MODEL=false"),
         (["config.DATA.TRAIN.TRANSFORMS=[{name:ToTensor}]"], "needs two views of each image"),
+        (
+            ["config.DATA.TRAIN.TRANSFORMS.0.num_times=3"],
+            "compares two views of each image, config.DATA.TRAIN.TRANSFORMS makes 3",
+        ),
         (["config.DATA.TRAIN.COLLATE_FUNCTION=default_collate"], "got default_collate"),
         (["config.LOSS.name=barlow_twins_loss"], "method_head needs a config.LOSS.name of byol, "),
     ],

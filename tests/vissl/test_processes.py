@@ -1,10 +1,11 @@
 """Two processes under VISSL's DistributedDataParallel take the step that one takes on the joined batch.
 
-SyncBatchNorm exists on GPUs only. On a CPU BatchNorm's own statistics would differ between the halves and the whole;
-its layers use their running statistics here, so that everything else must be exact.
+SyncBatchNorm exists on GPUs only; where there are two of them, they are tested with it. On a CPU BatchNorm's own
+statistics would differ between the halves and the whole; its layers use their running statistics here, so that
+everything else must be exact.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,72 +23,103 @@ pytestmark = [pytest.mark.vissl, pytest.mark.ddp]
 SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "log_eigvals": True}
 
 
-def first_step(method: str, views: list[Tensor], distributed: bool) -> dict[str, Any]:
-    """Loss, gradients and buffers of the head after one step as VISSL takes it."""
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+GPU = [
+    *("config.MACHINE.DEVICE=gpu", "config.MODEL.SYNC_BN_CONFIG.CONVERT_BN_TO_SYNC_BN=true"),
+    *("config.MODEL.SYNC_BN_CONFIG.SYNC_BN_TYPE=pytorch", "config.MODEL.SYNC_BN_CONFIG.GROUP_SIZE=0"),
+]
+
+
+def first_step(method: str, views: list[Tensor], rank: int | None = None, gpu: bool = False) -> dict[str, Any]:
+    """Loss, gradients and buffers of the head after one step as VISSL takes it; without a rank in this process."""
     from vissl_ext.registry import register
 
     register()
-    from classy_vision.generic.distributed_util import init_distributed_data_parallel_model, set_cpu_device
+    from classy_vision.generic.distributed_util import (
+        init_distributed_data_parallel_model,
+        set_cpu_device,
+        set_cuda_device_index,
+    )
     from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
 
     from vissl_ext.hooks import EMATeacherHook
     from vissl_ext.task import PluginTask
 
     small = [f"config.LOSS.{method}.{key}={value}" for key, value in SMALL.items() if key in METHODS[method].options]
-    cfg = compose_hydra_configuration([f"config=pretrain/{method}/digits", *small])
+    cfg = compose_hydra_configuration([f"config=pretrain/{method}/digits", *small, *(GPU if gpu else [])])
+    if gpu:
+        set_cuda_device_index(rank or 0)
     task = PluginTask.from_config(convert_to_attrdict(cfg, dump_config=False)[1])
     torch.manual_seed(0)
     task.base_model = task._build_model().double().train()
     task.base_loss = task._build_loss()
-    for module in (*task.base_model.modules(), *task.base_loss.modules()):
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+    layers = [
+        module
+        for module in (*task.base_model.modules(), *task.base_loss.modules())
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    assert layers and all(isinstance(layer, nn.SyncBatchNorm) is gpu for layer in layers)
+    if gpu:
+        views = [view.to(task.device) for view in views]
+        task.base_model.to(task.device)
+        task.base_loss.to(task.device)
+    else:
+        for layer in layers:
+            layer.eval()
     model = task.base_model
-    if distributed:
-        set_cpu_device()
+    if rank is not None:
+        if not gpu:
+            set_cpu_device()
         model = init_distributed_data_parallel_model(model, broadcast_buffers=True, find_unused_parameters=True)
     (output,) = model(views)
     step = SimpleNamespace(base_loss=task.base_loss, last_batch=SimpleNamespace(sample={"input": views}))
     EMATeacherHook().on_forward(step)
     loss = task.base_loss(output, torch.zeros(1))
     loss.backward()
-    return {
+    found = {
         "loss": loss.detach(),
         **{f"gradient of {name}": parameter.grad for name, parameter in task.base_model.named_parameters()},
         **{name: buffer for name, buffer in task.base_model.heads.named_buffers() if name.endswith((".C", ".W"))},
     }
+    return {name: value.cpu() for name, value in found.items()}
 
 
-def step_of_rank(comm: Collective, method: str, views: list[Tensor], counts: list[int]) -> dict[str, Any]:
+def step_of_rank(comm: Collective, method: str, views: list[Tensor], counts: list[int], gpu: bool) -> dict[str, Any]:
     """The step of one rank on its rows."""
-    return first_step(method, [view.split(counts)[comm.rank] for view in views], distributed=True)
+    return first_step(method, [view.split(counts)[comm.rank] for view in views], comm.rank, gpu)
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[RankPool]:
+@pytest.fixture(scope="module", params=DEVICES)
+def two(request: pytest.FixtureRequest, on: Callable) -> Iterator[RankPool]:
     """Two processes whose default group is the two: VISSL knows no other."""
-    with RankPool(2) as pool:
+    on(request.param, count=2)
+    with RankPool(2, timeout=600, backend="nccl" if request.param == "cuda" else "gloo") as pool:
         yield pool
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_step_as_one(method: str, two: RankPool) -> None:
+    gpu = two.backend == "nccl"
     torch.manual_seed(3)
     views = [torch.randn(10, 3, 16, 16, dtype=torch.float64) for _ in range(2)]
     views[0][:6] += 0.5  # the halves differ in their means
-    expected = first_step(method, views, distributed=False)
-    for result in two.run(step_of_rank, [(method, views, [6, 4])] * 2):
+    expected = first_step(method, views, gpu=gpu)
+    for result in two.run(step_of_rank, [(method, views, [6, 4], gpu)] * 2):
         assert result.keys() == expected.keys()
         for name, value in result.items():
             # W is a root of eigenvalues that may be zero but for rounding
             atol = 1e-6 if name.endswith(".W") else 1e-10
-            torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=atol, msg=f"{name} {value}")
+            rtol = 1e-6 if gpu else 1e-8
+            torch.testing.assert_close(value, expected[name], rtol=rtol, atol=atol, msg=f"{name} {value}")
 
 
 @pytest.mark.slow
-def test_two_processes_train_from_the_launcher(few_digits: Path, tmp_path: Path, launch: Any) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_processes_train_from_the_launcher(device: str, on: Callable, tmp_path: Path, launch: Callable) -> None:
     launch(
         "config=pretrain/isoloss/digits",
+        *on(device, count=2),
+        *(GPU[1:3] if device == "cuda" else []),
         "config.DISTRIBUTED.NUM_PROC_PER_NODE=2",
         "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16",
         "config.OPTIMIZER.num_epochs=2",

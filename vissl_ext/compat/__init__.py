@@ -7,12 +7,20 @@ training.
 
 from importlib.util import find_spec
 
-from vissl_ext.compat import checkpoints, import_warnings, kinetics400, nan_output, numpy_names, pkg_resources
+from vissl_ext.compat import (
+    checkpoints,
+    import_warnings,
+    kinetics400,
+    nan_output,
+    numpy_names,
+    pkg_resources,
+    saved_types,
+)
 
 
 def activate() -> None:
     """Mend everything; does nothing where VISSL is not installed."""
     if find_spec("vissl") is None:
         return
-    for mend in (import_warnings, pkg_resources, numpy_names, kinetics400, checkpoints, nan_output):
+    for mend in (import_warnings, pkg_resources, numpy_names, kinetics400, checkpoints, nan_output, saved_types):
         mend.activate()

@@ -1,7 +1,8 @@
-"""Warnings that VISSL's own imports raise, which a user of it cannot act on.
+"""Warnings that VISSL's own code raises, which a user of it cannot act on.
 
 classy_vision/dataset/transforms/__init__.py:15 (torchvision's video transforms), classy_vision/models/mlp.py and others
-(torch.jit), vissl/utils/hydra_config.py:124 (Hydra's version_base), vissl/utils/collect_env.py:55 (no CUDA toolkit).
+(torch.jit), vissl/utils/hydra_config.py:124 (Hydra's version_base), vissl/trainer/train_task.py:203 and
+vissl/trainer/train_steps/standard_train_step.py:132 (torch.cuda.amp), vissl/utils/collect_env.py:55 (no CUDA toolkit).
 """
 
 import logging
@@ -12,6 +13,7 @@ _MESSAGES = (
     ".*_transforms_video.* module is deprecated",
     ".*torch.jit.script.* is deprecated",
     r"\s*The version_base parameter is not specified",
+    r"`torch.cuda.amp.(autocast|GradScaler)\(args\.\.\.\)` is deprecated",
 )
 
 

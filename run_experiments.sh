@@ -26,6 +26,7 @@ environment .venv (several GB); later calls use it as it is, until pyproject.tom
   ./run_experiments.sh test -k isoloss          checks, then the tests that match
   SOLO_LEARN_CHECKOUT=FOLDER ./run_experiments.sh test   the tests of solo_ext a second time, on a checkout of
                                                 solo-learn's main branch
+  VISSL_CHECKOUT=FOLDER ./run_experiments.sh test        VISSL's own tests too, of a checkout of it
 TEXT
 }
 
@@ -142,6 +143,9 @@ run_tests() {
     say "passed: ${passed:-nothing}"
     if [[ -z ${SOLO_LEARN_CHECKOUT:-} ]]; then
         say "NOT TESTED: solo-learn's main branch. Let SOLO_LEARN_CHECKOUT name the folder of a checkout to test on it too"
+    fi
+    if [[ -z ${VISSL_CHECKOUT:-} ]]; then
+        say "NOT TESTED: VISSL's own tests. Let VISSL_CHECKOUT name the folder of a checkout to run them too"
     fi
     if [[ -n $failed ]]; then
         fail "failed: $failed"

@@ -43,7 +43,7 @@ def checkout() -> Path:
     folder = os.environ.get(CHECKOUT)
     if not folder:
         pytest.skip(f"NOT TESTED: VISSL's own tests, since {CHECKOUT} names no checkout of it")
-    return Path(folder)
+    return Path(folder).resolve()
 
 
 def outcomes(checkout: Path, report: Path, active: bool) -> dict[str, bool]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import UserError
 
@@ -39,10 +39,12 @@ def complete(config: DictConfig, given: dict[str, Any]) -> dict[str, list[str]]:
     splits = [*([] if config.TEST_ONLY else ["TRAIN"]), *(["TEST"] if config.TEST_MODEL else [])]
     for split in splits:
         data = config.DATA[split]
+        if not OmegaConf.is_list(data.DATA_PATHS):
+            raise UserError(f"config.DATA.{split}.DATA_PATHS must be a list, [FOLDER], got {data.DATA_PATHS!r}")
         if len(data.DATA_PATHS) == 0:
             _check_names(split, data)
             continue
-        if any(source in _NOT_FILES for source in data.DATA_SOURCES):
+        if any(source in _NOT_FILES for source in data.DATA_SOURCES) and not _replaced(split, data, given):
             continue
         paths, sources, names = [], [], []
         for index, path in enumerate(map(str, data.DATA_PATHS)):
@@ -96,6 +98,19 @@ def register(config: Any) -> None:
             if ours and not VisslDatasetCatalog.has_data(name):
                 entry = [path, path if source == "disk_folder" else ""]
                 VisslDatasetCatalog.register_data(name, {"train": entry, "val": entry})
+
+
+def _replaced(split: str, data: DictConfig, given: dict[str, Any]) -> bool:
+    """Whether the command line names folders of images in place of what a configuration lets torchvision read."""
+    keys = {f"DATA.{split}.{name}" for name in ("DATA_PATHS", "DATA_SOURCES")}
+    if keys & given.keys() != {f"DATA.{split}.DATA_PATHS"} or set(data.DATA_SOURCES) != {"torchvision_dataset"}:
+        return False
+    try:
+        for path in data.DATA_PATHS:
+            _kind(split, str(Path(str(path)).expanduser()))
+    except UserError:
+        return False  # torchvision's own folder
+    return True
 
 
 def _check_names(split: str, data: DictConfig) -> None:

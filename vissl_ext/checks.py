@@ -49,6 +49,9 @@ def check(cfg: DictConfig) -> None:
     from vissl_ext.task import check_config
 
     config = cfg.config
+    for key in ("LOSS", "MODEL", "MODEL.TRUNK", "DATA.TRAIN", "DATA.TEST", "OPTIMIZER", "CHECKPOINT"):
+        if not OmegaConf.is_dict(OmegaConf.select(config, key)):
+            raise UserError(f"config.{key} must be a section with entries of its own")
     _known("engine_name", cfg.engine_name, _ENGINE_REGISTRY)
     _known("config.MODEL.BASE_MODEL_NAME", config.MODEL.BASE_MODEL_NAME, MODEL_REGISTRY)
     _known("config.MODEL.TRUNK.NAME", config.MODEL.TRUNK.NAME, MODEL_TRUNKS_REGISTRY)

@@ -60,8 +60,6 @@ def _cpu_safe(config: DictConfig, given: dict[str, Any], why: str) -> list[str]:
     wanted = dict(_CPU)
     if given.get("DISTRIBUTED.NUM_NODES", 1) != 1:  # the machines then have to know where they meet
         del wanted["DISTRIBUTED.INIT_METHOD"], wanted["DISTRIBUTED.RUN_ID"]
-    if find_spec("vissl_ext.larc") is None and find_spec("apex") is None:
-        wanted["OPTIMIZER.use_larc"] = False
     changed = []
     for key, value in wanted.items():
         if key not in given and OmegaConf.select(config, key) != value:
@@ -71,8 +69,6 @@ def _cpu_safe(config: DictConfig, given: dict[str, Any], why: str) -> list[str]:
         if OmegaConf.select(config, key) == value:
             text = str(value).lower() if isinstance(value, bool) else value
             raise UserError(f"config.{key}={text} needs a GPU, but {why}")
-    if "OPTIMIZER.use_larc" in wanted and OmegaConf.select(config, "OPTIMIZER.use_larc"):
-        raise UserError("config.OPTIMIZER.use_larc=true needs apex, which is not installed")
     return changed
 
 

@@ -91,19 +91,23 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
         UserError: something in it is wrong; nothing has been started, and no file written.
     """
     from classy_vision.optim import build_optimizer_schedulers
+    from vissl.utils.checkpoint import is_training_finished
     from vissl.utils.hydra_config import convert_to_attrdict, save_attrdict_to_disk
 
     from vissl_ext import catalog, ranks
     from vissl_ext.checks import check
-    from vissl_ext.compat.checkpoints import set_aside
+    from vissl_ext.compat.checkpoints import set_aside, torn_name
     from vissl_ext.compose import compose
     from vissl_ext.defaults import adapt
+    from vissl_ext.identity import claim
 
     ranks.quieten()
     cfg, given = compose(overrides, folders)
     changed = adapt(cfg, given)
     # a rank, a data loader's worker and a link may have another working directory
-    cfg.config.CHECKPOINT.DIR = str(Path(str(cfg.config.CHECKPOINT.DIR)).expanduser().absolute())
+    if not isinstance(cfg.config.CHECKPOINT.DIR, str) or not cfg.config.CHECKPOINT.DIR:
+        raise UserError(f"config.CHECKPOINT.DIR must name a folder, got {cfg.config.CHECKPOINT.DIR!r}")
+    cfg.config.CHECKPOINT.DIR = str(Path(cfg.config.CHECKPOINT.DIR).expanduser().absolute())
     lists = catalog.complete(cfg.config, given)
     check(cfg)
     _check_weights(cfg.config.MODEL.WEIGHTS_INIT.PARAMS_FILE)
@@ -115,14 +119,17 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     folder = Path(config.CHECKPOINT.DIR)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        claim(folder, cfg.engine_name, config)
+        for name in set_aside(folder):
+            say(f"{name} was only half written: it is kept as {torn_name(name)}, and the one before is used")
+        if is_training_finished(config, checkpoint_folder=str(folder)):
+            return args, config  # nothing will be trained: what is there stays as it is
         save_attrdict_to_disk(_plain(config))
         catalog.write_lists(lists)
     except OSError as error:
         raise UserError(f"config.CHECKPOINT.DIR cannot be written to: {error}") from None
     if changed:
         say(f"on the CPU: {', '.join(changed)}")
-    for name in set_aside(folder):
-        say(f"{name} was only half written: it is kept as {name}.broken, and the one before is used")
     return args, config
 
 

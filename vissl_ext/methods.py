@@ -63,7 +63,10 @@ def method_options(name: str, given: Mapping[str, Any]) -> tuple[Mapping[str, An
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"method {name}: {key} must be a float, got {value!r}")
     base, final = (float(value) for value in taus.values())
-    cosine_tau(0, 1, base, final)  # the ranges
+    try:
+        cosine_tau(0, 1, base, final)  # the ranges
+    except ValueError as error:
+        raise ValueError(f"method {name}: base_tau, final_tau: {error}") from None
     return options, (base, final)
 
 

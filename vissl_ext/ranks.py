@@ -77,7 +77,8 @@ def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:
     """VISSL's worker of one process, with what it needs around it.
 
     Raises:
-        UserError: the loss, or the output of the network, is inf or NaN.
+        UserError: the loss, or the output of the network, is inf or NaN; there are fewer images than a batch, or one
+            cannot be read.
     """
     quieten()
     catalog.register(cfg)
@@ -89,6 +90,14 @@ def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:
     except FloatingPointError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"training diverged: {reason}; lower the learning rate, or warm it up") from None
+    except Exception as error:
+        reason = str(error)
+        if "No batches to read" in reason:
+            size = cfg.DATA.TRAIN.BATCHSIZE_PER_REPLICA
+            raise UserError(f"the images are fewer than a batch of {size}: nothing to train on") from None
+        if "UnidentifiedImageError" in reason or type(error).__name__ == "UnidentifiedImageError":
+            raise UserError(" ".join(reason.strip().splitlines()[-1].split())) from None
+        raise
     except KeyboardInterrupt:
         # VISSL would end as if all were done
         say("interrupted; the same command goes on from the last checkpoint")

@@ -55,15 +55,15 @@ class Summary(ClassyHook):
             "seconds": time.perf_counter() - self.began,
             "images_per_second": self.images * get_world_size() / self.seconds if self.images else None,
             "versions": versions("vissl", "fvcore", "iopath"),
-            "config": _plain(config),
+            "config": plain(config),
         }
         write_json(Path(task.checkpoint_folder) / "summary.json", summary)
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold; anything else by its name."""
+def plain(value: Any) -> Any:
+    """A value as JSON can hold; anything else by its name."""
     if hasattr(value, "items"):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)

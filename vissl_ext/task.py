@@ -6,18 +6,20 @@ in two things: LARC works without apex, and the loss scale of PyTorch's mixed pr
 
 from typing import Any
 
+import torch
 from classy_vision.optim.param_scheduler import ClassyParamScheduler, ConstantParamScheduler, UpdateInterval
 from classy_vision.tasks import TASK_REGISTRY
 from classy_vision.tasks.classification_task import AmpType
 from vissl.optimizers import get_optimizer_param_groups
 from vissl.trainer.train_task import SelfSupervisionTask
 
+from plugins.distributed import LOCAL
 from plugins.methods import METHODS
 from plugins.tools.command import UserError
 from vissl_ext.hooks import MetricsHook, extra_hooks
 from vissl_ext.larc import needs_plain_larc, plain_larc
 from vissl_ext.methods import HEAD, TeacherLoss, method_options
-from vissl_ext.trunks import check_trunk
+from vissl_ext.trunks import check_trunk, trunk_width
 
 _CONSTANT_PREDICTOR_LR = {"simsiam"}
 """Methods whose predictor keeps the highest learning rate of the schedule (Chen and He 2021, §4.2)."""
@@ -34,6 +36,8 @@ def check_config(config: Any, *, training: bool = True) -> None:
         UserError: one sentence that says what is wrong and what is allowed.
     """
     check_trunk(config.MODEL)
+    if config.OPTIMIZER.use_larc and config.OPTIMIZER.name != "sgd":
+        raise UserError(f"config.OPTIMIZER.use_larc=true works with the optimiser sgd, got {config.OPTIMIZER.name}")
     name = config.LOSS.name
     heads = [head[0] for head in config.MODEL.HEAD.PARAMS]
     if name not in METHODS:
@@ -48,12 +52,13 @@ def check_config(config: Any, *, training: bool = True) -> None:
         raise UserError(
             f"config.LOSS.name={name} needs config.MODEL.HEAD.PARAMS=[[{HEAD},{{in_dim:...}}]], got the heads {heads}"
         )
-    if not isinstance(config.MODEL.HEAD.PARAMS[0][1].get("in_dim"), int):
-        raise UserError(f"{HEAD} needs in_dim, the width of the trunk's features: 512 of a ResNet-18, 2048 of a 50")
+    _check_head(config, name)
     if not training:
         return
     if config.TEST_MODEL:
         raise UserError(f"config.LOSS.name={name} is for training alone: set config.TEST_MODEL=false")
+    if config.DATA.TRAIN.BATCHSIZE_PER_REPLICA < 2:
+        raise UserError(f"config.LOSS.name={name} needs config.DATA.TRAIN.BATCHSIZE_PER_REPLICA of at least 2")
     count = views(config)
     if count < 2:
         raise UserError(
@@ -70,6 +75,27 @@ def check_config(config: Any, *, training: bool = True) -> None:
             f"config.LOSS.name={name} needs config.DATA.TRAIN.COLLATE_FUNCTION=multicrop_collator or simclr_collator, "
             f"got {config.DATA.TRAIN.COLLATE_FUNCTION}"
         )
+
+
+def _check_head(config: Any, name: str) -> None:
+    """Refuse options of the head, and of the parts that it is made of, that nothing can be made with."""
+    given = config.MODEL.HEAD.PARAMS[0][1:]
+    if len(given) != 1 or not isinstance(given[0], dict) or set(given[0]) != {"in_dim"}:
+        raise UserError(f"{HEAD} takes in_dim and nothing else: [[{HEAD},{{in_dim:512}}]], got {list(given)}")
+    width = given[0]["in_dim"]
+    trunk = trunk_width(config.MODEL)
+    if type(width) is not int or width < 1 or trunk not in (None, width):
+        raise UserError(
+            f"in_dim of {HEAD} is the width of the trunk's features, {trunk or 'a whole number above 0'}, got {width!r}"
+        )
+    spec, options = METHODS[name], method_options(name, config.LOSS.get(name, {}))[0]
+    try:
+        with torch.device("meta"):
+            spec.head(width, options)
+            if spec.predictor is not None:
+                spec.predictor(options, LOCAL)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"config.LOSS.{name}: {error}") from None
 
 
 def views(config: Any) -> int:

@@ -56,6 +56,13 @@ def check_trunk(model_config: Any) -> None:
             raise UserError(f"RESNETS.{key} of plain_resnet is {value}, got {config[key]}; see VISSL's trunk resnet")
 
 
+def trunk_width(model_config: Any) -> int | None:
+    """Width of the features of ``plain_resnet``; None of another trunk, which is not known before it is built."""
+    if model_config.TRUNK.NAME != "plain_resnet":
+        return None
+    return 512 if model_config.TRUNK.RESNETS.DEPTH in (18, 34) else 2048
+
+
 @register_model_trunk("plain_resnet")
 class PlainResNet(nn.Module):
     """torchvision's ResNet as a trunk.

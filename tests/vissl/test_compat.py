@@ -174,12 +174,16 @@ def test_half_written_checkpoints_are_set_aside(tmp_path):
     assert not zipfile.is_zipfile(tmp_path / "model_phase4.torch")
     assert set_aside(tmp_path) == ["model_final_checkpoint_phase3.torch", "model_phase2.torch"]
     assert sorted(path.name for path in tmp_path.glob("*")) == [
-        "model_final_checkpoint_phase3.torch.broken",
         "model_phase0.torch",
         "model_phase1.torch",
-        "model_phase2.torch.broken",
         "model_phase4.torch",
+        "torn_final_checkpoint_phase3.torch.broken",
+        "torn_phase2.torch.broken",
     ]
+    (tmp_path / "model_phase4.torch").unlink()
+    from vissl.utils.checkpoint import get_resume_checkpoint
+
+    assert get_resume_checkpoint(_resume_config(-1), str(tmp_path)) == str(tmp_path / "model_phase1.torch")
     assert set_aside(tmp_path) == []
 
 

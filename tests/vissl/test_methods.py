@@ -223,7 +223,10 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
             "config.LOSS.isoloss: method isoloss has no option 'alhpa'; it knows alpha",
         ),
         (["config.LOSS.isoloss.rho=high"], "config.LOSS.isoloss: method isoloss: rho must be a float, got 'high'"),
-        (["+config.LOSS.isoloss.base_tau=1.5"], "config.LOSS.isoloss: base must be"),
+        (
+            ["+config.LOSS.isoloss.base_tau=1.5"],
+            "config.LOSS.isoloss: method isoloss: base_tau, final_tau: base must be",
+        ),
         (
             ["+config.LOSS.isoloss.base_tau=true"],
             "LOSS.isoloss: method isoloss: base_tau must be a float, got True",
@@ -232,7 +235,14 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
             ["config.MODEL.HEAD.PARAMS=[[mlp,{dims:[512,128]}]]"],
             "LOSS.name=isoloss needs config.MODEL.HEAD.PARAMS",
         ),
-        (["config.MODEL.HEAD.PARAMS=[[method_head,{}]]"], "method_head needs in_dim"),
+        (["config.MODEL.HEAD.PARAMS=[[method_head,{}]]"], "method_head takes in_dim and nothing else"),
+        (["config.MODEL.HEAD.PARAMS=[[method_head,{in_dim:512,foo:3}]]"], "method_head takes in_dim and nothing else"),
+        (["config.MODEL.HEAD.PARAMS=[[method_head]]"], "method_head takes in_dim and nothing else"),
+        (["config.MODEL.HEAD.PARAMS=[[method_head,{in_dim:2048}]]"], "the trunk's features, 512, got 2048"),
+        (["config.LOSS.isoloss.proj_output_dim=0"], "config.LOSS.isoloss: "),
+        (["config.LOSS.isoloss.rho=2.0"], "config.LOSS.isoloss: rho must be in [0, 1]"),
+        (["config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=1"], "BATCHSIZE_PER_REPLICA of at least 2"),
+        (["config.OPTIMIZER.use_larc=true"], "use_larc=true works with the optimiser sgd, got adamw"),
         (["config.TEST_MODEL=true"], "set config.TEST_MODEL=false"),
         (["config.DATA.TRAIN.TRANSFORMS=[{name:ToTensor}]"], "needs two views of each image"),
         (

@@ -11,6 +11,7 @@ from vissl_ext.compat import (
     checkpoints,
     import_warnings,
     kinetics400,
+    missing_weights,
     nan_output,
     numpy_names,
     pkg_resources,
@@ -22,5 +23,9 @@ def activate() -> None:
     """Mend everything; does nothing where VISSL is not installed."""
     if find_spec("vissl") is None:
         return
-    for mend in (import_warnings, pkg_resources, numpy_names, kinetics400, checkpoints, nan_output, saved_types):
+    mends = (
+        *(import_warnings, pkg_resources, numpy_names, kinetics400),
+        *(checkpoints, missing_weights, nan_output, saved_types),
+    )
+    for mend in mends:
         mend.activate()

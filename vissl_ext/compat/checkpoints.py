@@ -79,12 +79,12 @@ def set_aside(folder: Path) -> list[str]:
         folder: of the run.
 
     Returns:
-        Their former names; the new ones end in ``.broken``.
+        Their former names; the new ones begin with ``torn_`` and are none that VISSL takes for checkpoints.
     """
     broken = []
     for path in sorted(folder.glob("*.torch")):
         if path.is_file() and not path.is_symlink() and not _whole(path):
-            path.replace(path.with_name(path.name + ".broken"))
+            path.replace(path.with_name(torn_name(path.name)))
             broken.append(path.name)
     link = folder / "checkpoint.torch"
     if link.is_symlink() and not link.exists():
@@ -92,6 +92,11 @@ def set_aside(folder: Path) -> list[str]:
     for path in folder.glob(f"{_BEGUN}*"):
         path.unlink()
     return broken
+
+
+def torn_name(name: str) -> str:
+    """What a half-written checkpoint is called from then on; VISSL looks for ``model_`` anywhere in a name."""
+    return f"torn_{name.replace('model_', '')}.broken"
 
 
 def _whole(path: Path) -> bool:

@@ -5,15 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-pytest.importorskip("lightly")
+from lightly_ext import examples
+from lightly_ext.examples import generate
+
 pytestmark = pytest.mark.lightly
-
-import torchvision  # noqa: E402
-
-from lightly_ext import examples  # noqa: E402
-from lightly_ext.examples import generate  # noqa: E402
 
 FOLDER = Path(examples.__file__).parent
 FIRST = "pytorch/isoloss.py"

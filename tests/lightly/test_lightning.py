@@ -10,21 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import pytorch_lightning
 import torch
+from lightly.utils.benchmarking import FinetuneClassifier, KNNClassifier, LinearClassifier
 from torch import Tensor, nn
 
-pytest.importorskip("lightly")
+import lightly_ext.lightning
+from lightly_ext import benchmarks, lightning
+from lightly_ext.benchmarks import __main__ as command
+from lightly_ext.names import CLASS_NAMES
+from plugins.methods import METHODS
+from plugins.targets import cosine_tau
+
 pytestmark = pytest.mark.lightly
-
-import pytorch_lightning  # noqa: E402
-from lightly.utils.benchmarking import FinetuneClassifier, KNNClassifier, LinearClassifier  # noqa: E402
-
-import lightly_ext.lightning  # noqa: E402
-from lightly_ext import benchmarks, lightning  # noqa: E402
-from lightly_ext.benchmarks import __main__ as command  # noqa: E402
-from lightly_ext.names import CLASS_NAMES  # noqa: E402
-from plugins.methods import METHODS  # noqa: E402
-from plugins.targets import cosine_tau  # noqa: E402
 
 SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10}
 NAMES = {spec.name: name for name, spec in CLASS_NAMES.items()}

@@ -11,18 +11,16 @@ import torch
 from PIL import Image
 from torch import nn
 
+import lightly_ext
+from lightly_ext import collective, loss, models, transforms
+from lightly_ext.models.modules import heads
+from lightly_ext.names import CLASS_NAMES
 from plugins import losses as plugin_losses
 from plugins.distributed import LOCAL, WORLD
 from plugins.methods import METHODS
 from plugins.testing import assert_joined, toy_views
 
-pytest.importorskip("lightly")
 pytestmark = pytest.mark.lightly
-
-import lightly_ext  # noqa: E402
-from lightly_ext import collective, loss, models, transforms  # noqa: E402
-from lightly_ext.models.modules import heads  # noqa: E402
-from lightly_ext.names import CLASS_NAMES  # noqa: E402
 
 MODULES = sorted(
     module.name

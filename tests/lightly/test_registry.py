@@ -7,20 +7,18 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+import lightly.loss
+import lightly.models
+import lightly.transforms
 import pytest
+import torch
 
-pytest.importorskip("lightly")
+import lightly_ext.loss
+import lightly_ext.models
+import lightly_ext.transforms
+from lightly_ext import register, registry, unregister
+
 pytestmark = pytest.mark.lightly
-
-import lightly.loss  # noqa: E402
-import lightly.models  # noqa: E402
-import lightly.transforms  # noqa: E402
-import torch  # noqa: E402
-
-import lightly_ext.loss  # noqa: E402
-import lightly_ext.models  # noqa: E402
-import lightly_ext.transforms  # noqa: E402
-from lightly_ext import register, registry, unregister  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

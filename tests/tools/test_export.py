@@ -4,13 +4,12 @@ import functools
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from plugins.tools.export import main
-
-torchvision = pytest.importorskip("torchvision")
-timm = pytest.importorskip("timm")
 
 
 def resnet(name: str = "resnet18") -> nn.Module:

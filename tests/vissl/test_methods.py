@@ -261,6 +261,5 @@ def test_mistakes_are_sentences(overrides: list[str], sentence: str) -> None:
 
 
 def test_width_of_the_trunk_is_checked() -> None:
-    task = built("isoloss", "config.MODEL.HEAD.PARAMS=[[method_head,{in_dim:2048}]]")
-    with pytest.raises(ValueError, match="in_dim=2048, but the trunk's features have 512"):
-        task.base_model([torch.randn(4, 3, 16, 16)] * 2)
+    with pytest.raises(ValueError, match="in_dim=512, but the trunk's features have 100"):
+        built("isoloss").base_model.heads[0](torch.randn(4, 100))

@@ -21,15 +21,18 @@ _OPTIONAL = {
     "dino_loss": {"num_crops"},
 }
 """Keys that a stock loss reads and VISSL's defaults.yaml does not have."""
+_WHOLE = ("OPTIMIZER.num_epochs", "DATA.TRAIN.BATCHSIZE_PER_REPLICA", "DISTRIBUTED.NUM_PROC_PER_NODE")
+"""Whole numbers above 0."""
 _MISPLACED = {"ignore_index"}
 """Keys directly below LOSS in stock files (pretrain/rotnet/rotnet_8gpu_resnet), where VISSL does not look for them."""
 
 
-def check(cfg: DictConfig) -> None:
-    """Look for names that nothing is registered under, and for keys that a loss does not read.
+def check(cfg: DictConfig, given: dict[str, Any]) -> None:
+    """Look for names that nothing is registered under, values of another kind, and keys that a loss does not read.
 
     Args:
         cfg: the composed configuration, with ``config`` on top.
+        given: keys, below ``config``, that the command line names, and their values.
 
     Raises:
         UserError: there is one.
@@ -52,6 +55,8 @@ def check(cfg: DictConfig) -> None:
     for key in ("LOSS", "MODEL", "MODEL.TRUNK", "DATA.TRAIN", "DATA.TEST", "OPTIMIZER", "CHECKPOINT"):
         if not OmegaConf.is_dict(OmegaConf.select(config, key)):
             raise UserError(f"config.{key} must be a section with entries of its own")
+    _kinds(given)
+    _known("config.MACHINE.DEVICE", OmegaConf.select(config, "MACHINE.DEVICE", default="gpu"), ("cpu", "gpu"))
     _known("engine_name", cfg.engine_name, _ENGINE_REGISTRY)
     _known("config.MODEL.BASE_MODEL_NAME", config.MODEL.BASE_MODEL_NAME, MODEL_REGISTRY)
     _known("config.MODEL.TRUNK.NAME", config.MODEL.TRUNK.NAME, MODEL_TRUNKS_REGISTRY)
@@ -70,11 +75,45 @@ def check(cfg: DictConfig) -> None:
             if not any(hasattr(transforms, form) for form in (name, name.title().replace("_", ""))):
                 key = f"config.DATA.{split}.TRANSFORMS"
                 _known(key, name, TRANSFORM_REGISTRY, transform.get("transform_type") == "augly")
-    for key in ("OPTIMIZER.num_epochs", "DATA.TRAIN.BATCHSIZE_PER_REPLICA", "DISTRIBUTED.NUM_PROC_PER_NODE"):
+    for key in _WHOLE:
         value = OmegaConf.select(config, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"config.{key} must be a whole number, at least 1, got {value!r}")
+    for key in ("LOG_FREQUENCY", "CHECKPOINT.CHECKPOINT_FREQUENCY"):
+        if OmegaConf.select(config, key) == 0:
+            raise UserError(f"config.{key} must not be 0; -1 is never")
+    if not 0 <= cfg.node_id < config.DISTRIBUTED.NUM_NODES:
+        raise UserError(f"node_id must be below config.DISTRIBUTED.NUM_NODES={config.DISTRIBUTED.NUM_NODES}")
+    if cfg.engine_name in ("knn", "extract_features"):
+        _check_extraction(cfg.engine_name, config)
     check_config(AttrDict(OmegaConf.to_container(config)), training=cfg.engine_name == "train")
+
+
+def _kinds(given: dict[str, Any]) -> None:
+    """Refuse a value of another kind than VISSL's default has."""
+    for key, value in given.items():
+        default = OmegaConf.select(_defaults(), key)
+        numbers = isinstance(default, int | float) and not isinstance(default, bool)
+        if numbers and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"config.{key} must be a number, got {value!r}")
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise UserError(f"config.{key} must be true or false, got {value!r}")
+
+
+def _check_extraction(engine: str, config: DictConfig) -> None:
+    """Features are those of images as they are, not of views."""
+    for split in ("TRAIN", "TEST"):
+        if config.DATA[split].COLLATE_FUNCTION != "default_collate":
+            raise UserError(
+                f"engine_name={engine} reads each image once, config.DATA.{split}.COLLATE_FUNCTION="
+                f"{config.DATA[split].COLLATE_FUNCTION} makes views; begin with config=benchmark/nearest_neighbor/... "
+                "or config=feature_extraction/..."
+            )
+    if engine == "knn":
+        if not config.TEST_MODEL:
+            raise UserError("engine_name=knn classifies the test images: set config.TEST_MODEL=true")
+        if config.NEAREST_NEIGHBOR.TOPK < 1 or config.NEAREST_NEIGHBOR.SIGMA <= 0:
+            raise UserError("config.NEAREST_NEIGHBOR.TOPK must be at least 1, and SIGMA above 0")
 
 
 def _known(key: str, name: Any, names: Iterable[str], trusted: bool = False) -> None:
@@ -101,9 +140,13 @@ def _heads(params: list[Any]) -> Iterable[Any]:
 
 
 @cache
+def _defaults() -> DictConfig:
+    return OmegaConf.create(yaml.safe_load(files("vissl.config").joinpath("defaults.yaml").read_text())["config"])
+
+
+@cache
 def _stock() -> dict[str, Any]:
-    text = files("vissl.config").joinpath("defaults.yaml").read_text()
-    return yaml.safe_load(text)["config"]["LOSS"]
+    return OmegaConf.to_container(_defaults().LOSS)
 
 
 def _loss(losses: dict[str, Any]) -> None:

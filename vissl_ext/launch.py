@@ -54,7 +54,13 @@ def main(argv: list[str]) -> None:
 
         places = [Path(folder).expanduser() for folder in folders]
         words = [word for word in overrides if word != "--list"]
-        print("\n".join(name for name in config_names(places) if all(word in name for word in words)))
+        missing = next((place for place in places if not place.is_dir()), None)
+        if missing is not None:
+            raise UserError(f"--config-dir is no folder: {missing}")
+        names = [name for name in config_names(places) if all(word in name for word in words)]
+        if not names:
+            raise UserError(f"no configuration has {' and '.join(words)} in its name")
+        print("\n".join(names))
         return
     unknown = next((word for word in overrides if word.startswith("-")), None)
     if unknown:
@@ -109,7 +115,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
         raise UserError(f"config.CHECKPOINT.DIR must name a folder, got {cfg.config.CHECKPOINT.DIR!r}")
     cfg.config.CHECKPOINT.DIR = str(Path(cfg.config.CHECKPOINT.DIR).expanduser().absolute())
     lists = catalog.complete(cfg.config, given)
-    check(cfg)
+    check(cfg, given)
     _check_weights(cfg.config.MODEL.WEIGHTS_INIT.PARAMS_FILE)
     try:
         args, config = convert_to_attrdict(cfg, dump_config=False)

@@ -24,7 +24,7 @@ SUITES: dict[str, Suite] = {
         title="every method on 1797 real handwritten digits, beside an untrained and a supervised backbone",
         folder="digits",
         frameworks={"solo": solo.digits, "vissl": vissl.digits},
-        sample={"vissl": ("untrained", "isoloss")},
+        sample={"vissl": ("isoloss",)},
         options=("seeds", "epochs"),
         prepare=solo.prepare,
     ),
@@ -207,7 +207,7 @@ def _of_frameworks(suite: Suite, framework: str | None, only: str | None, reques
 
     A pattern means the first framework, unless it matches nothing there: ``--only isoloss`` is one run.
     """
-    names = [framework] if framework in suite.frameworks else list(suite.frameworks)
+    names = list(suite.frameworks) if framework is None or framework == "all" else [framework]
     runs = [run for name in names for run in suite.frameworks[name](request)]
     if framework is not None:
         return runs

@@ -103,10 +103,10 @@ def _read_result(file: Path) -> dict[str, Any] | None:
 
 
 def _untrained(rows: Sequence[Row], framework: str, key: str) -> float | None:
-    for row in rows:
-        if row.method == "untrained" and row.framework == framework:
-            return row.mean(key)
-    return None
+    """Of the untrained backbone: it is the same network in every framework, and need not have been run in each."""
+    found = [row for row in rows if row.method == "untrained" and row.mean(key) is not None]
+    found.sort(key=lambda row: row.framework != framework)
+    return found[0].mean(key) if found else None
 
 
 def titles(rows: Sequence[Row]) -> list[str]:

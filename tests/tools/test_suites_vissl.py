@@ -20,7 +20,7 @@ def here(monkeypatch):
 
 def test_every_method_has_a_column(here):
     names = [run.method for run in vissl.digits(Request())]
-    assert names == ["untrained", *sorted(METHODS)]
+    assert names == sorted(METHODS)
 
 
 def test_commands_name_configuration_seed_folder_and_data(here):
@@ -38,12 +38,6 @@ def test_commands_name_configuration_seed_folder_and_data(here):
     assert knn[-1] == "engine_name=knn"
     assert "config.DATA.TRAIN.DATA_PATHS=[datasets/digits/train_5]" in few
     assert "config.OPTIMIZER.num_epochs=100" in few and "config.OPTIMIZER.num_epochs=2" not in linear
-
-
-def test_untrained_is_evaluated_without_weights(here):
-    run = vissl.digits(Request())[0]
-    assert [step.name for step in run.steps] == ["knn", "linear", "linear_5"]
-    assert not any("WEIGHTS_INIT" in word for step in run.steps for word in step.arguments)
 
 
 def test_progress_is_rows_of_all_epochs(tmp_path):

@@ -16,8 +16,11 @@ from vissl_ext.checks import check
 from vissl_ext.compat.checkpoints import set_aside
 from vissl_ext.compose import compose, config_names
 from vissl_ext.defaults import adapt
-from vissl_ext.launch import USAGE, _options
+from vissl_ext.launch import USAGE, _options, main
 from vissl_ext.progress import Progress
+from vissl_ext.registry import register
+
+register()
 
 pytestmark = pytest.mark.vissl
 SIMCLR = "config=pretrain/simclr/simclr_8node_resnet"
@@ -70,7 +73,7 @@ def test_every_stock_file_passes_the_checks():
     assert len(names) > 60
     for name in names:
         try:
-            check(compose([f"config={name}"])[0])
+            check(*compose([f"config={name}"]))
         except UserError as error:
             refused[name] = str(error)
     assert refused == {}
@@ -80,6 +83,37 @@ def test_options_take_both_forms():
     assert _options(["a=1", "--config-dir", "x", "--config-dir=y"]) == (["a=1"], ["x", "y"])
     with pytest.raises(UserError, match="must name a folder"):
         _options(["--config-dir"])
+
+
+_ISOLOSS = "config=pretrain/isoloss/digits"
+_KNN = "config=benchmark/nearest_neighbor/digits/knn"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([_ISOLOSS, "config.OPTIMIZER.weight_decay=abc"], "config.OPTIMIZER.weight_decay must be a number, got 'abc'"),
+        ([_ISOLOSS, "config.SEED_VALUE=true"], "config.SEED_VALUE must be a number, got True"),
+        ([_ISOLOSS, "config.TEST_MODEL=maybe"], "config.TEST_MODEL must be true or false, got 'maybe'"),
+        ([_ISOLOSS, "config.LOG_FREQUENCY=0"], "config.LOG_FREQUENCY must not be 0"),
+        ([_ISOLOSS, "config.LOSS=isoloss"], "config.LOSS must be a section"),
+        ([_ISOLOSS, "config.MACHINE.DEVICE=tpu"], "config.MACHINE.DEVICE: 'tpu' is unknown"),
+        ([_ISOLOSS, "node_id=3"], "node_id must be below config.DISTRIBUTED.NUM_NODES=1"),
+        ([_ISOLOSS, "engine_name=knn"], "engine_name=knn reads each image once, config.DATA.TRAIN.COLLATE_FUNCTION="),
+        ([_KNN, "engine_name=knn", "config.NEAREST_NEIGHBOR.TOPK=0"], "TOPK must be at least 1"),
+        ([_KNN, "engine_name=knn", "config.TEST_MODEL=false"], "set config.TEST_MODEL=true"),
+    ],
+)
+def test_values_that_cannot_be_are_sentences(words, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        check(*compose(words))
+
+
+def test_a_list_of_nothing_is_a_sentence():
+    with pytest.raises(UserError, match="no configuration has zzzz in its name"):
+        main(["--list", "zzzz"])
+    with pytest.raises(UserError, match="--config-dir is no folder: nowhere"):
+        main(["--list", "--config-dir", "nowhere"])
 
 
 # CPU and GPU
@@ -166,7 +200,7 @@ def test_apex_is_refused_where_there_is_none(gpu):
 )
 def test_mistakes_are_one_sentence(overrides, text):
     with pytest.raises(UserError, match=re.escape(text)) as caught:
-        check(compose(overrides)[0])
+        check(*compose(overrides))
     assert "\n" not in str(caught.value)
 
 

@@ -17,7 +17,9 @@ FEW = {"batch": 50, "epochs": 100}
 
 
 def digits(request: Request) -> list[Run]:
-    """Every method that has a configuration for the digits, beside an untrained backbone.
+    """Every method that has a configuration for the digits.
+
+    The untrained and the supervised backbone are in solo-learn's column: they are the same network and training here.
 
     Args:
         request: folder, seeds, epochs.
@@ -31,22 +33,22 @@ def digits(request: Request) -> list[Run]:
     methods = sorted(method for method in METHODS if (configs / method / "digits.yaml").is_file())
     if not methods:
         raise UsageError(f"no configuration of a method in {configs}")
-    return [_run(method, seed, request) for seed in request.seeds for method in ("untrained", *methods)]
+    return [_run(method, seed, request) for seed in request.seeds for method in methods]
 
 
 def _run(method: str, seed: int, request: Request) -> Run:
-    """Pre-train, then evaluate the frozen backbone; "untrained" is evaluated as it was made."""
+    """Pre-train, then evaluate the frozen backbone."""
     folder = request.out / "digits" / "vissl" / method / f"seed{seed}"
     data = request.data_folder / "digits"
     common = {"SEED_VALUE": seed, "DATA.TRAIN.DATA_PATHS": [data / "train"]}
-    evaluated = {**common, "DATA.TEST.DATA_PATHS": [data / "val"]}
-    steps = []
-    if method != "untrained":
-        longer = {} if request.epochs is None else {"OPTIMIZER.num_epochs": request.epochs}
-        pretrain = {**common, "CHECKPOINT.DIR": folder / "pretrain", **longer}
-        steps.append(Step("pretrain", command(f"pretrain/{method}/digits", pretrain)))
+    longer = {} if request.epochs is None else {"OPTIMIZER.num_epochs": request.epochs}
+    pretrain = {**common, "CHECKPOINT.DIR": folder / "pretrain", **longer}
+    evaluated = {
+        **common,
+        "DATA.TEST.DATA_PATHS": [data / "val"],
         # a link that VISSL keeps at the newest checkpoint
-        evaluated["MODEL.WEIGHTS_INIT.PARAMS_FILE"] = folder / "pretrain" / "checkpoint.torch"
+        "MODEL.WEIGHTS_INIT.PARAMS_FILE": folder / "pretrain" / "checkpoint.torch",
+    }
     few = {
         "DATA.TRAIN.DATA_PATHS": [data / "train_5"],
         "DATA.TRAIN.BATCHSIZE_PER_REPLICA": FEW["batch"],
@@ -54,20 +56,21 @@ def _run(method: str, seed: int, request: Request) -> Run:
         "TEST_EVERY_NUM_EPOCH": FEW["epochs"] // 2,
         "CHECKPOINT.CHECKPOINT_FREQUENCY": FEW["epochs"],
     }
-    steps += [
+    steps = (
+        Step("pretrain", command(f"pretrain/{method}/digits", pretrain)),
         Step("knn", command(KNN, {**evaluated, "CHECKPOINT.DIR": folder / "knn"}, engine="knn")),
         Step("linear", command(LINEAR, {**evaluated, "CHECKPOINT.DIR": folder / "linear" / "all"})),
         Step("linear_5", command(LINEAR, {**evaluated, **few, "CHECKPOINT.DIR": folder / "linear" / "five"})),
-    ]
+    )
     return Run(
         framework="vissl",
         method=method,
         dataset="digits",
         seed=seed,
         folder=folder,
-        steps=tuple(steps),
+        steps=steps,
         collect=collect,
-        epochs=None if method == "untrained" else request.epochs,
+        epochs=request.epochs,
         progress=progress,
     )
 
@@ -110,17 +113,13 @@ def collect(run: Run) -> dict[str, Any]:
     Returns:
         What result.json says beside the identity of the run; accuracies are those of the last epoch.
     """
-    untrained = run.method == "untrained"
-    training = read_json(run.folder / ("linear/all" if untrained else "pretrain") / "summary.json")
+    training = read_json(run.folder / "pretrain" / "summary.json")
     (knn,) = read_json(run.folder / "knn" / "knn.json").values()
     return {
-        "epochs": 0 if untrained else training["epochs"],
         "knn": knn["top1"],
         "linear": _last_accuracy(run.folder / "linear" / "all"),
         "linear_5": _last_accuracy(run.folder / "linear" / "five"),
-        "images_per_second": None if untrained else training["images_per_second"],
-        "seconds": None if untrained else training["seconds"],
-        **{key: training[key] for key in ("versions", "config")},
+        **{key: training[key] for key in ("epochs", "seconds", "images_per_second", "versions", "config")},
     }
 
 

@@ -111,9 +111,9 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     cfg, given = compose(overrides, folders)
     changed = adapt(cfg, given)
     # a rank, a data loader's worker and a link may have another working directory
-    if not isinstance(cfg.config.CHECKPOINT.DIR, str) or not cfg.config.CHECKPOINT.DIR:
+    if cfg.config.CHECKPOINT.DIR in (None, ""):
         raise UserError(f"config.CHECKPOINT.DIR must name a folder, got {cfg.config.CHECKPOINT.DIR!r}")
-    cfg.config.CHECKPOINT.DIR = str(Path(cfg.config.CHECKPOINT.DIR).expanduser().absolute())
+    cfg.config.CHECKPOINT.DIR = str(Path(str(cfg.config.CHECKPOINT.DIR)).expanduser().absolute())
     lists = catalog.complete(cfg.config, given)
     check(cfg, given)
     _check_weights(cfg.config.MODEL.WEIGHTS_INIT.PARAMS_FILE)

@@ -61,7 +61,7 @@ def test_without_configurations_there_is_one_sentence(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(solo.importlib.util, "find_spec", lambda name: None)
     assert experiments.main(["digits", "--list"]) == 2
-    assert capsys.readouterr().err.startswith("error: no folder configs/solo/digits here")
+    assert capsys.readouterr().err.startswith("error: no folder configs/solo here")
 
 
 @pytest.mark.parametrize(("value", "text"), [("a/b-1.c", "a/b-1.c"), ("a=b", "'a=b'"), ("it's", r"'it\'s'"), (3, "3")])

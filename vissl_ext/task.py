@@ -21,6 +21,8 @@ from vissl_ext.larc import needs_plain_larc, plain_larc
 from vissl_ext.methods import HEAD, TeacherLoss, method_options
 from vissl_ext.trunks import check_trunk, trunk_width
 
+_OF_TASK = {"method", "options", "views"}
+"""What the task writes beside ``in_dim`` into the configuration of the head."""
 _CONSTANT_PREDICTOR_LR = {"simsiam"}
 """Methods whose predictor keeps the highest learning rate of the schedule (Chen and He 2021, §4.2)."""
 
@@ -80,7 +82,7 @@ def check_config(config: Any, *, training: bool = True) -> None:
 def _check_head(config: Any, name: str) -> None:
     """Refuse options of the head, and of the parts that it is made of, that nothing can be made with."""
     given = config.MODEL.HEAD.PARAMS[0][1:]
-    if len(given) != 1 or not isinstance(given[0], dict) or set(given[0]) != {"in_dim"}:
+    if len(given) != 1 or not isinstance(given[0], dict) or set(given[0]) - _OF_TASK != {"in_dim"}:
         raise UserError(f"{HEAD} takes in_dim and nothing else: [[{HEAD},{{in_dim:512}}]], got {list(given)}")
     width = given[0]["in_dim"]
     trunk = trunk_width(config.MODEL)

@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import UserError, first_process, say
-from plugins.tools.records import write_json
+from plugins.tools.records import difference, write_json
 from solo_ext.compat import pl
 from solo_ext.compat.common import LATE_BUFFERS
 from solo_ext.unpickle import load_inert
@@ -219,7 +219,7 @@ def check_resumable(path: Path, cfg: DictConfig, model: torch.nn.Module) -> int:
     here = OmegaConf.to_container(cfg.identity)
     for key in (*_STATE, "dataset"):
         if key in mark and mark[key] != here[key]:
-            name, theirs, ours = _difference(key, mark[key], here[key])
+            name, theirs, ours = difference(key, mark[key], here[key])
             raise UserError(f"{path} is a checkpoint of {name} {theirs}, this run trains {name} {ours}")
     theirs, ours = checkpoint["state_dict"], model.state_dict()
     theirs = {name: tensor for name, tensor in theirs.items() if name in ours or name not in LATE_BUFFERS}
@@ -233,15 +233,6 @@ def check_resumable(path: Path, cfg: DictConfig, model: torch.nn.Module) -> int:
         return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     except KeyError:
         raise UserError(f"{path} holds weights only; training cannot go on from it") from None
-
-
-def _difference(name: str, theirs: Any, ours: Any) -> tuple[str, Any, Any]:
-    """The first entry in which two values differ: its full name, and both."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(key) != ours.get(key):
-                return _difference(f"{name}.{key}", theirs.get(key), ours.get(key))
-    return name, theirs, ours
 
 
 def auto_resume(cfg: DictConfig, kind: str) -> Path | None:

@@ -1,7 +1,9 @@
 """Fixtures of the whole suite."""
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +24,26 @@ def ranks() -> Iterator[RankPool]:
     """Three processes in one gloo group; see :mod:`plugins.testing`."""
     with RankPool() as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def thin_digits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
+    """thin_digits(train, val) → the real digits, thinned out to so many images, class by class, in datasets/digits."""
+    from plugins.tools.data import make_digits
+
+    full = tmp_path_factory.mktemp("full") / "digits"
+    make_digits(full)
+
+    def thin(train: int, val: int) -> Path:
+        few = tmp_path_factory.mktemp("few") / "datasets" / "digits"
+        for split, count in (("train", train), ("val", val)):
+            classes = sorted((full / split).iterdir())
+            for index in range(count):
+                folder = classes[index % 10]
+                source = sorted(folder.iterdir())[index // 10]
+                target = few / split / folder.name / source.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, target)
+        return few
+
+    return thin

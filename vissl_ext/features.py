@@ -6,7 +6,6 @@ classifies the test images by the training images; it replaces VISSL's tools/nea
 too.
 """
 
-import json
 import logging
 import re
 import shutil
@@ -25,6 +24,7 @@ from vissl.trainer import SelfSupervisionTrainer
 
 from plugins.tools.command import UserError, say
 from plugins.tools.knn import knn_accuracy
+from plugins.tools.records import write_json
 
 
 class FeatureWriter:
@@ -173,7 +173,7 @@ class NearestNeighborEngine(Engine):
             top1, top5 = knn_accuracy(*train, *test, k=k, temperature=sigma, device=device)
             results[layer] = {"top1": top1, "top5": top5, "k": k, "sigma": sigma}
             say(f"kNN of {layer}: top-1 {top1:.2f} %, top-5 {top5:.2f} % ({k} neighbours)")
-        (Path(checkpoint_folder) / "knn.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_json(Path(checkpoint_folder) / "knn.json", results)
         shutil.rmtree(folder)
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from classy_vision.generic.distributed_util import is_primary
-from classy_vision.hooks import ClassyHook
 from classy_vision.losses import LOSS_REGISTRY
 
 from plugins.linalg import participation_ratio
 from vissl_ext.methods import MethodLoss, TeacherLoss
+from vissl_ext.silent_hook import SilentHook
 
 
 def extra_hooks(cfg: Any) -> list[Any]:
@@ -24,22 +24,7 @@ def extra_hooks(cfg: Any) -> list[Any]:
     return [*hooks, MetricsHook()] if issubclass(loss, MethodLoss) else hooks
 
 
-class _Hook(ClassyHook):
-    """A hook all of whose events do nothing until a child says what."""
-
-    on_start = ClassyHook._noop
-    on_phase_start = ClassyHook._noop
-    on_forward = ClassyHook._noop
-    on_loss_and_meter = ClassyHook._noop
-    on_backward = ClassyHook._noop
-    on_update = ClassyHook._noop
-    on_step = ClassyHook._noop
-    on_phase_end = ClassyHook._noop
-    on_end = ClassyHook._noop
-    on_exception = ClassyHook._noop
-
-
-class EMATeacherHook(_Hook):
+class EMATeacherHook(SilentHook):
     """Runs and moves the teacher of a TeacherLoss: ``θ_t ← τ θ_t + (1 − τ) θ``, τ on BYOL's cosine over all steps.
 
     τ is a function of the optimiser steps done, which VISSL checkpoints: a resumed run goes on where it stopped.
@@ -60,7 +45,7 @@ class EMATeacherHook(_Hook):
             loss.tau = loss.teacher.update(task.iteration, task.max_iteration)
 
 
-class MetricsHook(_Hook):
+class MetricsHook(SilentHook):
     """Writes metrics.csv, one row an epoch: means of the loss's terms, and the spectrum of the embedding's moment.
 
     Columns: epoch, the terms, ``z_std``, ``tau`` with a teacher, and where the second moment is followed

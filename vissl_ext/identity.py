@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.tools.command import UserError
-from plugins.tools.records import read_json, write_json
+from plugins.tools.records import difference, read_json, write_json
 from vissl_ext.summary import plain
 
 _FILE = "run.json"
@@ -41,18 +41,9 @@ def claim(folder: Path, engine: str, config: Any) -> None:
         theirs = read_json(path)
         for key, value in ours.items():
             if theirs.get(key, value) != value:
-                name, there, here = _difference(key, theirs[key], value)
+                name, there, here = difference(key, theirs[key], value)
                 raise UserError(
                     f"{folder} holds a run with {name}={there}, this one has {here}; name another "
                     "config.CHECKPOINT.DIR, or delete that one"
                 )
     write_json(path, ours)
-
-
-def _difference(name: str, theirs: Any, ours: Any) -> tuple[str, Any, Any]:
-    """The first entry in which two values differ: its full name, and both."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(key) != ours.get(key):
-                return _difference(f"{name}.{key}", theirs.get(key), ours.get(key))
-    return name, theirs, ours

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from classy_vision.generic.distributed_util import is_primary
-from classy_vision.hooks.classy_hook import ClassyHook
+
+from vissl_ext.silent_hook import SilentHook
 
 _PERIOD = 0.3  # seconds between two refreshments of the bar
 _FIRST, _LONGEST = 5.0, 60.0  # seconds until the second plain line; each wait is 1.5 times the one before
@@ -40,14 +41,8 @@ class _Nowhere(io.TextIOBase):
         return len(text)
 
 
-class Progress(ClassyHook):
+class Progress(SilentHook):
     """Shows the progress, from the first process only: a bar on a terminal, lines at growing intervals elsewhere."""
-
-    on_forward = ClassyHook._noop
-    on_loss_and_meter = ClassyHook._noop
-    on_backward = ClassyHook._noop
-    on_update = ClassyHook._noop
-    on_exception = ClassyHook._noop
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from classy_vision.hooks.classy_hook import ClassyHook
 from vissl.hooks import default_hook_generator
 from vissl.utils.distributed_launcher import _distributed_worker as _vissl_worker
 from vissl.utils.distributed_launcher import _ResumableSlurmJob
@@ -24,25 +23,18 @@ from vissl_ext.compat.teachers import RestoreTeacher
 from vissl_ext.hooks import extra_hooks
 from vissl_ext.progress import Progress, quieten
 from vissl_ext.registry import register
+from vissl_ext.silent_hook import SilentHook
 from vissl_ext.summary import Summary
 
 register()
 
 
-class EpochSeed(ClassyHook):
+class EpochSeed(SilentHook):
     """Seeds Python, NumPy and torch anew before each phase: a resumed run draws what an uninterrupted one draws.
 
     The seed is made of SEED_VALUE, the phase and the process. A phase's data loader draws its workers' seeds before
     ``on_phase_start``: the seeding has to stand at the end of the phase before.
     """
-
-    on_phase_start = ClassyHook._noop
-    on_forward = ClassyHook._noop
-    on_loss_and_meter = ClassyHook._noop
-    on_backward = ClassyHook._noop
-    on_update = ClassyHook._noop
-    on_step = ClassyHook._noop
-    on_end = ClassyHook._noop
 
     def on_start(self, task: Any) -> None:
         """Seed the first phase, or the one that a resumed run goes on with."""

@@ -5,23 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from classy_vision.generic.distributed_util import get_world_size, is_primary
-from classy_vision.hooks import ClassyHook
 
 from plugins.tools.records import versions, write_json
+from vissl_ext.silent_hook import SilentHook
 
 
-class Summary(ClassyHook):
+class Summary(SilentHook):
     """Writes summary.json when a training ends: what was trained, for how long, how fast, and with what.
 
     ``images_per_second`` counts each training image once, whatever the number of its views, on all processes; tests
     are left out.
     """
-
-    on_forward = ClassyHook._noop
-    on_loss_and_meter = ClassyHook._noop
-    on_backward = ClassyHook._noop
-    on_update = ClassyHook._noop
-    on_exception = ClassyHook._noop
 
     def on_start(self, task: Any) -> None:
         """Start the clock of the whole run."""

@@ -4,7 +4,6 @@ import argparse
 import ast
 import importlib.util
 import inspect
-import json
 import logging
 import math
 import sys
@@ -28,6 +27,7 @@ from torchvision import transforms as T
 from lightly_ext.benchmarks.methods import METHODS
 from lightly_ext.models import MethodModel
 from plugins.tools.command import UserError, first_process, say
+from plugins.tools.records import write_json
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _LARGE = 64  # below this many pixels images are evaluated as they are, without cutting their margin off
@@ -147,7 +147,7 @@ def _one(args: argparse.Namespace, name: str) -> dict[str, Any]:
     if not args.skip_finetune_eval:
         result["finetune"] = _classify(args, FinetuneClassifier, model, folder, "finetune")
     if first_process():
-        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_json(folder / "result.json", result)
     return result
 
 

@@ -32,3 +32,12 @@ def versions(*packages: str) -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def difference(name: str, theirs: Any, ours: Any) -> tuple[str, Any, Any]:
+    """The first entry in which two values differ: its full name, and both."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(key) != ours.get(key):
+                return difference(f"{name}.{key}", theirs.get(key), ours.get(key))
+    return name, theirs, ours

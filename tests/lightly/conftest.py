@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,16 +21,6 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(thin_digits: Callable[[int, int], Path]) -> Path:
     """The real digits, thinned out: 80 training and 40 validation images in a folder a class."""
-    from plugins.tools.data import make_digits
-
-    full = tmp_path_factory.mktemp("full") / "digits"
-    make_digits(full)
-    few = tmp_path_factory.mktemp("few")
-    for split, count in (("train", 8), ("val", 4)):
-        for folder in sorted((full / split).iterdir()):
-            (few / split / folder.name).mkdir(parents=True)
-            for source in sorted(folder.iterdir())[:count]:
-                shutil.copy(source, few / split / folder.name)
-    return few
+    return thin_digits(80, 40)

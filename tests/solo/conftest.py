@@ -1,7 +1,6 @@
 """Digits, configurations and runs that the solo-learn tests share."""
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,22 +27,9 @@ def checkout() -> Path:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(thin_digits: Callable[[int, int], Path]) -> Path:
     """The real digits, thinned out: 96 training and 40 validation images."""
-    from plugins.tools.data import make_digits
-
-    full = tmp_path_factory.mktemp("full") / "digits"
-    make_digits(full)
-    few = tmp_path_factory.mktemp("few")
-    for split, count in (("train", 96), ("val", 40)):
-        classes = sorted((full / split).iterdir())
-        for index in range(count):
-            folder = classes[index % 10]
-            source = sorted(folder.iterdir())[index // 10]
-            target = few / split / folder.name / source.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
-    return few
+    return thin_digits(96, 40)
 
 
 @pytest.fixture

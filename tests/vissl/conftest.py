@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,22 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def few_digits(thin_digits: Callable[[int, int], Path]) -> Path:
     """The real digits, thinned out: 96 training and 40 validation images."""
-    from plugins.tools.data import make_digits
-
-    full = tmp_path_factory.mktemp("full") / "digits"
-    make_digits(full)
-    few = tmp_path_factory.mktemp("few") / "datasets" / "digits"
-    for split, count in (("train", 96), ("val", 40)):
-        classes = sorted((full / split).iterdir())
-        for index in range(count):
-            folder = classes[index % 10]
-            source = sorted(folder.iterdir())[index // 10]
-            target = few / split / folder.name / source.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
-    return few
+    return thin_digits(96, 40)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ the random numbers spent on the building are missing from the augmentations.
 from typing import Any
 
 from classy_vision.generic.distributed_util import is_distributed_training_run
-from classy_vision.hooks.classy_hook import ClassyHook
+
+from vissl_ext.silent_hook import SilentHook
 
 _BUILDERS = {
     "moco_encoder": "_build_moco_encoder",
@@ -18,21 +19,12 @@ _BUILDERS = {
 """The attribute of a loss that holds its encoder, and the method of a hook that makes it."""
 
 
-class RestoreTeacher(ClassyHook):
+class RestoreTeacher(SilentHook):
     """Builds the encoder of a resumed run before its first step.
 
     Args:
         hooks: VISSL's default ones.
     """
-
-    on_phase_start = ClassyHook._noop
-    on_forward = ClassyHook._noop
-    on_loss_and_meter = ClassyHook._noop
-    on_backward = ClassyHook._noop
-    on_update = ClassyHook._noop
-    on_step = ClassyHook._noop
-    on_phase_end = ClassyHook._noop
-    on_end = ClassyHook._noop
 
     def __init__(self, hooks: list[Any]) -> None:
         super().__init__()

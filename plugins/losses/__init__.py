@@ -1,18 +1,29 @@
 """Each loss three ways: a pure function, ``*_terms`` with the parts for logging, and an ``nn.Module``."""
 
 from plugins.losses.byol import BYOLLoss, BYOLLossTerms, byol_loss, byol_terms
+from plugins.losses.dissl import DISSLLoss, DISSLTerms, dissl_loss, dissl_terms
+from plugins.losses.dissl_monitor import DISSLWeights, ETFMonitor, ETFTerms, StallAlarm, dissl_warmup
 from plugins.losses.isoloss import IsoLoss, IsoLossTerms, isoloss, isoloss_terms
 from plugins.losses.ssl_ey import SSLEYLoss, SSLEYLossTerms, ssl_ey_loss, ssl_ey_terms
 
 __all__ = [
     "BYOLLoss",
     "BYOLLossTerms",
+    "DISSLLoss",
+    "DISSLTerms",
+    "DISSLWeights",
+    "ETFMonitor",
+    "ETFTerms",
     "IsoLoss",
     "IsoLossTerms",
     "SSLEYLoss",
     "SSLEYLossTerms",
+    "StallAlarm",
     "byol_loss",
     "byol_terms",
+    "dissl_loss",
+    "dissl_terms",
+    "dissl_warmup",
     "isoloss",
     "isoloss_terms",
     "ssl_ey_loss",

@@ -1,0 +1,287 @@
+"""DISSL: a teacher head assigns each view to one of C pseudo-classes, a student head predicts the other views' class.
+
+Dubois, Hashimoto, Ermon & Liang, "Improving Self-Supervised Learning by Characterizing Idealized Representations"
+(NeurIPS 2022, arXiv:2209.06235). Gradients flow everywhere: there is no stop-gradient, no moving average and no
+Sinkhorn step. This is the published loss for any number of views. What the published code sums over pairs of views is
+here one product with the views' sum, and loss and gradient are made together, block by block of rows, so that nothing
+of the size of the logits is kept but the gradient.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from plugins.checks import check_count, check_range, check_rows, compute_dtype
+from plugins.distributed import LOCAL, Collective
+from plugins.linalg import attach_gradient
+
+Views = Sequence[Float[Tensor, "B C"]] | Float[Tensor, "V B C"]
+BLOCK = {"cpu": 2**17}
+"""Entries of a view that are worked on at once: as many as stay in the processor's cache; elsewhere 2^24."""
+
+
+class DISSLTerms(NamedTuple):
+    """``loss = w distillation - λ H_M + β invariance``, in nats. Only ``loss`` has a gradient."""
+
+    loss: Float[Tensor, ""]
+    distillation: Float[Tensor, ""]
+    """Cross-entropy of the student's predictions with the assignments of the other views."""
+    invariance: Float[Tensor, ""]
+    """Cross-entropy of the assignments of two views; 0 with a single teacher view."""
+    H_M: Float[Tensor, ""]
+    """Entropy of the mean assignment, averaged over views; log C where all classes are used alike."""
+    H_Mlz: Float[Tensor, ""]
+    """Mean entropy of an assignment; 0 where each is certain, log C where nothing has been learned."""
+    KL_invariance: Float[Tensor, ""]
+    """``invariance`` less the entropy of the assignments: 0 where the views agree."""
+    KL_distillation: Float[Tensor, ""]
+    """How far the student is from the teacher on the same view; 0 where they agree."""
+
+
+def dissl_loss(
+    teacher_logits: Views,
+    student_logits: Views,
+    *,
+    lambda_maximality: float | Tensor = 2.3,
+    beta_det_inv: float | Tensor = 0.8,
+    distillation_weight: float | Tensor = 1.0,
+    tau_teacher: float = 0.5,
+    tau_student: float = 1.0,
+    assignment_views: Sequence[int] | None = None,
+    comm: Collective = LOCAL,
+) -> Float[Tensor, ""]:
+    """``w D - λ H + β I``, with p_t = softmax(teacher_t / τ_t), q_s = softmax(student_s / τ_s), means over all rows.
+
+    D is the mean of -p_t · log q_s over t ≠ s, I that of -p_t · log p_u over t ≠ u, and H the mean over t of the
+    entropy of the batch mean of p_t. L ≥ -λ log C always; uniform assignments give (w - λ + β) log C, which is where a
+    stalled run stays.
+
+    Args:
+        teacher_logits: for T ≥ 1 views, which are the first T of the student's; a list of [B, C], or one [T, B, C],
+            which spares memory where the head's output is one tensor.
+        student_logits: for S ≥ max(2, T) views, likewise.
+        lambda_maximality: λ ≥ 0, the weight of H; useful are 1.8 to 2.8. The three weights may be 0-dim tensors.
+        beta_det_inv: β ≥ 0, the weight of I; useful are 0.4 to 1.
+        distillation_weight: w ≥ 0, 1 but for a warm-up of the teacher.
+        tau_teacher: τ_t > 0.
+        tau_student: τ_s > 0.
+        assignment_views: which teacher views are assignments, t above (the others are only predicted, u); None: all.
+        comm: the processes that share the batch. T C + 6 floats are summed in all, and nothing is sent in backward.
+
+    Returns:
+        The loss of the joined batch, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: shapes differ, too few views, a view that is not there, a weight or temperature out of range.
+
+    >>> uniform = torch.zeros(2, 4, 8)
+    >>> round(dissl_loss(uniform, uniform).item(), 4)  # (1 - 2.3 + 0.8) log 8
+    -1.0397
+    """
+    return dissl_terms(
+        teacher_logits,
+        student_logits,
+        lambda_maximality=lambda_maximality,
+        beta_det_inv=beta_det_inv,
+        distillation_weight=distillation_weight,
+        tau_teacher=tau_teacher,
+        tau_student=tau_student,
+        assignment_views=assignment_views,
+        comm=comm,
+    ).loss
+
+
+def dissl_terms(
+    teacher_logits: Views,
+    student_logits: Views,
+    *,
+    lambda_maximality: float | Tensor = 2.3,
+    beta_det_inv: float | Tensor = 0.8,
+    distillation_weight: float | Tensor = 1.0,
+    tau_teacher: float = 0.5,
+    tau_student: float = 1.0,
+    assignment_views: Sequence[int] | None = None,
+    comm: Collective = LOCAL,
+) -> DISSLTerms:
+    """:func:`dissl_loss` with its parts beside it."""
+    chosen = _chosen(teacher_logits, student_logits, assignment_views)
+    weights = _weights(distillation_weight, lambda_maximality, beta_det_inv)
+    taus = _taus(tau_teacher, tau_student)
+    with torch.autocast(teacher_logits[0].device.type, enabled=False):
+        return _terms(teacher_logits, student_logits, chosen, weights, taus, comm)
+
+
+def _terms(
+    teacher: Views,
+    student: Views,
+    chosen: list[int],
+    weights: tuple[float | Tensor, ...],
+    taus: tuple[float, float],
+    comm: Collective,
+) -> DISSLTerms:
+    (rows, classes), firsts, (w, lam, beta) = teacher[0].shape, len(chosen), weights
+    p_pairs, q_pairs = firsts * (len(teacher) - 1), firsts * (len(student) - 1)
+    inputs = _tensors(teacher) + _tensors(student)
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    by_teacher, by_student = _room(teacher), _room(student) if wanted else []
+    blocks = _blocks(rows, classes, teacher[0].device.type)
+
+    for p, view in zip(by_teacher, teacher, strict=True):  # p stays where its gradient will be
+        for block in blocks:
+            p[block] = F.softmax(view.detach()[block].to(p.dtype) / taus[0], 1)
+    mass = comm.sum(torch.cat([*(by_teacher[t].sum(0) for t in chosen), by_teacher[0].new_full((1,), rows)]))
+    if rows == 0:  # only then can the joined batch be empty, and only then is the wait worth it
+        check_count(int(mass[-1].item()), least=1, what="the DISSL loss")
+    # a sum of probabilities needs no logarithms of them: what underflows in it is below 1e-36 of the entropy
+    marginals = (mass[:-1] / mass[-1]).view(firsts, classes)
+    log_marginals = marginals.clamp_min(torch.finfo(mass.dtype).tiny).log()
+    maximality = -_dot(marginals, log_marginals) / firsts
+
+    slopes = w / q_pairs, beta / max(p_pairs, 1), log_marginals * (lam / firsts)
+    sums = mass.new_zeros(5)
+    for block in blocks:
+        p, t, s, q = ([view.detach()[block] for view in views] for views in (by_teacher, teacher, student, by_student))
+        sums += _block(p, t, s, q, chosen, taus, slopes)
+    distillation, invariance, agreement, own, every = (comm.sum(sums) / mass[-1]).unbind()
+    distillation, invariance = distillation / q_pairs, invariance / max(p_pairs, 1)
+    loss = w * distillation - lam * maximality + beta * invariance
+    if wanted:
+        zero = attach_gradient(torch.zeros_like(loss), inputs, _tensors(by_teacher) + _tensors(by_student))
+        loss = loss + zero * (comm.size / mass[-1])
+    return DISSLTerms(
+        loss,
+        distillation,
+        invariance,
+        H_M=maximality,
+        H_Mlz=every / len(teacher),
+        KL_invariance=invariance - own / firsts if p_pairs else torch.zeros_like(own),
+        KL_distillation=(agreement - own) / firsts,
+    )
+
+
+def _block(
+    p: list[Tensor],
+    teacher: list[Tensor],
+    student: list[Tensor],
+    q: list[Tensor],
+    chosen: list[int],
+    taus: tuple[float, float],
+    slopes: tuple[float | Tensor, float | Tensor, Tensor],
+) -> Tensor:
+    """Sums over a block of rows: of D and I (times their pairs), of the cross-entropies and entropies beside them.
+
+    With room in q, the gradients (times the joined rows) replace p and fill q: of D by the student's logits
+    ``n q_s - sum of the n others' p``, by a teacher's what a softmax makes of ``-sum of the others' log q``.
+    """
+    by_d, by_i, by_h = slopes
+    firsts, dtype = len(chosen), p[0].dtype
+    log_p = [F.log_softmax(view.to(dtype) / taus[0], 1) for view in teacher]
+    all_p, all_log_p = sum((p[t] for t in chosen[1:]), p[chosen[0]]), sum(log_p[1:], log_p[0])
+    all_log_q, same = torch.zeros_like(all_p), {}
+    for s, view in enumerate(student):
+        view = view.to(dtype)
+        log_q = F.log_softmax(view if taus[1] == 1 else view / taus[1], 1)
+        all_log_q += log_q
+        if s in chosen:
+            same[s] = log_q
+        if q:
+            count, others = (firsts - 1, all_p - p[s]) if s in chosen else (firsts, all_p)
+            q[s].copy_((log_q.exp() * count).sub_(others).mul_(by_d / taus[1]))
+    agreement = -torch.stack([_dot(p[t], same[t]) for t in chosen]).sum()
+    entropies = torch.stack([-_dot(a, b) for a, b in zip(p, log_p, strict=True)])
+    own = torch.stack([entropies[t] for t in chosen]).sum()
+    d, i = -_dot(all_p, all_log_q) - agreement, -_dot(all_p, all_log_p) - own
+    if q:
+        shared = all_p * by_i
+        for t, view in enumerate(p):
+            if t not in chosen:
+                view.mul_(by_i * firsts).sub_(shared).div_(taus[0])
+                continue
+            slope = (same[t] - all_log_q).mul_(by_d).add_((log_p[t] - all_log_p).mul_(by_i)).add_(by_h[chosen.index(t)])
+            slope -= (view * slope).sum(1, keepdim=True) - by_i * firsts
+            view.mul_(slope).sub_(shared).div_(taus[0])
+    return torch.stack([d, i, agreement, own, entropies.sum()])
+
+
+def _blocks(rows: int, classes: int, device: str) -> list[slice]:
+    size = rows if torch.compiler.is_compiling() else BLOCK.get(device, 2**24) // classes
+    return [slice(start, start + max(size, 1)) for start in range(0, rows, max(size, 1))]
+
+
+def _room(views: Views) -> Views:
+    """Uninitialised, of the views' form."""
+    dtype = compute_dtype(views[0].dtype)
+    if isinstance(views, Tensor):
+        return torch.empty_like(views, dtype=dtype)
+    return [torch.empty_like(view, dtype=dtype) for view in views]
+
+
+def _tensors(views: Views) -> list[Tensor]:
+    return [views] if isinstance(views, Tensor) else list(views)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products; not as a matrix product, which tensor cores would round."""
+    return (a * b).sum()
+
+
+def _chosen(teacher: Views, student: Views, views: Sequence[int] | None) -> list[int]:
+    if not 1 <= len(teacher) <= len(student) or len(student) < 2:
+        raise ValueError(
+            "the DISSL loss needs at least 1 teacher view, 2 student views and as many student as teacher views, "
+            f"got {len(teacher)} and {len(student)}"
+        )
+    named = {f"teacher_logits[{t}]": view for t, view in enumerate(teacher)}
+    check_rows(**named, **{f"student_logits[{s}]": view for s, view in enumerate(student)})
+    chosen = list(range(len(teacher)) if views is None else views)
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(len(teacher))):
+        raise ValueError(f"assignment_views must be different teacher views, 0 to {len(teacher) - 1}, got {views}")
+    return chosen
+
+
+def _weights(w: float | Tensor, lam: float | Tensor, beta: float | Tensor) -> tuple[float | Tensor, ...]:
+    weights = {"distillation_weight": w, "lambda_maximality": lam, "beta_det_inv": beta}
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            check_range(name, weight, low=0)
+    return tuple(weight.detach() if isinstance(weight, Tensor) else weight for weight in weights.values())
+
+
+def _taus(tau_teacher: float, tau_student: float) -> tuple[float, float]:
+    check_range("tau_teacher", tau_teacher, low=1e-6)
+    check_range("tau_student", tau_student, low=1e-6)
+    return tau_teacher, tau_student
+
+
+class DISSLLoss(nn.Module):
+    """Module of :func:`dissl_loss`; the arguments are the same. Weights of a warm-up are given at the call."""
+
+    def __init__(
+        self,
+        *,
+        lambda_maximality: float = 2.3,
+        beta_det_inv: float = 0.8,
+        tau_teacher: float = 0.5,
+        tau_student: float = 1.0,
+        assignment_views: Sequence[int] | None = None,
+        comm: Collective = LOCAL,
+    ) -> None:
+        super().__init__()
+        _weights(1.0, lambda_maximality, beta_det_inv)
+        _taus(tau_teacher, tau_student)
+        self.weights = {"lambda_maximality": lambda_maximality, "beta_det_inv": beta_det_inv}
+        self.options = {"tau_teacher": tau_teacher, "tau_student": tau_student, "assignment_views": assignment_views}
+        self.comm = comm
+
+    def forward(self, teacher_logits: Views, student_logits: Views, **weights: float | Tensor) -> Float[Tensor, ""]:
+        given: dict = {**self.weights, **weights}
+        return dissl_loss(teacher_logits, student_logits, **given, **self.options, comm=self.comm)
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{name}={value}" for name, value in {**self.weights, **self.options, "comm": self.comm}.items()
+        )

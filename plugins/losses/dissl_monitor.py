@@ -1,0 +1,157 @@
+"""What a run of DISSL has beside the loss: warm-ups of its weights, an alarm at the stall, the distance to an ETF.
+
+The published code of arXiv:2209.06235 has the warm-ups in its VISSL fork and the distance to an equiangular tight frame
+in its own repository.
+"""
+
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from plugins.checks import check_range, check_rows, compute_dtype
+
+
+class DISSLWeights(NamedTuple):
+    """The weights of :func:`dissl_loss` at one step, under its names."""
+
+    lambda_maximality: Float[Tensor, "*S"]
+    beta_det_inv: Float[Tensor, "*S"]
+    distillation_weight: Float[Tensor, "*S"]
+
+
+def dissl_warmup(
+    step: Tensor,
+    *,
+    lambda_maximality: float = 2.3,
+    beta_det_inv: float = 0.8,
+    warmup_lambda: int = 0,
+    warmup_beta: int = 0,
+    warmup_distillation: int = 0,
+) -> DISSLWeights:
+    """Weights that reach their values linearly, over K steps each: λ from β + 1, β from λ, the distillation's from 0.
+
+    At step k < K, ``(1 + k) / K`` of the way is covered; K = 0 is no warm-up. Nothing waits for the device.
+
+    Args:
+        step: k, which is 1 at the first step.
+        lambda_maximality: λ after its warm-up.
+        beta_det_inv: β after its warm-up.
+        warmup_lambda: K of λ.
+        warmup_beta: K of β.
+        warmup_distillation: K of the distillation's weight.
+
+    >>> [round(weight.item(), 3) for weight in dissl_warmup(torch.tensor(4), warmup_lambda=10, warmup_beta=10)]
+    [2.05, 1.55, 1.0]
+    """
+
+    def way(start: float, end: float, length: int) -> Tensor:
+        covered = torch.where(step < length, (1 + step) / max(length, 1), 1.0)
+        return start + (end - start) * covered
+
+    return DISSLWeights(
+        way(beta_det_inv + 1, lambda_maximality, warmup_lambda),
+        way(lambda_maximality, beta_det_inv, warmup_beta),
+        way(0.0, 1.0, warmup_distillation),
+    )
+
+
+class StallAlarm:
+    """Warns, once, when the assignments are still uniform after the warm-up: the run will not leave that state.
+
+    Too strong augmentations, a learning rate that is too low or too short a training keep DISSL at uniform assignments,
+    where the loss is (w - λ + β) log C and its gradient vanishes.
+
+    Args:
+        classes: C.
+        after: calls before the first look, as many as the warm-up has steps.
+        every: calls from one look to the next. Only a look waits for the device.
+        threshold: share of log C above which the mean entropy of an assignment is a stall, in (0, 1].
+
+    >>> alarm = StallAlarm(16, after=0, every=1)
+    >>> alarm(torch.tensor(1.0))
+    False
+    """
+
+    def __init__(self, classes: int, *, after: int, every: int = 200, threshold: float = 0.95) -> None:
+        check_range("classes", classes, low=2)
+        check_range("after", after, low=0)
+        check_range("every", every, low=1)
+        check_range("threshold", threshold, low=0, high=1)
+        self.classes, self.after, self.every, self.threshold = classes, after, every, threshold
+        self.calls = 0
+        self.rung = False
+
+    def __call__(self, H_Mlz: Float[Tensor, ""]) -> bool:
+        """Take one step's ``DISSLTerms.H_Mlz``; whether it warned now."""
+        self.calls += 1
+        if self.rung or self.calls <= self.after or (self.calls - self.after) % self.every:
+            return False
+        share = H_Mlz.item() / math.log(self.classes)
+        self.rung = share > self.threshold
+        if self.rung:
+            warnings.warn(
+                f"DISSL has stalled at uniform assignments: after {self.calls} steps their mean entropy is {share:.1%} "
+                f"of log {self.classes}; use weaker augmentations, a higher learning rate or a warm-up of beta",
+                stacklevel=2,
+            )
+        return self.rung
+
+
+class ETFTerms(NamedTuple):
+    """How the representations of a batch lie to each other; the ideal is an equiangular tight frame."""
+
+    cosine_pos: Float[Tensor, ""]
+    """Mean cosine of two views of an image; ideally 1."""
+    cosine_neg: Float[Tensor, ""]
+    """Mean cosine of views of different images; ideally -1 / (classes - 1)."""
+    dist_to_etf: Float[Tensor, ""]
+    """``1 - cosine_pos + cosine_neg``."""
+
+
+class ETFMonitor(nn.Module):
+    """Cosines of two views' representations about their running mean. For logging: nothing has a gradient.
+
+    The centre is half the batch's mean and half a moving average of such means, which takes up a tenth of each batch,
+    in training mode only.
+
+    Args:
+        dim: width D of the representations.
+        rate: what the moving average takes of a batch, in [0, 1].
+
+    Buffers:
+        mean: ``[D]``, zero at first.
+
+    >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    >>> [term.item() for term in ETFMonitor(2)(z, z)]
+    [1.0, -1.0, -1.0]
+    """
+
+    mean: Tensor
+
+    def __init__(self, dim: int, *, rate: float = 0.1) -> None:
+        super().__init__()
+        check_range("dim", dim, low=1)
+        check_range("rate", rate, low=0, high=1)
+        self.rate = rate
+        self.register_buffer("mean", torch.zeros(dim))
+
+    @torch.no_grad()
+    def forward(self, z0: Float[Tensor, "B D"], z1: Float[Tensor, "B D"]) -> ETFTerms:
+        check_rows(z0=z0, z1=z1)
+        if len(z0) < 2:
+            raise ValueError(f"cosines of different images need at least 2 rows, got {len(z0)}")
+        with torch.autocast(z0.device.type, enabled=False):
+            z = torch.stack([z0, z1]).to(compute_dtype(z0.dtype))
+            batch = z.mean((0, 1))
+            x, y = F.normalize(z - (batch + self.mean.to(batch)) / 2, dim=2)
+            if self.training:
+                self.mean.lerp_(batch.to(self.mean), self.rate)
+            positive = (x * y).sum(1).mean()
+            # the sum over all pairs is the product of the sums
+            negative = ((x.sum(0) * y.sum(0)).sum() - positive * len(x)) / (len(x) * (len(x) - 1))
+        return ETFTerms(positive, negative, 1 - positive + negative)

@@ -1,6 +1,7 @@
 """Each loss three ways: a pure function, ``*_terms`` with the parts for logging, and an ``nn.Module``."""
 
 from plugins.losses.byol import BYOLLoss, BYOLLossTerms, byol_loss, byol_terms
+from plugins.losses.cissl import CISSLLoss, CISSLTerms, cissl_loss, cissl_terms
 from plugins.losses.dissl import DISSLLoss, DISSLTerms, dissl_loss, dissl_terms
 from plugins.losses.dissl_monitor import DISSLWeights, ETFMonitor, ETFTerms, StallAlarm, dissl_warmup
 from plugins.losses.isoloss import IsoLoss, IsoLossTerms, isoloss, isoloss_terms
@@ -9,6 +10,8 @@ from plugins.losses.ssl_ey import SSLEYLoss, SSLEYLossTerms, ssl_ey_loss, ssl_ey
 __all__ = [
     "BYOLLoss",
     "BYOLLossTerms",
+    "CISSLLoss",
+    "CISSLTerms",
     "DISSLLoss",
     "DISSLTerms",
     "DISSLWeights",
@@ -21,6 +24,8 @@ __all__ = [
     "StallAlarm",
     "byol_loss",
     "byol_terms",
+    "cissl_loss",
+    "cissl_terms",
     "dissl_loss",
     "dissl_terms",
     "dissl_warmup",

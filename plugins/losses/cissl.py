@@ -1,0 +1,150 @@
+"""CISSL: contrastive learning with two different heads, in which a view is a positive of itself.
+
+Dubois, Hashimoto, Ermon & Liang, "Improving Self-Supervised Learning by Characterizing Idealized Representations"
+(NeurIPS 2022, arXiv:2209.06235). The softmax runs over the teacher head's outputs only, and the row's own view stays
+among its columns. Without it the same function is SimCLR's loss (Chen et al., arXiv:2002.05709) where both heads are
+one, and the "simple" variant of the published VISSL fork where they are two.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from plugins.checks import check_choice, check_count, check_range, check_rows, compute_dtype
+from plugins.distributed import LOCAL, Collective
+from plugins.linalg import attach_gradient
+
+POSITIVES = ("all", "other")
+EPS = 1e-8
+Views = Sequence[Float[Tensor, "B D"]] | Float[Tensor, "V B D"]
+
+
+class CISSLTerms(NamedTuple):
+    """In nats. Only ``loss`` has a gradient."""
+
+    loss: Float[Tensor, ""]
+    I_q_zm: Float[Tensor, ""]
+    """``hat_H_m - loss``: the bound on the mutual information of representation and image."""
+    hat_H_m: Float[Tensor, ""]
+    """Logarithm of the number of columns, V N, or V N - 1 where the row's own view is none."""
+
+
+def cissl_loss(
+    student: Views, teacher: Views, *, temperature: float = 0.07, positives: str = "all", comm: Collective = LOCAL
+) -> Float[Tensor, ""]:
+    """Mean over rows (view v, image i) of ``-mean_u log softmax_j(cos(s_vi, t_j) / τ)`` at j = (view u, image i).
+
+    The columns j are the V views of all N images, the teacher's outputs. Nothing is detached.
+
+    Args:
+        student: outputs of the student head (linear, for linear probes) for V ≥ 2 views, as a list or one tensor.
+        teacher: outputs of the teacher head (an MLP) for the same views.
+        temperature: τ > 0, fixed; 0.07 in the paper's own code, 0.1 in its VISSL fork.
+        positives: "all" views of the own image, or only the "other" ones: then the row's own view is no column at all.
+        comm: the processes that share the batch. Rows of both heads are gathered, V N numbers more where gradients are
+            wanted; nothing is sent in backward.
+
+    Returns:
+        The loss of the joined batch, float32 (float64 for float64 input). "all": at least log V; log V N where all rows
+        are alike. A row shorter than 1e-8 has no direction: its cosines are 0, and it gets no gradient.
+
+    Raises:
+        ValueError: shapes or numbers of views differ, fewer than two views or images, an unknown choice.
+
+    >>> same = torch.ones(2, 4, 3)
+    >>> round(cissl_loss(same, same).item(), 5)  # log 8
+    2.07944
+    """
+    return cissl_terms(student, teacher, temperature=temperature, positives=positives, comm=comm).loss
+
+
+def cissl_terms(
+    student: Views, teacher: Views, *, temperature: float = 0.07, positives: str = "all", comm: Collective = LOCAL
+) -> CISSLTerms:
+    """:func:`cissl_loss` with the bound on the information that it gives."""
+    _check(student, teacher)
+    check_range("temperature", temperature, low=1e-6)
+    check_choice("positives", positives, POSITIVES)
+    with torch.autocast(student[0].device.type, enabled=False):
+        u, w = _directions(student), _directions(teacher)
+        rows, views, _ = u.shape
+        counts = comm.row_counts(rows, u.device)
+        check_count(sum(counts), least=2, what="a contrastive loss")
+        first, columns = sum(counts[: comm.rank]) * views, sum(counts) * views
+        own = None if positives == "all" else first
+        both = comm.gather_rows(torch.cat([u, w], 2).detach(), counts=counts).flatten(0, 1)
+        all_u, all_w = both.chunk(2, 1)
+        flat_u, flat_w = u.detach().flatten(0, 1), w.detach().flatten(0, 1)
+        mean_u, mean_w = (_positives(each.detach(), positives).flatten(0, 1) for each in (u, w))
+
+        weights, top = _exponentials(flat_u @ all_w.T, temperature, own)
+        mass = weights.sum(1, keepdim=True)
+        log_mass = mass.log() + top
+        loss = comm.sum((log_mass.sum() - (flat_u * mean_w).sum() / temperature) / columns)
+        if torch.is_grad_enabled() and (u.requires_grad or w.requires_grad):
+            by_u = (weights @ all_w) / mass - mean_w
+            if comm.size == 1:
+                by_w = weights.T @ (flat_u / mass) - mean_u
+            else:  # the columns of this process, of which other processes hold the rows
+                log_masses = comm.gather_rows(log_mass.view(rows, views), counts=counts).flatten()
+                weights, _ = _exponentials(flat_w @ all_u.T, temperature, own, log_masses)
+                by_w = weights @ all_u - mean_u
+            scale = comm.size / (columns * temperature)
+            loss = attach_gradient(loss, [u, w], [(each * scale).view_as(u) for each in (by_u, by_w)])
+    entropy = loss.new_full((), math.log(columns if own is None else columns - 1))
+    return CISSLTerms(loss, entropy - loss.detach(), entropy)
+
+
+def _exponentials(
+    cosines: Tensor, temperature: float, own: int | None, top: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """exp(cosine / τ - top), in the memory of the cosines; top is each row's largest where it is not given."""
+    scores = cosines.div_(temperature)
+    if own is not None:
+        scores.diagonal(own).fill_(-math.inf)
+    if top is None:
+        top = scores.amax(1, keepdim=True)
+    return scores.sub_(top).exp_(), top
+
+
+def _directions(views: Views) -> Float[Tensor, "B V D"]:
+    z = torch.stack([*views], 1)
+    z = z.to(compute_dtype(z.dtype))
+    lengths = torch.linalg.vector_norm(z, dim=2, keepdim=True)
+    return z / torch.where(lengths > EPS, lengths, torch.inf)
+
+
+def _positives(z: Float[Tensor, "B V D"], positives: str) -> Float[Tensor, "B V D"]:
+    """For each view the mean over its positives."""
+    if positives == "all":
+        return z.mean(1, keepdim=True).expand_as(z)
+    return (z.sum(1, keepdim=True) - z) / (z.shape[1] - 1)
+
+
+def _check(student: Views, teacher: Views) -> None:
+    if len(student) != len(teacher) or len(student) < 2:
+        raise ValueError(
+            f"student and teacher must have as many views, at least 2, got {len(student)} and {len(teacher)}"
+        )
+    named = {f"student[{v}]": view for v, view in enumerate(student)}
+    check_rows(**named, **{f"teacher[{v}]": view for v, view in enumerate(teacher)})
+
+
+class CISSLLoss(nn.Module):
+    """Module of :func:`cissl_loss`; the arguments are the same."""
+
+    def __init__(self, *, temperature: float = 0.07, positives: str = "all", comm: Collective = LOCAL) -> None:
+        super().__init__()
+        check_range("temperature", temperature, low=1e-6)
+        check_choice("positives", positives, POSITIVES)
+        self.temperature, self.positives, self.comm = temperature, positives, comm
+
+    def forward(self, student: Views, teacher: Views) -> Float[Tensor, ""]:
+        return cissl_loss(student, teacher, temperature=self.temperature, positives=self.positives, comm=self.comm)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, positives={self.positives!r}, comm={self.comm}"

@@ -1,0 +1,321 @@
+"""CISSL: known values, slow reference, optima, invariances, gradients, ranks, dtypes."""
+
+import itertools
+import math
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plugins.losses import CISSLLoss, cissl_loss, cissl_terms
+from plugins.testing import DIFFICULT, assert_joined, devices, difficult_views, toy_views
+
+POSITIVES = ("all", "other")
+SHAPES = [(4, 3, 2), (3, 7, 2), (5, 4, 4)]
+
+
+def _views(rows, width, views=2, seed=0):
+    every = toy_views(rows, width, views=2 * views, seed=seed)
+    return every[:views], every[views:]
+
+
+def _reference_cissl(student, teacher, tau=0.07, positives="all"):
+    """The formula row by row and column by column, in float64."""
+
+    def unit(row):
+        return row / math.sqrt(float(row @ row))
+
+    student, teacher = (np.stack([np.asarray(v, dtype=np.float64) for v in views]) for views in (student, teacher))
+    views, images, _ = student.shape
+    total = 0.0
+    for v, i in itertools.product(range(views), range(images)):
+        u = unit(student[v, i])
+        score = {(a, b): float(u @ unit(teacher[a, b])) / tau for a in range(views) for b in range(images)}
+        if positives == "other":
+            del score[v, i]
+        top = max(score.values())
+        log_mass = top + math.log(sum(math.exp(s - top) for s in score.values()))
+        total -= np.mean([s - log_mass for (_, b), s in score.items() if b == i])
+    return total / (views * images)
+
+
+def _autograd_cissl(student, teacher, tau=0.07, positives="all"):
+    """With a target for each column, left to autograd."""
+    u, w = (torch.nn.functional.normalize(torch.cat(views), dim=1) for views in (student, teacher))
+    images = torch.arange(len(student[0])).repeat(len(student))
+    target = (images[:, None] == images[None]).to(u)
+    logits = u @ w.T / tau
+    if positives == "other":
+        own = torch.eye(len(u), dtype=torch.bool)
+        logits, target = logits.masked_fill(own, -1e9), target.masked_fill(own, 0)
+    return -(target / target.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def test_known_values():
+    same = torch.ones(2, 4, 3, dtype=torch.float64)
+    assert cissl_loss(same, same).item() == pytest.approx(math.log(8), rel=1e-14)
+    assert cissl_loss(same, same).item() == pytest.approx(2.0794415, abs=1e-7)
+    assert cissl_loss(same, same, positives="other").item() == pytest.approx(math.log(7), rel=1e-14)
+    assert cissl_loss(same, same, positives="other").item() == pytest.approx(1.9459101, abs=1e-7)
+    orthonormal = torch.eye(4, dtype=torch.float64).expand(2, 4, 4)
+    assert cissl_loss(orthonormal, orthonormal).item() == pytest.approx(
+        math.log(2 + 6 * math.exp(-1 / 0.07)), rel=1e-14
+    )
+    assert cissl_loss(orthonormal, orthonormal).item() == pytest.approx(0.6931491, abs=1e-7)
+    assert cissl_loss(orthonormal, orthonormal, positives="other").item() == pytest.approx(3.7492e-6, rel=1e-4)
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_slow_reference(shape, positives):
+    student, teacher = _views(*shape)
+    expected = _reference_cissl(student, teacher, positives=positives)
+    assert cissl_loss(student, teacher, positives=positives).item() == pytest.approx(expected, rel=1e-12)
+    singles = [view.float() for view in student], [view.float() for view in teacher]
+    assert cissl_loss(*singles, positives=positives).item() == pytest.approx(expected, rel=1e-5, abs=3e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(2, 6),
+    width=st.integers(1, 8),
+    views=st.integers(2, 4),
+    exponent=st.integers(-4, 4),
+    tau=st.floats(0.03, 2),
+    seed=st.integers(0, 99),
+)
+def test_equals_slow_reference_at_any_shape_scale_and_temperature(rows, width, views, exponent, tau, seed):
+    student, teacher = ([10.0**exponent * view for view in side] for side in _views(rows, width, views, seed))
+    for positives in POSITIVES:
+        value = cissl_loss(student, teacher, temperature=tau, positives=positives).item()
+        assert value == pytest.approx(_reference_cissl(student, teacher, tau, positives), rel=1e-10, abs=1e-10)
+
+
+def test_one_head_without_its_own_view_is_simclr():
+    z, _ = _views(5, 4)
+    joined = torch.nn.functional.normalize(torch.cat(z), dim=1)
+    logits = (joined @ joined.T / 0.2).fill_diagonal_(-torch.inf)
+    target = torch.cat([torch.arange(5, 10), torch.arange(5)])
+    expected = torch.nn.functional.cross_entropy(logits, target).item()
+    assert cissl_loss(z, z, temperature=0.2, positives="other").item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("positives", "columns"), [("all", 15), ("other", 14)])
+def test_terms_add_up(positives, columns):
+    student, teacher = _views(5, 4, 3)
+    student[0].requires_grad_()
+    terms = cissl_terms(student, teacher, positives=positives)
+    assert terms.hat_H_m.item() == pytest.approx(math.log(columns))
+    assert terms.I_q_zm.item() == pytest.approx(math.log(columns) - terms.loss.item())
+    assert [term.requires_grad for term in terms] == [True, False, False]
+
+
+def test_module_is_the_function():
+    student, teacher = _views(5, 4)
+    for positives in POSITIVES:
+        module = CISSLLoss(temperature=0.2, positives=positives)
+        expected = cissl_loss(student, teacher, temperature=0.2, positives=positives)
+        assert torch.equal(module(student, teacher), expected)
+        assert torch.equal(module(torch.stack(student), torch.stack(teacher)), expected)
+        assert positives in repr(module)
+
+
+# --- properties -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.integers(2, 6), width=st.integers(1, 8), views=st.integers(2, 4), seed=st.integers(0, 99))
+def test_is_bounded_below(rows, width, views, seed):
+    student, _ = _views(rows, width, views, seed)
+    assert cissl_loss(student, student).item() >= math.log(views) - 1e-12
+    assert cissl_loss(student, student, positives="other").item() >= math.log(views - 1) - 1e-12
+
+
+def test_invariances():
+    student, teacher = _views(5, 4)
+    for positives in POSITIVES:
+
+        def loss(a, b, positives=positives):
+            return cissl_loss(a, b, positives=positives).item()
+
+        value = loss(student, teacher)
+        order = torch.randperm(5, generator=torch.Generator().manual_seed(0))
+        rotation, _ = torch.linalg.qr(toy_views(4, 4, views=1)[0])
+        assert loss(student[::-1], teacher[::-1]) == pytest.approx(value, rel=1e-13)
+        assert loss([v[order] for v in student], [v[order] for v in teacher]) == pytest.approx(value, rel=1e-13)
+        assert loss([v @ rotation for v in student], [v @ rotation for v in teacher]) == pytest.approx(value, rel=1e-12)
+        assert loss([3 * v for v in student], [v / 7 for v in teacher]) == pytest.approx(value, rel=1e-12)
+        assert loss(teacher, student) != pytest.approx(value, rel=1e-3)
+        assert loss([v[order] for v in student], teacher) != pytest.approx(value, rel=1e-3)
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_is_that_of_autograd(shape, positives):
+    student, teacher = ([view.requires_grad_() for view in views] for views in _views(*shape))
+    expected = torch.autograd.grad(_autograd_cissl(student, teacher, positives=positives), student + teacher)
+    found = torch.autograd.grad(3 * cissl_loss(student, teacher, positives=positives), student + teacher)
+    torch.testing.assert_close(found, tuple(3 * g for g in expected), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_gradient_of_one_head(positives):
+    z = [view.requires_grad_() for view in _views(4, 3)[0]]
+    expected = torch.autograd.grad(_autograd_cissl(z, z, positives=positives), z)
+    found = torch.autograd.grad(cissl_loss(z, z, positives=positives), z)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_gradcheck(positives):
+    views = [view.requires_grad_() for side in _views(3, 4) for view in side]
+    assert torch.autograd.gradcheck(lambda *v: cissl_loss(v[:2], v[2:], temperature=0.5, positives=positives), views)
+
+
+def test_no_gradient_is_made_where_none_is_wanted():
+    student, teacher = _views(4, 3)
+    assert not cissl_loss(student, teacher).requires_grad
+    student[0].requires_grad_()
+    with torch.no_grad():
+        assert not cissl_loss(student, teacher).requires_grad
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(cissl_loss(student, teacher), student[0], create_graph=True)
+
+
+# --- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def _step(comm, model, x0, x1, x2):
+    z = [model(x) for x in (x0, x1, x2)]
+    return cissl_loss([each.tanh() for each in z], z, comm=comm)
+
+
+def _other_step(comm, model, x0, x1, _):
+    z = [model(x) for x in (x0, x1)]
+    return cissl_loss([each.flip(1) for each in z], z, positives="other", comm=comm)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("counts", [(5, 5), (8, 3), (4, 4, 4), (2, 9, 1), (6, 0)])
+@pytest.mark.parametrize("step", [_step, _other_step])
+def test_ranks_equal_the_joined_batch(ranks, step, counts):
+    assert_joined(ranks, step, toy_views(sum(counts), 5, views=3), counts)
+
+
+def _traffic(comm, student, teacher):
+    """Numbers of floats sent in forward, and how often anything was sent in backward."""
+    sent = []
+
+    def recorded(function, position):
+        def call(*args, **kwargs):
+            sent.append(args[position].numel())
+            return function(*args, **kwargs)
+
+        return call
+
+    student[0].requires_grad_()
+    with (
+        mock.patch.object(dist, "all_reduce", recorded(dist.all_reduce, 0)),
+        mock.patch.object(dist, "all_gather", recorded(dist.all_gather, 1)),
+    ):
+        loss = cissl_loss(student, teacher, comm=comm)
+        forward = sent.copy()
+        loss.backward()
+    return forward, len(sent) - len(forward)
+
+
+@pytest.mark.ddp
+def test_sends_rows_and_a_number_for_each(ranks):
+    student, teacher = _views(6, 50)
+    for forward, backward in ranks.run(_traffic, [(student, teacher)] * 2):
+        counts, rows, total, masses = forward
+        assert (counts, rows, total, masses) == (2, 2 * 2 * 6 * 50, 1, 2 * 6)
+        assert backward == 0
+
+
+def _error(comm, student, teacher):
+    try:
+        cissl_loss(student, teacher, comm=comm)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.ddp
+def test_one_image_over_all_ranks_is_refused(ranks):
+    one, none = torch.ones(2, 1, 4), torch.ones(2, 0, 4)
+    for message in ranks.run(_error, [(one, one), (none, none)]):
+        assert message == "a contrastive loss needs at least 2 rows over all processes, got 1"
+
+
+# --- numerics -------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_input_is_refused():
+    z = torch.ones(4, 3)
+    with pytest.raises(ValueError, match="as many views, at least 2, got 1 and 1"):
+        cissl_loss([z], [z])
+    with pytest.raises(ValueError, match="as many views, at least 2, got 2 and 3"):
+        cissl_loss([z] * 2, [z] * 3)
+    with pytest.raises(ValueError, match=r"teacher\[1\] must have the shape of student\[0\], \(4, 3\), got \(4, 2\)"):
+        cissl_loss([z] * 2, [z, z[:, :2]])
+    with pytest.raises(ValueError, match="at least 2 rows over all processes, got 1"):
+        cissl_loss([z[:1]] * 2, [z[:1]] * 2)
+    for make in (CISSLLoss, lambda **options: cissl_loss([z] * 2, [z] * 2, **options)):
+        with pytest.raises(ValueError, match="temperature"):
+            make(temperature=0.0)
+        with pytest.raises(ValueError, match="positives must be one of all, other, got 'own'"):
+            make(positives="own")
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", DIFFICULT)
+@pytest.mark.parametrize("shape", [(2, 5), (64, 16), (16, 64)])
+def test_difficult_batches_are_finite(shape, kind, dtype, positives, device):
+    views = [view.to(device, dtype) for seed in (0, 1) for view in difficult_views(kind, *shape, seed=seed)]
+    inputs = [view.clone().requires_grad_() for view in views]
+    loss = cissl_loss(inputs[:2], inputs[2:], positives=positives)
+    assert loss.dtype == torch.float32 and loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, inputs))
+    if kind == "zero":
+        columns = 2 * shape[0] - (positives == "other")
+        assert loss.item() == pytest.approx(math.log(columns), rel=1e-6)
+    else:
+        expected = _reference_cissl([v.double().cpu() for v in views[:2]], [v.double().cpu() for v in views[2:]],
+                                    positives=positives)  # fmt: skip
+        assert loss.item() == pytest.approx(expected, rel=2e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_float32(device, dtype):
+    """In float16 a cosine over 0.07 is off by up to 0.007, and its exponential by 0.7 %."""
+    student, teacher = ([view.to(device, dtype) for view in views] for views in _views(64, 40))
+    with torch.autocast(device, dtype=dtype):
+        loss = cissl_loss(student, teacher)
+    expected = _reference_cissl([v.float().cpu() for v in student], [v.float().cpu() for v in teacher])
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_compiles_to_one_graph(positives):
+    views = [[view.float().requires_grad_() for view in side] for side in _views(8, 6)]
+    compiled = torch.compile(cissl_loss, fullgraph=True, backend="aot_eager")
+    expected, found = cissl_loss(*views, positives=positives), compiled(*views, positives=positives)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    leaves = views[0] + views[1]
+    torch.testing.assert_close(
+        torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), rtol=1e-4, atol=1e-5
+    )

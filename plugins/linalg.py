@@ -1,4 +1,7 @@
-"""Algebra that losses and loggers share: joined centring, covariance or Gram by cost, spectra, analytic gradients."""
+"""Algebra that losses and loggers share.
+
+Joined centring, covariance or Gram by cost, spectra, functions of matrices and their derivatives, analytic gradients.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -60,7 +63,12 @@ def joined_mean(values: Float[Tensor, " B"], comm: Collective = LOCAL) -> Float[
 
 
 def standardized_rows(
-    z: Float[Tensor, "*V B D"], comm: Collective = LOCAL, *, what: str = "a covariance", overwrite: bool = False
+    z: Float[Tensor, "*V B D"],
+    comm: Collective = LOCAL,
+    *,
+    what: str = "a covariance",
+    overwrite: bool = False,
+    unbiased: bool = True,
 ) -> tuple[Float[Tensor, "*V B D"], float | Float[Tensor, ""]]:
     """Rows minus the joined column means, times ``1 / sqrt(N - 1)``: S, of which ``S^T S`` is the unbiased covariance.
 
@@ -73,6 +81,7 @@ def standardized_rows(
         comm: the processes that share the batch.
         what: the quantity that needs two rows, for the error message.
         overwrite: write S into z, which then must be the caller's own: fresh memory costs more time than the sums.
+        unbiased: False divides by N instead of N - 1.
 
     Returns:
         S and the factor ``1 / sqrt(N - 1)``; the factor is a tensor where only the device knows N.
@@ -88,14 +97,14 @@ def standardized_rows(
     rows = z.shape[-2]
     if comm.size == 1:
         check_count(rows, least=2, what=what)
-        factor = (rows - 1) ** -0.5
+        factor = (rows - int(unbiased)) ** -0.5
         mean = z.mean(-2, keepdim=True)
         return (z.sub_(mean) if overwrite else z - mean).mul_(factor), factor
     total = comm.sum(torch.cat([z.sum(-2).flatten(), z.new_tensor([rows])]))
     if rows < 2:  # only then can the joined batch be too small, and only then is waiting for the device worth it
         check_count(int(total[-1].item()), least=2, what=what)
     mean = (total[:-1] / total[-1]).unflatten(0, z.shape[:-2] + z.shape[-1:]).unsqueeze(-2)
-    factor = (total[-1] - 1).rsqrt()
+    factor = (total[-1] - int(unbiased)).rsqrt()
     return (z.sub_(mean) if overwrite else z - mean).mul_(factor), factor
 
 
@@ -221,6 +230,189 @@ def _shares(eigenvalues: Tensor) -> Tensor:
     positive = eigenvalues.clamp_min(0)
     relative = positive / positive.max().clamp_min(torch.finfo(positive.dtype).tiny)
     return relative / relative.sum().clamp_min(torch.finfo(positive.dtype).tiny)
+
+
+def unit_rows(z: Float[Tensor, "*V B D"]) -> tuple[Float[Tensor, "*V B D"], Float[Tensor, "*V B 1"]]:
+    """Rows divided by their lengths, and one over the lengths; both are 0 for a row no longer than 1e-12.
+
+    Args:
+        z: rows, detached here; :func:`tangent` is the way back.
+
+    >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))[0]
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
+    z = z.detach()
+    lengths = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    inverse = torch.where(lengths > 1e-12, 1 / lengths, 0)
+    return z * inverse, inverse
+
+
+def tangent(
+    gradient: Float[Tensor, "*V B D"], unit: Float[Tensor, "*V B D"], inverse: Float[Tensor, "*V B 1"]
+) -> Float[Tensor, "*V B D"]:
+    """The gradient by the rows themselves, given that by their directions: ``(g - (g . u) u) / |z|``.
+
+    Args:
+        gradient: by the unit rows; it is overwritten.
+        unit: first result of :func:`unit_rows`.
+        inverse: its second.
+
+    >>> unit, inverse = unit_rows(torch.tensor([[2.0, 0.0]]))
+    >>> tangent(torch.tensor([[5.0, 1.0]]), unit, inverse)
+    tensor([[0.0000, 0.5000]])
+    """
+    along = (gradient * unit).sum(-1, keepdim=True)
+    return gradient.addcmul_(along, unit, value=-1).mul_(inverse)
+
+
+def pack_symmetric(a: Float[Tensor, "*V D D"], b: Float[Tensor, "*V D D"]) -> Float[Tensor, "*V E D"]:
+    """Two symmetric matrices in the room of one and a row: one above the diagonal, one below. For sending.
+
+    >>> pack_symmetric(torch.tensor([[1.0, 2.0], [2.0, 3.0]]), torch.tensor([[4.0, 5.0], [5.0, 6.0]]))
+    tensor([[1., 2.],
+            [5., 3.],
+            [4., 6.]])
+    """
+    return torch.cat([a.triu() + b.tril(-1), b.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)], -2)
+
+
+def unpack_symmetric(packed: Float[Tensor, "*V E D"]) -> tuple[Float[Tensor, "*V D D"], Float[Tensor, "*V D D"]]:
+    """The two matrices that :func:`pack_symmetric` was given."""
+    square, diagonal = packed[..., :-1, :], packed[..., -1, :]
+    below = square.tril(-1)
+    return square.triu() + square.triu(1).mT, below + below.mT + torch.diag_embed(diagonal)
+
+
+def power_traces(
+    x: Float[Tensor, "*V n n"], coefficients: Sequence[float]
+) -> tuple[Float[Tensor, "*V"], Float[Tensor, "*V n n"]]:
+    """``tr f(X)`` and ``f'(X)`` of a polynomial ``f(X) = a_1 X + ... + a_K X^K``, X of any kind, in K - 2 products.
+
+    The derivative of tr f(X) by X is ``f'(X)^T``. With X = S_p^T S_z, that by S_z is ``S_p f'(X)^T``; the traces are
+    those of the Gram form X = S_z S_p^T, whose derivative by S_z is ``f'(X)^T S_p``.
+
+    Args:
+        x: square matrices.
+        coefficients: a_1 to a_K.
+
+    >>> x = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+    >>> power_traces(x, [1.0, 0.5])  # tr(X + X^2 / 2), I + X
+    (tensor(2.), tensor([[1., 1.],
+            [2., 1.]]))
+    """
+    value = coefficients[0] * x.diagonal(dim1=-2, dim2=-1).sum(-1)
+    derivative = torch.zeros_like(x)
+    derivative.diagonal(dim1=-2, dim2=-1).fill_(coefficients[0])
+    power = x
+    for k, coefficient in enumerate(coefficients[1:], 2):
+        value = value + coefficient * (power * x.mT).sum((-2, -1))
+        derivative.add_(power, alpha=k * coefficient)
+        if k < len(coefficients):
+            power = power @ x
+    return value, derivative
+
+
+def polynomial(
+    b: Float[Tensor, "*V n n"], direction: Float[Tensor, "*V n n"], coefficients: Sequence[float]
+) -> tuple[Float[Tensor, "*V n n"], Float[Tensor, "*V n n"]]:
+    """``f(B) = c_0 I + c_1 B + ... + c_m B^m`` and its derivative along P, for symmetric B and P.
+
+    The derivative, ``sum_k c_k sum_(i+j=k-1) B^i P B^j``, is also that of tr(P f(B)) by B. Both follow Horner's scheme
+    in B^2: five products for m = 4, where powers and sums one by one would take a dozen.
+
+    Args:
+        b: symmetric matrices.
+        direction: P, symmetric matrices.
+        coefficients: c_0 to c_m.
+
+    >>> f, slope = polynomial(torch.tensor([[3.0]]), torch.tensor([[10.0]]), [1.0, 0.0, 2.0])  # 1 + 2 x^2; 4 x * 10
+    >>> f.item(), slope.item()
+    (19.0, 120.0)
+    """
+    rest = [*coefficients, *[0.0] * (len(coefficients) % 2)]
+    odd, even = rest.pop(), rest.pop()
+    value, slope = b * odd, direction * odd
+    value.diagonal(dim1=-2, dim2=-1).add_(even)
+    if not rest:
+        return value, slope
+    square, half = b @ b, b @ direction
+    square_slope = half + half.mT
+    if odd == 0:  # so far the value is a multiple of the identity
+        value, slope = square * even, square_slope * even
+    else:
+        value, slope = value @ square, slope @ square + value @ square_slope
+    while True:
+        odd, even = rest.pop(), rest.pop()
+        value.add_(b, alpha=odd).diagonal(dim1=-2, dim2=-1).add_(even)
+        slope.add_(direction, alpha=odd)
+        if not rest:
+            return value, slope
+        value, slope = value @ square, slope @ square + value @ square_slope
+
+
+def logarithm(
+    b: Float[Tensor, "*V n n"], direction: Float[Tensor, "*V n n"], mu: float, *, divided: bool = False
+) -> tuple[Float[Tensor, "*V n n"], Float[Tensor, "*V n n"]]:
+    """``log(I + B / mu)`` of symmetric positive semidefinite B, and its derivative along a symmetric P.
+
+    By Daleckii and Krein the derivative is ``V (G o V^T P V) V^T`` with B = V diag(w) V^T and G the divided differences
+    of the function at pairs of eigenvalues. They are written without cancellation, so that equal eigenvalues, of which
+    a batch of fewer rows than columns has many, do no harm; autograd through ``eigh`` divides by zero there.
+
+    Args:
+        b: B.
+        direction: P.
+        mu: > 0.
+        divided: take ``log(1 + x / mu) / x`` (1 / mu at 0) instead, which is what the Gram form needs.
+
+    >>> value, slope = logarithm(torch.zeros(2, 2), torch.eye(2), 0.5)
+    >>> value.sum().item(), slope.diagonal()  # the derivative of log(1 + 2 x) at 0, twice
+    (0.0, tensor([2., 2.]))
+    """
+    values, vectors = torch.linalg.eigh(b)
+    x = values.clamp_min(0).double() / mu  # numbers only: the products stay in their own precision
+    one, other = torch.maximum(x.unsqueeze(-1), x.unsqueeze(-2)), torch.minimum(x.unsqueeze(-1), x.unsqueeze(-2))
+    differences = _log1p_ratio((one - other) / (1 + other)) / (1 + other) / mu
+    of_values = x.log1p()
+    if divided:
+        # of second order, at one, other and 0; what cancels near 0 is replaced by its expansion
+        series = -1 / 2 + (one + other) / 3 - (one.square() + one * other + other.square()) / 4
+        near = one < 1e-4
+        safe = torch.where(near, 1, one)
+        differences = torch.where(near, series, (differences * mu - _log1p_ratio(other)) / safe) / mu**2
+        of_values = _log1p_ratio(x) / mu
+    differences, of_values = differences.to(b.dtype), of_values.to(b.dtype)
+    rotated = differences * (vectors.mT @ direction @ vectors)
+    return (vectors * of_values.unsqueeze(-2)) @ vectors.mT, vectors @ rotated @ vectors.mT
+
+
+def _log1p_ratio(x: Tensor) -> Tensor:
+    """log(1 + x) / x, 1 at 0."""
+    return torch.where(x == 0, 1, x.log1p() / torch.where(x == 0, 1, x))
+
+
+@torch.no_grad()
+def spectral_radius(x: Float[Tensor, "*V n n"], *, shift: float = 0.0, steps: int = 12) -> Float[Tensor, "*V"]:
+    """Estimate of the largest absolute eigenvalue of ``X + shift I``, by power iteration; never waits for the device.
+
+    The growth is averaged over the last half of the steps, for complex pairs make it oscillate.
+
+    Args:
+        x: square matrices of any kind.
+        shift: what is added to the diagonal.
+        steps: products with a vector.
+
+    >>> round(spectral_radius(torch.tensor([[0.0, 2.0], [2.0, 3.0]]), shift=1.0).item(), 3)
+    5.0
+    """
+    v = torch.arange(x.shape[-1], dtype=x.dtype, device=x.device).cos().unsqueeze(-1).expand(*x.shape[:-1], 1)
+    growth = []
+    for _ in range(steps):
+        v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        v = x @ v + shift * v
+        growth.append(torch.linalg.vector_norm(v, dim=-2))
+    return torch.stack(growth[steps // 2 :]).log().mean(0).exp().squeeze(-1)
 
 
 def attach_gradient(

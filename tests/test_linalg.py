@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import linalg
 
 from plugins.linalg import (
     attach_gradient,
@@ -14,10 +15,18 @@ from plugins.linalg import (
     effective_rank,
     gram_is_cheaper,
     joined_mean,
+    logarithm,
+    pack_symmetric,
     participation_ratio,
+    polynomial,
+    power_traces,
+    spectral_radius,
     split_square,
     squared_norm,
     standardized_rows,
+    tangent,
+    unit_rows,
+    unpack_symmetric,
     ustat_square,
 )
 from plugins.testing import DIFFICULT, difficult_views, toy_views
@@ -131,3 +140,96 @@ def test_attached_gradients_are_scaled_by_what_comes_from_above():
     assert value.item() == 5
     torch.testing.assert_close(x.grad, 6 * x.detach())
     torch.testing.assert_close(y.grad, 3 * torch.ones_like(y))
+
+
+def _symmetric(size, *, positive=False, seed=0):
+    a, b = toy_views(size, size, seed=seed)
+    matrix = torch.stack([a, b])
+    return matrix @ matrix.mT / size**2 if positive else matrix + matrix.mT
+
+
+def test_covariances_divided_by_the_number_of_rows():
+    (z,) = toy_views(9, 4, views=1)
+    s, factor = standardized_rows(z, unbiased=False)
+    np.testing.assert_allclose((s.T @ s).numpy(), np.cov(z.numpy().T, ddof=0), rtol=1e-12)
+    assert factor == pytest.approx(1 / 3)
+
+
+def test_unit_rows_and_the_way_back():
+    (z,) = toy_views(5, 4, views=1)
+    z[3] = 0
+    unit, inverse = unit_rows(z)
+    np.testing.assert_allclose(unit.norm(dim=1), [1, 1, 1, 0, 1], rtol=1e-14)
+    weights = toy_views(5, 4, seed=1)[0]
+    free = z[[0, 1, 2, 4]].requires_grad_()
+    (free / free.norm(dim=1, keepdim=True) * weights[[0, 1, 2, 4]]).sum().backward()
+    found = tangent(weights.clone(), unit, inverse)
+    torch.testing.assert_close(found[[0, 1, 2, 4]], free.grad)
+    assert (found[3] == 0).all()
+
+
+def test_two_symmetric_matrices_share_one():
+    a, b = _symmetric(5), _symmetric(5, seed=1)
+    assert pack_symmetric(a, b).shape == (2, 6, 5)
+    for found, expected in zip(unpack_symmetric(pack_symmetric(a, b)), (a, b), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 7])
+def test_power_traces_and_their_derivative(order):
+    x = torch.stack(toy_views(4, 4)).requires_grad_()
+    coefficients = [1 / (k + 2) * (-1) ** k for k in range(order)]
+    powers = [torch.linalg.matrix_power(x, k) for k in range(1, order + 1)]
+    f = sum(c * p for c, p in zip(coefficients, powers, strict=True))
+    expected = f.diagonal(dim1=-2, dim2=-1).sum(-1)
+    found, derivative = power_traces(x.detach(), coefficients)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(derivative.mT, torch.autograd.grad(expected.sum(), x)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 3, 4, 5, 8])
+def test_polynomial_and_its_derivative(degree):
+    b, direction = _symmetric(4) / 8, _symmetric(4, seed=1)
+    coefficients = [(k + 1) * (-1.0) ** k for k in range(degree + 1)]
+    b.requires_grad_()
+    f = sum(c * torch.linalg.matrix_power(b, k) for k, c in enumerate(coefficients))
+    (expected,) = torch.autograd.grad((direction * f).sum() + 0 * b.sum(), b)
+    value, slope = polynomial(b.detach(), direction, coefficients)
+    torch.testing.assert_close(value, f.detach(), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(slope, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize("mu", [0.3, 1.0])
+@pytest.mark.parametrize("scale", [1.0, 3e-5, 1e-9])
+def test_logarithm_and_its_derivative(scale, mu, divided):
+    """Against scipy's logm and central differences; eigenvalues near and at 0 are where the expansion takes over."""
+    (b, _), (direction, _) = scale * _symmetric(4, positive=True), _symmetric(4, seed=1)
+    eye = np.eye(4)
+
+    def function(matrix):
+        if scale == 1:
+            log = linalg.logm(eye + matrix / mu)
+            return np.linalg.solve(matrix, log) if divided else log
+        # logm loses what is small beside 1; of log(1 + x) / x = 1 - x / 2 + ... a dozen terms suffice here
+        ratio = sum((-1) ** k / (k + 1) * np.linalg.matrix_power(matrix / mu, k) for k in range(12)) / mu
+        return ratio if divided else matrix @ ratio
+
+    value, slope = logarithm(b, direction, mu, divided=divided)
+    np.testing.assert_allclose(value, function(b.numpy()), rtol=1e-10, atol=1e-12)
+    step = 1e-5
+    difference = (function((b + step * direction).numpy()) - function((b - step * direction).numpy())) / (2 * step)
+    np.testing.assert_allclose(slope, difference, rtol=1e-6, atol=1e-6 * abs(difference).max())
+    value, slope = logarithm(torch.zeros(4, 4), direction.float(), mu, divided=divided)  # all eigenvalues equal
+    torch.testing.assert_close(slope, direction.float() * (-1 / (2 * mu**2) if divided else 1 / mu))
+
+
+def test_spectral_radius():
+    x = torch.stack(toy_views(6, 6))
+    expected = np.abs(np.linalg.eigvals(x.numpy())).max(-1)
+    np.testing.assert_allclose(spectral_radius(x, steps=60), expected, rtol=1e-2)
+    shifted = np.abs(np.linalg.eigvals(x.numpy() - 9 * np.eye(6))).max(-1)
+    np.testing.assert_allclose(spectral_radius(x, shift=-9, steps=200), shifted, rtol=1e-2)
+    turn = 2 * torch.tensor([[0.6, -0.8], [0.8, 0.6]])  # a complex pair
+    assert spectral_radius(turn).item() == pytest.approx(2)
+    assert spectral_radius(torch.zeros(3, 3)) == 0

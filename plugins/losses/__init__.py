@@ -5,6 +5,7 @@ from plugins.losses.cissl import CISSLLoss, CISSLTerms, cissl_loss, cissl_terms
 from plugins.losses.dissl import DISSLLoss, DISSLTerms, dissl_loss, dissl_terms
 from plugins.losses.dissl_monitor import DISSLWeights, ETFMonitor, ETFTerms, StallAlarm, dissl_warmup
 from plugins.losses.isoloss import IsoLoss, IsoLossTerms, isoloss, isoloss_terms
+from plugins.losses.matrix_ssl import MatrixSSLLoss, MatrixSSLTerms, matrix_ssl_loss, matrix_ssl_terms
 from plugins.losses.ssl_ey import SSLEYLoss, SSLEYLossTerms, ssl_ey_loss, ssl_ey_terms
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "ETFTerms",
     "IsoLoss",
     "IsoLossTerms",
+    "MatrixSSLLoss",
+    "MatrixSSLTerms",
     "SSLEYLoss",
     "SSLEYLossTerms",
     "StallAlarm",
@@ -31,6 +34,8 @@ __all__ = [
     "dissl_warmup",
     "isoloss",
     "isoloss_terms",
+    "matrix_ssl_loss",
+    "matrix_ssl_terms",
     "ssl_ey_loss",
     "ssl_ey_terms",
 ]

@@ -1,0 +1,82 @@
+"""The logarithm of a matrix as a Taylor series about the identity: its coefficients, and a watch over its convergence.
+
+Maximum Entropy Coding and Matrix-SSL train on ``log_K(Q) = sum_k (-1)^(k+1) / k (Q - I)^k``, k = 1 to K. Beyond
+spectral radius 1 of Q - I the series does not converge: of even order it is a wall there, of odd order a pit.
+"""
+
+import warnings
+from collections.abc import Callable
+
+from torch import Tensor
+
+from plugins.checks import check_range
+
+
+def log_series(order: int, mu: float = 1.0) -> tuple[float, list[float]]:
+    """Coefficients of ``log_K(mu I + C)`` in powers of C: that of the identity, and those of C to C^K.
+
+    Args:
+        order: K ≥ 1.
+        mu: the shift, dimensionless; at 1 the coefficients are 0 and (-1)^(k+1) / k.
+
+    Raises:
+        ValueError: K is no whole number, or below 1.
+
+    >>> log_series(3)
+    (0.0, [1.0, -0.5, 0.3333333333333333])
+    """
+    if int(order) != order:
+        raise ValueError(f"the order of a series must be a whole number, got {order!r}")
+    check_range("the order of a series", order, low=1)
+    powers: list[float] = []
+    for k in range(order, 0, -1):  # Horner's scheme with x = C + (mu - 1) I
+        powers = _times(powers, mu - 1)
+        powers[0] += (-1.0) ** (k + 1) / k
+    first, *rest = _times(powers, mu - 1)
+    return first, rest
+
+
+def _times(polynomial: list[float], root: float) -> list[float]:
+    """Coefficients of p(C) (C + root), those of p given from the constant on."""
+    return [a + root * b for a, b in zip([0.0, *polynomial], [*polynomial, 0.0], strict=True)]
+
+
+class SeriesWatch:
+    """Warns, once, when a series has left its radius of convergence.
+
+    It looks at the first call and then at every ``every``-th, for each look waits for the device.
+
+    Args:
+        name: of the loss, for the message.
+        advice: what to do about it, for the message.
+        every: calls between two looks, ≥ 1.
+
+    Raises:
+        ValueError: ``every`` below 1.
+
+    >>> import torch
+    >>> watch = SeriesWatch("the loss", "lower it")
+    >>> watch(lambda: torch.tensor(0.5))  # converges: nothing is said
+    """
+
+    def __init__(self, name: str, advice: str, *, every: int = 100) -> None:
+        check_range("every", every, low=1)
+        self.name, self.advice, self.every = name, advice, every
+        self.calls, self.warned = 0, False
+
+    def __call__(self, radius: Callable[[], Tensor]) -> None:
+        """Look, if it is time.
+
+        Args:
+            radius: gives the spectral radius, ``[]``; asked only when it is time. With several processes it is asked on
+                all of them at the same call.
+        """
+        due = not self.warned and self.calls % self.every == 0
+        self.calls += 1
+        if due and (value := float(radius())) > 1:
+            self.warned = True
+            warnings.warn(
+                f"the series of {self.name} diverges: spectral radius {value:.3g}, above 1; {self.advice}",
+                RuntimeWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,136 @@
+"""The two matrix cross-entropies of Matrix-SSL and their gradient, from D x D covariances or from N x N Gram matrices.
+
+With S_z, S_p the centred unit rows over sqrt N, C_pz = S_p^T S_z, C_zz = S_z^T S_z, C_pp = S_p^T S_p, K = S_z S_p^T and
+K_z = S_z S_z^T, and a series log(mu I + C) = a_0 I + f(C) = a_0 I + C g(C):
+
+* tr f(C_pz) = tr f(K), with the gradient S_p f'(C_pz)^T = f'(K)^T S_p by S_z;
+* tr((C_pp + mu I) f(C_zz)) = tr(W g(K_z)) with W = K K^T + mu K_z, and its gradient 2 S_z Df(C_zz)[C_pp + mu I] is
+  2 (g(K_z) K S_p + (Dg(K_z)[W] + mu g(K_z)) S_z), where Df(C)[P] is the derivative of f at C along P.
+
+The exact logarithm has the same structure with a_0 = log mu. Gradients by S are those by the unit rows times sqrt N:
+their columns add up to 0 already, so that the way back through centring costs nothing.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from plugins.distributed import LOCAL, Collective
+from plugins.linalg import logarithm, pack_symmetric, polynomial, power_traces, standardized_rows, unpack_symmetric
+from plugins.losses.log_series import log_series
+
+LOGARITHMS = ("series", "exact")
+WHAT = "the Matrix-SSL loss"
+
+
+class Weights(NamedTuple):
+    """The numbers in the objective, under the names of :func:`plugins.losses.matrix_ssl_loss`."""
+
+    mce_lambd: float
+    mce_mu: float
+    gamma: float
+    mce_order: int
+    logarithm: str
+    trace_term: bool
+
+    def constant(self, width: int) -> float:
+        """The loss of a constant batch."""
+        zero = self._coefficients()[0]
+        of_trace = self.mce_mu * (1 + self.gamma) if self.trace_term else 0
+        return width * (of_trace - zero * (self.mce_lambd + self.gamma * self.mce_mu))
+
+    def _coefficients(self) -> tuple[float, list[float]]:
+        if self.logarithm == "exact":
+            return math.log(self.mce_mu), []
+        return log_series(self.mce_order, self.mce_mu)
+
+    def uniformity(self, cross: Tensor) -> tuple[Tensor, Tensor]:
+        """-lambda tr f(X), and its derivative by X, transposed; X is C_pz or K."""
+        if self.logarithm == "exact":
+            eye = torch.eye(cross.shape[-1], dtype=cross.dtype, device=cross.device)
+            value = torch.linalg.slogdet(eye + cross / self.mce_mu)[1]
+            slope = torch.linalg.inv_ex(self.mce_mu * eye + cross)[0]  # inf where it is singular, no exception
+        else:
+            value, slope = power_traces(cross, self._coefficients()[1])
+        value, slope = -self.mce_lambd * value, slope.mul_(-self.mce_lambd)
+        if self.trace_term:
+            value = value + cross.diagonal(dim1=-2, dim2=-1).sum(-1)
+            slope.diagonal(dim1=-2, dim2=-1).add_(1)
+        return value, slope
+
+    def alignment(
+        self, own: Tensor, direction: Tensor, target_trace: Tensor, *, gram: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-a_0 tr C_pp - tr(P f(B)), or with g for f, and the function of B and its derivative along P."""
+        zero, coefficients = self._coefficients()
+        if self.logarithm == "exact":
+            function, slope = logarithm(own, direction, self.mce_mu, divided=gram)
+        else:
+            function, slope = polynomial(own, direction, coefficients if gram else [0.0, *coefficients])
+        value = -zero * target_trace - (direction * function).sum((-2, -1))
+        if self.trace_term:
+            value = value + own.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return value, function, slope
+
+
+class Entropies(NamedTuple):
+    """For each pair of views, less their values for a constant batch; without a graph."""
+
+    uniformity: Float[Tensor, " V"]
+    alignment: Float[Tensor, " V"]
+    cross: Float[Tensor, "V n n"]
+    """C_pz or K."""
+    own: Float[Tensor, "V n n"]
+    """C_zz or K_z."""
+    gradient: Float[Tensor, "V B D"]
+    """Of the sum over pairs of uniformity + gamma alignment, by this process's unit rows of z, times the number of
+    processes."""
+
+
+def from_covariances(unit: Tensor, target: Tensor, comm: Collective, weights: Weights) -> Entropies:
+    """Of rows that stay where they are: column sums and D x D statistics are added over the processes.
+
+    In all 20 N D^2 + 28 D^3 operations for two pairs and order 4, the gradient included.
+    """
+    s, factor = standardized_rows(torch.cat([unit, target]), comm, what=WHAT, overwrite=True, unbiased=False)
+    s_z, s_p = s.chunk(2)
+    cross, own, direction = s_p.mT @ s_z, s_z.mT @ s_z, s_p.mT @ s_p
+    if comm.size > 1:
+        width = cross.shape[-1]
+        total = comm.sum(torch.cat([cross, pack_symmetric(own, direction)], -2))
+        cross = total[..., :width, :]
+        own, direction = unpack_symmetric(total[..., width:, :])
+    target_trace = direction.diagonal(dim1=-2, dim2=-1).sum(-1)
+    direction.diagonal(dim1=-2, dim2=-1).add_(weights.mce_mu)
+    uniformity, by_cross = weights.uniformity(cross)
+    alignment, _, slope = weights.alignment(own, direction, target_trace, gram=False)
+    slope.mul_(-2 * weights.gamma)
+    if weights.trace_term:
+        slope.diagonal(dim1=-2, dim2=-1).add_(2 * weights.gamma)
+    gradient = torch.baddbmm(s_p @ by_cross.mT, s_z, slope).mul_(comm.size * factor)
+    return Entropies(uniformity, alignment, cross, own, gradient)
+
+
+def from_grams(unit: Tensor, target: Tensor, comm: Collective, weights: Weights, counts: list[int]) -> Entropies:
+    """Of rows that are gathered once, all four views in one collective.
+
+    In all 16 N^2 D + 36 N^3 operations for two pairs and order 4, the gradient included.
+    """
+    first, rows = sum(counts[: comm.rank]), counts[comm.rank]
+    here = slice(first, first + rows)
+    every = comm.gather_rows(torch.cat([unit, target]).transpose(0, 1), counts=counts).transpose(0, 1)
+    s, factor = standardized_rows(every, LOCAL, what=WHAT, overwrite=True, unbiased=False)
+    s_z, s_p = s.chunk(2)
+    cross, own = s_z @ s_p.mT, s_z @ s_z.mT
+    direction = (cross @ cross.mT).add_(own, alpha=weights.mce_mu)
+    uniformity, by_cross = weights.uniformity(cross)
+    alignment, function, slope = weights.alignment(own, direction, s_p.square().sum((-2, -1)), gram=True)
+    by_target = by_cross.mT[:, here] - 2 * weights.gamma * (function[:, here] @ cross)
+    by_own = slope[:, here].add_(function[:, here], alpha=weights.mce_mu).mul_(-2 * weights.gamma)
+    gradient = torch.baddbmm(by_target @ s_p, by_own, s_z)
+    if weights.trace_term:
+        gradient.add_(s_z[:, here], alpha=2 * weights.gamma)
+    return Entropies(uniformity, alignment, cross, own, gradient.mul_(comm.size * factor))

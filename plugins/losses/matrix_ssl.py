@@ -1,0 +1,190 @@
+"""Matrix-SSL: matrix cross-entropies between the covariances of a student's predictions and a teacher's targets.
+
+Zhang, Tan, Yang, Huang & Yuan, "Matrix Information Theory for Self-Supervised Learning" (ICML 2024, arXiv:2305.17326).
+This is what the published code trains on, which differs from the paper: the logarithm is a series of order 4, the
+weights are multiples of the identity instead of I / D, and the trace of the matrix cross-entropy, + tr Q, is left out.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from plugins.checks import check_choice, check_range, check_rows, compute_dtype
+from plugins.distributed import LOCAL, Collective
+from plugins.linalg import (
+    FORMS,
+    attach_gradient,
+    gram_is_cheaper,
+    spectral_radius,
+    squared_norm,
+    tangent,
+    unit_rows,
+)
+from plugins.losses.log_series import SeriesWatch, log_series
+from plugins.losses.matrix_entropy import LOGARITHMS, Weights, from_covariances, from_grams
+
+
+class MatrixSSLTerms(NamedTuple):
+    """Only ``loss`` has a gradient. The two parts, averaged over both pairs of views, are 0 for a constant batch.
+
+    ``loss = uniformity + gamma * alignment + constant``; the constant is 0 at mu = 1, large and the same at every step
+    otherwise.
+    """
+
+    loss: Float[Tensor, ""]
+    uniformity: Float[Tensor, ""]
+    alignment: Float[Tensor, ""]
+    effective_rank: Float[Tensor, ""]
+    """(tr C)^2 / ||C||^2 of the covariance of the student's unit rows: 1 on a line, D at most, 0 for equal rows.
+    Watch it: the loss does not tell a few modes (-2.01 for three, aligned) from all of them (-2)."""
+    radius: Float[Tensor, ""]
+    """Estimate of the spectral radius of what the series are in, the largest of them; above 1 they diverge. At mu = 1
+    it never is."""
+
+
+def matrix_ssl_loss(
+    z0: Float[Tensor, "B D"],
+    z1: Float[Tensor, "B D"],
+    p0: Float[Tensor, "B D"],
+    p1: Float[Tensor, "B D"],
+    *,
+    mce_lambd: float = 1.0,
+    mce_mu: float = 1.0,
+    gamma: float = 1.0,
+    mce_order: int = 4,
+    logarithm: str = "series",
+    trace_term: bool = False,
+    form: str = "auto",
+    comm: Collective = LOCAL,
+) -> Float[Tensor, ""]:
+    """``L = (U(p1, z0) + U(p0, z1)) / 2 + gamma (A(p1, z0) + A(p0, z1)) / 2``.
+
+    ``U(p, z) = -lambda tr log(C_pz + mu I)`` and ``A(p, z) = -tr((C_pp + mu I) log(C_zz + mu I))``, where the rows of p
+    and z are first divided by their lengths, then centred, and ``C_pz = p^T z / N`` over the N joined rows.
+
+    Args:
+        z0: the student's predictions of the first view.
+        z1: those of the second view.
+        p0: the teacher's targets of the first view; they get no gradient.
+        p1: those of the second view.
+        mce_lambd: lambda ≥ 0, weight of the uniformity (dimensionless).
+        mce_mu: mu ≥ 0, what is added to the covariances' eigenvalues (dimensionless, > 0 for "exact"). The published
+            command uses 1 for both; the script's own default, 0.5, adds a constant of about D / 2.
+        gamma: weight of the alignment, ≥ 0.
+        mce_order: order of the series, ≥ 1. Odd orders have their minimum in a collapse onto a line.
+        logarithm: "series", or "exact". **"exact" is another objective**: with gamma = 1 it is lowest where all rows
+            lie on one line. It warns. For det(C_pz + mu I) < 0, possible with mu < 1, it takes log |det|.
+        trace_term: add tr(C_pz + mu I) to U and tr(C_zz + mu I) to A, as in the paper. With lambda = mu = 1 the linear
+            terms cancel and the minimum moves to C = 0, collapse: use it with a larger lambda only.
+        form: "covariance" (D x D), "gram" (N x N) or "auto", the cheaper one. The value is the same.
+        comm: the processes that share the batch. The smaller of 4 N D numbers of rows and 4 D^2 of statistics is sent,
+            nothing in backward.
+
+    Returns:
+        The loss of the joined batch, float32 (float64 for float64 input). A row shorter than 1e-12 counts as zero.
+
+    Raises:
+        ValueError: shapes differ, an unknown word, a number outside its range, fewer than two rows over all processes.
+
+    >>> v = torch.tensor([[3.0, 0.0], [-1.0, 0.0]])
+    >>> round(matrix_ssl_loss(v, v, v, v).item(), 4)  # a line: -7/12 - 7/6
+    -1.75
+    """
+    return matrix_ssl_terms(
+        z0, z1, p0, p1, mce_lambd=mce_lambd, mce_mu=mce_mu, gamma=gamma, mce_order=mce_order, logarithm=logarithm,
+        trace_term=trace_term, form=form, comm=comm,
+    ).loss  # fmt: skip
+
+
+def matrix_ssl_terms(
+    z0: Float[Tensor, "B D"],
+    z1: Float[Tensor, "B D"],
+    p0: Float[Tensor, "B D"],
+    p1: Float[Tensor, "B D"],
+    *,
+    mce_lambd: float = 1.0,
+    mce_mu: float = 1.0,
+    gamma: float = 1.0,
+    mce_order: int = 4,
+    logarithm: str = "series",
+    trace_term: bool = False,
+    form: str = "auto",
+    comm: Collective = LOCAL,
+) -> MatrixSSLTerms:
+    """:func:`matrix_ssl_loss` with its parts beside it."""
+    check_rows(z0=z0, z1=z1, p0=p0, p1=p1)
+    check_choice("form", form, FORMS)
+    weights = _weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
+    dtype = compute_dtype(torch.promote_types(torch.promote_types(z0.dtype, z1.dtype), p0.dtype))
+    with torch.autocast(z0.device.type, enabled=False):
+        x, y = z0.to(dtype), z1.to(dtype)
+        unit, inverse = unit_rows(torch.stack([x, y]))
+        target, _ = unit_rows(torch.stack([p1.to(dtype), p0.to(dtype)]))
+        counts = comm.row_counts(x.shape[0], x.device)
+        if form == "gram" or (form == "auto" and gram_is_cheaper(sum(counts), x.shape[1])):
+            found = from_grams(unit, target, comm, weights, counts)
+        else:
+            found = from_covariances(unit, target, comm, weights)
+        uniformity, alignment = found.uniformity.mean(), found.alignment.mean()
+        loss = uniformity + gamma * alignment + weights.constant(x.shape[1])
+        if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+            gradient = tangent(found.gradient.div_(2), unit, inverse)
+            loss = attach_gradient(loss, [x, y], list(gradient.unbind()))
+        trace = found.own.diagonal(dim1=-2, dim2=-1).sum()
+        rank = trace.square() / (2 * squared_norm(found.own)).clamp_min(torch.finfo(dtype).tiny)
+        radius = spectral_radius(torch.cat([found.cross, found.own]), shift=mce_mu - 1).max()
+    return MatrixSSLTerms(loss, uniformity, alignment, rank, radius)
+
+
+def _weights(
+    mce_lambd: float, mce_mu: float, gamma: float, mce_order: int, logarithm: str, trace_term: bool
+) -> Weights:
+    check_choice("logarithm", logarithm, LOGARITHMS)
+    check_range("mce_lambd", mce_lambd, low=0.0)
+    check_range("mce_mu", mce_mu, low=1e-6 if logarithm == "exact" else 0.0)
+    check_range("gamma", gamma, low=0.0)
+    if logarithm == "exact" and not torch.compiler.is_compiling():
+        warnings.warn(
+            "the exact logarithm is another objective than Matrix-SSL's series: it rewards collapse onto a line",
+            UserWarning,
+            stacklevel=4,
+        )
+    return Weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
+
+
+class MatrixSSLLoss(nn.Module):
+    """Module of :func:`matrix_ssl_loss`; the arguments are the same. It warns once if a series diverges in training."""
+
+    def __init__(
+        self,
+        *,
+        mce_lambd: float = 1.0,
+        mce_mu: float = 1.0,
+        gamma: float = 1.0,
+        mce_order: int = 4,
+        logarithm: str = "series",
+        trace_term: bool = False,
+        form: str = "auto",
+        comm: Collective = LOCAL,
+    ) -> None:
+        super().__init__()
+        check_choice("form", form, FORMS)
+        self.weights = _weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
+        log_series(mce_order)  # refuses a wrong order
+        self.form, self.comm = form, comm
+        self.watch = SeriesWatch("the Matrix-SSL loss", "set mce_mu to 1 or less")
+
+    def forward(
+        self, z0: Float[Tensor, "B D"], z1: Float[Tensor, "B D"], p0: Float[Tensor, "B D"], p1: Float[Tensor, "B D"]
+    ) -> Float[Tensor, ""]:
+        terms = matrix_ssl_terms(z0, z1, p0, p1, **self.weights._asdict(), form=self.form, comm=self.comm)
+        if self.training and self.weights.logarithm == "series":
+            self.watch(lambda: terms.radius)
+        return terms.loss
+
+    def extra_repr(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.weights._asdict().items())
+        return f"{options}, form={self.form!r}, comm={self.comm}"

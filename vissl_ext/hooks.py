@@ -1,6 +1,5 @@
 """Hooks that our methods add to VISSL's own."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from classy_vision.generic.distributed_util import is_primary
 from classy_vision.losses import LOSS_REGISTRY
 
 from plugins.linalg import participation_ratio
+from plugins.tools.records import write_row
 from vissl_ext.methods import MethodLoss, TeacherLoss
 from vissl_ext.silent_hook import SilentHook
 
@@ -84,19 +84,5 @@ class MetricsHook(SilentHook):
             row["part_ratio"] = float(participation_ratio(spectrum))
             if task.base_loss.options["log_eigvals"]:
                 values = {f"eigval_{index}": value for index, value in enumerate(spectrum.tolist(), 1)}
-                _write_row(folder / "eigenvalues.csv", epoch, values)
-        _write_row(folder / "metrics.csv", epoch, row)
-
-
-def _write_row(path: Path, epoch: int, row: dict[str, float]) -> None:
-    """Put an epoch's row into a CSV file, in place of rows of this epoch and later."""
-    kept = []
-    if path.is_file():
-        with path.open(newline="") as file:
-            kept = [line for line in csv.DictReader(file) if int(line["epoch"]) < epoch]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["epoch", *row], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows([*kept, {"epoch": epoch, **row}])
-    temporary.replace(path)  # in one go: a run may be killed at any time
+                write_row(folder / "eigenvalues.csv", epoch, values)
+        write_row(folder / "metrics.csv", epoch, row)

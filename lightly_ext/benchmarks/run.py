@@ -27,7 +27,7 @@ from torchvision import transforms as T
 from lightly_ext.benchmarks.methods import METHODS
 from lightly_ext.models import MethodModel
 from plugins.tools.command import UserError, first_process, say
-from plugins.tools.records import write_json
+from plugins.tools.records import versions, write_json, write_row
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _LARGE = 64  # below this many pixels images are evaluated as they are, without cutting their margin off
@@ -136,6 +136,8 @@ def _one(args: argparse.Namespace, name: str) -> dict[str, Any]:
         seed_everything(args.seed, workers=True, verbose=False)
     model = _model(args, name)
     result: dict[str, Any] = {"framework": "lightly", "method": name, "epochs": args.epochs, "seed": args.seed}
+    result["versions"] = versions("lightly", "pytorch-lightning")
+    result["config"] = {key: _plain_value(value) for key, value in vars(args).items() if key != "table"}
     if args.epochs == 0 and args.ckpt_path is not None:
         model.load_state_dict(torch.load(args.ckpt_path, map_location="cpu", weights_only=True)["state_dict"])
     elif args.epochs > 0:
@@ -160,8 +162,8 @@ def _pretrain(args: argparse.Namespace, name: str, model: LightningModule, folde
         held_out = [_loader(args, args.train_dir, plain), held_out]
     stop = EarlyStopping(monitor="train_loss", patience=10**12, check_finite=True, check_on_train_epoch_end=True)
     save = ModelCheckpoint(folder, filename="checkpoint", enable_version_counter=False)
-    metrics = MetricCallback()
-    trainer = _trainer(args, folder, "pretrain", args.epochs, [stop, save, metrics], precision=args.precision)
+    metrics, record = MetricCallback(), EpochRecord(folder)
+    trainer = _trainer(args, folder, "pretrain", args.epochs, [stop, save, metrics, record], precision=args.precision)
     start = time.perf_counter()
     trainer.fit(model, train, held_out, ckpt_path=None if args.ckpt_path is None else str(args.ckpt_path))
     seconds = time.perf_counter() - start
@@ -169,7 +171,8 @@ def _pretrain(args: argparse.Namespace, name: str, model: LightningModule, folde
     if not math.isfinite(losses[-1]):
         raise UserError(f"{name}: the loss is {losses[-1]} after epoch {len(losses)}; try a smaller --lr")
     online = metrics.val_metrics.get("val_online_cls_top1", [None])[-1]
-    return {"train_loss": losses[-1], "online": online, "seconds": round(seconds, 2)}
+    speed = record.images * trainer.world_size / record.seconds if record.images else None
+    return {"train_loss": losses[-1], "online": online, "seconds": round(seconds, 2), "images_per_second": speed}
 
 
 def _knn(args: argparse.Namespace, model: LightningModule, folder: Path) -> dict[str, float]:
@@ -221,6 +224,48 @@ def _classify(
     return {f"top{k}": metrics.val_metrics[f"val_top{k}"][-1] for k in _topk(args)}
 
 
+class EpochRecord(Callback):
+    """Writes metrics.csv, and with ``log_eigvals`` eigenvalues.csv, a row an epoch; measures the training's speed.
+
+    The columns of metrics.csv are epoch and loss, the mean of ``train_loss`` over the epoch. ``images`` and ``seconds``
+    are those of training alone, on this process; an image counts once, whatever the number of its views.
+
+    Args:
+        folder: where the files go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.images, self.seconds = 0, 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+        self._losses: list[torch.Tensor] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch; stop the clock at the epoch's last, before the validation."""
+        self.images += len(batch[1])
+        if "train_loss" in trainer.callback_metrics:
+            self._losses.append(trainer.callback_metrics["train_loss"].detach().clone())
+        if trainer.is_last_batch:
+            self.seconds += time.perf_counter() - self._began
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the rows."""
+        if not trainer.is_global_zero:
+            return
+        if self._losses:
+            loss = float(torch.stack(self._losses).mean())
+            write_row(self.folder / "metrics.csv", trainer.current_epoch, {"loss": loss})
+        if isinstance(pl_module, MethodModel) and pl_module.options.get("log_eigvals"):
+            spectrum = pl_module.moment.spectrum().tolist()
+            values = {f"eigval_{index}": value for index, value in enumerate(spectrum, 1)}
+            write_row(self.folder / "eigenvalues.csv", trainer.current_epoch, values)
+
+
 def _trainer(
     args: argparse.Namespace, folder: Path, name: str, epochs: int, callbacks: list[Callback], **more: Any
 ) -> Trainer:
@@ -235,11 +280,21 @@ def _trainer(
         enable_progress_bar=sys.stderr.isatty(),
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        check_val_every_n_epoch=_validation_period(epochs),
         log_every_n_steps=10,
         # batch norm over processes needs a GPU
         sync_batchnorm=name == "pretrain" and args.devices > 1 and torch.cuda.is_available(),
         **more,
     )
+
+
+def _validation_period(epochs: int) -> int:
+    """Epochs between validations: at least ten of them in a long run, and one after the last epoch.
+
+    >>> [_validation_period(epochs) for epochs in (1, 7, 12, 90, 100)]
+    [1, 1, 1, 9, 10]
+    """
+    return max((period for period in range(1, epochs // 10 + 1) if epochs % period == 0), default=1)
 
 
 def _loader(args: argparse.Namespace, folder: Path, transform: Any, *, shuffle: bool = False) -> DataLoader:
@@ -282,6 +337,13 @@ def _transform(args: argparse.Namespace, name: str) -> Any:
 
         flat = TwoViewTransform
     known = sorted(set(inspect.signature(flat.__init__).parameters) - {"self"})
+    if "solarization_prob" in given and "solarization_prob" not in known:
+        # lightly's transforms have two spellings of it, and those that never solarize have none
+        probability = given.pop("solarization_prob")
+        if "solarize_prob" in known:
+            given.setdefault("solarize_prob", probability)
+        elif probability != 0:
+            given["solarization_prob"] = probability
     for key in given:
         if key not in known:
             raise UserError(f"--transform: {flat.__name__} has no argument {key!r}; it knows {', '.join(known)}")
@@ -375,6 +437,15 @@ def _pairs(name: str, words: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             pairs[key] = {"true": True, "false": False}.get(text.lower(), text)
     return pairs
+
+
+def _plain_value(value: Any) -> Any:
+    """A value as JSON can hold; a path by its name."""
+    if isinstance(value, dict):
+        return {key: _plain_value(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_value(entry) for entry in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _flag(name: str) -> str:

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from plugins.tools.records import read_json
-from plugins.tools.suites import Request, Run, Suite, UsageError, solo, toy, vissl
+from plugins.tools.suites import Request, Run, Suite, UsageError, lightly, solo, toy, vissl
 from plugins.tools.suites.runner import THREADS, Outcome, Runner, shell
 
 SUITES: dict[str, Suite] = {
     "digits": Suite(
         title="every method on 1797 real handwritten digits, beside an untrained and a supervised backbone",
         folder="digits",
-        frameworks={"solo": solo.digits, "vissl": vissl.digits},
-        sample={"vissl": ("isoloss",)},
+        frameworks={"solo": solo.digits, "lightly": lightly.digits, "vissl": vissl.digits},
+        sample={"lightly": ("isoloss",), "vissl": ("isoloss",)},
         options=("seeds", "epochs"),
         prepare=solo.prepare,
     ),

@@ -1,8 +1,10 @@
-"""What commands leave behind: JSON files, whole or not at all, and the versions that a result depends on."""
+"""What commands leave behind: JSON and CSV files, whole or not at all, and the versions that a result depends on."""
 
+import csv
 import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,26 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)
+
+
+def write_row(path: Path, epoch: int, row: Mapping[str, float]) -> None:
+    """Put an epoch's row into a CSV file, in place of rows of this epoch and later.
+
+    Args:
+        path: of the file; its columns become ``epoch`` and those of the row.
+        epoch: counted from 0.
+        row: column → value.
+    """
+    kept = []
+    if path.is_file():
+        with path.open(newline="") as file:
+            kept = [line for line in csv.DictReader(file) if int(line["epoch"]) < epoch]
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["epoch", *row], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*kept, {"epoch": epoch, **row}])
+    temporary.replace(path)  # in one go: a run may be killed at any time
 
 
 def versions(*packages: str) -> dict[str, str | None]:

@@ -21,7 +21,7 @@ BASELINES = ("untrained", "supervised")
 """Rows that are no self-supervised method: the first goes to the top of the table, the second to its end."""
 SCORES = {"knn": "kNN", "linear": "linear", "linear_5": "5 labels"}
 LOSSES = ("train_ssl_loss_epoch", "loss")
-"""The column of an epoch's mean loss, in solo-learn and in VISSL."""
+"""The column of an epoch's mean loss: in solo-learn; in lightly and VISSL."""
 MISSING = "–"
 SMALLEST = 1e-8
 """Eigenvalues below this fraction of the largest are rounding noise and not drawn."""
@@ -234,8 +234,9 @@ def read_spectrum(run: Path) -> tuple[list[float], list[list[float]]]:
 
 
 def _read_csv(run: Path, name: str) -> list[dict[str, Any]]:
-    """Rows of a file that pre-training wrote: into the run's folder, or into one below it."""
-    file = next((file for file in (run / name, run / "pretrain" / name) if file.is_file()), run / name)
+    """Rows of a file that pre-training wrote: into the run's folder, or into one below it (VISSL, lightly)."""
+    places = (run / name, run / "pretrain" / name, run / run.parent.name / name)
+    file = next((file for file in places if file.is_file()), run / name)
     try:
         with file.open(newline="") as lines:
             return list(csv.DictReader(lines))

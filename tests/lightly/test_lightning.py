@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as lightning_pytorch
 import pytest
 import pytorch_lightning
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import lightly_ext.lightning
 from lightly_ext import benchmarks, lightning
 from lightly_ext.benchmarks import __main__ as command
+from lightly_ext.lightning import pytorch
 from lightly_ext.names import CLASS_NAMES
 from plugins.methods import METHODS
 from plugins.targets import cosine_tau
@@ -91,6 +93,24 @@ def test_loss_is_that_of_the_model() -> None:
     torch.testing.assert_close(total, loss + classifier, rtol=1e-6, atol=1e-7)
 
 
+def test_an_epochs_row_is_the_mean_of_its_losses(tmp_path: Path) -> None:
+    from lightly_ext.benchmarks.run import EpochRecord
+
+    module = built("ssl_ey", log_eigvals=True)
+    losses: list[float] = []
+    terms = module.terms
+    module.terms = lambda embeddings: (found := terms(embeddings), losses.append(float(found.loss.detach())))[0]
+    record = EpochRecord(tmp_path)
+    trainer(max_epochs=2, callbacks=[record]).fit(module, plain(batches(3)))
+    header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert header == "epoch,loss" and [row.split(",")[0] for row in rows] == ["0", "1"]
+    means = [sum(losses[:3]) / 3, sum(losses[3:]) / 3]
+    assert [float(row.split(",")[1]) for row in rows] == pytest.approx(means, rel=1e-5)
+    spectra = (tmp_path / "eigenvalues.csv").read_text().splitlines()
+    assert [len(line.split(",")) for line in spectra] == [1 + SMALL["proj_output_dim"]] * 3
+    assert record.images == 2 * 3 * 8 and record.seconds > 0
+
+
 def test_teacher_moves_once_per_optimizer_step() -> None:
     """Four batches, two accumulated: two steps, with τ of a run of two."""
     module = built("byol", base_tau=0.5)
@@ -120,15 +140,12 @@ def test_learning_rates_and_weight_decay() -> None:
 
 
 def test_flavours_fit_their_trainers() -> None:
-    other = pytest.importorskip("lightning.pytorch")
-    from lightly_ext.lightning import pytorch
-
     assert lightning.IsoLoss is lightly_ext.lightning.IsoLoss
     assert issubclass(lightning.IsoLoss, pytorch_lightning.LightningModule)
     assert not issubclass(pytorch.IsoLoss, pytorch_lightning.LightningModule)
-    trainer(other).fit(built("isoloss", pytorch), plain(batches(1)))
+    trainer(lightning_pytorch).fit(built("isoloss", pytorch), plain(batches(1)))
     with pytest.raises(TypeError):
-        trainer(other).fit(built("isoloss"), plain(batches(1)))
+        trainer(lightning_pytorch).fit(built("isoloss"), plain(batches(1)))
     for module in (lightning, pytorch):
         assert pickle.loads(pickle.dumps(module.__getattr__("SSLEY"))) is module.__getattr__("SSLEY")
         with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):

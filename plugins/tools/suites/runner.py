@@ -243,7 +243,7 @@ def _start(arguments: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes]
     Our own modules start warm, which spares each of them the import of torch and the framework.
     """
     environment = {**THREADS, "PYTHONUNBUFFERED": "1"}
-    if arguments[0] == "-m" and arguments[1].startswith(("solo_ext.", "vissl_ext.")):
+    if arguments[0] == "-m" and arguments[1].startswith(("solo_ext.", "lightly_ext.", "vissl_ext.")):
         return WarmProcess(arguments, log, environment)
     return subprocess.Popen(
         [sys.executable, *arguments],

@@ -40,6 +40,10 @@ DATA = {
 }
 
 
+KNN: dict[str, float] = {"k": 20, "temperature": 0.07}
+"""Neighbours, and the temperature of their votes."""
+
+
 def prepare(runs: Sequence[Run], request: Request) -> list[tuple[str, ...]]:
     """The commands that make or check the data sets of some runs.
 
@@ -75,10 +79,8 @@ def digits(request: Request) -> list[Run]:
     Returns:
         The runs, in the order in which they should start.
     """
-    from plugins.methods import METHODS
-
     configs = config_folder("digits")
-    methods = sorted(method for method in METHODS if (configs / f"{method}.yaml").is_file())
+    methods = methods_of(configs)
     runs = []
     for seed in request.seeds:
         runs.append(_digits_pretrained("untrained", seed, None, configs, request))
@@ -310,6 +312,13 @@ def config_folder(dataset: str) -> Path:
     return installed_configs("solo") / dataset
 
 
+def methods_of(configs: Path) -> list[str]:
+    """The methods that have a YAML file in a folder."""
+    from plugins.methods import METHODS
+
+    return sorted(method for method in METHODS if (configs / f"{method}.yaml").is_file())
+
+
 def installed_configs(framework: str) -> Path:
     """Our configurations for a framework: those of the working directory, else those installed with its adapter.
 
@@ -365,8 +374,7 @@ def knn_step(checkpoints: Path, folder: Path, dataset: str, request: Request) ->
         "dataset": dataset,
         "train_data_path": request.data_folder / data.train,
         "val_data_path": request.data_folder / data.val,
-        "k": 20,
-        "temperature": 0.07,
+        **KNN,
         "distance_function": "cosine",
         "feature_type": "backbone",
         "num_workers": data.workers,

@@ -1,5 +1,17 @@
 """Projection heads: from the features of a backbone to the space where the loss lives."""
 
+from plugins.heads.dissl import Heads, dissl_heads, issl_head
+from plugins.heads.expand import ExpandDim, expand_resnet_dim
+from plugins.heads.init import issl_init_, projection_init_
 from plugins.heads.mlp import mlp_head
 
-__all__ = ["mlp_head"]
+__all__ = [
+    "ExpandDim",
+    "Heads",
+    "dissl_heads",
+    "expand_resnet_dim",
+    "issl_head",
+    "issl_init_",
+    "mlp_head",
+    "projection_init_",
+]

@@ -13,11 +13,11 @@ usage: ./run_experiments.sh [SUITE] [OPTIONS]    run a suite (default: digits)
 Needs Python 3.10 or newer with pip, found as python3, python3.10 ... python3.13 or $PYTHON. The first call makes the
 environment .venv (several GB); later calls use it as it is, until pyproject.toml changes.
 
-  ./run_experiments.sh                          all methods in solo-learn, IsoLoss in VISSL, on digits: table and
-                                                figure in results/digits
+  ./run_experiments.sh                          all methods in solo-learn, IsoLoss in lightly and VISSL, on digits:
+                                                table and figure in results/digits
   ./run_experiments.sh digits --list            name the runs
   ./run_experiments.sh digits --only isoloss    one method
-  ./run_experiments.sh digits --framework vissl all methods in VISSL
+  ./run_experiments.sh digits --framework vissl all methods in VISSL, or in lightly
   ./run_experiments.sh digits --seeds 3         mean and standard deviation over three seeds
   ./run_experiments.sh digits --dry-run         print the exact commands
   ./run_experiments.sh toy_dynamics             theory against simulation of the toy model: figures in a minute
@@ -110,6 +110,24 @@ make_environment() {
     export PATH="$root/.venv/bin:$PATH" VIRTUAL_ENV="$root/.venv"
 }
 
+# The release of lightly before the installed one, for the tests: a folder that goes before the packages of .venv, with
+# what that release needs beside them.
+make_older_lightly() {
+    local folder=".lightly-1.5" wanted
+    local packages=("lightly==1.5.26" "lightly-utils~=0.0.0" "aenum>=3.1.11")
+    wanted="$(fingerprint) ${packages[*]}"
+    if [[ -f $folder/stamp && "$(cat "$folder/stamp")" == "$wanted" ]]; then
+        return
+    fi
+    say "installing ${packages[0]}, for its tests, into $folder"
+    rm -rf "$folder"
+    mkdir "$folder"
+    printf '*\n' >"$folder/.gitignore"
+    "$(find_uv)" pip install --quiet --python .venv/bin/python --no-deps --target "$folder" "${packages[@]}" ||
+        fail "uv could not install ${packages[0]} (its reason is above)"
+    printf '%s\n' "$wanted" >"$folder/stamp"
+}
+
 # The tests of solo_ext, and of all frameworks together, on the checkout; options may select none of them.
 test_main_branch() {
     local status=0
@@ -161,6 +179,7 @@ case "${1:-}" in
         shift
         python="$(find_python)"
         make_environment
+        make_older_lightly
         run_tests "$@"
         ;;
     *)

@@ -173,3 +173,25 @@ def test_passing_checks_give_status_zero(checkout):
     done = call(checkout, "test")
     assert done.returncode == 0, done.stderr
     assert "passed: ruff check, ruff format, lint-imports, pyright, pytest" in done.stdout
+
+
+def test_lightlys_older_release_is_installed_once_and_for_the_tests_only(checkout):
+    call(checkout)
+    assert not (checkout / ".lightly-1.5").exists()
+    assert "installing lightly==1.5.26" in call(checkout, "test").stdout
+    assert "installing" not in call(checkout, "test").stdout
+    (line,) = [line for line in calls(checkout) if line.startswith("uv pip")]
+    assert "--python .venv/bin/python --no-deps --target .lightly-1.5 lightly==1.5.26 " in line
+    assert (checkout / ".lightly-1.5" / ".gitignore").read_text() == "*\n"
+    (checkout / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    assert "installing lightly==1.5.26" in call(checkout, "test").stdout
+
+
+def test_a_release_of_lightly_that_cannot_be_installed_is_told_and_tried_again(checkout):
+    call(checkout)
+    (checkout / "broken").touch()
+    done = call(checkout, "test")
+    assert done.returncode == 1
+    assert "error: uv could not install lightly==1.5.26" in done.stderr
+    (checkout / "broken").unlink()
+    assert call(checkout, "test").returncode == 0

@@ -248,13 +248,15 @@ def test_mistakes_are_sentences() -> None:
     import torchvision
 
     views = images()
+    with torch.device("meta"):  # its weights do not matter
+        vit = torchvision.models.vit_b_16()
     cases = [
         (lambda: models.SSLEY(conv(), alhpa=1.0), "method ssl_ey has no option 'alhpa'; it knows estimator"),
         (lambda: models.SSLEY(conv(), prediction_head=nn.Identity()), "method ssl_ey has no prediction head"),
         (lambda: models.SSLEY(conv(), teacher=True), "method ssl_ey has no teacher"),
         (lambda: models.SSLEY(nn.Linear(5, 3)), "backbone takes no image of shape (1, 3, 224, 224)"),
         (lambda: models.SSLEY(torchvision.models.resnet18()), "take it off: backbone.fc = torch.nn.Identity()"),
-        (lambda: models.SSLEY(torchvision.models.vit_b_16()), "take it off: backbone.heads = torch.nn.Identity()"),
+        (lambda: models.SSLEY(vit), "take it off: backbone.heads = torch.nn.Identity()"),
         (lambda: models.SSLEY(timm.create_model("convnext_atto")), "backbone.head.fc = torch.nn.Identity()"),
         (
             lambda: models.BYOL(conv(), projection_head=nn.Linear(8, 4), proj_output_dim=5),

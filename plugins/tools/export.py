@@ -1,6 +1,6 @@
 """Takes the backbone out of a checkpoint::
 
-    python -m plugins.tools.export CKPT --to torchvision|timm|safetensors OUT
+    python -m plugins.tools.export CKPT --to torchvision|timm|safetensors|dissl OUT
 
 CKPT is a checkpoint of solo-learn (both generations), of lightly or any other LightningModule with a ``backbone``, of
 VISSL, or a state dict. ``torchvision`` and ``timm`` write a state dict for the library's model without its classifier::
@@ -11,8 +11,10 @@ VISSL, or a state dict. ``torchvision`` and ``timm`` write a state dict for the 
 
     timm.create_model("resnet18", num_classes=0).load_state_dict(torch.load("OUT", weights_only=True))
 
-``safetensors`` writes the backbone's tensors under the same names. What is not the backbone is dropped and named; a key
-that is missing, left over or of another shape is an error, for a backbone that is loaded in part trains from noise.
+``safetensors`` writes the backbone's tensors under the same names, ``dissl`` the file of a ResNet, with or without a
+wider representation, that :func:`plugins.tools.weights.load_dissl` reads. What is not the backbone is dropped and
+named; a key that is missing, left over or of another shape is an error, for a backbone that is loaded in part trains
+from noise.
 """
 
 import sys
@@ -33,7 +35,7 @@ _RESNETS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
 )
-TARGETS = ("torchvision", "timm", "safetensors")
+TARGETS = ("torchvision", "timm", "safetensors", "dissl")
 
 
 class Backbone(NamedTuple):
@@ -78,8 +80,9 @@ def read_backbone(path: Path) -> Backbone:
     if not state:
         raise UserError(f"{path} holds no backbone: none of its keys begins with {', '.join(_PREFIXES)}")
     dropped = Counter(key.split(".")[0] for key in every if not key.startswith(prefix))
-    if {key.split(".")[0] for key in state} == set(_CHILDREN):  # nn.Sequential(*list(resnet.children())[:-1])
-        state = {f"{_CHILDREN[(parts := key.partition('.'))[0]]}.{parts[2]}": value for key, value in state.items()}
+    if {key.split(".")[0] for key in state} - {"8"} == set(_CHILDREN):  # nn.Sequential(*list(resnet.children())[:-1])
+        names = {**_CHILDREN, "8": "avgpool"}  # which has weights where it holds a wider representation's block
+        state = {f"{names[(parts := key.partition('.'))[0]]}.{parts[2]}": value for key, value in state.items()}
     return Backbone(state, dict(sorted(dropped.items())))
 
 
@@ -186,7 +189,13 @@ def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
     # tensors of a checkpoint may share memory, which safetensors refuses and torch.save would write in whole
     state = {key: value.clone().contiguous() for key, value in backbone.state.items()}
     what = f"{len(state)} tensors"
-    if target != "safetensors" or arch is not None:
+    if target == "dissl":
+        from plugins.tools.weights import build, trunk_of
+
+        state = trunk_of({key: value for key, value in state.items() if not key.startswith("fc.")}, str(path))
+        build(state, str(path))
+        what = f"the format of DISSL's weights, {len(state)} tensors"
+    elif target != "safetensors" or arch is not None:
         arch = fit(state, "torchvision" if target == "safetensors" else target, arch)[0]
         what = f"{arch} for {target}, {what}"
         if arch in _RESNETS and state["conv1.weight"].shape[-1] == 3:

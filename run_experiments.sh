@@ -131,12 +131,21 @@ make_older_lightly() {
 # The tests of solo_ext, and of all frameworks together, on the checkout; options may select none of them.
 test_main_branch() {
     local status=0
-    SOLO_LEARN_CHECKOUT="$(cd "$SOLO_LEARN_CHECKOUT" && pwd)" python -m pytest tests/solo tests/test_parity.py "$@" || status=$?
+    SOLO_LEARN_CHECKOUT="$(cd "$SOLO_LEARN_CHECKOUT" && pwd)" python -m pytest --numprocesses "$workers" tests/solo tests/test_parity.py "$@" || status=$?
     [[ $status == 5 ]] || return "$status"
 }
 
+# One process of tests for each core, at most four, with the threads that remain to it.
+share_cores() {
+    local cores
+    cores="$(python -c 'import os; print(os.cpu_count() or 1)')"
+    workers=$((cores < 4 ? cores : 4))
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / workers))}"
+}
+
 run_tests() {
-    local passed="" failed="" name status
+    local passed="" failed="" name status workers
+    share_cores
     check() {
         name="$1"
         shift
@@ -153,7 +162,7 @@ run_tests() {
     check "ruff format" ruff format --check .
     check "lint-imports" lint-imports
     check "pyright" pyright plugins
-    check "pytest" env -u SOLO_LEARN_CHECKOUT python -m pytest "$@"
+    check "pytest" env -u SOLO_LEARN_CHECKOUT python -m pytest --numprocesses "$workers" "$@"
     # A process holds one solo-learn only: its tests run a second time, on the main branch.
     if [[ -n ${SOLO_LEARN_CHECKOUT:-} ]]; then
         check "pytest, solo-learn main" test_main_branch "$@"

@@ -225,6 +225,24 @@ def effective_rank(eigenvalues: Float[Tensor, " D"]) -> Float[Tensor, ""]:
     return torch.where(share.sum() > 0, torch.special.entr(share).sum().exp(), 0)
 
 
+def spectrum_statistics(eigenvalues: Float[Tensor, " D"]) -> dict[str, Tensor]:
+    """What is logged of a spectrum: eigval_min, eigval_max, eigval_mean, eigval_std, and part_ratio.
+
+    Args:
+        eigenvalues: of a covariance or second moment, in any order.
+
+    >>> {name: round(value.item(), 3) for name, value in spectrum_statistics(torch.tensor([3.0, 1.0])).items()}
+    {'eigval_min': 1.0, 'eigval_max': 3.0, 'eigval_mean': 2.0, 'eigval_std': 1.414, 'part_ratio': 1.6}
+    """
+    return {
+        "eigval_min": eigenvalues.min(),
+        "eigval_max": eigenvalues.max(),
+        "eigval_mean": eigenvalues.mean(),
+        "eigval_std": eigenvalues.std(),
+        "part_ratio": participation_ratio(eigenvalues),
+    }
+
+
 def _shares(eigenvalues: Tensor) -> Tensor:
     """Eigenvalues over their sum; the largest is divided out first, so that no scale over- or underflows."""
     positive = eigenvalues.clamp_min(0)

@@ -1,15 +1,16 @@
-"""MethodSpec: which loss, head, predictor and teacher make a method, and which options it has.
+"""MethodSpec: which loss, head, predictor, teacher and views make a method, and which options it has.
 
 An adapter builds any method from its SPEC alone::
 
-    options = spec.resolve(user_options)            # unknown names are errors, aliases are translated
+    options = spec.resolve(user_options)                # unknown names are errors, aliases are translated
     projector = spec.head(features_dim, options)
-    predictor = spec.predictor(options, comm)       # an nn.Module with predict(list of z) → list of p
+    predictor = spec.predictor(options, comm)           # an nn.Module with predict(list of z) → list of p
+    objective = Objective(spec, options, comm, predictor)
     ...
-    z = [projector(h) for h in features]            # one per view, with gradient
-    p = predictor.predict(z)
-    target = teacher's projections, or [v.detach() for v in z] without a teacher
-    terms = spec.loss(Embeddings(z, p, target), options, comm);  terms.loss.backward()
+    e = embed(features, projector, predictor, target)   # a matrix of features per view; those of a teacher, if any
+    terms = objective(e);  terms.loss.backward()
+
+``Objective`` and ``embed`` are in :mod:`plugins.objective`.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +31,8 @@ class Embeddings(NamedTuple):
     p: list[Tensor]
     """Predictions, with gradient; the projections themselves where a method has no predictor."""
     target: list[Tensor]
-    """The teacher's projections, or the detached projections where there is no teacher. Never differentiated."""
+    """Of the large views alone: the teacher's projections; or the outputs of the head's second branch, with gradient;
+    or the detached projections."""
 
 
 class Terms(Protocol):
@@ -58,29 +60,66 @@ class Option:
     choices: tuple[Any, ...] | None = None
 
 
+class Paper(NamedTuple):
+    """Where a method comes from."""
+
+    title: str
+    """The method's name in tables and figures."""
+    reference: str
+    """Authors, year, arXiv number, and equation."""
+
+
 @dataclass(frozen=True)
 class MethodSpec:
     """One self-supervised method.
 
     Args:
         name: its key in METHODS, in YAML and on the command line; lowercase snake case.
-        title: its name in tables and figures.
-        loss: (embeddings, options, comm) → Terms.
-        head: (features_dim, options) → projection head, an nn.Module ``[B, features_dim] → [B, D]``.
+        loss: (options, comm) → nn.Module of Embeddings → Terms; what it counts, for a warm-up say, are its buffers.
+        head: (features_dim, options) → projection head, an nn.Module ``[B, features_dim] → [B, D]``; a TwoBranchHead
+            where a second branch makes the targets.
         predictor: (options, comm) → predictor, an nn.Module with ``predict``; None where p = z.
         teacher: whether an exponential-moving-average copy of backbone and head makes the targets.
+        views: how many views of an image it compares; None is two or more, small crops among them.
         options: every option that it understands.
-        reference: paper and equation.
+        paper: its title and reference.
     """
 
     name: str
-    title: str
-    loss: Callable[[Embeddings, Mapping[str, Any], Collective], Terms]
+    loss: Callable[[Mapping[str, Any], Collective], nn.Module]
     head: Callable[[int, Mapping[str, Any]], nn.Module]
     predictor: Callable[[Mapping[str, Any], Collective], nn.Module] | None
     teacher: bool
+    views: int | None
     options: Mapping[str, Option]
-    reference: str
+    paper: Paper
+
+    @property
+    def title(self) -> str:
+        """Its name in tables and figures."""
+        return self.paper.title
+
+    @property
+    def reference(self) -> str:
+        """Authors, year, arXiv number, and equation."""
+        return self.paper.reference
+
+    def check_views(self, large: int, small: int = 0) -> None:
+        """Refuse views that the loss cannot compare.
+
+        Args:
+            large: how many views of the full size the augmentations make of an image.
+            small: how many small crops besides.
+
+        Raises:
+            ValueError: the method compares another number.
+        """
+        made = f"the augmentations make {large} large and {small} small ones"
+        if self.views is None:
+            if large < 2:
+                raise ValueError(f"method {self.name} compares two or more large views, {made}")
+        elif (large, small) != (self.views, 0):
+            raise ValueError(f"method {self.name} compares {self.views} views of one size, {made}")
 
     def resolve(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """Options with their defaults filled in and aliases translated.

@@ -1,21 +1,20 @@
 """The generic adapter: any MethodSpec as a method of solo-learn.
 
-What is a method's own stands in its SPEC and, where solo-learn needs more than a SPEC says, in ``overrides``.
 Checkpoints carry solo-learn's keys: backbone, projector, predictor, momentum_backbone, momentum_projector.
 """
 
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from plugins.distributed import WORLD
-from plugins.linalg import participation_ratio
+from plugins.linalg import spectrum_statistics
+from plugins.objective import Objective, embed, step_statistics
 from plugins.predictors import ClosedFormPredictor, RunningMoment
-from plugins.spec import Embeddings, MethodSpec
+from plugins.spec import Embeddings, MethodSpec, Terms
+from plugins.targets import move_teacher, needs_teacher
 from solo_ext.compat import BaseMethod, BaseMomentumMethod
 
 _PREDICTING = ("byol", "directcopy", "directpred", "isocopy", "isoloss", "simsiam")
@@ -45,10 +44,8 @@ class PluginMethod:
         self.options = self.spec.resolve(OmegaConf.to_container(cfg.method_kwargs))
         self.projector = self.spec.head(self.features_dim, self.options)
         self.predictor = self.spec.predictor(self.options, WORLD) if self.spec.predictor else None
-        self.log_eigvals = self.options["log_eigvals"]
-        if self.log_eigvals and not isinstance(self.predictor, RunningMoment):
-            # a closed-form predictor follows the second moment anyway; here it is followed for the log alone
-            self.embedding_moment = RunningMoment(self.options["proj_output_dim"], rho=0.99, comm=WORLD)
+        self.objective = Objective(self.spec, self.options, WORLD, self.predictor)
+        self.log_eigvals = self.options.get("log_eigvals", False)
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
@@ -56,8 +53,11 @@ class PluginMethod:
         heads = {"projector": self.projector, "predictor": self.predictor}
         groups = [{"name": name, "params": list(head.parameters())} for name, head in heads.items() if head is not None]
         for group in groups:
-            if group["name"] == "predictor" and self.options.get("pred_lr_scale", 1.0) != 1.0:
-                group["lr"] = self.lr * self.options["pred_lr_scale"]
+            if group["name"] == "predictor":
+                if self.options.get("pred_lr_scale", 1.0) != 1.0:
+                    group["lr"] = self.lr * self.options["pred_lr_scale"]
+                if self.options.get("pred_lr_constant", False):
+                    group["static_lr"] = True
         # a closed-form predictor has no parameters
         return super().learnable_params + [group for group in groups if group["params"]]
 
@@ -71,34 +71,31 @@ class PluginMethod:
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Classification loss of the online classifier plus the method's loss on the projections of the views."""
         out = self._host_training_step(batch, batch_idx)
-        z = [self.projector(feats) for feats in out["feats"]]
-        p = z if self.predictor is None else self.predictor.predict(z)
-        terms = self.spec.loss(Embeddings(z, p, self._targets(out, z)), self.options, WORLD)
-        self._log_step(terms, z)
+        predict = self.predictor.predict if self.predictor is not None else None
+        embeddings = embed(out["feats"], self.projector, predict, self._targets(out), large=self.num_large_crops)
+        terms = self.objective(embeddings)
+        self._log_step(terms, embeddings)
         return terms.loss + out["loss"]
 
     def _host_training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         return super().training_step(batch, batch_idx)
 
-    def _targets(self, out: dict[str, Any], z: list[Tensor]) -> list[Tensor]:
-        return [view.detach() for view in z]
+    def _targets(self, out: dict[str, Any]) -> list[Tensor] | None:
+        """The teacher's projections, where there is one."""
+        return None
 
-    @torch.no_grad()
-    def _log_step(self, terms: Any, z: list[Tensor]) -> None:
-        metrics = {"train_ssl_loss": terms.loss}
+    def _log_step(self, terms: Terms, embeddings: Embeddings) -> None:
+        metrics = {f"train_{name}": value for name, value in step_statistics(terms, embeddings).items()}
+        # train_loss is solo-learn's name of the sum with the classifier's
+        metrics["train_ssl_loss"] = metrics.pop("train_loss")
         if self.spec.name in LOSS_NAMES:
-            metrics[LOSS_NAMES[self.spec.name]] = terms.loss
-        metrics.update({f"train_{name}": value for name, value in terms._asdict().items() if name != "loss"})
-        metrics["train_z_std"] = F.normalize(torch.stack(z), dim=-1).std(dim=1).mean()
+            metrics[LOSS_NAMES[self.spec.name]] = metrics["train_ssl_loss"]
         self.log_dict(metrics, on_epoch=True, sync_dist=True)
-        if hasattr(self, "embedding_moment"):
-            for view in z:
-                self.embedding_moment.update(view)
 
     @property
     def moment(self) -> RunningMoment | None:
         """What follows the embedding's second moment, if anything does."""
-        return self.predictor if isinstance(self.predictor, RunningMoment) else getattr(self, "embedding_moment", None)
+        return self.objective.followed(self.predictor)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the statistics of the embedding's spectrum, under the names that implicit-var-reg gave them.
@@ -112,15 +109,9 @@ class PluginMethod:
             return
         known = isinstance(self.predictor, ClosedFormPredictor)
         spectrum = self.predictor.eigenvalues if known else self.moment.spectrum()
-        metrics = {
-            "eigval_min": spectrum.min(),
-            "eigval_max": spectrum.max(),
-            "eigval_mean": spectrum.mean(),
-            "eigval_std": spectrum.std(),
-            "part_ratio": participation_ratio(spectrum),
-        }
+        metrics = {f"eigval_metrics/{name}": value for name, value in spectrum_statistics(spectrum).items()}
         # the moment is the same on all processes: nothing to reduce
-        self.log_dict({f"eigval_metrics/{name}": value for name, value in metrics.items()}, on_step=True, on_epoch=True)
+        self.log_dict(metrics, on_step=True, on_epoch=True)
 
 
 class TeacherlessMethod(PluginMethod, BaseMethod):
@@ -140,18 +131,17 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
             for teacher, student in zip(self.momentum_projector.parameters(), self.projector.parameters(), strict=True):
                 teacher.copy_(student)
         self.momentum_projector.requires_grad_(False)
-        self.has_teacher = cfg.momentum.base_tau > 0 or cfg.momentum.final_tau > 0 or cfg.momentum.classifier
+        self.has_teacher = needs_teacher(cfg.momentum.base_tau, cfg.momentum.final_tau) or cfg.momentum.classifier
 
     @property
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Student and teacher modules, of which the second follow the first."""
         return [*super().momentum_pairs, (self.projector, self.momentum_projector)]
 
-    @torch.no_grad()
     def move_teacher(self) -> None:
         """θ_t ← τ θ_t + (1 − τ) θ in place, in a quarter of the time that new tensors take."""
-        student, teacher = ([p for pair in self.momentum_pairs for p in pair[side].parameters()] for side in (0, 1))
-        get_ema_multi_avg_fn(self.momentum_updater.cur_tau)(teacher, student, 0)
+        students, teachers = zip(*self.momentum_pairs, strict=True)
+        move_teacher(teachers, students, self.momentum_updater.cur_tau)
 
     def _host_training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         if self.has_teacher:
@@ -159,8 +149,8 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
         # past BaseMomentumMethod, whose step makes the teacher's forward passes
         return BaseMethod.training_step(self, batch, batch_idx)
 
-    def _targets(self, out: dict[str, Any], z: list[Tensor]) -> list[Tensor]:
+    def _targets(self, out: dict[str, Any]) -> list[Tensor] | None:
         if not self.has_teacher:
-            return super()._targets(out, z)
+            return None
         with torch.no_grad():
             return [self.momentum_projector(feats) for feats in out["momentum_feats"]]

@@ -15,7 +15,6 @@ from plugins.tools.command import UserError
 from solo_ext.compat import MULTICROP, host_release, native_methods, native_options
 from solo_ext.compat.common import needs_main
 from solo_ext.method import TeacherlessMethod, TeacherMethod
-from solo_ext.overrides import OVERRIDES
 
 ALIASES = {"ssley": "ssl_ey"}
 """The forks' names of methods."""
@@ -30,7 +29,7 @@ def plugin_methods() -> dict[str, type]:
 
 
 def _adapt(spec: MethodSpec) -> type:
-    base = OVERRIDES.get(spec.name, TeacherMethod if spec.teacher else TeacherlessMethod)
+    base = TeacherMethod if spec.teacher else TeacherlessMethod
     return type(f"{base.__name__}[{spec.name}]", (base,), {"spec": spec, "__module__": __name__})
 
 
@@ -82,10 +81,8 @@ def method_class(cfg: DictConfig) -> type:
                 )
         _check_native_crops(name, cfg)
         return natives[name]
-    if (cfg.data.num_large_crops, cfg.data.num_small_crops) != (2, 0):
-        crops = f"{cfg.data.num_large_crops} large and {cfg.data.num_small_crops} small"
-        raise UserError(f"method {name} compares two views of one size, the augmentations make {crops} ones")
     try:
+        METHODS[name].check_views(cfg.data.num_large_crops, cfg.data.num_small_crops)
         METHODS[name].resolve(given)
     except ValueError as error:
         raise UserError(str(error)) from None

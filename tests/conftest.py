@@ -6,17 +6,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from plugins.testing import RankPool
 
 
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
-    """Undo what a test leaves in the environment: Lightning's DDP writes LOCAL_RANK and WORLD_SIZE into it."""
+    """Undo what a test leaves behind: Lightning's DDP writes LOCAL_RANK and WORLD_SIZE, and keeps its process group."""
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

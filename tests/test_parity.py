@@ -72,7 +72,7 @@ def in_plugins(name: str) -> tuple[Parts, Step]:
         if spec.teacher:
             with torch.no_grad():
                 target = [parts.teacher_projector(parts.teacher_backbone(view)) for view in views]
-        return spec.loss(Embeddings(z, p, target), options, LOCAL).loss
+        return spec.loss(options, LOCAL)(Embeddings(z, p, target)).loss
 
     return parts, step
 

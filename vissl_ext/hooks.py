@@ -7,7 +7,7 @@ import torch
 from classy_vision.generic.distributed_util import is_primary
 from classy_vision.losses import LOSS_REGISTRY
 
-from plugins.linalg import participation_ratio
+from plugins.linalg import spectrum_statistics
 from plugins.tools.records import write_row
 from vissl_ext.methods import MethodLoss, TeacherLoss
 from vissl_ext.silent_hook import SilentHook
@@ -76,12 +76,10 @@ class MetricsHook(SilentHook):
         if hasattr(task.base_loss, "tau"):
             row["tau"] = task.base_loss.tau
         folder, epoch = Path(task.checkpoint_folder), task.train_phase_idx
-        moment = task.base_model.heads[0].moment
+        moment = task.base_loss.moment
         if moment is not None:
             spectrum = moment.spectrum().cpu()
-            for name in ("min", "max", "mean", "std"):
-                row[f"eigval_{name}"] = float(getattr(spectrum, name)())
-            row["part_ratio"] = float(participation_ratio(spectrum))
+            row.update({name: float(value) for name, value in spectrum_statistics(spectrum).items()})
             if task.base_loss.options["log_eigvals"]:
                 values = {f"eigval_{index}": value for index, value in enumerate(spectrum.tolist(), 1)}
                 write_row(folder / "eigenvalues.csv", epoch, values)

@@ -19,14 +19,14 @@ import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from classy_vision.losses import ClassyLoss, register_loss
 from torch import Tensor, nn
 from vissl.models.heads import register_model_head
 
 from plugins.distributed import WORLD
+from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
+from plugins.objective import Objective, embed, step_statistics
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, MethodSpec
 from plugins.targets import EMATeacher, cosine_tau, needs_teacher
@@ -74,16 +74,18 @@ def method_options(name: str, given: Mapping[str, Any]) -> tuple[Mapping[str, An
 class MethodHead(nn.Module):
     """Projector and predictor of a method.
 
-    In training it takes the features of all views, view after view, and gives the projections of each view and then
-    the predictions of each, where the method has a predictor. Each view has its own batch statistics. In evaluation it
-    gives the projections alone.
+    In training it takes the features of all views, view after view, the large ones first, and gives the projections of
+    each view, then the predictions of each, where the method has a predictor, then the targets that a second branch of
+    the head makes of each large view, where it has one. Each view has its own batch statistics. In evaluation it gives
+    the projections alone.
 
     Args:
         model_config: VISSL's MODEL section.
         in_dim: width of the trunk's features.
-        method: a key of METHODS; the task writes it here, and the next two.
+        method: a key of METHODS; the task writes it here, and the next three.
         options: its options, as VISSL's configuration has them.
         views: how many views of each image a batch holds.
+        large: how many of them are no small crops.
 
     Raises:
         ValueError: ``in_dim`` is not the width of the features; the rows are no multiple of the views.
@@ -96,29 +98,21 @@ class MethodHead(nn.Module):
         method: str | None = None,
         options: Mapping[str, Any] | None = None,
         views: int = 2,
+        large: int = 2,
     ) -> None:
         super().__init__()
         if method not in METHODS:
             known = ", ".join(sorted(METHODS))
             raise ValueError(f"{HEAD} belongs to a loss that is one of our methods ({known}), got LOSS.name={method}")
         spec = METHODS[method]
-        self.in_dim, self.views = in_dim, views
+        self.in_dim, self.views, self.large = in_dim, views, large
         # a plain dict: the teacher is a deep copy
         self.options = dict(method_options(method, options or {})[0])
         self.projector = spec.head(in_dim, self.options)
         self.predictor = spec.predictor(self.options, WORLD) if spec.predictor else None
-        self.embedding_moment: RunningMoment | None = None
-        if self.options["log_eigvals"] and not isinstance(self.predictor, RunningMoment):
-            # a closed-form predictor follows the second moment anyway; here it is followed for the log alone
-            self.embedding_moment = RunningMoment(self.options["proj_output_dim"], rho=0.99, comm=WORLD)
-
-    @property
-    def moment(self) -> RunningMoment | None:
-        """What follows the embedding's second moment, if anything does."""
-        return self.predictor if isinstance(self.predictor, RunningMoment) else self.embedding_moment
 
     def forward(self, features: Tensor) -> list[Tensor]:
-        """``[V·B, in_dim]`` (or with trailing axes of one) → V projections ``[B, D]``, then V predictions."""
+        """``[V·B, in_dim]`` (or with trailing axes of one) → V projections ``[B, D]``, V predictions, own targets."""
         features = features.flatten(1)
         if features.shape[1] != self.in_dim:
             raise ValueError(f"{HEAD} has in_dim={self.in_dim}, but the trunk's features have {features.shape[1]}")
@@ -126,11 +120,10 @@ class MethodHead(nn.Module):
             return [self.projector(features)]
         if features.shape[0] % self.views:
             raise ValueError(f"{features.shape[0]} rows are no whole number of {self.views} views")
-        z = [self.projector(view) for view in features.chunk(self.views)]
-        if self.embedding_moment is not None:
-            for view in z:
-                self.embedding_moment.update(view)
-        return z if self.predictor is None else [*z, *self.predictor.predict(z)]
+        predict = self.predictor.predict if self.predictor is not None else None
+        e = embed(list(features.chunk(self.views)), self.projector, predict, large=self.large)
+        predictions = e.p if self.predictor is not None else []
+        return [*e.z, *predictions, *(e.target if isinstance(self.projector, TwoBranchHead) else [])]
 
 
 class TeacherLoss(ClassyLoss):
@@ -183,6 +176,9 @@ class MethodLoss(TeacherLoss):
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.options, taus = method_options(self.spec.name, config)
         super().__init__(*taus)
+        self.objective = Objective(self.spec, self.options, WORLD)
+        self.own_targets = 0
+        self.predictor: list[nn.Module | None] = [None]  # in a list: the model's, not ours to save
         self.metrics: dict[str, Tensor] = {}
 
     @classmethod
@@ -195,27 +191,41 @@ class MethodLoss(TeacherLoss):
         """Refuse, with a ValueError, what cannot stand below ``LOSS.<name>``."""
         method_options(cls.spec.name, config)
 
+    def attach(self, model: nn.Module) -> None:
+        """Learn what the head gives, and make the teacher."""
+        (head,) = model.heads
+        self.predictor = [head.predictor]
+        self.own_targets = head.large if isinstance(head.projector, TwoBranchHead) else 0
+        self.objective = Objective(self.spec, self.options, WORLD, head.predictor)
+        super().attach(model)
+
+    @property
+    def moment(self) -> RunningMoment | None:
+        """What follows the embedding's second moment, if anything does."""
+        return self.objective.followed(self.predictor[0])
+
     def followed(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
         """Trunk and projector. The predictor has no teacher."""
         copied = copy_model(model)
         for head in copied.heads:
-            head.predictor = head.embedding_moment = None
+            head.predictor = None
         return nn.ModuleList([model.trunk, *(head.projector for head in model.heads)]), copied
 
     def forward(self, output: list[Tensor], target: Tensor) -> Tensor:
         """Loss of the joined batch.
 
         Args:
-            output: of MethodHead: V projections, then V predictions where there is a predictor.
+            output: of MethodHead.
             target: labels; not used.
         """
-        half = len(output) if self.spec.predictor is None else len(output) // 2
-        z, p = output[:half], output[-half:]
-        targets = [view.detach() for view in z] if self.teacher is None else self.teacher_output
-        terms = self.spec.loss(Embeddings(z, p, targets), self.options, WORLD)
-        with torch.no_grad():
-            self.metrics = {name: value.detach() for name, value in terms._asdict().items()}
-            self.metrics["z_std"] = F.normalize(torch.stack(z), dim=-1).std(dim=1).mean()
+        ours, targets = output[: len(output) - self.own_targets], output[len(output) - self.own_targets :]
+        half = len(ours) if self.spec.predictor is None else len(ours) // 2
+        z, p = ours[:half], ours[-half:]
+        if not targets:
+            targets = [view.detach() for view in z] if self.teacher is None else self.teacher_output
+        embeddings = Embeddings(z, p, targets)
+        terms = self.objective(embeddings)
+        self.metrics = step_statistics(terms, embeddings)
         return terms.loss
 
 

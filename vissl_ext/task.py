@@ -21,10 +21,8 @@ from vissl_ext.larc import needs_plain_larc, plain_larc
 from vissl_ext.methods import HEAD, TeacherLoss, method_options
 from vissl_ext.trunks import check_trunk, trunk_width
 
-_OF_TASK = {"method", "options", "views"}
+_OF_TASK = {"method", "options", "views", "large"}
 """What the task writes beside ``in_dim`` into the configuration of the head."""
-_CONSTANT_PREDICTOR_LR = {"simsiam"}
-"""Methods whose predictor keeps the highest learning rate of the schedule (Chen and He 2021, §4.2)."""
 
 
 def check_config(config: Any, *, training: bool = True) -> None:
@@ -61,17 +59,16 @@ def check_config(config: Any, *, training: bool = True) -> None:
         raise UserError(f"config.LOSS.name={name} is for training alone: set config.TEST_MODEL=false")
     if config.DATA.TRAIN.BATCHSIZE_PER_REPLICA < 2:
         raise UserError(f"config.LOSS.name={name} needs config.DATA.TRAIN.BATCHSIZE_PER_REPLICA of at least 2")
-    count = views(config)
-    if count < 2:
+    large, small = views(config)
+    if large + small < 2:
         raise UserError(
             f"config.LOSS.name={name} needs two views of each image: put ImgPilToMultiCrop or ImgReplicatePil into "
             "config.DATA.TRAIN.TRANSFORMS, and collate them with multicrop_collator or simclr_collator"
         )
-    if count > 2:
-        # the losses of our methods would leave out the others
-        raise UserError(
-            f"config.LOSS.name={name} compares two views of each image, config.DATA.TRAIN.TRANSFORMS makes {count}"
-        )
+    try:
+        METHODS[name].check_views(large, small)
+    except ValueError as error:
+        raise UserError(f"config.DATA.TRAIN.TRANSFORMS: {error}") from None
     if config.DATA.TRAIN.COLLATE_FUNCTION not in ("multicrop_collator", "simclr_collator"):
         raise UserError(
             f"config.LOSS.name={name} needs config.DATA.TRAIN.COLLATE_FUNCTION=multicrop_collator or simclr_collator, "
@@ -100,15 +97,18 @@ def _check_head(config: Any, name: str) -> None:
         raise UserError(f"config.LOSS.{name}: {error}") from None
 
 
-def views(config: Any) -> int:
-    """How many views of an image the training transforms make."""
-    count = 1
+def views(config: Any) -> tuple[int, int]:
+    """How many large views of an image and how many small crops the training transforms make."""
+    large, small = 1, 0
     for transform in config.DATA.TRAIN.TRANSFORMS:
         if transform["name"] == "ImgPilToMultiCrop":
-            count *= transform["total_num_crops"]
+            crops = list(zip(transform["num_crops"], transform["size_crops"], strict=True))
+            largest = max(size for _, size in crops)
+            small = large * sum(count for count, size in crops if size < largest)
+            large *= sum(count for count, size in crops if size == largest)
         elif transform["name"] == "ImgReplicatePil":
-            count *= transform.get("num_times", 2)
-    return count
+            large *= transform.get("num_times", 2)
+    return large, small
 
 
 class ScaledScheduler(ClassyParamScheduler):
@@ -176,7 +176,10 @@ class PluginTask(SelfSupervisionTask):
         if self.method:
             check_config(self.config, training=False)
             given = {key: value for key, value in self.config.LOSS[self.method].items() if key != "name"}
-            self.config.MODEL.HEAD.PARAMS[0][1].update(method=self.method, options=given, views=views(self.config))
+            large, small = views(self.config)
+            self.config.MODEL.HEAD.PARAMS[0][1].update(
+                method=self.method, options=given, views=large + small, large=large
+            )
         return super()._build_model()
 
     def _build_loss(self) -> Any:
@@ -196,7 +199,7 @@ class PluginTask(SelfSupervisionTask):
         head = self.base_model.heads[0] if self.method else None
         parameters = list(head.predictor.parameters()) if head is not None and head.predictor is not None else []
         scale = head.options.get("pred_lr_scale", 1.0) if parameters else 1.0
-        constant = self.method in _CONSTANT_PREDICTOR_LR
+        constant = head.options.get("pred_lr_constant", False) if parameters else False
         if not parameters or (scale == 1.0 and not constant):
             super().prepare_optimizer()
             return

@@ -12,16 +12,28 @@ from torch import Tensor, nn
 
 from lightly_ext import models
 from plugins.checks import check_choice, check_range
+from plugins.linalg import spectrum_statistics
+from plugins.objective import step_statistics
 from plugins.targets import cosine_tau
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
 
 
+class PartialSchedule(CosineWarmupScheduler):
+    """lightly's schedule, but for the parameter groups that are marked ``keep_lr``."""
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each group at this step."""
+        rates = zip(self.optimizer.param_groups, super().get_lr(), self.base_lrs, strict=True)
+        return [base if group["keep_lr"] else scheduled for group, scheduled, base in rates]
+
+
 class TrainingSteps:
     """What a Trainer calls; mixed into a model class and a LightningModule by ``bind``.
 
-    It logs ``train_loss``, the loss's other terms as ``train_<term>``, ``tau`` of a teacher, and lightly's
-    ``train_online_cls_*`` and ``val_online_cls_*`` of a linear classifier that learns beside the model.
+    It logs ``train_loss``, the loss's other terms as ``train_<term>``, ``train_z_std``, ``tau`` of a teacher, and
+    lightly's ``train_online_cls_*`` and ``val_online_cls_*`` of a linear classifier that learns beside the model. Where
+    the embedding's second moment is followed, ``eigval_{min,max,mean,std}`` and ``part_ratio`` at each epoch's end.
 
     Args:
         batch_size_per_device: for the learning rate, which is ``lr`` for 256 images over all devices.
@@ -86,10 +98,10 @@ class TrainingSteps:
         views, targets = batch[0], batch[1]
         features, embeddings = self.embed(views)
         terms = self.terms(embeddings)
-        self.log("train_loss", terms.loss, prog_bar=True, sync_dist=True, batch_size=len(targets))
-        others = {f"train_{name}": value for name, value in terms._asdict().items() if name != "loss"}
+        statistics = {f"train_{name}": value for name, value in step_statistics(terms, embeddings).items()}
+        self.log("train_loss", statistics.pop("train_loss"), prog_bar=True, sync_dist=True, batch_size=len(targets))
         cls_loss, cls_log = self.online_classifier.training_step((features[0].detach(), targets), batch_idx)
-        self.log_dict({**others, **cls_log}, sync_dist=True, batch_size=len(targets))
+        self.log_dict({**statistics, **cls_log}, sync_dist=True, batch_size=len(targets))
         return terms.loss + cls_loss
 
     def validation_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
@@ -113,6 +125,11 @@ class TrainingSteps:
         self.update_momentum(tau)
         self.log("tau", tau, batch_size=1)
 
+    def on_train_epoch_end(self) -> None:
+        """Log the statistics of the embedding's spectrum, the same on all processes."""
+        if self.moment is not None:
+            self.log_dict(spectrum_statistics(self.moment.spectrum()))
+
     def configure_optimizers(self) -> tuple[list[Any], list[dict[str, Any]]]:
         """The optimizer and its schedule over the whole run."""
         given = self.hparams
@@ -130,6 +147,9 @@ class TrainingSteps:
         classifier = list(self.online_classifier.parameters())
         groups.append({"name": "online_classifier", "params": classifier, "lr": lr, "weight_decay": 0.0})
         for group in groups:
+            group["keep_lr"] = group["name"].startswith("prediction_head") and self.options.get(
+                "pred_lr_constant", False
+            )
             group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
         groups = [group for group in groups if group["params"]]
         if given.optimizer == "adamw":
@@ -138,7 +158,7 @@ class TrainingSteps:
             optimizer = {"lars": LARS, "sgd": torch.optim.SGD}[given.optimizer](groups, lr=lr, momentum=0.9)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = min(total, int(total / (self.trainer.max_epochs or 1) * given.warmup_epochs))
-        schedule = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=total)
+        schedule = PartialSchedule(optimizer, warmup_epochs=warmup, max_epochs=total)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 

@@ -21,12 +21,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from plugins.checks import check_range
 from plugins.distributed import LOCAL, WORLD
+from plugins.objective import Objective, embed
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
+from plugins.targets import move_teacher
 
 _PROBE = (1, 3, 224, 224)
 
@@ -35,8 +36,8 @@ class MethodModel(nn.Module):
     """Backbone, projection head, and where the method has them prediction head and teacher.
 
     ``backbone``, ``projection_head``, ``prediction_head`` (None without one), ``teacher_backbone`` and
-    ``teacher_projection_head`` (None without a teacher) are submodules: the state dict holds them all, and the second
-    moment and W of a computed prediction head as its buffers.
+    ``teacher_projection_head`` (None without a teacher) are submodules: the state dict holds them all, the second
+    moment and W of a computed prediction head as its buffers, and what the loss counts in ``objective``.
 
     Args:
         backbone: images ``[B, C, H, W]`` → features ``[B, D]``, or ``[B, D, 1, 1]``; without its classifier.
@@ -56,8 +57,6 @@ class MethodModel(nn.Module):
     """
 
     spec: ClassVar[MethodSpec]
-    views: ClassVar[int] = 2
-    """How many views of each image the loss takes."""
 
     def __init__(
         self,
@@ -98,16 +97,12 @@ class MethodModel(nn.Module):
         if spec.teacher if teacher is None else teacher:
             self.teacher_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
             self.teacher_projection_head = copy.deepcopy(self.projection_head).requires_grad_(False)
-        self.embedding_moment: RunningMoment | None = None
-        if self.options.get("log_eigvals") and not isinstance(self.prediction_head, RunningMoment):
-            # a closed-form predictor follows the second moment anyway; here it is followed for the log alone
-            self.embedding_moment = RunningMoment(self.options["proj_output_dim"], rho=0.99, comm=self.comm)
+        self.objective = Objective(spec, self.options, self.comm, self.prediction_head)
 
     @property
     def moment(self) -> RunningMoment | None:
         """What follows the embedding's second moment, if anything does: ``moment.spectrum()`` are its eigenvalues."""
-        computed = isinstance(self.prediction_head, RunningMoment)
-        return self.prediction_head if computed else self.embedding_moment
+        return self.objective.followed(self.prediction_head)
 
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """Features of images; or, of a list of views, the loss.
@@ -130,7 +125,8 @@ class MethodModel(nn.Module):
         """The method's loss on the views of a batch, each with its own batch statistics. A scalar.
 
         Args:
-            views: one batch of images per view, as lightly's transforms and collates give them.
+            views: one batch of images per view, as lightly's transforms and collates give them; where the method takes
+                small crops, those come last.
 
         Raises:
             ValueError: another number of views than the method's, or too few rows.
@@ -139,29 +135,34 @@ class MethodModel(nn.Module):
 
     def embed(self, views: Sequence[Tensor]) -> tuple[list[Tensor], Embeddings]:
         """Features of the views, and what the loss looks at; in training a computed prediction head follows them."""
-        if isinstance(views, Tensor) or len(views) != self.views:
-            got = f"a tensor of shape {tuple(views.shape)}" if isinstance(views, Tensor) else f"{len(views)} views"
-            raise ValueError(f"the loss of {self.spec.name} takes a list of {self.views} views, got {got}")
+        large = self._large(views)
         features = [self.backbone(view).flatten(start_dim=1) for view in views]
-        z = [self.projection_head(h) for h in features]
-        p = z if self.prediction_head is None else self._predict(z)
-        if self.embedding_moment is not None and self.training:
-            for view in z:
-                self.embedding_moment.update(view)
-        return features, Embeddings(z, p, self._targets(views, z))
+        predict = None if self.prediction_head is None else self._predict
+        targets = self._targets(views[:large])
+        return features, embed(features, self.projection_head, predict, targets, large=large)
 
     def terms(self, embeddings: Embeddings) -> Terms:
         """The loss and its parts, a NamedTuple of scalars, of which ``loss`` has a gradient."""
-        return self.spec.loss(embeddings, self.options, self.comm)
+        return self.objective(embeddings)
+
+    def _large(self, views: Sequence[Tensor]) -> int:
+        """How many of the views are large, which is the size of the first."""
+        if isinstance(views, Tensor):
+            raise ValueError(
+                f"the loss of {self.spec.name} takes a list of views, got a tensor of {tuple(views.shape)}"
+            )
+        large = sum(view.shape[-2:] == views[0].shape[-2:] for view in views)
+        self.spec.check_views(large, len(views) - large)
+        return large
 
     def _predict(self, z: list[Tensor]) -> list[Tensor]:
         if hasattr(self.prediction_head, "predict"):
             return self.prediction_head.predict(z)
         return [self.prediction_head(view) for view in z]  # one of the user's own, such as lightly's
 
-    def _targets(self, views: Sequence[Tensor], z: list[Tensor]) -> list[Tensor]:
+    def _targets(self, views: Sequence[Tensor]) -> list[Tensor] | None:
         if self.teacher_backbone is None:
-            return [view.detach() for view in z]
+            return None
         with torch.no_grad():
             return [self.teacher_projection_head(self.teacher_backbone(view).flatten(start_dim=1)) for view in views]
 
@@ -192,7 +193,6 @@ class MethodModel(nn.Module):
             if parameters
         ]
 
-    @torch.no_grad()
     def update_momentum(self, m: float) -> None:
         """Move the teacher: θ_t ← m θ_t + (1 − m) θ. Call it once after each optimizer step; without a teacher it does
         nothing.
@@ -201,12 +201,8 @@ class MethodModel(nn.Module):
             m: momentum in [0, 1], as of ``lightly.utils.scheduler.cosine_schedule``.
         """
         check_range("m", m, low=0.0, high=1.0)
-        if self.teacher_backbone is None:
-            return
-        pairs = ((self.backbone, self.teacher_backbone), (self.projection_head, self.teacher_projection_head))
-        student, teacher = ([p for pair in pairs for p in pair[side].parameters()] for side in (0, 1))
-        if teacher:
-            get_ema_multi_avg_fn(m)(teacher, student, 0)
+        teacher = [part for part in (self.teacher_backbone, self.teacher_projection_head) if part is not None]
+        move_teacher(teacher, [self.backbone, self.projection_head][: len(teacher)], m)
 
 
 def model_class(name: str, spec: MethodSpec, module: str) -> type[MethodModel]:

@@ -4,10 +4,12 @@ from plugins.heads.dissl import Heads, dissl_heads, issl_head
 from plugins.heads.expand import ExpandDim, expand_resnet_dim
 from plugins.heads.init import issl_init_, projection_init_
 from plugins.heads.mlp import mlp_head
+from plugins.heads.two_branch import TwoBranchHead
 
 __all__ = [
     "ExpandDim",
     "Heads",
+    "TwoBranchHead",
     "dissl_heads",
     "expand_resnet_dim",
     "issl_head",

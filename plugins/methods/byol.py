@@ -3,26 +3,26 @@
 from plugins.methods.common import (
     LOG_EIGVALS,
     METRIC,
-    cross_view_terms,
+    CrossViewLoss,
     predictor_options,
     projector_options,
     two_layer_head,
     two_layer_predictor,
 )
-from plugins.spec import MethodSpec
+from plugins.spec import MethodSpec, Paper
 
 SPEC = MethodSpec(
     name="byol",
-    title="BYOL",
-    loss=cross_view_terms,
+    loss=CrossViewLoss,
     head=two_layer_head,
     predictor=two_layer_predictor,
     teacher=True,
+    views=2,
     options={
         **projector_options(hidden=4096, output=256),
         **predictor_options(hidden=4096),
         "metric": METRIC,
         "log_eigvals": LOG_EIGVALS,
     },
-    reference="Grill et al. 2020, arXiv:2006.07733, eq. 2",
+    paper=Paper("BYOL", "Grill et al. 2020, arXiv:2006.07733, eq. 2"),
 )

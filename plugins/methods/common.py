@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from plugins.distributed import Collective
 from plugins.heads import mlp_head
-from plugins.losses import byol_terms, isoloss_terms
+from plugins.losses import BYOLLossTerms, byol_terms, isoloss_terms
 from plugins.predictors import MLPPredictor
 from plugins.spec import Embeddings, Option
 
@@ -21,15 +21,22 @@ class PairTerms(NamedTuple):
     """Mean cosine between prediction and target over both pairs and all rows, in [-1, 1]; for logging."""
 
 
-def cross_view_terms(e: Embeddings, options: Mapping[str, Any], comm: Collective) -> PairTerms:
-    """L(p_0, y_1) + L(p_1, y_0) with BYOL's loss, or IsoLoss where ``options["iso"]`` is set."""
-    pairs = ((0, 1), (1, 0))
-    metric = options["metric"]
-    if options.get("iso", False):
-        first, second = (isoloss_terms(e.z[a], e.p[a], e.target[b], metric=metric, comm=comm) for a, b in pairs)
-    else:
-        first, second = (byol_terms(e.p[a], e.target[b], metric=metric, comm=comm) for a, b in pairs)
-    return PairTerms(first.loss + second.loss, (first.similarity + second.similarity) / 2)
+class CrossViewLoss(nn.Module):
+    """L(p_0, y_1) + L(p_1, y_0) with BYOL's loss, or IsoLoss where the option ``iso`` is set."""
+
+    def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
+        super().__init__()
+        self.metric, self.iso, self.comm = options["metric"], options.get("iso", False), comm
+
+    def forward(self, e: Embeddings) -> PairTerms:
+        """Both ordered pairs of two views."""
+        first, second = self._pair(e, 0, 1), self._pair(e, 1, 0)
+        return PairTerms(first.loss + second.loss, (first.similarity + second.similarity) / 2)
+
+    def _pair(self, e: Embeddings, a: int, b: int) -> BYOLLossTerms:
+        if self.iso:
+            return isoloss_terms(e.z[a], e.p[a], e.target[b], metric=self.metric, comm=self.comm)
+        return byol_terms(e.p[a], e.target[b], metric=self.metric, comm=self.comm)
 
 
 def projector_options(hidden: int, output: int) -> dict[str, Option]:
@@ -54,11 +61,12 @@ METRIC = Option(
 LOG_EIGVALS = Option(False, "write the whole spectrum of the embedding's second moment once an epoch")
 
 
-def predictor_options(hidden: int) -> dict[str, Option]:
+def predictor_options(hidden: int, constant_lr: bool = False) -> dict[str, Option]:
     """Width and learning rate of an MLP predictor."""
     return {
         "pred_hidden_dim": Option(hidden, "width of the predictor's hidden layer, > 0"),
         "pred_lr_scale": Option(1.0, "learning rate of the predictor over that of the backbone, > 0"),
+        "pred_lr_constant": Option(constant_lr, "the predictor keeps its learning rate, whatever the schedule"),
     }
 
 

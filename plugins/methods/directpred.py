@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from plugins.distributed import Collective
-from plugins.methods.common import LOG_EIGVALS, METRIC, cross_view_terms, projector_options, two_layer_head
+from plugins.methods.common import LOG_EIGVALS, METRIC, CrossViewLoss, projector_options, two_layer_head
 from plugins.predictors import ClosedFormPredictor
-from plugins.spec import MethodSpec, Option
+from plugins.spec import MethodSpec, Option, Paper
 
 
 def predictor(options: Mapping[str, Any], comm: Collective) -> nn.Module:
@@ -52,11 +52,11 @@ def closed_form_options(*, alpha: float, eps: float, iso: bool) -> dict[str, Opt
 
 SPEC = MethodSpec(
     name="directpred",
-    title="DirectPred",
-    loss=cross_view_terms,
+    loss=CrossViewLoss,
     head=two_layer_head,
     predictor=predictor,
     teacher=True,
+    views=2,
     options=closed_form_options(alpha=0.5, eps=0.0, iso=False),
-    reference="Tian, Chen and Ganguli 2021, arXiv:2102.06810, eqs. 18-19",
+    paper=Paper("DirectPred", "Tian, Chen and Ganguli 2021, arXiv:2102.06810, eqs. 18-19"),
 )

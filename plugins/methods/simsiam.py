@@ -7,15 +7,21 @@ from torch import nn
 
 from plugins.distributed import Collective
 from plugins.heads import mlp_head
-from plugins.methods.common import LOG_EIGVALS, PairTerms, cross_view_terms, predictor_options, projector_options
+from plugins.methods.common import LOG_EIGVALS, CrossViewLoss, PairTerms, predictor_options, projector_options
 from plugins.predictors import MLPPredictor
-from plugins.spec import Embeddings, MethodSpec
+from plugins.spec import Embeddings, MethodSpec, Paper
 
 
-def _terms(e: Embeddings, options: Mapping[str, Any], comm: Collective) -> PairTerms:
-    # eq. 2 is half the sum of the two negative cosines; BYOL's 2 - 2 cos of both pairs is 4 plus four times that
-    terms = cross_view_terms(e, {**options, "metric": "cosine"}, comm)
-    return PairTerms(terms.loss / 4 - 1, terms.cosine)
+class SimSiamLoss(CrossViewLoss):
+    """−(cos(p_0, y_1) + cos(p_1, y_0)) / 2, eq. 2."""
+
+    def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
+        super().__init__({**options, "metric": "cosine"}, comm)
+
+    def forward(self, e: Embeddings) -> PairTerms:
+        """Half the sum of the two negative cosines; BYOL's 2 − 2 cos of both pairs is 4 plus four times that."""
+        terms = super().forward(e)
+        return PairTerms(terms.loss / 4 - 1, terms.cosine)
 
 
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
@@ -29,15 +35,15 @@ def _predictor(options: Mapping[str, Any], _comm: Collective) -> nn.Module:
 
 SPEC = MethodSpec(
     name="simsiam",
-    title="SimSiam",
-    loss=_terms,
+    loss=SimSiamLoss,
     head=_head,
     predictor=_predictor,
     teacher=False,
+    views=2,
     options={
         **projector_options(hidden=2048, output=2048),
-        **predictor_options(hidden=512),
+        **predictor_options(hidden=512, constant_lr=True),  # section 4.2
         "log_eigvals": LOG_EIGVALS,
     },
-    reference="Chen and He 2021, arXiv:2011.10566, eq. 2",
+    paper=Paper("SimSiam", "Chen and He 2021, arXiv:2011.10566, eq. 2"),
 )

@@ -9,11 +9,16 @@ from plugins.distributed import Collective
 from plugins.heads import mlp_head
 from plugins.losses import SSLEYLossTerms, ssl_ey_terms
 from plugins.methods.common import LOG_EIGVALS, projector_options
-from plugins.spec import Embeddings, MethodSpec, Option
+from plugins.spec import Embeddings, MethodSpec, Option, Paper
 
 
-def _terms(e: Embeddings, options: Mapping[str, Any], comm: Collective) -> SSLEYLossTerms:
-    return ssl_ey_terms(e.z[0], e.z[1], estimator=options["estimator"], comm=comm)
+class _Loss(nn.Module):
+    def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
+        super().__init__()
+        self.estimator, self.comm = options["estimator"], comm
+
+    def forward(self, e: Embeddings) -> SSLEYLossTerms:
+        return ssl_ey_terms(e.z[0], e.z[1], estimator=self.estimator, comm=self.comm)
 
 
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
@@ -27,11 +32,11 @@ def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
 
 SPEC = MethodSpec(
     name="ssl_ey",
-    title="SSL-EY",
-    loss=_terms,
+    loss=_Loss,
     head=_head,
     predictor=None,
     teacher=False,
+    views=2,
     options={
         **projector_options(hidden=2048, output=2048),
         "projector": Option(True, "whether there is a projector; without one the loss takes the backbone's features"),
@@ -42,5 +47,5 @@ SPEC = MethodSpec(
         ),
         "log_eigvals": LOG_EIGVALS,
     },
-    reference="Chapman, Wells and Lawry Aguila 2024, arXiv:2310.01012",
+    paper=Paper("SSL-EY", "Chapman, Wells and Lawry Aguila 2024, arXiv:2310.01012"),
 )

@@ -1,5 +1,5 @@
 """Targets: what the predictions of the online branch are compared with."""
 
-from plugins.targets.ema import EMATeacher, cosine_tau, needs_teacher
+from plugins.targets.ema import EMATeacher, cosine_tau, move_teacher, needs_teacher
 
-__all__ = ["EMATeacher", "cosine_tau", "needs_teacher"]
+__all__ = ["EMATeacher", "cosine_tau", "move_teacher", "needs_teacher"]

@@ -2,10 +2,11 @@
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from plugins.checks import check_range
@@ -48,6 +49,25 @@ def needs_teacher(base: float, final: float) -> bool:
         (True, False)
     """
     return base > 0 or final > 0
+
+
+@torch.no_grad()
+def move_teacher(teacher: Iterable[nn.Module], student: Iterable[nn.Module], tau: float) -> None:
+    """``θ_t ← τ θ_t + (1 − τ) θ`` in place, all parameters of all modules at once; buffers are left alone.
+
+    Args:
+        teacher: the modules that move.
+        student: the modules that they follow, of the same parameters in the same order.
+        tau: τ in [0, 1].
+
+    Raises:
+        ValueError: τ outside its range.
+    """
+    check_range("tau", tau, low=0.0, high=1.0)
+    followers: list[Tensor] = [parameter for module in teacher for parameter in module.parameters()]
+    followed: list[Tensor] = [parameter for module in student for parameter in module.parameters()]
+    if followers:
+        get_ema_multi_avg_fn(tau)(followers, followed, 0)
 
 
 class EMATeacher(nn.Module):
@@ -116,7 +136,7 @@ class EMATeacher(nn.Module):
             τ, for logging.
         """
         tau = cosine_tau(step, total, self.base, self.final)
-        get_ema_multi_avg_fn(tau)(list(self.module.parameters()), list(self.student.parameters()), 0)
+        move_teacher([self.module], [self.student], tau)
         return tau
 
     @torch.no_grad()

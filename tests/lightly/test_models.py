@@ -60,7 +60,7 @@ def plugins_loss(method: str, model: models.MethodModel, views: list[Tensor]) ->
             target = [model.teacher_projection_head(model.teacher_backbone(view).flatten(1)) for view in views]
     else:
         target = [view.detach() for view in z]
-    return spec.loss(Embeddings(z, p, target), options, LOCAL).loss
+    return spec.loss(options, LOCAL)(Embeddings(z, p, target)).loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -143,7 +143,7 @@ def test_without_a_teacher_targets_are_the_other_view() -> None:
     alone = copy.deepcopy(model)
     z = [alone.project(view) for view in images()]
     embeddings = Embeddings(z, alone.prediction_head.predict(z), [view.detach() for view in z])
-    expected = METHODS["byol"].loss(embeddings, alone.options, LOCAL).loss
+    expected = METHODS["byol"].loss(alone.options, LOCAL)(embeddings).loss
     torch.testing.assert_close(model.loss(images()), expected, rtol=1e-6, atol=1e-7)
 
 

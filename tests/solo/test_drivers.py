@@ -407,7 +407,7 @@ def test_linear_evaluation_ends_with_a_validation(untrained, digits, tmp_path, m
 
 
 _REFUSED_TOO = {
-    "three views": (["augmentations.0.num_crops=3"], "compares two views of one size, the augmentations make 3 large"),
+    "three views": (["augmentations.0.num_crops=3"], "compares 2 views of one size, the augmentations make 3 large"),
     "native option": (["method=vicreg", "+method_kwargs.sim_loss_wieght=3"], "vicreg has no option"),
     "no path": (["data.train_path=null"], "the configuration lacks data.train_path"),
     "a word for a number": (["optimizer.batch_size=many"], "optimizer.batch_size must be a whole number"),

@@ -186,7 +186,7 @@ def test_losses_compile_to_one_graph(name, device):
     options = spec.resolve({})
 
     def loss(z0, z1, p0, p1, target0, target1):
-        return spec.loss(Embeddings([z0, z1], [p0, p1], [target0, target1]), options, LOCAL).loss
+        return spec.loss(options, LOCAL)(Embeddings([z0, z1], [p0, p1], [target0, target1])).loss
 
     # inductor compiles kernels; on the CPU the tests of each loss do
     compiled = torch.compile(loss, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")

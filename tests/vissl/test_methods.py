@@ -68,7 +68,7 @@ def plugins_loss(method: str, options: Any, trunk: nn.Module, head: Any, teacher
     else:
         with torch.no_grad():
             target = [teacher.heads[0].projector(teacher.trunk(view, [])[0]) for view in views]
-    return spec.loss(Embeddings(z, p, target), options, LOCAL).loss
+    return spec.loss(options, LOCAL)(Embeddings(z, p, target)).loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -125,7 +125,7 @@ def test_batches_of_any_collator(method: str) -> None:
             features = torch.cat([teacher.trunk(images, [])[0] for images in sizes])
             target = [teacher.heads[0].projector(h) for h in features.chunk(2)]
         embeddings = Embeddings(z, model.heads[0].predictor.predict(z), target)
-        expected = METHODS[method].loss(embeddings, reference.base_loss.options, LOCAL).loss
+        expected = METHODS[method].loss(reference.base_loss.options, LOCAL)(embeddings).loss
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
 
 
@@ -247,7 +247,7 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
         (["config.DATA.TRAIN.TRANSFORMS=[{name:ToTensor}]"], "needs two views of each image"),
         (
             ["config.DATA.TRAIN.TRANSFORMS.0.num_times=3"],
-            "compares two views of each image, config.DATA.TRAIN.TRANSFORMS makes 3",
+            "method isoloss compares 2 views of one size, the augmentations make 3 large and 0 small ones",
         ),
         (["config.DATA.TRAIN.COLLATE_FUNCTION=default_collate"], "got default_collate"),
         (["config.LOSS.name=barlow_twins_loss"], "method_head needs a config.LOSS.name of byol, "),

@@ -1,0 +1,99 @@
+"""The part of a training step that is the same in every framework: embeddings, loss, and what is logged of them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plugins.distributed import LOCAL, Collective
+from plugins.heads import TwoBranchHead
+from plugins.predictors import RunningMoment
+from plugins.spec import Embeddings, MethodSpec, Terms
+
+
+def embed(
+    features: list[Tensor],
+    projector: nn.Module,
+    predict: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    target: list[Tensor] | None = None,
+    *,
+    large: int = 2,
+) -> Embeddings:
+    """What the loss looks at. Each view has its own batch statistics in projector and predictor.
+
+    Args:
+        features: of the backbone, ``[B, features_dim]`` for each view, those of the large views first.
+        projector: the method's head.
+        predict: projections of all views → predictions of all views; None where p = z.
+        target: the teacher's projections of the large views; None without a teacher.
+        large: how many views are large: those that make targets.
+    """
+    z = [projector(h) for h in features]
+    p = z if predict is None else predict(z)
+    if target is None:
+        target = own_targets(features[:large], projector, z)
+    return Embeddings(z, p, target)
+
+
+def own_targets(features: list[Tensor], projector: nn.Module, z: list[Tensor]) -> list[Tensor]:
+    """Targets without a teacher: those of the head's second branch, with gradient, or the detached projections.
+
+    Args:
+        features: of the large views.
+        projector: the method's head.
+        z: its projections of all views.
+    """
+    if isinstance(projector, TwoBranchHead):
+        return [projector.teacher(h) for h in features]
+    return [view.detach() for view in z[: len(features)]]
+
+
+class Objective(nn.Module):
+    """The loss of a method with all that belongs to it but the networks: warm-up counters, and what is followed.
+
+    Its state is the same on all processes and belongs in the checkpoint.
+
+    Args:
+        spec: the method.
+        options: of ``spec.resolve``.
+        comm: the processes that share a batch.
+        predictor: the method's predictor. A closed-form one follows the embedding's second moment anyway; with the
+            option ``log_eigvals`` and another predictor it is followed here, for the log alone.
+    """
+
+    def __init__(
+        self,
+        spec: MethodSpec,
+        options: Mapping[str, Any],
+        comm: Collective = LOCAL,
+        predictor: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.criterion = spec.loss(options, comm)
+        self.embedding_moment: RunningMoment | None = None
+        if options.get("log_eigvals", False) and not isinstance(predictor, RunningMoment):
+            self.embedding_moment = RunningMoment(options["proj_output_dim"], rho=0.99, comm=comm)
+
+    def forward(self, embeddings: Embeddings) -> Terms:
+        """The loss and its parts, a NamedTuple of scalars, of which ``loss`` has a gradient."""
+        if self.embedding_moment is not None and self.training:
+            for view in embeddings.z:
+                self.embedding_moment.update(view)
+        return self.criterion(embeddings)
+
+    def followed(self, predictor: nn.Module | None) -> RunningMoment | None:
+        """What follows the embedding's second moment, the predictor or ourselves, if anything does."""
+        return predictor if isinstance(predictor, RunningMoment) else self.embedding_moment
+
+
+@torch.no_grad()
+def step_statistics(terms: Terms, embeddings: Embeddings) -> dict[str, Tensor]:
+    """What every framework logs of a step: the loss's terms by name, detached, and ``z_std``.
+
+    ``z_std`` is the standard deviation over the rows of the normalised projections, mean over their columns and views:
+    1 / sqrt(D) where they are isotropic, 0 where they have collapsed.
+    """
+    z_std = F.normalize(torch.stack(embeddings.z), dim=-1).std(dim=1).mean()
+    return {**{name: value.detach() for name, value in terms._asdict().items()}, "z_std": z_std}

@@ -1,0 +1,98 @@
+"""What every adapter does with a MethodSpec: embeddings, views, statistics."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from plugins.distributed import LOCAL
+from plugins.heads import TwoBranchHead
+from plugins.methods import METHODS
+from plugins.objective import Objective, embed, step_statistics
+from plugins.spec import Embeddings
+
+
+def test_each_view_has_its_own_batch_statistics():
+    projector = nn.BatchNorm1d(3, affine=False)
+    features = [torch.randn(8, 3) * scale + shift for scale, shift in ((1.0, 0.0), (5.0, 2.0))]
+    e = embed(features, projector)
+    for view in e.z:
+        torch.testing.assert_close(view.mean(0), torch.zeros(3), atol=1e-6, rtol=0)
+        torch.testing.assert_close(view.var(0, unbiased=False), torch.ones(3), atol=1e-4, rtol=0)
+    assert all(p is z for p, z in zip(e.p, e.z, strict=True)), "no predictor: p = z"
+
+
+def test_targets_are_detached_projections_of_the_large_views():
+    projector = nn.Linear(3, 2)
+    features = [torch.randn(4, 3) for _ in range(5)]
+    e = embed(features, projector, large=2)
+    assert (len(e.z), len(e.target)) == (5, 2)
+    for target, z in zip(e.target, e.z[:2], strict=True):
+        assert torch.equal(target, z) and not target.requires_grad and z.requires_grad
+
+
+def test_a_second_branch_makes_targets_with_gradient():
+    head = TwoBranchHead(nn.Linear(3, 2), nn.Linear(3, 2))
+    features = [torch.randn(4, 3) for _ in range(3)]
+    e = embed(features, head, large=2)
+    assert torch.equal(e.target[1], head.teacher(features[1])) and torch.equal(e.z[2], head.student(features[2]))
+    sum(target.sum() for target in e.target).backward()
+    assert head.teacher.weight.grad is not None and head.student.weight.grad is None
+
+
+def test_a_given_target_and_predictor_are_taken():
+    target = [torch.zeros(4, 2)] * 2
+    e = embed([torch.ones(4, 3)] * 2, nn.Linear(3, 2), lambda z: [2 * view for view in z], target)
+    assert e.target is target
+    torch.testing.assert_close(e.p[1], 2 * e.z[1])
+
+
+@pytest.mark.parametrize(("large", "small"), [(1, 0), (3, 0), (2, 1)])
+def test_a_two_view_method_refuses_other_views(large, small):
+    METHODS["isoloss"].check_views(2)
+    with pytest.raises(ValueError, match=f"isoloss compares 2 views of one size.*{large} large and {small} small"):
+        METHODS["isoloss"].check_views(large, small)
+
+
+def test_a_method_of_many_views_takes_two_or_more_large_ones():
+    spec = replace(METHODS["isoloss"], views=None)
+    for large, small in ((2, 0), (3, 0), (2, 6)):
+        spec.check_views(large, small)
+    with pytest.raises(ValueError, match="two or more large views"):
+        spec.check_views(1, 6)
+
+
+def test_the_spectrum_is_followed_once_in_training_only():
+    spec = METHODS["ssl_ey"]
+    options = spec.resolve({"proj_output_dim": 2, "log_eigvals": True})
+    objective = Objective(spec, options)
+    z = [torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[2.0, 0.0], [0.0, 1.0]])]
+    objective.eval()(Embeddings(z, z, z))
+    assert not objective.followed(None).C.any()
+    objective.train()(Embeddings(z, z, z))
+    # 0.01 of the first view's moment, decayed by the second's
+    expected = 0.99 * 0.01 * torch.diag(torch.tensor([0.5, 4.5])) + 0.01 * torch.diag(torch.tensor([2.0, 0.5]))
+    torch.testing.assert_close(objective.followed(None).C, expected)
+    assert Objective(spec, spec.resolve({})).followed(None) is None
+
+
+def test_a_closed_form_predictor_follows_it_itself():
+    spec = METHODS["isoloss"]
+    options = spec.resolve({"proj_output_dim": 2, "log_eigvals": True})
+    predictor = spec.predictor(options, LOCAL)
+    objective = Objective(spec, options, LOCAL, predictor)
+    assert objective.followed(predictor) is predictor
+    assert not list(objective.state_dict()), "the predictor is the caller's"
+
+
+def test_statistics_are_the_terms_and_the_spread():
+    spec = METHODS["simsiam"]
+    z = [torch.eye(2, requires_grad=True), torch.eye(2)]
+    e = Embeddings(z, z, [view.detach() for view in z])
+    statistics = step_statistics(Objective(spec, spec.resolve({}))(e), e)
+    assert statistics["loss"] == -1 and statistics["cosine"] == 1
+    # columns (1, 0) and (0, 1): standard deviation sqrt(1/2)
+    assert math.isclose(statistics["z_std"], math.sqrt(0.5), rel_tol=1e-6)
+    assert not any(value.requires_grad for value in statistics.values())

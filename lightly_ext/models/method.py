@@ -149,7 +149,7 @@ class MethodModel(nn.Module):
         """How many of the views are large, which is the size of the first."""
         if isinstance(views, Tensor):
             raise ValueError(
-                f"the loss of {self.spec.name} takes a list of views, got a tensor of {tuple(views.shape)}"
+                f"the loss of {self.spec.name} takes a list of views, got a tensor of shape {tuple(views.shape)}"
             )
         large = sum(view.shape[-2:] == views[0].shape[-2:] for view in views)
         self.spec.check_views(large, len(views) - large)

@@ -6,6 +6,7 @@ from plugins.losses.dissl import DISSLLoss, DISSLTerms, dissl_loss, dissl_terms
 from plugins.losses.dissl_monitor import DISSLWeights, ETFMonitor, ETFTerms, StallAlarm, dissl_warmup
 from plugins.losses.isoloss import IsoLoss, IsoLossTerms, isoloss, isoloss_terms
 from plugins.losses.matrix_ssl import MatrixSSLLoss, MatrixSSLTerms, matrix_ssl_loss, matrix_ssl_terms
+from plugins.losses.mec import MECLoss, MECTerms, mec_loss, mec_terms, mec_warmup
 from plugins.losses.ssl_ey import SSLEYLoss, SSLEYLossTerms, ssl_ey_loss, ssl_ey_terms
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "ETFTerms",
     "IsoLoss",
     "IsoLossTerms",
+    "MECLoss",
+    "MECTerms",
     "MatrixSSLLoss",
     "MatrixSSLTerms",
     "SSLEYLoss",
@@ -36,6 +39,9 @@ __all__ = [
     "isoloss_terms",
     "matrix_ssl_loss",
     "matrix_ssl_terms",
+    "mec_loss",
+    "mec_terms",
+    "mec_warmup",
     "ssl_ey_loss",
     "ssl_ey_terms",
 ]

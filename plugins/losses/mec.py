@@ -1,0 +1,193 @@
+"""Maximum entropy coding: the coding length of the cross-moment of a student's predictions and a teacher's targets.
+
+Liu, Wang, Li & Wang, "Self-Supervised Learning via Maximum Entropy Coding" (NeurIPS 2022, arXiv:2210.11464), as its
+code trains on it: the logarithm of the determinant is a series of order 4, nothing is centred, and the value is scaled
+such that its first-order term is minus the mean cosine. A re-implementation that returns mu times the trace has a
+gradient mu N / lambda_inv = mu / eps_d times as large.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from plugins.checks import check_choice, check_count, check_range, check_rows, compute_dtype
+from plugins.distributed import LOCAL, Collective
+from plugins.linalg import (
+    FORMS,
+    attach_gradient,
+    gram_is_cheaper,
+    power_traces,
+    spectral_radius,
+    squared_norm,
+    tangent,
+    unit_rows,
+)
+from plugins.losses.log_series import SeriesWatch, log_series
+
+
+class MECTerms(NamedTuple):
+    """Only ``loss`` has a gradient."""
+
+    loss: Float[Tensor, ""]
+    similarity: Float[Tensor, ""]
+    """Mean cosine of prediction and target."""
+    effective_rank: Float[Tensor, ""]
+    """(tr M)^2 / ||M||^2 of M = z^T z of the student's unit rows, not centred: 1 where all agree, D at most."""
+    radius: Float[Tensor, ""]
+    """Estimate of the spectral radius of what the series is in, the larger of two; above 1 it diverges."""
+
+
+def mec_loss(
+    z0: Float[Tensor, "B D"],
+    z1: Float[Tensor, "B D"],
+    p0: Float[Tensor, "B D"],
+    p1: Float[Tensor, "B D"],
+    *,
+    eps_d: float | Float[Tensor, ""],
+    order: int = 4,
+    form: str = "auto",
+    comm: Collective = LOCAL,
+) -> Float[Tensor, ""]:
+    """``L = -eps_d / 2 sum_(p, z) tr sum_(k=1)^K (-1)^(k+1) / k C^k`` with ``C = p^T z / (N eps_d)``.
+
+    The pairs are (p1, z0) and (p0, z1); their rows are divided by their lengths, N joined rows. In the paper's terms
+    lambda_inv = N eps_d, and C may be the N x N matrix p z^T / lambda_inv: the traces are the same.
+
+    Args:
+        z0: the student's predictions of the first view.
+        z1: those of the second view.
+        p0: the teacher's targets of the first view; they get no gradient.
+        p1: those of the second view.
+        eps_d: distortion per dimension, > 0; published 64 / D = 1/32 at D = 2048. The smaller, the stronger it spreads,
+            and the sooner the series diverges: begin with eight times as much, see :func:`mec_warmup`. A 0-dim tensor
+            is not checked: that never waits for the device, nor compiles anew at each value.
+        order: K ≥ 1. Beyond the radius of convergence even orders repel and odd ones attract without bound.
+        form: "covariance" (D x D), "gram" (N x N) or "auto", the cheaper one. The value is the same.
+        comm: the processes that share the batch. The smaller of 2 D^2 numbers of statistics and 4 N D of rows is sent,
+            nothing in backward.
+
+    Returns:
+        The loss of the joined batch, float32 (float64 for float64 input). A row shorter than 1e-12 counts as zero.
+
+    Raises:
+        ValueError: shapes differ, an unknown form, a number outside its range, no rows.
+
+    >>> z = torch.eye(4)
+    >>> round(mec_loss(z, z, z, z, eps_d=0.5).item(), 4)  # four eigenvalues 1 / 2: -2 (1/2 - 1/8 + 1/24 - 1/64)
+    -0.8021
+    """
+    return _mec(z0, z1, p0, p1, eps_d, order, form, comm)[0]
+
+
+def mec_terms(
+    z0: Float[Tensor, "B D"],
+    z1: Float[Tensor, "B D"],
+    p0: Float[Tensor, "B D"],
+    p1: Float[Tensor, "B D"],
+    *,
+    eps_d: float | Float[Tensor, ""],
+    order: int = 4,
+    form: str = "auto",
+    comm: Collective = LOCAL,
+) -> MECTerms:
+    """:func:`mec_loss` with what to watch beside it; one product of the rows more."""
+    loss, cross, unit, joined = _mec(z0, z1, p0, p1, eps_d, order, form, comm)
+    with torch.autocast(z0.device.type, enabled=False):
+        similarity = cross.diagonal(dim1=-2, dim2=-1).sum(-1).mean() * eps_d
+        small = joined and gram_is_cheaper(unit.shape[1], unit.shape[2])
+        moments = unit @ unit.mT if small else unit.mT @ unit
+        moments = moments if joined else comm.sum(moments)
+        trace = moments.diagonal(dim1=-2, dim2=-1).sum()
+        rank = trace.square() / (2 * squared_norm(moments)).clamp_min(torch.finfo(moments.dtype).tiny)
+        return MECTerms(loss, similarity, rank, spectral_radius(cross).max())
+
+
+def _mec(
+    z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor, eps_d: float | Tensor, order: int, form: str, comm: Collective
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """The loss, C of both pairs, unit rows of z, and whether these are all rows, not only this process's."""
+    check_rows(z0=z0, z1=z1, p0=p0, p1=p1)
+    _check(eps_d, form)
+    _, coefficients = log_series(order)
+    dtype = compute_dtype(torch.promote_types(torch.promote_types(z0.dtype, z1.dtype), p0.dtype))
+    with torch.autocast(z0.device.type, enabled=False):
+        x, y = z0.to(dtype), z1.to(dtype)
+        unit, inverse = unit_rows(torch.stack([x, y]))
+        target, _ = unit_rows(torch.stack([p1.to(dtype), p0.to(dtype)]))
+        counts = comm.row_counts(x.shape[0], x.device)
+        rows, first = sum(counts), sum(counts[: comm.rank])
+        check_count(rows, least=1, what="the MEC loss")
+        gram = form == "gram" or (form == "auto" and gram_is_cheaper(rows * (1 if comm.size == 1 else 2), x.shape[1]))
+        scale = 1 / (rows * eps_d)
+        every = unit
+        if gram:
+            gathered = comm.gather_rows(torch.cat([unit, target]).transpose(0, 1), counts=counts).transpose(0, 1)
+            every, target = gathered.chunk(2)
+            cross = (every @ target.mT) * scale
+        else:
+            cross = comm.sum(target.mT @ unit) * scale
+        traces, slope = power_traces(cross, coefficients)
+        loss = -eps_d * traces.mean()
+        if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+            here = slice(first, first + x.shape[0])
+            gradient = slope.mT[:, here] @ target if gram else target @ slope.mT
+            gradient = tangent(gradient.mul_(-comm.size / (2 * rows)), unit, inverse)
+            loss = attach_gradient(loss, [x, y], list(gradient.unbind()))
+    return loss, cross, every, gram or comm.size == 1
+
+
+def _check(eps_d: float | Tensor, form: str) -> None:
+    check_choice("form", form, FORMS)
+    if not isinstance(eps_d, Tensor):
+        check_range("eps_d", eps_d, low=1e-6)
+
+
+def mec_warmup(step: int, steps: int, start: float = 8.0) -> float:
+    """What multiplies eps_d at a step: linear from ``start`` to 1, reached at the last of the first ``steps`` steps.
+
+    Args:
+        step: optimiser steps done, ≥ 0.
+        steps: length of the warm-up, ≥ 0; 0 is none. Published: those of ten epochs.
+        start: factor at step 0, ≥ 1.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    >>> [mec_warmup(step, 8) for step in (0, 1, 7, 8, 100)]
+    [8.0, 7.0, 1.0, 1.0, 1.0]
+    """
+    check_range("step", step, low=0)
+    check_range("steps", steps, low=0)
+    check_range("start", start, low=1)
+    return start + (1 - start) * min(step / (steps - 1), 1) if steps > 1 else 1.0
+
+
+class MECLoss(nn.Module):
+    """Module of :func:`mec_loss`; the arguments are the same. It warns once if the series diverges in training."""
+
+    def __init__(self, *, eps_d: float, order: int = 4, form: str = "auto", comm: Collective = LOCAL) -> None:
+        super().__init__()
+        _check(eps_d, form)
+        log_series(order)  # refuses a wrong order
+        self.eps_d, self.order, self.form, self.comm = eps_d, order, form, comm
+        self.watch = SeriesWatch("the MEC loss", "use a larger eps_d, or a longer warm-up of it")
+
+    def forward(
+        self,
+        z0: Float[Tensor, "B D"],
+        z1: Float[Tensor, "B D"],
+        p0: Float[Tensor, "B D"],
+        p1: Float[Tensor, "B D"],
+        *,
+        warmup: float | Float[Tensor, ""] = 1.0,
+    ) -> Float[Tensor, ""]:
+        """``warmup`` multiplies eps_d, see :func:`mec_warmup`."""
+        loss, cross, *_ = _mec(z0, z1, p0, p1, self.eps_d * warmup, self.order, self.form, self.comm)
+        if self.training:
+            self.watch(lambda: spectral_radius(cross).max())
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"eps_d={self.eps_d}, order={self.order}, form={self.form!r}, comm={self.comm}"

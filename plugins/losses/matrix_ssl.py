@@ -24,7 +24,7 @@ from plugins.linalg import (
     unit_rows,
 )
 from plugins.losses.log_series import SeriesWatch, log_series
-from plugins.losses.matrix_entropy import LOGARITHMS, Weights, from_covariances, from_grams
+from plugins.losses.matrix_entropy import LOGARITHMS, Entropies, Weights, from_covariances, from_grams
 
 
 class MatrixSSLTerms(NamedTuple):
@@ -93,10 +93,8 @@ def matrix_ssl_loss(
     >>> round(matrix_ssl_loss(v, v, v, v).item(), 4)  # a line: -7/12 - 7/6
     -1.75
     """
-    return matrix_ssl_terms(
-        z0, z1, p0, p1, mce_lambd=mce_lambd, mce_mu=mce_mu, gamma=gamma, mce_order=mce_order, logarithm=logarithm,
-        trace_term=trace_term, form=form, comm=comm,
-    ).loss  # fmt: skip
+    weights = _weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
+    return _matrix_ssl(z0, z1, p0, p1, weights, form, comm)[0]
 
 
 def matrix_ssl_terms(
@@ -115,28 +113,44 @@ def matrix_ssl_terms(
     comm: Collective = LOCAL,
 ) -> MatrixSSLTerms:
     """:func:`matrix_ssl_loss` with its parts beside it."""
+    weights = _weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
+    loss, pairs = _matrix_ssl(z0, z1, p0, p1, weights, form, comm)
+    with torch.autocast(z0.device.type, enabled=False):
+        uniformity = torch.stack([pair.uniformity for pair in pairs]).mean()
+        alignment = torch.stack([pair.alignment for pair in pairs]).mean()
+        own = torch.stack([pair.own for pair in pairs])
+        trace = own.diagonal(dim1=-2, dim2=-1).sum()
+        rank = trace.square() / (2 * squared_norm(own)).clamp_min(torch.finfo(own.dtype).tiny)
+        return MatrixSSLTerms(loss, uniformity, alignment, rank, _radius(pairs, mce_mu))
+
+
+def _matrix_ssl(
+    z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor, weights: Weights, form: str, comm: Collective
+) -> tuple[Tensor, list[Entropies]]:
+    """The loss, and what it is made of for both pairs of views, one after the other to hold less at once."""
     check_rows(z0=z0, z1=z1, p0=p0, p1=p1)
     check_choice("form", form, FORMS)
-    weights = _weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
     dtype = compute_dtype(torch.promote_types(torch.promote_types(z0.dtype, z1.dtype), p0.dtype))
     with torch.autocast(z0.device.type, enabled=False):
-        x, y = z0.to(dtype), z1.to(dtype)
-        unit, inverse = unit_rows(torch.stack([x, y]))
-        target, _ = unit_rows(torch.stack([p1.to(dtype), p0.to(dtype)]))
-        counts = comm.row_counts(x.shape[0], x.device)
-        if form == "gram" or (form == "auto" and gram_is_cheaper(sum(counts), x.shape[1])):
-            found = from_grams(unit, target, comm, weights, counts)
-        else:
-            found = from_covariances(unit, target, comm, weights)
-        uniformity, alignment = found.uniformity.mean(), found.alignment.mean()
-        loss = uniformity + gamma * alignment + weights.constant(x.shape[1])
-        if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-            gradient = tangent(found.gradient.div_(2), unit, inverse)
-            loss = attach_gradient(loss, [x, y], list(gradient.unbind()))
-        trace = found.own.diagonal(dim1=-2, dim2=-1).sum()
-        rank = trace.square() / (2 * squared_norm(found.own)).clamp_min(torch.finfo(dtype).tiny)
-        radius = spectral_radius(torch.cat([found.cross, found.own]), shift=mce_mu - 1).max()
-    return MatrixSSLTerms(loss, uniformity, alignment, rank, radius)
+        views = [z0.to(dtype), z1.to(dtype)]
+        counts = comm.row_counts(z0.shape[0], z0.device)
+        gram = form == "gram" or (form == "auto" and gram_is_cheaper(sum(counts), z0.shape[1]))
+        pairs, gradients = [], []
+        for z, p in zip(views, (p1, p0), strict=True):
+            unit, inverse = unit_rows(z)
+            pair = torch.stack([unit, unit_rows(p.to(dtype))[0]])
+            pairs.append(from_grams(pair, comm, weights, counts) if gram else from_covariances(pair, comm, weights))
+            gradients.append(tangent(pairs[-1].gradient, unit, inverse).div_(2))
+        loss = torch.stack([pair.uniformity + weights.gamma * pair.alignment for pair in pairs]).mean()
+        loss = loss + weights.constant(z0.shape[1])
+        if torch.is_grad_enabled() and any(view.requires_grad for view in views):
+            loss = attach_gradient(loss, views, gradients)
+    return loss, pairs
+
+
+def _radius(pairs: list[Entropies], mu: float) -> Tensor:
+    matrices = torch.stack([matrix for pair in pairs for matrix in (pair.cross, pair.own)])
+    return spectral_radius(matrices, shift=mu - 1).max()
 
 
 def _weights(
@@ -146,11 +160,12 @@ def _weights(
     check_range("mce_lambd", mce_lambd, low=0.0)
     check_range("mce_mu", mce_mu, low=1e-6 if logarithm == "exact" else 0.0)
     check_range("gamma", gamma, low=0.0)
+    log_series(mce_order)  # refuses a wrong order
     if logarithm == "exact" and not torch.compiler.is_compiling():
         warnings.warn(
             "the exact logarithm is another objective than Matrix-SSL's series: it rewards collapse onto a line",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     return Weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
 
@@ -173,17 +188,16 @@ class MatrixSSLLoss(nn.Module):
         super().__init__()
         check_choice("form", form, FORMS)
         self.weights = _weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
-        log_series(mce_order)  # refuses a wrong order
         self.form, self.comm = form, comm
         self.watch = SeriesWatch("the Matrix-SSL loss", "set mce_mu to 1 or less")
 
     def forward(
         self, z0: Float[Tensor, "B D"], z1: Float[Tensor, "B D"], p0: Float[Tensor, "B D"], p1: Float[Tensor, "B D"]
     ) -> Float[Tensor, ""]:
-        terms = matrix_ssl_terms(z0, z1, p0, p1, **self.weights._asdict(), form=self.form, comm=self.comm)
+        loss, pairs = _matrix_ssl(z0, z1, p0, p1, self.weights, self.form, self.comm)
         if self.training and self.weights.logarithm == "series":
-            self.watch(lambda: terms.radius)
-        return terms.loss
+            self.watch(lambda: _radius(pairs, self.weights.mce_mu))
+        return loss
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.weights._asdict().items())

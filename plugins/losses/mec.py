@@ -93,49 +93,54 @@ def mec_terms(
     comm: Collective = LOCAL,
 ) -> MECTerms:
     """:func:`mec_loss` with what to watch beside it; one product of the rows more."""
-    loss, cross, unit, joined = _mec(z0, z1, p0, p1, eps_d, order, form, comm)
+    loss, pairs, joined = _mec(z0, z1, p0, p1, eps_d, order, form, comm)
     with torch.autocast(z0.device.type, enabled=False):
-        similarity = cross.diagonal(dim1=-2, dim2=-1).sum(-1).mean() * eps_d
+        similarity = torch.stack([cross.trace() for cross, _ in pairs]).mean() * eps_d
+        unit = torch.stack([rows for _, rows in pairs])
         small = joined and gram_is_cheaper(unit.shape[1], unit.shape[2])
         moments = unit @ unit.mT if small else unit.mT @ unit
         moments = moments if joined else comm.sum(moments)
         trace = moments.diagonal(dim1=-2, dim2=-1).sum()
         rank = trace.square() / (2 * squared_norm(moments)).clamp_min(torch.finfo(moments.dtype).tiny)
-        return MECTerms(loss, similarity, rank, spectral_radius(cross).max())
+        return MECTerms(loss, similarity, rank, _radius(pairs))
 
 
 def _mec(
     z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor, eps_d: float | Tensor, order: int, form: str, comm: Collective
-) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """The loss, C of both pairs, unit rows of z, and whether these are all rows, not only this process's."""
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]], bool]:
+    """The loss, C and unit rows of z for both pairs, and whether these are all rows, not only this process's."""
     check_rows(z0=z0, z1=z1, p0=p0, p1=p1)
     _check(eps_d, form)
     _, coefficients = log_series(order)
     dtype = compute_dtype(torch.promote_types(torch.promote_types(z0.dtype, z1.dtype), p0.dtype))
     with torch.autocast(z0.device.type, enabled=False):
-        x, y = z0.to(dtype), z1.to(dtype)
-        unit, inverse = unit_rows(torch.stack([x, y]))
-        target, _ = unit_rows(torch.stack([p1.to(dtype), p0.to(dtype)]))
-        counts = comm.row_counts(x.shape[0], x.device)
+        views = [z0.to(dtype), z1.to(dtype)]
+        counts = comm.row_counts(z0.shape[0], z0.device)
         rows, first = sum(counts), sum(counts[: comm.rank])
         check_count(rows, least=1, what="the MEC loss")
-        gram = form == "gram" or (form == "auto" and gram_is_cheaper(rows * (1 if comm.size == 1 else 2), x.shape[1]))
-        scale = 1 / (rows * eps_d)
-        every = unit
-        if gram:
-            gathered = comm.gather_rows(torch.cat([unit, target]).transpose(0, 1), counts=counts).transpose(0, 1)
-            every, target = gathered.chunk(2)
-            cross = (every @ target.mT) * scale
-        else:
-            cross = comm.sum(target.mT @ unit) * scale
-        traces, slope = power_traces(cross, coefficients)
-        loss = -eps_d * traces.mean()
-        if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-            here = slice(first, first + x.shape[0])
-            gradient = slope.mT[:, here] @ target if gram else target @ slope.mT
-            gradient = tangent(gradient.mul_(-comm.size / (2 * rows)), unit, inverse)
-            loss = attach_gradient(loss, [x, y], list(gradient.unbind()))
-    return loss, cross, every, gram or comm.size == 1
+        gram = form == "gram" or (form == "auto" and gram_is_cheaper(rows * (1 if comm.size == 1 else 2), z0.shape[1]))
+        here = slice(first, first + z0.shape[0])
+        pairs, gradients, traces = [], [], []
+        for z, p in zip(views, (p1, p0), strict=True):
+            unit, inverse = unit_rows(z)
+            every, target = unit, unit_rows(p.to(dtype))[0]
+            if gram and comm.size > 1:
+                every, target = comm.gather_rows(torch.stack([unit, target], 1), counts=counts).unbind(1)
+            cross = (every @ target.T if gram else comm.sum(target.T @ unit)) / (rows * eps_d)
+            trace, slope = power_traces(cross, coefficients)
+            gradient = slope.T[here] @ target if gram else target @ slope.T
+            gradients.append(tangent(gradient.mul_(-comm.size / (2 * rows)), unit, inverse))
+            traces.append(trace)
+            pairs.append((cross, every))
+            del slope, target
+        loss = -eps_d * (traces[0] + traces[1]) / 2
+        if torch.is_grad_enabled() and any(view.requires_grad for view in views):
+            loss = attach_gradient(loss, views, gradients)
+    return loss, pairs, gram or comm.size == 1
+
+
+def _radius(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    return spectral_radius(torch.stack([cross for cross, _ in pairs])).max()
 
 
 def _check(eps_d: float | Tensor, form: str) -> None:
@@ -184,9 +189,9 @@ class MECLoss(nn.Module):
         warmup: float | Float[Tensor, ""] = 1.0,
     ) -> Float[Tensor, ""]:
         """``warmup`` multiplies eps_d, see :func:`mec_warmup`."""
-        loss, cross, *_ = _mec(z0, z1, p0, p1, self.eps_d * warmup, self.order, self.form, self.comm)
+        loss, pairs, _ = _mec(z0, z1, p0, p1, self.eps_d * warmup, self.order, self.form, self.comm)
         if self.training:
-            self.watch(lambda: spectral_radius(cross).max())
+            self.watch(lambda: _radius(pairs))
         return loss
 
     def extra_repr(self) -> str:

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from plugins.losses import byol_loss, isoloss, ssl_ey_loss
+from plugins.losses import byol_loss, isoloss, matrix_ssl_loss, mec_loss, ssl_ey_loss
 from plugins.predictors import ClosedFormPredictor
 from plugins.tools import bench_data, bench_step
 
@@ -42,6 +42,7 @@ SIZES = (*QUICK_SIZES, (1024, 2048), (2048, 2048), (2048, 8192))
 PREDICTOR_SIZES = ((256, 128), (256, 256), (256, 512))
 GENERAL_EIG, SYMMETRIC_EIG = 25, 9
 """Operations over D^3 of an eigendecomposition with vectors, by textbook count: general (QR algorithm), symmetric."""
+MEC_EPS = 1 / 8
 
 
 class Case(NamedTuple):
@@ -83,6 +84,12 @@ def _predicted_views(rows: int, width: int, device: str) -> list[Tensor]:
     return [z, target.detach(), values.diag(), values.sqrt().diag()]
 
 
+def _four_views(rows: int, width: int, device: str) -> list[Tensor]:
+    """Predictions of two views, and the targets of both."""
+    views = _views(rows, width, device)
+    return [*views, *((view + 0.5 * view.roll(1, 1)).detach() for view in views)]
+
+
 def _moments(rows: int, width: int, device: str) -> list[Tensor]:
     """Rows whose second moment has a decaying spectrum."""
     scale = torch.arange(1, width + 1, device=device) ** -0.5
@@ -122,6 +129,47 @@ def _ours_isoloss(z: Tensor, target: Tensor, w: Tensor, _root: Tensor) -> Tensor
     return torch.autograd.grad(isoloss(z, z.detach() @ w, target), z)[0]
 
 
+def _plain_matrix_ssl(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
+    """With the N x N centring matrix, each power by a product and the last one unused, as its code runs."""
+    n, width = z0.shape
+    eye = torch.eye(width, device=z0.device)
+    loss = z0.new_zeros(())
+    for z, p in ((z0, p1), (z1, p0)):
+        z, p = F.normalize(z, dim=1), F.normalize(p, dim=1)
+        for left, right in ((None, p), (p, z)):  # uniformity, alignment
+            centre = torch.eye(n, device=z.device) - 1 / n
+            weight = eye if left is None else left.T @ centre @ left / n + eye
+            step = right.T @ centre @ z / n
+            power, log = step, torch.zeros_like(step)
+            for k in range(1, 5):
+                log = log + (-1) ** (k + 1) / k * power
+                power = power @ step
+            loss = loss - torch.trace(weight @ log) / 2
+    return torch.cat(torch.autograd.grad(loss, (z0, z1)))
+
+
+def _ours_matrix_ssl(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(matrix_ssl_loss(z0, z1, p0, p1), (z0, z1)))
+
+
+def _plain_mec(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
+    """The N x N matrix and its powers, one product each."""
+    n = z0.shape[0]
+    loss = z0.new_zeros(())
+    for z, p in ((z0, p1), (z1, p0)):
+        step = F.normalize(p, dim=1) @ F.normalize(z, dim=1).T / (n * MEC_EPS)
+        power, log = step, step
+        for k in range(2, 5):
+            power = power @ step
+            log = log + (-1) ** (k + 1) / k * power
+        loss = loss - MEC_EPS * torch.trace(log) / 2
+    return torch.cat(torch.autograd.grad(loss, (z0, z1)))
+
+
+def _ours_mec(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(mec_loss(z0, z1, p0, p1, eps_d=MEC_EPS), (z0, z1)))
+
+
 @torch.no_grad()
 def _plain_predictor(z: Tensor) -> Tensor:
     """One update from an empty moment, then W; and its root, which the published loss needs."""
@@ -145,6 +193,8 @@ LOSSES = {
     "ssl_ey": Case(_views, _plain_ssl_ey, _ours_ssl_ey),
     "byol": Case(_views, _plain_byol, _ours_byol),
     "isoloss": Case(_predicted_views, _plain_isoloss, _ours_isoloss),
+    "matrix_ssl": Case(_four_views, _plain_matrix_ssl, _ours_matrix_ssl),
+    "mec": Case(_four_views, _plain_mec, _ours_mec),
 }
 PREDICTORS = {
     "closed_form_predictor": Case(

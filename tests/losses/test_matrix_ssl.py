@@ -382,14 +382,11 @@ def test_one_step_gives_the_weights_of_the_formula_as_executed():
 
 @pytest.mark.parametrize(("rows", "width"), [(64, 16), (16, 64)])
 def test_costs_what_it_says(rows, width):
-    """20 N D^2 + 28 D^3, or 16 N^2 D + 36 N^3, beside power iterations; and "auto" takes the smaller."""
+    """20 N D^2 + 28 D^3, or 16 N^2 D + 36 N^3; and "auto" takes the smaller."""
     flops = {}
     for form in FORMS:
         free, targets = _free(rows, width)
-        with (
-            mock.patch("plugins.losses.matrix_ssl.spectral_radius", lambda x, shift: x.sum((-2, -1))),
-            FlopCounterMode(display=False) as counter,
-        ):
+        with FlopCounterMode(display=False) as counter:
             matrix_ssl_loss(*free, *targets, form=form).backward()
         flops[form] = counter.get_total_flops()
     assert flops["covariance"] == 20 * rows * width**2 + 28 * width**3
@@ -462,8 +459,8 @@ def test_sends_the_smaller_thing_and_nothing_in_backward(ranks, width):
     parts = list(zip(*(view.split(10) for view in views), strict=True))
     for forward, backward, terms in ranks.run(_traffic, parts):
         assert backward == 0
-        assert max(forward) == min(4 * width**2 + 2 * width, 4 * 10 * width)
-        assert sum(forward) <= max(forward) + 4 * width + 8
+        # of the rows each process gives its half
+        assert 0 <= sum(forward) - min(4 * width**2, 4 * 10 * width) <= 6 * width + 8
         torch.testing.assert_close(terms, list(expected), rtol=1e-10, atol=1e-12)
 
 

@@ -73,6 +73,13 @@ def test_command_explains_mistakes(arguments, message, capsys):
 _TINY = ("--batch", "4", "--size", "16", "--hidden", "8", "--width", "4", "--repeat", "2", "--steps", "1")
 
 
+@pytest.mark.parametrize("name", ["matrix_ssl", "mec"])
+@pytest.mark.parametrize(("rows", "width"), [(64, 16), (16, 64), (96, 128), (128, 96), (256, 32), (32, 256)])
+def test_matrix_losses_take_less_memory_at_any_size(name, rows, width):
+    result = compare(name, rows, width, repeat=1)
+    assert result.ours_bytes < result.plain_bytes
+
+
 @pytest.mark.slow
 @pytest.mark.solo
 def test_step_compares_each_method_with_one_of_solo_learns(one_thread, tmp_path, capsys):
@@ -137,6 +144,12 @@ def test_step_marks(method, limits, one_thread, tmp_path):
         ("ssl_ey", 256, 128, 0.67),
         ("ssl_ey", 1024, 512, 0.67),
         ("closed_form_predictor", 256, 256, 2),
+        # these are reached with room to spare
+        ("matrix_ssl", 256, 512, 5),
+        ("matrix_ssl", 256, 1024, 30),
+        ("matrix_ssl", 1024, 256, 1.6),
+        ("mec", 256, 64, 1.6),
+        ("mec", 512, 256, 1.6),
     ],
 )
 def test_marks(name, rows, width, mark, one_thread):

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import logging
 import math
+import pickle
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,11 @@ import torchvision
 from lightly.data import LightlyDataset
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from lightly.utils.benchmarking import FinetuneClassifier, KNNClassifier, LinearClassifier, MetricCallback
+from PIL import Image
 from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
@@ -39,6 +42,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: one sentence.
     """
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     args.table = {**METHODS, **(_added(args.add) if args.add else {})}
     args.methods = args.methods or list(METHODS)
     for name in args.methods:
@@ -65,6 +69,15 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"{_flag(name)} must be in [{low:g}, 1], got {getattr(args, name)}")
     if (args.mean is None) != (args.std is None):
         raise UserError("--mean and --std belong together")
+    for name in ("std", "knn_t", "linear_lr", "finetune_lr"):
+        for value in (getattr(args, name) or []) if name == "std" else [getattr(args, name)]:
+            if not 0 < value < math.inf:
+                raise UserError(f"{_flag(name)} must be a number above 0, got {value}")
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed must be in [0, {2**32 - 1}], got {args.seed}")
+    for folder in (args.log_dir, *args.log_dir.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--log-dir: {folder} is no folder")
     if args.ckpt_path is not None and (len(args.methods) != 1 or not args.ckpt_path.is_file()):
         raise UserError(
             f"--ckpt-path needs a file and one method, got {args.ckpt_path} and {len(args.methods)} methods"
@@ -74,8 +87,49 @@ def check(args: argparse.Namespace) -> None:
     args.strategy = args.strategy or ("auto" if args.devices == 1 else "ddp_find_unused_parameters_true")
     for name in args.methods:  # a misspelt option or backbone shows before the first method has trained
         if _is_ours(args, name):
-            _transform(args, name)
+            _check_transform(args, name)
             _model(args, name)
+    if args.ckpt_path is not None:
+        _load(args, _model(args, args.methods[0]))
+    _check_trainer(args)
+
+
+def _check_transform(args: argparse.Namespace, name: str) -> None:
+    """Make two views of a black image: what an argument's value does shows when it is used."""
+    try:
+        _transform(args, name)(Image.new("RGB", (args.input_size, args.input_size)))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"--transform: {_first_line(error)}") from None
+
+
+def _check_trainer(args: argparse.Namespace) -> None:
+    """Lightning knows which accelerators, strategies and precisions there are here."""
+    chosen = {name: getattr(args, name) for name in ("accelerator", "devices", "strategy", "precision")}
+    try:
+        Trainer(**chosen, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+        given = " ".join(f"{_flag(name)} {value}" for name, value in chosen.items())
+        raise UserError(f"Lightning refuses {given}: {_first_line(error)}") from None
+
+
+def _load(args: argparse.Namespace, model: LightningModule) -> None:
+    """Load the weights of --ckpt-path."""
+    try:
+        state = torch.load(args.ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError):
+        raise UserError(f"--ckpt-path: {args.ckpt_path} is no checkpoint of Lightning") from None
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        differs = str(error).splitlines()[1:2]
+        raise UserError(
+            f"--ckpt-path: {args.ckpt_path} is of another method, backbone or options than {args.methods[0]}'s here: "
+            + " ".join(differs).strip()
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -87,7 +141,6 @@ def benchmark(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     Returns:
         {method: result}.
     """
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     results = {}
     for name in args.methods:
         results[name] = _one(args, name)
@@ -139,7 +192,7 @@ def _one(args: argparse.Namespace, name: str) -> dict[str, Any]:
     result["versions"] = versions("lightly", "pytorch-lightning")
     result["config"] = {key: _plain_value(value) for key, value in vars(args).items() if key != "table"}
     if args.epochs == 0 and args.ckpt_path is not None:
-        model.load_state_dict(torch.load(args.ckpt_path, map_location="cpu", weights_only=True)["state_dict"])
+        _load(args, model)
     elif args.epochs > 0:
         result.update(_pretrain(args, name, model, folder))
     if not args.skip_knn_eval:

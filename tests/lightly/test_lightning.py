@@ -319,6 +319,7 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
     ]
     good = [*folders, *QUICK, "--methods", "isoloss"]
     (tmp_path / "none.py").write_text("x = 1\n")
+    torch.save({"state_dict": {"weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
     cases = [
         (["--methods", "barlow"], "--methods: there is no method 'barlow'; there are byol, "),
         (["--train-dir", str(tmp_path / "gone")], f"--train-dir: there is no folder {tmp_path / 'gone'}"),
@@ -335,6 +336,25 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
         (["--mean", "0", "0", "0"], "--mean and --std belong together"),
         (["--add", str(tmp_path / "none.py")], "has no METHODS of the form"),
         (["--ckpt-path", str(tmp_path / "gone")], "--ckpt-path needs a file and one method"),
+        (
+            ["--ckpt-path", str(tmp_path / "none.py")],
+            f"--ckpt-path: {tmp_path / 'none.py'} is no checkpoint of Lightning",
+        ),
+        (
+            ["--ckpt-path", str(tmp_path / "other.ckpt")],
+            "is of another method, backbone or options than isoloss's here",
+        ),
+        (["--transform", "min_scale=big"], "--transform: '>' not supported"),
+        (["--transform", "min_scale=2"], "--transform: uniform_ expects"),
+        (["--transform", "cj_prob=7"], "--transform: `p` should be a floating point value"),
+        (["--mean", "0", "0", "0", "--std", "1", "1", "0"], "--std must be a number above 0, got 0.0"),
+        (["--knn-t", "0"], "--knn-t must be a number above 0, got 0.0"),
+        (["--linear-lr", "nan"], "--linear-lr must be a number above 0, got nan"),
+        (["--seed", "-1"], "--seed must be in [0, 4294967295], got -1"),
+        (["--log-dir", str(tmp_path / "none.py" / "logs")], f"--log-dir: {tmp_path / 'none.py'} is no folder"),
+        (["--precision", "17"], "Lightning refuses --accelerator cpu --devices 1 --strategy auto --precision 17: "),
+        (["--accelerator", "abacus"], "Lightning refuses --accelerator abacus "),
+        (["--strategy", "nonsense"], "Lightning refuses --accelerator cpu --devices 1 --strategy nonsense "),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'; see --help"),
     ]
     for more, sentence in cases:

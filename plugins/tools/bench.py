@@ -23,6 +23,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from plugins.losses import byol_loss, isoloss, matrix_ssl_loss, mec_loss, ssl_ey_loss
+from plugins.losses import byol_loss, cissl_loss, dissl_loss, isoloss, matrix_ssl_loss, mec_loss, ssl_ey_loss
 from plugins.predictors import ClosedFormPredictor
 from plugins.tools import bench_data, bench_step
 
@@ -49,10 +50,14 @@ class Case(NamedTuple):
     """``make(rows, width, device)`` gives the inputs, of which both functions make the same result."""
 
     make: Callable[[int, int, str], list[Tensor]]
-    plain: Callable[..., Tensor]
-    ours: Callable[..., Tensor]
+    plain: Callable[..., Any]
+    ours: Callable[..., Any]
     extra_flops: Callable[[int], tuple[float, float]] = lambda width: (0, 0)
     """Operations that are not matrix products, of plain and of ours."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """What is run unless sizes are asked for, the first alone where it has to be quick; () is what the others run."""
+    work: Callable[[int, int], float] = lambda rows, width: rows * width**2 + width**3
+    """What the time grows with."""
 
 
 class Result(NamedTuple):
@@ -189,12 +194,80 @@ def _ours_predictor(z: Tensor) -> Tensor:
     return predictor.W
 
 
+def _heads(views: tuple[int, int], rows: int, width: int, device: str) -> list[Tensor]:
+    """Outputs of a teacher's and a student's head, the views one below the other."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = (torch.randn(count * rows, width, generator=generator) for count in views)
+    return [output.to(device).requires_grad_() for output in outputs]
+
+
+def _plain_dissl(views: tuple[int, int], teacher: Tensor, student: Tensor) -> tuple[Tensor, ...]:
+    """With what is logged at every step: the same view's cross-entropy, and the entropy of each assignment."""
+    scaled = teacher.float() / 0.5
+    every_p, every_log_p = (f(scaled, dim=-1).chunk(views[0]) for f in (F.softmax, F.log_softmax))
+    every_log_q = F.log_softmax(student.float() / 1.0, dim=-1).chunk(views[1])
+    distillation, invariance, entropies, logged = [], [], [], []
+    for t, p in enumerate(every_p):
+        entropies.append(torch.distributions.Categorical(probs=p.mean(0)).entropy())
+        for u, log_p in enumerate(every_log_p):
+            if u != t:
+                invariance.append(-(p * log_p).sum(-1).mean())
+        for s, log_q in enumerate(every_log_q):
+            if s == t:
+                logged.append(-(p.detach() * log_q.detach()).sum(-1).mean())
+            else:
+                distillation.append(-(p * log_q).sum(-1).mean())
+    logged.append(torch.distributions.Categorical(probs=torch.cat(every_p).detach()).entropy().mean())
+    parts = [torch.stack(each).mean() for each in (distillation, entropies, invariance)]
+    return torch.autograd.grad(parts[0] - 2.3 * parts[1] + 0.8 * parts[2], (teacher, student))
+
+
+def _ours_dissl(views: tuple[int, int], teacher: Tensor, student: Tensor) -> tuple[Tensor, ...]:
+    outputs = (output.unflatten(0, (count, -1)) for output, count in zip((teacher, student), views, strict=True))
+    return torch.autograd.grad(dissl_loss(*outputs), (teacher, student))
+
+
+def _plain_cissl(views: int, teacher: Tensor, student: Tensor) -> tuple[Tensor, ...]:
+    rows = len(student)
+    logits = (F.normalize(student, dim=1) @ F.normalize(teacher, dim=1).T).float() / 0.07
+    own = torch.eye(rows // views, device=student.device).bool().repeat(views, views)
+    log_q = logits.log_softmax(-1)[own].view(rows, views)
+    return torch.autograd.grad((-log_q.sum(1) / views).mean(), (teacher, student))
+
+
+def _ours_cissl(views: int, teacher: Tensor, student: Tensor) -> tuple[Tensor, ...]:
+    loss = cissl_loss(student.unflatten(0, (views, -1)), teacher.unflatten(0, (views, -1)))
+    return torch.autograd.grad(loss, (teacher, student))
+
+
+def _view_cases() -> dict[str, Case]:
+    """DISSL with 2 teacher views, CISSL with as many as of the student; the number in the name is the student's."""
+    cases = {}
+    for count in (2, 8):
+        cases[f"dissl_{count}"] = Case(
+            partial(_heads, (2, count)),
+            partial(_plain_dissl, (2, count)),
+            partial(_ours_dissl, (2, count)),
+            sizes=((256, 16384), (2560, 16384)),
+            work=lambda rows, width: rows * width,
+        )
+        cases[f"cissl_{count}"] = Case(
+            partial(_heads, (count, count)),
+            partial(_plain_cissl, count),
+            partial(_ours_cissl, count),
+            sizes=((256, 128), (1024, 128)),
+            work=lambda rows, width: rows**2 * width,
+        )
+    return dict(sorted(cases.items()))
+
+
 LOSSES = {
     "ssl_ey": Case(_views, _plain_ssl_ey, _ours_ssl_ey),
     "byol": Case(_views, _plain_byol, _ours_byol),
     "isoloss": Case(_predicted_views, _plain_isoloss, _ours_isoloss),
     "matrix_ssl": Case(_four_views, _plain_matrix_ssl, _ours_matrix_ssl),
     "mec": Case(_four_views, _plain_mec, _ours_mec),
+    **_view_cases(),
 }
 PREDICTORS = {
     "closed_form_predictor": Case(
@@ -218,8 +291,9 @@ def compare(name: str, rows: int, width: int, *, device: str = "cpu", repeat: in
     inputs = case.make(rows, width, device)
     begin = time.perf_counter()
     (plain, *plain_counts), (ours, *ours_counts) = (_counted(f, inputs, device) for f in (case.plain, case.ours))
-    difference = ((plain - ours).abs().max() / plain.abs().max()).item()
-    del plain, ours
+    pairs = zip(tree_leaves(plain), tree_leaves(ours), strict=True)
+    difference = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
+    del plain, ours, pairs
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeat):
         for function, times in zip((case.plain, case.ours), seconds, strict=True):
@@ -279,7 +353,7 @@ class _LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.held)
 
 
-def _counted(function: Callable[..., Tensor], inputs: Sequence[Tensor], device: str) -> tuple[Tensor, int, int]:
+def _counted(function: Callable[..., Any], inputs: Sequence[Tensor], device: str) -> tuple[Any, int, int]:
     """The result, the operations in matrix products, and the most bytes alive at once beyond the inputs."""
     live = _LiveBytes()
     with live, FlopCounterMode(display=False) as flops:
@@ -368,7 +442,11 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, An
     """Print the table of losses and predictors; what it was measured on, and the results."""
     jobs = []
     if options.what in ("losses", "all"):
-        jobs += [(n, *size) for size in options.sizes or (QUICK_SIZES if options.quick else SIZES) for n in LOSSES]
+        sizes = options.sizes or (QUICK_SIZES if options.quick else SIZES)
+        jobs += [(n, *size) for size in sizes for n, case in LOSSES.items() if options.sizes or not case.sizes]
+        if not options.sizes:
+            of_own = {n: case.sizes[:1] if options.quick else case.sizes for n, case in LOSSES.items()}
+            jobs += [(n, *size) for n, sizes in of_own.items() for size in sizes]
     if options.what in ("predictors", "all"):
         jobs += [(n, *size) for size in options.sizes or PREDICTOR_SIZES for n in PREDICTORS]
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU threads: {torch.get_num_threads()}"
@@ -392,11 +470,11 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, An
 
 
 def _expected_seconds(name: str, rows: int, width: int, results: Sequence[Result]) -> float:
-    """Two rounds of both functions, scaled up from the last result of the case by N D^2 + D^3; 0 without one."""
+    """Two rounds of both functions, scaled up from the last result of the case by its work; 0 without one."""
     last = next((r for r in reversed(results) if r.case == name), None)
     if last is None:
         return 0
-    growth = (rows * width**2 + width**3) / (last.rows * last.width**2 + last.width**3)
+    growth = CASES[name].work(rows, width) / CASES[name].work(last.rows, last.width)
     return 2 * growth * (last.plain_seconds + last.ours_seconds)
 
 

@@ -45,7 +45,7 @@ def test_command_prints_and_writes(tmp_path, capsys):
 
 
 def test_command_leaves_out_what_does_not_fit(capsys):
-    assert main(["losses", "--sizes", "32x8", "8192x8192", "--repeat", "1", "--budget", "0.5"]) == 0
+    assert main(["losses", "--sizes", "32x8", "8192x8192", "--repeat", "1", "--budget", "60"]) == 0
     assert capsys.readouterr().out.count("left out") == len(LOSSES)
 
 

@@ -1,6 +1,6 @@
 """Takes the backbone out of a checkpoint::
 
-    python -m plugins.tools.export CKPT --to torchvision|timm|safetensors|dissl OUT
+    python -m plugins.tools.export CKPT --to torchvision|timm|detectron2|safetensors|dissl OUT
 
 CKPT is a checkpoint of solo-learn (both generations), of lightly or any other LightningModule with a ``backbone``, of
 VISSL, or a state dict. ``torchvision`` and ``timm`` write a state dict for the library's model without its classifier::
@@ -11,12 +11,17 @@ VISSL, or a state dict. ``torchvision`` and ``timm`` write a state dict for the 
 
     timm.create_model("resnet18", num_classes=0).load_state_dict(torch.load("OUT", weights_only=True))
 
+``detectron2`` writes the ``.pkl`` that its ``MODEL.WEIGHTS`` takes, of a ResNet-50 or deeper with the stem for large
+images; configs/detectron2 trains on it.
+
 ``safetensors`` writes the backbone's tensors under the same names, ``dissl`` the file of a ResNet, with or without a
 wider representation, that :func:`plugins.tools.weights.load_dissl` reads. What is not the backbone is dropped and
 named; a key that is missing, left over or of another shape is an error, for a backbone that is loaded in part trains
 from noise.
 """
 
+import pickle
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -35,7 +40,9 @@ _RESNETS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
 )
-TARGETS = ("torchvision", "timm", "safetensors", "dissl")
+_BOTTLENECKS = ("resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d")
+_STAGES = {f"layer{stage}": f"res{stage + 1}" for stage in range(1, 5)}
+TARGETS = ("torchvision", "timm", "detectron2", "safetensors", "dissl")
 
 
 class Backbone(NamedTuple):
@@ -162,6 +169,32 @@ def _differences(state: Mapping[str, Tensor], model: nn.Module) -> str:
     )
 
 
+def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What detectron2 reads as the weights of a ResNet.
+
+    Args:
+        state: of a torchvision ResNet without classifier.
+
+    Returns:
+        Arrays under detectron2's names; ``matching_heuristics`` lets it match ``res2.0.conv1.weight`` with the
+        ``backbone.`` and ``roi_heads.`` that its model puts before. Counts of batches, which it has no use for, are
+        left out.
+
+    >>> state = {"layer1.0.downsample.1.weight": torch.ones(1), "bn1.bias": torch.zeros(1)}
+    >>> sorted(to_detectron2(state)["model"])
+    ['res2.0.shortcut.norm.weight', 'stem.conv1.norm.bias']
+    """
+    model = {}
+    for key, value in state.items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        stage, _, rest = key.partition(".")
+        name = f"{_STAGES[stage]}.{rest}" if stage in _STAGES else f"stem.{key}"
+        name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+        model[re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)] = value.numpy()
+    return {"model": model, "__author__": "plugins.tools.export", "matching_heuristics": True}
+
+
 def _tensors(state: Any) -> dict[str, Tensor]:
     if not isinstance(state, Mapping):
         return {}
@@ -196,16 +229,25 @@ def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
         build(state, str(path))
         what = f"the format of DISSL's weights, {len(state)} tensors"
     elif target != "safetensors" or arch is not None:
-        arch = fit(state, "torchvision" if target == "safetensors" else target, arch)[0]
+        arch = fit(state, "timm" if target == "timm" else "torchvision", arch)[0]
         what = f"{arch} for {target}, {what}"
         if arch in _RESNETS and state["conv1.weight"].shape[-1] == 3:
             what += ", with the stem for small images: give the model a 3x3 conv1 of stride 1 and no maxpool"
+    if target == "detectron2":
+        if out.suffix != ".pkl":
+            raise UserError(f"detectron2 takes a pickle for one only by its ending: OUT must end in .pkl, got {out}")
+        if arch not in _BOTTLENECKS or state["conv1.weight"].shape[-1] == 3:
+            stem = " with a 3x3 conv1" if state["conv1.weight"].shape[-1] == 3 else ""
+            raise UserError(f"detectron2 takes {', '.join(_BOTTLENECKS)} with a 7x7 conv1, got {arch}{stem}")
     out.parent.mkdir(parents=True, exist_ok=True)
     begun = out.with_name(f".{out.name}.writing")
     if target == "safetensors":
         from safetensors.torch import save_file
 
         save_file(state, begun)
+    elif target == "detectron2":
+        with begun.open("wb") as file:
+            pickle.dump(to_detectron2(state), file)
     else:
         torch.save(state, begun)
     begun.replace(out)

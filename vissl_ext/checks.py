@@ -5,15 +5,15 @@ What VISSL leaves to an assertion deep inside a rank, or does not notice at all,
 
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import UserError
+from vissl_ext.compose import defaults
+from vissl_ext.parts import check_heads, check_layers, check_schedules, check_transforms, known, meant
 
 _OPTIONAL = {
     "cross_entropy_multiple_output_single_target": {"label_smoothing"},
@@ -23,8 +23,42 @@ _OPTIONAL = {
 """Keys that a stock loss reads and VISSL's defaults.yaml does not have."""
 _WHOLE = ("OPTIMIZER.num_epochs", "DATA.TRAIN.BATCHSIZE_PER_REPLICA", "DISTRIBUTED.NUM_PROC_PER_NODE")
 """Whole numbers above 0."""
+_LARC = ("clip", "eps", "trust_coefficient", "exclude_bias_and_norm")
 _MISPLACED = {"ignore_index"}
 """Keys directly below LOSS in stock files (pretrain/rotnet/rotnet_8gpu_resnet), where VISSL does not look for them."""
+
+
+def check_sections(cfg: DictConfig) -> None:
+    """Look for sections and lists that are none, or gone, and for misspelt keys.
+
+    Args:
+        cfg: the composed configuration, with ``config`` on top.
+
+    Raises:
+        UserError: there is one.
+    """
+    _sections("config", _plain(cfg.config), _plain(defaults().config))
+    if type(cfg.node_id) is not int:
+        raise UserError(f"node_id must be a whole number, got {cfg.node_id!r}")
+
+
+def _sections(above: str, given: dict[str, Any], default: dict[str, Any]) -> None:
+    for key in given:
+        near = [] if key in default else difflib.get_close_matches(str(key), map(str, default), n=1, cutoff=0.8)
+        if near:
+            raise UserError(f"VISSL does not read {above}.{key}; did you mean {near[0]}?")
+    for key, value in default.items():
+        if key not in given:
+            if above != "config.LOSS":
+                usual = "it must be a section" if isinstance(value, dict) else f"VISSL's default is {value}"
+                raise UserError(f"{above}.{key} is missing; {usual}")
+        elif isinstance(value, dict):
+            if not isinstance(given[key], dict):
+                raise UserError(f"{above}.{key} must be a section with entries of its own, got {given[key]!r}")
+            if above != "config.LOSS":  # its sections are checked with the loss
+                _sections(f"{above}.{key}", given[key], value)
+        elif isinstance(value, list) and not isinstance(given[key], list):
+            raise UserError(f"{above}.{key} must be a list, got {given[key]!r}")
 
 
 def check(cfg: DictConfig, given: dict[str, Any]) -> None:
@@ -37,9 +71,8 @@ def check(cfg: DictConfig, given: dict[str, Any]) -> None:
     Raises:
         UserError: there is one.
     """
-    from classy_vision.dataset.transforms import TRANSFORM_REGISTRY
+    from classy_vision.meters import METER_REGISTRY
     from classy_vision.optim import OPTIMIZER_REGISTRY
-    from torchvision import transforms
     from vissl.config import AttrDict
     from vissl.data import DATASET_SOURCE_MAP
     from vissl.data.collators import COLLATOR_REGISTRY
@@ -52,52 +85,78 @@ def check(cfg: DictConfig, given: dict[str, Any]) -> None:
     from vissl_ext.task import check_config
 
     config = cfg.config
-    for key in ("LOSS", "MODEL", "MODEL.TRUNK", "DATA.TRAIN", "DATA.TEST", "OPTIMIZER", "CHECKPOINT"):
-        if not OmegaConf.is_dict(OmegaConf.select(config, key)):
-            raise UserError(f"config.{key} must be a section with entries of its own")
     _kinds(given)
-    _known("config.MACHINE.DEVICE", OmegaConf.select(config, "MACHINE.DEVICE", default="gpu"), ("cpu", "gpu"))
-    _known("engine_name", cfg.engine_name, _ENGINE_REGISTRY)
-    _known("config.MODEL.BASE_MODEL_NAME", config.MODEL.BASE_MODEL_NAME, MODEL_REGISTRY)
-    _known("config.MODEL.TRUNK.NAME", config.MODEL.TRUNK.NAME, MODEL_TRUNKS_REGISTRY)
+    known("config.MACHINE.DEVICE", OmegaConf.select(config, "MACHINE.DEVICE", default="gpu"), ("cpu", "gpu"))
+    known("engine_name", cfg.engine_name, _ENGINE_REGISTRY)
+    known("config.MODEL.BASE_MODEL_NAME", config.MODEL.BASE_MODEL_NAME, MODEL_REGISTRY)
+    known("config.MODEL.TRUNK.NAME", config.MODEL.TRUNK.NAME, MODEL_TRUNKS_REGISTRY)
     for head in _heads(OmegaConf.to_container(config.MODEL.HEAD.PARAMS)):
-        _known("config.MODEL.HEAD.PARAMS", head, MODEL_HEADS_REGISTRY)
-    _known("config.OPTIMIZER.name", config.OPTIMIZER.name, OPTIMIZER_REGISTRY)
-    _known("config.TRAINER.TRAIN_STEP_NAME", config.TRAINER.TRAIN_STEP_NAME, TRAIN_STEP_REGISTRY)
+        known("config.MODEL.HEAD.PARAMS", head, MODEL_HEADS_REGISTRY)
+    known("config.OPTIMIZER.name", config.OPTIMIZER.name, OPTIMIZER_REGISTRY)
+    for meter in (config.METERS.get("name"), *config.METERS.get("names", ())):
+        if meter:
+            known("config.METERS", meter, METER_REGISTRY)
+    known("config.TRAINER.TRAIN_STEP_NAME", config.TRAINER.TRAIN_STEP_NAME, TRAIN_STEP_REGISTRY)
     _loss(OmegaConf.to_container(config.LOSS))
+    for key in given:
+        section = key.removeprefix("LOSS.").partition(".")[0]
+        if key.startswith("LOSS.") and section not in {"name", config.LOSS.name}:
+            raise UserError(f"config.{key} has no effect: config.LOSS.name is {config.LOSS.name}")
     for split in ("TRAIN", "TEST"):
         data = config.DATA[split]
         for source in data.DATA_SOURCES:
-            _known(f"config.DATA.{split}.DATA_SOURCES", source, DATASET_SOURCE_MAP)
-        _known(f"config.DATA.{split}.COLLATE_FUNCTION", data.COLLATE_FUNCTION, {"default_collate", *COLLATOR_REGISTRY})
-        for transform in data.TRANSFORMS:
-            name = str(transform.get("name"))
-            if not any(hasattr(transforms, form) for form in (name, name.title().replace("_", ""))):
-                key = f"config.DATA.{split}.TRANSFORMS"
-                _known(key, name, TRANSFORM_REGISTRY, transform.get("transform_type") == "augly")
+            known(f"config.DATA.{split}.DATA_SOURCES", source, DATASET_SOURCE_MAP)
+        known(f"config.DATA.{split}.COLLATE_FUNCTION", data.COLLATE_FUNCTION, {"default_collate", *COLLATOR_REGISTRY})
+        if split == "TRAIN" or config.TEST_MODEL:
+            check_transforms(f"config.DATA.{split}.TRANSFORMS", _plain(data.TRANSFORMS))
     for key in _WHOLE:
         value = OmegaConf.select(config, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"config.{key} must be a whole number, at least 1, got {value!r}")
+    for key in ("SEED_VALUE", "DATA.NUM_DATALOADER_WORKERS"):
+        if OmegaConf.select(config, key) < 0:
+            raise UserError(f"config.{key} must be at least 0, got {OmegaConf.select(config, key)}")
     for key in ("LOG_FREQUENCY", "CHECKPOINT.CHECKPOINT_FREQUENCY"):
         if OmegaConf.select(config, key) == 0:
             raise UserError(f"config.{key} must not be 0; -1 is never")
     if not 0 <= cfg.node_id < config.DISTRIBUTED.NUM_NODES:
         raise UserError(f"node_id must be below config.DISTRIBUTED.NUM_NODES={config.DISTRIBUTED.NUM_NODES}")
+    check_schedules(_plain(config.OPTIMIZER.param_schedulers))
+    _keys("config.OPTIMIZER.larc_config", config.OPTIMIZER.larc_config, dict.fromkeys(_LARC))
+    whole = AttrDict(OmegaConf.to_container(config))
     if cfg.engine_name in ("knn", "extract_features"):
         _check_extraction(cfg.engine_name, config)
-    check_config(AttrDict(OmegaConf.to_container(config)), training=cfg.engine_name == "train")
+    elif cfg.engine_name == "train":
+        _check_training(whole)
+    check_config(whole, training=cfg.engine_name == "train")
+    check_layers(whole.MODEL)
+    check_heads(whole.MODEL)
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def _kinds(given: dict[str, Any]) -> None:
     """Refuse a value of another kind than VISSL's default has."""
     for key, value in given.items():
-        default = OmegaConf.select(_defaults(), key)
+        default = OmegaConf.select(defaults().config, key)
         numbers = isinstance(default, int | float) and not isinstance(default, bool)
         if numbers and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise UserError(f"config.{key} must be a number, got {value!r}")
         if isinstance(default, bool) and not isinstance(value, bool):
             raise UserError(f"config.{key} must be true or false, got {value!r}")
+
+
+def _check_training(config: Any) -> None:
+    """Refuse an evaluation that leaves nothing to train, which is what a forgotten engine looks like."""
+    settings = config.MODEL.FEATURE_EVAL_SETTINGS
+    frozen = [key for key in ("EXTRACT_TRUNK_FEATURES_ONLY", "FREEZE_TRUNK_AND_HEAD") if settings[key]]
+    if settings.EVAL_MODE_ON and frozen and not config.TEST_ONLY:
+        raise UserError(
+            f"config.MODEL.FEATURE_EVAL_SETTINGS.{frozen[0]}=true leaves nothing to train with engine_name=train; "
+            "add engine_name=extract_features, or engine_name=knn"
+        )
 
 
 def _check_extraction(engine: str, config: DictConfig) -> None:
@@ -116,18 +175,6 @@ def _check_extraction(engine: str, config: DictConfig) -> None:
             raise UserError("config.NEAREST_NEIGHBOR.TOPK must be at least 1, and SIGMA above 0")
 
 
-def _known(key: str, name: Any, names: Iterable[str], trusted: bool = False) -> None:
-    names = list(names)
-    if trusted or name in names:
-        return
-    near = difflib.get_close_matches(str(name), names, n=1)
-    raise UserError(f"{key}: {name!r} is unknown{_meant(near)}; known are {', '.join(sorted(names))}")
-
-
-def _meant(near: list[str]) -> str:
-    return f", did you mean {near[0]!r}?" if near else ""
-
-
 def _heads(params: list[Any]) -> Iterable[Any]:
     """The names in MODEL.HEAD.PARAMS, where a head is [name, options] or a list of such."""
     for head in params:
@@ -140,13 +187,8 @@ def _heads(params: list[Any]) -> Iterable[Any]:
 
 
 @cache
-def _defaults() -> DictConfig:
-    return OmegaConf.create(yaml.safe_load(files("vissl.config").joinpath("defaults.yaml").read_text())["config"])
-
-
-@cache
 def _stock() -> dict[str, Any]:
-    return OmegaConf.to_container(_defaults().LOSS)
+    return OmegaConf.to_container(defaults().config.LOSS)
 
 
 def _loss(losses: dict[str, Any]) -> None:
@@ -154,16 +196,15 @@ def _loss(losses: dict[str, Any]) -> None:
     from classy_vision.losses import LOSS_REGISTRY
 
     of_torch = {name for name in dir(torch_losses) if name.endswith("Loss") and not name.startswith("_")}
-    name, known = losses.get("name"), {*LOSS_REGISTRY, *of_torch}
-    if name not in known:
-        near = difflib.get_close_matches(str(name), sorted(known), n=1)
+    name, names = losses.get("name"), {*LOSS_REGISTRY, *of_torch}
+    if name not in names:
         raise UserError(
-            f"config.LOSS.name: {name!r} is unknown{_meant(near)}; known are {', '.join(sorted(LOSS_REGISTRY))} "
+            f"config.LOSS.name: {name!r} is unknown{meant(name, names)}; known are {', '.join(sorted(LOSS_REGISTRY))} "
             "and the losses of torch.nn"
         )
     for section in losses:
         if section not in {"name", *_MISPLACED}:
-            _known("config.LOSS", section, {*_stock(), *known})
+            known("config.LOSS", section, {*_stock(), *names})
     if not isinstance(losses.get(name), dict):
         raise UserError(f"config.LOSS names {name}, but has no section {name} with its options")
     kind = LOSS_REGISTRY.get(name)
@@ -180,14 +221,13 @@ def _loss(losses: dict[str, Any]) -> None:
         _keys(f"config.LOSS.{name}", losses[name], {**_stock()[name], **optional})
 
 
-def _keys(above: str, given: dict[str, Any], known: dict[str, Any]) -> None:
+def _keys(above: str, given: Mapping[str, Any], allowed: dict[str, Any]) -> None:
     for key, value in given.items():
         if key == "name":
             continue
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(f"{above} has no key {key!r}{_meant(near)}; it knows {', '.join(sorted(known))}")
-        if isinstance(known[key], dict):
+        if key not in allowed:
+            raise UserError(f"{above} has no key {key!r}{meant(key, allowed)}; it knows {', '.join(sorted(allowed))}")
+        if isinstance(allowed[key], dict):
             if not isinstance(value, dict):
-                raise UserError(f"{above}.{key} must have entries, such as {', '.join(known[key])}, got {value!r}")
-            _keys(f"{above}.{key}", value, known[key])
+                raise UserError(f"{above}.{key} must have entries, such as {', '.join(allowed[key])}, got {value!r}")
+            _keys(f"{above}.{key}", value, allowed[key])

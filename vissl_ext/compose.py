@@ -3,6 +3,7 @@
 import difflib
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ _PACKAGE = Path(__file__).parent
 _DEFAULTS = Path(vissl.config.__file__).parent / "defaults.yaml"
 
 
+@cache
+def defaults() -> DictConfig:
+    """VISSL's defaults.yaml, read once: it is long. Not to be changed."""
+    # OmegaConf reads 1e-08 as a number, PyYAML as a word
+    return OmegaConf.load(_DEFAULTS)
+
+
 def own_folder() -> Path:
     """Our configurations: in the package of an installed copy, beside it in a checkout."""
     places = [_PACKAGE / "configs", _PACKAGE.parent / "configs" / "vissl"]
@@ -40,7 +48,7 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
 
     Returns:
         The configuration, with ``config`` on top; and the keys below ``config`` that the overrides name, with the
-        values that they give.
+        values that they give. An option of ours needs no ``+``, though VISSL's defaults do not have it.
 
     Raises:
         UserError: Hydra cannot make a configuration of it.
@@ -63,7 +71,9 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Hydra's advice is for the authors of the configurations
             Hydra.create_main_hydra2("vissl_ext", search)
-            return hydra_compose("defaults", overrides=list(overrides)), given
+            cfg = hydra_compose("defaults", overrides=[_addable(word) for word in overrides])
+        _check_top(cfg, overrides)
+        return cfg, given
     except MissingConfigException as error:
         raise UserError(_missing(error, given, places)) from None
     except YAMLError as error:
@@ -92,11 +102,58 @@ def config_names(folders: Sequence[Path] = ()) -> list[str]:
 
 
 def _given(overrides: Sequence[str]) -> dict[str, Any]:
-    given = {}
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    given, parser = {}, OverridesParser.create()
+    for word in overrides:
+        try:
+            override = parser.parse_override(word)
+        except HydraException:
+            raise UserError(_unreadable(word)) from None
         if override.key_or_group.startswith("config.") and not override.is_delete():
             given[override.key_or_group.removeprefix("config.")] = override.value()
     return given
+
+
+def _unreadable(word: str) -> str:
+    key, equals, value = word.partition("=")
+    if not equals:
+        return f"{word!r} is no argument: write KEY=VALUE, such as config=NAME or config.KEY=VALUE; see --help"
+    if value[:1] in "[{":
+        return f"cannot read {word!r}: a list is [A,B], a section {{KEY: VALUE}}; quote what has other signs in it"
+    text = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f"""cannot read {word!r}: quote a value that has such signs in it, '{key}="{text}"'"""
+
+
+def _own_options() -> dict[str, set[str]]:
+    """Options that we add to sections of VISSL's, or in sections of our own."""
+    from plugins.methods import METHODS
+    from vissl_ext.methods import TAUS
+
+    options = {
+        f"config.LOSS.{name}": {*spec.options, *(TAUS if spec.teacher else ())} for name, spec in METHODS.items()
+    }
+    return {
+        **options,
+        "config.MODEL.TRUNK.RESNETS": {"CIFAR_STEM"},
+        "config.OPTIMIZER.larc_config": {"exclude_bias_and_norm"},
+    }
+
+
+def _addable(word: str) -> str:
+    """An override of one of our options as one that adds it where it is not there."""
+    above, _, option = word.partition("=")[0].rpartition(".")
+    return f"++{word}" if option in _own_options().get(above, ()) else word
+
+
+def _check_top(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse what the command line puts beside ``config``, where nothing reads it."""
+    known = {"config", "hydra", *defaults()}
+    for key in map(str, cfg):
+        if "/" in key:
+            raise UserError(
+                f"{key}={cfg[key]}: no folder of configurations is named {key}; --list names those there are"
+            )
+        if key not in known and any(word.lstrip("+").startswith((f"{key}=", f"{key}.")) for word in overrides):
+            raise UserError(f"nothing reads {key}; write +config.{key}=VALUE for an entry of the configuration")
 
 
 def _missing(error: MissingConfigException, given: dict[str, Any], places: list[Path]) -> str:
@@ -119,8 +176,14 @@ def _sentence(error: Exception) -> str:
     if "Could not override" in text[0] and "To append" in str(error):
         key = text[0].partition("'")[2].partition("'")[0]
         above, _, last = key.rpartition(".")
-        beside = OmegaConf.select(OmegaConf.load(_DEFAULTS), above) or {}
-        near = difflib.get_close_matches(last, map(str, beside), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"write +{key}=VALUE to add one"
+        ours = _own_options().get(above, set())
+        if above.startswith("config.LOSS.") and ours:
+            hint = f"it knows {', '.join(sorted(ours))}"
+        else:
+            hint = f"write +{key}=VALUE to add one"
+        beside = OmegaConf.select(defaults(), above) or {}
+        near = difflib.get_close_matches(last, [*ours, *map(str, beside)], n=1)
+        if near:
+            hint = f"did you mean {near[0]}?" + (f" {above} knows {', '.join(sorted(ours))}" if len(ours) > 1 else "")
         return f"the configuration has no key {key}; {hint}"
     return text[0]

@@ -1,5 +1,7 @@
 """python -m vissl_ext.launch config=NAME [OVERRIDES]: VISSL's tools/run_distributed_engines.py with our methods."""
 
+import multiprocessing
+import signal
 import sys
 from copy import deepcopy
 from importlib.util import find_spec
@@ -101,7 +103,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     from vissl.utils.hydra_config import convert_to_attrdict, save_attrdict_to_disk
 
     from vissl_ext import catalog, ranks
-    from vissl_ext.checks import check
+    from vissl_ext.checks import check, check_sections
     from vissl_ext.compat.checkpoints import set_aside, torn_name
     from vissl_ext.compose import compose
     from vissl_ext.defaults import adapt
@@ -109,6 +111,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
 
     ranks.quieten()
     cfg, given = compose(overrides, folders)
+    check_sections(cfg)
     changed = adapt(cfg, given)
     # a rank, a data loader's worker and a link may have another working directory
     if cfg.config.CHECKPOINT.DIR in (None, ""):
@@ -187,6 +190,7 @@ def run(args: Any, config: Any) -> None:
     if config.SLURM.USE_SLURM:
         distributed_launcher.launch_distributed_on_slurm(engine_name=args.engine_name, cfg=config)
         return
+    signal.signal(signal.SIGINT, _interrupt)
     folder = get_checkpoint_folder(config)
     say(f"run's folder: {folder}")
     if is_training_finished(config, checkpoint_folder=folder):
@@ -196,10 +200,33 @@ def run(args: Any, config: Any) -> None:
         distributed_launcher.launch_distributed(
             cfg=config, node_id=args.node_id, engine_name=args.engine_name, hook_generator=ranks.hooks
         )
+    except _Interrupted:
+        _end(multiprocessing.active_children())
+        say("interrupted; the same command goes on from the last checkpoint")
+        raise SystemExit(130) from None
     except ProcessRaisedException as error:
         if "UserError: " not in str(error):
             raise
         raise UserError(str(error)) from None
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C. A KeyboardInterrupt is swallowed at vissl/utils/distributed_launcher.py:161, and the ranks train on."""
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
+    raise _Interrupted
+
+
+def _end(ranks: list[Any]) -> None:
+    """End processes; those that do not within five seconds are killed."""
+    for rank in ranks:
+        rank.terminate()
+    for rank in ranks:
+        rank.join(5)
+        rank.kill()
+        rank.join()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from vissl.utils.distributed_launcher import _distributed_worker as _vissl_worke
 from vissl.utils.distributed_launcher import _ResumableSlurmJob
 from vissl.utils.env import get_machine_local_and_dist_rank
 
-from plugins.tools.command import UserError, say
+from plugins.tools.command import UserError
 from vissl_ext import catalog
 from vissl_ext.compat.cuda_calls import stay_on_cpu
 from vissl_ext.compat.teachers import RestoreTeacher
@@ -91,8 +91,7 @@ def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:
             raise UserError(" ".join(reason.strip().splitlines()[-1].split())) from None
         raise
     except KeyboardInterrupt:
-        # VISSL would end as if all were done
-        say("interrupted; the same command goes on from the last checkpoint")
+        # of a terminal, which tells all processes; the launcher says it
         raise SystemExit(130) from None
 
 

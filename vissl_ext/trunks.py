@@ -37,18 +37,34 @@ _FIXED = {
 """Settings of VISSL's own trunk that this one does not have, and what they must be."""
 
 
+_SETTINGS = {"DEPTH", "NORM", "GROUPNORM_GROUPS", "ZERO_INIT_RESIDUAL", *_FIXED}
+"""What VISSL's own trunk reads of RESNETS."""
+
+
 def check_trunk(model_config: Any) -> None:
-    """Refuse what ``plain_resnet`` cannot be; other trunks are not looked at.
+    """Refuse settings that a ResNet does not read, and what ``plain_resnet`` cannot be.
 
     Args:
         model_config: VISSL's MODEL section.
 
     Raises:
-        UserError: there is no ResNet of that depth, or a setting is of VISSL's own trunk alone.
+        UserError: a setting is unknown or of another kind, is of VISSL's own trunk alone, or there is no ResNet of that
+            depth.
     """
-    if model_config.TRUNK.NAME != "plain_resnet":
+    name, config = model_config.TRUNK.NAME, model_config.TRUNK.RESNETS
+    if name not in ("resnet", "plain_resnet"):
         return
-    config = model_config.TRUNK.RESNETS
+    allowed = _SETTINGS | ({"CIFAR_STEM"} if name == "plain_resnet" else set())
+    for key in config:
+        if key not in allowed:
+            raise UserError(
+                f"config.MODEL.TRUNK.RESNETS: {key!r} is no setting of {name}; known are {', '.join(sorted(allowed))}"
+            )
+    for key in ("CIFAR_STEM", "ZERO_INIT_RESIDUAL", "STANDARDIZE_CONVOLUTIONS"):
+        if not isinstance(config.get(key, False), bool):
+            raise UserError(f"config.MODEL.TRUNK.RESNETS.{key} must be true or false, got {config[key]!r}")
+    if name == "resnet":
+        return
     if config.DEPTH not in DEPTHS:
         raise UserError(f"RESNETS.DEPTH of plain_resnet is one of {', '.join(map(str, DEPTHS))}, got {config.DEPTH}")
     for key, value in _FIXED.items():

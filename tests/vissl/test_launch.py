@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import configs
 from plugins.tools.command import UserError
-from vissl_ext.checks import check
+from vissl_ext.checks import check, check_sections
 from vissl_ext.compat.checkpoints import set_aside
 from vissl_ext.compose import compose, config_names
 from vissl_ext.defaults import adapt
@@ -25,6 +25,17 @@ register()
 pytestmark = pytest.mark.vissl
 SIMCLR = "config=pretrain/simclr/simclr_8node_resnet"
 LOSS = "config.LOSS.simclr_info_nce_loss"
+
+
+ENGINES = {"pretrain/clusterfit/cluster_features_resnet_8gpu_imagenet": ["engine_name=extract_features"]}
+"""Stock files that are no training."""
+
+
+def checked(*words: str) -> None:
+    """What the launcher looks for before it starts anything."""
+    cfg, given = compose(words)
+    check_sections(cfg)
+    check(cfg, given)
 
 
 @pytest.fixture
@@ -73,7 +84,7 @@ def test_every_stock_file_passes_the_checks():
     assert len(names) > 60
     for name in names:
         try:
-            check(*compose([f"config={name}"]))
+            checked(f"config={name}", *ENGINES.get(name, ()))
         except UserError as error:
             refused[name] = str(error)
     assert refused == {}
@@ -87,6 +98,10 @@ def test_options_take_both_forms():
 
 _ISOLOSS = "config=pretrain/isoloss/digits"
 _KNN = "config=benchmark/nearest_neighbor/digits/knn"
+_TRANSFORMS = "config.DATA.TRAIN.TRANSFORMS"
+_LAYERS = "config.MODEL.FEATURE_EVAL_SETTINGS.LINEAR_EVAL_FEAT_POOL_OPS_MAP"
+_LR = "config.OPTIMIZER.param_schedulers.lr"
+_RESNETS = "config.MODEL.TRUNK.RESNETS"
 
 
 @pytest.mark.parametrize(
@@ -102,11 +117,73 @@ _KNN = "config=benchmark/nearest_neighbor/digits/knn"
         ([_ISOLOSS, "engine_name=knn"], "engine_name=knn reads each image once, config.DATA.TRAIN.COLLATE_FUNCTION="),
         ([_KNN, "engine_name=knn", "config.NEAREST_NEIGHBOR.TOPK=0"], "TOPK must be at least 1"),
         ([_KNN, "engine_name=knn", "config.TEST_MODEL=false"], "set config.TEST_MODEL=true"),
+        # sections
+        ([_ISOLOSS, "config.MODEL=3"], "config.MODEL must be a section with entries of its own, got 3"),
+        ([_ISOLOSS, "~config.OPTIMIZER.param_schedulers.lr"], "config.OPTIMIZER.param_schedulers.lr is missing"),
+        ([_ISOLOSS, "config.MODEL.HEAD.PARAMS=3"], "config.MODEL.HEAD.PARAMS must be a list, got 3"),
+        ([_ISOLOSS, "node_id=abc"], "node_id must be a whole number, got 'abc'"),
+        ([_ISOLOSS, "config.DATA.NUM_DATALOADER_WORKERS=-1"], "must be at least 0, got -1"),
+        ([_ISOLOSS, "config.METERS.name=foo"], "config.METERS: 'foo' is unknown; known are accuracy"),
+        ([_ISOLOSS, "+config.OPTIMIZER.weight_decy=1"], "weight_decy; did you mean weight_decay?"),
+        ([_ISOLOSS, "config.LOSS.byol.base_tau=0.5"], "config.LOSS.byol.base_tau has no effect"),
+        # transforms
+        ([_ISOLOSS, f"{_TRANSFORMS}=foo"], f"{_TRANSFORMS} must be a list, got 'foo'"),
+        ([_ISOLOSS, f"{_TRANSFORMS}=[foo]"], "each entry is {name: NAME, OPTION: VALUE, ...}, got 'foo'"),
+        ([_ISOLOSS, f"{_TRANSFORMS}=[{{nam: Foo}}]"], "each entry is {name: NAME, OPTION: VALUE, ...}, got {'nam':"),
+        ([_ISOLOSS, f"{_TRANSFORMS}=[{{name: Foo}}]"], "'Foo' is unknown; known are Img"),
+        ([_ISOLOSS, f"{_TRANSFORMS}=[{{name: ToTenso}}]"], "'ToTenso' is unknown, did you mean 'ToTensor'?"),
+        ([_ISOLOSS, f"+{_TRANSFORMS}.0.foo=1"], "option of ImgReplicatePil: 'foo' is unknown; known are num_times"),
+        ([_ISOLOSS, f"{_TRANSFORMS}=[{{name: CenterCrop, size: [1,2,3]}}]"], "CenterCrop cannot be made of"),
+        # layers
+        ([_KNN, "engine_name=knn", f"{_LAYERS}=[[res9,[Identity,[]]]]"], "'res9' is unknown, did you mean 'res5'?"),
+        ([_KNN, "engine_name=knn", f"{_LAYERS}=[[res5,[Idenity,[]]]]"], "did you mean 'Identity'?; known are Ada"),
+        ([_KNN, "engine_name=knn", f"{_LAYERS}=[res5]"], "each entry is [LAYER, [POOLING, [ARGUMENTS]]], got 'res5'"),
+        ([_KNN, "engine_name=knn", f"{_LAYERS}=[[res5,[AvgPool2d,[a]]]]"], "arguments of AvgPool2d must be numbers"),
+        ([_KNN, "engine_name=knn", f"{_LAYERS}=[[res5,[AvgPool2d,[]]]]"], "AvgPool2d cannot be made of []"),
+        (
+            [_KNN, "engine_name=knn", f"{_LAYERS}=[[res5,[Identity,[]]],[res3,[Identity,[]]]]"],
+            "must name the layers from the input on, res3, res5, got res5, res3",
+        ),
+        (
+            [_KNN],
+            "leaves nothing to train with engine_name=train; add engine_name=extract_features, or engine_name=knn",
+        ),
+        (["config=feature_extraction/digits/extract"], "leaves nothing to train with engine_name=train"),
+        # schedules and optimiser
+        ([_ISOLOSS, f"{_LR}=0.1"], f"{_LR} must be a section"),
+        ([_ISOLOSS, f"{_LR}.warmup=abc"], f"{_LR}.warmup must be a number, got 'abc'"),
+        ([_ISOLOSS, f"{_LR}.lengths=[abc]"], f"{_LR}.lengths must be numbers, got ['abc']"),
+        ([_ISOLOSS, f"{_LR}.auto_lr_scaling.base_value=[abc]"], "base_value must be a number, got"),
+        ([_ISOLOSS, f"{_LR}.auto_lr_scaling.base_lr_batch_size=0"], "base_lr_batch_size must be above 0"),
+        ([_ISOLOSS, f"{_LR}.name=foo"], f"{_LR}.name: 'foo' is unknown; known are composite, "),
+        ([_ISOLOSS, f"+{_LR}.foo=1"], f"{_LR}: 'foo' is unknown; known are auto_lr_scaling, "),
+        ([SIMCLR, f"{_LR}.schedulers.0.start_value=abc"], f"{_LR}.schedulers.0.start_value must be a number, got"),
+        ([SIMCLR, f"{_LR}.name=cosine", f"{_LR}.start_value=0"], "a cosine whose start_value is 0 cannot be scaled"),
+        ([_ISOLOSS, "config.OPTIMIZER.larc_config.eps=abc"], "larc_config.eps must be a number, got 'abc'"),
+        (
+            [_ISOLOSS, "+config.OPTIMIZER.larc_config.foo=1"],
+            "larc_config has no key 'foo'; it knows clip, eps, exclude",
+        ),
+        # model
+        (
+            [_ISOLOSS, f"+{_RESNETS}.CIFAR_STEN=true"],
+            "'CIFAR_STEN' is no setting of plain_resnet; known are CIFAR_STEM",
+        ),
+        ([_ISOLOSS, f"{_RESNETS}.CIFAR_STEM=1"], "CIFAR_STEM must be true or false, got 1"),
+        ([SIMCLR, f"{_RESNETS}.CIFAR_STEM=true"], "'CIFAR_STEM' is no setting of resnet; known are DEPTH"),
+        ([SIMCLR, "config.MODEL.HEAD.PARAMS=[[mlp,{dim:[2,3]}]]"], "mlp cannot be made of {'dim': [2, 3]}"),
+        ([SIMCLR, "config.MODEL.HEAD.PARAMS=[[mlp]]"], "must be a list of [NAME, {OPTIONS}], got ['mlp'] in it"),
     ],
 )
 def test_values_that_cannot_be_are_sentences(words, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
-        check(*compose(words))
+        checked(*words)
+
+
+def test_an_option_of_ours_needs_no_plus():
+    cfg, _ = compose([_ISOLOSS, "config.LOSS.isoloss.alpha=0.3", "config.MODEL.TRUNK.RESNETS.CIFAR_STEM=true"])
+    assert cfg.config.LOSS.isoloss.alpha == 0.3 and cfg.config.MODEL.TRUNK.RESNETS.CIFAR_STEM is True
+    assert "alpha" not in compose([_ISOLOSS])[0].config.LOSS.isoloss
 
 
 def test_a_list_of_nothing_is_a_sentence():
@@ -195,12 +272,30 @@ def test_apex_is_refused_where_there_is_none(gpu):
         (["config=pretrain/simclr/simclr_8nodes_resnet"], "did you mean pretrain/simclr/simclr_8node_resnet?"),
         (["config=simclr_8node_resnet"], "did you mean pretrain/simclr/simclr_8node_resnet?"),
         (["config.SEED_VALUE=1"], "no configuration is named"),
-        ([SIMCLR, "config.DATA.TRAIN.DATA_PATHS=[/a"], "no viable alternative at input"),
+        (
+            [SIMCLR, "config.DATA.TRAIN.DATA_PATHS=[/a"],
+            "cannot read 'config.DATA.TRAIN.DATA_PATHS=[/a': a list is [A,B]",
+        ),
+        (
+            [SIMCLR, "config.CHECKPOINT.DIR=a (b)"],
+            """quote a value that has such signs in it, 'config.CHECKPOINT.DIR="a (""",
+        ),
+        ([SIMCLR, "foo"], "'foo' is no argument: write KEY=VALUE, such as config=NAME"),
+        ([SIMCLR, "+config/foo=bar"], "no folder of configurations is named config/foo"),
+        ([SIMCLR, "+FOO=1"], "nothing reads FOO; write +config.FOO=VALUE"),
+        (
+            ["config=pretrain/isoloss/digits", "config.LOSS.isoloss.alpah=1"],
+            "did you mean alpha? config.LOSS.isoloss knows",
+        ),
+        (
+            ["config=pretrain/isoloss/digits", "config.LOSS.isoloss.foo=1"],
+            "config.LOSS.isoloss.foo; it knows alpha, base_tau",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(overrides, text):
     with pytest.raises(UserError, match=re.escape(text)) as caught:
-        check(*compose(overrides))
+        checked(*overrides)
     assert "\n" not in str(caught.value)
 
 
@@ -267,6 +362,30 @@ def test_commands(few_digits: Path, tmp_path: Path, launches: Callable, no_gpu):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["code.torch", "nan", "torn.torch", "two"], (
         "a mistake left something behind"
     )
+
+
+@pytest.mark.slow
+def test_images_that_cannot_be_trained_on_are_sentences(few_digits: Path, tmp_path: Path, launches: Callable) -> None:
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    for path in (few_digits / "train").glob("0/*.png"):
+        (torn / path.name).write_bytes(path.read_bytes()[:20])
+    common = ["config=pretrain/isoloss/digits", "config.OPTIMIZER.num_epochs=1", "config.DATA.NUM_DATALOADER_WORKERS=0"]
+    jobs = {
+        "are fewer than a batch of 512: nothing to train on": [
+            *(f"config.DATA.TRAIN.DATA_PATHS=[{few_digits / 'train'}]", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=512"),
+        ],
+        "cannot identify image file": [
+            *(f"config.DATA.TRAIN.DATA_PATHS=[{torn}]", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4"),
+        ],
+    }
+    argvs = [[*common, *words, f"config.CHECKPOINT.DIR={tmp_path / str(i)}"] for i, words in enumerate(jobs.values())]
+    results = launches([{"argv": argv, "folder": str(tmp_path)} for argv in argvs])
+    for sentence, result in zip(jobs, results, strict=True):
+        assert result["status"] == 2, result["output"][-3000:]
+        last = result["output"].splitlines()[-1]
+        assert last.startswith("error: ") and sentence in last
+        assert "Traceback" not in result["output"]
 
 
 # progress

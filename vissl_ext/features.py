@@ -3,13 +3,14 @@
 ``engine_name=extract_features`` writes what VISSL's own engine writes, which needs a GPU (vissl/trainer/
 trainer_main.py:345), in memory bounded by ``EXTRACT_FEATURES.CHUNK_THRESHOLD``. ``engine_name=knn`` extracts and then
 classifies the test images by the training images; it replaces VISSL's tools/nearest_neighbor_test.py, which needs a GPU
-too.
+too. It holds the training images' features of one layer, twice while they are put into order or normalised (8 N D bytes
+for N images and D features: 21 GB for ImageNet and ResNet-50), and one chunk of the test images'.
 """
 
 import logging
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,7 @@ def load_features(folder: Path, split: str, layer: str) -> tuple[Tensor, Tensor]
     Raises:
         UserError: there are none.
     """
-    stems = sorted(
-        path.name.removesuffix("_inds.npy") for path in folder.glob(f"rank*_chunk*_{split}_{layer}_inds.npy")
-    )
-    if not stems:
-        raise UserError(f"{folder} holds no features of {layer} of the {split} images")
+    stems = _stems(folder, split, layer)
 
     def arrays(kind: str) -> Iterable[np.ndarray]:
         return (np.load(folder / f"{stem}_{kind}.npy", mmap_mode="r") for stem in stems)
@@ -136,6 +133,38 @@ def load_features(folder: Path, split: str, layer: str) -> tuple[Tensor, Tensor]
     features = np.concatenate([rows.reshape(len(rows), -1) for rows in arrays("features")])[first]
     targets = np.concatenate(list(arrays("targets")))[first]
     return torch.from_numpy(features), torch.from_numpy(targets[:, 0].astype(np.int64))
+
+
+def feature_chunks(folder: Path, split: str, layer: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The features and classes of a split as :func:`load_features` has them, file by file, in the order of the files.
+
+    Args:
+        folder: what ``extract_features`` wrote.
+        split: "train" or "test".
+        layer: name of the features.
+
+    Raises:
+        UserError: there are none.
+    """
+    seen = np.empty(0, dtype=np.int64)
+    for stem in _stems(folder, split, layer):
+        features, targets, indices = (
+            np.load(folder / f"{stem}_{kind}.npy") for kind in ("features", "targets", "inds")
+        )
+        indices, first = np.unique(indices, return_index=True)
+        rows = first[~np.isin(indices, seen)]
+        seen = np.union1d(seen, indices)
+        yield torch.from_numpy(features.reshape(len(features), -1)[rows]), torch.from_numpy(targets[rows, 0]).long()
+
+
+def _stems(folder: Path, split: str, layer: str) -> list[str]:
+    """What the names of the files of each chunk begin with."""
+    stems = sorted(
+        path.name.removesuffix("_inds.npy") for path in folder.glob(f"rank*_chunk*_{split}_{layer}_inds.npy")
+    )
+    if not stems:
+        raise UserError(f"{folder} holds no features of {layer} of the {split} images")
+    return stems
 
 
 @register_engine("knn")
@@ -168,9 +197,15 @@ class NearestNeighborEngine(Engine):
         results = {}
         device = torch.device("cuda" if cfg.MACHINE.DEVICE == "gpu" else "cpu")
         for layer in get_trunk_output_feature_names(cfg.MODEL) or ["heads"]:
-            train, test = (load_features(folder, split, layer) for split in ("train", "test"))
+            bank = load_features(folder, "train", layer)
             k, sigma = cfg.NEAREST_NEIGHBOR.TOPK, cfg.NEAREST_NEIGHBOR.SIGMA
-            top1, top5 = knn_accuracy(*train, *test, k=k, temperature=sigma, device=device)
+            rows, hits = 0, np.zeros(2)
+            for features, classes in feature_chunks(folder, "test", layer):
+                count = int((classes != -1).sum())  # the others are unlabelled
+                if count:
+                    accuracies = knn_accuracy(*bank, features, classes, k=k, temperature=sigma, device=device)
+                    rows, hits = rows + count, hits + np.multiply(accuracies, count)
+            top1, top5 = (hits / rows).tolist() if rows else (-1.0, -1.0)
             results[layer] = {"top1": top1, "top5": top5, "k": k, "sigma": sigma}
             say(f"kNN of {layer}: top-1 {top1:.2f} %, top-5 {top5:.2f} % ({k} neighbours)")
         write_json(Path(checkpoint_folder) / "knn.json", results)

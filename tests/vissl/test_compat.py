@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -170,10 +171,17 @@ def test_half_written_checkpoints_are_set_aside(tmp_path):
     (tmp_path / "model_phase2.torch").write_bytes(whole[:-30])
     (tmp_path / "model_final_checkpoint_phase3.torch").write_bytes(b"")
     torch.save({}, tmp_path / "model_phase4.torch", _use_new_zipfile_serialization=False)
-    (tmp_path / ".writing-1").write_bytes(whole)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here = socket.gethostname()
+    # of a process that is gone; of one that writes; of one on another machine
+    begun = [f".writing-{here}-{ended.pid}", f".writing-{here}-{os.getppid()}", f".writing-elsewhere-{ended.pid}"]
+    for name in begun:
+        (tmp_path / name).write_bytes(whole)
     assert not zipfile.is_zipfile(tmp_path / "model_phase4.torch")
     assert set_aside(tmp_path) == ["model_final_checkpoint_phase3.torch", "model_phase2.torch"]
     assert sorted(path.name for path in tmp_path.glob("*")) == [
+        *sorted(begun[1:]),
         "model_phase0.torch",
         "model_phase1.torch",
         "model_phase4.torch",

@@ -13,7 +13,7 @@ from torchvision import transforms
 from vissl.utils.extract_features_utils import ExtractedFeaturesLoader
 
 from plugins.tools.command import UserError
-from vissl_ext.features import FeatureWriter, load_features
+from vissl_ext.features import FeatureWriter, feature_chunks, load_features
 from vissl_ext.registry import register
 
 register()
@@ -40,6 +40,12 @@ def test_chunks_hold_every_row_once(threshold: int, tmp_path: Path) -> None:
     ours, labels = load_features(tmp_path, "train", "res5")
     assert torch.equal(ours, features.flatten(1))
     assert torch.equal(labels, targets)
+    # chunk by chunk, in another order
+    parts = list(feature_chunks(tmp_path, "train", "res5"))
+    assert len(parts) == chunks and sum(len(rows) for rows, _ in parts) == 20
+    place = {tuple(row): number for number, row in enumerate(features.flatten(1).tolist())}
+    for rows, classes in parts:
+        assert [targets[place[tuple(row)]] for row in rows.tolist()] == classes.tolist()
 
 
 def test_missing_features_are_a_sentence(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ it looks for, vissl/utils/checkpoint.py:624 names the file ``None``.
 """
 
 import os
+import socket
 import sys
 import zipfile
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def _save(self: Any, name: str, content: Any) -> None:
     folder = Path(self.checkpoint_folder)
     folder.mkdir(parents=True, exist_ok=True)
     # the name is none that VISSL looks for
-    begun = folder / f"{_BEGUN}{os.getpid()}"
+    begun = folder / _begun()
     try:
         with begun.open("wb") as file:
             torch.save(content, file)
@@ -50,9 +51,30 @@ def _save(self: Any, name: str, content: Any) -> None:
         begun.unlink(missing_ok=True)
 
 
+def _begun() -> str:
+    """The name under which this process writes; several may write into a folder, from several machines too."""
+    return f"{_BEGUN}{socket.gethostname()}-{os.getpid()}"
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether what a process has begun to write is left over: it ran here, and runs no longer."""
+    host, _, process = path.name.removeprefix(_BEGUN).rpartition("-")
+    if host != socket.gethostname() or not process.isdigit():
+        return False
+    if int(process) == os.getpid():
+        return True  # of a process that had our number before
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
 def _link(self: Any, checkpoint_name: str) -> None:
     folder = Path(self.checkpoint_folder)
-    begun = folder / f"{_BEGUN}{os.getpid()}"
+    begun = folder / _begun()
     begun.unlink(missing_ok=True)
     begun.symlink_to(checkpoint_name)
     begun.replace(folder / "checkpoint.torch")
@@ -75,6 +97,8 @@ def _there(find: Callable[..., str | None], cfg: Any, checkpoint_folder: str) ->
 def set_aside(folder: Path) -> list[str]:
     """Rename checkpoints that a killed process has left half written, so that the one before is resumed from.
 
+    What processes of this machine that are gone had begun to write is deleted.
+
     Args:
         folder: of the run.
 
@@ -89,8 +113,8 @@ def set_aside(folder: Path) -> list[str]:
     link = folder / "checkpoint.torch"
     if link.is_symlink() and not link.exists():
         link.unlink()
-    for path in folder.glob(f"{_BEGUN}*"):
-        path.unlink()
+    for path in filter(_abandoned, folder.glob(f"{_BEGUN}*")):
+        path.unlink(missing_ok=True)
     return broken
 
 

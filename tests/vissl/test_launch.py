@@ -364,30 +364,6 @@ def test_commands(few_digits: Path, tmp_path: Path, launches: Callable, no_gpu):
     )
 
 
-@pytest.mark.slow
-def test_images_that_cannot_be_trained_on_are_sentences(few_digits: Path, tmp_path: Path, launches: Callable) -> None:
-    torn = tmp_path / "torn"
-    torn.mkdir()
-    for path in (few_digits / "train").glob("0/*.png"):
-        (torn / path.name).write_bytes(path.read_bytes()[:20])
-    common = ["config=pretrain/isoloss/digits", "config.OPTIMIZER.num_epochs=1", "config.DATA.NUM_DATALOADER_WORKERS=0"]
-    jobs = {
-        "are fewer than a batch of 512: nothing to train on": [
-            *(f"config.DATA.TRAIN.DATA_PATHS=[{few_digits / 'train'}]", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=512"),
-        ],
-        "cannot identify image file": [
-            *(f"config.DATA.TRAIN.DATA_PATHS=[{torn}]", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4"),
-        ],
-    }
-    argvs = [[*common, *words, f"config.CHECKPOINT.DIR={tmp_path / str(i)}"] for i, words in enumerate(jobs.values())]
-    results = launches([{"argv": argv, "folder": str(tmp_path)} for argv in argvs])
-    for sentence, result in zip(jobs, results, strict=True):
-        assert result["status"] == 2, result["output"][-3000:]
-        last = result["output"].splitlines()[-1]
-        assert last.startswith("error: ") and sentence in last
-        assert "Traceback" not in result["output"]
-
-
 # progress
 
 

@@ -5,7 +5,6 @@ statistics would differ between the halves and the whole; its layers use their r
 everything else must be exact.
 """
 
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,27 +129,3 @@ def test_two_processes_train_from_the_launcher(device: str, on: Callable, tmp_pa
     assert checkpoint["iteration"] == 2 * (96 // 32)
     heads = checkpoint["classy_state_dict"]["base_model"]["model"]["heads"]
     assert int(heads["0.predictor.steps"]) == 2 * 6  # one update a view
-
-
-def children(process: int) -> list[int]:
-    """The processes that a process has started, and those that they have."""
-    direct = [int(number) for number in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    return [*direct, *(number for child in direct for number in children(child))]
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_all_processes(tmp_path: Path, start_launch: Callable) -> None:
-    process = start_launch(
-        *("config=pretrain/isoloss/digits", "config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.MACHINE.DEVICE=cpu"),
-        *("config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16", "config.OPTIMIZER.num_epochs=500"),
-        f"config.CHECKPOINT.DIR={tmp_path}",
-    )
-    assert any("iteration 1/3" in line for line in process.stdout)
-    started = children(process.pid)
-    assert len(started) >= 2
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert printed.splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint"
-    assert "Traceback" not in printed
-    assert [number for number in started if Path(f"/proc/{number}").exists()] == []

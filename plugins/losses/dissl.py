@@ -3,25 +3,19 @@
 Dubois, Hashimoto, Ermon & Liang, "Improving Self-Supervised Learning by Characterizing Idealized Representations"
 (NeurIPS 2022, arXiv:2209.06235). Gradients flow everywhere: there is no stop-gradient, no moving average and no
 Sinkhorn step. This is the published loss for any number of views. What the published code sums over pairs of views is
-here one product with the views' sum, and loss and gradient are made together, block by block of rows, so that nothing
-of the size of the logits is kept but the gradient.
+here one product with the views' sum, and loss and gradient are made together (:mod:`plugins.losses.dissl_blocks`).
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_count, check_range, check_rows, compute_dtype
+from plugins.checks import check_range, check_rows
 from plugins.distributed import LOCAL, Collective
-from plugins.linalg import attach_gradient
-
-Views = Sequence[Float[Tensor, "B C"]] | Float[Tensor, "V B C"]
-BLOCK = {"cpu": 2**17}
-"""Entries of a view that are worked on at once: as many as stay in the processor's cache; elsewhere 2^24."""
+from plugins.losses.dissl_blocks import Views, value_and_parts
 
 
 class DISSLTerms(NamedTuple):
@@ -112,121 +106,8 @@ def dissl_terms(
     weights = _weights(distillation_weight, lambda_maximality, beta_det_inv)
     taus = _taus(tau_teacher, tau_student)
     with torch.autocast(teacher_logits[0].device.type, enabled=False):
-        return _terms(teacher_logits, student_logits, chosen, weights, taus, comm)
-
-
-def _terms(
-    teacher: Views,
-    student: Views,
-    chosen: list[int],
-    weights: tuple[float | Tensor, ...],
-    taus: tuple[float, float],
-    comm: Collective,
-) -> DISSLTerms:
-    (rows, classes), firsts, (w, lam, beta) = teacher[0].shape, len(chosen), weights
-    p_pairs, q_pairs = firsts * (len(teacher) - 1), firsts * (len(student) - 1)
-    inputs = _tensors(teacher) + _tensors(student)
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    by_teacher, by_student = _room(teacher), _room(student) if wanted else []
-    blocks = _blocks(rows, classes, teacher[0].device.type)
-
-    for p, view in zip(by_teacher, teacher, strict=True):  # p stays where its gradient will be
-        for block in blocks:
-            p[block] = F.softmax(view.detach()[block].to(p.dtype) / taus[0], 1)
-    mass = comm.sum(torch.cat([*(by_teacher[t].sum(0) for t in chosen), by_teacher[0].new_full((1,), rows)]))
-    if rows == 0:  # only then can the joined batch be empty, and only then is the wait worth it
-        check_count(int(mass[-1].item()), least=1, what="the DISSL loss")
-    # a sum of probabilities needs no logarithms of them: what underflows in it is below 1e-36 of the entropy
-    marginals = (mass[:-1] / mass[-1]).view(firsts, classes)
-    log_marginals = marginals.clamp_min(torch.finfo(mass.dtype).tiny).log()
-    maximality = -_dot(marginals, log_marginals) / firsts
-
-    slopes = w / q_pairs, beta / max(p_pairs, 1), log_marginals * (lam / firsts)
-    sums = mass.new_zeros(5)
-    for block in blocks:
-        p, t, s, q = ([view.detach()[block] for view in views] for views in (by_teacher, teacher, student, by_student))
-        sums += _block(p, t, s, q, chosen, taus, slopes)
-    distillation, invariance, agreement, own, every = (comm.sum(sums) / mass[-1]).unbind()
-    distillation, invariance = distillation / q_pairs, invariance / max(p_pairs, 1)
-    loss = w * distillation - lam * maximality + beta * invariance
-    if wanted:
-        zero = attach_gradient(torch.zeros_like(loss), inputs, _tensors(by_teacher) + _tensors(by_student))
-        loss = loss + zero * (comm.size / mass[-1])
-    return DISSLTerms(
-        loss,
-        distillation,
-        invariance,
-        H_M=maximality,
-        H_Mlz=every / len(teacher),
-        KL_invariance=invariance - own / firsts if p_pairs else torch.zeros_like(own),
-        KL_distillation=(agreement - own) / firsts,
-    )
-
-
-def _block(
-    p: list[Tensor],
-    teacher: list[Tensor],
-    student: list[Tensor],
-    q: list[Tensor],
-    chosen: list[int],
-    taus: tuple[float, float],
-    slopes: tuple[float | Tensor, float | Tensor, Tensor],
-) -> Tensor:
-    """Sums over a block of rows: of D and I (times their pairs), of the cross-entropies and entropies beside them.
-
-    With room in q, the gradients (times the joined rows) replace p and fill q: of D by the student's logits
-    ``n q_s - sum of the n others' p``, by a teacher's what a softmax makes of ``-sum of the others' log q``.
-    """
-    by_d, by_i, by_h = slopes
-    firsts, dtype = len(chosen), p[0].dtype
-    log_p = [F.log_softmax(view.to(dtype) / taus[0], 1) for view in teacher]
-    all_p, all_log_p = sum((p[t] for t in chosen[1:]), p[chosen[0]]), sum(log_p[1:], log_p[0])
-    all_log_q, same = torch.zeros_like(all_p), {}
-    for s, view in enumerate(student):
-        view = view.to(dtype)
-        log_q = F.log_softmax(view if taus[1] == 1 else view / taus[1], 1)
-        all_log_q += log_q
-        if s in chosen:
-            same[s] = log_q
-        if q:
-            count, others = (firsts - 1, all_p - p[s]) if s in chosen else (firsts, all_p)
-            q[s].copy_((log_q.exp() * count).sub_(others).mul_(by_d / taus[1]))
-    agreement = -torch.stack([_dot(p[t], same[t]) for t in chosen]).sum()
-    entropies = torch.stack([-_dot(a, b) for a, b in zip(p, log_p, strict=True)])
-    own = torch.stack([entropies[t] for t in chosen]).sum()
-    d, i = -_dot(all_p, all_log_q) - agreement, -_dot(all_p, all_log_p) - own
-    if q:
-        shared = all_p * by_i
-        for t, view in enumerate(p):
-            if t not in chosen:
-                view.mul_(by_i * firsts).sub_(shared).div_(taus[0])
-                continue
-            slope = (same[t] - all_log_q).mul_(by_d).add_((log_p[t] - all_log_p).mul_(by_i)).add_(by_h[chosen.index(t)])
-            slope -= (view * slope).sum(1, keepdim=True) - by_i * firsts
-            view.mul_(slope).sub_(shared).div_(taus[0])
-    return torch.stack([d, i, agreement, own, entropies.sum()])
-
-
-def _blocks(rows: int, classes: int, device: str) -> list[slice]:
-    size = rows if torch.compiler.is_compiling() else BLOCK.get(device, 2**24) // classes
-    return [slice(start, start + max(size, 1)) for start in range(0, rows, max(size, 1))]
-
-
-def _room(views: Views) -> Views:
-    """Uninitialised, of the views' form."""
-    dtype = compute_dtype(views[0].dtype)
-    if isinstance(views, Tensor):
-        return torch.empty_like(views, dtype=dtype)
-    return [torch.empty_like(view, dtype=dtype) for view in views]
-
-
-def _tensors(views: Views) -> list[Tensor]:
-    return [views] if isinstance(views, Tensor) else list(views)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of products; not as a matrix product, which tensor cores would round."""
-    return (a * b).sum()
+        found = value_and_parts(teacher_logits, student_logits, chosen, weights, taus, comm)
+    return DISSLTerms(**found)
 
 
 def _chosen(teacher: Views, student: Views, views: Sequence[int] | None) -> list[int]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plugins.losses import DISSLLoss, ETFMonitor, StallAlarm, dissl, dissl_loss, dissl_terms, dissl_warmup
+from plugins.losses import DISSLLoss, ETFMonitor, StallAlarm, dissl_blocks, dissl_loss, dissl_terms, dissl_warmup
 from plugins.testing import DIFFICULT, assert_joined, devices, difficult_views, toy_views, waves
 
 SHAPES = [(2, 2), (2, 6), (2, 8), (4, 10), (1, 3), (3, 3)]
@@ -70,7 +70,7 @@ def _autograd_dissl(teacher, student, lam=2.3, beta=0.8, weight=1.0, tau_t=0.5, 
 def blocks(request, monkeypatch):
     """A block of 10 entries is one row of 7 classes."""
     if request.param is not None:
-        monkeypatch.setitem(dissl.BLOCK, "cpu", request.param)
+        monkeypatch.setitem(dissl_blocks.BLOCK, "cpu", request.param)
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -278,6 +278,8 @@ def test_weights_may_be_tensors():
         loss = dissl_loss(teacher, student, **weights)
         results.append((loss, torch.autograd.grad(loss, teacher + student)))
     torch.testing.assert_close(*results, rtol=1e-14, atol=1e-14)
+    singles = [view.float() for view in teacher]
+    assert dissl_loss(singles, singles, **tensors).dtype == torch.float32
 
 
 def test_no_gradient_is_made_where_none_is_wanted():
@@ -438,9 +440,9 @@ def test_many_classes_keep_their_entropy():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("students", [2, 4])
-def test_compiles_to_one_graph(students):
-    views = [[view.float().requires_grad_() for view in views] for views in _logits(2, students, 8, 16)]
+@pytest.mark.parametrize(("students", "dtype"), [(2, torch.float32), (4, torch.float32), (2, torch.bfloat16)])
+def test_compiles_to_one_graph(students, dtype):
+    views = [[view.to(dtype).requires_grad_() for view in views] for views in _logits(2, students, 8, 16)]
     compiled = torch.compile(dissl_loss, fullgraph=True, backend="aot_eager")
     expected, found = dissl_loss(*views), compiled(*views)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

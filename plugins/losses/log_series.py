@@ -7,6 +7,7 @@ spectral radius 1 of Q - I the series does not converge: of even order it is a w
 import warnings
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from plugins.checks import check_range
@@ -44,7 +45,7 @@ def _times(polynomial: list[float], root: float) -> list[float]:
 class SeriesWatch:
     """Warns, once, when a series has left its radius of convergence.
 
-    It looks at the first call and then at every ``every``-th, for each look waits for the device.
+    It looks at the first call and then at every ``every``-th; each look waits for the device.
 
     Args:
         name: of the loss, for the message.
@@ -54,7 +55,6 @@ class SeriesWatch:
     Raises:
         ValueError: ``every`` below 1.
 
-    >>> import torch
     >>> watch = SeriesWatch("the loss", "lower it")
     >>> watch(lambda: torch.tensor(0.5))  # converges: nothing is said
     """
@@ -71,6 +71,8 @@ class SeriesWatch:
             radius: gives the spectral radius, ``[]``; asked only when it is time. With several processes it is asked on
                 all of them at the same call.
         """
+        if torch.compiler.is_compiling():  # a look would break the graph: compiled code never looks
+            return
         due = not self.warned and self.calls % self.every == 0
         self.calls += 1
         if due and (value := float(radius())) > 1:

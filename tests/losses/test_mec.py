@@ -131,10 +131,10 @@ def test_terms_are_what_they_say(shape, form):
 
 def test_module_is_the_function():
     views = _batch(9, 6)
-    module = MECLoss(eps_d=0.4, order=3, form="gram")
-    assert torch.equal(module(*views), mec_loss(*views, eps_d=0.4, order=3, form="gram"))
-    assert torch.equal(module(*views, warmup=2.0), mec_loss(*views, eps_d=0.8, order=3, form="gram"))
-    assert "eps_d=0.4, order=3" in repr(module)
+    module = MECLoss(eps_d=2.0, order=3, form="gram")
+    assert torch.equal(module(*views), mec_loss(*views, eps_d=2.0, order=3, form="gram"))
+    assert torch.equal(module(*views, warmup=2.0), mec_loss(*views, eps_d=4.0, order=3, form="gram"))
+    assert "eps_d=2.0, order=3" in repr(module)
 
 
 # --- properties -----------------------------------------------------------------------------------------------------
@@ -382,5 +382,6 @@ def test_compiles_to_one_graph_for_all_of_the_warmup(shape):
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(torch.autograd.grad(found, free), torch.autograd.grad(expected, free))
     assert len(graphs) == 1
-    aot = torch.compile(mec_loss, fullgraph=True, backend="aot_eager")(*free, *targets, eps_d=0.5)
+    module = MECLoss(eps_d=0.5)
+    aot = torch.compile(module, fullgraph=True, backend="aot_eager")(*free, *targets)
     torch.testing.assert_close(aot, mec_loss(*free, *targets, eps_d=0.5))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from plugins.distributed import LOCAL, Collective
 from plugins.heads import TwoBranchHead
+from plugins.losses import ETFMonitor
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
 
@@ -32,22 +33,10 @@ def embed(
     """
     z = [projector(h) for h in features]
     p = z if predict is None else predict(z)
-    if target is None:
-        target = own_targets(features[:large], projector, z)
-    return Embeddings(z, p, target)
-
-
-def own_targets(features: list[Tensor], projector: nn.Module, z: list[Tensor]) -> list[Tensor]:
-    """Targets without a teacher: those of the head's second branch, with gradient, or the detached projections.
-
-    Args:
-        features: of the large views.
-        projector: the method's head.
-        z: its projections of all views.
-    """
     if isinstance(projector, TwoBranchHead):
-        return [projector.teacher(h) for h in features]
-    return [view.detach() for view in z[: len(features)]]
+        shown = features[:large]
+        return Embeddings(z, p, [projector.teacher(h) for h in shown], [h.detach() for h in shown])
+    return Embeddings(z, p, [view.detach() for view in z[:large]] if target is None else target)
 
 
 class Objective(nn.Module):
@@ -61,6 +50,7 @@ class Objective(nn.Module):
         comm: the processes that share a batch.
         predictor: the method's predictor. A closed-form one follows the embedding's second moment anyway; with the
             option ``log_eigvals`` and another predictor it is followed here, for the log alone.
+        projector: the method's head. Where it has two branches, the cosines of the features are followed, for the log.
     """
 
     def __init__(
@@ -69,9 +59,13 @@ class Objective(nn.Module):
         options: Mapping[str, Any],
         comm: Collective = LOCAL,
         predictor: nn.Module | None = None,
+        projector: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.criterion = spec.loss(options, comm)
+        self.etf: ETFMonitor | None = None
+        if isinstance(projector, TwoBranchHead):
+            self.etf = ETFMonitor(projector.features_dim, comm=comm)
         self.embedding_moment: RunningMoment | None = None
         if options.get("log_eigvals", False) and not isinstance(predictor, RunningMoment):
             self.embedding_moment = RunningMoment(options["proj_output_dim"], rho=0.99, comm=comm)
@@ -87,13 +81,16 @@ class Objective(nn.Module):
         """What follows the embedding's second moment, the predictor or ourselves, if anything does."""
         return predictor if isinstance(predictor, RunningMoment) else self.embedding_moment
 
+    @torch.no_grad()
+    def statistics(self, terms: Terms, embeddings: Embeddings) -> dict[str, Tensor]:
+        """What every framework logs of a step: the loss's terms by name, detached, and how the embeddings lie.
 
-@torch.no_grad()
-def step_statistics(terms: Terms, embeddings: Embeddings) -> dict[str, Tensor]:
-    """What every framework logs of a step: the loss's terms by name, detached, and ``z_std``.
-
-    ``z_std`` is the standard deviation over the rows of the normalised projections, mean over their columns and views:
-    1 / sqrt(D) where they are isotropic, 0 where they have collapsed.
-    """
-    z_std = F.normalize(torch.stack(embeddings.z), dim=-1).std(dim=1).mean()
-    return {**{name: value.detach() for name, value in terms._asdict().items()}, "z_std": z_std}
+        ``z_std`` is the standard deviation over the rows of the normalised projections, mean over their columns and
+        views: 1 / sqrt(D) where they are isotropic, 0 where they have collapsed. With two branches ``cosine_pos``,
+        ``cosine_neg`` and ``dist_to_etf`` are those of the features, see :class:`plugins.losses.ETFMonitor`.
+        """
+        found = {name: value.detach() for name, value in terms._asdict().items()}
+        found["z_std"] = F.normalize(torch.stack(embeddings.z), dim=-1).std(dim=1).mean()
+        if self.etf is not None and len(embeddings.features) > 1:
+            found.update(self.etf(*embeddings.features[:2])._asdict())
+        return found

@@ -13,7 +13,7 @@ An adapter builds any method from its SPEC alone::
 ``Objective`` and ``embed`` are in :mod:`plugins.objective`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -33,6 +33,8 @@ class Embeddings(NamedTuple):
     target: list[Tensor]
     """Of the large views alone: the teacher's projections; or the outputs of the head's second branch, with gradient;
     or the detached projections."""
+    features: Sequence[Tensor] = ()
+    """Of the large views, detached, for the log; where the head has two branches."""
 
 
 class Terms(Protocol):

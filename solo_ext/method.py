@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from plugins.distributed import WORLD
 from plugins.linalg import spectrum_statistics
-from plugins.objective import Objective, embed, step_statistics
+from plugins.objective import Objective, embed
 from plugins.predictors import ClosedFormPredictor, RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
 from plugins.targets import move_teacher, needs_teacher
@@ -44,7 +44,7 @@ class PluginMethod:
         self.options = self.spec.resolve(OmegaConf.to_container(cfg.method_kwargs))
         self.projector = self.spec.head(self.features_dim, self.options)
         self.predictor = self.spec.predictor(self.options, WORLD) if self.spec.predictor else None
-        self.objective = Objective(self.spec, self.options, WORLD, self.predictor)
+        self.objective = Objective(self.spec, self.options, WORLD, self.predictor, self.projector)
         self.log_eigvals = self.options.get("log_eigvals", False)
 
     @property
@@ -85,7 +85,7 @@ class PluginMethod:
         return None
 
     def _log_step(self, terms: Terms, embeddings: Embeddings) -> None:
-        metrics = {f"train_{name}": value for name, value in step_statistics(terms, embeddings).items()}
+        metrics = {f"train_{name}": value for name, value in self.objective.statistics(terms, embeddings).items()}
         # train_loss is solo-learn's name of the sum with the classifier's
         metrics["train_ssl_loss"] = metrics.pop("train_loss")
         if self.spec.name in LOSS_NAMES:

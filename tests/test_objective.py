@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from plugins.distributed import LOCAL
-from plugins.heads import TwoBranchHead
+from plugins.heads import Heads, TwoBranchHead
 from plugins.methods import METHODS
-from plugins.objective import Objective, embed, step_statistics
+from plugins.objective import Objective, embed
 from plugins.spec import Embeddings
 
 
@@ -34,7 +34,7 @@ def test_targets_are_detached_projections_of_the_large_views():
 
 
 def test_a_second_branch_makes_targets_with_gradient():
-    head = TwoBranchHead(nn.Linear(3, 2), nn.Linear(3, 2))
+    head = TwoBranchHead(Heads(teacher=nn.Linear(3, 2), student=nn.Linear(3, 2)), 3)
     features = [torch.randn(4, 3) for _ in range(3)]
     e = embed(features, head, large=2)
     assert torch.equal(e.target[1], head.teacher(features[1])) and torch.equal(e.z[2], head.student(features[2]))
@@ -91,7 +91,8 @@ def test_statistics_are_the_terms_and_the_spread():
     spec = METHODS["simsiam"]
     z = [torch.eye(2, requires_grad=True), torch.eye(2)]
     e = Embeddings(z, z, [view.detach() for view in z])
-    statistics = step_statistics(Objective(spec, spec.resolve({}))(e), e)
+    objective = Objective(spec, spec.resolve({}))
+    statistics = objective.statistics(objective(e), e)
     assert statistics["loss"] == -1 and statistics["cosine"] == 1
     # columns (1, 0) and (0, 1): standard deviation sqrt(1/2)
     assert math.isclose(statistics["z_std"], math.sqrt(0.5), rel_tol=1e-6)

@@ -26,7 +26,7 @@ from vissl.models.heads import register_model_head
 from plugins.distributed import WORLD
 from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
-from plugins.objective import Objective, embed, step_statistics
+from plugins.objective import Objective, embed
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, MethodSpec
 from plugins.targets import EMATeacher, cosine_tau, needs_teacher
@@ -75,9 +75,9 @@ class MethodHead(nn.Module):
     """Projector and predictor of a method.
 
     In training it takes the features of all views, view after view, the large ones first, and gives the projections of
-    each view, then the predictions of each, where the method has a predictor, then the targets that a second branch of
-    the head makes of each large view, where it has one. Each view has its own batch statistics. In evaluation it gives
-    the projections alone.
+    each view, then the predictions of each, where the method has a predictor; of a head of two branches then the
+    targets that the second makes of each large view, and the features of each, detached. Each view has its own batch
+    statistics. In evaluation it gives the projections alone.
 
     Args:
         model_config: VISSL's MODEL section.
@@ -123,7 +123,7 @@ class MethodHead(nn.Module):
         predict = self.predictor.predict if self.predictor is not None else None
         e = embed(list(features.chunk(self.views)), self.projector, predict, large=self.large)
         predictions = e.p if self.predictor is not None else []
-        return [*e.z, *predictions, *(e.target if isinstance(self.projector, TwoBranchHead) else [])]
+        return [*e.z, *predictions, *(e.target if e.features else []), *e.features]
 
 
 class TeacherLoss(ClassyLoss):
@@ -196,7 +196,7 @@ class MethodLoss(TeacherLoss):
         (head,) = model.heads
         self.predictor = [head.predictor]
         self.own_targets = head.large if isinstance(head.projector, TwoBranchHead) else 0
-        self.objective = Objective(self.spec, self.options, WORLD, head.predictor)
+        self.objective = Objective(self.spec, self.options, WORLD, head.predictor, head.projector)
         super().attach(model)
 
     @property
@@ -218,14 +218,17 @@ class MethodLoss(TeacherLoss):
             output: of MethodHead.
             target: labels; not used.
         """
-        ours, targets = output[: len(output) - self.own_targets], output[len(output) - self.own_targets :]
-        half = len(ours) if self.spec.predictor is None else len(ours) // 2
-        z, p = ours[:half], ours[-half:]
-        if not targets:
-            targets = [view.detach() for view in z] if self.teacher is None else self.teacher_output
-        embeddings = Embeddings(z, p, targets)
+        if self.own_targets:
+            ends = len(output) - 2 * self.own_targets, len(output) - self.own_targets
+            z = output[: ends[0]]
+            embeddings = Embeddings(z, z, output[ends[0] : ends[1]], output[ends[1] :])
+        else:
+            half = len(output) if self.spec.predictor is None else len(output) // 2
+            z, p = output[:half], output[-half:]
+            detached = [view.detach() for view in z]
+            embeddings = Embeddings(z, p, detached if self.teacher is None else self.teacher_output)
         terms = self.objective(embeddings)
-        self.metrics = step_statistics(terms, embeddings)
+        self.metrics = self.objective.statistics(terms, embeddings)
         return terms.loss
 
 

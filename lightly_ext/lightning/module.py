@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lightly_ext import models
 from plugins.checks import check_choice, check_range
 from plugins.linalg import spectrum_statistics
-from plugins.objective import step_statistics
 from plugins.targets import cosine_tau
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
@@ -98,7 +97,7 @@ class TrainingSteps:
         views, targets = batch[0], batch[1]
         features, embeddings = self.embed(views)
         terms = self.terms(embeddings)
-        statistics = {f"train_{name}": value for name, value in step_statistics(terms, embeddings).items()}
+        statistics = {f"train_{name}": value for name, value in self.objective.statistics(terms, embeddings).items()}
         self.log("train_loss", statistics.pop("train_loss"), prog_bar=True, sync_dist=True, batch_size=len(targets))
         cls_loss, cls_log = self.online_classifier.training_step((features[0].detach(), targets), batch_idx)
         self.log_dict({**statistics, **cls_log}, sync_dist=True, batch_size=len(targets))

@@ -97,7 +97,7 @@ class MethodModel(nn.Module):
         if spec.teacher if teacher is None else teacher:
             self.teacher_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
             self.teacher_projection_head = copy.deepcopy(self.projection_head).requires_grad_(False)
-        self.objective = Objective(spec, self.options, self.comm, self.prediction_head)
+        self.objective = Objective(spec, self.options, self.comm, self.prediction_head, self.projection_head)
 
     @property
     def moment(self) -> RunningMoment | None:

@@ -2,24 +2,28 @@
 
 from torch import Tensor, nn
 
+from plugins.heads.dissl import Heads
+
 
 class TwoBranchHead(nn.Module):
     """What DISSL and CISSL train in place of a projection head and a teacher (Dubois et al. 2022, arXiv:2209.06235).
 
     Args:
-        student: ``[B, features_dim] → [B, D]``, applied to all views; of the form of the downstream probe.
-        teacher: ``[B, features_dim] → [B, D]``, applied to the large views; as expressive as one likes.
+        heads: the student's is applied to all views and has the form of the downstream probe; the teacher's is applied
+            to the large views and is as expressive as one likes. Both take ``[B, features_dim]``.
+        features_dim: width of the features.
 
     Example:
-        >>> head = TwoBranchHead(nn.Linear(2, 3), nn.Identity())
-        >>> features = nn.functional.one_hot(__import__("torch").arange(2)).float()
-        >>> head(features).shape, head.teacher(features).shape
+        >>> import torch
+        >>> head = TwoBranchHead(Heads(teacher=nn.Identity(), student=nn.Linear(2, 3)), 2)
+        >>> head(torch.eye(2)).shape, head.teacher(torch.eye(2)).shape
         (torch.Size([2, 3]), torch.Size([2, 2]))
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+    def __init__(self, heads: Heads, features_dim: int) -> None:
         super().__init__()
-        self.student, self.teacher = student, teacher
+        self.teacher, self.student = heads
+        self.features_dim = features_dim
 
     def forward(self, features: Tensor) -> Tensor:
         """The student's output."""

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from plugins.checks import check_range, check_rows, compute_dtype
+from plugins.distributed import LOCAL, Collective
 
 
 class DISSLWeights(NamedTuple):
@@ -122,6 +123,8 @@ class ETFMonitor(nn.Module):
     Args:
         dim: width D of the representations.
         rate: what the moving average takes of a batch, in [0, 1].
+        comm: the processes whose batch means are joined, so that the moving average is the same on all of them; the
+            cosines are those of this process.
 
     Buffers:
         mean: ``[D]``, zero at first.
@@ -133,11 +136,11 @@ class ETFMonitor(nn.Module):
 
     mean: Tensor
 
-    def __init__(self, dim: int, *, rate: float = 0.1) -> None:
+    def __init__(self, dim: int, *, rate: float = 0.1, comm: Collective = LOCAL) -> None:
         super().__init__()
         check_range("dim", dim, low=1)
         check_range("rate", rate, low=0, high=1)
-        self.rate = rate
+        self.rate, self.comm = rate, comm
         self.register_buffer("mean", torch.zeros(dim))
 
     @torch.no_grad()
@@ -147,7 +150,8 @@ class ETFMonitor(nn.Module):
             raise ValueError(f"cosines of different images need at least 2 rows, got {len(z0)}")
         with torch.autocast(z0.device.type, enabled=False):
             z = torch.stack([z0, z1]).to(compute_dtype(z0.dtype))
-            batch = z.mean((0, 1))
+            total = self.comm.sum(torch.cat([z.sum((0, 1)), z.new_full((1,), 2 * len(z0))]))
+            batch = total[:-1] / total[-1]
             x, y = F.normalize(z - (batch + self.mean.to(batch)) / 2, dim=2)
             if self.training:
                 self.mean.lerp_(batch.to(self.mean), self.rate)

@@ -3,7 +3,19 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from plugins.methods import byol, directcopy, directpred, isocopy, isoloss, simsiam, ssl_ey
+from plugins.methods import (
+    byol,
+    cissl,
+    directcopy,
+    directpred,
+    dissl,
+    isocopy,
+    isoloss,
+    matrix_ssl,
+    mec,
+    simsiam,
+    ssl_ey,
+)
 from plugins.spec import MethodSpec
 
 METHODS: Mapping[str, MethodSpec] = MappingProxyType(
@@ -11,10 +23,14 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
         spec.name: spec
         for spec in (
             byol.SPEC,
+            cissl.SPEC,
             directcopy.SPEC,
             directpred.SPEC,
+            dissl.SPEC,
             isocopy.SPEC,
             isoloss.SPEC,
+            matrix_ssl.SPEC,
+            mec.SPEC,
             simsiam.SPEC,
             ssl_ey.SPEC,
         )

@@ -14,6 +14,7 @@ from torchvision.models import resnet18
 from lightly_ext import models
 from lightly_ext.names import CLASS_NAMES
 from plugins.distributed import LOCAL
+from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
 from plugins.spec import Embeddings
 from solo_ext.config import parse_pretrain
@@ -29,7 +30,7 @@ from vissl_ext.task import PluginTask  # noqa: E402
 
 pytestmark = [pytest.mark.solo, pytest.mark.lightly, pytest.mark.vissl]
 CONFIGS = Path(__file__).parents[1] / "configs" / "solo" / "digits"
-WIDTHS = {"proj_hidden_dim": 24, "proj_output_dim": 12, "pred_hidden_dim": 20}
+SMALL = {"proj_hidden_dim": 24, "proj_output_dim": 12, "pred_hidden_dim": 20, "n_classes": 16, "log_eigvals": True}
 
 
 class Parts(NamedTuple):
@@ -49,7 +50,7 @@ Step = Callable[[list[Tensor]], Tensor]
 def options_of(name: str) -> dict[str, Any]:
     """Every option of a method, as the SPEC has it, but for small widths; a framework's files may have others."""
     options = METHODS[name].resolve({})
-    return {**options, "log_eigvals": True, **{key: value for key, value in WIDTHS.items() if key in options}}
+    return {**options, **{key: value for key, value in SMALL.items() if key in options}}
 
 
 def in_plugins(name: str) -> tuple[Parts, Step]:
@@ -66,9 +67,13 @@ def in_plugins(name: str) -> tuple[Parts, Step]:
     parts = Parts(*encoder(), predictor, *(encoder() if spec.teacher else (None, None)))
 
     def step(views: list[Tensor]) -> Tensor:
-        z = [parts.projector(parts.backbone(view)) for view in views]
+        features = [parts.backbone(view) for view in views]
+        z = [parts.projector(h) for h in features]
         p = z if predictor is None else predictor.predict(z)
-        target = [view.detach() for view in z]
+        if isinstance(parts.projector, TwoBranchHead):
+            target = [parts.projector.teacher(h) for h in features]
+        else:
+            target = [view.detach() for view in z]
         if spec.teacher:
             with torch.no_grad():
                 target = [parts.teacher_projector(parts.teacher_backbone(view)) for view in views]

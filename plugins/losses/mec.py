@@ -149,11 +149,11 @@ def _check(eps_d: float | Tensor, form: str) -> None:
         check_range("eps_d", eps_d, low=1e-6)
 
 
-def mec_warmup(step: int, steps: int, start: float = 8.0) -> float:
+def mec_warmup(step: int | Tensor, steps: int, start: float = 8.0) -> float | Tensor:
     """What multiplies eps_d at a step: linear from ``start`` to 1, reached at the last of the first ``steps`` steps.
 
     Args:
-        step: optimiser steps done, ≥ 0.
+        step: optimiser steps done, ≥ 0; a 0-dim tensor gives one, and nothing waits for the device.
         steps: length of the warm-up, ≥ 0; 0 is none. Published: those of ten epochs.
         start: factor at step 0, ≥ 1.
 
@@ -163,10 +163,14 @@ def mec_warmup(step: int, steps: int, start: float = 8.0) -> float:
     >>> [mec_warmup(step, 8) for step in (0, 1, 7, 8, 100)]
     [8.0, 7.0, 1.0, 1.0, 1.0]
     """
-    check_range("step", step, low=0)
+    if not isinstance(step, Tensor):
+        check_range("step", step, low=0)
     check_range("steps", steps, low=0)
     check_range("start", start, low=1)
-    return start + (1 - start) * min(step / (steps - 1), 1) if steps > 1 else 1.0
+    if steps < 2:
+        return 1.0
+    covered = step / (steps - 1)
+    return start + (1 - start) * (covered.clamp(max=1) if isinstance(covered, Tensor) else min(covered, 1))
 
 
 class MECLoss(nn.Module):

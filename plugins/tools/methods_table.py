@@ -11,6 +11,9 @@ END = "<!-- end of methods -->"
 
 def method_table() -> str:
     """A markdown table, one row per method, between two marks."""
+    import torch
+
+    from plugins.heads import TwoBranchHead
     from plugins.methods import METHODS
 
     rows = ["| method | `method:` | predictor | teacher | reference |", "|---|---|---|---|---|"]
@@ -18,7 +21,10 @@ def method_table() -> str:
         closed_form = "alpha" in spec.options
         predictor = "none" if spec.predictor is None else "closed form" if closed_form else "MLP"
         link = re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", spec.reference)
-        rows.append(f"| {spec.title} | `{name}` | {predictor} | {'EMA' if spec.teacher else 'none'} | {link} |")
+        with torch.device("meta"):
+            branches = isinstance(spec.head(8, spec.resolve({})), TwoBranchHead)
+        teacher = "EMA" if spec.teacher else "second head" if branches else "none"
+        rows.append(f"| {spec.title} | `{name}` | {predictor} | {teacher} | {link} |")
     return "\n".join([BEGIN, *rows, END])
 
 

@@ -26,7 +26,7 @@ from plugins.targets import cosine_tau
 
 pytestmark = pytest.mark.lightly
 
-SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10}
+SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "n_classes": 16}
 NAMES = {spec.name: name for name, spec in CLASS_NAMES.items()}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from plugins.methods import METHODS
 from solo_ext.compat import CHECKOUT, GENERATION, host_release
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,9 @@ def compose(digits: Path, tmp_path: Path) -> Callable:
             "optimizer.batch_size=32",
             *("++max_epochs=1", "++check_val_every_n_epoch=1"),
         ]
-        small = ["method_kwargs.proj_hidden_dim=32", "method_kwargs.proj_output_dim=16"]
+        widths = {"proj_hidden_dim": 32, "proj_output_dim": 16, "n_classes": 16}
+        known = METHODS[name].options if name in METHODS else ("proj_hidden_dim", "proj_output_dim")
+        small = [f"++method_kwargs.{key}={value}" for key, value in widths.items() if key in known]
         with initialize_config_dir(str(CONFIGS), version_base="1.2"):
             linear = name.startswith(("linear", "supervised"))
             return hydra_compose(name, [*quick, *([] if linear else small), *overrides])

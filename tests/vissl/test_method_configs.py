@@ -40,7 +40,8 @@ def test_pretraining_configuration_builds(name: str) -> None:
     task = PluginTask.from_config(config)
     task.base_model = task._build_model()
     head = task.base_model.heads[0]
-    assert head.in_dim == head.projector[0].in_features
+    first = next(module for module in head.projector.modules() if isinstance(module, torch.nn.Linear))
+    assert head.in_dim == first.in_features
     task.base_loss = task._build_loss()
     task.optimizer, task.optimizer_schedulers = task._build_optimizer(), task._build_optimizer_schedulers()
     task.prepare_optimizer()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
 
 from plugins.distributed import LOCAL
+from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
 from plugins.spec import Embeddings
 from plugins.tools.command import UserError
@@ -22,7 +23,7 @@ from vissl_ext.task import PluginTask, check_config
 register()
 pytestmark = pytest.mark.vissl
 
-SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "log_eigvals": True}
+SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "n_classes": 16, "log_eigvals": True}
 
 
 def configuration(method: str, *overrides: str) -> Any:
@@ -61,9 +62,12 @@ def shake(module: nn.Module) -> None:
 def plugins_loss(method: str, options: Any, trunk: nn.Module, head: Any, teacher: Any, views: list[Tensor]) -> Tensor:
     """The same from the SPEC alone, each view by itself."""
     spec = METHODS[method]
-    z = [head.projector(trunk(view, [])[0]) for view in views]
+    features = [trunk(view, [])[0].flatten(1) for view in views]
+    z = [head.projector(h) for h in features]
     p = z if spec.predictor is None else head.predictor.predict(z)
-    if teacher is None:
+    if isinstance(head.projector, TwoBranchHead):
+        target = [head.projector.teacher(h) for h in features]
+    elif teacher is None:
         target = [view.detach() for view in z]
     else:
         with torch.no_grad():

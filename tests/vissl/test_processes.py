@@ -20,7 +20,7 @@ from plugins.testing import RankPool
 
 pytestmark = [pytest.mark.vissl, pytest.mark.ddp]
 
-SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "log_eigvals": True}
+SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "n_classes": 16, "log_eigvals": True}
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

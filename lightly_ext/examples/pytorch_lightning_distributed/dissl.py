@@ -1,0 +1,60 @@
+# DISSL in PyTorch Lightning, on several devices.
+#
+# Needed: pip install lightly, and this package. The images of the example are those of
+#   python -m plugins.tools.data digits
+# but any folder of images will do. Settings are small, to run anywhere; they are not those of the paper,
+# Dubois, Hashimoto, Ermon and Liang 2022, arXiv:2209.06235.
+
+import pytorch_lightning as pl
+import torch
+import torchvision
+from lightly.data import LightlyDataset
+from torch import nn
+
+from lightly_ext.models import DISSL
+from lightly_ext.transforms import DISSLTransform
+
+
+class DISSLModule(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        resnet = torchvision.models.resnet18()
+        backbone = nn.Sequential(*list(resnet.children())[:-1])
+        self.model = DISSL(backbone)
+
+    def forward(self, x):
+        return self.model(x)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model.loss(batch[0])
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        # all parameters but the teacher's, where there is one
+        return torch.optim.SGD(self.model.training_parameters(), lr=0.06)
+
+
+model = DISSLModule()
+
+transform = DISSLTransform(input_size=32)
+dataset = LightlyDataset("datasets/digits/train", transform=transform)
+dataloader = torch.utils.data.DataLoader(
+    dataset,
+    batch_size=256,
+    shuffle=True,
+    drop_last=True,
+    num_workers=8,
+)
+epochs = 10
+
+# The losses of this package join the rows of all devices by themselves. Batch norm has to be told to.
+trainer = pl.Trainer(
+    max_epochs=epochs,
+    devices="auto",
+    accelerator="gpu",
+    strategy="ddp",
+    sync_batchnorm=True,
+    use_distributed_sampler=True,
+)
+trainer.fit(model=model, train_dataloaders=dataloader)

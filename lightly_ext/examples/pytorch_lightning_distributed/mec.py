@@ -1,0 +1,66 @@
+# MEC in PyTorch Lightning, on several devices.
+#
+# Needed: pip install lightly, and this package. The images of the example are those of
+#   python -m plugins.tools.data digits
+# but any folder of images will do. Settings are small, to run anywhere; they are not those of the paper,
+# Liu, Wang, Li and Wang 2022, arXiv:2210.11464.
+
+import pytorch_lightning as pl
+import torch
+import torchvision
+from lightly.data import LightlyDataset
+from lightly.utils.scheduler import cosine_schedule
+from torch import nn
+
+from lightly_ext.models import MEC
+from lightly_ext.transforms import MECTransform
+
+
+class MECModule(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        resnet = torchvision.models.resnet18()
+        backbone = nn.Sequential(*list(resnet.children())[:-1])
+        self.model = MEC(backbone)
+
+    def forward(self, x):
+        return self.model(x)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model.loss(batch[0])
+        self.log("train_loss", loss)
+        return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        # the teacher follows after each step
+        max_steps = self.trainer.estimated_stepping_batches
+        self.model.update_momentum(cosine_schedule(self.global_step - 1, max_steps, 0.99, 1))
+
+    def configure_optimizers(self):
+        # all parameters but the teacher's, where there is one
+        return torch.optim.SGD(self.model.training_parameters(), lr=0.06)
+
+
+model = MECModule()
+
+transform = MECTransform(input_size=32)
+dataset = LightlyDataset("datasets/digits/train", transform=transform)
+dataloader = torch.utils.data.DataLoader(
+    dataset,
+    batch_size=256,
+    shuffle=True,
+    drop_last=True,
+    num_workers=8,
+)
+epochs = 10
+
+# The losses of this package join the rows of all devices by themselves. Batch norm has to be told to.
+trainer = pl.Trainer(
+    max_epochs=epochs,
+    devices="auto",
+    accelerator="gpu",
+    strategy="ddp",
+    sync_batchnorm=True,
+    use_distributed_sampler=True,
+)
+trainer.fit(model=model, train_dataloaders=dataloader)

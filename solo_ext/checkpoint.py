@@ -18,9 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import UserError, first_process, say
 from plugins.tools.records import difference, write_json
+from plugins.tools.unpickle import load_inert
 from solo_ext.compat import pl
 from solo_ext.compat.common import LATE_BUFFERS
-from solo_ext.unpickle import load_inert
 
 ARGS = "args.json"
 _VERSION = "SOLO_EXT_RUN_VERSION"

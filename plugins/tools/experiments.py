@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from plugins.tools.command import Parser, UserError
 from plugins.tools.records import read_json
-from plugins.tools.suites import Request, Run, Suite, UsageError, lightly, solo, toy, vissl
+from plugins.tools.suites import Request, Run, Suite, lightly, solo, toy, vissl
 from plugins.tools.suites.runner import THREADS, Outcome, Runner, shell
 
 SUITES: dict[str, Suite] = {
@@ -69,13 +70,13 @@ def select(runs: Sequence[Run], pattern: str | None) -> list[Run]:
         The selected runs in their order.
 
     Raises:
-        UsageError: there are none.
+        UserError: there are none.
     """
     if pattern is None:
         return list(runs)
     chosen = {run.name for run in runs if _matches(run, pattern)}
     if not chosen:
-        raise UsageError(f"--only {pattern} matches none of the runs: {', '.join(run.name for run in runs)}")
+        raise UserError(f"--only {pattern} matches none of the runs: {', '.join(run.name for run in runs)}")
     needed = {name for run in runs if run.name in chosen and not run.result.is_file() for name in run.needs}
     return [run for run in runs if run.name in chosen | needed]
 
@@ -84,18 +85,13 @@ def _matches(run: Run, pattern: str) -> bool:
     return fnmatch.fnmatchcase(run.name, f"*{pattern}*")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; needs nothing but the standard library.
 
     Raises:
-        UsageError: it is wrong.
+        UserError: it is wrong.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="python -m plugins.tools.experiments",
         description="Run a suite of experiments. Finished runs are skipped, interrupted ones go on.",
         epilog="suites:\n" + "\n".join(f"  {name:17} {suite.title}" for name, suite in SUITES.items()),
@@ -120,20 +116,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--check", action="store_true", help="check this command line and stop")
     options = parser.parse_args(argv)
     if options.suite not in SUITES:
-        raise UsageError(f"unknown suite {options.suite!r}; the suites are: {', '.join(SUITES)}")
+        raise UserError(f"unknown suite {options.suite!r}; the suites are: {', '.join(SUITES)}")
     suite = SUITES[options.suite]
     if options.framework not in (None, "all", *suite.frameworks):
-        raise UsageError(
+        raise UserError(
             f"suite {options.suite} has no framework {options.framework!r}; it has: {', '.join(suite.frameworks)}, all"
         )
     for option in ("seeds", "epochs", "devices", "data"):
         if getattr(options, option) is not None and option not in suite.options:
-            raise UsageError(f"suite {options.suite} has no --{option}")
+            raise UserError(f"suite {options.suite} has no --{option}")
     if options.data is not None:
         options.data = options.data.split(",")
         for name in options.data:
             if name not in suite.datasets:
-                raise UsageError(f"suite {options.suite} has no data set {name!r}; it has: {', '.join(suite.datasets)}")
+                raise UserError(f"suite {options.suite} has no data set {name!r}; it has: {', '.join(suite.datasets)}")
     return options
 
 
@@ -154,7 +150,7 @@ def run_suite(options: argparse.Namespace) -> int:
         The exit status: 1 where a run or the report failed, 2 where the data are missing.
 
     Raises:
-        UsageError: the selection is empty.
+        UserError: the selection is empty.
     """
     suite = SUITES[options.suite]
     request = Request(
@@ -262,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse(argv)
         return 0 if options.check else run_suite(options)
-    except UsageError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -66,7 +66,7 @@ def read_backbone(path: Path) -> Backbone:
     Raises:
         UserError: there is no such file, it is no checkpoint, or it holds no backbone.
     """
-    from solo_ext.unpickle import load_inert
+    from plugins.tools.unpickle import load_inert
 
     if not path.is_file():
         raise UserError(f"there is no file {path}")

@@ -19,19 +19,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from submitit import JobEnvironment, LocalExecutor, SlurmExecutor
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
+
+from plugins.tools.command import Parser, UserError
 
 REQUEUES = 1000
 """How often a job may reach its time limit."""
 END_SECONDS = 20
 """How long a command may take to end when its job is over."""
-
-
-class UsageError(Exception):
-    """A user's mistake, told in one sentence."""
 
 
 class Command:
@@ -117,7 +115,7 @@ def complete(arguments: Sequence[str], *, nodes: int, tasks_per_node: int) -> li
         nodes, tasks_per_node: of the job.
 
     Raises:
-        UsageError: the command says something else than the job.
+        UserError: the command says something else than the job.
     """
     if len(arguments) < 2 or arguments[0] != "-m" or arguments[1] not in _SOLO:
         return list(arguments)
@@ -127,7 +125,7 @@ def complete(arguments: Sequence[str], *, nodes: int, tasks_per_node: int) -> li
         if given is None:
             added.append(f"++{key}={value}")
         elif _count(given) != value:
-            raise UsageError(f"the command has {key}={given}, the job has {value}")
+            raise UserError(f"the command has {key}={given}, the job has {value}")
     if _override(arguments, "auto_resume.enabled") is None:
         added.append("++auto_resume.enabled=True")
     return [*arguments, *added]
@@ -168,7 +166,7 @@ def make_executor(options: argparse.Namespace) -> SlurmExecutor | LocalExecutor:
     """submitit's executor for a command line.
 
     Raises:
-        UsageError: there is no SLURM here.
+        UserError: there is no SLURM here.
     """
     folder = options.folder.absolute()
     if options.cluster == "local":
@@ -183,7 +181,7 @@ def make_executor(options: argparse.Namespace) -> SlurmExecutor | LocalExecutor:
         try:
             slurm = SlurmExecutor(folder, max_num_timeout=REQUEUES)
         except RuntimeError:
-            raise UsageError(
+            raise UserError(
                 "there is no srun here: submit from a node of the cluster, or use --cluster local"
             ) from None
     parameters: dict[str, Any] = {
@@ -224,18 +222,13 @@ def submit(options: argparse.Namespace, command: Command) -> int:
 # ------------------------------------------------------------------------------------------------ command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
-        UsageError: it is wrong.
+        UserError: it is wrong.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="python -m plugins.tools.slurm",
         usage="%(prog)s [OPTIONS] -- ARGUMENTS OF PYTHON",
         description="Submit a training to SLURM, one process for each GPU.",
@@ -268,13 +261,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(before)
     options.command = list(argv[len(before) + 1 :])
     if not options.command:
-        raise UsageError("there is no command; give the arguments of python after --")
+        raise UserError("there is no command; give the arguments of python after --")
     if options.tasks_per_node is None:
         options.tasks_per_node = max(options.gpus_per_node, 1)
     if options.cluster == "local" and options.nodes > 1:
-        raise UsageError("--cluster local has one machine, --nodes must be 1")
+        raise UserError("--cluster local has one machine, --nodes must be 1")
     if options.cluster == "local" and options.dry_run:
-        raise UsageError("--dry-run prints an sbatch script, --cluster local has none")
+        raise UserError("--dry-run prints an sbatch script, --cluster local has none")
     return options
 
 
@@ -314,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse(list(sys.argv[1:] if argv is None else argv))
         arguments = complete(options.command, nodes=options.nodes, tasks_per_node=options.tasks_per_node)
         return submit(options, Command(arguments, free_port() if options.cluster == "local" else None))
-    except UsageError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -13,10 +13,6 @@ from pathlib import Path
 from typing import Any
 
 
-class UsageError(Exception):
-    """A user's mistake, told in one sentence."""
-
-
 @dataclass(frozen=True)
 class Request:
     """What the user asked for.

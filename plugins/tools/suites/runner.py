@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from plugins.tools.command import UserError
 from plugins.tools.records import read_json, write_json
-from plugins.tools.suites import Run, Step, UsageError
+from plugins.tools.suites import Run, Step
 from plugins.tools.warm import WarmProcess
 
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -106,7 +107,7 @@ class Runner:
             self.waiting.remove(run)
             try:
                 remaining = _remaining_steps(run)
-            except UsageError as error:
+            except UserError as error:
                 self._fail(run, str(error))
                 continue
             self.active.append(Job(run, remaining, started=time.monotonic()))
@@ -278,12 +279,12 @@ def _remaining_steps(run: Run) -> list[Step]:
     """The commands that have not yet succeeded.
 
     Raises:
-        UsageError: the folder holds the beginning of the same run with other arguments; going on would mix the two.
+        UserError: the folder holds the beginning of the same run with other arguments; going on would mix the two.
     """
     notes = _read_steps(run)
     first = run.steps[0]
     if first.name in notes and tuple(notes[first.name]["arguments"]) != first.arguments:
-        raise UsageError(
+        raise UserError(
             f"{run.folder} holds an unfinished run that was started with other settings; delete it to start again"
         )
     for index, step in enumerate(run.steps):

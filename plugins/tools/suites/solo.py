@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plugins.tools.command import UserError
 from plugins.tools.records import read_json
-from plugins.tools.suites import Request, Run, Step, UsageError
+from plugins.tools.suites import Request, Run, Step
 
 # ------------------------------------------------------------------------------------------------------ data sets
 
@@ -307,7 +308,7 @@ def config_folder(dataset: str) -> Path:
     """Our YAML files for a data set in solo-learn.
 
     Raises:
-        UsageError: there are none.
+        UserError: there are none.
     """
     return installed_configs("solo") / dataset
 
@@ -323,7 +324,7 @@ def installed_configs(framework: str) -> Path:
     """Our configurations for a framework: those of the working directory, else those installed with its adapter.
 
     Raises:
-        UsageError: there are neither.
+        UserError: there are neither.
     """
     here = Path("configs") / framework
     if here.is_dir():
@@ -332,7 +333,7 @@ def installed_configs(framework: str) -> Path:
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (Path(folder) / "configs").is_dir():
             return Path(folder) / "configs"
-    raise UsageError(f"no folder {here} here and none installed with {framework}_ext; run this from the checkout")
+    raise UserError(f"no folder {here} here and none installed with {framework}_ext; run this from the checkout")
 
 
 def command(

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from plugins.tools.command import UserError
 from plugins.tools.records import read_json
-from plugins.tools.suites import Request, Run, Step, UsageError
+from plugins.tools.suites import Request, Run, Step
 from plugins.tools.suites.solo import finished_epochs, hydra_value, installed_configs
 
 LINEAR = "benchmark/linear_image_classification/digits/eval_resnet18_linear"
@@ -32,7 +33,7 @@ def digits(request: Request) -> list[Run]:
     configs = installed_configs("vissl") / "config" / "pretrain"
     methods = sorted(method for method in METHODS if (configs / method / "digits.yaml").is_file())
     if not methods:
-        raise UsageError(f"no configuration of a method in {configs}")
+        raise UserError(f"no configuration of a method in {configs}")
     return [_run(method, seed, request) for seed in request.seeds for method in methods]
 
 

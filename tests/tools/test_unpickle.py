@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from solo_ext.unpickle import Inert, load_inert
+from plugins.tools.unpickle import Inert, load_inert
 
 
 def constant_rate(get_lr, indexes, rates):

@@ -51,6 +51,6 @@ def load_inert(path: Path) -> tuple[Any, list[str]]:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except ValueError:
         names = []  # not a zip file: torch.load will say what it thinks of it
-    stand_ins = [(_mapping if name in _MAPPINGS else Inert, name) for name in names]
+    stand_ins: list[Any] = [(_mapping if name in _MAPPINGS else Inert, name) for name in names]
     with torch.serialization.safe_globals(stand_ins):
         return torch.load(path, map_location="cpu", weights_only=True), names

@@ -30,7 +30,7 @@ class CISSLTerms(NamedTuple):
     I_q_zm: Float[Tensor, ""]
     """``hat_H_m - loss``: the bound on the mutual information of representation and image."""
     hat_H_m: Float[Tensor, ""]
-    """Logarithm of the number of columns, V N, or V N - 1 where the row's own view is none."""
+    """Logarithm of the number of columns, T N, or T N - 1 where the row's own view is none."""
 
 
 def cissl_loss(
@@ -38,22 +38,25 @@ def cissl_loss(
 ) -> Float[Tensor, ""]:
     """Mean over rows (view v, image i) of ``-mean_u log softmax_j(cos(s_vi, t_j) / τ)`` at j = (view u, image i).
 
-    The columns j are the V views of all N images, the teacher's outputs. Nothing is detached.
+    The columns j are the T views of all N images, the teacher's outputs. Nothing is detached.
 
     Args:
-        student: outputs of the student head (linear, for linear probes) for V ≥ 2 views, as a list or one tensor.
-        teacher: outputs of the teacher head (an MLP) for the same views.
+        student: outputs of the student head (linear, for linear probes) for S ≥ T views, as a list or one tensor; the
+            further ones are small crops.
+        teacher: outputs of the teacher head (an MLP) for T ≥ 2 views, the first of the student's.
         temperature: τ > 0, fixed; 0.07 in the paper's own code, 0.1 in its VISSL fork.
-        positives: "all" views of the own image, or only the "other" ones: then the row's own view is no column at all.
-        comm: the processes that share the batch. Rows of both heads are gathered, V N numbers more where gradients are
+        positives: "all" views of the own image, or only the "other" ones: then the row's own view is no column at all,
+            and S = T.
+        comm: the processes that share the batch. Rows of both heads are gathered, S N numbers more where gradients are
             wanted; nothing is sent in backward.
 
     Returns:
-        The loss of the joined batch, float32 (float64 for float64 input). "all": at least log V; log V N where all rows
+        The loss of the joined batch, float32 (float64 for float64 input). "all": at least log T; log T N where all rows
         are alike. A row shorter than 1e-8 has no direction: its cosines are 0, and it gets no gradient.
 
     Raises:
-        ValueError: shapes or numbers of views differ, fewer than two views or images, an unknown choice.
+        ValueError: shapes differ, numbers of views that do not go together, fewer than two views or images, an unknown
+            choice.
 
     >>> same = torch.ones(2, 4, 3)
     >>> round(cissl_loss(same, same).item(), 5)  # log 8
@@ -66,35 +69,38 @@ def cissl_terms(
     student: Views, teacher: Views, *, temperature: float = 0.07, positives: str = "all", comm: Collective = LOCAL
 ) -> CISSLTerms:
     """:func:`cissl_loss` with the bound on the information that it gives."""
-    _check(student, teacher)
-    check_range("temperature", temperature, low=1e-6)
     check_choice("positives", positives, POSITIVES)
+    _check(student, teacher, positives)
+    check_range("temperature", temperature, low=1e-6)
     with torch.autocast(student[0].device.type, enabled=False):
         u, w = _directions(student), _directions(teacher)
-        rows, views, _ = u.shape
+        (rows, students, _), teachers = u.shape, w.shape[1]
         counts = comm.row_counts(rows, u.device)
-        check_count(sum(counts), least=2, what="a contrastive loss")
-        first, columns = sum(counts[: comm.rank]) * views, sum(counts) * views
-        own = None if positives == "all" else first
-        both = comm.gather_rows(torch.cat([u, w], 2).detach(), counts=counts).flatten(0, 1)
-        all_u, all_w = both.chunk(2, 1)
+        images, before = sum(counts), sum(counts[: comm.rank])
+        check_count(images, least=2, what="a contrastive loss")
+        columns, own = images * teachers, None if positives == "all" else before * teachers
+        gathered = comm.gather_rows(torch.cat([u, w], 1).detach(), counts=counts)
+        all_u, all_w = (part.flatten(0, 1) for part in gathered.split([students, teachers], 1))
         flat_u, flat_w = u.detach().flatten(0, 1), w.detach().flatten(0, 1)
-        mean_u, mean_w = (_positives(each.detach(), positives).flatten(0, 1) for each in (u, w))
+        by_image = positives == "all"
+        # each row's mean positive, and what the rows of which a column is a positive add up to
+        mean_w = (w.detach().mean(1, keepdim=True).expand_as(u) if by_image else _others(w.detach())).flatten(0, 1)
+        mean_u = (u.detach().sum(1, keepdim=True) / teachers).expand_as(w) if by_image else _others(u.detach())
 
         weights, top = _exponentials(flat_u @ all_w.T, temperature, own)
         mass = weights.sum(1, keepdim=True)
         log_mass = mass.log() + top
-        loss = comm.sum((log_mass.sum() - (flat_u * mean_w).sum() / temperature) / columns)
+        loss = comm.sum((log_mass.sum() - (flat_u * mean_w).sum() / temperature) / (images * students))
         if torch.is_grad_enabled() and (u.requires_grad or w.requires_grad):
             by_u = (weights @ all_w) / mass - mean_w
             if comm.size == 1:
-                by_w = weights.T @ (flat_u / mass) - mean_u
+                by_w = weights.T @ (flat_u / mass) - mean_u.flatten(0, 1)
             else:  # the columns of this process, of which other processes hold the rows
-                log_masses = comm.gather_rows(log_mass.view(rows, views), counts=counts).flatten()
+                log_masses = comm.gather_rows(log_mass.view(rows, students), counts=counts).flatten()
                 weights, _ = _exponentials(flat_w @ all_u.T, temperature, own, log_masses)
-                by_w = weights @ all_u - mean_u
-            scale = comm.size / (columns * temperature)
-            loss = attach_gradient(loss, [u, w], [(each * scale).view_as(u) for each in (by_u, by_w)])
+                by_w = weights @ all_u - mean_u.flatten(0, 1)
+            scale = comm.size / (images * students * temperature)
+            loss = attach_gradient(loss, [u, w], [(by_u * scale).view_as(u), (by_w * scale).view_as(w)])
     entropy = loss.new_full((), math.log(columns if own is None else columns - 1))
     return CISSLTerms(loss, entropy - loss.detach(), entropy)
 
@@ -118,17 +124,17 @@ def _directions(views: Views) -> Float[Tensor, "B V D"]:
     return z / torch.where(lengths > EPS, lengths, torch.inf)
 
 
-def _positives(z: Float[Tensor, "B V D"], positives: str) -> Float[Tensor, "B V D"]:
-    """For each view the mean over its positives."""
-    if positives == "all":
-        return z.mean(1, keepdim=True).expand_as(z)
+def _others(z: Float[Tensor, "B V D"]) -> Float[Tensor, "B V D"]:
+    """For each view the mean over the others of its image."""
     return (z.sum(1, keepdim=True) - z) / (z.shape[1] - 1)
 
 
-def _check(student: Views, teacher: Views) -> None:
-    if len(student) != len(teacher) or len(student) < 2:
+def _check(student: Views, teacher: Views, positives: str) -> None:
+    if not 2 <= len(teacher) <= len(student) or (positives == "other" and len(teacher) != len(student)):
+        wanted = "as many" if positives == "other" else "at least as many"
         raise ValueError(
-            f"student and teacher must have as many views, at least 2, got {len(student)} and {len(teacher)}"
+            f"a contrastive loss needs at least 2 teacher views and {wanted} student views, got {len(teacher)} and "
+            f"{len(student)}"
         )
     named = {f"student[{v}]": view for v, view in enumerate(student)}
     check_rows(**named, **{f"teacher[{v}]": view for v, view in enumerate(teacher)})

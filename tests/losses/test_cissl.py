@@ -34,7 +34,7 @@ def _reference_cissl(student, teacher, tau=0.07, positives="all"):
     total = 0.0
     for v, i in itertools.product(range(views), range(images)):
         u = unit(student[v, i])
-        score = {(a, b): float(u @ unit(teacher[a, b])) / tau for a in range(views) for b in range(images)}
+        score = {(a, b): float(u @ unit(teacher[a, b])) / tau for a in range(len(teacher)) for b in range(images)}
         if positives == "other":
             del score[v, i]
         top = max(score.values())
@@ -80,6 +80,14 @@ def test_equals_slow_reference(shape, positives):
     assert cissl_loss(student, teacher, positives=positives).item() == pytest.approx(expected, rel=1e-12)
     singles = [view.float() for view in student], [view.float() for view in teacher]
     assert cissl_loss(*singles, positives=positives).item() == pytest.approx(expected, rel=1e-5, abs=3e-6)
+
+
+def test_small_crops_are_rows_alone():
+    student, teacher = _views(4, 3, views=5)
+    inputs = [view.clone().requires_grad_() for view in (*student, *teacher[:2])]
+    loss = cissl_loss(inputs[:5], inputs[5:])
+    assert loss.item() == pytest.approx(_reference_cissl(student, teacher[:2]), rel=1e-12)
+    assert torch.autograd.gradcheck(lambda *z: cissl_loss(z[:5], z[5:]), inputs)
 
 
 @settings(max_examples=40, deadline=None)
@@ -205,9 +213,14 @@ def _other_step(comm, model, x0, x1, _):
     return cissl_loss([each.flip(1) for each in z], z, positives="other", comm=comm)
 
 
+def _crops_step(comm, model, x0, x1, x2):
+    z = [model(x) for x in (x0, x1, x2)]
+    return cissl_loss([each.flip(1) for each in z], z[:2], comm=comm)
+
+
 @pytest.mark.ddp
 @pytest.mark.parametrize("counts", [(5, 5), (8, 3), (4, 4, 4), (2, 9, 1), (6, 0)])
-@pytest.mark.parametrize("step", [_step, _other_step])
+@pytest.mark.parametrize("step", [_step, _other_step, _crops_step])
 def test_ranks_equal_the_joined_batch(ranks, step, counts):
     assert_joined(ranks, step, toy_views(sum(counts), 5, views=3), counts)
 
@@ -262,10 +275,12 @@ def test_one_image_over_all_ranks_is_refused(ranks):
 
 def test_wrong_input_is_refused():
     z = torch.ones(4, 3)
-    with pytest.raises(ValueError, match="as many views, at least 2, got 1 and 1"):
+    with pytest.raises(ValueError, match="at least 2 teacher views and at least as many student views, got 1 and 1"):
         cissl_loss([z], [z])
-    with pytest.raises(ValueError, match="as many views, at least 2, got 2 and 3"):
+    with pytest.raises(ValueError, match="at least 2 teacher views and at least as many student views, got 3 and 2"):
         cissl_loss([z] * 2, [z] * 3)
+    with pytest.raises(ValueError, match="at least 2 teacher views and as many student views, got 2 and 3"):
+        cissl_loss([z] * 3, [z] * 2, positives="other")
     with pytest.raises(ValueError, match=r"teacher\[1\] must have the shape of student\[0\], \(4, 3\), got \(4, 2\)"):
         cissl_loss([z] * 2, [z, z[:, :2]])
     with pytest.raises(ValueError, match="at least 2 rows over all processes, got 1"):

@@ -24,12 +24,17 @@ from torch import Tensor, nn
 
 from plugins.checks import check_range
 from plugins.distributed import LOCAL, WORLD
+from plugins.heads import TwoBranchHead
 from plugins.objective import Objective, embed
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
 from plugins.targets import move_teacher
 
 _PROBE = (1, 3, 224, 224)
+_BRANCHES = {
+    True: "two heads: give projection_head=plugins.heads.TwoBranchHead(Heads(teacher, student), input_dim)",
+    False: "one projection head, not a TwoBranchHead",
+}
 
 
 class MethodModel(nn.Module):
@@ -82,12 +87,16 @@ class MethodModel(nn.Module):
         self.feature_dim = _backbone_width(backbone) if input_dim is None else input_dim
         if projection_head is not None:
             width = _width(projection_head, torch.zeros(1, self.feature_dim), "projection_head")
-            if options.setdefault("proj_output_dim", width) != width:
-                raise ValueError(
-                    f"projection_head gives {width} columns, got proj_output_dim={options['proj_output_dim']}"
-                )
+            name = "proj_output_dim" if "proj_output_dim" in spec.options else "n_classes"
+            if options.setdefault(name, width) != width:
+                raise ValueError(f"projection_head gives {width} columns, got {name}={options[name]}")
         # a plain dict: the model can be copied and pickled
         self.options = dict(spec.resolve(options))
+        if projection_head is not None:
+            with torch.device("meta"):
+                wanted = type(spec.head(self.feature_dim, self.options))
+            if (wanted is TwoBranchHead) != isinstance(projection_head, TwoBranchHead):
+                raise ValueError(f"method {spec.name} has {_BRANCHES[wanted is TwoBranchHead]}")
         self.projection_head = projection_head or spec.head(self.feature_dim, self.options)
         if prediction_head is None and spec.predictor is not None:
             prediction_head = spec.predictor(self.options, self.comm)

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightly_ext import models
 from lightly_ext.names import CLASS_NAMES
 from plugins.distributed import LOCAL
-from plugins.heads import TwoBranchHead
+from plugins.heads import Heads, TwoBranchHead
 from plugins.methods import METHODS
 from plugins.spec import Embeddings
 from plugins.targets import EMATeacher
@@ -79,7 +79,8 @@ def test_loss_and_gradients_are_those_of_plugins(method: str, dtype: torch.dtype
     tolerance = {"rtol": 1e-6, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-13}
     torch.testing.assert_close(loss, expected, **tolerance)
     for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
-        assert (ours.grad is None) == name.startswith("teacher_")
+        assert (ours.grad is None) == (not ours.requires_grad)
+        assert ours.requires_grad or name.startswith("teacher_") or name == "projection_head.6.bias"
         if ours.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
     for (name, ours), theirs in zip(model.named_buffers(), alone.buffers(), strict=True):
@@ -107,7 +108,8 @@ def test_training_parameters_are_all_but_the_teacher(method: str) -> None:
     model = built(method)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     trained = {names[id(parameter)] for parameter in model.training_parameters()}
-    assert trained == {name for name in names.values() if not name.startswith("teacher_")}
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any(name.startswith("backbone") for name in trained) and not any("teacher_" in name for name in trained)
     assert len(model.training_parameters()) == len(trained)
 
 
@@ -267,6 +269,7 @@ def test_mistakes_are_sentences() -> None:
             lambda: models.BYOL(conv(), projection_head=nn.Linear(8, 4), proj_output_dim=5),
             "projection_head gives 4 columns, got proj_output_dim=5",
         ),
+        (lambda: models.DISSL(conv(), projection_head=nn.Linear(8, 4)), "method dissl has two heads: give"),
         (lambda: built("byol").loss(views[0]), "takes a list of views, got a tensor of shape (6, 3, 16, 16)"),
         (
             lambda: built("byol").loss([*views, views[0]]),
@@ -303,6 +306,9 @@ def test_compiled(method: str) -> None:
 def _joined_build(method: str) -> models.MethodModel:
     """Vectors for images, and no batch norm, whose statistics are each process's own."""
     parts = {"projection_head": toy_mlp(6, 4), "input_dim": 6}
+    if METHODS[method].views is None:
+        heads = Heads(teacher=toy_mlp(6, 4), student=toy_mlp(6, 4))
+        parts["projection_head"] = TwoBranchHead(heads, 6)
     if "pred_hidden_dim" in METHODS[method].options:
         parts["prediction_head"] = toy_mlp(4, 4)
     model = vars(models)[NAMES[method]](toy_mlp(5, 6), **parts).double()

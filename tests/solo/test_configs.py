@@ -68,9 +68,12 @@ def test_pretraining_builds(path, images):
     cls = method_class(cfg)
     if path.parts[0] in ("imagenet", "stl10", "tinyimagenet"):
         return
-    cfg.method_kwargs.proj_hidden_dim = 8
+    small = {"proj_hidden_dim": 8, "n_classes": 4}
     if cfg.method_kwargs.get("projector", True):
-        cfg.method_kwargs.proj_output_dim = 4
+        small["proj_output_dim"] = 4
+    for key, value in small.items():
+        if key in cls.spec.options:
+            cfg.method_kwargs[key] = value
     assert cls(cfg).features_dim == 512
 
 

@@ -45,7 +45,7 @@ def first_step(method: str, views: list[Tensor], rank: int | None = None, gpu: b
     from vissl_ext.hooks import EMATeacherHook
     from vissl_ext.task import PluginTask
 
-    small = [f"config.LOSS.{method}.{key}={value}" for key, value in SMALL.items() if key in METHODS[method].options]
+    small = [f"++config.LOSS.{method}.{key}={value}" for key, value in SMALL.items() if key in METHODS[method].options]
     cfg = compose_hydra_configuration([f"config=pretrain/{method}/digits", *small, *(GPU if gpu else [])])
     if gpu:
         set_cuda_device_index(rank or 0)
@@ -76,9 +76,10 @@ def first_step(method: str, views: list[Tensor], rank: int | None = None, gpu: b
     EMATeacherHook().on_forward(step)
     loss = task.base_loss(output, torch.zeros(1))
     loss.backward()
+    trained = task.base_model.named_parameters()
     found = {
         "loss": loss.detach(),
-        **{f"gradient of {name}": parameter.grad for name, parameter in task.base_model.named_parameters()},
+        **{f"gradient of {name}": value.grad for name, value in trained if value.requires_grad},
         **{name: buffer for name, buffer in task.base_model.heads.named_buffers() if name.endswith((".C", ".W"))},
     }
     return {name: value.cpu() for name, value in found.items()}

@@ -3,6 +3,7 @@
 import difflib
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,6 +74,7 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
             Hydra.create_main_hydra2("vissl_ext", search)
             cfg = hydra_compose("defaults", overrides=[_addable(word) for word in overrides])
         _check_top(cfg, overrides)
+        _fill(cfg.config, defaults().config, given)
         return cfg, given
     except MissingConfigException as error:
         raise UserError(_missing(error, given, places)) from None
@@ -154,6 +156,17 @@ def _check_top(cfg: DictConfig, overrides: Sequence[str]) -> None:
             )
         if key not in known and any(word.lstrip("+").startswith((f"{key}=", f"{key}.")) for word in overrides):
             raise UserError(f"nothing reads {key}; write +config.{key}=VALUE for an entry of the configuration")
+
+
+def _fill(config: DictConfig, default: DictConfig, given: dict[str, Any], above: str = "") -> None:
+    """Give back its defaults to a section of which a file has the name alone, as pretrain/datasets/imagenet MACHINE."""
+    for key, value in default.items():
+        if not OmegaConf.is_dict(value) or key not in config:
+            continue
+        if config[key] is None and f"{above}{key}" not in given:
+            config[key] = deepcopy(value)
+        elif OmegaConf.is_dict(config[key]):
+            _fill(config[key], value, given, f"{above}{key}.")
 
 
 def _missing(error: MissingConfigException, given: dict[str, Any], places: list[Path]) -> str:

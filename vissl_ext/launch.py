@@ -234,4 +234,8 @@ if __name__ == "__main__":
         if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
             print(USAGE)
             raise SystemExit(0 if sys.argv[1:] else 2)
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise SystemExit(130) from None

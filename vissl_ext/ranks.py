@@ -83,12 +83,9 @@ def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:
         reason = " ".join(str(error).split())
         raise UserError(f"training diverged: {reason}; lower the learning rate, or warm it up") from None
     except Exception as error:
-        reason = str(error)
-        if "No batches to read" in reason:
+        if "No batches to read" in str(error):
             size = cfg.DATA.TRAIN.BATCHSIZE_PER_REPLICA
             raise UserError(f"the images are fewer than a batch of {size}: nothing to train on") from None
-        if "UnidentifiedImageError" in reason or type(error).__name__ == "UnidentifiedImageError":
-            raise UserError(" ".join(reason.strip().splitlines()[-1].split())) from None
         raise
     except KeyboardInterrupt:
         # of a terminal, which tells all processes; the launcher says it

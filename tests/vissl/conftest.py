@@ -37,56 +37,57 @@ def on() -> Callable[..., list[str]]:
     return overrides
 
 
-@pytest.fixture(scope="session")
-def start_launch(few_digits: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """start_launch(*overrides) → the process of the launcher, where datasets/digits are the thinned digits."""
-    started: list[subprocess.Popen] = []
-
-    def start(*overrides: str) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "vissl_ext.launch", *overrides],
-            cwd=few_digits.parents[1],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+def _fresh(job: dict[str, Any]) -> dict[str, Any]:
+    """The result of a command in an interpreter of its own."""
+    process = subprocess.run(
+        [sys.executable, "-P", "-m", "vissl_ext.launch", *job["argv"]],
+        cwd=job["folder"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return {"status": process.returncode, "output": process.stdout, "left": False}
 
 
 @pytest.fixture(scope="session")
-def launch(start_launch: Callable[..., subprocess.Popen]) -> Callable[..., str]:
-    """launch(*overrides) → what the launcher printed, once it has ended well."""
-
-    def run(*overrides: str) -> str:
-        process = start_launch(*overrides)
-        printed, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, printed[-6000:]
-        return printed
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def launches() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+def launches() -> Iterator[Callable[[list[dict[str, Any]]], list[dict[str, Any]]]]:
     """launches(jobs) → their results, from one process that has imported VISSL once; see runner.py."""
+    runner: list[subprocess.Popen] = []
 
     def run(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        process = subprocess.run(
-            [sys.executable, "-P", str(Path(__file__).with_name("runner.py"))],
-            input=json.dumps(jobs),
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        return json.loads(process.stdout)
+        if not runner:
+            runner.append(
+                subprocess.Popen(
+                    [sys.executable, "-P", str(Path(__file__).with_name("runner.py"))],
+                    env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        results = []
+        for job in jobs:
+            if "config.MACHINE.DEVICE=gpu" in job["argv"]:  # CUDA does not bear a fork
+                results.append(_fresh(job))
+                continue
+            runner[0].stdin.write(json.dumps(job) + "\n")
+            runner[0].stdin.flush()
+            results.append(json.loads(runner[0].stdout.readline()))
+        return results
+
+    yield run
+    for process in runner:
+        process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def launch(few_digits: Path, launches: Callable) -> Callable[..., str]:
+    """launch(*overrides) → what the launcher printed, where datasets/digits are the thinned digits; it ended well."""
+
+    def run(*overrides: str) -> str:
+        (result,) = launches([{"argv": overrides, "folder": str(few_digits.parents[1])}])
+        assert result["status"] == 0, result["output"][-6000:]
+        return result["output"]
 
     return run

@@ -1,8 +1,10 @@
 """Runs commands of vissl_ext.launch one after another, each in a fork of one process that has VISSL imported.
 
-Reads a JSON list of {"argv": [...], "folder": ..., "kill_when": a file's path, or absent} from standard input, and
-writes a list of {"status": ..., "output": ...} to standard output. A child is killed as soon as that file is there, and
-after 120 seconds in any case.
+Reads jobs from standard input, each a line of JSON, and answers each with a line {"status": ..., "output": ...,
+"left": ...}; "left" is whether a process that the command started outlived it. A job is {"argv": [...],
+"folder": ...}, and may have a signal that is sent as soon as a file is there: {"when": the file's path,
+"signal": "SIGKILL"}. With "group" it goes to all processes of the command, as a terminal's Ctrl-C does. All of them are
+killed after 300 seconds.
 """
 
 import json
@@ -29,16 +31,32 @@ def run(argv, folder):
     return 0
 
 
-def wait(child, kill_when):
-    """Wait for a child; its exit status, or minus the signal that it was killed with."""
+def wait(child, job):
+    """Wait for a child; its exit status, or minus the signal that ended it."""
     began = time.monotonic()
+    when, number = job.get("when"), getattr(signal, job.get("signal", "SIGKILL"))
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return os.waitstatus_to_exitcode(status)
-        if (kill_when and os.path.exists(kill_when)) or time.monotonic() - began > 120:
-            os.kill(child, signal.SIGKILL)
+        if when and os.path.exists(when):
+            when = None
+            (os.killpg if job.get("group") else os.kill)(child, number)
+        if time.monotonic() - began > 300:
+            os.killpg(child, signal.SIGKILL)
         time.sleep(0.005)
+
+
+def left(child):
+    """Whether a process of a child's group is there five seconds after its end; they are killed then."""
+    for _ in range(500):
+        try:
+            os.killpg(child, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.01)
+    os.killpg(child, signal.SIGKILL)
+    return True
 
 
 def main():
@@ -47,21 +65,23 @@ def main():
     import vissl_ext.compose
     import vissl_ext.ranks  # noqa: F401
 
-    results = []
-    for job in json.load(sys.stdin):
+    for line in sys.stdin:
+        job = json.loads(line)
         with tempfile.TemporaryFile("w+") as output:
             child = os.fork()
             if child == 0:
+                os.setpgid(0, 0)
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
                 status = run(job["argv"], job["folder"])
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)
-            status = wait(child, job.get("kill_when"))
+            os.setpgid(child, child)  # both set it, whoever is first
+            status = wait(child, job)
             output.seek(0)
-            results.append({"status": status, "output": output.read()})
-    json.dump(results, sys.stdout)
+            print(json.dumps({"status": status, "output": output.read(), "left": left(child)}), flush=True)
 
 
 if __name__ == "__main__":

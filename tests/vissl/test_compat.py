@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from plugins.tools.command import UserError
 from vissl_ext import compat
 from vissl_ext.compat import import_warnings
 from vissl_ext.compat.checkpoints import set_aside
@@ -275,3 +276,39 @@ def test_a_new_run_builds_no_momentum_encoder_early():
     task = SimpleNamespace(loss=SimpleNamespace(moco_encoder=None, checkpoint=None))
     RestoreTeacher([]).on_start(task)
     assert task.loss.moco_encoder is None
+
+
+def test_folder_images_are_needed(tmp_path, monkeypatch):
+    """Each image is decoded once, where VISSL alone does it twice; a torn one is a sentence with its path."""
+    from PIL import Image
+    from torchvision.datasets import ImageFolder, folder
+    from vissl.config import AttrDict
+    from vissl.data import disk_dataset
+
+    (tmp_path / "0").mkdir()
+    for index in range(3):
+        noise = np.random.default_rng(index).integers(256, size=(16, 16, 3), dtype=np.uint8)
+        noise[0, 0, 0] = index
+        Image.fromarray(noise).save(tmp_path / "0" / f"{index}.png")
+    read = []
+    stock = folder.pil_loader
+    monkeypatch.setattr(folder, "pil_loader", lambda path: (read.append(Path(path).name), stock(path))[1])
+    keys = ("REMOVE_IMG_PATH_PREFIX", "NEW_IMG_PATH_PREFIX")
+    data = {**dict.fromkeys(keys, ""), "ENABLE_QUEUE_DATASET": False, "BATCHSIZE_PER_REPLICA": 2}
+    cfg = AttrDict({"DATA": {"TRAIN": data}})
+
+    def images():
+        return disk_dataset.DiskImageDataset(cfg, "disk_folder", str(tmp_path), "TRAIN", "it")
+
+    ours = images()
+    assert [ours[index][0].getpixel((0, 0))[0] for index in (1, 1, 0, 2)] == [1, 1, 0, 2]
+    assert read == ["1.png", "1.png", "0.png", "2.png"]
+    whole = (tmp_path / "0" / "1.png").read_bytes()
+    for part in (whole[:20], whole[: len(whole) // 2], b""):
+        (tmp_path / "0" / "1.png").write_bytes(part)
+        with pytest.raises(UserError, match=rf"cannot read the image {tmp_path}/0/1\.png: "):
+            ours[1]
+    read.clear()
+    monkeypatch.setattr(disk_dataset, "ImageFolder", ImageFolder)
+    images()[0]
+    assert read == ["0.png", "0.png"]

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 import configs
@@ -36,6 +38,23 @@ def checked(*words: str) -> None:
     cfg, given = compose(words)
     check_sections(cfg)
     check(cfg, given)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files_are_parsed_once():
+    """Hydra reads and parses VISSL's long defaults twice for each of the hundreds of configurations composed here."""
+    parse, parsed = yaml.load, {}
+
+    def load(stream, Loader):
+        text = stream if isinstance(stream, str) else stream.read()
+        key = (text, Loader.__name__)
+        if key not in parsed:
+            parsed[key] = parse(text, Loader)
+        return deepcopy(parsed[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml, "load", load)
+        yield
 
 
 @pytest.fixture
@@ -75,6 +94,13 @@ def test_a_file_of_the_user_hides_the_stock_one(tmp_path):
     folder.mkdir(parents=True)
     (folder / "simclr_8node_resnet.yaml").write_text("# @package _global_\nconfig:\n  SEED_VALUE: 77\n")
     assert compose([SIMCLR], [str(tmp_path)])[0].config.SEED_VALUE == 77
+
+
+def test_a_section_with_nothing_in_it_keeps_the_defaults():
+    cfg, _ = compose(["config=pretrain/datasets/imagenet"])
+    assert cfg.config.MACHINE == {"DEVICE": "gpu"}
+    with pytest.raises(UserError, match=r"config\.MACHINE must be a section with entries of its own, got None"):
+        checked("config=pretrain/datasets/imagenet", "config.MACHINE=null")
 
 
 def test_every_stock_file_passes_the_checks():
@@ -336,8 +362,8 @@ def test_commands(few_digits: Path, tmp_path: Path, launches: Callable, no_gpu):
     right = {
         "help": ["--help"],
         "list": ["--list", "swav_8"],
-        "two ranks": [*small, "config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.CHECKPOINT.DIR=two"],
-        "again": [*small, "config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.CHECKPOINT.DIR=two"],
+        "once": [*small, "config.CHECKPOINT.DIR=run"],
+        "again": [*small, "config.CHECKPOINT.DIR=run"],
     }
     jobs = (
         [argv for argv, _ in wrong.values()] + list(right.values()) + [[*small, rate, "config.CHECKPOINT.DIR=nan"], []]
@@ -352,16 +378,46 @@ def test_commands(few_digits: Path, tmp_path: Path, launches: Callable, no_gpu):
     assert named["help"]["output"].strip() == USAGE.strip() == empty["output"].strip()
     assert empty["status"] == 2
     assert named["list"]["output"].split() == ["pretrain/swav/swav_8node_resnet"]
-    lines = named["two ranks"]["output"].splitlines()
+    lines = named["once"]["output"].splitlines()
     assert lines[0].startswith("on the CPU: MACHINE.DEVICE=cpu, ")
-    # one iteration of two processes; each line once
     shown = [line.split("  ")[1] for line in lines if line.startswith("epoch 1/1")]
-    assert shown[0] == "iteration 1/1" and len(shown) == 2
+    assert shown[0] == "iteration 1/2" and len(shown) == 2
     assert "the training there is finished" in named["again"]["output"]
     assert diverged["status"] == 2 and "training diverged: " in diverged["output"].splitlines()[-1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["code.torch", "nan", "torn.torch", "two"], (
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["code.torch", "nan", "run", "torn.torch"], (
         "a mistake left something behind"
     )
+
+
+@pytest.mark.slow
+def test_images_that_cannot_be_trained_on_are_sentences(few_digits: Path, tmp_path: Path, launches: Callable, no_gpu):
+    torn = tmp_path / "torn"
+    (torn / "0").mkdir(parents=True)
+    for path in (few_digits / "train").glob("0/*.png"):
+        (torn / "0" / path.name).write_bytes(path.read_bytes()[:-40])
+    common = ["config=pretrain/byol/digits", "config.OPTIMIZER.num_epochs=1", "config.MACHINE.DEVICE=cpu"]
+    mistakes = {
+        "the images are fewer than a batch of 512: nothing to train on": [
+            *(f"config.DATA.TRAIN.DATA_PATHS=[{few_digits / 'train'}]", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=512"),
+        ],
+        f"cannot read the image {torn}/0/": [
+            *(f"config.DATA.TRAIN.DATA_PATHS=[{torn}]", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4"),
+        ],
+        f"cannot read the image {torn}/0/0": [
+            *(f"config.DATA.TRAIN.DATA_PATHS=[{torn}]", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4"),
+            "config.DATA.NUM_DATALOADER_WORKERS=1",
+        ],
+    }
+    results = launches(
+        [
+            {"argv": [*common, *words, f"config.CHECKPOINT.DIR={tmp_path / str(number)}"], "folder": str(tmp_path)}
+            for number, words in enumerate(mistakes.values())
+        ]
+    )
+    for sentence, result in zip(mistakes, results, strict=True):
+        assert result["status"] == 2, result["output"][-3000:]
+        assert result["output"].splitlines()[-1].startswith(f"error: {sentence}"), result["output"]
+        assert "Traceback" not in result["output"]
 
 
 # progress

@@ -116,17 +116,46 @@ def test_two_processes_step_as_one(method: str, two: RankPool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-def test_two_processes_train_from_the_launcher(device: str, on: Callable, tmp_path: Path, launch: Callable) -> None:
-    launch(
-        "config=pretrain/isoloss/digits",
-        *on(device, count=2),
-        *(GPU[1:3] if device == "cuda" else []),
-        "config.DISTRIBUTED.NUM_PROC_PER_NODE=2",
-        "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16",
-        "config.OPTIMIZER.num_epochs=2",
-        f"config.CHECKPOINT.DIR={tmp_path}",
-    )
+def test_two_processes_train_from_the_launcher(
+    device: str, on: Callable, few_digits: Path, tmp_path: Path, launches: Callable
+) -> None:
+    argv = [
+        *("config=pretrain/isoloss/digits", *on(device, count=2), *(GPU[1:3] if device == "cuda" else [])),
+        *("config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16"),
+        *("config.OPTIMIZER.num_epochs=2", f"config.CHECKPOINT.DIR={tmp_path}"),
+    ]
+    (result,) = launches([{"argv": argv, "folder": str(few_digits.parents[1])}])
+    assert result["status"] == 0 and not result["left"], result["output"][-3000:]
+    # one of the two speaks
+    shown = [line.split("  ")[1] for line in result["output"].splitlines() if line.startswith("epoch 1/2")]
+    assert shown[0] == "iteration 1/3" and shown[-1].startswith("train loss ")
+    assert len(shown) == len(set(shown))
     checkpoint = torch.load(tmp_path / "model_final_checkpoint_phase1.torch", weights_only=False)
     assert checkpoint["iteration"] == 2 * (96 // 32)
     heads = checkpoint["classy_state_dict"]["base_model"]["model"]["heads"]
     assert int(heads["0.predictor.steps"]) == 2 * 6  # one update a view
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes(few_digits: Path, tmp_path: Path, launches: Callable) -> None:
+    """The launcher alone is told so, or, as by a terminal, every process."""
+    jobs = []
+    for ranks, group in ((1, True), (2, False), (2, True)):
+        folder = tmp_path / f"{ranks}_{group}"
+        argv = [
+            *(
+                "config=pretrain/byol/digits",
+                "config.MACHINE.DEVICE=cpu",
+                f"config.DISTRIBUTED.NUM_PROC_PER_NODE={ranks}",
+            ),
+            *("config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16", "config.OPTIMIZER.num_epochs=500"),
+            *("config.CHECKPOINT.CHECKPOINT_FREQUENCY=1", f"config.CHECKPOINT.DIR={folder}"),
+            *(["config.DATA.NUM_DATALOADER_WORKERS=1"] if ranks == 1 else []),
+        ]
+        when = {"when": str(folder / "model_phase0.torch"), "signal": "SIGINT", "group": group}
+        jobs.append({"argv": argv, "folder": str(few_digits.parents[1]), **when})
+    for job, result in zip(jobs, launches(jobs), strict=True):
+        assert result["status"] == 130, (job, result["output"][-3000:])
+        assert result["output"].splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint"
+        assert "Traceback" not in result["output"], job
+        assert not result["left"], job

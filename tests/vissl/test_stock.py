@@ -83,7 +83,7 @@ def test_killed_training_resumes_to_the_same_checkpoint(methods, few_digits, tmp
             place = tmp_path / f"{number}_{kind}"
             argv = [*command(method, few_digits, place, 2), "config.CHECKPOINT.CHECKPOINT_FREQUENCY=1"]
             jobs.append({"argv": argv, "folder": str(tmp_path)})
-        jobs[-2]["kill_when"] = str(tmp_path / f"{number}_cut" / "model_phase0.torch")
+        jobs[-2]["when"] = str(tmp_path / f"{number}_cut" / "model_phase0.torch")
     results = launches(jobs)
     for number, method in enumerate(methods):
         whole, killed, resumed = results[3 * number : 3 * number + 3]

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 from vissl_ext.compat import (
     checkpoints,
+    folder_images,
     import_warnings,
     kinetics400,
     missing_weights,
@@ -25,7 +26,7 @@ def activate() -> None:
         return
     mends = (
         *(import_warnings, pkg_resources, numpy_names, kinetics400),
-        *(checkpoints, missing_weights, nan_output, saved_types),
+        *(checkpoints, folder_images, missing_weights, nan_output, saved_types),
     )
     for mend in mends:
         mend.activate()

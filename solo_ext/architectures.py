@@ -3,6 +3,13 @@
 Each comes without its classifier, with its feature width as ``num_features``. On CIFAR a ResNet gets the stem that
 solo-learn gives its own: a 3×3 convolution of stride 1 and padding 2 (32 pixels become 34) and no max-pool. A RegNet
 keeps its 3×3 stem and loses its stride, so that 32 pixels stay 32.
+
+``expanded_resnet18`` and its like are ResNets of any feature width, with the initialisation and the stems of the
+published TinyImageNet code (Dubois et al. 2022, arXiv:2209.06235)::
+
+    backbone:
+      name: expanded_resnet18
+      kwargs: {dim: 2048, stem: 3x3}
 """
 
 import inspect
@@ -12,6 +19,8 @@ from typing import Any
 
 from torch import nn
 from torchvision.models import regnet, resnet
+
+from plugins.heads import expand_resnet_dim, issl_init_
 
 _RESNETS = {
     "resnet34": resnet.resnet34,
@@ -31,6 +40,50 @@ _REGNETS = {
     "regnet_y_16gf": regnet.regnet_y_16gf,
     "regnet_y_32gf": regnet.regnet_y_32gf,
 }
+
+
+_EXPANDED = {f"expanded_{name}": vars(resnet)[name] for name in ("resnet18", "resnet34", "resnet50", "resnet101")}
+_STEMS = ("7x7", "3x3", "cifar")
+
+
+def _expanded(
+    name: str,
+    method: str,
+    *,
+    cifar: bool = False,
+    dim: int | None = None,
+    bottleneck: int | None = 512,
+    stem: str | None = None,
+) -> nn.Module:
+    """A ResNet with a representation of any width.
+
+    Args:
+        name: a key of ARCHITECTURES.
+        method: name of the method that is trained; no network here depends on it.
+        cifar: whether the images have 32 pixels.
+        dim: width of the representation: a multiple of the ResNet's own, which is also the default, or below it.
+        bottleneck: inner width of the block that widens it; None makes the block one 1×1 convolution.
+        stem: "7x7", or "3x3" with stride 1 for images below 100 pixels, or "cifar", which has no max-pool either. None:
+            "cifar" for images of 32 pixels, else "7x7".
+
+    Raises:
+        TypeError: a width that cannot be, or an unknown stem.
+    """
+    network = _EXPANDED[name](weights=None)
+    network.num_features = network.fc.in_features
+    stem = stem or ("cifar" if cifar else "7x7")
+    if stem not in _STEMS:
+        raise TypeError(f"stem of backbone {name} is one of {', '.join(_STEMS)}, got {stem!r}")
+    if stem != "7x7":
+        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+    if stem == "cifar":
+        network.maxpool = nn.Identity()
+    network.fc = nn.Identity()
+    issl_init_(network)
+    try:
+        return expand_resnet_dim(network, network.num_features if dim is None else dim, bottleneck=bottleneck)
+    except ValueError as error:
+        raise TypeError(f"backbone {name}: {error}") from None
 
 
 def _build(name: str, method: str, *, cifar: bool = False, **kwargs: Any) -> nn.Module:
@@ -64,6 +117,7 @@ def _build(name: str, method: str, *, cifar: bool = False, **kwargs: Any) -> nn.
 
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
-    name: partial(_build, name) for name in sorted((*_RESNETS, *_REGNETS))
+    **{name: partial(_build, name) for name in sorted((*_RESNETS, *_REGNETS))},
+    **{name: partial(_expanded, name) for name in _EXPANDED},
 }
 """Name → factory(method, cifar=False, **kwargs) → network; images ``[B, 3, H, W]`` → features ``[B, num_features]``."""

@@ -1,7 +1,8 @@
-"""Trunks that VISSL 0.1.6 lacks: ResNet-18 and ResNet-34, and the stem for images of 32 pixels.
+"""Trunks that VISSL 0.1.6 lacks: ResNet-18 and ResNet-34, the stem for images of 32 pixels, features of any width.
 
-``TRUNK: {NAME: plain_resnet, RESNETS: {DEPTH: 18, CIFAR_STEM: true}}``; of RESNETS it also takes ZERO_INIT_RESIDUAL.
-Its state dict has the keys of VISSL's own ``resnet``, so that a checkpoint of either goes into the other.
+``TRUNK: {NAME: plain_resnet, RESNETS: {DEPTH: 18, CIFAR_STEM: true}}``; of RESNETS it also takes ZERO_INIT_RESIDUAL,
+and ``Z_DIM_OLD_TMP_NEW: [512, 512, 2048]``, which is DISSL's name (arXiv:2209.06235) for: from 512 features through 512
+to 2048. Its state dict has the keys of VISSL's own ``resnet``, so that a checkpoint of either goes into the other.
 """
 
 from typing import Any
@@ -11,9 +12,11 @@ from torchvision.models import resnet
 from vissl.models.model_helpers import get_trunk_forward_outputs, transform_model_input_data_type
 from vissl.models.trunks import register_model_trunk
 
+from plugins.heads import ExpandDim
 from plugins.tools.command import UserError
 
 DEPTHS = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50, 101: resnet.resnet101, 152: resnet.resnet152}
+_WIDTH = {18: 512, 34: 512, 50: 2048, 101: 2048, 152: 2048}
 _NAMES = {
     "conv1": "conv1_relu",
     "res1": "maxpool",
@@ -54,7 +57,7 @@ def check_trunk(model_config: Any) -> None:
     name, config = model_config.TRUNK.NAME, model_config.TRUNK.RESNETS
     if name not in ("resnet", "plain_resnet"):
         return
-    allowed = _SETTINGS | ({"CIFAR_STEM"} if name == "plain_resnet" else set())
+    allowed = _SETTINGS | ({"CIFAR_STEM", "Z_DIM_OLD_TMP_NEW"} if name == "plain_resnet" else set())
     for key in config:
         if key not in allowed:
             raise UserError(
@@ -70,13 +73,23 @@ def check_trunk(model_config: Any) -> None:
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
             raise UserError(f"RESNETS.{key} of plain_resnet is {value}, got {config[key]}; see VISSL's trunk resnet")
+    widths, own = config.get("Z_DIM_OLD_TMP_NEW"), _WIDTH[config.DEPTH]
+    if widths is None:
+        return
+    if len(widths) != 3 or any(type(width) is not int or width < 1 for width in widths) or widths[0] != own:
+        raise UserError(
+            f"RESNETS.Z_DIM_OLD_TMP_NEW is [{own}, inner width, new width] for a depth of {config.DEPTH}, got {widths}"
+        )
+    if widths[2] > own and widths[2] % own:
+        raise UserError(f"RESNETS.Z_DIM_OLD_TMP_NEW: the new width is a multiple of {own} or below it, got {widths[2]}")
 
 
 def trunk_width(model_config: Any) -> int | None:
     """Width of the features of ``plain_resnet``; None of another trunk, which is not known before it is built."""
     if model_config.TRUNK.NAME != "plain_resnet":
         return None
-    return 512 if model_config.TRUNK.RESNETS.DEPTH in (18, 34) else 2048
+    config = model_config.TRUNK.RESNETS
+    return config["Z_DIM_OLD_TMP_NEW"][2] if config.get("Z_DIM_OLD_TMP_NEW") else _WIDTH.get(config.DEPTH)
 
 
 @register_model_trunk("plain_resnet")
@@ -105,6 +118,10 @@ class PlainResNet(nn.Module):
         if config.get("CIFAR_STEM", False):
             network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=2, bias=False)
             network.maxpool = nn.Identity()
+        resizer = {}
+        if config.get("Z_DIM_OLD_TMP_NEW"):
+            old, inner, self.num_features = config["Z_DIM_OLD_TMP_NEW"]
+            resizer["resizer"] = ExpandDim(old, inner, self.num_features)
         self._feature_blocks = nn.ModuleDict(
             {
                 "conv1": network.conv1,
@@ -115,11 +132,12 @@ class PlainResNet(nn.Module):
                 "layer2": network.layer2,
                 "layer3": network.layer3,
                 "layer4": network.layer4,
+                **resizer,
                 "avgpool": network.avgpool,
                 "flatten": nn.Flatten(1),
             }
         )
-        self.feat_eval_mapping = dict(_NAMES)
+        self.feat_eval_mapping = {**_NAMES, **({"resizer": "resizer"} if resizer else {})}
 
     def forward(self, x: Tensor, out_feat_keys: list[str] | None = None) -> list[Tensor]:
         """Images ``[B, 3, H, W]`` → the features that are asked for by name; without names the last, flat."""

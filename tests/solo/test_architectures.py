@@ -46,7 +46,49 @@ def _count(network: nn.Module) -> int:
 
 
 def test_all_names():
-    assert set(ARCHITECTURES) == set(PUBLISHED)
+    assert set(ARCHITECTURES) == {*PUBLISHED, *EXPANDED}
+
+
+# parameters without classifier: ResNet-18 11,176,512; its block to 2048 3,676,160; ResNet-50 23,508,032; to 8192
+# 31,128,640 in all (arXiv:2209.06235, the published weights)
+EXPANDED = {
+    "expanded_resnet18": (512, 2048, 11_176_512, 11_176_512 + 3_676_160),
+    "expanded_resnet34": (512, 1024, 21_284_672, None),
+    "expanded_resnet50": (2048, 8192, 23_508_032, 31_128_640),
+    "expanded_resnet101": (2048, 4096, 42_500_160, None),
+}
+
+
+@pytest.mark.parametrize("name", sorted(EXPANDED))
+def test_expanded_widths(name):
+    own, wide, count, expanded = EXPANDED[name]
+    network, wider = _build(name), _build(name, dim=wide)
+    assert (network.num_features, wider.num_features) == (own, wide)
+    assert (_shape(network, 32), _shape(wider, 32)) == ((2, own), (2, wide))
+    assert _count(network) == count and expanded in (None, _count(wider))
+
+
+def test_expanded_stems():
+    """64 pixels keep the max-pool and lose the stride; 32 pixels lose both."""
+    seen = {}
+    for options, pixels in (({"stem": "3x3"}, 64), ({"cifar": True}, 32), ({}, 128)):
+        network = _build("expanded_resnet18", **options)
+        network.layer1.register_forward_hook(lambda module, inputs, output: seen.update({"size": output.shape[2:]}))
+        _shape(network, pixels)
+        assert seen["size"] == (32, 32), options
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"dim": 700}, "backbone expanded_resnet18: dim must be a multiple of the backbone's 512 or below it, got 700"),
+        ({"stem": "5x5"}, "stem of backbone expanded_resnet18 is one of 7x7, 3x3, cifar, got '5x5'"),
+        ({"width": 3}, "width"),
+    ],
+)
+def test_expanded_mistakes(options, sentence):
+    with pytest.raises(TypeError, match=sentence):
+        _build("expanded_resnet18", **options)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

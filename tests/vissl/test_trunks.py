@@ -9,6 +9,7 @@ from vissl.models import build_model
 from vissl.models.trunks import get_model_trunk
 from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
 
+from plugins.heads import expand_resnet_dim
 from plugins.tools.command import UserError
 from vissl_ext.registry import register
 
@@ -48,6 +49,17 @@ def test_cifar_stem_is_that_of_solo_learn() -> None:
     assert last.shape == (2, 512, 5, 5)
 
 
+def test_features_of_any_width_are_those_of_the_expanded_resnet() -> None:
+    ours = trunk("+config.MODEL.TRUNK.RESNETS.Z_DIM_OLD_TMP_NEW=[512,512,1024]").eval()
+    theirs = expand_resnet_dim(resnet.resnet18(weights=None), 1024, bottleneck=512).eval()
+    state = {key.removeprefix("_feature_blocks."): value for key, value in ours.state_dict().items()}
+    theirs.load_state_dict({key.replace("resizer.", "avgpool.0."): value for key, value in state.items()})
+    images = torch.randn(2, 3, 40, 40)
+    narrow, wide, features = ours(images, ["res5", "resizer", "flatten"])
+    assert (narrow.shape[1], wide.shape[1], features.shape, ours.num_features) == (512, 1024, (2, 1024), 1024)
+    torch.testing.assert_close(features, theirs(images))
+
+
 def test_weights_of_vissls_own_trunk_fit() -> None:
     config = model_config("config.MODEL.TRUNK.RESNETS.DEPTH=50", "config.MODEL.TRUNK.NAME=resnet")
     torch.manual_seed(1)
@@ -64,6 +76,9 @@ def test_what_it_cannot_be_is_a_sentence() -> None:
         trunk("config.MODEL.TRUNK.RESNETS.DEPTH=20")
     with pytest.raises(UserError, match=r"RESNETS.WIDTH_MULTIPLIER of plain_resnet is 1, got 2"):
         trunk("config.MODEL.TRUNK.RESNETS.WIDTH_MULTIPLIER=2")
+    for widths, message in (("[2048,512,8192]", r"is \[512, inner width, new width\]"), ("[512,512,700]", "got 700")):
+        with pytest.raises(UserError, match=f"RESNETS.Z_DIM_OLD_TMP_NEW.*{message}"):
+            trunk(f"+config.MODEL.TRUNK.RESNETS.Z_DIM_OLD_TMP_NEW={widths}")
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:

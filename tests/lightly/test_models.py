@@ -88,6 +88,19 @@ def test_loss_and_gradients_are_those_of_plugins(method: str, dtype: torch.dtype
             torch.testing.assert_close(ours, theirs, **tolerance)
 
 
+@pytest.mark.parametrize("method", ["dissl", "cissl"])
+def test_small_crops_are_students_alone(method: str) -> None:
+    model = built(method).double()
+    large = images(torch.float64)
+    crops = [view[:, :, 4:12, 4:12] for view in (*large, large[0].flip(3))]
+    alone = copy.deepcopy(model)
+    features = [alone.backbone(view).flatten(1) for view in (*large, *crops)]
+    z = [alone.projection_head(h) for h in features]
+    target = [alone.projection_head.teacher(h) for h in features[:2]]
+    expected = METHODS[method].loss(alone.options, LOCAL)(Embeddings(z, z, target)).loss
+    torch.testing.assert_close(model.loss([*large, *crops]), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_classes_are_named_after_titles() -> None:
     wanted = {"BYOL", "CISSL", "DISSL", "DirectCopy", "DirectPred", "IsoCopy", "IsoLoss", "MatrixSSL", "MEC", "SSLEY"}
     assert wanted <= set(models.__all__)

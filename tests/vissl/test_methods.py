@@ -136,6 +136,22 @@ def test_batches_of_any_collator(method: str) -> None:
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("method", ["dissl", "cissl"])
+def test_small_crops_are_students_alone(method: str) -> None:
+    """Views of two sizes as multicrop_collator gives them; the trunk sees each by itself."""
+    crops = "{name:ImgPilToMultiCrop,total_num_crops:5,size_crops:[16,8],num_crops:[2,3],crop_scales:[[0.1,1],[0.1,1]]}"
+    task = built(method, f"config.DATA.TRAIN.TRANSFORMS=[{crops},{{name:ToTensor}}]")
+    assert (task.base_model.heads[0].views, task.base_model.heads[0].large) == (5, 2)
+    large, small = torch.randn(2, 6, 3, 16, 16), torch.randn(3, 6, 3, 8, 8)
+    model = copy.deepcopy(task.base_model)
+    features = [model.trunk(view, [])[0].flatten(1) for view in (*large, *small)]
+    z = [model.heads[0].projector(h) for h in features]
+    target = [model.heads[0].projector.teacher(h) for h in features[:2]]
+    expected = METHODS[method].loss(task.base_loss.options, LOCAL)(Embeddings(z, z, target)).loss
+    torch.testing.assert_close(vissl_loss(task, [*large, *small]), expected, rtol=1e-5, atol=1e-6)
+    assert {"cosine_pos", "cosine_neg", "dist_to_etf", "z_std"} <= set(task.base_loss.metrics)
+
+
 def test_without_momentum_the_student_is_the_teacher() -> None:
     task = built("isoloss", "+config.LOSS.isoloss.base_tau=0.0", "+config.LOSS.isoloss.final_tau=0.0")
     assert task.base_loss.teacher is None

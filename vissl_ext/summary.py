@@ -70,6 +70,8 @@ class Summary(SilentHook):
 
 def images(sample: Any) -> int:
     """How many images a batch of VISSL's has: the last one of an epoch may have fewer, and each may have many views."""
+    if "data_idx" not in sample:  # siamese_collator and patch_and_image_collator leave it out; of each image a truth
+        return max(len(valid) for valid in sample["data_valid"])
     return max(len(torch.unique(indices)) for indices in sample["data_idx"])
 
 

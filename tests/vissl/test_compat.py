@@ -312,3 +312,17 @@ def test_folder_images_are_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(disk_dataset, "ImageFolder", ImageFolder)
     images()[0]
     assert read == ["0.png", "0.png"]
+
+
+def test_broadcasts_are_needed(tmp_path, monkeypatch):
+    """Without them each byte of a checkpoint becomes a Python number, for no other process."""
+    from classy_vision.generic import distributed_util, util
+
+    made = []
+    stock = torch.ByteTensor
+    monkeypatch.setattr(torch, "ByteTensor", lambda data: (made.append(type(data)), stock(data))[1])
+    torch.save({"weight": torch.arange(3)}, tmp_path / "checkpoint.torch")
+    assert torch.equal(util.load_and_broadcast_checkpoint(str(tmp_path))["weight"], torch.arange(3))
+    assert made == []
+    distributed_util.broadcast_object({})
+    assert made == [memoryview]

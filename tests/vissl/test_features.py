@@ -61,6 +61,8 @@ def trained(few_digits: Path, tmp_path_factory: pytest.TempPathFactory, launch: 
         "config=pretrain/isoloss/digits",
         "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=32",
         "config.OPTIMIZER.num_epochs=2",
+        "config.LOSS.isoloss.proj_hidden_dim=32",
+        "config.LOSS.isoloss.proj_output_dim=16",
         f"config.CHECKPOINT.DIR={folder}",
     )
     return folder / "model_final_checkpoint_phase1.torch"

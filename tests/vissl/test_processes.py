@@ -114,6 +114,25 @@ def test_two_processes_step_as_one(method: str, two: RankPool) -> None:
             torch.testing.assert_close(value, expected[name], rtol=rtol, atol=atol, msg=f"{name} {value}")
 
 
+def received(comm: Collective, path: str, gpu: bool) -> dict[str, Any]:
+    """What a rank has of a file that the first one reads."""
+    from classy_vision.generic.distributed_util import set_cpu_device, set_cuda_device_index
+    from classy_vision.generic.util import load_and_broadcast_checkpoint
+
+    import vissl_ext  # noqa: F401 - mends Classy Vision
+
+    set_cuda_device_index(comm.rank) if gpu else set_cpu_device()
+    return load_and_broadcast_checkpoint(path)
+
+
+def test_a_checkpoint_reaches_all_processes(two: RankPool, tmp_path: Path) -> None:
+    content = {"weight": torch.arange(12.0).view(3, 4), "epoch": 3, "name": "isoloss"}
+    torch.save(content, tmp_path / "checkpoint.torch")
+    for result in two.run(received, [(str(tmp_path / "checkpoint.torch"), two.backend == "nccl")] * 2):
+        assert result.keys() == content.keys() and (result["epoch"], result["name"]) == (3, "isoloss")
+        assert torch.equal(result["weight"], content["weight"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_two_processes_train_from_the_launcher(
@@ -122,6 +141,7 @@ def test_two_processes_train_from_the_launcher(
     argv = [
         *("config=pretrain/isoloss/digits", *on(device, count=2), *(GPU[1:3] if device == "cuda" else [])),
         *("config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16"),
+        *("config.LOSS.isoloss.proj_hidden_dim=32", "config.LOSS.isoloss.proj_output_dim=16"),
         *("config.OPTIMIZER.num_epochs=2", f"config.CHECKPOINT.DIR={tmp_path}"),
     ]
     (result,) = launches([{"argv": argv, "folder": str(few_digits.parents[1])}])
@@ -143,12 +163,9 @@ def test_ctrl_c_ends_all_processes(few_digits: Path, tmp_path: Path, launches: C
     for ranks, group in ((1, True), (2, False), (2, True)):
         folder = tmp_path / f"{ranks}_{group}"
         argv = [
-            *(
-                "config=pretrain/byol/digits",
-                "config.MACHINE.DEVICE=cpu",
-                f"config.DISTRIBUTED.NUM_PROC_PER_NODE={ranks}",
-            ),
+            *("config=pretrain/byol/digits", f"config.DISTRIBUTED.NUM_PROC_PER_NODE={ranks}"),
             *("config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16", "config.OPTIMIZER.num_epochs=500"),
+            *("config.LOSS.byol.proj_hidden_dim=32", "config.LOSS.byol.proj_output_dim=16"),
             *("config.CHECKPOINT.CHECKPOINT_FREQUENCY=1", f"config.CHECKPOINT.DIR={folder}"),
             *(["config.DATA.NUM_DATALOADER_WORKERS=1"] if ranks == 1 else []),
         ]

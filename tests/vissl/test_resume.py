@@ -2,21 +2,21 @@
 
 import json
 import signal
-import subprocess
-import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vissl.data.collators import COLLATOR_REGISTRY
 
-import vissl_ext  # noqa: F401 - mends VISSL
-from vissl_ext.summary import Summary
+from vissl_ext.summary import Summary, images
 
 pytestmark = pytest.mark.vissl
 
-EPOCHS = 6
+EPOCHS = 3
+METHODS = ("isoloss", "byol")
 
 
 def overrides(method: str, folder: Path) -> list[str]:
@@ -26,6 +26,8 @@ def overrides(method: str, folder: Path) -> list[str]:
         f"config.OPTIMIZER.num_epochs={EPOCHS}",
         "config.CHECKPOINT.CHECKPOINT_FREQUENCY=1",
         f"config.CHECKPOINT.DIR={folder}",
+        f"config.LOSS.{method}.proj_hidden_dim=32",
+        f"config.LOSS.{method}.proj_output_dim=16",
     ]
 
 
@@ -69,23 +71,39 @@ def test_summary_counts_the_parts_of_a_resumed_run(tmp_path: Path, monkeypatch: 
     assert summary["images_per_second"] == pytest.approx((3 + 3) / (4 + 5))
 
 
+@pytest.mark.parametrize("name", ["siamese_collator", "patch_and_image_collator"])
+def test_summary_counts_images_where_vissl_leaves_their_indices_out(name: str) -> None:
+    size = (9, 3, 4, 4) if name == "siamese_collator" else (3, 4, 4)
+    valid = [True] * (1 if name == "siamese_collator" else 10)
+    row = {"data": [torch.zeros(size)] * len(valid), "label": [torch.tensor(1)] * len(valid), "data_valid": valid}
+    batch = COLLATOR_REGISTRY[name]([{**row, "data_idx": [number] * len(valid)} for number in range(5)])
+    assert images(batch) == 5
+
+
+@pytest.fixture(scope="module")
+def ended(
+    few_digits: Path, tmp_path_factory: pytest.TempPathFactory, launches: Callable
+) -> dict[str, tuple[Path, Path]]:
+    """Method → the folder of its uninterrupted training, and of the one that was killed and went on."""
+    folders, jobs = {}, []
+    for method in METHODS:
+        whole, killed = folders[method] = tuple(
+            tmp_path_factory.mktemp(f"{method}_{kind}") for kind in ("whole", "cut")
+        )
+        for folder in (whole, killed, killed):
+            jobs.append({"argv": overrides(method, folder), "folder": str(few_digits.parents[1])})
+        jobs[-2]["when"] = str(killed / "model_phase0.torch")
+    results = launches(jobs)
+    assert [result["status"] for result in results] == [0, -signal.SIGKILL, 0] * len(METHODS), results
+    for number in range(len(METHODS)):
+        assert "resumed after " in results[3 * number + 2]["output"]
+    return folders
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["isoloss", "byol"])
-def test_killed_training_ends_the_same(method: str, tmp_path: Path, launch: Any, start_launch: Any) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    launch(*overrides(method, whole))
-
-    process: subprocess.Popen = start_launch(*overrides(method, killed))
-    deadline = time.monotonic() + 300
-    while not (killed / "model_phase1.torch").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / f"model_final_checkpoint_phase{EPOCHS - 1}.torch").exists()
-    launch(*overrides(method, killed))
-
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_training_ends_the_same(method: str, ended: dict[str, list[Path]]) -> None:
+    whole, killed = ended[method]
     one, other = final(whole), final(killed)
     assert one["iteration"] == other["iteration"] == EPOCHS * 3
     assert assert_same(one["loss"], other["loss"], "teacher") > 60

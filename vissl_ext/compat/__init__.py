@@ -8,6 +8,7 @@ training.
 from importlib.util import find_spec
 
 from vissl_ext.compat import (
+    broadcasts,
     checkpoints,
     folder_images,
     import_warnings,
@@ -26,7 +27,7 @@ def activate() -> None:
         return
     mends = (
         *(import_warnings, pkg_resources, numpy_names, kinetics400),
-        *(checkpoints, folder_images, missing_weights, nan_output, saved_types),
+        *(broadcasts, checkpoints, folder_images, missing_weights, nan_output, saved_types),
     )
     for mend in mends:
         mend.activate()

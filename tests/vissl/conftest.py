@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,40 @@ import torch
 import vissl_ext  # noqa: F401 - mends VISSL before a test imports it
 
 ROOT = Path(__file__).parents[2]
+_PAGE = (ROOT / "docs" / "vissl_stock.md").read_text()
+_COMMON = re.findall(r"^    (config\S+)$", _PAGE, re.MULTILINE)
+_SHORT = {name: re.search(rf"\b{name}\s+for\s+`([\w.]+)`", _PAGE).group(1) for name in ("SMALL", "LR", "NCE")}
+_ROWS = {
+    method: (config, [re.sub(r"^(SMALL|LR|NCE)\b", lambda m: _SHORT[m[1]], word) for word in overrides.split()])
+    for method, config, overrides in re.findall(
+        r"^\| ([^|]+?) \| (pretrain/\S+) \| ([^|]*=[^|]*) \|$", _PAGE, re.MULTILINE
+    )
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with the argument ``stock`` runs for each method of docs/vissl_stock.md that has a command."""
+    if "stock" in metafunc.fixturenames:
+        metafunc.parametrize("stock", _ROWS)
 
 
 @pytest.fixture(scope="session")
 def few_digits(thin_digits: Callable[[int, int], Path]) -> Path:
     """The real digits, thinned out: 96 training and 40 validation images."""
     return thin_digits(96, 40)
+
+
+@pytest.fixture(scope="session")
+def stock_commands(few_digits: Path) -> dict[str, Callable[[Path, int], list[str]]]:
+    """Method → (the run's folder, epochs) → the command of docs/vissl_stock.md, on the thinned digits."""
+
+    def command(method: str, folder: Path, epochs: int) -> list[str]:
+        config, overrides = _ROWS[method]
+        words = [f"config={config}", *_COMMON, *overrides, f"config.CHECKPOINT.DIR={folder}"]
+        words = [word.replace("datasets/digits", str(few_digits)) for word in words]
+        return [word.replace("num_epochs=1", f"num_epochs={epochs}") for word in words]
+
+    return {method: partial(command, method) for method in _ROWS}
 
 
 @pytest.fixture(scope="session")

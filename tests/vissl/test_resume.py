@@ -22,7 +22,8 @@ METHODS = ("isoloss", "byol")
 def overrides(method: str, folder: Path) -> list[str]:
     return [
         f"config=pretrain/{method}/digits",
-        "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=32",
+        "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16",
+        "config.DATA.TRAIN.DATA_LIMIT=48",
         f"config.OPTIMIZER.num_epochs={EPOCHS}",
         "config.CHECKPOINT.CHECKPOINT_FREQUENCY=1",
         f"config.CHECKPOINT.DIR={folder}",
@@ -115,7 +116,7 @@ def test_killed_training_ends_the_same(method: str, ended: dict[str, list[Path]]
         assert int(heads["0.predictor.steps"]) == 2 * EPOCHS * 3
         assert float(heads["0.predictor.C"].trace()) > 0
     # of both parts, each image once an epoch
-    assert state["hooks"]["Summary"]["images"] == others["hooks"]["Summary"]["images"] == EPOCHS * 96
+    assert state["hooks"]["Summary"]["images"] == others["hooks"]["Summary"]["images"] == EPOCHS * 48
     rows = [(folder / "metrics.csv").read_text().splitlines() for folder in (whole, killed)]
     assert rows[0] == rows[1]
     assert len(rows[0]) == 1 + EPOCHS

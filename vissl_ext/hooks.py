@@ -9,6 +9,7 @@ from classy_vision.losses import LOSS_REGISTRY
 
 from plugins.linalg import spectrum_statistics
 from plugins.tools.records import write_row
+from vissl_ext.dissl.losses import ForkLoss
 from vissl_ext.methods import MethodLoss, TeacherLoss
 from vissl_ext.silent_hook import SilentHook
 
@@ -21,7 +22,7 @@ def extra_hooks(cfg: Any) -> list[Any]:
     """
     loss = LOSS_REGISTRY.get(cfg.LOSS.name, object)
     hooks: list[Any] = [EMATeacherHook()] if issubclass(loss, TeacherLoss) else []
-    return [*hooks, MetricsHook()] if issubclass(loss, MethodLoss) else hooks
+    return [*hooks, MetricsHook()] if issubclass(loss, MethodLoss | ForkLoss) else hooks
 
 
 class EMATeacherHook(SilentHook):

@@ -15,7 +15,7 @@ import torch
 from plugins.tools.command import UserError
 
 _WORDS = {"name", "update_interval", "interval_scaling", "scaling_type", "wave_type"}
-_SWITCHES = {"auto_scale", "is_adaptive"}
+_SWITCHES = {"auto_scale", "is_adaptive", "keep_warmup"}
 """What in a schedule is a word, and what is true or false; everything else is numbers."""
 _OF_WRAPPER = {"name", "indices", "transform_receives_entire_batch", "transform_type"}
 """What VISSL itself reads of an entry of TRANSFORMS."""

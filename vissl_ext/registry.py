@@ -4,6 +4,10 @@
 def register() -> None:
     """Import what registers itself. May be called again without harm."""
     from vissl_ext import features, methods, schedules, task, trunks  # noqa: F401
+    from vissl_ext.dissl import losses, model, resnet, transforms  # noqa: F401
 
     task.replace_task()
     features.replace_trainer()
+    model.replace_model()
+    resnet.replace_resnet()
+    transforms.replace_transforms()

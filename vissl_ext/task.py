@@ -16,6 +16,8 @@ from vissl.trainer.train_task import SelfSupervisionTask
 from plugins.distributed import LOCAL
 from plugins.methods import METHODS
 from plugins.tools.command import UserError
+from vissl_ext.dissl.checks import check_fork
+from vissl_ext.dissl.transforms import tell_epoch
 from vissl_ext.hooks import MetricsHook, extra_hooks
 from vissl_ext.larc import needs_plain_larc, plain_larc
 from vissl_ext.methods import HEAD, TeacherLoss, method_options
@@ -36,6 +38,7 @@ def check_config(config: Any, *, training: bool = True) -> None:
         UserError: one sentence that says what is wrong and what is allowed.
     """
     check_trunk(config.MODEL)
+    check_fork(config, training=training)
     if config.OPTIMIZER.use_larc and config.OPTIMIZER.name != "sgd":
         raise UserError(f"config.OPTIMIZER.use_larc=true works with the optimiser sgd, got {config.OPTIMIZER.name}")
     name = config.LOSS.name
@@ -210,6 +213,12 @@ class PluginTask(SelfSupervisionTask):
             optimizer_schedulers=self.optimizer_schedulers,
         )
         self.optimizer.set_param_groups(predictor_groups(groups, parameters, scale, constant))
+
+    def set_epoch(self, phase_type: str, epoch: int, start_iter: int, train_phase_idx: int) -> None:
+        """Tell sampler and transforms which epoch begins; the processes that load its data are started after this."""
+        super().set_epoch(phase_type, epoch, start_iter, train_phase_idx)
+        if phase_type == "train":
+            tell_epoch(getattr(self.datasets[phase_type], "transform", None), train_phase_idx)
 
     def get_classy_state(self, deep_copy: bool = False) -> dict[str, Any]:
         """VISSL's state and the loss scale of PyTorch's mixed precision.

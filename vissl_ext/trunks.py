@@ -40,8 +40,10 @@ _FIXED = {
 """Settings of VISSL's own trunk that this one does not have, and what they must be."""
 
 
-_SETTINGS = {"DEPTH", "NORM", "GROUPNORM_GROUPS", "ZERO_INIT_RESIDUAL", *_FIXED}
-"""What VISSL's own trunk reads of RESNETS."""
+_SETTINGS = {"DEPTH", "NORM", "GROUPNORM_GROUPS", "ZERO_INIT_RESIDUAL", "Z_DIM_OLD_TMP_NEW", *_FIXED}
+"""What both trunks read of RESNETS."""
+_OWN = {"plain_resnet": {"CIFAR_STEM"}, "resnet": {"AVG_POOL_KERNEL_SIZE", "IS_SKIP_RESIZER"}}
+"""What one of them reads beside; see ``vissl_ext.dissl.resnet``."""
 
 
 def check_trunk(model_config: Any) -> None:
@@ -57,23 +59,31 @@ def check_trunk(model_config: Any) -> None:
     name, config = model_config.TRUNK.NAME, model_config.TRUNK.RESNETS
     if name not in ("resnet", "plain_resnet"):
         return
-    allowed = _SETTINGS | ({"CIFAR_STEM", "Z_DIM_OLD_TMP_NEW"} if name == "plain_resnet" else set())
+    allowed = _SETTINGS | _OWN[name]
     for key in config:
         if key not in allowed:
             raise UserError(
                 f"config.MODEL.TRUNK.RESNETS: {key!r} is no setting of {name}; known are {', '.join(sorted(allowed))}"
             )
-    for key in ("CIFAR_STEM", "ZERO_INIT_RESIDUAL", "STANDARDIZE_CONVOLUTIONS"):
+    for key in ("CIFAR_STEM", "IS_SKIP_RESIZER", "ZERO_INIT_RESIDUAL", "STANDARDIZE_CONVOLUTIONS"):
         if not isinstance(config.get(key, False), bool):
             raise UserError(f"config.MODEL.TRUNK.RESNETS.{key} must be true or false, got {config[key]!r}")
     if name == "resnet":
+        size = config.get("AVG_POOL_KERNEL_SIZE", -1)
+        if size is not None and (type(size) is not int or size < -1 or size == 0):
+            raise UserError(f"config.MODEL.TRUNK.RESNETS.AVG_POOL_KERNEL_SIZE is -1, null or a size, got {size!r}")
+        _check_widths(config, 2048 * config.WIDTH_MULTIPLIER)
         return
     if config.DEPTH not in DEPTHS:
         raise UserError(f"RESNETS.DEPTH of plain_resnet is one of {', '.join(map(str, DEPTHS))}, got {config.DEPTH}")
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
             raise UserError(f"RESNETS.{key} of plain_resnet is {value}, got {config[key]}; see VISSL's trunk resnet")
-    widths, own = config.get("Z_DIM_OLD_TMP_NEW"), _WIDTH[config.DEPTH]
+    _check_widths(config, _WIDTH[config.DEPTH])
+
+
+def _check_widths(config: Any, own: int) -> None:
+    widths = config.get("Z_DIM_OLD_TMP_NEW")
     if widths is None:
         return
     if len(widths) != 3 or any(type(width) is not int or width < 1 for width in widths) or widths[0] != own:

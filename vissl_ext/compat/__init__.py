@@ -13,6 +13,7 @@ from vissl_ext.compat import (
     folder_images,
     import_warnings,
     kinetics400,
+    linear_warmup,
     missing_weights,
     nan_output,
     numpy_names,
@@ -27,7 +28,7 @@ def activate() -> None:
         return
     mends = (
         *(import_warnings, pkg_resources, numpy_names, kinetics400),
-        *(broadcasts, checkpoints, folder_images, missing_weights, nan_output, saved_types),
+        *(broadcasts, checkpoints, folder_images, linear_warmup, missing_weights, nan_output, saved_types),
     )
     for mend in mends:
         mend.activate()

@@ -1,0 +1,634 @@
+"""Configurations in the form of DISSL's VISSL fork train unmodified; the YAML here is ours, with the fork's keys.
+
+With VISSL_FORK_CHECKOUT naming a checkout of the fork, its 39 files below pretrain/dstl and pretrain/cntr are read too.
+"""
+
+import copy
+import math
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+from vissl.config import AttrDict
+from vissl.data.ssl_transforms import get_transform
+from vissl.models import build_model
+from vissl.models.base_ssl_model import BaseSSLMultiInputOutputModel
+from vissl.models.heads import get_model_head
+from vissl.models.heads.mlp import MLP
+from vissl.models.trunks.resnext import ResNeXt
+from vissl.utils import hydra_config
+
+from plugins.losses import cissl_loss, dissl_loss
+from plugins.tools.command import UserError
+from vissl_ext.dissl.losses import LOSSES, DstlISSLLoss
+from vissl_ext.dissl.model import GroupedModel, OptionMLP
+from vissl_ext.dissl.resnet import WideResNeXt
+from vissl_ext.dissl.transforms import ImgTensor2RGBA, ImgTensorMask, WarmingRandomApply
+from vissl_ext.launch import prepare
+from vissl_ext.registry import register
+from vissl_ext.task import PluginTask
+
+register()
+pytestmark = pytest.mark.vissl
+
+CHECKOUT = "VISSL_FORK_CHECKOUT"
+_LINEAR = '"use_relu": False, "use_bn": True, "use_bias": False, "skip_last_layer_relu_bn": False'
+_HIDDEN = _LINEAR.replace('"use_relu": False', '"use_relu": True')
+_LAST = '["mlp", {"dims": [16, 20], "use_relu": False, "use_bn": False, "use_bias": True}]'
+
+_TOP = """# @package _global_
+config:
+  VERBOSE: False
+  LOG_FREQUENCY: 1
+  TEST_ONLY: False
+  TEST_MODEL: False
+  SEED_VALUE: 0
+  MULTI_PROCESSING_METHOD: forkserver
+  HOOKS:
+    PERF_STATS:
+      MONITOR_PERF_STATS: True
+      ROLLING_BTIME_FREQ: 313
+  TRAINER:
+    TRAIN_STEP_NAME: standard_train_step
+  METERS:
+    name: ""
+  OPTIMIZER:
+    name: sgd
+    use_zero: False
+    use_larc: True
+    larc_config:
+      clip: False
+      trust_coefficient: 0.001
+      eps: 0.00000001
+    weight_decay: 0.000001
+    momentum: 0.9
+    nesterov: False
+    num_epochs: 2
+    regularize_bn: True
+    regularize_bias: True
+    param_schedulers:
+      lr:
+        auto_lr_scaling:
+          auto_scale: true
+          base_value: 0.3
+          base_lr_batch_size: 256
+        name: composite
+        schedulers:
+          - name: linear
+            start_value: 0.001
+            end_value: 4.8
+          - name: cosine
+            start_value: 4.8
+            end_value: 0.0000
+        update_interval: step
+        interval_scaling: [rescaled, fixed]
+        lengths: [0.1, 0.9]
+  DISTRIBUTED:
+    BACKEND: nccl
+    NUM_NODES: 2
+    NUM_PROC_PER_NODE: 4
+    INIT_METHOD: tcp
+    NCCL_DEBUG: True
+  MACHINE:
+    DEVICE: gpu
+  CHECKPOINT:
+    AUTO_RESUME: True
+    CHECKPOINT_FREQUENCY: 1
+    CHECKPOINT_ITER_FREQUENCY: -1
+  SLURM:
+    NAME: "small"
+    MEM_GB: 128
+    USE_SLURM: False
+  DATA:
+    NUM_DATALOADER_WORKERS: 0
+    TRAIN:
+      DATA_SOURCES: [ disk_folder ]
+      DATASET_NAMES: [ imagenet1k_folder ]
+      DATA_PATHS: [ "datasets/digits/train" ]
+      BATCHSIZE_PER_REPLICA: 32
+      LABEL_TYPE: sample_index
+      MMAP_MODE: True
+      COPY_TO_LOCAL_DISK: False
+      COPY_DESTINATION_DIR: /tmp/imagenet1k/
+      DROP_LAST: True
+"""
+_DSTL = f"""
+      COLLATE_FUNCTION: multicrop_collator
+      TRANSFORMS:
+        - name: ImgPilToMultiCrop
+          total_num_crops: 4
+          size_crops: [ 32, 16 ]
+          num_crops: [ 2, 2 ]
+          crop_scales: [ [ 0.3, 1 ], [ 0.05, 0.3 ] ]
+        - name: RandomHorizontalFlip
+          p: 0.5
+        - name: ImgPilColorDistortion
+          strength: 0.5
+        - name: ImgPilMultiCropRandomApply
+          transforms: [ {{ "name": "ImgPilGaussianBlur", "p": 1., "radius_min": 0.1, "radius_max": 2.0 }} ]
+          prob: [ 1., 0.1, 0.5, 0.5 ]
+          warmup_epochs: 4
+        - name: ToTensor
+        - name: Normalize
+          mean: [ 0.485, 0.456, 0.406 ]
+          std: [ 0.229, 0.224, 0.225 ]
+        - name: ImgTensorMask
+          prob_mask: [ 0.30, 0.30, 0, 0 ]
+          patch_size: 8
+          warmup_epochs: 100
+  MODEL:
+    INPUT_TYPE: "rgba"
+    MULTI_RES_SPLIT_CROPS: [ [ 0, 1 ], [ 0, null ] ]
+    CUDA_CACHE:
+      CLEAR_CUDA_CACHE: False
+      CLEAR_FREQ: 2000
+    TRUNK:
+      NAME: resnet
+      RESNETS:
+        DEPTH: 50
+        Z_DIM_OLD_TMP_NEW : [2048, 16, 4096]
+    HEAD:
+      PARAMS: [
+        [
+          ["mlp", {{"dims": [4096, 16], {_HIDDEN}, "is_JL_init": False}}],
+          ["mlp", {{"dims": [16, 24, 16], {_HIDDEN}, "is_residual": True, "is_JL_init": False}}],
+          {_LAST},
+        ],
+        [
+          ["mlp", {{"dims": [4096, 16], {_LINEAR}, "is_JL_init": False}}],
+          {_LAST},
+        ],
+      ]
+    SYNC_BN_CONFIG:
+      CONVERT_BN_TO_SYNC_BN: True
+      SYNC_BN_TYPE: pytorch
+      GROUP_SIZE: -1
+    AMP_PARAMS:
+      USE_AMP: True
+      AMP_TYPE: "pytorch"
+  LOSS:
+    name: dstl_issl_loss
+    dstl_issl_loss:
+      n_Mx: 16384
+      temperature_assign: 0.7
+      temperature_pred: 1
+      num_crops: 2
+      crops_for_teacher: [ 0, 1 ]
+      beta_pM_unif: 2.3
+      beta_H_MlZ: 0.6
+      warmup_beta_CE_iter: 1000
+"""
+_CNTR = f"""
+      COLLATE_FUNCTION: simclr_collator
+      TRANSFORMS:
+        - name: ImgReplicatePil
+          num_times: 2
+        - name: RandomResizedCrop
+          size: 32
+        - name: ToTensor
+  MODEL:
+    TRUNK:
+      NAME: resnet
+      OUT_FEATURE_KEYS: ["flatten","flatten"]
+      RESNETS:
+        DEPTH: 50
+    HEAD:
+      PARAMS: [
+        [
+          ["mlp", {{"dims": [2048, 24, 24], {_HIDDEN}}}],
+          ["mlp", {{"dims": [24, 8], {_LINEAR}, "is_JL_init": True}}],
+        ],
+        [
+          ["mlp", {{"dims": [2048, 8], {_LINEAR}, "is_JL_init": True}}],
+        ]
+      ]
+      NON_TRAINABLE_PARAMS: [ "heads.1.0.norm.bias","heads.0.1.clf.1.bias" ]
+  LOSS:
+    name: cntr_issl_loss
+    cntr_issl_loss:
+      temperature: 0.1
+      buffer_params:
+        embedding_dim: 128
+    simple_cntr_issl_loss:
+      temperature: 0.1
+      buffer_params:
+        embedding_dim: 128
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files_are_parsed_once():
+    """Hydra parses VISSL's long defaults twice for each configuration."""
+    parse, parsed = yaml.load, {}
+
+    def load(stream, Loader):
+        text = stream if isinstance(stream, str) else stream.read()
+        key = (text, Loader.__name__)
+        if key not in parsed:
+            parsed[key] = parse(text, Loader)
+        return copy.deepcopy(parsed[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml, "load", load)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A --config-dir with our two files."""
+    root = tmp_path_factory.mktemp("fork")
+    for name, rest in (("dstl", _DSTL), ("cntr", _CNTR)):
+        path = root / "config" / "pretrain" / "small" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_TOP + rest)
+    return root
+
+
+@pytest.fixture
+def prepared(folder: Path, few_digits: Path, tmp_path: Path) -> Callable[..., Any]:
+    """prepared(name, *overrides) → what the launcher makes of a file and hands to the ranks."""
+
+    def run(name: str, *overrides: str, at: Path = folder) -> Any:
+        words = [
+            *(f"config={name}", f"config.DATA.TRAIN.DATA_PATHS=[{few_digits / 'train'}]", "config.MACHINE.DEVICE=cpu"),
+            *("config.SLURM.USE_SLURM=false", f"config.CHECKPOINT.DIR={tmp_path / 'run'}", *overrides),
+        ]
+        return prepare(words, [str(at)])[1]
+
+    return run
+
+
+def built(config: Any) -> Any:
+    """Task, with model and loss as ``prepare`` builds them."""
+    task = PluginTask.from_config(config)
+    torch.manual_seed(0)
+    task.base_model = task._build_model()
+    task.base_loss = task._build_loss()
+    return task
+
+
+def _fork_files() -> list[Any]:
+    root = os.environ.get(CHECKOUT)
+    if not root:
+        why = f"NOT TESTED: the fork's own files, since {CHECKOUT} names no checkout of it"
+        return [pytest.param(None, marks=pytest.mark.skip(reason=why))]
+    top = Path(root) / "configs" / "config"
+    found = sorted([*top.glob("pretrain/dstl/*.yaml"), *top.glob("pretrain/cntr/*.yaml")])
+    assert len(found) == 39, f"{root} holds {len(found)} of the fork's 39 files"
+    return [pytest.param(path, id=path.stem) for path in found]
+
+
+@pytest.mark.parametrize("path", _fork_files())
+def test_files_of_the_fork_pass_the_checks_and_build(path: Path, prepared: Callable) -> None:
+    name = f"pretrain/{path.parent.name}/{path.stem}"
+    refused = None
+    if "convnext" in path.stem:
+        refused = "'convnext' is unknown"
+    elif path.stem == "dissl_e100_d8192_m4b6s_r030":
+        refused = "found duplicate key config"  # the file holds two configurations, one below the other
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            prepared(name, at=path.parents[3])
+        return
+    config = prepared(name, at=path.parents[3])
+    lr = config.OPTIMIZER.param_schedulers.lr
+    assert [part["name"] for part in lr.schedulers] == ["linear", "cosine"]
+    assert lr.schedulers[0]["start_value"] == 0.001
+    with torch.device("meta"):
+        model = build_model(config.MODEL, config.OPTIMIZER)
+        loss = PluginTask.from_config(config)._build_loss()
+        channels = 4 if config.MODEL.INPUT_TYPE == "rgba" else 3
+        views = [torch.randn(2, channels, 64, 64) for _ in range(2)]
+        batch = views if config.DATA.TRAIN.COLLATE_FUNCTION == "multicrop_collator" else torch.cat(views)
+        teacher, student = model(batch)
+    assert isinstance(loss, LOSSES[config.LOSS.name])
+    assert len(teacher) == len(student) == 4
+    assert teacher.shape[1] == student.shape[1] == model.heads[0][-1].clf[0].out_features
+
+
+def test_heads_see_groups_of_resolutions_and_the_loss_is_that_of_plugins(prepared: Callable) -> None:
+    """Two steps of training, with the weights of the β warm-up at k = 1 and 2."""
+    task = built(prepared("pretrain/small/dstl"))
+    model, loss = task.base_model.double().train(), task.base_loss
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    runs: list[Any] = []
+    model.trunk.register_forward_hook(lambda module, given, output: runs.append(given[0].shape))
+    for step in (1, 2):
+        large = [torch.randn(4, 4, 32, 32, dtype=torch.float64) for _ in range(2)]
+        small = [torch.randn(4, 4, 16, 16, dtype=torch.float64) for _ in range(2)]
+        alone = copy.deepcopy(model)
+        output = model([*large, *small])
+        assert [tuple(part.shape) for part in output] == [(8, 20), (16, 20)]
+
+        features = [alone.trunk(torch.cat(crops), [])[0] for crops in (large, small)]
+        teacher, student = alone.heads[0](features[0]), alone.heads[1](torch.cat(features))
+        way = (1 + step) / 1000
+        expected = dissl_loss(
+            list(teacher.chunk(2)),
+            list(student.chunk(4)),
+            lambda_maximality=2.3,
+            beta_det_inv=2.3 + (0.6 - 2.3) * way,
+            tau_teacher=0.7,
+            tau_student=1.0,
+        )
+        value = loss(output, None)
+        torch.testing.assert_close(value, expected)
+        optimizer.zero_grad()
+        value.backward()
+        expected.backward()
+        for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+            # the weights of a warm-up are float32
+            assert (ours.grad - theirs.grad).abs().max() <= 1e-5 * theirs.grad.abs().max() + 1e-9, name
+        optimizer.step()
+        assert loss.num_iteration.tolist() == [step]
+        assert {"loss", "distillation", "H_M", "H_Mlz"} <= set(loss.metrics)
+    # once for each resolution; the copy runs its hook too
+    assert runs[:2] == [(8, 4, 32, 32), (8, 4, 16, 16)]
+    assert len(runs) == 8
+    assert model.trunk._feature_blocks["conv1"].in_channels == 4
+
+
+@pytest.mark.parametrize("name", ["cntr_issl_loss", "simple_cntr_issl_loss"])
+def test_two_features_have_a_head_each(name: str, prepared: Callable) -> None:
+    task = built(prepared("pretrain/small/cntr", f"config.LOSS.name={name}"))
+    model = task.base_model.train()
+    images = torch.randn(8, 3, 32, 32)
+    alone = copy.deepcopy(model)
+    teacher, student = model(images)
+    (features,) = alone.trunk(images, [])
+    torch.testing.assert_close(teacher, alone.heads[0](features))
+    torch.testing.assert_close(student, alone.heads[1](features))
+    positives = "other" if name.startswith("simple") else "all"
+    expected = cissl_loss(list(student.chunk(2)), list(teacher.chunk(2)), temperature=0.1, positives=positives)
+    torch.testing.assert_close(task.base_loss([teacher, student], None), expected)
+
+
+def test_the_first_head_can_have_the_features_of_before_the_block(prepared: Callable) -> None:
+    widths = ["config.MODEL.TRUNK.RESNETS.Z_DIM_OLD_TMP_NEW=[2048,8,4096]"]
+    heads = "[[mlp,{dims:[2048,8]}],[mlp,{dims:[4096,8]}]]"
+    switch = "config.MODEL.TRUNK.RESNETS.IS_SKIP_RESIZER=true"
+    task = built(prepared("pretrain/small/cntr", *widths, switch, f"config.MODEL.HEAD.PARAMS={heads}"))
+    model = task.base_model.eval()
+    images = torch.randn(2, 3, 32, 32)
+    blocks = model.trunk._feature_blocks
+    x = images
+    for name in ("conv1", "bn1", "conv1_relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+        x = blocks[name](x)
+    narrow, wide = x.mean((2, 3)), blocks["resizer"](x).mean((2, 3))
+    outputs = model(images)
+    torch.testing.assert_close(outputs[0], model.heads[0](narrow))
+    torch.testing.assert_close(outputs[1], model.heads[1](wide))
+
+
+def test_a_resumed_run_goes_on_in_its_warm_up(folder: Path, few_digits: Path, launches: Callable) -> None:
+    """96 images, 3 steps an epoch; the launcher's own command."""
+    words = ["config=pretrain/small/dstl", "--config-dir", str(folder), "config.MACHINE.DEVICE=cpu"]
+    words += ["config.CHECKPOINT.DIR=runs/fork", "config.DISTRIBUTED.BACKEND=gloo"]
+    for epochs in (1, 2):
+        job = {"argv": [*words, f"config.OPTIMIZER.num_epochs={epochs}"], "folder": str(few_digits.parents[1])}
+        if epochs == 2:
+            (few_digits.parents[1] / "runs" / "fork" / "model_final_checkpoint_phase0.torch").rename(
+                few_digits.parents[1] / "runs" / "fork" / "model_phase0.torch"
+            )
+        (result,) = launches([job])
+        assert result["status"] == 0, result["output"][-6000:]
+        saved = few_digits.parents[1] / "runs" / "fork" / f"model_final_checkpoint_phase{epochs - 1}.torch"
+        state = torch.load(saved, weights_only=True)["classy_state_dict"]
+        assert state["loss"]["num_iteration"].tolist() == [3 * epochs]
+    rows = (few_digits.parents[1] / "runs" / "fork" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert {"H_M", "H_Mlz", "distillation", "invariance"} <= set(rows[0].split(","))
+
+
+def test_the_warm_up_of_the_learning_rate_is_kept(prepared: Callable) -> None:
+    """VISSL deletes it where there is one machine: its schedule is then the cosine alone."""
+    assert [part["name"] for part in _lr(prepared("pretrain/small/dstl")).schedulers] == ["linear", "cosine"]
+    stock = "pretrain/simclr/simclr_8node_resnet"
+    apex = "config.MODEL.SYNC_BN_CONFIG.SYNC_BN_TYPE=pytorch"
+    assert _lr(prepared(stock, apex)).name == "cosine"
+    kept = "config.OPTIMIZER.param_schedulers.lr.auto_lr_scaling.keep_warmup=true"
+    assert _lr(prepared(stock, apex, kept)).name == "composite"
+
+    config = prepared("pretrain/small/dstl")
+    schedule = hydra_config.resolve_linear_schedule.__wrapped__(config, _lr(config))
+    assert schedule.name == "cosine"
+
+
+def _lr(config: Any) -> Any:
+    return config.OPTIMIZER.param_schedulers.lr
+
+
+def test_without_the_forks_keys_vissls_own_parts_are_built(prepared: Callable) -> None:
+    """Same random weights, same keys, same outputs, crops of two sizes included."""
+    config = prepared("pretrain/simclr/simclr_8node_resnet", "config.MODEL.SYNC_BN_CONFIG.SYNC_BN_TYPE=pytorch").MODEL
+    config.HEAD.PARAMS = [[["mlp", {"dims": [2048, 8, 4], "use_bn": True, "use_relu": True, "use_dropout": True}]]]
+    images = [torch.randn(4, 3, size, size) for size in (40, 40, 33)]
+    outputs, states = [], []
+    for model_kind, trunk_kind, head_kind in (
+        (GroupedModel, WideResNeXt, OptionMLP),
+        (BaseSSLMultiInputOutputModel, ResNeXt, MLP),
+    ):
+        torch.manual_seed(0)
+        model = model_kind(config, {})
+        if model_kind is BaseSSLMultiInputOutputModel:
+            torch.manual_seed(0)
+            model.trunk = ResNeXt(config, "resnet")
+            torch.manual_seed(config._MODEL_INIT_SEED)
+            model.heads[0][0] = MLP(config, **config.HEAD.PARAMS[0][0][1])
+        assert type(model.trunk) is trunk_kind
+        assert type(model.heads[0][0]) is head_kind
+        torch.manual_seed(2)
+        outputs.append([model(images)[0], model(images[0])[0]])
+        states.append(model.state_dict())
+    assert list(states[0]) == list(states[1])
+    for ours, theirs in zip(states[0].values(), states[1].values(), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(*outputs, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def head(name: str, **options: Any) -> nn.Module:
+    config = AttrDict({"HEAD": {"BATCHNORM_EPS": 1e-5, "BATCHNORM_MOMENTUM": 0.1, "PARAMS_MULTIPLIER": 1.0}})
+    torch.manual_seed(0)
+    return get_model_head(name)(config, **options)
+
+
+def test_options_of_the_mlp() -> None:
+    kinds = [type(layer).__name__ for layer in head("mlp", dims=[4, 5, 6], use_ln=True, use_gelu=True).clf]
+    assert kinds == ["Linear", "LayerNorm", "GELU", "Linear"]
+    whole = head(
+        "mlp", dims=[4, 5], use_bn=True, use_ln=True, use_gelu=True, use_dropout=True, skip_last_layer_relu_bn=False
+    )
+    assert [type(layer).__name__ for layer in whole.clf] == ["Linear", "BatchNorm1d", "LayerNorm", "GELU", "Dropout"]
+
+    x = torch.randn(7, 4)
+    residual = head("mlp", dims=[4, 6, 4], is_residual=True)
+    torch.testing.assert_close(residual(x), x + residual.clf(x))
+    torch.testing.assert_close(residual(x[:, :, None, None]), residual(x))
+
+    narrow = head("mlp", dims=[400, 100, 300], is_JL_init=True, use_bias=False)
+    assert narrow.clf[0].weight.std().item() == pytest.approx(0.1, rel=0.02)  # 1 / √100, of 40,000 numbers
+    assert narrow.clf[1].weight.abs().max().item() <= 0.1  # torch's: uniform up to 1 / √100
+
+    cosine = head("mlp", dims=[4, 3], is_cosine=True, use_bias=False)
+    weight = cosine.clf[0].linear.weight_v
+    expected = torch.stack([torch.cosine_similarity(x, row.expand_as(x)) for row in weight], 1)
+    torch.testing.assert_close(cosine(x), expected)
+    assert set(cosine.state_dict()) == {"clf.0.linear.weight_v", "clf.0.linear.weight_g"}
+    for options, reason in (
+        ({"dims": [4, 4], "use_gelu": True, "use_relu": True}, "exclude each other"),
+        ({"dims": [4, 3], "is_residual": True}, "equal to the first, got 4 and 3"),
+        ({"dims": [4, 3], "is_cosine": True}, "needs use_bias=false"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            head("mlp", **options)
+
+
+def test_heads_identity_and_batchnorm() -> None:
+    x = 3 + 2 * torch.randn(50, 4)
+    assert torch.equal(head("identity")(x), x)
+    normed = head("batchnorm", dim=4)
+    torch.testing.assert_close(normed(x), (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt())
+    assert "norm.weight" in normed.state_dict()
+
+
+@pytest.mark.parametrize(("size", "shape"), [(None, (3, 3)), (2, (2, 2)), (-1, (1, 1))])
+def test_pooling_of_the_trunk(size: int | None, shape: tuple[int, int], prepared: Callable) -> None:
+    word = f"config.MODEL.TRUNK.RESNETS.AVG_POOL_KERNEL_SIZE={'null' if size is None else size}"
+    config = prepared("pretrain/small/cntr", word).MODEL
+    trunk = WideResNeXt(config, "resnet").eval()
+    last, pooled = trunk(torch.randn(1, 3, 96, 96), ["res5", "res5avg"])
+    assert last.shape[2:] == (3, 3)
+    assert pooled.shape[2:] == shape
+    torch.testing.assert_close(
+        pooled.mean((2, 3)) if size != 2 else pooled[:, :, 0, 0],
+        {None: last.mean((2, 3)), 2: last[:, :, :2, :2].mean((2, 3)), -1: last.mean((2, 3))}[size],
+    )
+
+
+def test_masked_patches_are_zero_in_all_channels() -> None:
+    torch.manual_seed(0)
+    mask = ImgTensorMask([0.5, 0.0], patch_size=8)
+    images = [torch.full((3, 160, 160), 2.0), torch.full((3, 9, 9), 2.0)]
+    masked, whole = mask(images)
+    assert torch.equal(whole, ImgTensor2RGBA()(images[1]))
+    assert torch.equal(whole[3], torch.ones(9, 9))
+    patches = masked.unfold(1, 8, 8).unfold(2, 8, 8).flatten(3)  # [4, 20, 20, 64]
+    kept = patches[3, :, :, 0]
+    assert torch.equal(
+        patches, kept[None, :, :, None] * torch.tensor([2.0, 2.0, 2.0, 1.0])[:, None, None, None] * torch.ones(64)
+    )
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    assert abs(kept.mean().item() - 0.5) < 0.1  # 400 patches, four standard deviations
+    with pytest.raises(ValueError, match=r"patches of 8 pixels do not fill an image of \(9, 9\)"):
+        ImgTensorMask([0.5], patch_size=8)(images[1:])
+    with pytest.raises(ValueError, match="2 probabilities for 1 views"):
+        mask(images[:1])
+
+
+def test_transforms_hear_of_an_epoch_before_its_data_are_loaded(prepared: Callable) -> None:
+    task = built(prepared("pretrain/small/dstl"))
+    transform = get_transform(task.config.DATA.TRAIN.TRANSFORMS)
+    apply, mask = transform.transforms[3].transform, transform.transforms[-1].transform
+    assert isinstance(apply, WarmingRandomApply)
+    heard = []
+    task.datasets = {"train": SimpleNamespace(transform=transform)}
+    task.dataloaders = {"train": SimpleNamespace()}
+    for epoch in (0, 1, 4, 50, 200):
+        task.set_epoch("train", epoch, 0, epoch)
+        heard.append((apply.transforms[0].p, apply.transforms[1].p, mask.share))
+    expected = [(0, 0, 0), (0.25, 0.025, 0.01), (1, 0.1, 0.04), (1, 0.1, 0.5), (1, 0.1, 1)]
+    torch.testing.assert_close(torch.tensor(heard), torch.tensor(expected, dtype=torch.float32))
+    assert transform.transforms[-1]._is_grouping_transform()
+
+
+def test_the_epoch_is_told_before_the_iterator_is_made(prepared: Callable) -> None:
+    """VISSL's hooks at the start of a phase come after the loader's processes have their copy of the transforms."""
+    task = built(prepared("pretrain/small/dstl"))
+    transform = get_transform(task.config.DATA.TRAIN.TRANSFORMS)
+    seen = []
+
+    class Loader:
+        dataset = None
+
+        def __iter__(self) -> Any:
+            seen.append(transform.transforms[-1].transform.epoch)
+            return iter(())
+
+    task.datasets = {"train": SimpleNamespace(transform=transform, rebuild_dataloader=lambda: False)}
+    task.dataloaders = {"train": Loader()}
+    task.recreate_data_iterator("train", epoch=7, compute_start_iter=False, train_phase_idx=7)
+    assert seen == [7]
+
+
+def test_the_iteration_counts_training_steps_alone() -> None:
+    loss = DstlISSLLoss.from_config({"warmup_teacher_iter": 10, "crops_for_Mx": [0]})
+    teacher, student = torch.randn(8, 6), torch.randn(12, 6)
+
+    def expected(weight: float) -> Tensor:
+        views = list(teacher.chunk(2)), list(student.chunk(3))
+        return dissl_loss(*views, beta_det_inv=0.6, distillation_weight=weight, assignment_views=[0])
+
+    torch.testing.assert_close(loss([teacher, student], None), expected(0.2))
+    loss.eval()([teacher, student], None)
+    assert loss.num_iteration.tolist() == [1]
+    restored = DstlISSLLoss.from_config({"warmup_teacher_iter": 10, "crops_for_Mx": [0]})
+    restored.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(restored([teacher, student], None), expected(0.3))
+
+
+def test_a_stall_rings_after_the_warm_up_of_a_resumed_run_too() -> None:
+    uniform = [torch.zeros(8, 6), torch.zeros(8, 6)]
+    for begun, rings in ((1198, False), (1199, True)):
+        loss = DstlISSLLoss.from_config({})
+        loss.num_iteration.fill_(begun)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            value = loss(uniform, None)
+        assert value.item() == pytest.approx((1 - 2.3 + 0.6) * math.log(6))
+        assert [str(each.message).startswith("DISSL has stalled") for each in heard] == [True] * rings
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("dstl", "+config.LOSS.dstl_issl_loss.beta=1", "config.LOSS.dstl_issl_loss: there is no key 'beta'"),
+        ("dstl", "config.LOSS.dstl_issl_loss.beta_H_MlZ=-1", "beta_H_MlZ must be a number at least 0, got -1"),
+        ("dstl", "config.LOSS.dstl_issl_loss.temperature_pred=0", "temperature_pred must be a number above 0, got 0"),
+        ("dstl", "config.LOSS.dstl_issl_loss.warmup_teacher_iter=0.5", "must be a number of steps or null, got 0.5"),
+        ("dstl", "config.LOSS.dstl_issl_loss.crops_for_teacher=[1,2]", "must be the first crops"),
+        ("dstl", "config.LOSS.dstl_issl_loss.crops_for_Mx=[3]", "must be different crops of crops_for_teacher"),
+        (
+            "dstl",
+            "config.LOSS.dstl_issl_loss.crops_for_teacher=[0,1,2]",
+            "takes 3 views .* but the teacher head gets 2",
+        ),
+        ("dstl", "config.MODEL.MULTI_RES_SPLIT_CROPS=[[0,null]]", "needs a group of resolutions for each head"),
+        ("dstl", "config.MODEL.MULTI_RES_SPLIT_CROPS=[0,1]", "has for each head its first resolution and the end"),
+        ("dstl", "config.DATA.TRAIN.COLLATE_FUNCTION=default_collate", "needs config.DATA.TRAIN.COLLATE_FUNCTION"),
+        ("dstl", "config.MODEL.TRUNK.RESNETS.Z_DIM_OLD_TMP_NEW=[512,8,4096]", r"is \[2048, inner width, new width\]"),
+        ("dstl", "config.MODEL.HEAD.PARAMS=[[mlp,{dims:[4096,16]}]]", "needs two heads"),
+        ("dstl", "config.MODEL.HEAD.PARAMS=[[mlp,{dims:[4,3],is_residual:true}],[identity,{}]]", "equal to the first"),
+        ("cntr", "config.MODEL.TRUNK.OUT_FEATURE_KEYS=[flatten]", "needs a feature for each head"),
+        ("cntr", "config.LOSS.cntr_issl_loss.buffer_params={foo:1}", "buffer_params must have entries of"),
+        ("cntr", "config.LOSS.cntr_issl_loss.temperature=-0.1", "temperature must be a number above 0, got -0.1"),
+    ],
+)
+def test_a_mistake_is_a_sentence(name: str, override: str, message: str, prepared: Callable) -> None:
+    with pytest.raises(UserError, match=message):
+        prepared(f"pretrain/small/{name}", override)
+
+
+def test_outputs_that_are_no_views_are_refused() -> None:
+    loss = DstlISSLLoss.from_config({})
+    with pytest.raises(ValueError, match="needs the outputs of two heads"):
+        loss([torch.zeros(4, 3)], None)
+    with pytest.raises(ValueError, match="5 rows of the teacher head and 4 of the student head"):
+        loss([torch.zeros(5, 3), torch.zeros(4, 3)], None)

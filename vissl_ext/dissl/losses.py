@@ -1,0 +1,257 @@
+"""The fork's losses by its names and with its keys; the maths is that of ``plugins.losses``.
+
+The model gives two outputs, the teacher head's first, each with the rows of one view after another. How many views
+there are is inferred from them. Keys that hold what can be inferred are taken and not used: ``n_Mx``, ``num_crops`` and
+``buffer_params``, which do not follow the heads and crops of the fork's own files.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from classy_vision.generic.distributed_util import is_primary
+from classy_vision.losses import ClassyLoss, register_loss
+from torch import Tensor
+
+from plugins.distributed import WORLD
+from plugins.losses import CISSLTerms, DISSLTerms, StallAlarm, cissl_terms, dissl_terms, dissl_warmup
+
+_WARMUPS = {
+    "warmup_lambda": "warmup_beta_unif_iter",
+    "warmup_beta": "warmup_beta_CE_iter",
+    "warmup_distillation": "warmup_teacher_iter",
+}
+_PATIENCE = 1000
+"""Steps, after the warm-ups, before the assignments are first looked at for a stall."""
+_BUFFER = {"embedding_dim", "world_size", "effective_batch_size"}
+
+
+class ForkLoss(ClassyLoss):
+    """A loss on the outputs of a teacher head and of a student head.
+
+    Args:
+        config: what stands below ``LOSS.<name>``.
+
+    Raises:
+        ValueError: see ``check_config``.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]]
+    """The keys, and what holds where one is absent."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.options = self.resolved(config)
+        self.metrics: dict[str, Tensor] = {}
+        self.moment = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ForkLoss":
+        """The loss that ``LOSS.<name>`` describes."""
+        return cls(config)
+
+    @classmethod
+    def check_config(cls, config: Mapping[str, Any]) -> None:
+        """Refuse, with a ValueError, what cannot stand below ``LOSS.<name>``."""
+        cls.resolved(config)
+
+    @classmethod
+    def resolved(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The options, checked and completed.
+
+        Raises:
+            ValueError: a key is unknown, or its value of another kind or out of range.
+        """
+        given = {key: value for key, value in config.items() if key != "name"}
+        for key in given:
+            if key not in cls.defaults:
+                raise ValueError(f"there is no key {key!r}; known are {', '.join(sorted(cls.defaults))}")
+        options = {**cls.defaults, **given}
+        for key, value in options.items():
+            _check_number(key, value)
+        return options
+
+    @classmethod
+    def teacher_views(cls, options: Mapping[str, Any]) -> int:
+        """How many views the teacher head sees."""
+        raise NotImplementedError
+
+    def split(self, output: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The views of the two heads' outputs.
+
+        Raises:
+            ValueError: there are not two outputs, or their rows are no whole numbers of views.
+        """
+        if not isinstance(output, list | tuple) or len(output) != 2:
+            raise ValueError("this loss needs the outputs of two heads, the teacher's first")
+        teacher, student = output
+        views = self.teacher_views(self.options)
+        rows = len(teacher) // views
+        if not rows or len(teacher) % views or len(student) % rows:
+            raise ValueError(
+                f"{len(teacher)} rows of the teacher head and {len(student)} of the student head are no whole numbers "
+                f"of views, where the teacher sees {views}"
+            )
+        return list(teacher.split(rows)), list(student.split(rows))
+
+
+def _check_number(key: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key.startswith(("temperature", "beta")):
+        least = "above 0" if key.startswith("temperature") else "at least 0"
+        if not number or value < 0 or (value == 0 and key.startswith("temperature")):
+            raise ValueError(f"{key} must be a number {least}, got {value!r}")
+    elif key.startswith("warmup") and value is not None and (type(value) is not int or value < 0):
+        raise ValueError(f"{key} must be a number of steps or null, got {value!r}")
+
+
+@register_loss("dstl_issl_loss")
+class DstlISSLLoss(ForkLoss):
+    """``plugins.losses.dissl_loss`` on both heads' logits, with the warm-ups of the fork and the alarm at a stall.
+
+    Keys: ``temperature_assign`` τ_t and ``temperature_pred`` τ_s, > 0; ``beta_pM_unif`` λ and ``beta_H_MlZ`` β, ≥ 0;
+    ``crops_for_teacher``, the first T crops; ``crops_for_Mx``, those of them that are assignments (null: all);
+    ``warmup_beta_unif_iter``, ``warmup_beta_CE_iter`` and ``warmup_teacher_iter``, steps or null.
+
+    Buffers:
+        num_iteration: ``[1]``, the steps done; with it a resumed run goes on in its warm-ups.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "n_Mx": 16384,
+        "num_crops": 2,
+        "temperature_assign": 0.5,
+        "temperature_pred": 1.0,
+        "crops_for_teacher": [0, 1],
+        "crops_for_Mx": None,
+        "beta_pM_unif": 2.3,
+        "beta_H_MlZ": 0.6,
+        **dict.fromkeys(_WARMUPS.values()),
+    }
+    num_iteration: Tensor
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        self.register_buffer("num_iteration", torch.zeros(1, dtype=torch.long))
+        self.alarm: StallAlarm | None = None
+
+    @classmethod
+    def resolved(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See ``ForkLoss.resolved``."""
+        options = super().resolved(config)
+        crops = options["crops_for_teacher"]
+        if not isinstance(crops, list | tuple) or not crops or sorted(crops) != list(range(len(crops))):
+            raise ValueError(f"crops_for_teacher must be the first crops, such as [0, 1], got {crops}")
+        chosen = options["crops_for_Mx"]
+        if chosen is not None and (
+            not isinstance(chosen, list | tuple) or len(set(chosen)) < len(chosen) or not set(chosen) <= set(crops)
+        ):
+            raise ValueError(f"crops_for_Mx must be different crops of crops_for_teacher, or null, got {chosen}")
+        return options
+
+    @classmethod
+    def teacher_views(cls, options: Mapping[str, Any]) -> int:
+        """T."""
+        return len(options["crops_for_teacher"])
+
+    def forward(self, output: list[Tensor], target: Tensor) -> Tensor:
+        """Loss of the joined batch.
+
+        Args:
+            output: of the teacher head ``[T·B, C]`` and of the student head ``[S·B, C]``.
+            target: labels; not used.
+        """
+        teacher, student = self.split(output)
+        options = self.options
+        order = options["crops_for_teacher"]
+        if self.training:
+            self.num_iteration += 1
+        weights = dissl_warmup(
+            self.num_iteration[0],
+            lambda_maximality=options["beta_pM_unif"],
+            beta_det_inv=options["beta_H_MlZ"],
+            **{name: options[key] or 0 for name, key in _WARMUPS.items()},
+        )
+        chosen = options["crops_for_Mx"] or order  # an empty list is the fork's null
+        terms = dissl_terms(
+            teacher,
+            student,
+            **weights._asdict(),
+            tau_teacher=options["temperature_assign"],
+            tau_student=options["temperature_pred"],
+            assignment_views=sorted(chosen),
+            comm=WORLD,
+        )
+        self.metrics = {name: value.detach() for name, value in terms._asdict().items()}
+        if self.training:
+            self._watch(terms, teacher[0].shape[1])
+        return terms.loss
+
+    def _watch(self, terms: DISSLTerms, classes: int) -> None:
+        """Ring at a stall; log at the steps at which the fork does."""
+        if self.alarm is None:
+            longest = max(self.options[key] or 0 for key in _WARMUPS.values())
+            self.alarm = StallAlarm(max(classes, 2), after=longest + _PATIENCE)
+            self.alarm.calls = int(self.num_iteration) - 1  # of the run that is resumed
+        self.alarm(terms.H_Mlz)
+        step = self.alarm.calls
+        if (step in (1, 10, 20, 50, 100, 150) or step % 200 == 0) and is_primary():
+            logging.info(
+                f"step {step}: H[M] {float(terms.H_M):.4f}, H[M|Z] {float(terms.H_Mlz):.4f}, "
+                f"distillation {float(terms.distillation):.4f}, invariance {float(terms.invariance):.4f}"
+            )
+
+
+@register_loss("cntr_issl_loss")
+class CntrISSLLoss(ForkLoss):
+    """``plugins.losses.cissl_loss`` of two teacher views, or more views of the student head.
+
+    Keys: ``temperature`` τ > 0.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {"temperature": 0.1, "buffer_params": {}}
+    positives: ClassVar[str] = "all"
+
+    @classmethod
+    def resolved(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See ``ForkLoss.resolved``."""
+        options = super().resolved(config)
+        buffer = options["buffer_params"]
+        if not isinstance(buffer, Mapping) or not set(buffer) <= _BUFFER:
+            raise ValueError(f"buffer_params must have entries of {', '.join(sorted(_BUFFER))}, got {buffer!r}")
+        return options
+
+    @classmethod
+    def teacher_views(cls, options: Mapping[str, Any]) -> int:
+        """Two."""
+        return 2
+
+    def forward(self, output: list[Tensor], target: Tensor) -> Tensor:
+        """Loss of the joined batch.
+
+        Args:
+            output: of the teacher head, whose rows are the columns of the softmax, and of the student head, each
+                ``[2B, D]``.
+            target: labels; not used.
+        """
+        teacher, student = self.split(output)
+        terms: CISSLTerms = cissl_terms(
+            student, teacher, temperature=self.options["temperature"], positives=self.positives, comm=WORLD
+        )
+        self.metrics = {name: value.detach() for name, value in terms._asdict().items()}
+        return terms.loss
+
+
+@register_loss("simple_cntr_issl_loss")
+class SimpleCntrISSLLoss(CntrISSLLoss):
+    """The same with SimCLR's positives: the other view alone, the row's own view is no column."""
+
+    positives = "other"
+
+
+LOSSES: Mapping[str, type[ForkLoss]] = {
+    "dstl_issl_loss": DstlISSLLoss,
+    "cntr_issl_loss": CntrISSLLoss,
+    "simple_cntr_issl_loss": SimpleCntrISSLLoss,
+}

@@ -139,6 +139,7 @@ test_main_branch() {
 share_cores() {
     local cores
     cores="$(python -c 'import os; print(os.cpu_count() or 1)')"
+    cores="${cores:-1}"
     workers=$((cores < 4 ? cores : 4))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / workers))}"
 }

@@ -163,7 +163,7 @@ def test_all_checks_run_even_when_some_fail(checkout):
         "ruff format --check .",
         "lint-imports ",
         "pyright plugins",
-        "python -m pytest -k isoloss",
+        "python -m pytest --numprocesses 1 -k isoloss",
     ]
     assert "passed: lint-imports, pyright, pytest" in done.stdout
     assert "failed: ruff check (status 1), ruff format (status 1)" in done.stderr

@@ -29,6 +29,8 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 """The second one stands still while other programs run: for one thread of a shared machine."""
 WARM_UP = 1
 """Untimed steps at the start of each turn: the optimiser makes its state."""
+_WIDTHS = {"proj_hidden_dim", "proj_output_dim"}
+"""What a method needs for a projector of the shape that solo-learn's methods have."""
 _VICREG = {"sim_loss_weight": 25.0, "var_loss_weight": 25.0, "cov_loss_weight": 1.0}
 
 
@@ -135,7 +137,8 @@ def bench_step(
         steps: timed steps of each method in each round, >= 1.
 
     Returns:
-        A row per method and teacher, and the names of methods that the folder has no file for.
+        A row per method and teacher, and the names of methods that the folder has no file for, or that have no
+        projector of the shape that solo-learn's methods have.
 
     Raises:
         UserError: no such folder, method, backbone or option.
@@ -149,7 +152,9 @@ def bench_step(
     names = [name for name in METHODS if fnmatch(name, methods)]
     if not names:
         raise UserError(f"no method matches {methods!r}; there are {', '.join(METHODS)}")
-    left_out = [name for name in names if not (folder / f"{name}.yaml").is_file()]
+    left_out = [
+        name for name in names if not (folder / f"{name}.yaml").is_file() or not set(METHODS[name].options) >= _WIDTHS
+    ]
     contestants: dict[tuple, Contestant] = {}
     pairs = []
     for name in names:
@@ -324,6 +329,6 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any
         results, left_out = bench_step(setting, methods=options.method, repeat=options.repeat, steps=options.steps)
     print(table(results))
     if left_out:
-        print(f"left out, without a file in {setting.configs}: {', '.join(left_out)}")
+        print(f"left out, without a file in {setting.configs} or such a projector: {', '.join(left_out)}")
     environment = {"solo-learn": host_release(), "torch": torch.__version__, "device": device, **setting._asdict()}
     return environment, [result._asdict() for result in results]

@@ -75,10 +75,13 @@ def test_mixed_precision_trains(name, device, precision, compose):
     assert ("MixedPrecision" in state) is (precision == "16-mixed")  # the loss scale
     weights = state["state_dict"]
     assert all(value.isfinite().all() for value in weights.values())
-    assert [key for key, value in before.items() if torch.equal(weights[key].cpu(), value)] == []
+    still = {key.removeprefix("momentum_") for key, value in before.items() if torch.equal(weights[key].cpu(), value)}
+    # the bias in front of Matrix-SSL's last batch norm
+    assert still <= {"projector.6.bias"}
     assert {value.dtype for value in weights.values()} <= {torch.float32, torch.int64}
     moments = [value for key, value in weights.items() if key.rsplit(".", 1)[-1] in ("C", "W")]
-    assert moments and all(value.abs().sum() > 0 for value in moments)
+    assert bool(moments) == ("log_eigvals" in METHODS[name].options)
+    assert all(value.abs().sum() > 0 for value in moments)
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["train_ssl_loss_step"]) for row in rows if row["train_ssl_loss_step"]]

@@ -56,7 +56,7 @@ def test_command_leaves_out_what_does_not_fit(capsys):
         (["losses", "--sizes", "1x8"], "at least 2 rows"),
         (["predictors", "--repeat", "0"], "--repeat: must be a whole number, at least 1, got 0"),
         (["step", "--batch", "1"], "--batch: must be a whole number, at least 2, got 1"),
-        (["step", "--method", "isolos"], "no method matches 'isolos'; there are byol, directcopy"),
+        (["step", "--method", "isolos"], "no method matches 'isolos'; there are byol, cissl, directcopy"),
         (["step", "--method", "isoloss", "--backbone", "resnet1"], "there is no backbone 'resnet1'"),
         (["step", "--method", "isoloss", "optimizer"], "optimizer"),
         (["step", "--configs", "nowhere"], "--config-path is no folder: nowhere"),
@@ -86,7 +86,8 @@ def test_step_compares_each_method_with_one_of_solo_learns(one_thread, tmp_path,
     assert (
         main(["step", "--method", "[!di]*", *_TINY, "--json", str(tmp_path / "step.json"), "optimizer.name=sgd"]) == 0
     )
-    header, titles, rule, *rows = (line for line in capsys.readouterr().out.splitlines() if line)
+    header, titles, rule, *rows, left_out = (line for line in capsys.readouterr().out.splitlines() if line)
+    assert left_out.endswith("such a projector: cissl")
     assert "4 images of 16 px" in header and "CPU threads" in header
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (titles, rule, *rows)]
     assert {len(row) for row in cells} == {9}
@@ -94,7 +95,8 @@ def test_step_compares_each_method_with_one_of_solo_learns(one_thread, tmp_path,
     assert written["environment"]["batch"] == 4 and written["environment"]["overrides"] == ["optimizer.name=sgd"]
     results = written["results"]
     expected = []
-    for name, reference in (("byol", "byol"), ("simsiam", "simsiam"), ("ssl_ey", "vicreg")):
+    pairs = {"byol": "byol", "matrix_ssl": "byol", "mec": "byol", "simsiam": "simsiam", "ssl_ey": "vicreg"}
+    for name, reference in pairs.items():
         spec = METHODS[name]
         expected += [(name, teacher, reference) for teacher in (("EMA", "τ = 0") if spec.teacher else ("none",))]
     assert [(r["method"], r["teacher"], r["reference"]) for r in results] == expected
@@ -158,9 +160,10 @@ def test_marks(name, rows, width, mark, one_thread):
     [("dissl_2", 64, 16384, 0.67), ("dissl_8", 64, 16384, 2), ("cissl_2", 256, 128, 0.67), ("cissl_8", 128, 128, 0.67)],
 )
 def test_marks_of_many_views(name, rows, width, mark, one_thread):
-    results = [compare(name, rows, width, repeat=5, budget=20) for _ in range(2)]
-    assert max(result.time_ratio for result in results) >= mark
-    assert results[0].ours_bytes < results[0].plain_bytes
+    # one of three looks is enough where machines are noisy
+    assert any(compare(name, rows, width, repeat=5, budget=20).time_ratio >= mark for _ in range(3))
+    result = compare(name, rows, width, repeat=1)
+    assert result.ours_bytes < result.plain_bytes
 
 
 @pytest.mark.slow

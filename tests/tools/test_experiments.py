@@ -182,7 +182,8 @@ def test_only_selects_by_part_of_the_name(suite, capsys, pattern, names):
 )
 def test_mistakes_are_told_in_one_sentence(suite, tmp_path, capsys, arguments, message):
     assert experiments.main(arguments) == 2
-    assert capsys.readouterr().err == f"error: {message}\n"
+    hint = "; see --help" if message.startswith(("argument ", "unrecognized ")) else ""
+    assert capsys.readouterr().err == f"error: {message}{hint}\n"
     assert list(tmp_path.iterdir()) == []
 
 

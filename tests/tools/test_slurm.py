@@ -143,7 +143,8 @@ def test_mistakes_are_told_in_one_sentence(arguments, message, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert slurm.main(arguments) == 2
-    assert capsys.readouterr().err == f"error: {message}\n"
+    hint = "; see --help" if message.startswith(("argument ", "unrecognized ")) else ""
+    assert capsys.readouterr().err == f"error: {message}{hint}\n"
     assert list(tmp_path.iterdir()) == []
 
 

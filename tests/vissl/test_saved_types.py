@@ -80,7 +80,7 @@ def same(saved: Any, loaded: Any) -> bool:
 
 
 @pytest.fixture
-def stock():
+def no_types_of_ours():
     """torch as it is without us."""
     ours = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
@@ -94,7 +94,7 @@ def stock():
     [np.float64(7.5), np.array([1.5]), AttrDict({"DATA": 1}), Namespace(arch="resnet50")],
     ids=lambda value: type(value).__name__,
 )
-def test_each_is_needed(value: Any, tmp_path: Path, stock: None) -> None:
+def test_each_is_needed(value: Any, tmp_path: Path, no_types_of_ours: None) -> None:
     path = tmp_path / "value.torch"
     torch.save({"value": value}, path)
     with pytest.raises(Exception, match="Weights only load failed"):
@@ -105,7 +105,7 @@ def test_each_is_needed(value: Any, tmp_path: Path, stock: None) -> None:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_saved_types_are_needed(zipped: bool, tmp_path: Path, stock: None) -> None:
+def test_saved_types_are_needed(zipped: bool, tmp_path: Path, no_types_of_ours: None) -> None:
     path = tmp_path / "former.torch"
     saved = former_checkpoint({"trunk": {"w": torch.arange(3.0)}})
     save_as_formerly(saved, path, zipped)
@@ -151,7 +151,7 @@ def test_clusters_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert read.config.DATA.TRAIN.DATA_LIMIT == 7
 
 
-def test_clusters_need_it(tmp_path: Path, stock: None) -> None:
+def test_clusters_need_it(tmp_path: Path, no_types_of_ours: None) -> None:
     written = SimpleNamespace(config=AttrDict({}), cluster_assignments={})
     ClusterAssignmentLoader.save_cluster_assignment(str(tmp_path), written)
     with pytest.raises(Exception, match=r"Weights only load failed[\s\S]*vissl.config.attr_dict.AttrDict"):

@@ -5,9 +5,9 @@ An adapter builds any method from its SPEC alone::
     options = spec.resolve(user_options)                # unknown names are errors, aliases are translated
     projector = spec.head(features_dim, options)
     predictor = spec.predictor(options, comm)           # an nn.Module with predict(list of z) → list of p
-    objective = Objective(spec, options, comm, predictor)
+    objective = Objective(spec, options, comm, predictor, projector)
     ...
-    e = embed(features, projector, predictor, target)   # a matrix of features per view; those of a teacher, if any
+    e = embed(features, projector, predictor.predict, target)   # one matrix of features per view; a teacher's output
     terms = objective(e);  terms.loss.backward()
 
 ``Objective`` and ``embed`` are in :mod:`plugins.objective`.

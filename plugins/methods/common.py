@@ -93,6 +93,11 @@ def two_layer_head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
     return mlp_head(features_dim, options["proj_hidden_dim"], options["proj_output_dim"], layers=2)
 
 
+def bottleneck_predictor(options: Mapping[str, Any], _comm: Collective) -> nn.Module:
+    """SimSiam's prediction head: Linear without bias, BN, ReLU, Linear, narrower inside."""
+    return MLPPredictor(options["proj_output_dim"], options["pred_hidden_dim"], bias=False)
+
+
 def two_layer_predictor(options: Mapping[str, Any], _comm: Collective) -> nn.Module:
     """BYOL's prediction head: Linear, BN, ReLU, Linear."""
     return MLPPredictor(options["proj_output_dim"], options["pred_hidden_dim"])

@@ -9,8 +9,7 @@ from plugins.distributed import Collective
 from plugins.heads import mlp_head
 from plugins.losses import MatrixSSLTerms, matrix_ssl_terms
 from plugins.losses.log_series import SeriesWatch
-from plugins.methods.common import LOG_EIGVALS, predictor_options, projector_options
-from plugins.predictors import MLPPredictor
+from plugins.methods.common import LOG_EIGVALS, bottleneck_predictor, predictor_options, projector_options
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
 
 _OF_LOSS = ("mce_lambd", "mce_mu", "gamma", "mce_order", "logarithm", "trace_term")
@@ -35,16 +34,11 @@ def projector(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
     return mlp_head(features_dim, hidden, output, layers=3, bias=False, final_norm="plain", final_bias="frozen")
 
 
-def predictor(options: Mapping[str, Any], _comm: Collective) -> nn.Module:
-    """Linear, BN, ReLU, Linear through a bottleneck."""
-    return MLPPredictor(options["proj_output_dim"], options["pred_hidden_dim"], bias=False)
-
-
 SPEC = MethodSpec(
     name="matrix_ssl",
     loss=_Loss,
     head=projector,
-    predictor=predictor,
+    predictor=bottleneck_predictor,
     teacher=True,
     views=2,
     options={

@@ -7,8 +7,14 @@ from torch import nn
 
 from plugins.distributed import Collective
 from plugins.heads import mlp_head
-from plugins.methods.common import LOG_EIGVALS, CrossViewLoss, PairTerms, predictor_options, projector_options
-from plugins.predictors import MLPPredictor
+from plugins.methods.common import (
+    LOG_EIGVALS,
+    CrossViewLoss,
+    PairTerms,
+    bottleneck_predictor,
+    predictor_options,
+    projector_options,
+)
 from plugins.spec import Embeddings, MethodSpec, Paper
 
 
@@ -29,15 +35,11 @@ def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
     return mlp_head(features_dim, hidden, output, layers=3, bias=False, final_bias=False, final_norm="plain")
 
 
-def _predictor(options: Mapping[str, Any], _comm: Collective) -> nn.Module:
-    return MLPPredictor(options["proj_output_dim"], options["pred_hidden_dim"], bias=False)
-
-
 SPEC = MethodSpec(
     name="simsiam",
     loss=SimSiamLoss,
     head=_head,
-    predictor=_predictor,
+    predictor=bottleneck_predictor,
     teacher=False,
     views=2,
     options={

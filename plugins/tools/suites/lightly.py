@@ -55,7 +55,7 @@ def _run(method: str, seed: int, config: Any, linear: Any, linear_5: Any, reques
         "backbone": config.backbone.name,
         "input-size": view.crop_size,
         **CHANNELS,
-        "option": {**(config.get("method_kwargs") or {}), **config.momentum},
+        "option": {**config.method_kwargs, **config.momentum},
         "seed": seed,
         "eval-min-scale": linear.data.augmentations.crop_min_scale,
         "eval-hf-prob": view.horizontal_flip.prob,

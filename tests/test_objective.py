@@ -38,6 +38,7 @@ def test_a_second_branch_makes_targets_with_gradient():
     features = [torch.randn(4, 3) for _ in range(3)]
     e = embed(features, head, large=2)
     assert torch.equal(e.target[1], head.teacher(features[1])) and torch.equal(e.z[2], head.student(features[2]))
+    assert (len(e.z), len(e.target), len(e.features)) == (3, 2, 2), "the small crop is the student's alone"
     sum(target.sum() for target in e.target).backward()
     assert head.teacher.weight.grad is not None and head.student.weight.grad is None
 

@@ -22,6 +22,7 @@ from vissl_ext.hooks import MetricsHook, extra_hooks
 from vissl_ext.larc import needs_plain_larc, plain_larc
 from vissl_ext.methods import HEAD, TeacherLoss, method_options
 from vissl_ext.trunks import check_trunk, trunk_width
+from vissl_ext.views import check_batches, large_and_small
 
 _OF_TASK = {"method", "options", "views", "large"}
 """What the task writes beside ``in_dim`` into the configuration of the head."""
@@ -60,9 +61,7 @@ def check_config(config: Any, *, training: bool = True) -> None:
         return
     if config.TEST_MODEL:
         raise UserError(f"config.LOSS.name={name} is for training alone: set config.TEST_MODEL=false")
-    if config.DATA.TRAIN.BATCHSIZE_PER_REPLICA < 2:
-        raise UserError(f"config.LOSS.name={name} needs config.DATA.TRAIN.BATCHSIZE_PER_REPLICA of at least 2")
-    large, small = views(config)
+    large, small = large_and_small(config)
     if large + small < 2:
         raise UserError(
             f"config.LOSS.name={name} needs two views of each image: put ImgPilToMultiCrop or ImgReplicatePil into "
@@ -72,11 +71,7 @@ def check_config(config: Any, *, training: bool = True) -> None:
         METHODS[name].check_views(large, small)
     except ValueError as error:
         raise UserError(f"config.DATA.TRAIN.TRANSFORMS: {error}") from None
-    if config.DATA.TRAIN.COLLATE_FUNCTION not in ("multicrop_collator", "simclr_collator"):
-        raise UserError(
-            f"config.LOSS.name={name} needs config.DATA.TRAIN.COLLATE_FUNCTION=multicrop_collator or simclr_collator, "
-            f"got {config.DATA.TRAIN.COLLATE_FUNCTION}"
-        )
+    check_batches(config)
 
 
 def _check_head(config: Any, name: str) -> None:
@@ -98,20 +93,6 @@ def _check_head(config: Any, name: str) -> None:
                 spec.predictor(options, LOCAL)
     except (ValueError, TypeError) as error:
         raise UserError(f"config.LOSS.{name}: {error}") from None
-
-
-def views(config: Any) -> tuple[int, int]:
-    """How many large views of an image and how many small crops the training transforms make."""
-    large, small = 1, 0
-    for transform in config.DATA.TRAIN.TRANSFORMS:
-        if transform["name"] == "ImgPilToMultiCrop":
-            crops = list(zip(transform["num_crops"], transform["size_crops"], strict=True))
-            largest = max(size for _, size in crops)
-            small = large * sum(count for count, size in crops if size < largest)
-            large *= sum(count for count, size in crops if size == largest)
-        elif transform["name"] == "ImgReplicatePil":
-            large *= transform.get("num_times", 2)
-    return large, small
 
 
 class ScaledScheduler(ClassyParamScheduler):
@@ -179,7 +160,7 @@ class PluginTask(SelfSupervisionTask):
         if self.method:
             check_config(self.config, training=False)
             given = {key: value for key, value in self.config.LOSS[self.method].items() if key != "name"}
-            large, small = views(self.config)
+            large, small = large_and_small(self.config)
             self.config.MODEL.HEAD.PARAMS[0][1].update(
                 method=self.method, options=given, views=large + small, large=large
             )

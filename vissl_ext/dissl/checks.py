@@ -7,6 +7,7 @@ from classy_vision.losses import LOSS_REGISTRY
 from plugins.tools.command import UserError
 from vissl_ext.dissl.losses import ForkLoss, SimpleCntrISSLLoss
 from vissl_ext.dissl.model import WHOLE
+from vissl_ext.views import check_batches, resolutions
 
 
 def check_fork(config: Any, *, training: bool) -> None:
@@ -34,8 +35,7 @@ def check_fork(config: Any, *, training: bool) -> None:
             f"config.LOSS.name={name} needs two heads in config.MODEL.HEAD.PARAMS, the teacher's first, "
             f"got {len(config.MODEL.HEAD.PARAMS)}"
         )
-    if config.DATA.TRAIN.BATCHSIZE_PER_REPLICA < 2:
-        raise UserError(f"config.LOSS.name={name} needs config.DATA.TRAIN.BATCHSIZE_PER_REPLICA of at least 2")
+    check_batches(config)
     teacher, student = _views(config, name, groups)
     wanted = kind.teacher_views(options)
     if teacher != wanted:
@@ -57,9 +57,9 @@ def _check_groups(groups: Any) -> None:
 
 def _views(config: Any, name: str, groups: list[Any]) -> tuple[int, int]:
     """How many views the teacher head and the student head get."""
-    counts = resolutions(config.DATA.TRAIN.TRANSFORMS)
-    collator, trunk = config.DATA.TRAIN.COLLATE_FUNCTION, config.MODEL.TRUNK
-    if collator == "multicrop_collator":
+    counts = [count for _, count in resolutions(config.DATA.TRAIN.TRANSFORMS)]
+    trunk = config.MODEL.TRUNK
+    if config.DATA.TRAIN.COLLATE_FUNCTION == "multicrop_collator":
         if len(groups) != 2:
             raise UserError(
                 f"config.LOSS.name={name} with multicrop_collator needs a group of resolutions for each head, "
@@ -67,37 +67,10 @@ def _views(config: Any, name: str, groups: list[Any]) -> tuple[int, int]:
             )
         teacher, student = (sum(counts[start:end]) for start, end in groups)
         return teacher, student
-    if collator == "simclr_collator":
-        keys = trunk.get("OUT_FEATURE_KEYS") or []
-        if len(keys) != 2 and not trunk.RESNETS.get("IS_SKIP_RESIZER", False):
-            raise UserError(
-                f"config.LOSS.name={name} with simclr_collator needs a feature for each head, "
-                f"config.MODEL.TRUNK.OUT_FEATURE_KEYS=[flatten,flatten], got {list(keys)}"
-            )
-        return sum(counts), sum(counts)
-    raise UserError(
-        f"config.LOSS.name={name} needs config.DATA.TRAIN.COLLATE_FUNCTION=multicrop_collator or simclr_collator, "
-        f"got {collator}"
-    )
-
-
-def resolutions(transforms: list[Any]) -> list[int]:
-    """How many views of each resolution the transforms make, in the order in which the model gets them.
-
-    Args:
-        transforms: DATA.TRAIN.TRANSFORMS.
-    """
-    for transform in transforms:
-        if transform["name"] == "ImgPilToMultiCrop":
-            counts: list[int] = []
-            last = None
-            for count, size in zip(transform["num_crops"], transform["size_crops"], strict=True):
-                if size == last:
-                    counts[-1] += count
-                else:
-                    counts.append(count)
-                last = size
-            return counts
-        if transform["name"] == "ImgReplicatePil":
-            return [transform.get("num_times", 2)]
-    return [1]
+    keys = trunk.get("OUT_FEATURE_KEYS") or []
+    if len(keys) != 2 and not trunk.RESNETS.get("IS_SKIP_RESIZER", False):
+        raise UserError(
+            f"config.LOSS.name={name} with simclr_collator needs a feature for each head, "
+            f"config.MODEL.TRUNK.OUT_FEATURE_KEYS=[flatten,flatten], got {list(keys)}"
+        )
+    return sum(counts), sum(counts)

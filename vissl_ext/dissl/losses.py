@@ -193,9 +193,8 @@ class DstlISSLLoss(ForkLoss):
         if self.alarm is None:
             longest = max(self.options[key] or 0 for key in _WARMUPS.values())
             self.alarm = StallAlarm(max(classes, 2), after=longest + _PATIENCE)
-            self.alarm.calls = int(self.num_iteration) - 1  # of the run that is resumed
-        self.alarm(terms.H_Mlz)
-        step = self.alarm.calls
+        self.alarm(terms.H_Mlz, self.num_iteration)
+        step = self.alarm.steps
         if (step in (1, 10, 20, 50, 100, 150) or step % 200 == 0) and is_primary():
             logging.info(
                 f"step {step}: H[M] {float(terms.H_M):.4f}, H[M|Z] {float(terms.H_Mlz):.4f}, "

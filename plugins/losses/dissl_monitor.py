@@ -69,12 +69,12 @@ class StallAlarm:
 
     Args:
         classes: C.
-        after: calls before the first look, as many as the warm-up has steps.
-        every: calls from one look to the next. Only a look waits for the device.
+        after: steps before the first look, at least as many as the warm-up has.
+        every: steps from one look to the next. Only the first call and a look wait for the device.
         threshold: share of log C above which the mean entropy of an assignment is a stall, in (0, 1].
 
     >>> alarm = StallAlarm(16, after=0, every=1)
-    >>> alarm(torch.tensor(1.0))
+    >>> alarm(torch.tensor(1.0), step=1)
     False
     """
 
@@ -84,19 +84,25 @@ class StallAlarm:
         check_range("every", every, low=1)
         check_range("threshold", threshold, low=0, high=1)
         self.classes, self.after, self.every, self.threshold = classes, after, every, threshold
-        self.calls = 0
+        self.steps: int | None = None
         self.rung = False
 
-    def __call__(self, H_Mlz: Float[Tensor, ""]) -> bool:
-        """Take one step's ``DISSLTerms.H_Mlz``; whether it warned now."""
-        self.calls += 1
-        if self.rung or self.calls <= self.after or (self.calls - self.after) % self.every:
+    def __call__(self, H_Mlz: Float[Tensor, ""], step: Tensor | int) -> bool:
+        """Take one step's ``DISSLTerms.H_Mlz``; whether it warned now.
+
+        Args:
+            H_Mlz: mean entropy of an assignment.
+            step: how many steps the run has done, this one included. Asked for in the first call, since a resumed run
+                does not begin at 1; from there on each call is one step.
+        """
+        self.steps = int(step) if self.steps is None else self.steps + 1
+        if self.rung or self.steps <= self.after or (self.steps - self.after) % self.every:
             return False
         share = H_Mlz.item() / math.log(self.classes)
         self.rung = share > self.threshold
         if self.rung:
             warnings.warn(
-                f"DISSL has stalled at uniform assignments: after {self.calls} steps their mean entropy is {share:.1%} "
+                f"DISSL has stalled at uniform assignments: after {self.steps} steps their mean entropy is {share:.1%} "
                 f"of log {self.classes}; use weaker augmentations, a higher learning rate or a warm-up of beta",
                 stacklevel=2,
             )

@@ -27,13 +27,15 @@ class _Loss(nn.Module):
         self.taus = {"tau_teacher": options["tau_teacher"], "tau_student": options["tau_student"]}
         self.comm = comm
         self.counter = StepCounter()
-        self.alarm = StallAlarm(options["n_classes"], after=options["stall_alarm_iter"])
+        longest = max(self.weights[name] for name in ("warmup_lambda", "warmup_beta", "warmup_distillation"))
+        self.alarm = StallAlarm(options["n_classes"], after=longest + options["stall_alarm_iter"])
 
     def forward(self, e: Embeddings) -> DISSLTerms:
-        weights = dissl_warmup(self.counter() + 1, **self.weights)
+        step = self.counter() + 1
+        weights = dissl_warmup(step, **self.weights)
         terms = dissl_terms(e.target, e.z, **weights._asdict(), **self.taus, comm=self.comm)
         if self.training:
-            self.alarm(terms.H_Mlz)
+            self.alarm(terms.H_Mlz, step)
         return terms
 
 
@@ -58,7 +60,10 @@ SPEC = MethodSpec(
         "warmup_lambda_iter": Option(0, "steps in which λ goes from β + 1", aliases={"warmup_beta_unif_iter": None}),
         "warmup_beta_iter": Option(0, "steps in which β goes from λ", aliases={"warmup_beta_CE_iter": None}),
         "warmup_teacher_iter": Option(0, "steps in which the distillation's weight goes from 0"),
-        "stall_alarm_iter": Option(1000, "steps before a warning that the assignments are still uniform, >= 0"),
+        "stall_alarm_iter": Option(
+            1000, "steps after the warm-ups before a warning that the assignments are still uniform, >= 0"
+        ),
     },
     paper=Paper("DISSL", "Dubois, Hashimoto, Ermon and Liang 2022, arXiv:2209.06235"),
+    width="n_classes",
 )

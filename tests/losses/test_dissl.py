@@ -481,7 +481,7 @@ def test_alarm_rings_once_after_the_warmup():
     stalled = torch.tensor(0.96 * math.log(16))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        rang = [step for step in range(1, 30) if alarm(stalled)]
+        rang = [step for step in range(1, 30) if alarm(stalled, step)]
     assert rang == [8]
     (warning,) = caught
     assert "after 8 steps their mean entropy is 96.0% of log 16" in str(warning.message)
@@ -489,9 +489,15 @@ def test_alarm_rings_once_after_the_warmup():
 
 def test_alarm_is_silent_in_training_and_never_waits_between_looks():
     alarm = StallAlarm(16, after=0, every=10)
-    assert not any(alarm(torch.tensor(0.94 * math.log(16))) for _ in range(40))
+    assert not any(alarm(torch.tensor(0.94 * math.log(16)), step) for step in range(1, 41))
     unseen = mock.Mock(item=mock.Mock(side_effect=AssertionError("waited for the device")))
-    assert not any(alarm(unseen) for _ in range(9))
+    assert not any(alarm(unseen, unseen) for _ in range(9))
+
+
+def test_alarm_of_a_resumed_run_goes_on_counting():
+    alarm = StallAlarm(16, after=100, every=10)
+    with pytest.warns(UserWarning, match="after 110 steps"):
+        assert [alarm(torch.tensor(math.log(16)), torch.tensor(step)) for step in (109, 110)] == [False, True]
 
 
 def test_etf_of_a_simplex_is_ideal():

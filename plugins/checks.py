@@ -3,6 +3,7 @@
 Every message names what was expected and what was given, so that a user can act on it without a debugger.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -51,13 +52,14 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def check_range(name: str, value: float, *, low: float, high: float = float("inf")) -> None:
-    """Require ``low <= value <= high``.
+    """Require ``low <= value <= high``, and a finite value.
 
     Raises:
-        ValueError: it is outside, or not a number.
+        ValueError: it is outside, infinite, or not a number.
     """
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
+    if not low <= value <= high or math.isinf(value):
+        end = ")" if math.isinf(high) else "]"
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}{end}, got {value!r}")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

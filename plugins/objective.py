@@ -68,7 +68,7 @@ class Objective(nn.Module):
             self.etf = ETFMonitor(projector.features_dim, comm=comm)
         self.embedding_moment: RunningMoment | None = None
         if options.get("log_eigvals", False) and not isinstance(predictor, RunningMoment):
-            self.embedding_moment = RunningMoment(options["proj_output_dim"], rho=0.99, comm=comm)
+            self.embedding_moment = RunningMoment(options[spec.width], rho=0.99, comm=comm)
 
     def forward(self, embeddings: Embeddings) -> Terms:
         """The loss and its parts, a NamedTuple of scalars, of which ``loss`` has a gradient."""

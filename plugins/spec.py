@@ -85,6 +85,7 @@ class MethodSpec:
         views: how many views of an image it compares; None is two or more, small crops among them.
         options: every option that it understands.
         paper: its title and reference.
+        width: which of the options is the number of the head's columns.
     """
 
     name: str
@@ -95,6 +96,7 @@ class MethodSpec:
     views: int | None
     options: Mapping[str, Option]
     paper: Paper
+    width: str = "proj_output_dim"
 
     @property
     def title(self) -> str:

@@ -44,7 +44,7 @@ def check(args: argparse.Namespace) -> None:
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     args.table = {**METHODS, **(_added(args.add) if args.add else {})}
-    args.methods = args.methods or list(METHODS)
+    args.methods = list(dict.fromkeys(args.methods or METHODS))  # each once
     for name in args.methods:
         if name not in args.table:
             raise UserError(f"--methods: there is no method {name!r}; there are {', '.join(sorted(args.table))}")

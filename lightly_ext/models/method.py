@@ -87,9 +87,8 @@ class MethodModel(nn.Module):
         self.feature_dim = _backbone_width(backbone) if input_dim is None else input_dim
         if projection_head is not None:
             width = _width(projection_head, torch.zeros(1, self.feature_dim), "projection_head")
-            name = "proj_output_dim" if "proj_output_dim" in spec.options else "n_classes"
-            if options.setdefault(name, width) != width:
-                raise ValueError(f"projection_head gives {width} columns, got {name}={options[name]}")
+            if options.setdefault(spec.width, width) != width:
+                raise ValueError(f"projection_head gives {width} columns, got {spec.width}={options[spec.width]}")
         # a plain dict: the model can be copied and pickled
         self.options = dict(spec.resolve(options))
         if projection_head is not None:

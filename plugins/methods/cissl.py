@@ -38,7 +38,7 @@ SPEC = MethodSpec(
         "heads": Option(
             "cissl",
             "teacher and student head; linear ones suit linear probes",
-            choices=("cissl", "cissl_mlp", "fork_cissl"),
+            choices=KINDS,
         ),
         "temperature": Option(0.07, "of the softmax, > 0; 0.1 in the published ImageNet runs"),
     },

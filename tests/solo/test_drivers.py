@@ -411,7 +411,7 @@ _REFUSED_TOO = {
     "native option": (["method=vicreg", "+method_kwargs.sim_loss_wieght=3"], "vicreg has no option"),
     "no path": (["data.train_path=null"], "the configuration lacks data.train_path"),
     "a word for a number": (["optimizer.batch_size=many"], "optimizer.batch_size must be a whole number"),
-    "negative power": (["+method_kwargs.alpha=-1.0"], "alpha must be in [0, inf], got -1.0"),
+    "negative power": (["+method_kwargs.alpha=-1.0"], "alpha must be in [0, inf), got -1.0"),
     "momentum above 1": (["momentum.base_tau=2"], "momentum.base_tau must be in [0, 1], got 2"),
     "devices": (["devices=some"], "devices must be a number above 0 or a list of indexes, got 'some'"),
     "negative rate": (["optimizer.lr=-1"], "optimizer.lr must be a number, at least 0, got -1"),
@@ -429,7 +429,7 @@ _REFUSED_TOO = {
     "no accumulation": (["++accumulate_grad_batches=0"], "accumulate_grad_batches must be a whole number, at least 1"),
     "seed": (["seed=99999999999"], "seed must be below 2**32"),
     "warm-up": (["++scheduler.warmup_epochs=abc"], "scheduler.warmup_epochs must be a number, at least 0, got 'abc'"),
-    "no width": (["++method_kwargs.proj_hidden_dim=0"], "hidden_dim must be in [1, inf], got 0"),
+    "no width": (["++method_kwargs.proj_hidden_dim=0"], "hidden_dim must be in [1, inf), got 0"),
     "workers": (["data.num_workers=true"], "data.num_workers must be a whole number, at least 0, got True"),
     "fraction": (["++data.fraction=true"], "data.fraction must be above 0 and at most 1, or -1 for all images"),
     "no epochs": (

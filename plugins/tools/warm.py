@@ -23,6 +23,9 @@ PRELOADED = (
 )
 """Modules that the fork server imports; one that is missing is left to the command, which then says so."""
 
+_ADVICE = "ignore::FutureWarning:solo.utils.whitening"
+"""solo-learn's import on a new PyTorch, which would be told to the console of the suite."""
+
 
 class WarmProcess:
     """A command that runs in a fork; has of ``subprocess.Popen`` what a suite needs.
@@ -39,6 +42,8 @@ class WarmProcess:
             raise ValueError(f"a warm process runs a module with -m, got {flag!r}")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*PRELOADED])
+        asked = os.environ.get("PYTHONWARNINGS")
+        environment = {**environment, "PYTHONWARNINGS": f"{_ADVICE},{asked}" if asked else _ADVICE}
         before = {name: os.environ.get(name) for name in environment}
         os.environ.update(environment)
         try:

@@ -1,9 +1,11 @@
 """Configurations in the form of DISSL's VISSL fork train unmodified; the YAML here is ours, with the fork's keys.
 
-With VISSL_FORK_CHECKOUT naming a checkout of the fork, its 39 files below pretrain/dstl and pretrain/cntr are read too.
+With VISSL_FORK_CHECKOUT naming a checkout of the fork, its own files are read too: the 39 below pretrain/dstl and
+pretrain/cntr, and the 13 of its linear and MLP probes.
 """
 
 import copy
+import json
 import math
 import os
 import warnings
@@ -221,6 +223,77 @@ _CNTR = f"""
       buffer_params:
         embedding_dim: 128
 """
+_PROBE = """# @package _global_
+config:
+  TEST_MODEL: True
+  SEED_VALUE: 1
+  MULTI_PROCESSING_METHOD: forkserver
+  DATA:
+    NUM_DATALOADER_WORKERS: 0
+    TRAIN:
+      DATA_SOURCES: [disk_folder]
+      LABEL_SOURCES: [disk_folder]
+      DATASET_NAMES: [imagenet1k_folder]
+      DATA_PATHS: ["datasets/digits/train"]
+      BATCHSIZE_PER_REPLICA: 48
+      TRANSFORMS: [{name: ToTensor}, {name: ImgTensor2RGBA}]
+      MMAP_MODE: True
+      COPY_TO_LOCAL_DISK: False
+      COPY_DESTINATION_DIR: /tmp/imagenet1k/
+    TEST:
+      DATA_SOURCES: [disk_folder]
+      LABEL_SOURCES: [disk_folder]
+      DATASET_NAMES: [imagenet1k_folder]
+      DATA_PATHS: ["datasets/digits/val"]
+      BATCHSIZE_PER_REPLICA: 40
+      TRANSFORMS: [{name: ToTensor}, {name: ImgTensor2RGBA}]
+      MMAP_MODE: True
+      COPY_TO_LOCAL_DISK: False
+      COPY_DESTINATION_DIR: /tmp/imagenet1k/
+  METERS:
+    name: accuracy_list_meter
+    accuracy_list_meter: {num_meters: 5, topk_values: [1, 5]}
+  TRAINER: {TRAIN_STEP_NAME: standard_train_step}
+  MODEL:
+    INPUT_TYPE: rgba
+    FEATURE_EVAL_SETTINGS:
+      EVAL_MODE_ON: True
+      FREEZE_TRUNK_ONLY: True
+      SHOULD_FLATTEN_FEATS: False
+      LINEAR_EVAL_FEAT_POOL_OPS_MAP: [["res5avg", ["Identity", []]], ["res5avg", ["Identity", []]]]
+    TRUNK:
+      NAME: resnet
+      RESNETS: {DEPTH: 50, IS_SKIP_RESIZER: False, Z_DIM_OLD_TMP_NEW: [2048, 16, 4096]}
+    HEAD:
+      PARAMS: [["eval_mlp", {"in_channels": 4096, "dims": [4096, 10]}], ["mlp", {"dims": [4096, 10]}]]
+    WEIGHTS_INIT:
+      PARAMS_FILE: "specify the model weights"
+      STATE_DICT_KEY_NAME: classy_state_dict
+    SYNC_BN_CONFIG: {CONVERT_BN_TO_SYNC_BN: True, SYNC_BN_TYPE: pytorch, GROUP_SIZE: -1}
+    AMP_PARAMS: {USE_AMP: True, AMP_TYPE: pytorch}
+  LOSS:
+    name: cross_entropy_multiple_output_single_target
+    cross_entropy_multiple_output_single_target: {ignore_index: -1}
+  OPTIMIZER:
+    name: sgd
+    weight_decay: 0.0005
+    momentum: 0.9
+    num_epochs: 2
+    nesterov: True
+    regularize_bn: False
+    regularize_bias: True
+    param_schedulers:
+      lr:
+        auto_lr_scaling: {auto_scale: true, base_value: 0.01, base_lr_batch_size: 256}
+        name: multistep
+        values: [0.01, 0.001]
+        milestones: [1]
+        update_interval: epoch
+  DISTRIBUTED: {BACKEND: nccl, NUM_NODES: 1, NUM_PROC_PER_NODE: 8, INIT_METHOD: tcp, RUN_ID: auto}
+  MACHINE: {DEVICE: gpu}
+  CHECKPOINT: {DIR: ".", AUTO_RESUME: True, CHECKPOINT_FREQUENCY: 5}
+  SLURM: {NAME: probe, MEM_GB: 128, USE_SLURM: False}
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -242,12 +315,13 @@ def files_are_parsed_once():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A --config-dir with our two files."""
+    """A --config-dir with our three files."""
     root = tmp_path_factory.mktemp("fork")
-    for name, rest in (("dstl", _DSTL), ("cntr", _CNTR)):
-        path = root / "config" / "pretrain" / "small" / f"{name}.yaml"
+    texts = {"pretrain/small/dstl": _TOP + _DSTL, "pretrain/small/cntr": _TOP + _CNTR, "benchmark/small/probe": _PROBE}
+    for name, text in texts.items():
+        path = root / "config" / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_TOP + rest)
+        path.write_text(text)
     return root
 
 
@@ -274,18 +348,72 @@ def built(config: Any) -> Any:
     return task
 
 
-def _fork_files() -> list[Any]:
+def _fork_files(count: int, *patterns: str) -> list[Any]:
     root = os.environ.get(CHECKOUT)
     if not root:
         why = f"NOT TESTED: the fork's own files, since {CHECKOUT} names no checkout of it"
         return [pytest.param(None, marks=pytest.mark.skip(reason=why))]
     top = Path(root) / "configs" / "config"
-    found = sorted([*top.glob("pretrain/dstl/*.yaml"), *top.glob("pretrain/cntr/*.yaml")])
-    assert len(found) == 39, f"{root} holds {len(found)} of the fork's 39 files"
+    found = sorted(path for pattern in patterns for path in top.glob(pattern))
+    assert len(found) == count, f"{root} holds {len(found)} of the fork's {count} files {patterns}"
     return [pytest.param(path, id=path.stem) for path in found]
 
 
-@pytest.mark.parametrize("path", _fork_files())
+@pytest.mark.parametrize(
+    "path",
+    _fork_files(
+        13,
+        "benchmark/linear_image_classification/imagenet1k/eval_resnet_in1k_*.yaml",
+        "benchmark/linear_image_classification/*/eval_resnet_transfer_*.yaml",
+    ),
+)
+def test_probes_of_the_fork_pass_the_checks_and_build(path: Path, prepared: Callable, few_digits: Path) -> None:
+    weights = few_digits.parent / "weights.torch"
+    weights.touch()
+    name = path.relative_to(path.parents[3]).with_suffix("")
+    overrides = [
+        f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={weights}",
+        f"config.DATA.TEST.DATA_PATHS=[{few_digits / 'val'}]",
+    ]
+    config = prepared(str(name), *overrides, at=path.parents[4])
+    with torch.device("meta"):
+        model = build_model(config.MODEL, config.OPTIMIZER).eval()
+        channels = 4 if config.MODEL.INPUT_TYPE == "rgba" else 3
+        outputs = model(torch.randn(2, channels, 224, 224))
+    given = [head[1]["dims"][-1] for head in config.MODEL.HEAD.PARAMS]
+    assert [tuple(output.shape) for output in outputs] == [(2, classes) for classes in given]
+    assert not any(parameter.requires_grad for parameter in model.trunk.parameters())
+    assert all(parameter.requires_grad for parameter in model.heads.parameters())
+
+
+@pytest.mark.slow
+def test_a_probe_of_a_pretrained_trunk(folder: Path, few_digits: Path, tmp_path: Path, launch: Callable) -> None:
+    """Both of the fork's probes train on a trunk of this test's pre-training, four channels and 4096 features."""
+    common = ["config.DISTRIBUTED.NUM_NODES=1", "config.DISTRIBUTED.NUM_PROC_PER_NODE=1", "--config-dir", str(folder)]
+    train = f"config.DATA.TRAIN.DATA_PATHS=[{few_digits / 'train'}]"
+    first, second = tmp_path / "pretrain", tmp_path / "probe"
+    launch(
+        "config=pretrain/small/dstl", train, "config.OPTIMIZER.num_epochs=1", f"config.CHECKPOINT.DIR={first}", *common
+    )
+    launch(
+        *("config=benchmark/small/probe", train, f"config.DATA.TEST.DATA_PATHS=[{few_digits / 'val'}]"),
+        *(f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={first / 'checkpoint.torch'}", f"config.CHECKPOINT.DIR={second}"),
+        *common,
+    )
+    before, after = (
+        torch.load(at / "checkpoint.torch", weights_only=False)["classy_state_dict"]["base_model"]["model"]
+        for at in (first, second)
+    )
+    compared = [name for name in before["trunk"] if "num_batches_tracked" not in name]
+    assert len(compared) > 200
+    for name in compared:
+        assert torch.equal(after["trunk"][f"base_model.{name}"], before["trunk"][name]), name
+    rows = [json.loads(line) for line in (second / "metrics.json").read_text().splitlines()]
+    top = [row["test_accuracy_list_meter"]["top_1"] for row in rows if "test_accuracy_list_meter" in row]
+    assert [len(row["res5avg"]) for row in top] == [2, 2]  # epochs, each with the accuracy of both probes
+
+
+@pytest.mark.parametrize("path", _fork_files(39, "pretrain/dstl/*.yaml", "pretrain/cntr/*.yaml"))
 def test_files_of_the_fork_pass_the_checks_and_build(path: Path, prepared: Callable) -> None:
     name = f"pretrain/{path.parent.name}/{path.stem}"
     refused = None

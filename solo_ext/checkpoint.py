@@ -36,6 +36,7 @@ _STATE = (
     "scheduler",
     "accumulate_grad_batches",
     "finetune",
+    "normalized_classifier",
 )
 # What makes a run the same run beside. Other folders, devices, logging and the like may change.
 _IDENTITY = (*_STATE, "name", "augmentations", "max_epochs", "seed", "pretrained_feature_extractor")

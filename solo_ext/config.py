@@ -46,6 +46,7 @@ _SHARED_DEFAULTS: dict[str, Any] = {
 }
 _LINEAR_DEFAULTS: dict[str, Any] = {
     "finetune": False,
+    "normalized_classifier": False,
     "check_val_every_n_epoch": 1,
     "auto_augment": False,
     "mixup": 0.0,

@@ -12,6 +12,7 @@ from plugins.tools.command import say
 USAGE = """usage: python -m solo_ext.main_linear --config-path FOLDER --config-name NAME [key=value ...]
 
 Trains a linear classifier on a frozen pre-trained backbone, or with finetune=True the backbone too.
+With normalized_classifier=True the features go through a BatchNorm without scale and shift first.
 
   --config-path FOLDER                where the YAML files are: configs/solo/digits, or a folder of your own
   --config-name NAME                  which of them, such as linear.yaml

@@ -1,5 +1,6 @@
 """Projection heads: from the features of a backbone to the space where the loss lives."""
 
+from plugins.heads.classifier import normalized_classifier
 from plugins.heads.dissl import Heads, dissl_heads, issl_head
 from plugins.heads.expand import ExpandDim, expand_resnet_dim
 from plugins.heads.init import issl_init_, projection_init_
@@ -15,5 +16,6 @@ __all__ = [
     "issl_head",
     "issl_init_",
     "mlp_head",
+    "normalized_classifier",
     "projection_init_",
 ]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from plugins.heads import normalized_classifier
 from plugins.targets import cosine_tau
 from plugins.tools.command import UserError
 from solo_ext.architectures import ARCHITECTURES
@@ -175,6 +176,8 @@ class MomentumMixin(MethodMixin):
 class LinearMixin:
     """solo-learn's LinearModel: a classifier on a backbone that is frozen, or fine-tuned with ``cfg.finetune``.
 
+    ``cfg.normalized_classifier`` puts a norm before it: :func:`plugins.heads.normalized_classifier`.
+
     Args:
         backbone: images → features, with ``inplanes`` or ``num_features``.
         cfg: main's configuration of a linear evaluation, complete.
@@ -188,6 +191,8 @@ class LinearMixin:
         self.finetune = cfg.finetune
         self.loss_func = loss_func or nn.CrossEntropyLoss()
         self.mixup_func = mixup_func
+        if cfg.normalized_classifier:
+            self.classifier = normalized_classifier(self.classifier.in_features, self.classifier.out_features)
         backbone.requires_grad_(self.finetune)
         self.validation_step_outputs: list[dict[str, Any]] = []
 

@@ -134,3 +134,34 @@ def test_no_projector_without_its_width_is_refused(images):
     )
     with pytest.raises(ValueError, match="without a projector proj_output_dim is that of the features, 512, got 8"):
         method_class(cfg)(cfg)
+
+
+@pytest.mark.parametrize("name", ["matrix_ssl", "mec"])
+@pytest.mark.parametrize("folder", ["imagenet", "imagenet100"])
+def test_settings_of_matrix_ssl_and_mec(folder, name, images):
+    """SGD with 0.5 for 256 images, 1e-5 on everything, an unequal pair of views, a teacher of 0.996."""
+    cfg = parse_pretrain(load(Path(folder) / f"{name}.yaml", *local(images)[:-1]))
+    assert cfg.optimizer.batch_size * cfg.devices == {"imagenet": 1024, "imagenet100": 256}[folder]
+    assert cfg.optimizer.lr == pytest.approx({"imagenet": 2.0, "imagenet100": 0.5}[folder])
+    assert (cfg.optimizer.name, float(cfg.optimizer.weight_decay)) == ("sgd", 1e-5)
+    assert not cfg.optimizer.exclude_bias_n_norm_wd
+    assert dict(cfg.optimizer.kwargs) == {"momentum": 0.9}
+    assert (cfg.momentum.base_tau, cfg.momentum.final_tau) == (0.996, 1.0)
+    assert [view.gaussian_blur.prob for view in cfg.augmentations] == [1.0, 0.1]
+    assert [view.solarization.prob for view in cfg.augmentations] == [0.0, 0.2]
+    assert all(view.rrc.crop_min_scale == 0.2 for view in cfg.augmentations)
+    assert cfg.accumulate_grad_batches == 1
+    if name == "mec":  # ten epochs
+        images_in_all = {"imagenet": 1281167, "imagenet100": 126689}[folder]
+        per_epoch = images_in_all // (cfg.optimizer.batch_size * cfg.devices)
+        assert cfg.method_kwargs.warmup_iter == pytest.approx(10 * per_epoch, rel=0.01)
+
+
+def test_settings_of_the_linear_evaluation_on_imagenet(images):
+    cfg = parse_linear(load(Path("imagenet/linear.yaml"), "pretrained_feature_extractor=x", *local(images)[:-1]))
+    assert cfg.optimizer.batch_size * cfg.devices == 4096
+    assert cfg.optimizer.lr == pytest.approx(0.48)
+    wanted = {"momentum": 0.9, "eta": 0.001, "clip_lr": False, "exclude_bias_n_norm": False}
+    assert (cfg.optimizer.name, dict(cfg.optimizer.kwargs), cfg.optimizer.weight_decay) == ("lars", wanted, 0)
+    assert (cfg.scheduler.interval, cfg.scheduler.warmup_epochs, cfg.max_epochs) == ("epoch", 0, 100)
+    assert cfg.normalized_classifier

@@ -406,6 +406,20 @@ def test_linear_evaluation_ends_with_a_validation(untrained, digits, tmp_path, m
     assert json.loads((tmp_path / "linear" / "w" / "linear.json").read_text())["acc1"] is not None
 
 
+def test_features_are_normalized_before_the_classifier(untrained, digits, tmp_path, monkeypatch):
+    """The statistics are those of the training images; the rate is constant in an epoch and falls along a cosine."""
+    more = (f"pretrained_feature_extractor={untrained}", "max_epochs=2", "++checkpoint.version=n")
+    _run(main_linear.main, _arguments(digits, tmp_path, "linear_normalized", *more), monkeypatch)
+    content = torch.load(find_checkpoint(tmp_path / "linear" / "n"), weights_only=True)
+    classifier = {key: value for key, value in content["state_dict"].items() if key.startswith("classifier.")}
+    assert {"classifier.1.weight", "classifier.1.bias"} <= set(classifier)
+    assert "classifier.0.weight" not in classifier
+    assert classifier["classifier.0.num_batches_tracked"] == 6  # two epochs of three batches
+    with (tmp_path / "linear" / "n" / "metrics.csv").open() as file:
+        rates = [float(row["lr-LARS"]) for row in csv.DictReader(file) if row.get("lr-LARS")]
+    assert sorted(set(rates), reverse=True) == pytest.approx([4.0 * 32 / 256, 2.0 * 32 / 256])
+
+
 _REFUSED_TOO = {
     "three views": (["augmentations.0.num_crops=3"], "compares 2 views of one size, the augmentations make 3 large"),
     "native option": (["method=vicreg", "+method_kwargs.sim_loss_wieght=3"], "vicreg has no option"),

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from classy_vision.optim.param_scheduler import UpdateInterval
 from vissl.data.ssl_transforms import get_transform
 from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
 
 from plugins.methods import METHODS
+from vissl_ext.larc import LARC
 from vissl_ext.registry import register
 from vissl_ext.task import PluginTask, check_config
 
@@ -50,7 +52,7 @@ def test_pretraining_configuration_builds(name: str) -> None:
     noise = Image.effect_noise((300, 300), 50).convert("RGB")
     views = transform({"data": [noise], "label": [0], "data_valid": [True], "data_idx": [0]})["data"]
     assert len(views) == 2
-    crop = {"digits": 16, "cifar": 32, "imagenet_rn50": 224}[name.rpartition("/")[2]]
+    crop = {"digits": 16, "cifar": 32, "imagenet_rn50": 224}[name.rpartition("/")[2].partition("_e")[0]]
     assert all(view.shape == (3, crop, crop) for view in views)
 
     # the peak of the schedule is the base value times the images of a step over 256
@@ -62,3 +64,41 @@ def test_pretraining_configuration_builds(name: str) -> None:
     base = config.OPTIMIZER.param_schedulers.lr.auto_lr_scaling
     assert peak == pytest.approx(base.base_value * images / base.base_lr_batch_size, rel=1e-4)
     assert len(torch.nn.utils.parameters_to_vector(task.base_model.parameters())) > 1e7
+
+
+LINEAR = "benchmark/linear_image_classification"
+
+
+@pytest.mark.parametrize(("data", "classes", "rate"), [("imagenet1k", 1000, 0.48), ("digits", 10, 1.0)])
+def test_linear_evaluation_with_larc_builds(data: str, classes: int, rate: float) -> None:
+    """A frozen ResNet-50, the norm without scale and shift, LARC without decay, a cosine epoch by epoch."""
+    cfg = compose_hydra_configuration([f"config={LINEAR}/{data}/eval_resnet50_normalized_linear"])
+    config: Any = convert_to_attrdict(cfg, dump_config=False)[1]
+    config.MACHINE.DEVICE, config.MODEL.WEIGHTS_INIT.PARAMS_FILE = "cpu", ""
+    check_config(config)
+    task = PluginTask.from_config(config)
+    task.base_model = task._build_model()
+    trained = {name: tuple(p.shape) for name, p in task.base_model.named_parameters() if p.requires_grad}
+    assert trained == {"heads.0.clf.1.weight": (classes, 2048), "heads.0.clf.1.bias": (classes,)}
+    task.optimizer, task.optimizer_schedulers = task._build_optimizer(), task._build_optimizer_schedulers()
+    task.prepare_optimizer()
+    inner = task.optimizer.optimizer
+    assert isinstance(inner, LARC)
+    assert (inner.trust_coefficient, inner.clip, inner.exclude_bias_and_norm) == (0.001, False, False)
+    assert all(group["weight_decay"] == 0 for group in inner.param_groups)
+    schedule = task.optimizer_schedulers["lr"]
+    assert schedule.update_interval == UpdateInterval.EPOCH
+    epochs = config.OPTIMIZER.num_epochs
+    assert schedule(0) == pytest.approx(rate)
+    assert schedule((epochs / 2) / epochs) == pytest.approx(rate / 2)
+
+
+@pytest.mark.parametrize("method", ["matrix_ssl", "mec"])
+@pytest.mark.parametrize(("suffix", "epochs"), [("", 100), ("_e200", 200), ("_e400", 400)])
+def test_ten_epochs_of_warm_up_however_long_the_run(method: str, suffix: str, epochs: int) -> None:
+    cfg = compose_hydra_configuration([f"config=pretrain/{method}/imagenet_rn50{suffix}"])
+    config: Any = convert_to_attrdict(cfg, dump_config=False)[1]
+    assert config.OPTIMIZER.num_epochs == epochs
+    assert config.OPTIMIZER.param_schedulers.lr.warmup * epochs == pytest.approx(10)
+    (crop,) = [t for t in config.DATA.TRAIN.TRANSFORMS if t["name"] == "RandomResizedCrop"]
+    assert crop["scale"] == [0.2, 1.0]

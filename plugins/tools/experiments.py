@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from plugins.tools.command import Parser, UserError
 from plugins.tools.records import read_json
-from plugins.tools.suites import Request, Run, Suite, lightly, solo, toy, vissl
+from plugins.tools.suites import Request, Run, Suite, dissl, lightly, solo, toy, vissl
 from plugins.tools.suites.runner import THREADS, Outcome, Runner, shell
 
 SUITES: dict[str, Suite] = {
@@ -49,6 +49,19 @@ SUITES: dict[str, Suite] = {
         report=("-m", "plugins.tools.report", "--by-dataset"),
         jobs=solo.one_at_a_time,
     ),
+    **{
+        name: Suite(
+            title=title,
+            folder=name,
+            frameworks={"solo": dissl.lister(name)},
+            options=("seeds", "epochs", "devices", "data"),
+            datasets=tuple(dissl.SWEEPS),
+            prepare=solo.prepare,
+            report=("-m", "plugins.tools.report_dissl"),
+            jobs=solo.one_at_a_time,
+        )
+        for name, title in dissl.TITLES.items()
+    },
     "toy_dynamics": Suite(
         title="eigenvalue dynamics of the linear toy model, theory against simulation: figures in a minute",
         folder="toy_dynamics",
@@ -94,7 +107,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m plugins.tools.experiments",
         description="Run a suite of experiments. Finished runs are skipped, interrupted ones go on.",
-        epilog="suites:\n" + "\n".join(f"  {name:17} {suite.title}" for name, suite in SUITES.items()),
+        epilog="suites:\n" + "\n".join(f"  {name:26} {suite.title}" for name, suite in SUITES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

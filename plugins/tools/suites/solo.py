@@ -174,7 +174,7 @@ def collect_digits(run: Run) -> dict[str, Any]:
         "knn": read_json(run.folder / "knn.json")[0]["acc1"],
         "linear": linear["acc1"],
         "linear_5": read_json(run.folder / "linear" / "five" / "linear.json")["acc1"],
-        **_of_training(training),
+        **of_training(training),
     }
 
 
@@ -297,7 +297,7 @@ def collect_table(run: Run) -> dict[str, Any]:
         "knn": read_json(run.folder / "knn.json")[0]["acc1"],
         "linear": evaluated.get("acc1"),
         "linear_top5": evaluated.get("acc5"),
-        **_of_training(training),
+        **of_training(training),
     }
 
 
@@ -411,5 +411,6 @@ def hydra_value(value: Any) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def _of_training(training: Mapping[str, Any]) -> dict[str, Any]:
+def of_training(training: Mapping[str, Any]) -> dict[str, Any]:
+    """What result.json says of the pre-training."""
     return {key: training.get(key) for key in ("images_per_second", "seconds", "versions", "config")}

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from plugins.tools.command import Parser, UserError
 from plugins.tools.records import read_json
-from plugins.tools.suites import Request, Run, Suite, dissl, lightly, solo, toy, vissl
+from plugins.tools.suites import Request, Run, Suite, dissl, lightly, matrix_ssl, solo, toy, vissl
 from plugins.tools.suites.runner import THREADS, Outcome, Runner, shell
 
 SUITES: dict[str, Suite] = {
@@ -62,6 +62,16 @@ SUITES: dict[str, Suite] = {
         )
         for name, title in dissl.TITLES.items()
     },
+    "matrix_ssl": Suite(
+        title="Matrix-SSL and MEC on ImageNet: 100 to 400 epochs, linear probing, backbones for COCO",
+        folder="matrix_ssl",
+        frameworks={"solo": matrix_ssl.in_solo, "vissl": matrix_ssl.in_vissl},
+        options=("seeds", "epochs", "devices", "data"),
+        datasets=(*matrix_ssl.DATA, "digits"),
+        prepare=solo.prepare,
+        report=("-m", "plugins.tools.report", "--by-dataset"),
+        jobs=solo.one_at_a_time,
+    ),
     "toy_dynamics": Suite(
         title="eigenvalue dynamics of the linear toy model, theory against simulation: figures in a minute",
         folder="toy_dynamics",

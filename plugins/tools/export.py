@@ -57,17 +57,32 @@ class Backbone(NamedTuple):
     dropped: Mapping[str, int]
 
 
+def checkpoint_file(place: Path) -> Path:
+    """A checkpoint, or the newest one in the folder of a run of solo-learn or VISSL.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not place.is_dir():
+        return place
+    found = sorted(place.glob("*.ckpt"), key=lambda path: path.stat().st_mtime) or [place / "checkpoint.torch"]
+    if not found[-1].is_file():
+        raise UserError(f"{place} holds no checkpoint, neither *.ckpt nor checkpoint.torch")
+    return found[-1]
+
+
 def read_backbone(path: Path) -> Backbone:
     """The backbone in a checkpoint of any of the frameworks.
 
     Args:
-        path: the file; nothing in it is run.
+        path: the file, or a folder: see ``checkpoint_file``; nothing in it is run.
 
     Raises:
         UserError: there is no such file, it is no checkpoint, or it holds no backbone.
     """
     from plugins.tools.unpickle import load_inert
 
+    path = checkpoint_file(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
@@ -259,7 +274,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     with exit_on_user_error():
         parser = Parser("python -m plugins.tools.export", description="Takes the backbone out of a checkpoint.")
-        parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="of solo-learn, lightly or VISSL")
+        parser.add_argument(
+            "checkpoint", type=Path, metavar="CKPT", help="of solo-learn, lightly or VISSL, or the folder of a run"
+        )
         parser.add_argument("--to", required=True, choices=TARGETS)
         parser.add_argument("out", type=Path, metavar="OUT", help="the file to write")
         parser.add_argument("--arch", metavar="NAME", help="the model's name there; default: the ResNet that fits")

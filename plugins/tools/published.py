@@ -36,6 +36,9 @@ PUBLISHED: dict[str, dict[str, Published]] = {
     },
     "dissl_table1_contrastive": _table("simclr cissl cissl-dim cissl-epochs cissl-aug", (45.2, 45.8, 47.6, 48.7, 51.2)),
     "dissl_table1_distillation": _table("dino dissl dissl-dim dissl-epochs dissl-aug", (43.3, 45.1, 48.0, 49.0, 50.7)),
+    "matrix_ssl": {
+        "mec-e100_imagenet": Published(70.8, None, "best epoch of the ResNet-50 that MEC's authors released")
+    },
     # the table of arXiv:2212.04858 could not be retrieved
     "implicit_var_reg": {},
 }

@@ -27,6 +27,12 @@ def split_label(row: Row) -> tuple[str, str]:
     return method, dataset
 
 
+def names(rows: Sequence[Row]) -> list[str]:
+    """The method of each row, with the framework where there is more than one."""
+    several = len({row.framework for row in rows}) > 1
+    return [split_label(row)[0] + (f" ({row.framework})" if several else "") for row in rows]
+
+
 def ordered_rows(folder: Path) -> list[Row]:
     """The rows of a suite: by data set, then by method, both in the order of the suite."""
     methods = [variant.name for variant in (*solo.IMPLICIT_VAR_REG, *solo.SSL_EY)]
@@ -60,14 +66,14 @@ def make_table(rows: Sequence[Row], published: dict[str, Published]) -> str:
         *("published (%)", "top-5 (%)", "hours"),
     ]
     body = []
-    for row in rows:
-        method, dataset = split_label(row)
+    for row, name in zip(rows, names(rows), strict=True):
+        _, dataset = split_label(row)
         known = published.get(row.method)
         hours = row.mean("seconds")
         body.append(
             [
                 dataset,
-                method + ("" if row.results else ": missing"),
+                name + ("" if row.results else ": missing"),
                 number(row.mean("epochs")),
                 *(score(row, key, None) for key in shown),
                 f"{known.top1:.2f}" if known else "",
@@ -78,7 +84,7 @@ def make_table(rows: Sequence[Row], published: dict[str, Published]) -> str:
     lines = [
         *markdown_table(head, body, words=2),
         "",
-        "Accuracy on the test images (TinyImageNet, ImageNet-100, digits: validation images) after the last epoch.",
+        "Accuracy on the test images (TinyImageNet, ImageNet, ImageNet-100, digits: validation images) after the last epoch.",
         "Online: of a linear classifier trained beside the backbone, without influence on it; kNN: 20 neighbours;",
         "linear: of a linear classifier trained afterwards on the frozen backbone. Hours are those of pre-training.",
     ]
@@ -108,18 +114,17 @@ def make_figure(rows: Sequence[Row], published: dict[str, Published], files: Seq
     from matplotlib.figure import Figure
 
     datasets = list(dict.fromkeys(split_label(row)[1] for row in rows))
-    methods = list(dict.fromkeys(split_label(row)[0] for row in rows))
+    methods = list(dict.fromkeys(names(rows)))
     marks = {"online": ("o", ACCENT, "online"), "knn": ("^", FAINT, "kNN"), "linear": ("s", INK, "linear")}
     style: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
     with rc_context(style):
         figure = Figure(figsize=(2.2 + 2.4 * len(datasets), 1.4 + 0.32 * len(methods)), layout="constrained")
         FigureCanvasAgg(figure)
         for ax, dataset in zip(figure.subplots(1, len(datasets), sharey=True, squeeze=False)[0], datasets, strict=True):
-            for row in rows:
-                method, where = split_label(row)
-                if where != dataset:
+            for row, title in zip(rows, names(rows), strict=True):
+                if split_label(row)[1] != dataset:
                     continue
-                place = methods.index(method)
+                place = methods.index(title)
                 for key, (mark, colour, name) in marks.items():
                     mean = row.mean(key)
                     if mean is not None:

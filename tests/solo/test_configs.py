@@ -164,7 +164,9 @@ def test_settings_of_matrix_ssl_and_mec(folder, name, images):
 
 
 def test_settings_of_the_linear_evaluation_on_imagenet(images):
-    cfg = parse_linear(load(Path("imagenet/linear.yaml"), "pretrained_feature_extractor=x", *local(images)[:-1]))
+    cfg = parse_linear(
+        load(Path("imagenet/linear_normalized.yaml"), "pretrained_feature_extractor=x", *local(images)[:-1])
+    )
     assert cfg.optimizer.batch_size * cfg.devices == 4096
     assert cfg.optimizer.lr == pytest.approx(0.48)
     wanted = {"momentum": 0.9, "eta": 0.001, "clip_lr": False, "exclude_bias_n_norm": False}

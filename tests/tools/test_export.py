@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 import pickle
 import subprocess
 import sys
@@ -227,3 +228,18 @@ def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture) -
             main([str(run), "--to", "detectron2", str(tmp_path / "new" / out)])
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_stands_for_its_newest_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, names = resnet(), ("a-ep=9.ckpt", "a-ep=10.ckpt")
+    for age, name in enumerate(reversed(names)):
+        torch.save({"state_dict": prefixed(model, "backbone." if name == names[1] else "other.")}, tmp_path / name)
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    main([str(tmp_path), "--to", "torchvision", str(tmp_path / "out.pth")])
+    assert (tmp_path / "out.pth").is_file()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([str(empty), "--to", "torchvision", str(tmp_path / "x.pth")])
+    assert capsys.readouterr().err == f"error: {empty} holds no checkpoint, neither *.ckpt nor checkpoint.torch\n"

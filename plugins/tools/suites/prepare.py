@@ -24,6 +24,7 @@ DOWNLOADED: dict[str, tuple[str, dict[str, str]]] = {
 FOLDERS = {
     "tinyimagenet": "make it of its archive with: "
     "python -m plugins.tools.data tinyimagenet --archive tiny-imagenet-200.zip --out {place}",
+    "imagenet": "it has to be downloaded by hand and needs class folders in {place}/train and {place}/val",
     "imagenet100": "it is made from ImageNet and needs class folders in {place}/train and {place}/val",
 }
 """data set → how one gets it."""

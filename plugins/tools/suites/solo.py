@@ -37,6 +37,7 @@ DATA = {
     "stl10": Data("stl10", ".", "."),
     "tinyimagenet": Data("tinyimagenet", "tinyimagenet/train", "tinyimagenet/val"),
     "imagenet100": Data("imagenet100", "imagenet100/train", "imagenet100/val", workers=8, linear=True),
+    "imagenet": Data("imagenet", "imagenet/train", "imagenet/val", workers=8, linear=True),
     "digits": Data("digits", "digits/train", "digits/val", workers=0, linear=True),
 }
 

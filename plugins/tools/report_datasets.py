@@ -84,7 +84,7 @@ def make_table(rows: Sequence[Row], published: dict[str, Published]) -> str:
     lines = [
         *markdown_table(head, body, words=2),
         "",
-        "Accuracy on the test images (TinyImageNet, ImageNet, ImageNet-100, digits: validation images) after the last epoch.",
+        "Accuracy after the last epoch on test images (TinyImageNet, ImageNet, ImageNet-100, digits: validation).",
         "Online: of a linear classifier trained beside the backbone, without influence on it; kNN: 20 neighbours;",
         "linear: of a linear classifier trained afterwards on the frozen backbone. Hours are those of pre-training.",
     ]

@@ -226,6 +226,27 @@ def test_missing_folders_are_named_with_the_command_that_makes_them(tmp_path, ca
     assert f"class folders in {tmp_path / 'imagenet100'}/train" in error
 
 
+def _class_folders(place, *counts):
+    """Folders of classes, with a file each, in train and val."""
+    for split, count in zip(("train", "val"), counts, strict=True):
+        for number in range(count):
+            (place / split / f"n{number}").mkdir(parents=True)
+            (place / split / f"n{number}" / "image.png").touch()
+
+
+def test_unsorted_or_incomplete_images_are_told_before_anything_is_trained(tmp_path, capsys):
+    """As the archive unpacks: its validation images lie in a folder called images."""
+    place = tmp_path / "tinyimagenet"
+    _class_folders(place, 200, 0)
+    (place / "val" / "images").mkdir(parents=True)
+    (place / "val" / "images" / "val_0.JPEG").touch()
+    assert prepare.main(["tinyimagenet", "--folder", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{place} is not tinyimagenet, which has 200 folders of classes" in error
+    assert "but 200 and 1 here: make it of its archive with" in error
+
+
 def test_without_a_network_there_is_one_sentence_and_nothing_is_trained(tmp_path, monkeypatch, capfd):
     """The whole suite, on a machine whose look-ups of names fail."""
     monkeypatch.chdir(tmp_path)
@@ -250,8 +271,7 @@ def test_data_that_are_there_are_not_downloaded(tmp_path, capsys, monkeypatch):
     import torchvision
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Found)
-    for split in ("train", "val"):
-        (tmp_path / "tinyimagenet" / split).mkdir(parents=True)
+    _class_folders(tmp_path / "tinyimagenet", 200, 200)
     assert prepare.main(["cifar10", "tinyimagenet", "--folder", str(tmp_path)]) == 0
     assert "downloading" not in capsys.readouterr().out
 

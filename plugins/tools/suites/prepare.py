@@ -28,6 +28,8 @@ FOLDERS = {
     "imagenet100": "it is made from ImageNet and needs class folders in {place}/train and {place}/val",
 }
 """data set → how one gets it."""
+CLASSES = {"tinyimagenet": 200, "imagenet100": 100}
+"""data set → how many folders of classes it has."""
 
 
 class DataError(Exception):
@@ -47,13 +49,29 @@ def prepare(datasets: Sequence[str], folder: Path) -> None:
     missing = []
     for name in datasets:
         place = folder / name
-        if name in FOLDERS and not all((place / split).is_dir() for split in ("train", "val")):
+        if name not in FOLDERS:
+            continue
+        classes = [_classes(place / split) for split in ("train", "val")]
+        if not all(classes):
             missing.append(f"{name} is not in {place}: {FOLDERS[name].format(place=place)}")
+        elif len(classes[0]) != CLASSES[name] or classes[0] != classes[1]:
+            found = "{} and {}".format(*map(len, classes))
+            missing.append(
+                f"{place} is not {name}, which has {CLASSES[name]} folders of classes, the same in train and val, but "
+                f"{found} here: {FOLDERS[name].format(place=place)}"
+            )
     if missing:
         raise DataError("; ".join(missing) + "; or choose other data sets with --data")
     for name in datasets:
         if name in DOWNLOADED:
             _download(name, folder)
+
+
+def _classes(folder: Path) -> set[str]:
+    """Names of the folders of classes that hold something."""
+    if not folder.is_dir():
+        return set()
+    return {entry.name for entry in folder.iterdir() if entry.is_dir() and any(entry.iterdir())}
 
 
 def _download(name: str, folder: Path) -> None:

@@ -234,6 +234,10 @@ def _class_folders(place, *counts):
             (place / split / f"n{number}" / "image.png").touch()
 
 
+def test_every_folder_data_set_has_its_number_of_classes():
+    assert set(prepare.CLASSES) == set(prepare.FOLDERS)
+
+
 def test_unsorted_or_incomplete_images_are_told_before_anything_is_trained(tmp_path, capsys):
     """As the archive unpacks: its validation images lie in a folder called images."""
     place = tmp_path / "tinyimagenet"

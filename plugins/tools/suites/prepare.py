@@ -28,7 +28,7 @@ FOLDERS = {
     "imagenet100": "it is made from ImageNet and needs class folders in {place}/train and {place}/val",
 }
 """data set → how one gets it."""
-CLASSES = {"tinyimagenet": 200, "imagenet100": 100}
+CLASSES = {"tinyimagenet": 200, "imagenet": 1000, "imagenet100": 100}
 """data set → how many folders of classes it has."""
 
 

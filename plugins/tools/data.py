@@ -1,4 +1,4 @@
-"""Writes the image folders that the suites train on: ``python -m plugins.tools.data digits`` or ``tinyimagenet``.
+"""Writes image folders to train on: ``python -m plugins.tools.data digits``, ``tinyimagenet`` or ``subset``.
 
 ``digits`` are the 1797 real handwritten digits that ship inside scikit-learn (8x8 pixels, test part of the UCI set
 "Optical Recognition of Handwritten Digits"). As they are, they prove nothing: the features of an untrained ResNet-18
@@ -22,6 +22,13 @@ folders here, and the files are copied as they are::
     datasets/tinyimagenet/train/<class>/*.JPEG  500 images of each class
     datasets/tinyimagenet/val/<class>/*.JPEG     50 images of each class
     datasets/tinyimagenet/manifest.json         counts
+
+``subset`` takes a share of the labels of any folder of classes, for semi-supervised fine-tuning: as many images of each
+class, drawn at random, or those that a published list names. The files are linked (copied, where the disk has no hard
+links)::
+
+    datasets/imagenet/train_1/<class>/*.JPEG
+    datasets/imagenet/train_1/manifest.json     settings, counts
 """
 
 import argparse
@@ -344,6 +351,113 @@ def _write_tinyimagenet(folder: Path, settings: dict[str, Any], archive: _Archiv
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Names of images end so, as torchvision's ImageFolder has it."""
+
+
+def make_subset(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    fraction: float | None = None,
+    names: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> bool:
+    """Make a folder of a part of the labelled images, unless that has been done already.
+
+    Args:
+        source: class folders with images.
+        out: the folder to make. It appears when complete, never in part.
+        fraction: share of all images, in (0, 1]; as many of each class, at least one. With one seed the smaller
+            shares are parts of the larger ones.
+        names: a text file that names the images instead, one a line, with their class folder or without.
+        seed: of the draw, not negative.
+
+    Returns:
+        Whether it wrote anything.
+
+    Raises:
+        DataError: there are no such images, a class has too few, a setting is out of range, or the folder holds
+            something else.
+    """
+    if (fraction is None) == (names is None):
+        raise DataError("a subset needs either --fraction or --names")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise DataError(f"fraction must be above 0 and at most 1, got {fraction}")
+    if seed < 0:
+        raise DataError(f"seed must not be negative, got {seed}")
+    images = _images(Path(source))
+    chosen = _named(images, Path(names)) if names is not None else _drawn(images, fraction or 1.0, seed)
+    digest = hashlib.sha256("\n".join(f"{label}/{name}" for label in chosen for name in chosen[label]).encode())
+    settings = {
+        "dataset": "subset",
+        "source": str(Path(source).resolve()),
+        "fraction": fraction,
+        "seed": seed if names is None else None,
+        "sha256_of_names": digest.hexdigest(),
+    }
+
+    def write(folder: Path, settings: dict[str, Any]) -> None:
+        for label, files in chosen.items():
+            (folder / label).mkdir(parents=True)
+            for name in files:
+                origin = (Path(source) / label / name).resolve()
+                try:
+                    os.link(origin, folder / label / name)
+                except OSError:
+                    shutil.copyfile(origin, folder / label / name)
+        counts = {label: len(files) for label, files in chosen.items()}
+        manifest = {**settings, "classes": len(chosen), "counts": {"images": sum(counts.values())}, "of_class": counts}
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+    return _make(Path(out), settings, write)
+
+
+def _images(source: Path) -> dict[str, list[str]]:
+    """class → names of its images, both sorted."""
+    if not source.is_dir():
+        raise DataError(f"there is no folder {source}")
+    found = {
+        folder.name: sorted(file.name for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        for folder in sorted(source.iterdir())
+        if folder.is_dir()
+    }
+    if not any(found.values()):
+        raise DataError(f"{source} holds no class folders with images")
+    return found
+
+
+def _drawn(images: dict[str, list[str]], fraction: float, seed: int) -> dict[str, list[str]]:
+    import numpy as np
+
+    each = max(1, round(fraction * sum(map(len, images.values())) / len(images)))
+    drawn = {}
+    for index, (label, files) in enumerate(images.items()):
+        if len(files) < each:
+            raise DataError(f"class {label} has {len(files)} images, but {each} of each class are wanted")
+        order = np.random.default_rng([seed, index]).permutation(len(files))
+        drawn[label] = sorted(files[place] for place in order[:each])
+    return drawn
+
+
+def _named(images: dict[str, list[str]], names: Path) -> dict[str, list[str]]:
+    try:
+        wanted = [Path(line.strip()) for line in names.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{names} is no list of images that can be read: {error}") from None
+    labels: dict[str, list[str]] = {}
+    for label, files in images.items():
+        for name in files:
+            labels.setdefault(name, []).append(label)
+    chosen: dict[str, set[str]] = {label: set() for label in images}
+    for path in wanted:
+        known = [label for label in labels.get(path.name, []) if len(path.parts) == 1 or path.parent.name == label]
+        if len(known) != 1:
+            raise DataError(f"{names} names {path}, of which there are {len(known)} in the source, not one")
+        chosen[known[0]].add(path.name)
+    return {label: sorted(files) for label, files in chosen.items()}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m plugins.tools.data", description="Make a data set.")
@@ -355,20 +469,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     tiny = commands.add_parser("tinyimagenet", help="Tiny ImageNet, sorted into class folders")
     tiny.add_argument("--archive", required=True, help="tiny-imagenet-200.zip, or the folder it was unpacked into")
     tiny.add_argument("--out", default="datasets/tinyimagenet", help="folder to make (default: %(default)s)")
+    part = commands.add_parser("subset", help="a share of the labels of a folder of classes, such as 1 %% or 10 %%")
+    part.add_argument("--source", required=True, help="class folders with images: datasets/imagenet/train")
+    part.add_argument("--out", required=True, help="folder to make: datasets/imagenet/train_1")
+    part.add_argument("--fraction", type=float, help="share of all images, as many of each class: 0.01")
+    part.add_argument("--names", help="instead: a text file that names the images, one a line")
+    part.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     options = parser.parse_args(argv)
     try:
         if options.dataset == "digits":
             written = make_digits(options.out, size=options.size, seed=options.seed)
-        else:
+        elif options.dataset == "tinyimagenet":
             written = make_tinyimagenet(options.archive, options.out)
+        else:
+            chosen = {"fraction": options.fraction, "names": options.names, "seed": options.seed}
+            written = make_subset(options.source, options.out, **chosen)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     manifest = json.loads((Path(options.out) / "manifest.json").read_text())
     counts = ", ".join(f"{split} {count}" for split, count in manifest["counts"].items())
     state = "written" if written else "already there"
-    seed = f", seed {manifest['seed']}" if "seed" in manifest else ""
-    print(f"{options.out}: {state} ({counts}; {manifest['size']} px{seed})")
+    seed = f", seed {manifest['seed']}" if manifest.get("seed") is not None else ""
+    what = f"{manifest['size']} px" if "size" in manifest else f"{manifest['classes']} classes"
+    print(f"{options.out}: {state} ({counts}; {what}{seed})")
     return 0
 
 

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from plugins.methods import METHODS
 from plugins.tools.command import UserError
+from plugins.tools.data import make_subset
 from solo_ext import main_knn, main_linear, main_pretrain
 from solo_ext.checkpoint import auto_resume, find_checkpoint
 from solo_ext.config import parse_pretrain
@@ -418,6 +419,21 @@ def test_features_are_normalized_before_the_classifier(untrained, digits, tmp_pa
     with (tmp_path / "linear" / "n" / "metrics.csv").open() as file:
         rates = [float(row["lr-LARS"]) for row in csv.DictReader(file) if row.get("lr-LARS")]
     assert sorted(set(rates), reverse=True) == pytest.approx([4.0 * 32 / 256, 2.0 * 32 / 256])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_fine_tuned_on_a_share_of_the_labels(untrained, digits, tmp_path, monkeypatch):
+    """The backbone is trained too, on the images of the share alone."""
+    make_subset(digits / "train", tmp_path / "few", fraction=0.25)
+    more = (f"pretrained_feature_extractor={untrained}", "max_epochs=2", "++checkpoint.version=f")
+    argv = _arguments(digits, tmp_path, "supervised", *more, f"data.train_path={tmp_path / 'few'}", "++finetune=true")
+    _run(main_linear.main, [*argv, "optimizer.batch_size=10"], monkeypatch)
+    summary = json.loads((tmp_path / "linear" / "f" / "linear.json").read_text())
+    assert (summary["finetune"], summary["train_images"]) == (True, 20)
+    before = torch.load(find_checkpoint(untrained), weights_only=True)["state_dict"]
+    after = torch.load(find_checkpoint(tmp_path / "linear" / "f"), weights_only=True)["state_dict"]
+    convolutions = [key for key in before if key.startswith("backbone.") and "conv" in key]
+    assert convolutions and all(not torch.equal(before[key], after[key]) for key in convolutions)
 
 
 _REFUSED_TOO = {

@@ -250,3 +250,68 @@ def test_a_broken_tinyimagenet_is_refused(tmp_path, capsys):
     assert data.main(["tinyimagenet", "--archive", str(tmp_path / "none.zip"), "--out", out]) == 2
     assert "download tiny-imagenet-200.zip and give its path with --archive" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.zip"]
+
+
+# ---------------------------------------------------------------------------------------------------------- subset
+
+
+@pytest.mark.parametrize(("fraction", "each"), [(0.01, 1), (0.1, 13), (0.5, 65)])
+def test_a_share_of_the_labels_is_balanced(digits, tmp_path, fraction, each):
+    """1297 images of ten classes: a tenth are 13 of each class."""
+    assert data.make_subset(digits / "train", tmp_path / "few", fraction=fraction)
+    chosen = names(tmp_path, "few")
+    assert chosen < names(digits, "train")
+    for label in range(10):
+        assert len(list((tmp_path / "few" / str(label)).iterdir())) == each
+    assert all((tmp_path / "few" / name).read_bytes() == (digits / "train" / name).read_bytes() for name in chosen)
+    assert json.loads((tmp_path / "few" / "manifest.json").read_text())["counts"] == {"images": 10 * each}
+
+
+def test_smaller_shares_are_parts_of_larger_ones_and_seeds_differ(digits, tmp_path):
+    for name, fraction, seed in (("one", 0.05, 3), ("ten", 0.4, 3), ("other", 0.05, 4)):
+        data.make_subset(digits / "train", tmp_path / name, fraction=fraction, seed=seed)
+    assert names(tmp_path, "one") < names(tmp_path, "ten")
+    assert names(tmp_path, "one") != names(tmp_path, "other")
+
+
+def test_a_published_list_names_the_images(digits, tmp_path, capsys):
+    wanted = sorted(names(digits, "train"))[::100]
+    (tmp_path / "list.txt").write_text("\n".join(name.partition("/")[2] for name in wanted) + "\n\n")
+    arguments = ["subset", "--source", str(digits / "train"), "--names", str(tmp_path / "list.txt")]
+    assert data.main([*arguments, "--out", str(tmp_path / "few")]) == 0
+    assert names(tmp_path, "few") == set(wanted)
+    assert "few: written (images 13; 10 classes)" in capsys.readouterr().out
+    assert data.main([*arguments, "--out", str(tmp_path / "few")]) == 0
+    assert "already there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--fraction", "0"], "fraction must be above 0 and at most 1, got 0.0"),
+        ([], "a subset needs either --fraction or --names"),
+        (["--fraction", "1"], " images, but 130 of each class are wanted"),
+        (["--names", "gone.txt"], "gone.txt is no list of images that can be read"),
+        (["--fraction", "0.1", "--seed", "-1"], "seed must not be negative, got -1"),
+        (["--fraction", "0.1", "--source", "nowhere"], "there is no folder nowhere"),
+    ],
+)
+def test_mistakes_about_a_subset_are_one_sentence(digits, tmp_path, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert data.main(["subset", "--source", str(digits / "train"), "--out", "few", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_not_there_or_in_two_classes_is_refused(tmp_path, capsys):
+    for label in ("cat", "dog"):
+        (tmp_path / "train" / label).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / label / "1.png")
+    for text, count in (("2.png", 0), ("1.png", 2)):
+        (tmp_path / "list.txt").write_text(text)
+        with pytest.raises(data.DataError, match=f"names {text}, of which there are {count} in the source"):
+            data.make_subset(tmp_path / "train", tmp_path / "few", names=tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("dog/1.png")
+    data.make_subset(tmp_path / "train", tmp_path / "few", names=tmp_path / "list.txt")
+    assert names(tmp_path, "few") == {"dog/1.png"}

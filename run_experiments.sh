@@ -23,6 +23,7 @@ environment .venv (several GB); later calls use it as it is, until pyproject.tom
   ./run_experiments.sh toy_dynamics             theory against simulation of the toy model: figures in a minute
   ./run_experiments.sh implicit_var_reg         40 runs on CIFAR, STL-10 and TinyImageNet; wants a GPU
   ./run_experiments.sh ssl_ey                   SSL-EY with and without projector, CIFAR and ImageNet-100; wants a GPU
+  ./run_experiments.sh dissl_table1_contrastive  CISSL on TinyImageNet; so dissl_table1_distillation, dissl_fig7a, dissl_fig7c
   ./run_experiments.sh matrix_ssl               Matrix-SSL and MEC on ImageNet, linear probing, weights for COCO; wants GPUs
   ./run_experiments.sh test -k isoloss          checks, then the tests that match
   SOLO_LEARN_CHECKOUT=FOLDER ./run_experiments.sh test   the tests of solo_ext a second time, on a checkout of

@@ -1,4 +1,4 @@
-"""What main_knn and main_umap share: the network of a run, images, and its features of them."""
+"""What main_knn, main_probe and main_umap share: the network of a run, images, and its features of them."""
 
 import argparse
 import json

@@ -158,7 +158,7 @@ def test_result_joins_training_and_probes(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_each_kind_on_the_digits(tmp_path, monkeypatch, capfd):
-    """One epoch of DINO and of DISSL on a few images, their probes, and the table."""
+    """An epoch of DINO and of DISSL each on a few images, their probes, and the table."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -167,9 +167,8 @@ def test_a_run_of_each_kind_on_the_digits(tmp_path, monkeypatch, capfd):
         for label in (tmp_path / "datasets" / "digits" / split).iterdir():
             for image in sorted(label.iterdir())[left:]:
                 image.unlink()
-    command = ["dissl_table1_distillation", "--data", "digits", "--epochs", "1", "--jobs", "1"]
-    for only in ("dino", "dissl_digits"):
-        assert experiments.main([*command, "--only", only]) == 0, capfd.readouterr()
+    options = ["--data", "digits", "--epochs", "1", "--jobs", "1", "--only", "/di*[ol]_digits"]
+    assert experiments.main(["dissl_table1_distillation", *options]) == 0, capfd.readouterr()
     folder = tmp_path / "results" / "dissl_table1_distillation"
     for name, method in (("dino", "dino"), ("dissl", "dissl")):
         result = json.loads((folder / "solo" / f"{name}_digits" / "seed0" / "result.json").read_text())

@@ -63,10 +63,19 @@ def scores(row: Row, title: str) -> list[Score]:
     Args:
         row: the run, its name as ``<method>_<data set>``.
         title: as its authors call it.
+
+    Raises:
+        UserError: its seeds have been probed in different ways.
     """
     method, _, dataset = row.method.rpartition("_")
+    ways = [[_way(probe) for probe in result["probes"]] for result in row.results]
+    if any(way != ways[0] for way in ways):
+        places = ", ".join(map(str, row.folders))
+        raise UserError(
+            f"the seeds of {row.method} were not probed alike: delete result.json in {places}, run their "
+            "probe commands again, which --dry-run prints, then the suite"
+        )
     found = []
-    # the same file of probes for every seed: the i-th of one is the i-th of all
     for probes in zip(*(result["probes"] for result in row.results), strict=True):
         first, values = probes[0], [probe["acc1"] for probe in probes]
         grid = zip(*(probe["grid"] for probe in probes), strict=True)
@@ -82,6 +91,12 @@ def scores(row: Row, title: str) -> list[Score]:
             )
         )
     return found
+
+
+def _way(probe: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes the probes of two seeds comparable."""
+    said = (probe[key] for key in ("kind", "dim", "fraction", "labels", "select"))
+    return (*said, *(entry["weight_decay"] for entry in probe["grid"]))
 
 
 def ordered(folder: Path, suite: str) -> list[tuple[Row, str]]:
@@ -147,10 +162,10 @@ def make_table(suite: str, rows: Sequence[tuple[Row, str]]) -> str:
 def write_summary(found: Sequence[Score], file: Path) -> None:
     """Write every score as a line of a CSV file."""
     with file.open("w", newline="") as out:
-        writer = csv.writer(out)
-        writer.writerow(Score._fields)
+        writer = csv.DictWriter(out, Score._fields)
+        writer.writeheader()
         for score in found:
-            writer.writerow(score._replace(weight_decay="/".join(map(str, score.weight_decay))))  # type: ignore[arg-type]
+            writer.writerow({**score._asdict(), "weight_decay": "/".join(map(str, score.weight_decay))})
 
 
 # ----------------------------------------------------------------------------------------------------------- figures

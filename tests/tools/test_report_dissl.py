@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from plugins.tools import report_dissl
+from plugins.tools.command import UserError
 from plugins.tools.published import PUBLISHED
 from plugins.tools.report_dissl import curves, ordered, scores, standard_error
 from plugins.tools.suites import dissl
@@ -61,6 +62,12 @@ def test_mean_over_seeds_and_the_best_of_the_means(table1):
     assert score.sem == pytest.approx(1.2019, abs=1e-4)
     assert score.best_on_test == pytest.approx(max((40 + 47 + 45) / 3, (43 + 42 + 44) / 3))
     assert (score.seeds, score.weight_decay) == (3, (1e-5, 1e-4))
+
+
+def test_seeds_that_were_probed_in_different_ways_are_not_averaged(table1):
+    add_run(table1, "simclr_tinyimagenet", 1, probe(41.0, select="test"))
+    with pytest.raises(UserError, match="the seeds of simclr_tinyimagenet were not probed alike: delete"):
+        report_dissl.write(table1)
 
 
 def test_table_is_in_the_papers_order_beside_its_numbers(table1):

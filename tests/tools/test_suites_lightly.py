@@ -76,6 +76,7 @@ def test_neighbours_are_counted_as_in_solo_learns_column(here):
 
 def test_progress_is_rows_of_all_epochs(here, tmp_path):
     run = lightly.digits(Request(out=tmp_path))[0]
+    assert run.steps[0].name == "pretrain"  # the step of which the runner shows the epochs
     assert run.progress(run.folder) is None
     (run.folder / run.method).mkdir(parents=True)
     (run.folder / run.method / "metrics.csv").write_text("epoch,loss\n0,2.0\n1,1.5\n")

@@ -89,7 +89,7 @@ def _run(method: str, seed: int, config: Any, linear: Any, linear_5: Any, reques
         seed=seed,
         folder=folder,
         steps=(
-            Step("train", command({**common, **train, **_linear(linear)})),
+            Step("pretrain", command({**common, **train, **_linear(linear)})),
             Step("linear_5", command({**common, **few, **_linear(linear_5)})),
         ),
         collect=collect,

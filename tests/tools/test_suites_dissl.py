@@ -163,7 +163,7 @@ def test_a_run_of_each_kind_on_the_digits(tmp_path, monkeypatch, capfd):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert data.main(["digits", "--out", "datasets/digits"]) == 0
-    for split, left in (("train", 20), ("val", 5)):
+    for split, left in (("train", 12), ("val", 5)):
         for label in (tmp_path / "datasets" / "digits" / split).iterdir():
             for image in sorted(label.iterdir())[left:]:
                 image.unlink()
@@ -174,7 +174,7 @@ def test_a_run_of_each_kind_on_the_digits(tmp_path, monkeypatch, capfd):
         result = json.loads((folder / "solo" / f"{name}_digits" / "seed0" / "result.json").read_text())
         assert (result["config"]["method"], result["epochs"], result["dataset"]) == (method, 1, "digits")
         (probe,) = result["probes"]
-        assert (probe["kind"], probe["labels"], probe["select"], probe["dim"]) == ("linear", 200, "validation", 512)
-        assert probe["acc1"] > 20
+        assert (probe["kind"], probe["labels"], probe["select"], probe["dim"]) == ("linear", 120, "validation", 512)
+        assert probe["acc1"] > 15
         line = next(line for line in (folder / "table.md").read_text().splitlines() if f" {name} " in line)
         assert f"{probe['acc1']:.1f}" in line

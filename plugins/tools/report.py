@@ -348,7 +348,7 @@ def _draw_losses(figure: Any, methods: Sequence[tuple[str, Row]], bands: int, co
         curves = [read_losses(run) for run in [*row.folders, *row.missing]]
         for epochs, losses in curves:
             ax.plot(epochs, losses, color=ACCENT, lw=1.4, alpha=0.8)
-        _finish_panel(ax, name, empty=not any(epochs for epochs, _ in curves))
+        _finish_panel(ax, name, "" if any(epochs for epochs, _ in curves) else "missing")
 
 
 def _draw_spectra(figure: Any, methods: Sequence[tuple[str, Row]], bands: int, columns: int) -> None:
@@ -371,7 +371,7 @@ def _draw_spectra(figure: Any, methods: Sequence[tuple[str, Row]], bands: int, c
     most = max((len(line) for _, lines in spectra for line in lines), default=2)
     norm = LogNorm(1, max(most, 2))
     colours = colormaps["viridis_r"]
-    for ax, (name, _), (epochs, lines) in zip(panels, methods, spectra, strict=True):
+    for ax, (name, row), (epochs, lines) in zip(panels, methods, spectra, strict=True):
         largest = max((value for line in lines for value in line if value > 0), default=None)
         if largest is not None:
             width = min(len(line) for line in lines)
@@ -382,7 +382,8 @@ def _draw_spectra(figure: Any, methods: Sequence[tuple[str, Row]], bands: int, c
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(LogLocator(numticks=5))
             ax.yaxis.set_minor_locator(NullLocator())
-        _finish_panel(ax, name, empty=largest is None)
+        # DISSL and CISSL finish without one
+        _finish_panel(ax, name, "" if largest is not None else "not followed" if row.results else "missing")
     for ax in panels[-columns:]:
         ax.set_xlabel("epoch")
     if panels:
@@ -394,11 +395,12 @@ def _draw_spectra(figure: Any, methods: Sequence[tuple[str, Row]], bands: int, c
         bar.set_label("number of the eigenvalue", size=8)
 
 
-def _finish_panel(ax: Any, name: str, *, empty: bool) -> None:
+def _finish_panel(ax: Any, name: str, instead: str) -> None:
+    """Title and ticks; where there is no curve, a word in its place."""
     ax.set_title(name, loc="left")
     ax.tick_params(labelsize=7.5, length=2)
-    if empty:
-        ax.text(0.5, 0.5, "missing", transform=ax.transAxes, ha="center", va="center", color=SECOND)
+    if instead:
+        ax.text(0.5, 0.5, instead, transform=ax.transAxes, ha="center", va="center", color=SECOND)
         ax.set_yticks([])
 
 

@@ -474,10 +474,10 @@ def test_wrong_input_is_refused():
         ([z[:1]] * 4, {}, "the Matrix-SSL loss needs at least 2 rows over all processes, got 1"),
         ([z] * 4, {"form": "dual"}, "form must be one of auto, covariance, gram, got 'dual'"),
         ([z] * 4, {"logarithm": "log"}, "logarithm must be one of series, exact, got 'log'"),
-        ([z] * 4, {"mce_order": 0}, r"the order of a series must be in \[1, inf\], got 0"),
+        ([z] * 4, {"mce_order": 0}, r"the order of a series must be in \[1, inf\), got 0"),
         ([z] * 4, {"mce_order": 1.5}, "the order of a series must be a whole number, got 1.5"),
-        ([z] * 4, {"mce_mu": -1}, r"mce_mu must be in \[0, inf\], got -1"),
-        ([z] * 4, {"mce_mu": 0, "logarithm": "exact"}, r"mce_mu must be in \[1e-06, inf\], got 0"),
+        ([z] * 4, {"mce_mu": -1}, r"mce_mu must be in \[0, inf\), got -1"),
+        ([z] * 4, {"mce_mu": 0, "logarithm": "exact"}, r"mce_mu must be in \[1e-06, inf\), got 0"),
         ([z] * 4, {"gamma": -1}, "gamma must be"),
         ([z] * 4, {"mce_lambd": -1}, "mce_lambd must be"),
     ]:

@@ -327,8 +327,8 @@ def test_wrong_input_is_refused():
         ([z, z, z, z[:, :2]], {}, r"p1 must have the shape of z0, \(4, 3\), got \(4, 2\)"),
         ([z[:0]] * 4, {}, "the MEC loss needs at least 1 rows over all processes, got 0"),
         ([z] * 4, {"form": "dual"}, "form must be one of auto, covariance, gram, got 'dual'"),
-        ([z] * 4, {"order": 0}, r"the order of a series must be in \[1, inf\], got 0"),
-        ([z] * 4, {"eps_d": 0.0}, r"eps_d must be in \[1e-06, inf\], got 0.0"),
+        ([z] * 4, {"order": 0}, r"the order of a series must be in \[1, inf\), got 0"),
+        ([z] * 4, {"eps_d": 0.0}, r"eps_d must be in \[1e-06, inf\), got 0.0"),
     ]:
         with pytest.raises(ValueError, match=message):
             mec_loss(*arguments, **{"eps_d": 0.5, **options})

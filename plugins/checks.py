@@ -57,7 +57,7 @@ def check_range(name: str, value: float, *, low: float, high: float = float("inf
     Raises:
         ValueError: it is outside, infinite, or not a number.
     """
-    if not low <= value <= high or math.isinf(value):
+    if not low <= value <= high or value == math.inf:
         end = ")" if math.isinf(high) else "]"
         raise ValueError(f"{name} must be in [{low:g}, {high:g}{end}, got {value!r}")
 

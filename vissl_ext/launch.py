@@ -201,6 +201,7 @@ def run(args: Any, config: Any) -> None:
             cfg=config, node_id=args.node_id, engine_name=args.engine_name, hook_generator=ranks.hooks
         )
     except _Interrupted:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         _end(multiprocessing.active_children())
         say("interrupted; the same command goes on from the last checkpoint")
         raise SystemExit(130) from None
@@ -210,12 +211,19 @@ def run(args: Any, config: Any) -> None:
         raise UserError(str(error)) from None
 
 
+_AGAIN = 2.0
+"""Seconds in which an interruption reaches the launcher, or is raised once more."""
+
+
 class _Interrupted(BaseException):
     """Ctrl-C. A KeyboardInterrupt is swallowed at vissl/utils/distributed_launcher.py:161, and the ranks train on."""
 
 
 def _interrupt(number: int, frame: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
+    # Python drops what is raised within a finalizer, such as those of a loader's processes: raise it until it arrives
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN)
     raise _Interrupted
 
 

@@ -48,8 +48,11 @@ def wait(child, job):
 
 
 def left(child):
-    """Whether a process of a child's group is there five seconds after its end; they are killed then."""
-    for _ in range(500):
+    """Whether a process of a child's group is there thirty seconds after its end; they are killed then.
+
+    A fork server that is still importing what it hands down ends when that is done.
+    """
+    for _ in range(3000):
         try:
             os.killpg(child, 0)
         except ProcessLookupError:

@@ -1,6 +1,9 @@
 """The command line: where configurations are found, what a CPU changes, and that mistakes are sentences."""
 
+import os
 import re
+import signal
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -14,6 +17,7 @@ from omegaconf import OmegaConf
 
 import configs
 from plugins.tools.command import UserError
+from vissl_ext import launch as launcher
 from vissl_ext.checks import check, check_sections
 from vissl_ext.compat.checkpoints import set_aside
 from vissl_ext.compose import compose, config_names
@@ -461,3 +465,23 @@ def test_lines_come_at_growing_intervals(monkeypatch, capsys):
 
 def test_nothing_is_set_aside_in_a_new_folder(tmp_path):
     assert set_aside(tmp_path / "new") == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_that_a_finalizer_drops_comes_again(monkeypatch):
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    monkeypatch.setattr(launcher, "_AGAIN", 0.3)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)}
+    signal.signal(signal.SIGINT, launcher._interrupt)
+    try:
+        Finalized()  # dropped at once, with the interruption
+        with pytest.raises(launcher._Interrupted):
+            time.sleep(20)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from plugins.tools.command import UserError
 from solo_ext.backbones import build_backbone
-from solo_ext.checkpoint import ARGS, find_checkpoint, load_backbone, read_checkpoint
+from solo_ext.checkpoint import ARGS, check_writable, find_checkpoint, load_backbone, read_checkpoint
 from solo_ext.compat import native_methods, native_options
 from solo_ext.data import DOWNLOADED, check_same_classes, evaluation_loader, hint, image_dataset
 from solo_ext.launch import refused
@@ -205,6 +205,27 @@ def open_images(args: argparse.Namespace, run: Run, *, need_labels: bool) -> dic
         )
     check_same_classes(found["train"], found.get("val"))
     return found
+
+
+def open_evaluation(args: argparse.Namespace, why: str) -> tuple[Run, torch.device, dict[str, Dataset]]:
+    """What an evaluation with labels starts from: the run, the device, and the images of both sides.
+
+    Args:
+        args: of ``main_knn.add_arguments``, and ``output``.
+        why: what needs labels, and what for.
+
+    Raises:
+        UserError: a path or a checkpoint is wrong, or there are no labels or no validation images.
+    """
+    if args.output is not None:
+        check_writable(args.output.parent, "--output")
+    if args.no_labels:
+        raise UserError(f"{why}: leave out --no_labels")
+    run, device = read_run(Path(args.pretrained_checkpoint_dir)), usable_device(args.device)
+    images = open_images(args, run, need_labels=True)
+    if "val" not in images:
+        raise UserError("--val_data_path is missing")
+    return run, device, images
 
 
 def class_names(images: Dataset) -> list[str]:

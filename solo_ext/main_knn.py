@@ -69,18 +69,10 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         UserError: a path or a checkpoint is wrong.
     """
     from plugins.tools.records import write_json
-    from solo_ext.checkpoint import check_writable
-    from solo_ext.features import collect, extractor, open_images, read_run, usable_device
+    from solo_ext.features import collect, extractor, open_evaluation
     from solo_ext.knn import WeightedKNNClassifier
 
-    if args.output is not None:
-        check_writable(args.output.parent, "--output")
-    if args.no_labels:
-        raise UserError("k-nearest neighbours vote with their labels: leave out --no_labels")
-    run, device = read_run(Path(args.pretrained_checkpoint_dir)), usable_device(args.device)
-    images = open_images(args, run, need_labels=True)
-    if "val" not in images:
-        raise UserError("--val_data_path is missing")
+    run, device, images = open_evaluation(args, "k-nearest neighbours vote with their labels")
     if max(args.k) > len(images["train"]):
         raise UserError(f"--k {max(args.k)} is more than the {len(images['train'])} training images")
     extract = extractor(run, device, projector="projector" in args.feature_type)

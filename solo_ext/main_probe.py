@@ -103,17 +103,9 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     from plugins.tools.probe import evaluate_probe
     from plugins.tools.records import write_json
-    from solo_ext.checkpoint import check_writable
-    from solo_ext.features import collect, extractor, open_images, read_run, usable_device
+    from solo_ext.features import collect, extractor, open_evaluation
 
-    if args.output is not None:
-        check_writable(args.output.parent, "--output")
-    if args.no_labels:
-        raise UserError("probes learn labels: leave out --no_labels")
-    run, device = read_run(Path(args.pretrained_checkpoint_dir)), usable_device(args.device)
-    images = open_images(args, run, need_labels=True)
-    if "val" not in images:
-        raise UserError("--val_data_path is missing")
+    run, device, images = open_evaluation(args, "probes learn labels")
     extract = extractor(run, device, projector=False)
     sides = []
     for split in ("train", "val"):

@@ -8,6 +8,12 @@ from vissl.models.heads import register_model_head
 from plugins.heads import normalized_classifier
 
 
+def rows(batch: Tensor | list[Tensor]) -> Tensor:
+    """What VISSL hands to a head as a matrix: ``[B, D]``, also with trailing axes of one, also alone in a list."""
+    batch = batch[0] if isinstance(batch, list) else batch
+    return batch.flatten(1)
+
+
 @register_model_head("normalized_classifier")
 class NormalizedClassifier(nn.Module):
     """BatchNorm without scale and shift, then a Linear layer. VISSL's ``eval_mlp`` has a norm with both.
@@ -27,5 +33,4 @@ class NormalizedClassifier(nn.Module):
 
     def forward(self, batch: Tensor) -> Tensor:
         """``[B, in_dim]`` (or with trailing axes of one) → ``[B, classes]``."""
-        batch = batch[0] if isinstance(batch, list) else batch
-        return self.clf(batch.flatten(1))
+        return self.clf(rows(batch))

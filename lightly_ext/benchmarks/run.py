@@ -30,9 +30,9 @@ from torchvision import transforms as T
 from lightly_ext.benchmarks.methods import METHODS
 from lightly_ext.models import MethodModel
 from plugins.tools.command import UserError, first_process, say
+from plugins.tools.data import SUFFIXES
 from plugins.tools.records import versions, write_json, write_row
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _LARGE = 64  # below this many pixels images are evaluated as they are, without cutting their margin off
 
 
@@ -469,7 +469,7 @@ def _images(name: str, folder: Path) -> dict[str, int]:
     if not folder.is_dir():
         raise UserError(f"{_flag(name)}: there is no folder {folder}")
     counts = {
-        path.name: sum(file.suffix.lower() in _SUFFIXES for file in path.rglob("*"))
+        path.name: sum(file.suffix.lower() in SUFFIXES for file in path.rglob("*"))
         for path in sorted(folder.iterdir())
         if path.is_dir()
     }

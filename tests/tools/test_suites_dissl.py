@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from plugins.tools import data, experiments
+from plugins.tools import experiments
 from plugins.tools.suites import Request, dissl
 
 ROOT = Path(__file__).parents[2]
@@ -157,16 +157,9 @@ def test_result_joins_training_and_probes(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_each_kind_on_the_digits(tmp_path, monkeypatch, capfd):
+def test_a_run_of_each_kind_on_the_digits(tmp_path, few_digits_here, capfd):
     """An epoch of DINO and of DISSL each on a few images, their probes, and the table."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert data.main(["digits", "--out", "datasets/digits"]) == 0
-    for split, left in (("train", 12), ("val", 5)):
-        for label in (tmp_path / "datasets" / "digits" / split).iterdir():
-            for image in sorted(label.iterdir())[left:]:
-                image.unlink()
+    few_digits_here(12)
     options = ["--data", "digits", "--epochs", "1", "--jobs", "1", "--only", "/di*[ol]_digits"]
     assert experiments.main(["dissl_table1_distillation", *options]) == 0, capfd.readouterr()
     folder = tmp_path / "results" / "dissl_table1_distillation"

@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from plugins.tools import data, experiments
+from plugins.tools import experiments
 from plugins.tools.suites import Request, prepare, solo
 
 ROOT = Path(__file__).parents[2]
@@ -284,16 +284,9 @@ def test_data_that_are_there_are_not_downloaded(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_of_the_table_on_the_digits(tmp_path, monkeypatch, capfd):
+def test_a_run_of_the_table_on_the_digits(tmp_path, few_digits_here, capfd):
     """One epoch of IsoLoss without teacher on a few images, its evaluations, and the suite's table."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert data.main(["digits", "--out", "datasets/digits"]) == 0
-    for split, left in (("train", 12), ("val", 5)):
-        for label in (tmp_path / "datasets" / "digits" / split).iterdir():
-            for image in sorted(label.iterdir())[left:]:
-                image.unlink()
+    few_digits_here(12)
     done = experiments.main(["implicit_var_reg", "--data", "digits", "--only", "isoloss-noema", "--epochs", "1"])
     assert done == 0, capfd.readouterr()
     folder = tmp_path / "results" / "implicit_var_reg" / "solo" / "isoloss-noema_digits" / "seed0"

@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import vissl_ext  # noqa: F401 - mends VISSL before a test imports it
 
@@ -31,6 +33,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with the argument ``stock`` runs for each method of docs/vissl_stock.md that has a command."""
     if "stock" in metafunc.fixturenames:
         metafunc.parametrize("stock", _ROWS)
+
+
+@pytest.fixture(scope="module")
+def files_are_parsed_once() -> Iterator[None]:
+    """Hydra reads and parses VISSL's long defaults twice for each configuration; a test file may compose hundreds."""
+    parse, parsed = yaml.load, {}
+
+    def load(stream: Any, Loader: Any) -> Any:
+        text = stream if isinstance(stream, str) else stream.read()
+        key = (text, Loader.__name__)
+        if key not in parsed:
+            parsed[key] = parse(text, Loader)
+        return deepcopy(parsed[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml, "load", load)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 from vissl.config import AttrDict
 from vissl.data.ssl_transforms import get_transform
@@ -38,7 +37,7 @@ from vissl_ext.registry import register
 from vissl_ext.task import PluginTask
 
 register()
-pytestmark = pytest.mark.vissl
+pytestmark = [pytest.mark.vissl, pytest.mark.usefixtures("files_are_parsed_once")]
 
 CHECKOUT = "VISSL_FORK_CHECKOUT"
 _LINEAR = '"use_relu": False, "use_bn": True, "use_bias": False, "skip_last_layer_relu_bn": False'
@@ -294,23 +293,6 @@ config:
   CHECKPOINT: {DIR: ".", AUTO_RESUME: True, CHECKPOINT_FREQUENCY: 5}
   SLURM: {NAME: probe, MEM_GB: 128, USE_SLURM: False}
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def files_are_parsed_once():
-    """Hydra parses VISSL's long defaults twice for each configuration."""
-    parse, parsed = yaml.load, {}
-
-    def load(stream, Loader):
-        text = stream if isinstance(stream, str) else stream.read()
-        key = (text, Loader.__name__)
-        if key not in parsed:
-            parsed[key] = parse(text, Loader)
-        return copy.deepcopy(parsed[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yaml, "load", load)
-        yield
 
 
 @pytest.fixture(scope="module")

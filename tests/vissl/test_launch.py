@@ -5,14 +5,12 @@ import re
 import signal
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from omegaconf import OmegaConf
 
 import configs
@@ -28,7 +26,7 @@ from vissl_ext.registry import register
 
 register()
 
-pytestmark = pytest.mark.vissl
+pytestmark = [pytest.mark.vissl, pytest.mark.usefixtures("files_are_parsed_once")]
 SIMCLR = "config=pretrain/simclr/simclr_8node_resnet"
 LOSS = "config.LOSS.simclr_info_nce_loss"
 
@@ -42,23 +40,6 @@ def checked(*words: str) -> None:
     cfg, given = compose(words)
     check_sections(cfg)
     check(cfg, given)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def files_are_parsed_once():
-    """Hydra reads and parses VISSL's long defaults twice for each of the hundreds of configurations composed here."""
-    parse, parsed = yaml.load, {}
-
-    def load(stream, Loader):
-        text = stream if isinstance(stream, str) else stream.read()
-        key = (text, Loader.__name__)
-        if key not in parsed:
-            parsed[key] = parse(text, Loader)
-        return deepcopy(parsed[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yaml, "load", load)
-        yield
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from vissl.models.heads.mlp import MLP
 from vissl.models.model_helpers import is_feature_extractor_model
 
 from plugins.heads import projection_init_
+from vissl_ext.heads import rows
 
 WHOLE = [[0, None]]
 """MULTI_RES_SPLIT_CROPS where it is absent: one group of all resolutions, as VISSL has it."""
@@ -151,10 +152,7 @@ class OptionMLP(MLP):
     def forward(self, batch: Tensor) -> Tensor:
         """``[B, dims[0]]`` (or with trailing axes of one) → ``[B, dims[-1]]``."""
         out = super().forward(batch)
-        if not self.is_residual:
-            return out
-        batch = batch[0] if isinstance(batch, list) else batch
-        return out + batch.flatten(1)
+        return out + rows(batch) if self.is_residual else out
 
 
 @register_model_head("identity")
@@ -178,8 +176,7 @@ class BatchNormHead(nn.Module):
 
     def forward(self, batch: Tensor) -> Tensor:
         """``[B, dim]`` (or with trailing axes of one) → ``[B, dim]``."""
-        batch = batch[0] if isinstance(batch, list) else batch
-        return self.norm(batch.flatten(1))
+        return self.norm(rows(batch))
 
 
 def replace_model() -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from plugins.tools.records import read_json
 from plugins.tools.suites import Request, Run, Step
-from plugins.tools.suites.solo import DATA, command, config_folder, of_training, progress
+from plugins.tools.suites.solo import DATA, asked_epochs, command, config_folder, of_training, pretraining, progress
 
 
 class Sweep(NamedTuple):
@@ -146,31 +146,20 @@ def _run(suite: str, variant: Variant, dataset: str, seed: int, request: Request
     base, label, data = request.out / suite / "solo", f"{variant.name}_{dataset}", DATA[dataset]
     sweep, folder = SWEEPS[dataset], base / label / f"seed{seed}"
     configs = config_folder(sweep.configs)
-    overrides: dict[str, Any] = {
-        "name": label,
-        "seed": seed,
-        "data.train_path": request.data_folder / data.train,
-        "data.val_path": request.data_folder / data.val,
-        "checkpoint.dir": base,
-        "checkpoint.group": label,
-        "checkpoint.version": f"seed{seed}",
-        "auto_resume.enabled": True,
-    }
+    train, val = request.data_folder / data.train, request.data_folder / data.val
+    overrides = pretraining(base, label, seed, {"data.train_path": train, "data.val_path": val}, request)
     if request.epochs is not None:
-        # every epoch is validated, so that the last one is
-        overrides.update({"max_epochs": request.epochs, "check_val_every_n_epoch": 1})
+        overrides.update(asked_epochs(request.epochs))
         if variant.config == "dino" and request.epochs < DINO_WARMUP:
             overrides["method_kwargs.warmup_teacher_temperature_epochs"] = request.epochs
     elif variant.long:
         overrides["max_epochs"] = sweep.long
-    if request.devices is not None:
-        overrides["devices"] = request.devices
     options = {
         "config": configs / f"{variant.probe}.yaml",
         "pretrained_checkpoint_dir": folder,
         "dataset": dataset,
-        "train_data_path": request.data_folder / data.train,
-        "val_data_path": request.data_folder / data.val,
+        "train_data_path": train,
+        "val_data_path": val,
         "num_workers": data.workers,
         "seed": seed,
         "output": folder / "probe.json",

@@ -5,7 +5,6 @@ normalised), and writes the backbone for detectron2, whose training on COCO is s
 the digits the same commands run in minutes, to try them.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +71,9 @@ def _solo_run(method: str, dataset: str, epochs: int | None, seed: int, request:
         "data.val_path": request.data_folder / solo.DATA[dataset].val,
         "backbone.name": "resnet50",
     }
-    pretrain = {
-        "name": name,
-        "seed": seed,
-        **places,
-        "checkpoint.dir": base,
-        "checkpoint.group": name,
-        "checkpoint.version": f"seed{seed}",
-        "auto_resume.enabled": True,
-    }
+    pretrain = solo.pretraining(base, name, seed, places, request)
     if epochs is not None:
         pretrain["max_epochs"] = epochs
-    if request.devices is not None:
-        pretrain["devices"] = request.devices
     linear = {
         "seed": seed,
         **places,
@@ -127,7 +116,8 @@ def collect_solo(run: Run) -> dict[str, Any]:
         "linear": linear["acc1"],
         "linear_top5": linear["acc5"],
         "linear_best": linear["best_acc1"],
-        **{key: training[key] for key in ("epochs", "seconds", "images_per_second", "versions", "config")},
+        "epochs": training["epochs"],
+        **solo.of_training(training),
     }
 
 
@@ -185,8 +175,7 @@ def collect_vissl(run: Run) -> dict[str, Any]:
         As of :func:`collect_solo`, but nothing of an online classifier.
     """
     training = read_json(run.folder / "pretrain" / "summary.json")
-    lines = [json.loads(line) for line in (run.folder / "linear" / "metrics.json").read_text().splitlines()]
-    found = [line["test_accuracy_list_meter"] for line in lines if "test_accuracy_list_meter" in line]
+    found = vissl.evaluations(run.folder / "linear")
     top1 = [next(iter(each["top_1"].values())) for each in found]
     return {
         "linear": top1[-1],

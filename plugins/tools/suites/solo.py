@@ -244,20 +244,9 @@ def _table_run(suite: str, variant: Variant, dataset: str, seed: int, request: R
         "data.train_path": request.data_folder / data.train,
         "data.val_path": request.data_folder / data.val,
     }
-    overrides = {
-        "name": label,
-        "seed": seed,
-        **places,
-        "checkpoint.dir": base,
-        "checkpoint.group": label,
-        "checkpoint.version": f"seed{seed}",
-        "auto_resume.enabled": True,
-    }
+    overrides = pretraining(base, label, seed, places, request)
     if request.epochs is not None:
-        # every epoch is validated, so that the last one is
-        overrides.update({"max_epochs": request.epochs, "check_val_every_n_epoch": 1})
-    if request.devices is not None:
-        overrides["devices"] = request.devices
+        overrides.update(asked_epochs(request.epochs))
     steps = [
         Step("pretrain", command("main_pretrain", configs, variant.config, overrides, variant.overrides)),
         knn_step(folder, folder, dataset, request),
@@ -354,6 +343,35 @@ def command(
         *more,
         *(f"++{key}={hydra_value(value)}" for key, value in overrides.items()),
     )
+
+
+def pretraining(base: Path, label: str, seed: int, places: Mapping[str, Any], request: Request) -> dict[str, Any]:
+    """Overrides of a pre-training in ``base/label/seed<n>``, which goes on where it was interrupted.
+
+    Args:
+        base: folder of the suite's runs.
+        label: the run's name there.
+        seed: its seed.
+        places: overrides that say where its images are.
+        request: devices.
+    """
+    overrides = {
+        "name": label,
+        "seed": seed,
+        **places,
+        "checkpoint.dir": base,
+        "checkpoint.group": label,
+        "checkpoint.version": f"seed{seed}",
+        "auto_resume.enabled": True,
+    }
+    if request.devices is not None:
+        overrides["devices"] = request.devices
+    return overrides
+
+
+def asked_epochs(epochs: int) -> dict[str, int]:
+    """Overrides for a number of epochs that the user asked for: every epoch is validated, so that the last one is."""
+    return {"max_epochs": epochs, "check_val_every_n_epoch": 1}
 
 
 def linear_step(step: str, configs: Path, name: str, overrides: Mapping[str, Any]) -> Step:

@@ -124,9 +124,13 @@ def collect(run: Run) -> dict[str, Any]:
     }
 
 
-def _last_accuracy(folder: Path) -> float:
-    """The last test accuracy that VISSL's metrics.json holds, in per cent."""
+def evaluations(folder: Path) -> list[dict[str, dict[str, float]]]:
+    """What VISSL's metrics.json says of each test: ``top_1`` and the like → name of the feature → per cent."""
     lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    found = [line["test_accuracy_list_meter"]["top_1"] for line in lines if "test_accuracy_list_meter" in line]
-    (accuracy,) = found[-1].values()
+    return [line["test_accuracy_list_meter"] for line in lines if "test_accuracy_list_meter" in line]
+
+
+def _last_accuracy(folder: Path) -> float:
+    """The last test accuracy of a linear evaluation, in per cent."""
+    (accuracy,) = evaluations(folder)[-1]["top_1"].values()
     return accuracy

@@ -128,7 +128,7 @@ def _unreadable(word: str) -> str:
 def _own_options() -> dict[str, set[str]]:
     """Options that we add to sections of VISSL's, or in sections of our own."""
     from plugins.methods import METHODS
-    from vissl_ext.dissl import losses
+    from vissl_ext.dissl import convnext, losses
     from vissl_ext.methods import TAUS
 
     options = {
@@ -138,7 +138,8 @@ def _own_options() -> dict[str, set[str]]:
         **options,
         **{f"config.LOSS.{name}": set(kind.defaults) for name, kind in losses.LOSSES.items()},
         "config.MODEL": {"MULTI_RES_SPLIT_CROPS"},
-        "config.MODEL.TRUNK": {"OUT_FEATURE_KEYS"},
+        "config.MODEL.TRUNK": {"OUT_FEATURE_KEYS", "CONVNEXT"},
+        "config.MODEL.TRUNK.CONVNEXT": set(convnext.DEFAULTS),
         "config.MODEL.TRUNK.RESNETS": {"CIFAR_STEM", "Z_DIM_OLD_TMP_NEW", "AVG_POOL_KERNEL_SIZE", "IS_SKIP_RESIZER"},
         "config.OPTIMIZER.larc_config": {"exclude_bias_and_norm"},
         "config.OPTIMIZER.param_schedulers.lr.auto_lr_scaling": {"keep_warmup"},

@@ -4,7 +4,7 @@
 def register() -> None:
     """Import what registers itself. May be called again without harm."""
     from vissl_ext import features, heads, methods, schedules, task, trunks  # noqa: F401
-    from vissl_ext.dissl import losses, model, resnet, transforms  # noqa: F401
+    from vissl_ext.dissl import convnext, losses, model, resnet, transforms  # noqa: F401
 
     task.replace_task()
     features.replace_trainer()

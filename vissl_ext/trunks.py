@@ -14,6 +14,7 @@ from vissl.models.trunks import register_model_trunk
 
 from plugins.heads import ExpandDim
 from plugins.tools.command import UserError
+from vissl_ext.dissl import convnext
 
 DEPTHS = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50, 101: resnet.resnet101, 152: resnet.resnet152}
 _WIDTH = {18: 512, 34: 512, 50: 2048, 101: 2048, 152: 2048}
@@ -47,7 +48,7 @@ _OWN = {"plain_resnet": {"CIFAR_STEM"}, "resnet": {"AVG_POOL_KERNEL_SIZE", "IS_S
 
 
 def check_trunk(model_config: Any) -> None:
-    """Refuse settings that a ResNet does not read, and what ``plain_resnet`` cannot be.
+    """Refuse settings that a trunk does not read, and what ``plain_resnet`` and ``convnext`` cannot be.
 
     Args:
         model_config: VISSL's MODEL section.
@@ -57,6 +58,8 @@ def check_trunk(model_config: Any) -> None:
             depth.
     """
     name, config = model_config.TRUNK.NAME, model_config.TRUNK.RESNETS
+    if name == convnext.NAME:
+        convnext.convnext_settings(model_config)
     if name not in ("resnet", "plain_resnet"):
         return
     allowed = _SETTINGS | _OWN[name]
@@ -95,7 +98,10 @@ def _check_widths(config: Any, own: int) -> None:
 
 
 def trunk_width(model_config: Any) -> int | None:
-    """Width of the features of ``plain_resnet``; None of another trunk, which is not known before it is built."""
+    """Width of the features of ``plain_resnet`` or ``convnext``; None of others, unknown before they are built."""
+    if model_config.TRUNK.NAME == convnext.NAME:
+        width: int = convnext.convnext_settings(model_config)["DIMS"][-1]
+        return width
     if model_config.TRUNK.NAME != "plain_resnet":
         return None
     config = model_config.TRUNK.RESNETS

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from vissl.config import AttrDict
 from vissl.data.ssl_transforms import get_transform
 from vissl.models import build_model
@@ -28,6 +29,7 @@ from vissl.utils import hydra_config
 
 from plugins.losses import cissl_loss, dissl_loss
 from plugins.tools.command import UserError
+from vissl_ext.dissl.convnext import ConvNeXtTrunk
 from vissl_ext.dissl.losses import LOSSES, DstlISSLLoss
 from vissl_ext.dissl.model import GroupedModel, OptionMLP
 from vissl_ext.dissl.resnet import WideResNeXt
@@ -398,19 +400,14 @@ def test_a_probe_of_a_pretrained_trunk(folder: Path, few_digits: Path, tmp_path:
 @pytest.mark.parametrize("path", _fork_files(39, "pretrain/dstl/*.yaml", "pretrain/cntr/*.yaml"))
 def test_files_of_the_fork_pass_the_checks_and_build(path: Path, prepared: Callable) -> None:
     name = f"pretrain/{path.parent.name}/{path.stem}"
-    refused = None
-    if "convnext" in path.stem:
-        refused = "'convnext' is unknown"
-    elif path.stem == "dissl_e100_d8192_m4b6s_r030":
-        refused = "found duplicate key config"  # the file holds two configurations, one below the other
-    if refused:
-        with pytest.raises(UserError, match=refused):
+    if path.stem == "dissl_e100_d8192_m4b6s_r030":  # the file holds two configurations, one below the other
+        with pytest.raises(UserError, match="found duplicate key config"):
             prepared(name, at=path.parents[3])
         return
     config = prepared(name, at=path.parents[3])
     lr = config.OPTIMIZER.param_schedulers.lr
     assert [part["name"] for part in lr.schedulers] == ["linear", "cosine"]
-    assert lr.schedulers[0]["start_value"] == 0.001
+    assert lr.schedulers[0]["start_value"] == (1e-5 if "convnext" in path.stem else 0.001)
     with torch.device("meta"):
         model = build_model(config.MODEL, config.OPTIMIZER)
         loss = PluginTask.from_config(config)._build_loss()
@@ -421,6 +418,71 @@ def test_files_of_the_fork_pass_the_checks_and_build(path: Path, prepared: Calla
     assert isinstance(loss, LOSSES[config.LOSS.name])
     assert len(teacher) == len(student) == 4
     assert teacher.shape[1] == student.shape[1] == model.heads[0][-1].clf[0].out_features
+
+
+def test_the_trunk_convnext_is_torchvisions(prepared: Callable) -> None:
+    """Weights of torchvision's ConvNeXt, which is written independently of timm's, give the same features."""
+    depths, dims = [1, 2, 3, 1], [8, 16, 24, 4096]
+    shape = f"config.MODEL.TRUNK.CONVNEXT={{DEPTH: {depths}, DIMS: {dims}}}"
+    rgb = prepared("pretrain/small/dstl", "config.MODEL.TRUNK.NAME=convnext", shape, "config.MODEL.INPUT_TYPE=rgb")
+    trunk = ConvNeXtTrunk(rgb.MODEL, "convnext").double()
+    settings = [CNBlockConfig(*sizes) for sizes in zip(dims, [*dims[1:], None], depths, strict=True)]
+    theirs = ConvNeXt(settings, num_classes=1, layer_scale=1e-6).double()
+    for part in theirs.parameters():
+        torch.nn.init.normal_(part, std=0.3)
+    of_block = {"layer_scale": "gamma", "0": "conv_dw", "2": "norm", "3": "mlp.fc1", "5": "mlp.fc2"}
+    weights = {}
+    for name, value in theirs.state_dict().items():
+        first, place, *rest = name.split(".")
+        if first == "classifier":
+            renamed = f"head.norm.{rest[0]}" if place == "0" else None
+        elif place == "0":
+            renamed = f"stem.{'.'.join(rest)}"
+        elif int(place) % 2 == 0:
+            renamed = f"stages.{int(place) // 2}.downsample.{'.'.join(rest)}"
+        else:
+            block, *inner = rest
+            kind = of_block[inner[1] if inner[0] == "block" else inner[0]]
+            renamed = ".".join([f"stages.{int(place) // 2}.blocks.{block}.{kind}", *inner[2:]])
+        if renamed is not None:
+            weights[renamed] = value.flatten() if renamed.endswith("gamma") else value
+    trunk.network.load_state_dict(weights)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    (features,) = trunk(images)
+    expected = theirs.classifier[0](theirs.avgpool(theirs.features(images))).flatten(1)
+    assert features.shape == (2, 4096)
+    torch.testing.assert_close(features, expected)
+
+
+def test_convnext_is_trained_with_four_channels(prepared: Callable) -> None:
+    shape = "config.MODEL.TRUNK.CONVNEXT={DEPTH: [1, 1, 1, 1], DIMS: [8, 8, 8, 4096], IS_SKIP_LAST_NORM: true}"
+    config = prepared("pretrain/small/dstl", "config.MODEL.TRUNK.NAME=convnext", shape)
+    task = built(config)
+    assert isinstance(task.base_model.trunk.network.head.norm, nn.Identity)
+    views = [torch.randn(4, 4, size, size) for size in (64, 64, 32, 32)]
+    task.base_loss(task.base_model.train()(views), None).backward()
+    missed = [
+        name
+        for name, part in task.base_model.trunk.named_parameters()
+        if part.grad is None or not part.grad.abs().sum() > 0
+    ]
+    assert not missed
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{DEPTHS: [1, 1, 1, 1]}", "'DEPTHS' is no setting of convnext"),
+        ("{DEPTH: [1, 1, 1]}", "DEPTH is a list of four whole numbers above 0"),
+        ("{DIMS: [8, 8, 8, 0]}", "DIMS is a list of four whole numbers above 0"),
+        ("{DROP_PATH_RATE: 1}", r"DROP_PATH_RATE must be in \[0, 1\), got 1"),
+        ("{NORM_TYPE: batchnorm}", "NORM_TYPE is layernorm, got 'batchnorm'"),
+        ("{IS_SKIP_LAST_NORM: 1}", "IS_SKIP_LAST_NORM must be true or false, got 1"),
+    ],
+)
+def test_settings_that_no_convnext_has_are_refused(given: str, said: str, prepared: Callable) -> None:
+    with pytest.raises(UserError, match=said):
+        prepared("pretrain/small/dstl", "config.MODEL.TRUNK.NAME=convnext", f"config.MODEL.TRUNK.CONVNEXT={given}")
 
 
 def test_heads_see_groups_of_resolutions_and_the_loss_is_that_of_plugins(prepared: Callable) -> None:

@@ -2,6 +2,6 @@
 
 Losses ``dstl_issl_loss``, ``cntr_issl_loss`` and ``simple_cntr_issl_loss``; heads on groups of resolutions
 (``MODEL.MULTI_RES_SPLIT_CROPS``) or on several features (``TRUNK.OUT_FEATURE_KEYS``); further options of the head
-``mlp`` and the trunk ``resnet``; transforms that mask patches. Where a configuration uses none of it, VISSL's own code
-runs.
+``mlp`` and the trunk ``resnet``; the trunk ``convnext``; transforms that mask patches. Where a configuration uses none
+of it, VISSL's own code runs.
 """

@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import json
+import math
 import os
 import pickle
 import subprocess
@@ -14,6 +16,7 @@ import timm
 import torch
 import torchvision
 import yaml
+from PIL import Image
 from torch import Tensor, nn
 
 from plugins.tools.export import main
@@ -158,6 +161,52 @@ def test_detectron2_loads_every_weight_of_the_backbone(tmp_path: Path) -> None:
     assert [key for key in missing if not key.startswith(new) and "num_batches_tracked" not in key] == []
     assert torch.equal(detector.backbone.stem.conv1.weight, model.conv1.weight)
     assert torch.equal(detector.roi_heads.res5[2].conv3.norm.running_var, model.layer4[2].bn3.running_var)
+
+
+@pytest.mark.slow
+def test_detectron2_trains_on_the_exported_backbone(tmp_path: Path) -> None:
+    """Two steps and an evaluation by train.py, on pictures of one rectangle with COCO's annotations."""
+    if importlib.util.find_spec("detectron2") is None:
+        pytest.skip("NOT TESTED with detectron2: no package index here has it")
+    from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+
+    model, project = resnet("resnet50"), Path(__file__).parents[2]
+    torch.save(checkpoint("bare", model), tmp_path / "run.ckpt")
+    main([str(tmp_path / "run.ckpt"), "--to", "detectron2", str(tmp_path / "x.pkl")])
+    things = [{"id": kind["id"], "name": kind["name"]} for kind in COCO_CATEGORIES if kind["isthing"]]
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    for split in ("train2017", "val2017"):
+        images, found = [], []
+        (tmp_path / "coco" / split).mkdir()
+        for i in range(1, 5):
+            pixels = np.zeros((96, 96, 3), np.uint8)
+            x, y, width, height = 8 * i, 10, 40, 30
+            pixels[y : y + height, x : x + width] = 255
+            Image.fromarray(pixels).save(tmp_path / "coco" / split / f"{i}.jpg")
+            images.append({"id": i, "file_name": f"{i}.jpg", "height": 96, "width": 96})
+            corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+            shape = {"bbox": [x, y, width, height], "segmentation": [corners], "area": width * height, "iscrowd": 0}
+            found.append({"id": i, "image_id": i, "category_id": things[i]["id"], **shape})
+        text = json.dumps({"images": images, "annotations": found, "categories": things})
+        (tmp_path / "coco" / "annotations" / f"instances_{split}.json").write_text(text)
+    words = [
+        *("configs/detectron2/train.py", "--config-file", "configs/detectron2/coco_r50_c4_1x.yaml", "--num-gpus", "0"),
+        *("MODEL.WEIGHTS", tmp_path / "x.pkl", "OUTPUT_DIR", tmp_path / "out", "SOLVER.MAX_ITER", 2),
+        *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.NORM", "BN", "SOLVER.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0),
+        *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", 64, "TEST.PRECISE_BN.NUM_ITER", 1),
+    ]
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=project, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [json.loads(line).get("total_loss") for line in (tmp_path / "out" / "metrics.json").open()]
+    assert [loss for loss in losses if loss is not None and math.isfinite(loss)]
+    assert (tmp_path / "out" / "inference" / "coco_instances_results.json").exists()
+    trained = torch.load(tmp_path / "out" / "model_final.pth", weights_only=False)["model"]
+    start = model.layer4[2].conv3.weight
+    moved = (trained["roi_heads.res5.2.conv3.weight"] - start).norm() / start.norm()
+    assert 0 < moved < 0.1  # trained, and from our weights
 
 
 def test_safetensors(tmp_path: Path) -> None:

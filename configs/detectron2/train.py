@@ -7,6 +7,7 @@ It is detectron2's own trainer with one head more: that of the C4 model with a n
 that come unnormalised out of the last stage do not train.
 """
 
+import os
 import sys
 
 try:
@@ -38,7 +39,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
-        return COCOEvaluator(dataset_name, output_dir=output_folder or cfg.OUTPUT_DIR)
+        return COCOEvaluator(dataset_name, output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"))
 
 
 def run(args):

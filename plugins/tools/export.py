@@ -33,7 +33,9 @@ from torch import Tensor, nn
 
 from plugins.tools.command import Parser, UserError, exit_on_user_error, say
 
-_PREFIXES = ("backbone.", "encoder.", "model.backbone.", "module.backbone.")
+_PREFIXES = ("backbone.", "encoder.", "model.backbone.", "module.backbone.", "module.encoder.")
+_PROJECTOR = "module.encoder.fc."
+"""Where the published scripts of MEC and Matrix-SSL, and those of SimSiam and MoCo v3, keep the projector."""
 _TRUNK = "_feature_blocks."
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 _RESNETS = (
@@ -98,10 +100,11 @@ def read_backbone(path: Path) -> Backbone:
     else:
         every = _tensors(content.get("state_dict", content))
         prefix = next((each for each in _PREFIXES if any(key.startswith(each) for key in every)), "")
-    state = {key.removeprefix(prefix): value for key, value in every.items() if key.startswith(prefix)}
+    ours = {key for key in every if key.startswith(prefix) and not key.startswith(_PROJECTOR)}
+    state = {key.removeprefix(prefix): value for key, value in every.items() if key in ours}
     if not state:
         raise UserError(f"{path} holds no backbone: none of its keys begins with {', '.join(_PREFIXES)}")
-    dropped = Counter(key.split(".")[0] for key in every if not key.startswith(prefix))
+    dropped = Counter(key.removeprefix("module.").split(".")[0] for key in every if key not in ours)
     if {key.split(".")[0] for key in state} - {"8"} == set(_CHILDREN):  # nn.Sequential(*list(resnet.children())[:-1])
         names = {**_CHILDREN, "8": "avgpool"}  # which has weights where it holds a wider representation's block
         state = {f"{names[(parts := key.partition('.'))[0]]}.{parts[2]}": value for key, value in state.items()}
@@ -206,7 +209,7 @@ def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Any]:
         stage, _, rest = key.partition(".")
         name = f"{_STAGES[stage]}.{rest}" if stage in _STAGES else f"stem.{key}"
         name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
-        model[re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)] = value.numpy()
+        model[re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)] = value.float().numpy()
     return {"model": model, "__author__": "plugins.tools.export", "matching_heuristics": True}
 
 

@@ -55,19 +55,26 @@ def checkpoint(kind: str, model: nn.Module) -> dict:
     if kind == "vissl":
         trunk = prefixed(model, "_feature_blocks.")
         return {"classy_state_dict": {"base_model": {"model": {"trunk": trunk, "heads": head}}, "train": True}}
+    if kind == "original":  # the scripts of MEC and Matrix-SSL: the projector is the encoder's fc
+        fc = {"module.encoder.fc.0.weight": torch.zeros(3, 512), "module.encoder.fc.1.bias": torch.zeros(3)}
+        return {"state_dict": {**prefixed(model, "module.encoder."), **fc, **prefixed(model, "module.teacher.")}}
     return model.state_dict()
 
 
-@pytest.mark.parametrize("kind", ["solo main", "solo 1.0.2", "lightly", "vissl", "bare"])
+@pytest.mark.parametrize("kind", ["solo main", "solo 1.0.2", "lightly", "vissl", "bare", "original"])
 def test_features_are_the_same(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = resnet()
     torch.save(checkpoint(kind, model), tmp_path / "run.ckpt")
     main([str(tmp_path / "run.ckpt"), "--to", "torchvision", str(tmp_path / "tv.pth")])
     said = capsys.readouterr().out
     assert "resnet18 for torchvision, 120 tensors; dropped: " in said
-    assert {"bare": "nothing", "vissl": "heads (1)", "lightly": "projector (1), teacher_backbone (120)"}.get(
-        kind, "projector (1)"
-    ) in said
+    dropped = {
+        "bare": "nothing",
+        "vissl": "heads (1)",
+        "lightly": "projector (1), teacher_backbone (120)",
+        "original": "encoder (2), teacher (120)",
+    }
+    assert dropped.get(kind, "projector (1)") in said
     other = torchvision.models.resnet18()
     other.fc = nn.Identity()
     other.load_state_dict(torch.load(tmp_path / "tv.pth", weights_only=True))
@@ -109,6 +116,16 @@ def test_detectron2(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) ->
     for name, value in expected.items():
         assert isinstance(written["model"][name], np.ndarray)
         assert torch.equal(torch.from_numpy(written["model"][name]), value), name
+
+
+def test_half_precision_becomes_single_for_detectron2(tmp_path: Path) -> None:
+    model = resnet("resnet50").to(torch.bfloat16)
+    torch.save(checkpoint("bare", model), tmp_path / "run.ckpt")
+    main([str(tmp_path / "run.ckpt"), "--to", "detectron2", str(tmp_path / "x.pkl")])
+    with (tmp_path / "x.pkl").open("rb") as file:
+        written = pickle.load(file)["model"]
+    assert {value.dtype for value in written.values()} == {np.dtype("float32")}
+    assert np.array_equal(written["stem.conv1.weight"], model.conv1.weight.detach().float().numpy())
 
 
 def test_detectron2_configurations() -> None:

@@ -27,7 +27,7 @@ OURS = sorted(
 
 def test_every_method_has_its_three() -> None:
     expected = {f"pretrain/{method}/{data}" for method in METHODS for data in ("digits", "cifar", "imagenet_rn50")}
-    assert expected <= set(OURS)
+    assert expected | {f"pretrain/{method}/imagenet100" for method in ("matrix_ssl", "mec")} <= set(OURS)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -52,7 +52,9 @@ def test_pretraining_configuration_builds(name: str) -> None:
     noise = Image.effect_noise((300, 300), 50).convert("RGB")
     views = transform({"data": [noise], "label": [0], "data_valid": [True], "data_idx": [0]})["data"]
     assert len(views) == 2
-    crop = {"digits": 16, "cifar": 32, "imagenet_rn50": 224}[name.rpartition("/")[2].partition("_e")[0]]
+    crop = {"digits": 16, "cifar": 32, "imagenet100": 224, "imagenet_rn50": 224}[
+        name.rpartition("/")[2].partition("_e")[0]
+    ]
     assert all(view.shape == (3, crop, crop) for view in views)
 
     # the peak of the schedule is the base value times the images of a step over 256
@@ -94,9 +96,9 @@ def test_linear_evaluation_with_larc_builds(data: str, classes: int, rate: float
 
 
 @pytest.mark.parametrize("method", ["matrix_ssl", "mec"])
-@pytest.mark.parametrize(("suffix", "epochs"), [("", 100), ("_e200", 200), ("_e400", 400)])
+@pytest.mark.parametrize(("suffix", "epochs"), [("_rn50", 100), ("_rn50_e200", 200), ("_rn50_e400", 400), ("100", 400)])
 def test_ten_epochs_of_warm_up_however_long_the_run(method: str, suffix: str, epochs: int) -> None:
-    cfg = compose_hydra_configuration([f"config=pretrain/{method}/imagenet_rn50{suffix}"])
+    cfg = compose_hydra_configuration([f"config=pretrain/{method}/imagenet{suffix}"])
     config: Any = convert_to_attrdict(cfg, dump_config=False)[1]
     assert config.OPTIMIZER.num_epochs == epochs
     assert config.OPTIMIZER.param_schedulers.lr.warmup * epochs == pytest.approx(10)

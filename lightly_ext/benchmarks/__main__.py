@@ -40,6 +40,7 @@ def parser() -> Parser:
     add("--optimizer", default="lars", choices=("lars", "sgd", "adamw"), help="for our methods")
     add("--lr", type=float, default=0.45, help="for 256 images over all devices; for our methods")
     add("--weight-decay", type=float, default=1e-6, help="for our methods")
+    add("--decay-all", action="store_true", help="decay biases and normalisation too; for our methods")
     add("--warmup-epochs", type=float, default=10, help="for our methods")
     add("--option", nargs="+", default=[], metavar="KEY=VALUE", help="options of our methods, such as rho=0.99")
     add("--transform", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of our transforms: min_scale=0.6")

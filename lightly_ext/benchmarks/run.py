@@ -417,7 +417,7 @@ def _model(args: argparse.Namespace, name: str) -> LightningModule:
         }
         own = args.table[name]["model"].spec
         given.update({key: value for key, value in args.option.items() if key in own.options or key not in several})
-        given["warmup_epochs"] = args.warmup_epochs
+        given.update(warmup_epochs=args.warmup_epochs, decay_all=args.decay_all)
     try:
         return cls(**given)
     except (ValueError, TypeError) as error:

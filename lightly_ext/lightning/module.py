@@ -41,6 +41,7 @@ class TrainingSteps:
         optimizer: "lars" (momentum 0.9), "sgd" (momentum 0.9) or "adamw".
         lr: learning rate for 256 images, > 0; it follows a cosine after a linear warm-up.
         weight_decay: of all parameters but biases, normalisation and the online classifier.
+        decay_all: whether biases and normalisation decay too, as in the published runs of MEC and Matrix-SSL.
         warmup_epochs: at most the whole run.
         base_tau: momentum of the teacher at its first update, in [0, 1].
         final_tau: at its last, in [0, 1].
@@ -59,6 +60,7 @@ class TrainingSteps:
         optimizer: str = "lars",
         lr: float = 0.45,
         weight_decay: float = 1e-6,
+        decay_all: bool = False,
         warmup_epochs: float = 10,
         base_tau: float = 0.99,
         final_tau: float = 1.0,
@@ -76,6 +78,7 @@ class TrainingSteps:
                 "optimizer": optimizer,
                 "lr": lr,
                 "weight_decay": weight_decay,
+                "decay_all": decay_all,
                 "warmup_epochs": warmup_epochs,
                 "base_tau": base_tau,
                 "final_tau": final_tau,
@@ -135,13 +138,13 @@ class TrainingSteps:
         lr = given.lr * self.batch_size_per_device * self.trainer.world_size / 256
         parts = {"backbone": self.backbone, "projection_head": self.projection_head, "prediction_head": None}
         parts["prediction_head"] = self.prediction_head or nn.Identity()
-        groups = []
+        groups, of_plain = [], given.weight_decay if given.decay_all else 0.0
         for name, part in parts.items():
             rate = lr * (self.options.get("pred_lr_scale", 1.0) if name == "prediction_head" else 1.0)
             decayed, plain = get_weight_decay_parameters([part])
             groups += [
                 {"name": name, "params": decayed, "lr": rate, "weight_decay": given.weight_decay},
-                {"name": f"{name}_no_weight_decay", "params": plain, "lr": rate, "weight_decay": 0.0},
+                {"name": f"{name}_norms_and_biases", "params": plain, "lr": rate, "weight_decay": of_plain},
             ]
         classifier = list(self.online_classifier.parameters())
         groups.append({"name": "online_classifier", "params": classifier, "lr": lr, "weight_decay": 0.0})

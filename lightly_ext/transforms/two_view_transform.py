@@ -1,5 +1,7 @@
 """The augmentations of BYOL with flat arguments."""
 
+from typing import ClassVar
+
 from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
 from lightly.transforms.multi_view_transform import MultiViewTransform
 from lightly.transforms.utils import IMAGENET_NORMALIZE
@@ -34,7 +36,9 @@ class TwoViewTransform(MultiViewTransform):
         cj_hue:
             How much to jitter hue.
         min_scale:
-            Minimum size of the randomized crop relative to the input_size.
+            Minimum size of the randomized crop relative to the input_size; None is `published_min_scale`.
+        published_min_scale:
+            0.08, and 0.2 of MECTransform and MatrixSSLTransform.
         random_gray_scale:
             Probability of conversion to grayscale.
         gaussian_blur:
@@ -62,6 +66,8 @@ class TwoViewTransform(MultiViewTransform):
         [torch.Size([3, 32, 32]), torch.Size([3, 32, 32])]
     """
 
+    published_min_scale: ClassVar[float] = 0.08
+
     def __init__(
         self,
         input_size: int = 224,
@@ -71,7 +77,7 @@ class TwoViewTransform(MultiViewTransform):
         cj_contrast: float = 0.4,
         cj_sat: float = 0.2,
         cj_hue: float = 0.1,
-        min_scale: float = 0.08,
+        min_scale: float | None = None,
         random_gray_scale: float = 0.2,
         gaussian_blur: float | tuple[float, float] = (1.0, 0.1),
         solarization_prob: float | tuple[float, float] = (0.0, 0.2),
@@ -91,7 +97,7 @@ class TwoViewTransform(MultiViewTransform):
             "cj_contrast": cj_contrast,
             "cj_sat": cj_sat,
             "cj_hue": cj_hue,
-            "min_scale": min_scale,
+            "min_scale": self.published_min_scale if min_scale is None else min_scale,
             "random_gray_scale": random_gray_scale,
             "sigmas": sigmas,
             "vf_prob": vf_prob,

@@ -139,6 +139,14 @@ def test_learning_rates_and_weight_decay() -> None:
     assert trained == {id(p) for p in module.parameters() if p.requires_grad}
 
 
+def test_everything_decays_where_that_is_asked_for() -> None:
+    module = built("matrix_ssl", optimizer="sgd", weight_decay=0.1, decay_all=True)
+    host = trainer()
+    host.fit(module, plain(batches(1)))
+    plainly = [group["name"] for group in host.optimizers[0].param_groups if not group["weight_decay"]]
+    assert plainly == ["online_classifier"]
+
+
 def test_flavours_fit_their_trainers() -> None:
     assert lightning.IsoLoss is lightly_ext.lightning.IsoLoss
     assert issubclass(lightning.IsoLoss, pytorch_lightning.LightningModule)

@@ -187,6 +187,14 @@ def test_transforms_that_lightly_has_are_lightlys() -> None:
     assert transforms.SimSiamTransform is theirs.SimSiamTransform
 
 
+def test_smallest_crops_are_the_published_ones() -> None:
+    for name, smallest in {"MatrixSSL": 0.2, "MEC": 0.2, "IsoLoss": 0.08, "DirectPred": 0.08}.items():
+        transform = getattr(transforms, f"{name}Transform")
+        for given, expected in (({}, smallest), ({"min_scale": 0.5}, 0.5)):
+            crops = [view.transform.transforms[0] for view in transform(**given).transforms]
+            assert [crop.scale for crop in crops] == [(expected, 1.0)] * 2, name
+
+
 def test_knobs_reach_the_views() -> None:
     """Without any chance, a view is the image itself; with one pair, the views differ as it says."""
     still = {"cj_prob": 0.0, "min_scale": 1.0, "random_gray_scale": 0.0, "hf_prob": 0.0, "normalize": None}

@@ -1,6 +1,8 @@
 """The augmentations of BYOL with flat arguments."""
 
-from typing import ClassVar
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
 from lightly.transforms.multi_view_transform import MultiViewTransform
@@ -10,7 +12,8 @@ from lightly.transforms.utils import IMAGENET_NORMALIZE
 class TwoViewTransform(MultiViewTransform):
     """Transforms an image into two views, as BYOL does [0], which DirectPred, DirectCopy and IsoLoss take over.
 
-    Where an argument is a pair, it has a value for each view; a single value counts for both.
+    Where an argument is a pair, it has a value for each view; a single value counts for both. None is the value in
+    `published`: BYOL's here, and in a method's own transform what was published for it on ImageNet.
 
     Input to this transform:
         PIL Image or Tensor.
@@ -36,9 +39,7 @@ class TwoViewTransform(MultiViewTransform):
         cj_hue:
             How much to jitter hue.
         min_scale:
-            Minimum size of the randomized crop relative to the input_size; None is `published_min_scale`.
-        published_min_scale:
-            0.08, and 0.2 of MECTransform and MatrixSSLTransform.
+            Minimum size of the randomized crop relative to the input_size.
         random_gray_scale:
             Probability of conversion to grayscale.
         gaussian_blur:
@@ -66,21 +67,31 @@ class TwoViewTransform(MultiViewTransform):
         [torch.Size([3, 32, 32]), torch.Size([3, 32, 32])]
     """
 
-    published_min_scale: ClassVar[float] = 0.08
+    published: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {
+            "cj_bright": 0.4,
+            "cj_contrast": 0.4,
+            "cj_sat": 0.2,
+            "cj_hue": 0.1,
+            "min_scale": 0.08,
+            "gaussian_blur": (1.0, 0.1),
+            "solarization_prob": (0.0, 0.2),
+        }
+    )
 
     def __init__(
         self,
         input_size: int = 224,
         cj_prob: float = 0.8,
         cj_strength: float = 1.0,
-        cj_bright: float = 0.4,
-        cj_contrast: float = 0.4,
-        cj_sat: float = 0.2,
-        cj_hue: float = 0.1,
+        cj_bright: float | None = None,
+        cj_contrast: float | None = None,
+        cj_sat: float | None = None,
+        cj_hue: float | None = None,
         min_scale: float | None = None,
         random_gray_scale: float = 0.2,
-        gaussian_blur: float | tuple[float, float] = (1.0, 0.1),
-        solarization_prob: float | tuple[float, float] = (0.0, 0.2),
+        gaussian_blur: float | tuple[float, float] | None = None,
+        solarization_prob: float | tuple[float, float] | None = None,
         sigmas: tuple[float, float] = (0.1, 2),
         vf_prob: float = 0.0,
         hf_prob: float = 0.5,
@@ -89,15 +100,24 @@ class TwoViewTransform(MultiViewTransform):
         normalize: dict[str, list[float]] | None = IMAGENET_NORMALIZE,
     ) -> None:
         """Initializes the transform with the specified parameters."""
-        both = {
-            "input_size": input_size,
-            "cj_prob": cj_prob,
-            "cj_strength": cj_strength,
+        given = {
             "cj_bright": cj_bright,
             "cj_contrast": cj_contrast,
             "cj_sat": cj_sat,
             "cj_hue": cj_hue,
-            "min_scale": self.published_min_scale if min_scale is None else min_scale,
+            "min_scale": min_scale,
+            "gaussian_blur": gaussian_blur,
+            "solarization_prob": solarization_prob,
+        }
+        both = {name: self.published[name] if value is None else value for name, value in given.items()}
+        blurs, solarizations = (
+            value if isinstance(value, tuple) else (value, value)
+            for value in (both.pop("gaussian_blur"), both.pop("solarization_prob"))
+        )
+        both |= {
+            "input_size": input_size,
+            "cj_prob": cj_prob,
+            "cj_strength": cj_strength,
             "random_gray_scale": random_gray_scale,
             "sigmas": sigmas,
             "vf_prob": vf_prob,
@@ -106,9 +126,6 @@ class TwoViewTransform(MultiViewTransform):
             "rr_degrees": rr_degrees,
             "normalize": normalize,
         }
-        blurs, solarizations = (
-            value if isinstance(value, tuple) else (value, value) for value in (gaussian_blur, solarization_prob)
-        )
         super().__init__(
             [
                 view(gaussian_blur=blur, solarization_prob=solarization, **both)

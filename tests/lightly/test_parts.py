@@ -187,12 +187,30 @@ def test_transforms_that_lightly_has_are_lightlys() -> None:
     assert transforms.SimSiamTransform is theirs.SimSiamTransform
 
 
-def test_smallest_crops_are_the_published_ones() -> None:
-    for name, smallest in {"MatrixSSL": 0.2, "MEC": 0.2, "IsoLoss": 0.08, "DirectPred": 0.08}.items():
-        transform = getattr(transforms, f"{name}Transform")
-        for given, expected in (({}, smallest), ({"min_scale": 0.5}, 0.5)):
-            crops = [view.transform.transforms[0] for view in transform(**given).transforms]
-            assert [crop.scale for crop in crops] == [(expected, 1.0)] * 2, name
+@pytest.mark.parametrize(
+    ("name", "smallest", "jitter", "blurs", "solarizations"),
+    [
+        ("IsoLoss", 0.08, (0.4, 0.4, 0.2, 0.1), [1.0, 0.1], [0.0, 0.2]),
+        ("MatrixSSL", 0.2, (0.4, 0.4, 0.2, 0.1), [1.0, 0.1], [0.0, 0.2]),
+        ("MEC", 0.2, (0.4, 0.4, 0.2, 0.1), [1.0, 0.1], [0.0, 0.2]),
+        ("DISSL", 0.08, (0.8, 0.8, 0.8, 0.2), [0.5, 0.5], [0.0, 0.0]),
+        ("CISSL", 0.08, (0.8, 0.8, 0.8, 0.2), [0.5, 0.5], [0.0, 0.0]),
+    ],
+)
+def test_views_are_the_published_ones(
+    name: str, smallest: float, jitter: tuple[float, ...], blurs: list[float], solarizations: list[float]
+) -> None:
+    transform = getattr(transforms, f"{name}Transform")
+    for given, expected in (({}, smallest), ({"min_scale": 0.5}, 0.5)):
+        views = [view.transform.transforms for view in transform(**given).transforms]
+        assert [view[0].scale for view in views] == [(expected, 1.0)] * 2
+        for view in views:
+            (applied,) = [step for step in view if type(step).__name__ == "RandomApply"]
+            (colours,) = applied.transforms
+            ranges = (colours.brightness, colours.contrast, colours.saturation, colours.hue)
+            assert [high - (i < 3) for i, (_, high) in enumerate(ranges)] == pytest.approx(jitter)
+        assert [view[6].prob for view in views] == blurs
+        assert [view[7].prob for view in views] == solarizations
 
 
 def test_knobs_reach_the_views() -> None:

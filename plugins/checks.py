@@ -57,9 +57,24 @@ def check_range(name: str, value: float, *, low: float, high: float = float("inf
     Raises:
         ValueError: it is outside, infinite, or not a number.
     """
-    if not low <= value <= high or value == math.inf:
+    try:
+        inside = low <= value <= high and value != math.inf
+    except TypeError:
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
+    if not inside:
         end = ")" if math.isinf(high) else "]"
         raise ValueError(f"{name} must be in [{low:g}, {high:g}{end}, got {value!r}")
+
+
+def check_whole(name: str, value: int, *, low: int) -> None:
+    """Require an int of at least ``low``; a float, if it is whole too, and a flag are none.
+
+    Raises:
+        ValueError: it is of another type, or below.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    check_range(name, value, low=low)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

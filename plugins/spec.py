@@ -13,6 +13,7 @@ An adapter builds any method from its SPEC alone::
 ``Objective`` and ``embed`` are in :mod:`plugins.objective`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from plugins.checks import check_range
 from plugins.distributed import Collective
 
 
@@ -54,12 +56,16 @@ class Option:
         help: one line: meaning, range, unit.
         aliases: other names for it, those of the forks, each with a translation of the value (None: taken as it is).
         choices: the allowed values, where they are few.
+        low: the least allowed value of a number; every number has one, 1e-6 where 0 itself is none.
+        high: the largest.
     """
 
     default: Any
     help: str
     aliases: Mapping[str, Callable[[Any], Any] | None] = field(default_factory=dict)
     choices: tuple[Any, ...] | None = None
+    low: float | None = None
+    high: float = math.inf
 
 
 class Paper(NamedTuple):
@@ -135,8 +141,8 @@ class MethodSpec:
             A value for every option, read-only.
 
         Raises:
-            ValueError: an unknown name, a name given twice under two aliases, a value of another type or outside of the
-                choices.
+            ValueError: an unknown name, a name given twice under two aliases, a value of another type, outside of the
+                choices or out of range.
         """
         names: dict[str, tuple[str, Callable[[Any], Any] | None]] = {name: (name, None) for name in self.options}
         for name, option in self.options.items():
@@ -163,4 +169,6 @@ class MethodSpec:
         if option.choices is not None and value not in option.choices:
             allowed = ", ".join(str(choice) for choice in option.choices)
             raise ValueError(f"method {self.name}: {key} must be one of {allowed}, got {value!r}")
+        if option.low is not None:
+            check_range(f"method {self.name}: {key}", value, low=option.low, high=option.high)
         return value

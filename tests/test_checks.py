@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from plugins.checks import check_choice, check_count, check_range, check_rows, compute_dtype
+from plugins.checks import check_choice, check_count, check_range, check_rows, check_whole, compute_dtype
 
 
 def test_rows_accept_matrices_of_one_shape():
@@ -46,6 +46,18 @@ def test_range():
     for value in (-0.1, 1.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"rho must be in \[0, 1\], got"):
             check_range("rho", value, low=0, high=1)
+    for word in ("a", "1", None, [1]):
+        with pytest.raises(ValueError, match="rho must be a number, got"):
+            check_range("rho", word, low=0, high=1)
+
+
+def test_whole():
+    check_whole("order", 1, low=1)
+    for value in (4.0, 1.5, float("inf"), float("nan"), "1", True, None):
+        with pytest.raises(ValueError, match=f"order must be a whole number, got {value!r}"):
+            check_whole("order", value, low=1)
+    with pytest.raises(ValueError, match=r"order must be in \[1, inf\), got 0"):
+        check_whole("order", 0, low=1)
 
 
 def test_compute_dtype():

@@ -75,7 +75,7 @@ def check_config(config: Any, *, training: bool = True) -> None:
 
 
 def _check_head(config: Any, name: str) -> None:
-    """Refuse options of the head, and of the parts that it is made of, that nothing can be made with."""
+    """Refuse options of the head, of the parts that it is made of and of the loss that nothing can be made with."""
     given = config.MODEL.HEAD.PARAMS[0][1:]
     if len(given) != 1 or not isinstance(given[0], dict) or set(given[0]) - _OF_TASK != {"in_dim"}:
         raise UserError(f"{HEAD} takes in_dim and nothing else: [[{HEAD},{{in_dim:512}}]], got {list(given)}")
@@ -91,6 +91,7 @@ def _check_head(config: Any, name: str) -> None:
             spec.head(width, options)
             if spec.predictor is not None:
                 spec.predictor(options, LOCAL)
+            spec.loss(options, LOCAL)
     except (ValueError, TypeError) as error:
         raise UserError(f"config.LOSS.{name}: {error}") from None
 

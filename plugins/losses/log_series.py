@@ -4,13 +4,14 @@ Maximum Entropy Coding and Matrix-SSL train on ``log_K(Q) = sum_k (-1)^(k+1) / k
 spectral radius 1 of Q - I the series does not converge: of even order it is a wall there, of odd order a pit.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from plugins.checks import check_range
+from plugins.checks import check_range, check_whole
 
 
 def log_series(order: int, mu: float = 1.0) -> tuple[float, list[float]]:
@@ -21,14 +22,12 @@ def log_series(order: int, mu: float = 1.0) -> tuple[float, list[float]]:
         mu: the shift, dimensionless; at 1 the coefficients are 0 and (-1)^(k+1) / k.
 
     Raises:
-        ValueError: K is no whole number, or below 1.
+        ValueError: K is no int, or below 1.
 
     >>> log_series(3)
     (0.0, [1.0, -0.5, 0.3333333333333333])
     """
-    if int(order) != order:
-        raise ValueError(f"the order of a series must be a whole number, got {order!r}")
-    check_range("the order of a series", order, low=1)
+    check_whole("the order of a series", order, low=1)
     powers: list[float] = []
     for k in range(order, 0, -1):  # Horner's scheme with x = C + (mu - 1) I
         powers = _times(powers, mu - 1)
@@ -43,7 +42,7 @@ def _times(polynomial: list[float], root: float) -> list[float]:
 
 
 class SeriesWatch:
-    """Warns, once, when a series has left its radius of convergence.
+    """Warns when a series has left its radius of convergence, and again only if it has been back within it.
 
     It looks at the first call and then at every ``every``-th; each look waits for the device.
 
@@ -62,7 +61,7 @@ class SeriesWatch:
     def __init__(self, name: str, advice: str, *, every: int = 100) -> None:
         check_range("every", every, low=1)
         self.name, self.advice, self.every = name, advice, every
-        self.calls, self.warned = 0, False
+        self.calls, self.outside = 0, False
 
     def __call__(self, radius: Callable[[], Tensor]) -> None:
         """Look, if it is time.
@@ -73,12 +72,16 @@ class SeriesWatch:
         """
         if torch.compiler.is_compiling():  # a look would break the graph: compiled code never looks
             return
-        due = not self.warned and self.calls % self.every == 0
+        due = self.calls % self.every == 0
         self.calls += 1
-        if due and (value := float(radius())) > 1:
-            self.warned = True
+        if not due:
+            return
+        value, before = float(radius()), self.outside
+        self.outside = not value <= 1  # a radius that is not a number is outside too
+        if self.outside and not before:
             warnings.warn(
-                f"the series of {self.name} diverges: spectral radius {value:.3g}, above 1; {self.advice}",
+                f"the series of {self.name} diverges: spectral radius {value:.3g}, "
+                f"{'not a number' if math.isnan(value) else 'above 1'}; {self.advice}",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from plugins.checks import check_choice, check_range, check_whole
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import (
     logarithm,
@@ -43,6 +44,14 @@ class Weights(NamedTuple):
     mce_order: int
     logarithm: str
     trace_term: bool
+
+    def check(self) -> None:
+        """Refuse, with a ValueError, an unknown word and a number outside its range."""
+        check_choice("logarithm", self.logarithm, LOGARITHMS)
+        check_range("mce_lambd", self.mce_lambd, low=0.0)
+        check_range("mce_mu", self.mce_mu, low=1e-6 if self.logarithm == "exact" else 0.0)
+        check_range("gamma", self.gamma, low=0.0)
+        check_whole("mce_order", self.mce_order, low=1)
 
     def constant(self, width: int) -> float:
         """The loss of a constant batch."""

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_choice, check_range, check_rows, compute_dtype
+from plugins.checks import check_choice, check_rows, compute_dtype
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import (
     FORMS,
@@ -23,8 +23,8 @@ from plugins.linalg import (
     tangent,
     unit_rows,
 )
-from plugins.losses.log_series import SeriesWatch, log_series
-from plugins.losses.matrix_entropy import LOGARITHMS, Entropies, Weights, from_covariances, from_grams
+from plugins.losses.log_series import SeriesWatch
+from plugins.losses.matrix_entropy import Entropies, Weights, from_covariances, from_grams
 
 
 class MatrixSSLTerms(NamedTuple):
@@ -156,22 +156,19 @@ def _radius(pairs: list[Entropies], mu: float) -> Tensor:
 def _weights(
     mce_lambd: float, mce_mu: float, gamma: float, mce_order: int, logarithm: str, trace_term: bool
 ) -> Weights:
-    check_choice("logarithm", logarithm, LOGARITHMS)
-    check_range("mce_lambd", mce_lambd, low=0.0)
-    check_range("mce_mu", mce_mu, low=1e-6 if logarithm == "exact" else 0.0)
-    check_range("gamma", gamma, low=0.0)
-    log_series(mce_order)  # refuses a wrong order
+    weights = Weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
+    weights.check()
     if logarithm == "exact" and not torch.compiler.is_compiling():
         warnings.warn(
             "the exact logarithm is another objective than Matrix-SSL's series: it rewards collapse onto a line",
             UserWarning,
             stacklevel=3,
         )
-    return Weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
+    return weights
 
 
 class MatrixSSLLoss(nn.Module):
-    """Module of :func:`matrix_ssl_loss`; the arguments are the same. It warns once if a series diverges in training."""
+    """Module of :func:`matrix_ssl_loss`; the arguments are the same. It warns if a series diverges in training."""
 
     def __init__(
         self,

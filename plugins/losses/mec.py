@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_choice, check_count, check_range, check_rows, compute_dtype
+from plugins.checks import check_choice, check_count, check_range, check_rows, check_whole, compute_dtype
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import (
     FORMS,
@@ -25,6 +25,8 @@ from plugins.linalg import (
     unit_rows,
 )
 from plugins.losses.log_series import SeriesWatch, log_series
+
+LEAST_EPS_D = 1e-6
 
 
 class MECTerms(NamedTuple):
@@ -110,7 +112,7 @@ def _mec(
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], bool]:
     """The loss, C and unit rows of z for both pairs, and whether these are all rows, not only this process's."""
     check_rows(z0=z0, z1=z1, p0=p0, p1=p1)
-    _check(eps_d, form)
+    _check(eps_d, order, form)
     _, coefficients = log_series(order)
     dtype = compute_dtype(torch.promote_types(torch.promote_types(z0.dtype, z1.dtype), p0.dtype))
     with torch.autocast(z0.device.type, enabled=False):
@@ -143,10 +145,11 @@ def _radius(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     return spectral_radius(torch.stack([cross for cross, _ in pairs])).max()
 
 
-def _check(eps_d: float | Tensor, form: str) -> None:
+def _check(eps_d: float | Tensor, order: int, form: str) -> None:
     check_choice("form", form, FORMS)
+    check_whole("order", order, low=1)
     if not isinstance(eps_d, Tensor):
-        check_range("eps_d", eps_d, low=1e-6)
+        check_range("eps_d", eps_d, low=LEAST_EPS_D)
 
 
 def mec_warmup(step: int | Tensor, steps: int, start: float = 8.0) -> float | Tensor:
@@ -174,12 +177,11 @@ def mec_warmup(step: int | Tensor, steps: int, start: float = 8.0) -> float | Te
 
 
 class MECLoss(nn.Module):
-    """Module of :func:`mec_loss`; the arguments are the same. It warns once if the series diverges in training."""
+    """Module of :func:`mec_loss`; the arguments are the same. It warns if the series diverges in training."""
 
     def __init__(self, *, eps_d: float, order: int = 4, form: str = "auto", comm: Collective = LOCAL) -> None:
         super().__init__()
-        _check(eps_d, form)
-        log_series(order)  # refuses a wrong order
+        _check(eps_d, order, form)
         self.eps_d, self.order, self.form, self.comm = eps_d, order, form, comm
         self.watch = SeriesWatch("the MEC loss", "use a larger eps_d, or a longer warm-up of it")
 

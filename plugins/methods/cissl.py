@@ -34,13 +34,13 @@ SPEC = MethodSpec(
     teacher=False,
     views=None,
     options={
-        "proj_output_dim": Option(128, "width D of the embedding, > 0"),
+        "proj_output_dim": Option(128, "width D of the embedding, > 0", low=1),
         "heads": Option(
             "cissl",
             "teacher and student head; linear ones suit linear probes",
             choices=KINDS,
         ),
-        "temperature": Option(0.07, "of the softmax, > 0; 0.1 in the published ImageNet runs"),
+        "temperature": Option(0.07, "of the softmax, > 0; 0.1 in the published ImageNet runs", low=1e-6),
     },
     paper=Paper("CISSL", "Dubois, Hashimoto, Ermon and Liang 2022, arXiv:2209.06235"),
 )

@@ -60,8 +60,8 @@ class StepCounter(nn.Module):
 def projector_options(hidden: int, output: int) -> dict[str, Option]:
     """Widths of the projection head."""
     return {
-        "proj_hidden_dim": Option(hidden, "width of the projector's hidden layers, > 0"),
-        "proj_output_dim": Option(output, "width D of the embedding, > 0"),
+        "proj_hidden_dim": Option(hidden, "width of the projector's hidden layers, > 0", low=1),
+        "proj_output_dim": Option(output, "width D of the embedding, > 0", low=1),
     }
 
 
@@ -82,8 +82,8 @@ LOG_EIGVALS = Option(False, "write the whole spectrum of the embedding's second 
 def predictor_options(hidden: int, constant_lr: bool = False) -> dict[str, Option]:
     """Width and learning rate of an MLP predictor."""
     return {
-        "pred_hidden_dim": Option(hidden, "width of the predictor's hidden layer, > 0"),
-        "pred_lr_scale": Option(1.0, "learning rate of the predictor over that of the backbone, > 0"),
+        "pred_hidden_dim": Option(hidden, "width of the predictor's hidden layer, > 0", low=1),
+        "pred_lr_scale": Option(1.0, "learning rate of the predictor over that of the backbone, > 0", low=1e-6),
         "pred_lr_constant": Option(constant_lr, "the predictor keeps its learning rate, whatever the schedule"),
     }
 

@@ -33,9 +33,13 @@ def closed_form_options(*, alpha: float, eps: float, iso: bool) -> dict[str, Opt
     """Options of the closed-form predictor and its loss, with one method's defaults."""
     return {
         **projector_options(hidden=4096, output=256),
-        "alpha": Option(alpha, "power of the second moment's eigenvalues, > 0", aliases={"dp_alpha": None}),
-        "eps": Option(eps, "added to the normalised eigenvalues before the power, >= 0", aliases={"eps_iso": None}),
-        "rho": Option(0.998, "retention of the second moment per update, in [0, 1)", aliases={"dp_tau": None}),
+        "alpha": Option(alpha, "power of the second moment's eigenvalues, >= 0", aliases={"dp_alpha": None}, low=0),
+        "eps": Option(
+            eps, "added to the normalised eigenvalues before the power, >= 0", aliases={"eps_iso": None}, low=0
+        ),
+        "rho": Option(
+            0.998, "retention of the second moment per update, in [0, 1)", aliases={"dp_tau": None}, low=0, high=1
+        ),
         "normalize": Option(True, "divide the eigenvalues by the largest", aliases={"dp_normalize": None}),
         "iso": Option(iso, "IsoLoss: pass the gradient past the predictor instead of through it"),
         "metric": METRIC,
@@ -44,7 +48,7 @@ def closed_form_options(*, alpha: float, eps: float, iso: bool) -> dict[str, Opt
             "one update per view with its own prediction matrix, or one update on all views pooled",
             choices=("sequential", "pooled"),
         ),
-        "every": Option(1, "updates between two eigendecompositions, >= 1"),
+        "every": Option(1, "updates between two eigendecompositions, >= 1", low=1),
         "center": Option(False, "subtract the running mean from the second moment"),
         "log_eigvals": LOG_EIGVALS,
     }

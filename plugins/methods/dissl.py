@@ -51,17 +51,27 @@ SPEC = MethodSpec(
     teacher=False,
     views=None,
     options={
-        "n_classes": Option(16384, "C pseudo-classes, >= 2", aliases={"n_equivalence_classes": None, "n_Mx": None}),
+        "n_classes": Option(
+            16384, "C pseudo-classes, >= 2", aliases={"n_equivalence_classes": None, "n_Mx": None}, low=2
+        ),
         "heads": Option("dissl", "teacher and student head; linear student heads suit linear probes", choices=KINDS),
-        "lambda_maximality": Option(2.3, "weight λ of the marginal's entropy, >= 0", aliases={"beta_pM_unif": None}),
-        "beta_det_inv": Option(0.8, "weight β of invariance and determinism, >= 0", aliases={"beta_H_MlZ": None}),
-        "tau_teacher": Option(0.5, "temperature of the assignments, > 0", aliases={"temperature_assign": None}),
-        "tau_student": Option(1.0, "temperature of the predictions, > 0", aliases={"temperature_pred": None}),
-        "warmup_lambda_iter": Option(0, "steps in which λ goes from β + 1", aliases={"warmup_beta_unif_iter": None}),
-        "warmup_beta_iter": Option(0, "steps in which β goes from λ", aliases={"warmup_beta_CE_iter": None}),
-        "warmup_teacher_iter": Option(0, "steps in which the distillation's weight goes from 0"),
+        "lambda_maximality": Option(
+            2.3, "weight λ of the marginal's entropy, >= 0", aliases={"beta_pM_unif": None}, low=0
+        ),
+        "beta_det_inv": Option(
+            0.8, "weight β of invariance and determinism, >= 0", aliases={"beta_H_MlZ": None}, low=0
+        ),
+        "tau_teacher": Option(
+            0.5, "temperature of the assignments, > 0", aliases={"temperature_assign": None}, low=1e-6
+        ),
+        "tau_student": Option(1.0, "temperature of the predictions, > 0", aliases={"temperature_pred": None}, low=1e-6),
+        "warmup_lambda_iter": Option(
+            0, "steps in which λ goes from β + 1", aliases={"warmup_beta_unif_iter": None}, low=0
+        ),
+        "warmup_beta_iter": Option(0, "steps in which β goes from λ", aliases={"warmup_beta_CE_iter": None}, low=0),
+        "warmup_teacher_iter": Option(0, "steps in which the distillation's weight goes from 0", low=0),
         "stall_alarm_iter": Option(
-            1000, "steps after the warm-ups before a warning that the assignments are still uniform, >= 0"
+            1000, "steps after the warm-ups before a warning that the assignments are still uniform, >= 0", low=0
         ),
     },
     paper=Paper("DISSL", "Dubois, Hashimoto, Ermon and Liang 2022, arXiv:2209.06235"),

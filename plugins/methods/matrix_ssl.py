@@ -9,6 +9,7 @@ from plugins.distributed import Collective
 from plugins.heads import mlp_head
 from plugins.losses import MatrixSSLTerms, matrix_ssl_terms
 from plugins.losses.log_series import SeriesWatch
+from plugins.losses.matrix_entropy import Weights
 from plugins.methods.common import LOG_EIGVALS, bottleneck_predictor, predictor_options, projector_options
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
 
@@ -19,6 +20,7 @@ class _Loss(nn.Module):
     def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
         super().__init__()
         self.options, self.comm = {name: options[name] for name in _OF_LOSS}, comm
+        Weights(**self.options).check()
         self.watch = SeriesWatch("the Matrix-SSL loss", "set mce_mu to 1 or less")
 
     def forward(self, e: Embeddings) -> MatrixSSLTerms:
@@ -44,10 +46,16 @@ SPEC = MethodSpec(
     options={
         **projector_options(hidden=2048, output=2048),
         **predictor_options(hidden=512),
-        "mce_lambd": Option(1.0, "weight λ of the uniformity, >= 0; the original script's own default is 0.5"),
-        "mce_mu": Option(1.0, "μ that is added to the covariances' eigenvalues, in [0, 1]; likewise"),
-        "gamma": Option(1.0, "weight γ of the alignment, >= 0"),
-        "mce_order": Option(4, "order of the logarithm's series, >= 1; even orders resist a collapse onto a line"),
+        "mce_lambd": Option(1.0, "weight λ of the uniformity, >= 0; the original script's own default is 0.5", low=0),
+        "mce_mu": Option(
+            1.0,
+            "μ that is added to the covariances' eigenvalues, >= 0, likewise; above 1 the series may diverge",
+            low=0,
+        ),
+        "gamma": Option(1.0, "weight γ of the alignment, >= 0", low=0),
+        "mce_order": Option(
+            4, "order of the logarithm's series, >= 1; even orders resist a collapse onto a line", low=1
+        ),
         "logarithm": Option(
             "series", "as in the published code; the exact one is another objective", choices=("series", "exact")
         ),

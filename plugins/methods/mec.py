@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from plugins.checks import check_range, check_whole
 from plugins.distributed import Collective
 from plugins.losses import MECTerms, mec_terms, mec_warmup
 from plugins.losses.log_series import SeriesWatch
+from plugins.losses.mec import LEAST_EPS_D
 from plugins.methods import matrix_ssl
 from plugins.methods.common import LOG_EIGVALS, StepCounter, predictor_options, projector_options
 from plugins.spec import Embeddings, Option, Paper
@@ -17,6 +19,10 @@ from plugins.spec import Embeddings, Option, Paper
 class _Loss(nn.Module):
     def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
         super().__init__()
+        # by their own names: the loss gets a tensor, which it does not check, and other names
+        check_range("eps", options["eps"], low=LEAST_EPS_D * options["proj_output_dim"])
+        check_whole("mec_order", options["mec_order"], low=1)
+        check_range("warmup_iter", options["warmup_iter"], low=0)
         self.eps_d, self.order = options["eps"] / options["proj_output_dim"], options["mec_order"]
         self.warmup, self.comm = options["warmup_iter"], comm
         self.counter = StepCounter()
@@ -37,9 +43,11 @@ SPEC = replace(
     options={
         **projector_options(hidden=2048, output=2048),
         **predictor_options(hidden=512),
-        "eps": Option(64.0, "distortion ε, of which each dimension bears ε / D, > 0; the smaller, the more it spreads"),
-        "mec_order": Option(4, "order of the logarithm's series, >= 1; even orders resist collapse"),
-        "warmup_iter": Option(0, "steps over which ε falls linearly from eight times its value, >= 0"),
+        "eps": Option(
+            64.0, "distortion ε, of which each dimension bears ε / D, > 0; the smaller, the more it spreads", low=1e-6
+        ),
+        "mec_order": Option(4, "order of the logarithm's series, >= 1; even orders resist collapse", low=1),
+        "warmup_iter": Option(0, "steps over which ε falls linearly from eight times its value, >= 0", low=0),
         "log_eigvals": LOG_EIGVALS,
     },
     paper=Paper("MEC", "Liu, Wang, Li and Wang 2022, arXiv:2210.11464"),

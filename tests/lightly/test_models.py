@@ -373,3 +373,24 @@ def test_training_on_ranks_is_training_on_the_joined_batch(ranks, method: str) -
     for state in ranks.run(_trained, [(method, list(part)) for part in parts]):
         for name, value in state.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("mec", {"eps": 0.0}, "method mec: eps must be in"),
+        ("mec", {"eps": 1e-6}, "eps must be in .8e-06, inf"),
+        ("mec", {"eps": -64.0, "warmup_iter": 80}, "method mec: eps must be in"),
+        ("mec", {"warmup_iter": -1}, "warmup_iter must be in .0, inf"),
+        ("matrix_ssl", {"mce_order": 0}, "mce_order must be in .1, inf"),
+        ("matrix_ssl", {"mce_mu": 0.0, "logarithm": "exact"}, "mce_mu must be in .1e-06, inf"),
+        ("dissl", {"tau_teacher": 0.0}, "tau_teacher must be in .1e-06, inf"),
+        ("dissl", {"n_classes": 1}, "n_classes must be in .2, inf"),
+        ("cissl", {"temperature": 0.0}, "temperature must be in .1e-06, inf"),
+        ("isoloss", {"rho": 2.0}, r"rho must be in .0, 1\], got 2.0"),
+        ("byol", {"pred_lr_scale": 0.0}, "pred_lr_scale must be in .1e-06, inf"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_when_the_model_is_made(method: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        built(method, **options)

@@ -147,6 +147,27 @@ def test_golden_values_of_one_pair(form, shape, uniformity, alignment, exact):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("shape", "uniformity", "alignment"),
+    [
+        ((6, 4), 1.2774043720319235, 1.070015207841481),
+        ((5, 7), 2.3417976734157753, 2.2320097565627783),
+    ],
+)
+def test_golden_values_of_one_pair_with_halves(form, shape, uniformity, alignment):
+    z, p = waves(1.0, *shape), waves(0.7, *shape)
+    # each with the constant that the terms leave out, which a loss of uniformity alone has too
+    constant = shape[1] / 2 * (1 / 2 + 1 / 8 + 1 / 24 + 1 / 64)
+    terms = matrix_ssl_terms(z, z, p, p, form=form, mce_lambd=0.5, mce_mu=0.5)
+    assert terms.uniformity.item() + constant == pytest.approx(uniformity, rel=1e-13)
+    assert terms.alignment.item() + constant == pytest.approx(alignment, rel=1e-13)
+    alone = matrix_ssl_loss(z, z, p, p, form=form, mce_lambd=0.5, mce_mu=0.5, gamma=0)
+    assert alone.item() == pytest.approx(uniformity, rel=1e-13)
+    alone = matrix_ssl_loss(z, z, p, p, form=form, mce_lambd=0, mce_mu=0.5)
+    assert alone.item() == pytest.approx(alignment, rel=1e-13)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_slow_reference(shape, options, form):
@@ -170,9 +191,11 @@ def test_equals_slow_reference_at_any_shape_and_scale(rows, width, order, expone
 def test_constant_batches(form):
     """0 at mu = 1; at lambda = mu = 1/2 each part is D/2 (1/2 + 1/8 + 1/24 + 1/64)."""
     constant = torch.full((6, 9), 2.0, dtype=torch.float64)
-    assert matrix_ssl_loss(*[constant] * 4, form=form).item() == pytest.approx(0, abs=1e-15)
-    loss = matrix_ssl_loss(*[constant] * 4, form=form, mce_lambd=0.5, mce_mu=0.5)
-    assert loss.item() == pytest.approx(2 * 0.5 * 9 * (1 / 2 + 1 / 8 + 1 / 24 + 1 / 64))
+    for weights in ({"gamma": 0}, {"mce_lambd": 0}):  # the uniformity alone, the alignment alone
+        assert matrix_ssl_loss(*[constant] * 4, form=form, **weights).item() == pytest.approx(0, abs=1e-15)
+        weights = {"mce_lambd": 0.5, "mce_mu": 0.5, **weights}
+        loss = matrix_ssl_loss(*[constant] * 4, form=form, **weights)
+        assert loss.item() == pytest.approx(0.5 * 9 * (1 / 2 + 1 / 8 + 1 / 24 + 1 / 64), rel=1e-13)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -280,6 +303,27 @@ def test_exact_alignment_is_lowest_at_equal_covariances(seed, rows):
     here, own = (matrix_ssl_terms(v, v, p, p, logarithm="exact").alignment.item() for v in (z, p))
     # traces differ by what the means take: tr C = 1 - |mean|^2
     assert here + np.trace(c_zz) >= own + np.trace(c_pp) - 1e-12
+    distance = np.square(c_zz - c_pp).sum()
+    # strictly above where the covariances differ: the second derivative of x log x is at least 1/2 in [1, 2]
+    assert here + np.trace(c_zz) - own - np.trace(c_pp) >= distance / 4 > 1e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 999), width=st.integers(2, 6))
+def test_exact_alignment_at_equal_traces_is_lowest_at_equal_covariances(seed, width):
+    """Rows that come with their negatives have mean 0, hence tr C = 1; rows of other signs have the same covariance."""
+    z, p = (torch.cat([view, -view]) for view in toy_views(7, width, seed=seed))
+    rotation = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(seed)).double()).Q
+    own = matrix_ssl_terms(p, p, p, p, logarithm="exact").alignment.item()
+    flipped = p * torch.tensor([1.0, -1, 1, 1, -1, -1, -1], dtype=p.dtype).repeat(2)[:, None]
+    assert matrix_ssl_terms(flipped, flipped, p, p, logarithm="exact").alignment.item() == pytest.approx(own, rel=1e-12)
+    for other in (z, p @ rotation):
+        _, c_pp, c_zz = _covariances(p, other)
+        assert np.trace(c_pp) == pytest.approx(1) == pytest.approx(np.trace(c_zz))
+        distance = np.square(c_zz - c_pp).sum()
+        found = matrix_ssl_terms(other, other, p, p, logarithm="exact").alignment.item()
+        assert found - own >= distance / 4 - 1e-12
+        assert found > own or distance < 1e-12
 
 
 def test_value_does_not_show_collapse_and_effective_rank_does():
@@ -474,8 +518,13 @@ def test_wrong_input_is_refused():
         ([z[:1]] * 4, {}, "the Matrix-SSL loss needs at least 2 rows over all processes, got 1"),
         ([z] * 4, {"form": "dual"}, "form must be one of auto, covariance, gram, got 'dual'"),
         ([z] * 4, {"logarithm": "log"}, "logarithm must be one of series, exact, got 'log'"),
-        ([z] * 4, {"mce_order": 0}, r"the order of a series must be in \[1, inf\), got 0"),
-        ([z] * 4, {"mce_order": 1.5}, "the order of a series must be a whole number, got 1.5"),
+        ([z] * 4, {"mce_order": 0}, r"mce_order must be in \[1, inf\), got 0"),
+        ([z] * 4, {"mce_order": 1.5}, "mce_order must be a whole number, got 1.5"),
+        ([z] * 4, {"mce_order": 4.0}, "mce_order must be a whole number, got 4.0"),
+        ([z] * 4, {"mce_order": float("inf")}, "mce_order must be a whole number, got inf"),
+        ([z] * 4, {"mce_order": "1"}, "mce_order must be a whole number, got '1'"),
+        ([z] * 4, {"mce_order": True}, "mce_order must be a whole number, got True"),
+        ([z] * 4, {"mce_mu": "1"}, "mce_mu must be a number, got '1'"),
         ([z] * 4, {"mce_mu": -1}, r"mce_mu must be in \[0, inf\), got -1"),
         ([z] * 4, {"mce_mu": 0, "logarithm": "exact"}, r"mce_mu must be in \[1e-06, inf\), got 0"),
         ([z] * 4, {"gamma": -1}, "gamma must be"),
@@ -493,7 +542,7 @@ def test_warns_that_the_exact_logarithm_is_another_objective():
         matrix_ssl_loss(*_batch(6, 4), logarithm="exact")
 
 
-def test_a_diverging_series_is_reported_once():
+def test_a_diverging_series_is_reported():
     views, module = [_modes(2, 8)] * 4, MatrixSSLLoss(mce_mu=1.8)  # eigenvalues 1.3 and 0.8
     with pytest.warns(
         RuntimeWarning, match=r"the series of the Matrix-SSL loss diverges: spectral radius 1\.3, above 1"

@@ -200,6 +200,28 @@ def test_a_diverging_series_is_reported_once_and_without_waiting_at_every_step()
         SeriesWatch("it", "do that", every=0)
 
 
+def _looks(*radii):
+    """What a watch says of each of several radii."""
+    watch, said = SeriesWatch("it", "do that", every=1), []
+    for radius in radii:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            watch(lambda radius=radius: torch.tensor(radius))
+        said.append([str(warning.message) for warning in caught])
+    return said
+
+
+def test_a_radius_that_is_not_a_number_is_outside():
+    (message,), *rest = _looks(float("nan"), float("nan"))
+    assert message == "the series of it diverges: spectral radius nan, not a number; do that"
+    assert rest == [[]]
+    assert [len(said) for said in _looks(float("inf"), float("nan"))] == [1, 0]
+
+
+def test_it_warns_again_after_a_radius_that_was_back_inside():
+    assert [len(said) for said in _looks(2.0, 3.0, 0.9, 0.8, 1.5, 1.0, float("nan"))] == [1, 0, 0, 0, 1, 0, 1]
+
+
 def test_warmup_is_that_of_the_published_code():
     """lambda_inv of N = 1024, D = 2048: 256 at first, 32 at the last of the steps and after."""
     steps, lambda_inv = 10 * 1251, 1024 * 64 / 2048
@@ -214,6 +236,9 @@ def test_warmup_is_that_of_the_published_code():
 
 def test_series_coefficients():
     assert log_series(4) == (0, pytest.approx([1, -1 / 2, 1 / 3, -1 / 4]))
+    for order in (4.0, 1.5, float("inf"), "1", True):
+        with pytest.raises(ValueError, match=f"the order of a series must be a whole number, got {order!r}"):
+            log_series(order)
     x, mu = 0.3, 0.6
     for order in (1, 4, 5):
         zero, rest = log_series(order, mu)
@@ -327,7 +352,10 @@ def test_wrong_input_is_refused():
         ([z, z, z, z[:, :2]], {}, r"p1 must have the shape of z0, \(4, 3\), got \(4, 2\)"),
         ([z[:0]] * 4, {}, "the MEC loss needs at least 1 rows over all processes, got 0"),
         ([z] * 4, {"form": "dual"}, "form must be one of auto, covariance, gram, got 'dual'"),
-        ([z] * 4, {"order": 0}, r"the order of a series must be in \[1, inf\), got 0"),
+        ([z] * 4, {"order": 0}, r"order must be in \[1, inf\), got 0"),
+        ([z] * 4, {"order": 4.0}, "order must be a whole number, got 4.0"),
+        ([z] * 4, {"eps_d": "a"}, "eps_d must be a number, got 'a'"),
+        ([z] * 4, {"eps_d": float("nan")}, r"eps_d must be in \[1e-06, inf\), got nan"),
         ([z] * 4, {"eps_d": 0.0}, r"eps_d must be in \[1e-06, inf\), got 0.0"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -478,6 +478,37 @@ def test_more_mistakes_are_one_sentence(case, digits, tmp_path, monkeypatch, cap
     assert sentence in _refused(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", *more), monkeypatch, capfd)
 
 
+_OUT_OF_RANGE = {
+    "matrix_ssl mce_order=0": "method matrix_ssl: mce_order must be in [1, inf), got 0",
+    "matrix_ssl mce_lambd=-1": "method matrix_ssl: mce_lambd must be in [0, inf), got -1",
+    "matrix_ssl mce_mu=nan": "method matrix_ssl: mce_mu must be in [0, inf), got nan",
+    "matrix_ssl mce_mu=0 logarithm=exact": "mce_mu must be in [1e-06, inf), got 0.0",
+    "mec eps=0": "method mec: eps must be in [1e-06, inf), got 0.0",
+    "mec eps=1e-6": "eps must be in [1.6e-05, inf), got 1e-06",
+    "mec eps=-64 warmup_iter=80": "method mec: eps must be in [1e-06, inf), got -64.0",
+    "mec warmup_iter=-1": "method mec: warmup_iter must be in [0, inf), got -1",
+    "mec mec_order=0": "method mec: mec_order must be in [1, inf), got 0",
+    "dissl tau_teacher=0": "method dissl: tau_teacher must be in [1e-06, inf), got 0.0",
+    "dissl temperature_assign=0": "method dissl: temperature_assign must be in [1e-06, inf), got 0.0",
+    "dissl n_classes=1": "method dissl: n_classes must be in [2, inf), got 1",
+    "dissl beta_det_inv=-1": "method dissl: beta_det_inv must be in [0, inf), got -1",
+    "cissl temperature=0": "method cissl: temperature must be in [1e-06, inf), got 0.0",
+    "isoloss rho=2": "method isoloss: rho must be in [0, 1], got 2",
+    "byol pred_lr_scale=-1": "method byol: pred_lr_scale must be in [1e-06, inf), got -1",
+    "ssl_ey proj_output_dim=0": "method ssl_ey: proj_output_dim must be in [1, inf), got 0",
+}
+
+
+@pytest.mark.parametrize("case", _OUT_OF_RANGE)
+def test_a_number_out_of_range_is_refused_before_the_run_has_a_folder(case, digits, tmp_path, monkeypatch, capfd):
+    name, *given = case.split()
+    small = ["++method_kwargs.proj_output_dim=16"] if name in ("matrix_ssl", "mec") else []
+    more = [*small, *(f"++method_kwargs.{option}" for option in given)]
+    said = _refused(main_pretrain.main, _arguments(digits, tmp_path / "runs", name, *more), monkeypatch, capfd)
+    assert _OUT_OF_RANGE[case] in said
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 def test_vectors_can_be_left_out_of_weight_decay(digits, tmp_path, monkeypatch):
     """Both halves of a group are logged, each under a name of its own; a version may look like a number."""

@@ -28,9 +28,18 @@ def seed():
 # Schedule -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("step", "tau"), [(0, 0.99), (250, 0.99 + 0.01 * 0.1464466094), (500, 0.995), (1000, 1.0)])
-def test_p16_schedule(step, tau):
-    assert cosine_tau(step, 1000, 0.99, 1.0) == pytest.approx(tau, abs=1e-9)
+@pytest.mark.parametrize("base", [0.99, 0.996])
+@pytest.mark.parametrize(("step", "way"), [(0, 0), (250, 0.1464466094), (500, 0.5), (1000, 1)])
+def test_schedule_is_half_a_cosine(base, step, way):
+    assert cosine_tau(step, 1000, base, 1.0) == pytest.approx(base + (1 - base) * way, abs=1e-11)
+
+
+def test_schedule_of_the_slow_teacher():
+    """1 - 0.004 (1 + cos(pi t / T)) / 2 over 100 epochs of 1251 steps."""
+    total = 125100
+    assert cosine_tau(0, total, 0.996, 1.0) == 0.996
+    assert cosine_tau(total // 4, total, 0.996, 1.0) == pytest.approx(1 - 0.004 * 0.8535533905932737, abs=1e-12)
+    assert 0 < 1 - cosine_tau(total - 1, total, 0.996, 1.0) < 1e-12
 
 
 def test_schedule_without_teacher_is_zero():

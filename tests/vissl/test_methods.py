@@ -263,7 +263,8 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
         (["config.MODEL.HEAD.PARAMS=[[method_head]]"], "method_head takes in_dim and nothing else"),
         (["config.MODEL.HEAD.PARAMS=[[method_head,{in_dim:2048}]]"], "the trunk's features, 512, got 2048"),
         (["config.LOSS.isoloss.proj_output_dim=0"], "config.LOSS.isoloss: "),
-        (["config.LOSS.isoloss.rho=2.0"], "config.LOSS.isoloss: rho must be in [0, 1]"),
+        (["config.LOSS.isoloss.rho=2.0"], "config.LOSS.isoloss: method isoloss: rho must be in [0, 1]"),
+        (["config.LOSS.isoloss.rho=1.0"], "config.LOSS.isoloss: rho must be in [0, 1]"),
         (["config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=1"], "BATCHSIZE_PER_REPLICA of at least 2"),
         (["config.OPTIMIZER.use_larc=true"], "use_larc=true works with the optimiser sgd, got adamw"),
         (["config.TEST_MODEL=true"], "set config.TEST_MODEL=false"),
@@ -285,6 +286,32 @@ def test_mistakes_are_sentences(overrides: list[str], sentence: str) -> None:
         check_config(configuration("isoloss", *overrides))
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "sentence"),
+    [
+        ("matrix_ssl", "mce_order=0", "method matrix_ssl: mce_order must be in [1, inf), got 0"),
+        ("matrix_ssl", "mce_mu=-1", "method matrix_ssl: mce_mu must be in [0, inf), got -1"),
+        ("matrix_ssl", "mce_mu=nan", "method matrix_ssl: mce_mu must be in [0, inf), got nan"),
+        ("matrix_ssl", "mce_mu=0 logarithm=exact", "mce_mu must be in [1e-06, inf), got 0.0"),
+        ("mec", "eps=0", "method mec: eps must be in [1e-06, inf), got 0.0"),
+        ("mec", "eps=2e-6", "config.LOSS.mec: eps must be in [8e-06, inf), got 2e-06"),
+        ("mec", "eps=-64 warmup_iter=80", "method mec: eps must be in [1e-06, inf), got -64"),
+        ("mec", "warmup_iter=-1", "method mec: warmup_iter must be in [0, inf), got -1"),
+        ("dissl", "tau_teacher=0", "method dissl: tau_teacher must be in [1e-06, inf), got 0.0"),
+        ("dissl", "n_classes=1", "method dissl: n_classes must be in [2, inf), got 1"),
+        ("dissl", "beta_det_inv=-1", "method dissl: beta_det_inv must be in [0, inf), got -1"),
+        ("cissl", "temperature=0", "method cissl: temperature must be in [1e-06, inf), got 0.0"),
+        ("byol", "pred_lr_scale=-1", "method byol: pred_lr_scale must be in [1e-06, inf), got -1"),
+        ("ssl_ey", "proj_output_dim=0", "method ssl_ey: proj_output_dim must be in [1, inf), got 0"),
+    ],
+)
+def test_a_number_out_of_range_is_a_sentence(method: str, given: str, sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_config(configuration(method, *(f"++config.LOSS.{method}.{option}" for option in given.split())))
+    assert sentence in str(error.value)
+    assert str(error.value).startswith(f"config.LOSS.{method}: ") and "\n" not in str(error.value)
 
 
 def test_width_of_the_trunk_is_checked() -> None:

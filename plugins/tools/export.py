@@ -83,6 +83,7 @@ def read_backbone(path: Path) -> Backbone:
         UserError: there is no such file, it is no checkpoint, or it holds no backbone.
     """
     from plugins.tools.unpickle import load_inert
+    from plugins.tools.weights import vissl_parts
 
     path = checkpoint_file(path)
     if not path.is_file():
@@ -90,12 +91,13 @@ def read_backbone(path: Path) -> Backbone:
     try:
         content = load_inert(path)[0]
     except Exception as error:
-        raise UserError(f"{path} is no checkpoint that can be read: {str(error).splitlines()[0]}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path} is no checkpoint that can be read: {reason}") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, no checkpoint")
     if "classy_state_dict" in content:
-        parts = content["classy_state_dict"]["base_model"]["model"]
-        every = {f"{part}.{key}": value for part, state in parts.items() for key, value in _tensors(state).items()}
+        parts = vissl_parts(content, str(path)).items()
+        every = {f"{part}.{key}": value for part, state in parts for key, value in _tensors(state).items()}
         prefix = f"trunk.{_TRUNK}"
     else:
         every = _tensors(content.get("state_dict", content))
@@ -104,6 +106,8 @@ def read_backbone(path: Path) -> Backbone:
     state = {key.removeprefix(prefix): value for key, value in every.items() if key in ours}
     if not state:
         raise UserError(f"{path} holds no backbone: none of its keys begins with {', '.join(_PREFIXES)}")
+    if odd := next((key for key, value in state.items() if value.layout != torch.strided), None):
+        raise UserError(f"{path}: {odd} is sparse, a backbone's weights are not")
     dropped = Counter(key.removeprefix("module.").split(".")[0] for key in every if key not in ours)
     if {key.split(".")[0] for key in state} - {"8"} == set(_CHILDREN):  # nn.Sequential(*list(resnet.children())[:-1])
         names = {**_CHILDREN, "8": "avgpool"}  # which has weights where it holds a wider representation's block
@@ -241,10 +245,10 @@ def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
     state = {key: value.clone().contiguous() for key, value in backbone.state.items()}
     what = f"{len(state)} tensors"
     if target == "dissl":
-        from plugins.tools.weights import build, trunk_of
+        from plugins.tools.weights import build, published_names, trunk_of
 
         state = trunk_of({key: value for key, value in state.items() if not key.startswith("fc.")}, str(path))
-        build(state, str(path))
+        state = published_names(build(state, str(path)).state_dict())
         what = f"the format of DISSL's weights, {len(state)} tensors"
     elif target != "safetensors" or arch is not None:
         arch = fit(state, "timm" if target == "timm" else "torchvision", arch)[0]

@@ -63,7 +63,7 @@ def load_dissl(source: str | Path, *, sha256: str | None = None) -> nn.Module:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path} is no file of weights that can be read: {reason}") from error
     return build(trunk_of(content, str(path)), str(path)).eval()
 
@@ -98,7 +98,7 @@ def trunk_of(content: Any, what: str) -> dict[str, Tensor]:
         UserError: there is none.
     """
     if isinstance(content, Mapping) and "classy_state_dict" in content:
-        content = content["classy_state_dict"]["base_model"]["model"]["trunk"]
+        content = vissl_parts(content, what)["trunk"]
     for key in ("model_state_dict", "state_dict"):
         if isinstance(content, Mapping) and key in content:
             content = content[key]
@@ -112,6 +112,25 @@ def trunk_of(content: Any, what: str) -> dict[str, Tensor]:
     return published_names(state)
 
 
+def vissl_parts(checkpoint: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    """Trunk and heads of a checkpoint of VISSL.
+
+    Args:
+        checkpoint: has a ``classy_state_dict``.
+        what: names the file to the user.
+
+    Raises:
+        UserError: it has no trunk.
+    """
+    found, done = checkpoint["classy_state_dict"], []
+    for key in ("base_model", "model", "trunk"):
+        done.append(key)
+        if not isinstance(found, Mapping) or not isinstance(found.get(key), Mapping):
+            raise UserError(f"{what} is no whole checkpoint of VISSL: it has no {'.'.join(done)}")
+        parts, found = found, found[key]
+    return parts
+
+
 def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``avgpool.0.*`` of our model is ``resizer.*`` in a file."""
     return {
@@ -121,10 +140,10 @@ def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build(state: Mapping[str, Tensor], what: str) -> nn.Module:
-    """The ResNet that weights under published names fit in every tensor, with them loaded.
+    """The ResNet that weights under published names fit in every tensor, with them loaded, in single precision.
 
     Raises:
-        UserError: none does; what differs from the nearest is named.
+        UserError: none does; what differs from the nearest is named. Weights are dense and of a floating-point type.
     """
     import torchvision
 
@@ -136,8 +155,8 @@ def build(state: Mapping[str, Tensor], what: str) -> nn.Module:
         wanted = published_names(model.state_dict())
         if not (found := _difference(state, wanted)):
             model.load_state_dict(
-                {key.replace(_FILE_BLOCK, _MODEL_BLOCK, 1) if key.startswith(_FILE_BLOCK) else key: value
-                 for key, value in state.items()}, strict=True, assign=True,
+                {key.replace(_FILE_BLOCK, _MODEL_BLOCK, 1) if key.startswith(_FILE_BLOCK) else key:
+                 value.to(wanted[key].dtype) for key, value in state.items()}, strict=True, assign=True,
             )  # fmt: skip
             for parameter in model.parameters():
                 parameter.requires_grad_(True)
@@ -151,7 +170,7 @@ def build(state: Mapping[str, Tensor], what: str) -> nn.Module:
 def _expanded(model: Any, last: Tensor | None) -> nn.Module:
     """With the block whose last convolution this is, where it can have it; without classifier."""
     model.fc = nn.Identity()
-    if last is None:
+    if last is None or last.ndim != 4:
         return model
     try:
         return expand_resnet_dim(model, last.shape[0], bottleneck=last.shape[1])
@@ -164,8 +183,16 @@ def _difference(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
         "missing": [key for key in wanted if key not in state],
         "left over": [key for key in state if key not in wanted],
         "of another shape": [key for key in wanted if key in state and state[key].shape != wanted[key].shape],
+        "of another kind": [key for key in wanted if key in state and not _castable(state[key], wanted[key].dtype)],
     }
     return {kind: keys for kind, keys in found.items() if keys}
+
+
+def _castable(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor is dense and there, and floating-point where that is wanted; counts may be of any type."""
+    if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_complex():
+        return False
+    return value.is_floating_point() or not dtype.is_floating_point
 
 
 def _downloaded(name: str, sha256: str | None) -> Path:

@@ -105,6 +105,47 @@ def test_files_that_are_none_are_refused(tmp_path):
         load_dissl(tmp_path / "list.torch")
 
 
+BROKEN = {
+    "empty checkpoint": (lambda s: {"classy_state_dict": {}}, "is no whole checkpoint of VISSL: it has no base_model"),
+    "no model": (lambda s: {"classy_state_dict": {"base_model": {}}}, "has no base_model.model"),
+    "no trunk": (lambda s: {"classy_state_dict": {"base_model": {"model": {"heads": {}}}}}, "no base_model.model.trunk"),
+    "a list": (lambda s: {"classy_state_dict": [1]}, "has no base_model"),
+    "a list as trunk": (lambda s: {"classy_state_dict": {"base_model": {"model": {"trunk": [1]}}}}, "model.trunk"),
+    "vector": (lambda s: {**s, "resizer.conv3.weight": torch.zeros(9)}, "with resnet18: .* left over"),
+    "scalar": (lambda s: {**s, "resizer.conv3.weight": torch.tensor(1.0)}, "with resnet18: .* left over"),
+    "integers": (lambda s: {key: value.long() for key, value in s.items()}, "with resnet18: .* of another kind, first"),
+    "sparse": (lambda s: {**s, "bn1.bias": s["bn1.bias"].to_sparse()}, "1 of another kind, first bn1.bias|bn1.bias is sparse"),
+    "complex": (lambda s: {**s, "bn1.bias": s["bn1.bias"] + 1j}, "with resnet18: 1 of another kind, first bn1.bias"),
+}
+
+
+@pytest.mark.parametrize("reader", ["load_dissl", "export"])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_files_are_one_sentence(broken, reader, model, tmp_path, capsys):
+    change, message = BROKEN[broken]
+    torch.save(change(published(model)), tmp_path / "file.torch")
+    with pytest.raises(UserError, match=message) as error:
+        if reader == "load_dissl":
+            load_dissl(tmp_path / "file.torch")
+        else:
+            export.export(tmp_path / "file.torch", "dissl", tmp_path / "out.torch")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out.torch").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_precision_become_single(dtype, model, tmp_path):
+    state = {key: value.to(dtype) for key, value in published(model).items()}  # counts of batches too, as some do
+    torch.save(state, tmp_path / "file.torch")
+    loaded = load_dissl(tmp_path / "file.torch")
+    assert {value.dtype for value in loaded.parameters()} == {torch.float32}
+    assert loaded.bn1.num_batches_tracked.dtype == torch.int64
+    torch.testing.assert_close(features(loaded), features(model), atol=0.1, rtol=0.1)
+    export.export(tmp_path / "file.torch", "dissl", tmp_path / "out.torch")
+    written = torch.load(tmp_path / "out.torch", weights_only=True)
+    assert {key: value.dtype for key, value in written.items()} == {k: v.dtype for k, v in published(model).items()}
+
+
 def test_sha256_of_a_local_file_is_checked_when_given(model, tmp_path):
     torch.save(published(model), tmp_path / "file.torch")
     digest = hashlib.sha256((tmp_path / "file.torch").read_bytes()).hexdigest()

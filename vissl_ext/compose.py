@@ -16,7 +16,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -24,6 +24,8 @@ from plugins.tools.command import UserError
 
 _PACKAGE = Path(__file__).parent
 _DEFAULTS = Path(vissl.config.__file__).parent / "defaults.yaml"
+_OF_FORK = ("config/pretrain/dstl", "config/pretrain/cntr")
+"""Folders of DISSL's VISSL fork that VISSL does not have."""
 
 
 @cache
@@ -46,6 +48,9 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
         overrides: ``config=NAME`` and Hydra's overrides.
         folders: the user's, each with a folder ``config`` in it, as VISSL's ./configs has; the first is looked into
             first, before ./configs, VISSL's own and ours.
+
+    A folder with ``pretrain/dstl`` or ``pretrain/cntr`` is that of DISSL's VISSL fork, which warms the learning rate up as
+    its files have it: they get ``auto_lr_scaling.keep_warmup``, where they do not have it.
 
     Returns:
         The configuration, with ``config`` on top; and the keys below ``config`` that the overrides name, with the
@@ -75,6 +80,8 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
             cfg = hydra_compose("defaults", overrides=[_addable(word) for word in overrides])
         _check_top(cfg, overrides)
         _fill(cfg.config, defaults().config, given)
+        if _is_of_fork(overrides, [*places, Path("configs")]):
+            _keep_warmup(cfg.config)
         return cfg, given
     except MissingConfigException as error:
         raise UserError(_missing(error, given, places)) from None
@@ -173,6 +180,26 @@ def _fill(config: DictConfig, default: DictConfig, given: dict[str, Any], above:
             config[key] = deepcopy(value)
         elif OmegaConf.is_dict(config[key]):
             _fill(config[key], value, given, f"{above}{key}.")
+
+
+def _is_of_fork(overrides: Sequence[str], folders: Sequence[Path]) -> bool:
+    """Whether the file that ``config=`` names comes from a folder of the user's that is that of DISSL's VISSL fork.
+
+    Files of the fork with a loss of VISSL's own, such as its SimCLR, are told by their neighbours alone.
+    """
+    parser = OverridesParser.create()
+    names = [str(parser.parse_override(word).value()) for word in overrides if word.startswith("config=")]
+    file = Path("config", f"{names[-1].removesuffix('.yaml')}.yaml") if names else Path("config")
+    folder = next((folder for folder in folders if (folder / file).is_file()), None)
+    return folder is not None and any((folder / place).is_dir() for place in _OF_FORK)
+
+
+def _keep_warmup(config: DictConfig) -> None:
+    """Let the learning rate be warmed up as the file has it, unless it says whether to."""
+    scaling = OmegaConf.select(config, "OPTIMIZER.param_schedulers.lr.auto_lr_scaling")
+    if OmegaConf.is_dict(scaling) and "keep_warmup" not in scaling:
+        with open_dict(scaling):
+            scaling.keep_warmup = True
 
 
 def _missing(error: MissingConfigException, given: dict[str, Any], places: list[Path]) -> str:

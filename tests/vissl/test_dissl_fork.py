@@ -1,7 +1,7 @@
 """Configurations in the form of DISSL's VISSL fork train unmodified; the YAML here is ours, with the fork's keys.
 
 With VISSL_FORK_CHECKOUT naming a checkout of the fork, its own files are read too: the 39 below pretrain/dstl and
-pretrain/cntr, and the 13 of its linear and MLP probes.
+pretrain/cntr, the 14 of pretrain/simclr, and the 13 of its linear and MLP probes.
 """
 
 import copy
@@ -224,6 +224,36 @@ _CNTR = f"""
       buffer_params:
         embedding_dim: 128
 """
+_SIMCLR = f"""
+      COLLATE_FUNCTION: simclr_collator
+      TRANSFORMS:
+        - name: ImgReplicatePil
+          num_times: 2
+        - name: RandomResizedCrop
+          size: 32
+        - name: ToTensor
+  MODEL:
+    TRUNK:
+      NAME: resnet
+      RESNETS:
+        DEPTH: 50
+    HEAD:
+      PARAMS: [
+        ["mlp", {{"dims": [2048, 24, 24], {_HIDDEN}}}],
+        ["mlp", {{"dims": [24, 8], {_LINEAR}}}],
+      ]
+      NON_TRAINABLE_PARAMS: [ "heads.1.clf.1.bias" ]
+    SYNC_BN_CONFIG:
+      CONVERT_BN_TO_SYNC_BN: True
+      SYNC_BN_TYPE: pytorch
+      GROUP_SIZE: -1
+  LOSS:
+    name: simclr_info_nce_loss
+    simclr_info_nce_loss:
+      temperature: 0.1
+      buffer_params:
+        embedding_dim: 8
+"""
 _PROBE = """# @package _global_
 config:
   TEST_MODEL: True
@@ -397,7 +427,9 @@ def test_a_probe_of_a_pretrained_trunk(folder: Path, few_digits: Path, tmp_path:
     assert [len(row["res5avg"]) for row in top] == [2, 2]  # epochs, each with the accuracy of both probes
 
 
-@pytest.mark.parametrize("path", _fork_files(39, "pretrain/dstl/*.yaml", "pretrain/cntr/*.yaml"))
+@pytest.mark.parametrize(
+    "path", _fork_files(53, "pretrain/dstl/*.yaml", "pretrain/cntr/*.yaml", "pretrain/simclr/*.yaml")
+)
 def test_files_of_the_fork_pass_the_checks_and_build(path: Path, prepared: Callable) -> None:
     name = f"pretrain/{path.parent.name}/{path.stem}"
     if path.stem == "dissl_e100_d8192_m4b6s_r030":  # the file holds two configurations, one below the other
@@ -407,15 +439,20 @@ def test_files_of_the_fork_pass_the_checks_and_build(path: Path, prepared: Calla
     config = prepared(name, at=path.parents[3])
     lr = config.OPTIMIZER.param_schedulers.lr
     assert [part["name"] for part in lr.schedulers] == ["linear", "cosine"]
-    assert lr.schedulers[0]["start_value"] == (1e-5 if "convnext" in path.stem else 0.001)
+    starts = {"simclr_resnet": 0.6, "simclr_headv2": 0.6}
+    assert lr.schedulers[0]["start_value"] == starts.get(path.stem, 1e-5 if "convnext" in path.stem else 0.001)
     with torch.device("meta"):
         model = build_model(config.MODEL, config.OPTIMIZER)
-        loss = PluginTask.from_config(config)._build_loss()
         channels = 4 if config.MODEL.INPUT_TYPE == "rgba" else 3
         views = [torch.randn(2, channels, 64, 64) for _ in range(2)]
         batch = views if config.DATA.TRAIN.COLLATE_FUNCTION == "multicrop_collator" else torch.cat(views)
-        teacher, student = model(batch)
-    assert isinstance(loss, LOSSES[config.LOSS.name])
+        outputs = model(batch)
+    if config.LOSS.name == "simclr_info_nce_loss":  # VISSL's own, of one head
+        width = config.LOSS.simclr_info_nce_loss.buffer_params.embedding_dim
+        assert [output.shape for output in outputs] == [(4, width)]
+        return
+    teacher, student = outputs
+    assert isinstance(PluginTask.from_config(config)._build_loss(), LOSSES[config.LOSS.name])
     assert len(teacher) == len(student) == 4
     assert teacher.shape[1] == student.shape[1] == model.heads[0][-1].clf[0].out_features
 
@@ -591,6 +628,31 @@ def test_the_warm_up_of_the_learning_rate_is_kept(prepared: Callable) -> None:
     config = prepared("pretrain/small/dstl")
     schedule = hydra_config.resolve_linear_schedule.__wrapped__(config, _lr(config))
     assert schedule.name == "cosine"
+
+
+def test_simclr_of_the_forks_folder_is_warmed_up_as_written(folder: Path, tmp_path: Path, prepared: Callable) -> None:
+    """Its loss is VISSL's; what tells the fork's files is the folder pretrain/dstl or pretrain/cntr beside them."""
+
+    def parts(at: Path, *overrides: str, name: str = "pretrain/simclr/small") -> list[tuple[str, float]]:
+        lr = _lr(prepared(name, "config.MODEL.SYNC_BN_CONFIG.SYNC_BN_TYPE=pytorch", *overrides, at=at))
+        if lr.name == "cosine":
+            return [("cosine", lr.start_value)]
+        return [(part["name"], part["start_value"]) for part in lr.schedulers]
+
+    stock, fork, text = tmp_path / "stock", tmp_path / "fork", _TOP + _SIMCLR
+    for root, places in ((stock, ("simclr", "swav")), (fork, ("simclr", "cntr"))):
+        for place in places:
+            (root / "config" / "pretrain" / place).mkdir(parents=True)
+        (root / "config" / "pretrain" / "simclr" / "small.yaml").write_text(text)
+    lr = 0.3 * 32 / 256
+    cosine, whole = [("cosine", lr)], [("linear", 0.001), ("cosine", lr)]
+    switch = "config.OPTIMIZER.param_schedulers.lr.auto_lr_scaling.keep_warmup"
+    assert parts(fork) == whole
+    assert parts(fork, f"{switch}=false") == cosine
+    assert parts(stock) == cosine
+    assert parts(stock, f"{switch}=true") == whole
+    # VISSL's own file, which the fork's folder does not have
+    assert [name for name, _ in parts(fork, name="pretrain/simclr/simclr_8node_resnet")] == ["cosine"]
 
 
 def _lr(config: Any) -> Any:

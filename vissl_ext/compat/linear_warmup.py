@@ -10,7 +10,10 @@ from typing import Any
 
 
 def activate() -> None:
-    """Keep the warm-up as it is written with a loss of ours, and where ``auto_lr_scaling.keep_warmup`` is true."""
+    """Keep the warm-up as it is written where ``auto_lr_scaling.keep_warmup`` is true; with a loss of ours by default.
+
+    ``compose`` sets it for the files of the fork with a loss of VISSL's.
+    """
     from vissl.utils import hydra_config
 
     stock = hydra_config.resolve_linear_schedule
@@ -23,6 +26,6 @@ def _kept(resolve: Callable[..., Any], cfg: Any, param_schedulers: Any) -> Any:
 
     kind = LOSS_REGISTRY.get(cfg.LOSS.name)
     ours = kind is not None and kind.__module__.startswith("vissl_ext.")
-    if ours or param_schedulers.auto_lr_scaling.get("keep_warmup", False):
+    if param_schedulers.auto_lr_scaling.get("keep_warmup", ours):
         return param_schedulers
     return resolve(cfg, param_schedulers)

@@ -40,6 +40,7 @@ from plugins.tools import bench_data, bench_step
 
 QUICK_SIZES = ((256, 128), (256, 512), (1024, 512), (256, 2048))
 SIZES = (*QUICK_SIZES, (1024, 2048), (2048, 2048), (2048, 8192))
+WIDE_AND_TALL = ((256, 512), (256, 1024), (1024, 256), (1024, 512))
 PREDICTOR_SIZES = ((256, 128), (256, 256), (256, 512))
 GENERAL_EIG, SYMMETRIC_EIG = 25, 9
 """Operations over D^3 of an eigendecomposition with vectors, by textbook count: general (QR algorithm), symmetric."""
@@ -202,7 +203,7 @@ def _heads(views: tuple[int, int], rows: int, width: int, device: str) -> list[T
 
 
 def _plain_dissl(views: tuple[int, int], teacher: Tensor, student: Tensor) -> tuple[Tensor, ...]:
-    """With what is logged at every step: the same view's cross-entropy, and the entropy of each assignment."""
+    """With what the authors' own code logs at every step: the same view's cross-entropy, each assignment's entropy."""
     scaled = teacher.float() / 0.5
     every_p, every_log_p = (f(scaled, dim=-1).chunk(views[0]) for f in (F.softmax, F.log_softmax))
     every_log_q = F.log_softmax(student.float() / 1.0, dim=-1).chunk(views[1])
@@ -265,8 +266,8 @@ LOSSES = {
     "ssl_ey": Case(_views, _plain_ssl_ey, _ours_ssl_ey),
     "byol": Case(_views, _plain_byol, _ours_byol),
     "isoloss": Case(_predicted_views, _plain_isoloss, _ours_isoloss),
-    "matrix_ssl": Case(_four_views, _plain_matrix_ssl, _ours_matrix_ssl),
-    "mec": Case(_four_views, _plain_mec, _ours_mec),
+    "matrix_ssl": Case(_four_views, _plain_matrix_ssl, _ours_matrix_ssl, sizes=WIDE_AND_TALL),
+    "mec": Case(_four_views, _plain_mec, _ours_mec, sizes=WIDE_AND_TALL),
     **_view_cases(),
 }
 PREDICTORS = {

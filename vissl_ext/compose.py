@@ -49,8 +49,8 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
         folders: the user's, each with a folder ``config`` in it, as VISSL's ./configs has; the first is looked into
             first, before ./configs, VISSL's own and ours.
 
-    A folder with ``pretrain/dstl`` or ``pretrain/cntr`` is that of DISSL's VISSL fork, which warms the learning rate up as
-    its files have it: they get ``auto_lr_scaling.keep_warmup``, where they do not have it.
+    A folder with ``pretrain/dstl`` or ``pretrain/cntr`` is that of DISSL's VISSL fork, which warms the learning rate up
+    as its files have it: they get ``auto_lr_scaling.keep_warmup``, where they do not have it.
 
     Returns:
         The configuration, with ``config`` on top; and the keys below ``config`` that the overrides name, with the

@@ -14,6 +14,10 @@ from classy_vision.optim.param_scheduler import ClassyParamScheduler, UpdateInte
 class WarmupCosine(ClassyParamScheduler):
     """Linear from ``warmup_value`` to ``start_value``, then half a cosine to ``end_value``.
 
+    A schedule of VISSL knows the fraction of the training, not the number of steps: the peak is at the first step after
+    the W steps of the warm-up. The scripts of Matrix-SSL and MEC, as solo-learn, reach it a step sooner, at the last of
+    the warm-up, and keep it for a second; the rates of the warm-up are (W - 1) / W of theirs, 8e-5 less at W = 12510.
+
     Args:
         start_value: the peak. ``auto_lr_scaling`` replaces it by the scaled learning rate, and scales ``end_value``.
         end_value: at the end.

@@ -2,11 +2,14 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from solo_ext.compat.common import with_schedule
 from solo_ext.config import parse_linear, parse_pretrain
 from solo_ext.launch import config_folder
 from solo_ext.registry import method_class, register
@@ -160,7 +163,31 @@ def test_settings_of_matrix_ssl_and_mec(folder, name, images):
     if name == "mec":  # ten epochs
         images_in_all = {"imagenet": 1281167, "imagenet100": 126689}[folder]
         per_epoch = images_in_all // (cfg.optimizer.batch_size * cfg.devices)
-        assert cfg.method_kwargs.warmup_iter == pytest.approx(10 * per_epoch, rel=0.01)
+        assert cfg.method_kwargs.warmup_iter == 10 * per_epoch
+
+
+@pytest.mark.parametrize("name", ["matrix_ssl", "mec"])
+@pytest.mark.parametrize("epochs", [100, 200, 400])
+def test_learning_rate_of_matrix_ssl_and_mec(name, epochs, images):
+    """From 0 to 2.0 at the last of ten epochs' steps, and down to 0; 1251 steps an epoch."""
+    cfg = parse_pretrain(load(Path(f"imagenet/{name}.yaml"), *local(images)[:-1], f"max_epochs={epochs}"))
+    assert cfg.scheduler.interval == "step"
+    warm, total = 10 * 1251, epochs * 1251
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optimizer.lr)
+    trainer = SimpleNamespace(estimated_stepping_batches=total)
+    module = SimpleNamespace(max_epochs=cfg.max_epochs, trainer=trainer)
+    _, (described,) = with_schedule(module, optimizer, cfg.scheduler, {})
+    assert (described["interval"], described["frequency"]) == ("step", 1)
+    rate = {}
+    for step in (0, 1, warm - 2, warm - 1, warm, warm + 1, (warm + total) // 2, total - 1):
+        described["scheduler"].last_epoch = step
+        (rate[step],) = described["scheduler"].get_lr()
+    assert rate[0] == 0
+    assert rate[1] == pytest.approx(2.0 / (warm - 1), rel=1e-12)
+    assert rate[warm - 2] < rate[warm - 1] == pytest.approx(2.0, rel=1e-12)
+    assert rate[warm + 1] < rate[warm] == pytest.approx(2.0, rel=1e-12)
+    assert rate[(warm + total) // 2] == pytest.approx(1.0, rel=1e-4)
+    assert 0 < rate[total - 1] < 1e-8
 
 
 def test_settings_of_the_linear_evaluation_on_imagenet(images):

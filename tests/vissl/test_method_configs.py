@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from classy_vision.optim import build_optimizer_schedulers
 from classy_vision.optim.param_scheduler import UpdateInterval
 from vissl.data.ssl_transforms import get_transform
 from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
@@ -104,3 +105,49 @@ def test_ten_epochs_of_warm_up_however_long_the_run(method: str, suffix: str, ep
     assert config.OPTIMIZER.param_schedulers.lr.warmup * epochs == pytest.approx(10)
     (crop,) = [t for t in config.DATA.TRAIN.TRANSFORMS if t["name"] == "RandomResizedCrop"]
     assert crop["scale"] == [0.2, 1.0]
+    schedule = build_optimizer_schedulers(config.OPTIMIZER)["lr"]
+    assert schedule.update_interval == UpdateInterval.STEP
+    per_epoch, peak = {"100": (494, 0.5)}.get(suffix, (1251, 2.0))
+    warm, total = 10 * per_epoch, epochs * per_epoch
+    assert schedule(0) == 0
+    # a step later than in the published code, whose last step of the warm-up has the peak
+    assert schedule((warm - 1) / total) == pytest.approx(peak * (warm - 1) / warm, rel=1e-9)
+    assert schedule(warm / total) == pytest.approx(peak, rel=1e-9)
+    assert schedule((warm + 1) / total) < peak
+    assert schedule((warm + total) / 2 / total) == pytest.approx(peak / 2, rel=1e-9)
+    assert 0 < schedule((total - 1) / total) < 1e-7
+
+
+@pytest.mark.parametrize("suffix", ["", "_e200", "_e400"])
+@pytest.mark.parametrize(
+    ("method", "of_loss"),
+    [
+        ("matrix_ssl", {"mce_lambd": 1.0, "mce_mu": 1.0, "gamma": 1.0, "mce_order": 4}),
+        ("mec", {"eps": 64.0, "mec_order": 4, "warmup_iter": 12510}),
+    ],
+)
+def test_settings_of_matrix_ssl_and_mec_on_imagenet(method: str, of_loss: dict[str, Any], suffix: str) -> None:
+    cfg = compose_hydra_configuration([f"config=pretrain/{method}/imagenet_rn50{suffix}"])
+    config: Any = convert_to_attrdict(cfg, dump_config=False)[1]
+    networks = {"proj_hidden_dim": 2048, "proj_output_dim": 2048, "pred_hidden_dim": 512}
+    given = {key: value for key, value in config.LOSS[method].items() if key != "name"}
+    assert given == {**networks, **of_loss, "base_tau": 0.996, "final_tau": 1.0}
+    optimizer = config.OPTIMIZER
+    assert (optimizer.name, optimizer.momentum, optimizer.nesterov, optimizer.use_larc) == ("sgd", 0.9, False, False)
+    assert (optimizer.weight_decay, optimizer.regularize_bn, optimizer.regularize_bias) == (1e-5, True, True)
+    scaling = optimizer.param_schedulers.lr.auto_lr_scaling
+    assert (scaling.auto_scale, scaling.base_value, scaling.base_lr_batch_size) == (True, 0.5, 256)
+    assert optimizer.param_schedulers.lr.start_value == pytest.approx(2.0)
+    assert (optimizer.param_schedulers.lr.warmup_value, optimizer.param_schedulers.lr.end_value) == (0.0, 0.0)
+    machines = config.DISTRIBUTED
+    assert (machines.NUM_NODES, machines.NUM_PROC_PER_NODE, config.DATA.TRAIN.BATCHSIZE_PER_REPLICA) == (1, 8, 128)
+    trunk = config.MODEL.TRUNK
+    assert (trunk.NAME, trunk.RESNETS.DEPTH, trunk.RESNETS.ZERO_INIT_RESIDUAL) == ("resnet", 50, True)
+    assert config.MODEL.AMP_PARAMS.USE_AMP is False
+    assert config.MODEL.SYNC_BN_CONFIG.CONVERT_BN_TO_SYNC_BN is True
+    of_views = {
+        inner["name"]: transform["prob"]
+        for transform in config.DATA.TRAIN.TRANSFORMS
+        for inner in transform.get("transforms", ())
+    }
+    assert of_views == {"ColorJitter": [0.8, 0.8], "ImgPilGaussianBlur": [1.0, 0.1], "RandomSolarize": [0.0, 0.2]}

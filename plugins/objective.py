@@ -8,10 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plugins.distributed import LOCAL, Collective
-from plugins.heads import TwoBranchHead
+from plugins.heads import SharedHead, TwoBranchHead
 from plugins.losses import ETFMonitor
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
+
+
+def project(projector: nn.Module, features: list[Tensor]) -> list[Tensor]:
+    """Features of each view → projections of each, with batch statistics of its own unless a SharedHead makes them."""
+    return projector.views(features) if isinstance(projector, SharedHead) else [projector(h) for h in features]
 
 
 def embed(
@@ -22,7 +27,8 @@ def embed(
     *,
     large: int = 2,
 ) -> Embeddings:
-    """What the loss looks at. Each view has its own batch statistics in projector and predictor.
+    """What the loss looks at. Each view has its own batch statistics in projector and predictor; in a SharedHead all
+    have the same.
 
     Args:
         features: of the backbone, ``[B, features_dim]`` for each view, those of the large views first.
@@ -31,7 +37,7 @@ def embed(
         target: the teacher's projections of the large views; None without a teacher.
         large: how many views are large: those that make targets.
     """
-    z = [projector(h) for h in features]
+    z = project(projector, features)
     p = z if predict is None else predict(z)
     if isinstance(projector, TwoBranchHead):
         shown = features[:large]

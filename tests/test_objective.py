@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from plugins.distributed import LOCAL
-from plugins.heads import Heads, TwoBranchHead
+from plugins.heads import Heads, SharedHead, TwoBranchHead
+from plugins.losses import cissl_loss
 from plugins.methods import METHODS
 from plugins.objective import Objective, embed
 from plugins.spec import Embeddings
@@ -22,6 +23,52 @@ def test_each_view_has_its_own_batch_statistics():
         torch.testing.assert_close(view.mean(0), torch.zeros(3), atol=1e-6, rtol=0)
         torch.testing.assert_close(view.var(0, unbiased=False), torch.ones(3), atol=1e-4, rtol=0)
     assert all(p is z for p, z in zip(e.p, e.z, strict=True)), "no predictor: p = z"
+
+
+def test_the_views_of_a_shared_head_have_common_batch_statistics():
+    head = SharedHead(nn.BatchNorm1d(3, affine=False, momentum=1.0))
+    features = [torch.randn(8, 3) * scale + shift for scale, shift in ((1.0, 0.0), (5.0, 2.0))]
+    e = embed(features, head)
+    joined = torch.cat(features)
+    expected = (joined - joined.mean(0)) / joined.var(0, unbiased=False).add(1e-5).sqrt()
+    torch.testing.assert_close(torch.cat(e.z), expected)
+    torch.testing.assert_close(head[0].running_mean, joined.mean(0))
+    assert head[0].num_batches_tracked == 1, "one pass serves both sides"
+
+
+def test_simclr_is_cissl_with_one_head_and_without_the_own_view():
+    """By hand from the features: one head on all rows, cosines, softmax over the 2B - 1 others, the other view."""
+    spec = METHODS["cissl"]
+    options = spec.resolve({"heads": "simclr", "positives": "other", "proj_output_dim": 6, "temperature": 0.2})
+    torch.manual_seed(0)
+    head = spec.head(5, options).double()
+    assert [key for key in head.state_dict() if key.endswith("weight")] == [
+        "0.weight",
+        "1.weight",
+        "3.weight",
+        "4.weight",
+    ]
+    features = [torch.randn(4, 5, dtype=torch.float64) for _ in range(2)]
+    loss = spec.loss(options, LOCAL)(embed(features, head)).loss
+    u = torch.nn.functional.normalize(head(torch.cat(features)), dim=1)
+    expected = 0.0
+    for k in range(8):
+        others = [j for j in range(8) if j != k]
+        scores = torch.stack([u[k] @ u[j] / 0.2 for j in others])
+        expected = expected - scores.log_softmax(0)[others.index((k + 4) % 8)] / 8
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    parameters = list(head.parameters())
+    gradients = zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True)
+    for one, other in gradients:
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-14)
+
+
+def test_small_crops_of_one_head_are_on_both_sides():
+    spec = METHODS["cissl"]
+    options = spec.resolve({"heads": "simclr", "positives": "other", "proj_output_dim": 6})
+    e = embed([torch.randn(4, 5) for _ in range(3)], spec.head(5, options), large=2)
+    expected = cissl_loss(e.z, e.z, positives="other")
+    torch.testing.assert_close(spec.loss(options, LOCAL)(e).loss, expected)
 
 
 def test_targets_are_detached_projections_of_the_large_views():

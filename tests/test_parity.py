@@ -14,7 +14,7 @@ from torchvision.models import resnet18
 from lightly_ext import models
 from lightly_ext.names import CLASS_NAMES
 from plugins.distributed import LOCAL
-from plugins.heads import TwoBranchHead
+from plugins.heads import SharedHead, TwoBranchHead
 from plugins.methods import METHODS
 from plugins.spec import Embeddings
 from solo_ext.config import parse_pretrain
@@ -33,6 +33,17 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "solo" / "digits"
 SMALL = {"proj_hidden_dim": 24, "proj_output_dim": 12, "pred_hidden_dim": 20, "n_classes": 16, "log_eigvals": True}
 
 
+class Case(NamedTuple):
+    """A method, and options of it that are not the default."""
+
+    method: str
+    options: dict[str, Any]
+
+
+CASES = {name: Case(name, {}) for name in METHODS}
+CASES["simclr"] = Case("cissl", {"heads": "simclr", "positives": "other"})
+
+
 class Parts(NamedTuple):
     """What all frameworks have of a method, under whatever names."""
 
@@ -47,16 +58,16 @@ Step = Callable[[list[Tensor]], Tensor]
 """Views → loss with a gradient."""
 
 
-def options_of(name: str) -> dict[str, Any]:
+def options_of(case: Case) -> dict[str, Any]:
     """Every option of a method, as the SPEC has it, but for small widths; a framework's files may have others."""
-    options = METHODS[name].resolve({})
+    options = METHODS[case.method].resolve(case.options)
     return {**options, **{key: value for key, value in SMALL.items() if key in options}}
 
 
-def in_plugins(name: str) -> tuple[Parts, Step]:
+def in_plugins(case: Case) -> tuple[Parts, Step]:
     """The SPEC alone, around torchvision's ResNet-18."""
-    spec = METHODS[name]
-    options = options_of(name)
+    spec = METHODS[case.method]
+    options = options_of(case)
 
     def encoder() -> tuple[nn.Module, nn.Module]:
         backbone = resnet18()
@@ -68,7 +79,10 @@ def in_plugins(name: str) -> tuple[Parts, Step]:
 
     def step(views: list[Tensor]) -> Tensor:
         features = [parts.backbone(view) for view in views]
-        z = [parts.projector(h) for h in features]
+        if isinstance(parts.projector, SharedHead):
+            z = list(parts.projector(torch.cat(features)).chunk(len(views)))
+        else:
+            z = [parts.projector(h) for h in features]
         p = z if predictor is None else predictor.predict(z)
         if isinstance(parts.projector, TwoBranchHead):
             target = [parts.projector.teacher(h) for h in features]
@@ -82,17 +96,17 @@ def in_plugins(name: str) -> tuple[Parts, Step]:
     return parts, step
 
 
-def in_solo(name: str) -> tuple[Parts, Step]:
+def in_solo(case: Case) -> tuple[Parts, Step]:
     """solo-learn's training step, of whichever generation is loaded; its online classifier has a loss of its own."""
-    options = [f"++method_kwargs.{key}={value}" for key, value in options_of(name).items()]
+    options = [f"++method_kwargs.{key}={value}" for key, value in options_of(case).items()]
     with initialize_config_dir(str(CONFIGS), version_base="1.2"):
-        cfg = compose(name, [f"data.train_path={CONFIGS}", "data.val_path=null", *options])
+        cfg = compose(case.method, [f"data.train_path={CONFIGS}", "data.val_path=null", *options])
     cfg = parse_pretrain(cfg)
     model = method_class(cfg)(cfg)
     model.log_dict = model.log = lambda *what, **how: None
     losses: list[Tensor] = []
     model.objective.register_forward_hook(lambda objective, given, terms: losses.append(terms.loss))
-    teacher = METHODS[name].teacher
+    teacher = METHODS[case.method].teacher
     parts = Parts(
         model.backbone,
         model.projector,
@@ -110,12 +124,12 @@ def in_solo(name: str) -> tuple[Parts, Step]:
     return parts, step
 
 
-def in_lightly(name: str) -> tuple[Parts, Step]:
+def in_lightly(case: Case) -> tuple[Parts, Step]:
     """lightly's manner: a model class around a backbone."""
     backbone = resnet18()
     backbone.fc = nn.Identity()
-    (title,) = (title for title, spec in CLASS_NAMES.items() if spec.name == name)
-    model = getattr(models, title)(backbone, **options_of(name))
+    (title,) = (title for title, spec in CLASS_NAMES.items() if spec.name == case.method)
+    model = getattr(models, title)(backbone, **options_of(case))
     parts = Parts(
         model.backbone,
         model.projection_head,
@@ -126,15 +140,15 @@ def in_lightly(name: str) -> tuple[Parts, Step]:
     return parts, model.loss
 
 
-def in_vissl(name: str) -> tuple[Parts, Step]:
+def in_vissl(case: Case) -> tuple[Parts, Step]:
     """VISSL's model, loss and hook, as its task builds them."""
-    options = [f"++config.LOSS.{name}.{key}={value}" for key, value in options_of(name).items()]
-    composed = compose_hydra_configuration([f"config=pretrain/{name}/digits", *options])
+    options = [f"++config.LOSS.{case.method}.{key}={value}" for key, value in options_of(case).items()]
+    composed = compose_hydra_configuration([f"config=pretrain/{case.method}/digits", *options])
     task = PluginTask.from_config(convert_to_attrdict(composed, dump_config=False)[1])
     task.base_model = task._build_model()
     task.base_loss = task._build_loss()
     (head,) = task.base_model.heads
-    teacher = task.base_loss.teacher.module if METHODS[name].teacher else None
+    teacher = task.base_loss.teacher.module if METHODS[case.method].teacher else None
     parts = Parts(
         task.base_model.trunk._feature_blocks,
         head.projector,
@@ -152,13 +166,13 @@ def in_vissl(name: str) -> tuple[Parts, Step]:
     return parts, step
 
 
-def run(build: Callable[[str], tuple[Parts, Step]], name: str, dtype: torch.dtype, weights: Any) -> Any:
+def run(build: Callable[[Case], tuple[Parts, Step]], case: Case, dtype: torch.dtype, weights: Any) -> Any:
     """Loss and gradients of one framework.
 
     Returns:
         The loss, the gradients by part and name, and the weights before the step, which are those given if any are.
     """
-    parts, step = build(name)
+    parts, step = build(case)
     torch.manual_seed(1)
     for module in parts:
         if module is not None:
@@ -188,13 +202,13 @@ def run(build: Callable[[str], tuple[Parts, Step]], name: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_every_framework_computes_the_same(name: str, dtype: torch.dtype) -> None:
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
-    loss, gradients, weights = run(in_plugins, name, dtype, None)
+    loss, gradients, weights = run(in_plugins, CASES[name], dtype, None)
     assert len(gradients) > 60 and loss.dtype == dtype
     for build in (in_solo, in_lightly, in_vissl):
-        their_loss, their_gradients, _ = run(build, name, dtype, weights)
+        their_loss, their_gradients, _ = run(build, CASES[name], dtype, weights)
         assert abs(their_loss - loss) <= tolerance * abs(loss), build.__name__
         assert their_gradients.keys() == gradients.keys(), build.__name__
         for key, gradient in gradients.items():

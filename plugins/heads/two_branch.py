@@ -1,5 +1,8 @@
-"""Two heads on the same features: the second one makes the targets of the first, with gradient."""
+"""Heads of a loss whose both sides have a gradient: two on the same features, or one for both."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from plugins.heads.dissl import Heads
@@ -28,3 +31,18 @@ class TwoBranchHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """The student's output."""
         return self.student(features)
+
+
+class SharedHead(nn.Sequential):
+    """One head for both sides of a loss. All views of a batch go through it together and share its batch statistics,
+    as in SimCLR (Chen et al. 2020, arXiv:2002.05709) and in the code of Dubois et al. (2022, arXiv:2209.06235).
+
+    Example:
+        >>> head = SharedHead(nn.BatchNorm1d(1, affine=False, eps=0.0))
+        >>> [view.flatten().tolist() for view in head.views([torch.zeros(2, 1), torch.ones(2, 1)])]
+        [[-1.0, -1.0], [1.0, 1.0]]
+    """
+
+    def views(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """One matrix of features per view → one of projections per view."""
+        return list(self(torch.cat([*features])).split([len(view) for view in features]))

@@ -70,7 +70,7 @@ def _strength(cfg):
 def test_what_each_run_on_tinyimagenet_trains():
     """(method, width, epochs, batch, strength of the views) as published; views of strength s as their formula says."""
     table = {
-        "simclr": ("simclr", None, 300, 512, 1),
+        "simclr": ("cissl", None, 300, 512, 1),
         "cissl": ("cissl", None, 300, 512, 1),
         "cissl-dim": ("cissl", 2048, 300, 512, 1),
         "cissl-epochs": ("cissl", 2048, 1000, 512, 1),
@@ -98,6 +98,13 @@ def test_what_each_run_on_tinyimagenet_trains():
             optimizer = cfg.optimizer
             assert (optimizer.name, optimizer.lr, float(optimizer.weight_decay)) == ("adam", 0.002, 1e-6)
             assert (cfg.gradient_clip_val, cfg.gradient_clip_algorithm) == (2.0, "value")
+
+
+def test_baselines_have_the_published_heads():
+    for dataset in ("tinyimagenet", "digits"):
+        cfg = composed(runs("dissl_table1_contrastive", data=[dataset])["simclr"])
+        assert cfg.method == "cissl"
+        assert (cfg.method_kwargs.heads, cfg.method_kwargs.positives) == ("simclr", "other")
 
 
 def test_clusters_heads_and_probes():

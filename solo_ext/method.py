@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from plugins.distributed import WORLD
 from plugins.linalg import spectrum_statistics
-from plugins.objective import Objective, embed
+from plugins.objective import Objective, embed, project
 from plugins.predictors import ClosedFormPredictor, RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
 from plugins.targets import move_teacher, needs_teacher
 from solo_ext.compat import BaseMethod, BaseMomentumMethod
 
 _PREDICTING = ("byol", "directcopy", "directpred", "isocopy", "isoloss", "simsiam")
-LOSS_NAMES = {**dict.fromkeys(_PREDICTING, "train_neg_cos_sim"), "ssl_ey": "train_ssley_loss"}
+LOSS_NAMES = {**dict.fromkeys(_PREDICTING, "train_neg_cos_sim"), "dino": "dino_loss", "ssl_ey": "train_ssley_loss"}
 """The name under which solo-learn, or the fork that a method comes from, logs the loss that we call train_ssl_loss."""
 
 
@@ -153,4 +153,4 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
         if not self.has_teacher:
             return None
         with torch.no_grad():
-            return [self.momentum_projector(feats) for feats in out["momentum_feats"]]
+            return project(self.momentum_projector, out["momentum_feats"])

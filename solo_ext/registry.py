@@ -1,7 +1,7 @@
 """Which class trains a method: ours, one per MethodSpec, or solo-learn's own.
 
-solo-learn keeps its names. Where both have a method (byol, simsiam), ``method: byol`` is solo-learn's own, unless the
-configuration gives an option that only ours has, such as ``log_eigvals``.
+solo-learn keeps its names. Where both have a method (byol, dino, simsiam), ``method: byol`` is solo-learn's own, unless
+the configuration gives an option that only ours has, such as ``log_eigvals``.
 """
 
 from collections.abc import Iterable
@@ -14,6 +14,7 @@ from plugins.spec import MethodSpec
 from plugins.tools.command import UserError
 from solo_ext.compat import MULTICROP, host_release, native_methods, native_options
 from solo_ext.compat.common import needs_main
+from solo_ext.dino import PublishedDINO
 from solo_ext.method import TeacherlessMethod, TeacherMethod
 
 ALIASES = {"ssley": "ssl_ey"}
@@ -24,8 +25,8 @@ MAIN_ONLY = ("all4one", "mae", "mocov3", "supcon", "vibcreg")
 
 @lru_cache(maxsize=1)
 def plugin_methods() -> dict[str, type]:
-    """A solo-learn class for every MethodSpec, by name."""
-    return {name: _adapt(spec) for name, spec in METHODS.items()}
+    """A solo-learn class for every MethodSpec, by name, and those that are there for solo-learn alone."""
+    return {**{name: _adapt(spec) for name, spec in METHODS.items()}, PublishedDINO.spec.name: PublishedDINO}
 
 
 def _adapt(spec: MethodSpec) -> type:
@@ -71,19 +72,19 @@ def method_class(cfg: DictConfig) -> type:
     if name not in natives and name not in plugins:
         known = ", ".join(sorted({*natives, *plugins, *ALIASES}))
         raise UserError(f"unknown method {cfg.method!r}; choose from {known}")
-    if name in natives and not (name in plugins and _ours_alone(name, given)):
+    if name in natives and not (name in plugins and _ours_alone(plugins[name].spec, given)):
         known = native_options(name)
         for key in given:
             if key not in known:
-                ours = f", and ours of that name {', '.join(METHODS[name].options)}" if name in plugins else ""
+                ours = f", and ours of that name {', '.join(plugins[name].spec.options)}" if name in plugins else ""
                 raise UserError(
                     f"solo-learn's method {name} has no option {key!r}; it knows {', '.join(sorted(known))}{ours}"
                 )
         _check_native_crops(name, cfg)
         return natives[name]
     try:
-        METHODS[name].check_views(cfg.data.num_large_crops, cfg.data.num_small_crops)
-        METHODS[name].resolve(given)
+        plugins[name].spec.check_views(cfg.data.num_large_crops, cfg.data.num_small_crops)
+        plugins[name].spec.resolve(given)
     except ValueError as error:
         raise UserError(str(error)) from None
     return plugins[name]
@@ -99,8 +100,7 @@ def _check_native_crops(name: str, cfg: DictConfig) -> None:
         )
 
 
-def _ours_alone(name: str, given: Iterable[str]) -> bool:
+def _ours_alone(spec: MethodSpec, given: Iterable[str]) -> bool:
     """Whether one of the given options is known to our method of that name and not to solo-learn's."""
-    options = METHODS[name].options
-    ours = {*options, *(alias for option in options.values() for alias in option.aliases)}
-    return any(key in ours - native_options(name) for key in given)
+    ours = {*spec.options, *(alias for option in spec.options.values() for alias in option.aliases)}
+    return any(key in ours - native_options(spec.name) for key in given)

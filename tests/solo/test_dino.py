@@ -1,0 +1,230 @@
+"""DINO as DISSL's authors train it: loss and centre by hand, head, teacher, and what a step leaves alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from plugins.distributed import LOCAL
+from plugins.heads import SharedHead
+from plugins.spec import Embeddings
+from plugins.tools.command import UserError
+from solo_ext.compat import native_methods
+from solo_ext.config import parse_pretrain
+from solo_ext.dino import SPEC, DINOLoss, PublishedDINO
+from solo_ext.registry import method_class
+
+pytestmark = pytest.mark.solo
+ROOT = Path(__file__).parents[2] / "configs" / "solo"
+
+
+def _softmax(logits):
+    e = np.exp(logits - logits.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def _reference_dino(students, teachers, center, tau_t, tau_s, momentum):
+    """The mean of two cross-entropies, the centre moving after each; loss and centre."""
+    total = 0.0
+    for student, teacher in ((students[0], teachers[1]), (students[1], teachers[0])):
+        p, q = _softmax((teacher - center) / tau_t), _softmax(student / tau_s)
+        total += -(p * np.log(q)).sum(1).mean() / 2
+        center = momentum * center + (1 - momentum) * teacher.mean(0)
+    return total, center
+
+
+def _embeddings(rows=6, classes=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    z, targets = torch.randn(2, 2, rows, classes, generator=generator, dtype=torch.float64)
+    return Embeddings(list(z.requires_grad_()), list(z), list(targets))
+
+
+def _options(**given):
+    return SPEC.resolve({"n_classes": 5, **given})
+
+
+def test_loss_and_centre_are_those_of_the_formula():
+    options = _options(center_momentum=0.7, student_temperature=0.3, teacher_temperature=0.2)
+    loss = DINOLoss(options, LOCAL).double()
+    loss.epoch = 50
+    center = np.zeros(5)
+    for seed in range(3):
+        e = _embeddings(seed=seed)
+        arrays = ([view.detach().numpy() for view in views] for views in (e.z, e.target))
+        expected, center = _reference_dino(*arrays, center, 0.2, 0.3, 0.7)
+        assert loss(e).loss.item() == pytest.approx(expected, rel=1e-12)
+        np.testing.assert_allclose(loss.center.numpy(), center, rtol=1e-12)
+    before = loss.center.clone()
+    loss.eval()(e)
+    assert torch.equal(loss.center, before), "moved in training alone"
+
+
+def test_terms_and_gradient():
+    loss = DINOLoss(_options(), LOCAL).double().eval()
+    e = _embeddings()
+    terms = loss(e)
+    assert terms.loss.requires_grad and not terms.H_Mlz.requires_grad
+    entropy = 0.0
+    for teacher in e.target:
+        p = _softmax(teacher.numpy() / 0.04)
+        entropy -= (p * np.log(p)).sum(1).mean() / 2
+    assert terms.H_Mlz.item() == pytest.approx(entropy)
+    assert torch.autograd.gradcheck(
+        lambda *z: loss(Embeddings(list(z), list(z), e.target)).loss, [view.detach().requires_grad_() for view in e.z]
+    )
+    uniform = [torch.zeros(4, 5)] * 2
+    assert loss(Embeddings(uniform, uniform, uniform)).loss.item() == pytest.approx(np.log(5))
+    half = Embeddings([view.half() for view in e.z], [], [view.half() for view in e.target])
+    assert loss(half).loss.item() == pytest.approx(loss(e).loss.item(), rel=1e-2)
+
+
+def test_the_teachers_temperature_goes_up_in_equal_steps():
+    loss = DINOLoss(_options(), LOCAL)
+    expected = [*np.linspace(0.04, 0.07, 50), 0.07, 0.07]
+    for epoch, temperature in enumerate(expected):
+        loss.epoch = epoch
+        assert loss.teacher_temperature == pytest.approx(temperature)
+    loss = DINOLoss(_options(warmup_teacher_temperature_epochs=0), LOCAL)
+    assert loss.teacher_temperature == 0.07
+    loss = DINOLoss(_options(warmup_teacher_temperature_epochs=1), LOCAL)
+    assert loss.teacher_temperature == 0.04
+
+
+def _step(comm, z, targets):
+    loss = DINOLoss(_options(), comm).double()
+    z = [view.requires_grad_() for view in z]
+    value = loss(Embeddings(z, z, targets)).loss
+    return value.detach(), loss.center, torch.autograd.grad(value, z)
+
+
+@pytest.mark.ddp
+def test_ranks_have_the_loss_and_the_centre_of_the_joined_batch(ranks):
+    e = _embeddings(rows=7)
+    z = [view.detach() for view in e.z]
+    value, center, gradients = _step(LOCAL, z, e.target)
+    parts = [slice(0, 2), slice(2, 7)]
+    found = ranks.run(_step, [([v[rows] for v in z], [t[rows] for t in e.target]) for rows in parts])
+    for (their_value, their_center, theirs), rows in zip(found, parts, strict=True):
+        torch.testing.assert_close((their_value, their_center), (value, center), rtol=1e-12, atol=1e-14)
+        for ours, gradient in zip(theirs, gradients, strict=True):  # of which two processes take the mean
+            torch.testing.assert_close(ours / 2, gradient[rows], rtol=1e-10, atol=1e-14)
+
+
+# --- in solo-learn ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def configured(digits: Path) -> Callable[..., DictConfig]:
+    """configured(*overrides) → the short configuration on digits, complete."""
+
+    def build(*overrides: str) -> DictConfig:
+        folders = [f"data.train_path={digits / 'train'}", f"data.val_path={digits / 'val'}"]
+        with initialize_config_dir(str(ROOT / "digits" / "short"), version_base="1.2"):
+            return parse_pretrain(compose("dino", [*folders, *overrides]))
+
+    return build
+
+
+def _model(cfg):
+    model = method_class(cfg)(cfg)
+    model.log_dict = model.log = lambda *what, **how: None
+    return model.train()
+
+
+def _batch(rows=8):
+    views = [torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    return torch.arange(rows), views, torch.arange(rows) % 10
+
+
+def test_an_option_of_its_own_tells_it_from_solo_learns(configured):
+    assert method_class(configured()) is PublishedDINO
+    native = "method_kwargs={proj_hidden_dim: 8, proj_output_dim: 4, num_prototypes: 8}"
+    cfg = configured("~method_kwargs", f"+{native}")
+    assert method_class(cfg) is native_methods()["dino"]
+    with pytest.raises(UserError, match=r"dino has no option 'num_prototypes'; it knows center_momentum, "):
+        method_class(configured("+method_kwargs.num_prototypes=8"))
+    with pytest.raises(UserError, match=r"method dino: center_momentum must be in \[0, 1\], got 2.0"):
+        method_class(configured("+method_kwargs.center_momentum=2"))
+
+
+def test_head_is_the_published_one_and_the_teachers_begins_at_random(configured):
+    model = _model(configured())
+    assert [type(layer).__name__ for layer in model.projector] == [
+        *("Linear", "BatchNorm1d", "GELU", "UnitRows", "Linear", "UnitLinear")
+    ]
+    assert isinstance(model.projector, SharedHead)
+    assert [tuple(model.projector[i].weight.shape) for i in (0, 4, 5)] == [(256, 512), (64, 256), (256, 64)]
+    assert all(model.projector[i].bias is None for i in (0, 4, 5))
+    for student, teacher in zip(model.backbone.parameters(), model.momentum_backbone.parameters(), strict=True):
+        assert torch.equal(student, teacher)
+    for layer in (0, 4, 5):
+        student, teacher = model.projector[layer].weight, model.momentum_projector[layer].weight
+        cosine = torch.nn.functional.cosine_similarity(student.flatten(), teacher.flatten(), dim=0)
+        assert abs(cosine) < 0.1 and teacher.std() == pytest.approx(0.02, rel=0.05)
+        assert not teacher.requires_grad
+
+
+def test_step_is_the_loss_of_both_views_through_one_batch_norm(configured):
+    model = _model(configured()).double()
+    indexes, views, labels = _batch()
+    views = [view.double() for view in views]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    total = model.training_step((indexes, views, labels), 0)
+    centre = model.objective.criterion.center.clone()
+
+    model.load_state_dict(state)
+    feats = [model.backbone(view) for view in views]
+    students = model.projector(torch.cat(feats)).chunk(2)
+    with torch.no_grad():
+        teachers = model.momentum_projector(torch.cat([model.momentum_backbone(view) for view in views])).chunk(2)
+    arrays = ([view.detach().numpy() for view in side] for side in (students, teachers))
+    expected, moved = _reference_dino(*arrays, np.zeros(256), 0.04, 0.1, 0.9)
+    classifier = sum(torch.nn.functional.cross_entropy(model.classifier(f.detach()), labels) for f in feats) / 2
+    assert total.item() == pytest.approx(expected + classifier.item(), rel=1e-10)
+    np.testing.assert_allclose(centre.numpy(), moved, rtol=1e-9, atol=1e-12)
+    assert "objective.criterion.center" in state
+
+
+@pytest.mark.parametrize(("epoch", "frozen"), [(0, True), (1, False)])
+def test_the_last_layer_stays_in_the_first_epoch(configured, monkeypatch, epoch, frozen):
+    model = _model(configured())
+    monkeypatch.setattr(type(model), "current_epoch", epoch)
+    model.on_train_epoch_start()
+    model.training_step(_batch(), 0).backward()
+    model.on_after_backward()
+    assert (model.projector[5].weight.grad is None) == frozen
+    assert model.projector[4].weight.grad.abs().sum() > 0
+    assert model.objective.criterion.teacher_temperature == pytest.approx(0.04 if epoch == 0 else 0.07)
+
+
+def test_the_teacher_follows_both_networks_but_not_their_statistics(configured):
+    model = _model(configured())
+    pairs = [(model.backbone, model.momentum_backbone), (model.projector, model.momentum_projector)]
+    before = [[p.clone() for p in teacher.parameters()] for _, teacher in pairs]
+    buffers = [[b.clone() for b in teacher.buffers()] for _, teacher in pairs]
+    with torch.no_grad():
+        for student, _ in pairs:
+            for p in student.parameters():
+                p.add_(1.0)
+    model.momentum_updater.cur_tau = 0.75
+    model.move_teacher()
+    for (student, teacher), olds, old_buffers in zip(pairs, before, buffers, strict=True):
+        for p, q, old in zip(student.parameters(), teacher.parameters(), olds, strict=True):
+            torch.testing.assert_close(q, 0.75 * old + 0.25 * p)
+        assert all(torch.equal(b, old) for b, old in zip(teacher.buffers(), old_buffers, strict=True))
+
+
+def test_settings_on_tinyimagenet_are_the_published_ones(digits):
+    folders = [f"data.train_path={digits / 'train'}", f"data.val_path={digits / 'val'}"]
+    with initialize_config_dir(str(ROOT / "tinyimagenet"), version_base="1.2"):
+        cfg = parse_pretrain(compose("dino", [*folders, "++accelerator=cpu"]))
+    assert method_class(cfg) is PublishedDINO
+    assert SPEC.resolve(dict(cfg.method_kwargs)) == SPEC.resolve({}), "the defaults are the published settings"
+    assert (cfg.momentum.base_tau, cfg.momentum.final_tau) == (0.996, 1.0)
+    with torch.device("meta"):
+        head = SPEC.head(512, SPEC.resolve({}))
+    assert sum(p.numel() for p in head.parameters()) == 512 * 1024 + 2 * 1024 + 1024 * 256 + 256 * 1000

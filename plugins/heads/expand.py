@@ -70,7 +70,8 @@ def expand_resnet_dim(resnet: nn.Module, dim: int, *, bottleneck: int | None = 5
         ValueError: it is no ResNet, its dimension is expanded already, or d is neither a multiple nor below.
     """
     if not all(hasattr(resnet, name) for name in ("layer4", "avgpool", "fc")):
-        raise ValueError(f"need a ResNet with layer4, avgpool and fc, got a {type(resnet).__name__}")
+        kind = f"{type(resnet).__module__}.{type(resnet).__qualname__}"
+        raise ValueError(f"need a ResNet of torchvision, or one with its layer4, avgpool and fc, got a {kind}")
     check_range("dim", dim, low=1)
     if isinstance(resnet.avgpool, nn.Sequential):
         raise ValueError("the ResNet's dimension is expanded already")

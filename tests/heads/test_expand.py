@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import nn
@@ -100,5 +101,8 @@ def test_wrong_widths_are_refused():
         resnet("resnet18", 0)
     with pytest.raises(ValueError, match="expanded already"):
         expand_resnet_dim(resnet("resnet18", 1024), 2048)
-    with pytest.raises(ValueError, match="need a ResNet with layer4, avgpool and fc, got a Linear"):
+    needed = "need a ResNet of torchvision, or one with its layer4, avgpool and fc, got a "
+    with pytest.raises(ValueError, match=f"{needed}torch.nn.modules.linear.Linear"):
         expand_resnet_dim(nn.Linear(2, 2), 8)
+    with pytest.raises(ValueError, match=rf"{needed}timm\.models\.resnet\.ResNet$"):  # whose pooling has another name
+        expand_resnet_dim(timm.create_model("resnet18"), 8)

@@ -22,6 +22,11 @@ FIGURES = {"dissl_fig7a": "fig7a", "dissl_fig7c": "fig7c"}
 FIGURE_WEIGHT_DECAY = 1e-6
 """The probe of figure 7a, as published: the smallest fraction has one label a class, too few to choose by."""
 
+DIFFERENCES = """\
+Unlike in the published runs, each view goes through the backbone by itself, and through the heads of DISSL and CISSL,
+with batch statistics of its own; and the images of an epoch that fill no batch are left out."""
+"""What solo-learn does otherwise; for a table beside published numbers."""
+
 
 class Score(NamedTuple):
     """A probe of a run, over the run's seeds.
@@ -151,6 +156,7 @@ def make_table(suite: str, rows: Sequence[tuple[Row, str]]) -> str:
     ]
     if known:
         lines.append(f"Published: {'; '.join(sorted({entry.source for entry in known.values()}))}.")
+        lines += DIFFERENCES.splitlines()
     if seeds > 1:
         lines.append(f"Mean ± standard error over up to {seeds} seeds.")
     missing = [str(run) for row, _ in rows for run in row.missing]

@@ -87,6 +87,7 @@ def test_table_is_in_the_papers_order_beside_its_numbers(table1):
     assert table["tinyimagenet", "cissl-dim"][-4:] == ["–", "–", "47.6", "–"]
     assert table["digits", "cissl"][-2] == ""
     assert "Mean ± standard error over up to 3 seeds." in text
+    assert report_dissl.DIFFERENCES in text
     assert "Missing" in text and "cissl-dim_tinyimagenet/seed0" in text
 
 

@@ -20,19 +20,25 @@ class Sweep(NamedTuple):
         long: epochs of the longer runs.
         wide: width of the wider representations.
         clusters: C at views of strength 1/4, 1/2 and 1.
-        batch: images a step in the figures.
+        strengths: what all runs of figure 7a change besides.
     """
 
     configs: str
     long: int
     wide: int
     clusters: tuple[int, int, int]
-    batch: int
+    strengths: tuple[str, ...] = ()
 
 
 SWEEPS = {
-    "tinyimagenet": Sweep("tinyimagenet", long=1000, wide=2048, clusters=(24000, 20000, 16384), batch=512),
-    "digits": Sweep("digits/short", long=8, wide=2048, clusters=(384, 320, 256), batch=64),
+    "tinyimagenet": Sweep(
+        "tinyimagenet",
+        long=1000,
+        wide=2048,
+        clusters=(24000, 20000, 16384),
+        strengths=("++optimizer.batch_size=512", "++optimizer.classifier_lr=0.00015"),
+    ),
+    "digits": Sweep("digits/short", long=8, wide=2048, clusters=(384, 320, 256)),
 }
 DIMS = (128, 512, 2048, 8192)
 """Widths of the representation in figure 7c."""
@@ -90,7 +96,7 @@ def _augmentations(sweep: Sweep) -> list[Variant]:
             f"dissl-{name}",
             f"strength {strength:g}",
             "dissl",
-            (f"strength={name}", f"++method_kwargs.n_classes={clusters}", f"++optimizer.batch_size={sweep.batch}"),
+            (f"strength={name}", f"++method_kwargs.n_classes={clusters}", *sweep.strengths),
             probe="probe_subsets",
         )
         for (name, strength), clusters in zip(STRENGTHS.items(), sweep.clusters, strict=True)

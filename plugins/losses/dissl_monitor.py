@@ -6,7 +6,7 @@ in its own repository.
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ def dissl_warmup(
     )
 
 
-class StallAlarm:
+class StallAlarm(nn.Module):
     """Warns, once, when the assignments are still uniform after the warm-up: the run will not leave that state.
 
     Too strong augmentations, a learning rate that is too low or too short a training keep DISSL at uniform assignments,
@@ -69,25 +69,33 @@ class StallAlarm:
 
     Args:
         classes: C.
-        after: steps before the first look, at least as many as the warm-up has.
+        after: the step of the first look, at least as many as the warm-up has; 0 is the first step.
         every: steps from one look to the next. Only the first call and a look wait for the device.
         threshold: share of log C above which the mean entropy of an assignment is a stall, in (0, 1].
+
+    Buffers:
+        rung: ``[]``, whether it has warned, so that a resumed run does not again. A state without it is taken for one
+            of a run that it has not warned.
 
     >>> alarm = StallAlarm(16, after=0, every=1)
     >>> alarm(torch.tensor(1.0), step=1)
     False
     """
 
+    rung: Tensor
+
     def __init__(self, classes: int, *, after: int, every: int = 200, threshold: float = 0.95) -> None:
+        super().__init__()
         check_range("classes", classes, low=2)
         check_range("after", after, low=0)
         check_range("every", every, low=1)
         check_range("threshold", threshold, low=0, high=1)
-        self.classes, self.after, self.every, self.threshold = classes, after, every, threshold
+        self.classes, self.after, self.every, self.threshold = classes, max(after, 1), every, threshold
         self.steps: int | None = None
-        self.rung = False
+        self._done = False
+        self.register_buffer("rung", torch.tensor(False))
 
-    def __call__(self, H_Mlz: Float[Tensor, ""], step: Tensor | int) -> bool:
+    def forward(self, H_Mlz: Float[Tensor, ""], step: Tensor | int) -> bool:
         """Take one step's ``DISSLTerms.H_Mlz``; whether it warned now.
 
         Args:
@@ -95,18 +103,27 @@ class StallAlarm:
             step: how many steps the run has done, this one included. Asked for in the first call, since a resumed run
                 does not begin at 1; from there on each call is one step.
         """
-        self.steps = int(step) if self.steps is None else self.steps + 1
-        if self.rung or self.steps <= self.after or (self.steps - self.after) % self.every:
+        if self.steps is None:
+            self.steps, self._done = int(step), bool(self.rung)
+        else:
+            self.steps += 1
+        if self._done or self.steps < self.after or (self.steps - self.after) % self.every:
             return False
         share = H_Mlz.item() / math.log(self.classes)
-        self.rung = share > self.threshold
-        if self.rung:
+        if share > self.threshold:
+            self._done = True
+            self.rung.fill_(True)
             warnings.warn(
                 f"DISSL has stalled at uniform assignments: after {self.steps} steps their mean entropy is {share:.1%} "
                 f"of log {self.classes}; use weaker augmentations, a higher learning rate or a warm-up of beta",
-                stacklevel=2,
+                stacklevel=4,  # above are two functions of torch's
             )
-        return self.rung
+        return self._done
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.setdefault(f"{prefix}rung", torch.tensor(False))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.steps = None
 
 
 class ETFTerms(NamedTuple):

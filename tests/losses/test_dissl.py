@@ -2,16 +2,22 @@
 
 import math
 import warnings
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 
+from plugins.distributed import LOCAL
 from plugins.losses import DISSLLoss, ETFMonitor, StallAlarm, dissl_blocks, dissl_loss, dissl_terms, dissl_warmup
+from plugins.methods import METHODS
+from plugins.spec import Embeddings
 from plugins.testing import DIFFICULT, assert_joined, devices, difficult_views, toy_views, waves
 
 SHAPES = [(2, 2), (2, 6), (2, 8), (4, 10), (1, 3), (3, 3)]
@@ -482,14 +488,21 @@ def test_alarm_rings_once_after_the_warmup():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rang = [step for step in range(1, 30) if alarm(stalled, step)]
-    assert rang == [8]
+    assert rang == [5]
     (warning,) = caught
-    assert "after 8 steps their mean entropy is 96.0% of log 16" in str(warning.message)
+    assert "after 5 steps their mean entropy is 96.0% of log 16" in str(warning.message)
+
+
+def test_alarm_looks_again_at_intervals():
+    alarm, uniform, learning = StallAlarm(16, after=5, every=3), torch.tensor(math.log(16)), torch.tensor(0.0)
+    with pytest.warns(UserWarning, match="after 11 steps"):
+        rang = [step for step in range(1, 30) if alarm(uniform if step >= 9 else learning, step)]
+    assert rang == [11]
 
 
 def test_alarm_is_silent_in_training_and_never_waits_between_looks():
     alarm = StallAlarm(16, after=0, every=10)
-    assert not any(alarm(torch.tensor(0.94 * math.log(16)), step) for step in range(1, 41))
+    assert not any(alarm(torch.tensor(0.94 * math.log(16)), step) for step in range(1, 42))
     unseen = mock.Mock(item=mock.Mock(side_effect=AssertionError("waited for the device")))
     assert not any(alarm(unseen, unseen) for _ in range(9))
 
@@ -498,6 +511,49 @@ def test_alarm_of_a_resumed_run_goes_on_counting():
     alarm = StallAlarm(16, after=100, every=10)
     with pytest.warns(UserWarning, match="after 110 steps"):
         assert [alarm(torch.tensor(math.log(16)), torch.tensor(step)) for step in (109, 110)] == [False, True]
+    resumed = StallAlarm(16, after=100, every=10)
+    resumed.load_state_dict(alarm.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not any(resumed(torch.tensor(math.log(16)), torch.tensor(step)) for step in range(111, 140))
+
+
+def test_alarm_of_a_checkpoint_that_does_not_know_it_has_not_rung():
+    alarm = StallAlarm(16, after=1)
+    with pytest.warns(UserWarning, match="after 1 steps"):
+        assert alarm(torch.tensor(math.log(16)), 1)
+    assert alarm.load_state_dict({}) == ([], [])
+    with pytest.warns(UserWarning, match="after 201 steps"):
+        assert alarm(torch.tensor(math.log(16)), 201)
+
+
+def test_the_method_saves_that_the_alarm_has_rung():
+    spec = METHODS["dissl"]
+    options = spec.resolve({"n_classes": 16, "stall_alarm_iter": 1})
+    uniform = Embeddings(z=[torch.zeros(4, 16)] * 2, p=[], target=[torch.zeros(4, 16)] * 2)
+    rung = spec.loss(options, LOCAL)
+    with pytest.warns(UserWarning, match="after 1 steps"):
+        rung(uniform)
+    rung.counter.steps.fill_(200)  # the next look is in the next step
+    resumed, older = spec.loss(options, LOCAL), spec.loss(options, LOCAL)
+    resumed.load_state_dict(rung.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed(uniform)
+    older.load_state_dict({"counter.steps": torch.tensor(200)})
+    with pytest.warns(UserWarning, match="after 201 steps"):
+        older(uniform)
+
+
+def test_alarm_can_ring_in_the_shortest_runs_on_digits():
+    folder = Path(__file__).parents[2] / "configs" / "solo" / "digits" / "short"
+    base, dissl = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("base", "dissl"))
+    steps = base["max_epochs"] * (len(load_digits().target) - 500) // base["optimizer"]["batch_size"]
+    options = METHODS["dissl"].resolve(dissl["method_kwargs"])
+    alarm = METHODS["dissl"].loss(options, LOCAL).alarm
+    uniform = torch.tensor(math.log(options["n_classes"]))
+    with pytest.warns(UserWarning, match="DISSL has stalled"):
+        assert any(alarm(uniform, step) for step in range(1, steps // 2 + 1))
 
 
 def test_etf_of_a_simplex_is_ideal():

@@ -610,7 +610,10 @@ def test_a_resumed_run_goes_on_in_its_warm_up(folder: Path, few_digits: Path, la
         assert result["status"] == 0, result["output"][-6000:]
         saved = few_digits.parents[1] / "runs" / "fork" / f"model_final_checkpoint_phase{epochs - 1}.torch"
         state = torch.load(saved, weights_only=True)["classy_state_dict"]
-        assert state["loss"]["num_iteration"].tolist() == [3 * epochs]
+        assert {name: value.tolist() for name, value in state["loss"].items()} == {
+            "num_iteration": [3 * epochs],
+            "alarm.rung": False,
+        }
     rows = (few_digits.parents[1] / "runs" / "fork" / "metrics.csv").read_text().splitlines()
     assert len(rows) == 3
     assert {"H_M", "H_Mlz", "distillation", "invariance"} <= set(rows[0].split(","))
@@ -818,9 +821,37 @@ def test_the_iteration_counts_training_steps_alone() -> None:
     torch.testing.assert_close(restored([teacher, student], None), expected(0.3))
 
 
+def test_the_iteration_is_taken_from_a_checkpoint_of_the_fork() -> None:
+    """It has the loss within the loss; its contrastive losses save nothing."""
+    loss = DstlISSLLoss.from_config({})
+    loss.set_classy_state({"dstl_criterion.num_iteration": torch.tensor([70])})
+    assert loss.num_iteration.tolist() == [70]
+    for name in ("cntr_issl_loss", "simple_cntr_issl_loss"):
+        assert not LOSSES[name].from_config({}).get_classy_state()
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "dstl_criterion.step"'):
+        loss.set_classy_state({"dstl_criterion.step": torch.tensor([70])})
+
+
+def test_a_stall_rings_once_whatever_is_resumed() -> None:
+    uniform = [torch.zeros(8, 6), torch.zeros(8, 6)]
+    loss = DstlISSLLoss.from_config({})
+    loss.num_iteration.fill_(999)
+    with pytest.warns(UserWarning, match="DISSL has stalled"):
+        loss(uniform, None)
+    resumed, older = DstlISSLLoss.from_config({}), DstlISSLLoss.from_config({})
+    resumed.set_classy_state(loss.get_classy_state())
+    resumed.num_iteration.fill_(1199)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed(uniform, None)
+    older.set_classy_state({"num_iteration": torch.tensor([1199])})
+    with pytest.warns(UserWarning, match="DISSL has stalled"):
+        older(uniform, None)
+
+
 def test_a_stall_rings_after_the_warm_up_of_a_resumed_run_too() -> None:
     uniform = [torch.zeros(8, 6), torch.zeros(8, 6)]
-    for begun, rings in ((1198, False), (1199, True)):
+    for begun, rings in ((998, False), (999, True), (1198, False), (1199, True)):
         loss = DstlISSLLoss.from_config({})
         loss.num_iteration.fill_(begun)
         with warnings.catch_warnings(record=True) as heard:
@@ -834,11 +865,16 @@ def test_a_stall_rings_after_the_warm_up_of_a_resumed_run_too() -> None:
     ("name", "override", "message"),
     [
         ("dstl", "+config.LOSS.dstl_issl_loss.beta=1", "config.LOSS.dstl_issl_loss: there is no key 'beta'"),
-        ("dstl", "config.LOSS.dstl_issl_loss.beta_H_MlZ=-1", "beta_H_MlZ must be a number at least 0, got -1"),
-        ("dstl", "config.LOSS.dstl_issl_loss.temperature_pred=0", "temperature_pred must be a number above 0, got 0"),
+        ("dstl", "config.LOSS.dstl_issl_loss.beta_H_MlZ=-1", "beta_H_MlZ must be a finite number at least 0, got -1"),
+        ("dstl", "config.LOSS.dstl_issl_loss.beta_H_MlZ=inf", "beta_H_MlZ must be a finite number at least 0, got inf"),
+        ("dstl", "config.LOSS.dstl_issl_loss.beta_pM_unif=nan", "must be a finite number at least 0, got nan"),
+        ("dstl", "config.LOSS.dstl_issl_loss.temperature_pred=0", "must be a finite number above 0, got 0"),
+        ("dstl", "config.LOSS.dstl_issl_loss.temperature_assign=nan", "must be a finite number above 0, got nan"),
         ("dstl", "config.LOSS.dstl_issl_loss.warmup_teacher_iter=0.5", "must be a number of steps or null, got 0.5"),
         ("dstl", "config.LOSS.dstl_issl_loss.crops_for_teacher=[1,2]", "must be the first crops"),
+        ("dstl", "config.LOSS.dstl_issl_loss.crops_for_teacher=[0,a]", "must be the first crops"),
         ("dstl", "config.LOSS.dstl_issl_loss.crops_for_Mx=[3]", "must be different crops of crops_for_teacher"),
+        ("dstl", "config.LOSS.dstl_issl_loss.crops_for_Mx=[[0]]", "must be different crops of crops_for_teacher"),
         (
             "dstl",
             "config.LOSS.dstl_issl_loss.crops_for_teacher=[0,1,2]",
@@ -852,7 +888,11 @@ def test_a_stall_rings_after_the_warm_up_of_a_resumed_run_too() -> None:
         ("dstl", "config.MODEL.HEAD.PARAMS=[[mlp,{dims:[4,3],is_residual:true}],[identity,{}]]", "equal to the first"),
         ("cntr", "config.MODEL.TRUNK.OUT_FEATURE_KEYS=[flatten]", "needs a feature for each head"),
         ("cntr", "config.LOSS.cntr_issl_loss.buffer_params={foo:1}", "buffer_params must have entries of"),
-        ("cntr", "config.LOSS.cntr_issl_loss.temperature=-0.1", "temperature must be a number above 0, got -0.1"),
+        (
+            "cntr",
+            "config.LOSS.cntr_issl_loss.temperature=-0.1",
+            "temperature must be a finite number above 0, got -0.1",
+        ),
     ],
 )
 def test_a_mistake_is_a_sentence(name: str, override: str, message: str, prepared: Callable) -> None:

@@ -6,6 +6,7 @@ there are is inferred from them. Keys that hold what can be inferred are taken a
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ _WARMUPS = {
     "warmup_distillation": "warmup_teacher_iter",
 }
 _PATIENCE = 1000
-"""Steps, after the warm-ups, before the assignments are first looked at for a stall."""
+"""Steps after the warm-ups until the assignments are first looked at for a stall."""
 _BUFFER = {"embedding_dim", "world_size", "effective_batch_size"}
 
 
@@ -100,10 +101,14 @@ def _check_number(key: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if key.startswith(("temperature", "beta")):
         least = "above 0" if key.startswith("temperature") else "at least 0"
-        if not number or value < 0 or (value == 0 and key.startswith("temperature")):
-            raise ValueError(f"{key} must be a number {least}, got {value!r}")
+        if not number or not 0 <= value < math.inf or (value == 0 and key.startswith("temperature")):
+            raise ValueError(f"{key} must be a finite number {least}, got {value!r}")
     elif key.startswith("warmup") and value is not None and (type(value) is not int or value < 0):
         raise ValueError(f"{key} must be a number of steps or null, got {value!r}")
+
+
+def _are_crops(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(crop) is int for crop in value)
 
 
 @register_loss("dstl_issl_loss")
@@ -115,7 +120,8 @@ class DstlISSLLoss(ForkLoss):
     ``warmup_beta_unif_iter``, ``warmup_beta_CE_iter`` and ``warmup_teacher_iter``, steps or null.
 
     Buffers:
-        num_iteration: ``[1]``, the steps done; with it a resumed run goes on in its warm-ups.
+        num_iteration: ``[1]``, the steps done; with it a resumed run goes on in its warm-ups. The fork's checkpoints,
+            which call it ``dstl_criterion.num_iteration``, are taken too.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -134,18 +140,19 @@ class DstlISSLLoss(ForkLoss):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
         self.register_buffer("num_iteration", torch.zeros(1, dtype=torch.long))
-        self.alarm: StallAlarm | None = None
+        longest = max(self.options[key] or 0 for key in _WARMUPS.values())
+        self.alarm = StallAlarm(2, after=longest + _PATIENCE)
 
     @classmethod
     def resolved(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """See ``ForkLoss.resolved``."""
         options = super().resolved(config)
         crops = options["crops_for_teacher"]
-        if not isinstance(crops, list | tuple) or not crops or sorted(crops) != list(range(len(crops))):
+        if not _are_crops(crops) or not crops or sorted(crops) != list(range(len(crops))):
             raise ValueError(f"crops_for_teacher must be the first crops, such as [0, 1], got {crops}")
         chosen = options["crops_for_Mx"]
         if chosen is not None and (
-            not isinstance(chosen, list | tuple) or len(set(chosen)) < len(chosen) or not set(chosen) <= set(crops)
+            not _are_crops(chosen) or len(set(chosen)) < len(chosen) or not set(chosen) <= set(crops)
         ):
             raise ValueError(f"crops_for_Mx must be different crops of crops_for_teacher, or null, got {chosen}")
         return options
@@ -188,11 +195,15 @@ class DstlISSLLoss(ForkLoss):
             self._watch(terms, teacher[0].shape[1])
         return terms.loss
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        theirs = f"{prefix}dstl_criterion.num_iteration"
+        if theirs in state_dict:
+            state_dict[f"{prefix}num_iteration"] = state_dict.pop(theirs)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _watch(self, terms: DISSLTerms, classes: int) -> None:
         """Ring at a stall; log at the steps at which the fork does."""
-        if self.alarm is None:
-            longest = max(self.options[key] or 0 for key in _WARMUPS.values())
-            self.alarm = StallAlarm(max(classes, 2), after=longest + _PATIENCE)
+        self.alarm.classes = max(classes, 2)  # n_Mx does not follow the heads
         self.alarm(terms.H_Mlz, self.num_iteration)
         step = self.alarm.steps
         if (step in (1, 10, 20, 50, 100, 150) or step % 200 == 0) and is_primary():

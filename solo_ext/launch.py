@@ -58,12 +58,15 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str) -> None:
             raise UserError(f"there is no configuration {name!r} in {folder}; it has {have}")
         sys.argv[1:] = ["--config-path", str(folder), "--config-name", given.config_name, *rest]
 
-        started = False
+        started, mistake = False, None
 
         def guarded(cfg: DictConfig) -> None:
-            nonlocal started
+            nonlocal started, mistake
             started = True
-            task(cfg)
+            try:
+                task(cfg)
+            except UserError as error:  # past Hydra, which would print the overrides first
+                mistake = error
 
         quieten()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own lines and ends the process with status 1
@@ -75,6 +78,8 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str) -> None:
             # what is wrong with an override, and what would be right; the rest is about Hydra's innards
             override = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
             raise UserError(override + " ".join(str(error).splitlines()[:2])) from None
+        if mistake is not None:
+            raise mistake
 
 
 def quieten() -> None:

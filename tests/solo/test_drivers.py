@@ -47,6 +47,7 @@ def _refused(main, argv, monkeypatch, capfd) -> str:
     assert stopped.value.code == 2
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in err
+    assert "Error executing job" not in err, "Hydra's own line"
     assert "epoch 1/" not in out
     return lines[0]
 

@@ -87,31 +87,51 @@ def cissl_terms(
         mean_w = (w.detach().mean(1, keepdim=True).expand_as(u) if by_image else _others(w.detach())).flatten(0, 1)
         mean_u = (u.detach().sum(1, keepdim=True) / teachers).expand_as(w) if by_image else _others(u.detach())
 
-        weights, top = _exponentials(flat_u @ all_w.T, temperature, own)
-        mass = weights.sum(1, keepdim=True)
-        log_mass = mass.log() + top
+        wanted = torch.is_grad_enabled() and (u.requires_grad or w.requires_grad)
+        log_mass = flat_u.new_empty(len(flat_u), 1)
+        by_u, by_w = torch.empty_like(flat_u), -mean_u.flatten(0, 1)
+        for part in _blocks(flat_u):
+            weights, top = _exponentials(flat_u[part] @ all_w.T, temperature, own, part.start)
+            mass = weights.sum(1, keepdim=True)
+            log_mass[part] = mass.log() + top
+            if wanted:
+                by_u[part] = (weights @ all_w) / mass - mean_w[part]
+                if comm.size == 1:
+                    by_w.addmm_(weights.T, flat_u[part] / mass)
         loss = comm.sum((log_mass.sum() - (flat_u * mean_w).sum() / temperature) / (images * students))
-        if torch.is_grad_enabled() and (u.requires_grad or w.requires_grad):
-            by_u = (weights @ all_w) / mass - mean_w
-            if comm.size == 1:
-                by_w = weights.T @ (flat_u / mass) - mean_u.flatten(0, 1)
-            else:  # the columns of this process, of which other processes hold the rows
+        if wanted:
+            if comm.size > 1:  # the columns of this process, of which other processes hold the rows
                 log_masses = comm.gather_rows(log_mass.view(rows, students), counts=counts).flatten()
-                weights, _ = _exponentials(flat_w @ all_u.T, temperature, own, log_masses)
-                by_w = weights @ all_u - mean_u.flatten(0, 1)
+                for part in _blocks(flat_w):
+                    weights, _ = _exponentials(flat_w[part] @ all_u.T, temperature, own, part.start, log_masses)
+                    by_w[part] += weights @ all_u
             scale = comm.size / (images * students * temperature)
             loss = attach_gradient(loss, [u, w], [(by_u * scale).view_as(u), (by_w * scale).view_as(w)])
     entropy = loss.new_full((), math.log(columns if own is None else columns - 1))
     return CISSLTerms(loss, entropy - loss.detach(), entropy)
 
 
+def _blocks(rows: Tensor) -> list[slice]:
+    """The rows in blocks: their cosines fit a processor's cache, and need no memory that grows with rows squared."""
+    size = 512 if rows.device.type == "cpu" else 8192
+    return [slice(start, start + size) for start in range(0, len(rows), size)]
+
+
 def _exponentials(
-    cosines: Tensor, temperature: float, own: int | None, top: Tensor | None = None
+    cosines: Tensor, temperature: float, own: int | None, start: int, top: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """exp(cosine / τ - top), in the memory of the cosines; top is each row's largest where it is not given."""
+    """exp(cosine / τ - top), in the memory of the cosines; top is each row's largest where it is not given.
+
+    Args:
+        cosines: a block of rows, whose first is row ``start`` of this process.
+        temperature: τ.
+        own: the column of the first row itself, which is none then; None: every column counts.
+        start: see above.
+        top: what is taken off.
+    """
     scores = cosines.div_(temperature)
     if own is not None:
-        scores.diagonal(own).fill_(-math.inf)
+        scores.diagonal(own + start).fill_(-math.inf)
     if top is None:
         top = scores.amax(1, keepdim=True)
     return scores.sub_(top).exp_(), top

@@ -30,7 +30,7 @@ class CISSLTerms(NamedTuple):
     I_q_zm: Float[Tensor, ""]
     """``hat_H_m - loss``: the bound on the mutual information of representation and image."""
     hat_H_m: Float[Tensor, ""]
-    """Logarithm of the number of columns, T N, or T N - 1 where the row's own view is none."""
+    """Logarithm of the number of columns, T N, or T N - 1 where the row's own view is none; mean over the rows."""
 
 
 def cissl_loss(
@@ -45,8 +45,8 @@ def cissl_loss(
             further ones are small crops.
         teacher: outputs of the teacher head (an MLP) for T ≥ 2 views, the first of the student's.
         temperature: τ > 0, fixed; 0.07 in the paper's own code, 0.1 in its VISSL fork.
-        positives: "all" views of the own image, or only the "other" ones: then the row's own view is no column at all,
-            and S = T.
+        positives: "all" views of the own image, or only the "other" ones: then the row's own view is no column at all;
+            a small crop, which is none anyway, has all T views of its image as positives still.
         comm: the processes that share the batch. Rows of both heads are gathered, S N numbers more where gradients are
             wanted; nothing is sent in backward.
 
@@ -70,7 +70,7 @@ def cissl_terms(
 ) -> CISSLTerms:
     """:func:`cissl_loss` with the bound on the information that it gives."""
     check_choice("positives", positives, POSITIVES)
-    _check(student, teacher, positives)
+    _check(student, teacher)
     check_range("temperature", temperature, low=1e-6)
     with torch.autocast(student[0].device.type, enabled=False):
         u, w = _directions(student), _directions(teacher)
@@ -78,20 +78,25 @@ def cissl_terms(
         counts = comm.row_counts(rows, u.device)
         images, before = sum(counts), sum(counts[: comm.rank])
         check_count(images, least=2, what="a contrastive loss")
-        columns, own = images * teachers, None if positives == "all" else before * teachers
+        columns, own = images * teachers, None if positives == "all" else before
         gathered = comm.gather_rows(torch.cat([u, w], 1).detach(), counts=counts)
         all_u, all_w = (part.flatten(0, 1) for part in gathered.split([students, teachers], 1))
         flat_u, flat_w = u.detach().flatten(0, 1), w.detach().flatten(0, 1)
-        by_image = positives == "all"
-        # each row's mean positive, and what the rows of which a column is a positive add up to
-        mean_w = (w.detach().mean(1, keepdim=True).expand_as(u) if by_image else _others(w.detach())).flatten(0, 1)
-        mean_u = (u.detach().sum(1, keepdim=True) / teachers).expand_as(w) if by_image else _others(u.detach())
+        # each row's mean positive, and what the rows of which a column is a positive add up to, each by its share
+        if own is None:
+            mean_w = w.detach().mean(1, keepdim=True).expand_as(u)
+            mean_u = (u.detach().sum(1, keepdim=True) / teachers).expand_as(w)
+        else:
+            crops = u.detach()[:, teachers:]
+            mean_w = torch.cat([_others(w.detach()), w.detach().mean(1, keepdim=True).expand_as(crops)], 1)
+            mean_u = _others(u.detach()[:, :teachers]) + crops.sum(1, keepdim=True) / teachers
+        mean_w = mean_w.flatten(0, 1)
 
         wanted = torch.is_grad_enabled() and (u.requires_grad or w.requires_grad)
         log_mass = flat_u.new_empty(len(flat_u), 1)
         by_u, by_w = torch.empty_like(flat_u), -mean_u.flatten(0, 1)
         for part in _blocks(flat_u):
-            weights, top = _exponentials(flat_u[part] @ all_w.T, temperature, own, part.start)
+            weights, top = _exponentials(flat_u[part] @ all_w.T, temperature, (students, teachers), own, part.start)
             mass = weights.sum(1, keepdim=True)
             log_mass[part] = mass.log() + top
             if wanted:
@@ -103,12 +108,14 @@ def cissl_terms(
             if comm.size > 1:  # the columns of this process, of which other processes hold the rows
                 log_masses = comm.gather_rows(log_mass.view(rows, students), counts=counts).flatten()
                 for part in _blocks(flat_w):
-                    weights, _ = _exponentials(flat_w[part] @ all_u.T, temperature, own, part.start, log_masses)
+                    cosines, views = flat_w[part] @ all_u.T, (teachers, students)
+                    weights, _ = _exponentials(cosines, temperature, views, own, part.start, log_masses)
                     by_w[part] += weights @ all_u
             scale = comm.size / (images * students * temperature)
             loss = attach_gradient(loss, [u, w], [(by_u * scale).view_as(u), (by_w * scale).view_as(w)])
-    entropy = loss.new_full((), math.log(columns if own is None else columns - 1))
-    return CISSLTerms(loss, entropy - loss.detach(), entropy)
+    without = 0 if own is None else teachers  # rows of an image whose own view is no column
+    entropy = (without * math.log(columns - 1) + (students - without) * math.log(columns)) / students
+    return CISSLTerms(loss, entropy - loss.detach(), loss.new_full((), entropy))
 
 
 def _blocks(rows: Tensor) -> list[slice]:
@@ -118,20 +125,27 @@ def _blocks(rows: Tensor) -> list[slice]:
 
 
 def _exponentials(
-    cosines: Tensor, temperature: float, own: int | None, start: int, top: Tensor | None = None
+    cosines: Tensor, temperature: float, views: tuple[int, int], own: int | None, start: int, top: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """exp(cosine / τ - top), in the memory of the cosines; top is each row's largest where it is not given.
 
     Args:
         cosines: a block of rows, whose first is row ``start`` of this process.
         temperature: τ.
-        own: the column of the first row itself, which is none then; None: every column counts.
+        views: how many there are of an image among the rows, and among the columns; one stands beside the other.
+        own: how many images come before those of this process, where a row's own view is no column; None: it is.
         start: see above.
         top: what is taken off.
     """
     scores = cosines.div_(temperature)
     if own is not None:
-        scores.diagonal(own + start).fill_(-math.inf)
+        rows = torch.arange(start, start + len(scores), device=scores.device)[:, None]
+        view = rows % views[0]
+        column = (own + rows // views[0]) * views[1] + view.clamp(max=views[1] - 1)
+        left = scores.gather(1, column).masked_fill(
+            view < views[1], -math.inf
+        )  # of a crop that is no column, as it was
+        scores.scatter_(1, column, left)
     if top is None:
         top = scores.amax(1, keepdim=True)
     return scores.sub_(top).exp_(), top
@@ -149,12 +163,11 @@ def _others(z: Float[Tensor, "B V D"]) -> Float[Tensor, "B V D"]:
     return (z.sum(1, keepdim=True) - z) / (z.shape[1] - 1)
 
 
-def _check(student: Views, teacher: Views, positives: str) -> None:
-    if not 2 <= len(teacher) <= len(student) or (positives == "other" and len(teacher) != len(student)):
-        wanted = "as many" if positives == "other" else "at least as many"
+def _check(student: Views, teacher: Views) -> None:
+    if not 2 <= len(teacher) <= len(student):
         raise ValueError(
-            f"a contrastive loss needs at least 2 teacher views and {wanted} student views, got {len(teacher)} and "
-            f"{len(student)}"
+            "a contrastive loss needs at least 2 teacher views and at least as many student views, got "
+            f"{len(teacher)} and {len(student)}"
         )
     named = {f"student[{v}]": view for v, view in enumerate(student)}
     check_rows(**named, **{f"teacher[{v}]": view for v, view in enumerate(teacher)})

@@ -1,6 +1,7 @@
 """The TinyImageNet suites of DISSL and CISSL: which runs there are, what each trains, one for real on the digits."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,8 @@ def test_what_each_run_on_tinyimagenet_trains():
             assert _strength(cfg) == pytest.approx(wanted), name
             optimizer = cfg.optimizer
             assert (optimizer.name, optimizer.lr, float(optimizer.weight_decay)) == ("adam", 0.002, 1e-6)
+            # the backbone's rate is scaled, the classifier's published one is not
+            assert optimizer.classifier_lr * batch / 256 == pytest.approx(3e-4), name
             assert (cfg.gradient_clip_val, cfg.gradient_clip_algorithm) == (2.0, "value")
 
 
@@ -105,6 +108,8 @@ def test_baselines_have_the_published_heads():
         cfg = composed(runs("dissl_table1_contrastive", data=[dataset])["simclr"])
         assert cfg.method == "cissl"
         assert (cfg.method_kwargs.heads, cfg.method_kwargs.positives) == ("simclr", "other")
+        cfg = composed(runs("dissl_table1_distillation", data=[dataset])["dino"])
+        assert cfg.method == "dino" and "n_classes" in cfg.method_kwargs, "solo-learn's own has num_prototypes"
 
 
 def test_clusters_heads_and_probes():
@@ -163,18 +168,78 @@ def test_result_joins_training_and_probes(tmp_path):
     assert dissl.collect(run)["linear"] is None
 
 
-@pytest.mark.slow
-def test_a_run_of_each_kind_on_the_digits(tmp_path, few_digits_here, capfd):
-    """An epoch of DINO and of DISSL each on a few images, their probes, and the table."""
+@pytest.fixture
+def quick_digits(few_digits_here, tmp_path):
+    """A folder to run suites in, with 12 training digits of a class, and short probes with labels to match."""
     few_digits_here(12)
-    options = ["--data", "digits", "--epochs", "1", "--jobs", "1", "--only", "/di*[ol]_digits"]
-    assert experiments.main(["dissl_table1_distillation", *options]) == 0, capfd.readouterr()
-    folder = tmp_path / "results" / "dissl_table1_distillation"
-    for name, method in (("dino", "dino"), ("dissl", "dissl")):
-        result = json.loads((folder / "solo" / f"{name}_digits" / "seed0" / "result.json").read_text())
-        assert (result["config"]["method"], result["epochs"], result["dataset"]) == (method, 1, "digits")
+    (tmp_path / "configs").unlink()
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    fractions = {1.0: 1.0, 0.1: 0.5, 0.03: 0.2, 0.01: 0.1}  # of 120 labels: the least has some of each class
+    for name in ("probe", "probe_mlp", "probe_subsets"):
+        file = tmp_path / "configs" / "solo" / "digits" / "short" / f"{name}.yaml"
+        cfg = OmegaConf.load(file)
+        cfg.epochs = 30
+        for probe in cfg.probes:
+            probe.fraction = fractions[probe.fraction]
+            if "epochs" in probe:
+                probe.epochs = 30
+        OmegaConf.save(cfg, file)
+    return tmp_path / "results"
+
+
+def _run(suite, only, capfd):
+    options = ["--data", "digits", "--epochs", "1", "--jobs", "2", "--only", only]
+    assert experiments.main([suite, *options]) == 0, capfd.readouterr()
+
+
+def _results(folder):
+    """What each run of a suite has written, by its name, and its line of the table."""
+    table = (folder / "table.md").read_text().splitlines()
+    found = {}
+    for file in folder.glob("solo/*/seed0/result.json"):
+        name = file.parts[-3].removesuffix("_digits")
+        found[name] = json.loads(file.read_text()), [line for line in table if f" {name} " in line]
+    return found
+
+
+@pytest.mark.slow
+def test_table_1_on_the_digits(quick_digits, capfd):
+    """An epoch of the baseline on a few images, its probe, and the table."""
+    folder = quick_digits / "dissl_table1_distillation"
+    _run(folder.name, "/dino_digits", capfd)
+    ((result, lines),) = _results(folder).values()
+    assert (result["config"]["method"], result["epochs"], result["dataset"]) == ("dino", 1, "digits")
+    (probe,) = result["probes"]
+    assert (probe["kind"], probe["labels"], probe["select"], probe["dim"]) == ("linear", 120, "validation", 512)
+    assert len(lines) == 1 and f" {probe['acc1']:.1f} " in lines[0]
+
+
+@pytest.mark.slow
+def test_figure_7a_on_the_digits(quick_digits, capfd):
+    """An epoch of DISSL on views of each strength, its probes of ever fewer labels, and the figure."""
+    folder = quick_digits / "dissl_fig7a"
+    _run(folder.name, "*", capfd)
+    found = _results(folder)
+    assert found.keys() == {"dissl-quarter", "dissl-half", "dissl-one"}
+    for result, lines in found.values():
+        assert result["config"]["method"] == "dissl"
+        assert [probe["labels"] for probe in result["probes"]] == [120, 120, 60, 24, 12]
+        for probe, line in zip(result["probes"], lines, strict=True):
+            assert f" {probe['acc1']:.1f} " in line
+        assert result["probes"][0]["acc1"] > 15, "ten classes"
+    assert (folder / "fig7a.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.slow
+def test_figure_7c_on_the_digits(quick_digits, capfd):
+    """An epoch of CISSL with linear and with MLP heads at the smallest width, probes of their form, and the figure."""
+    folder = quick_digits / "dissl_fig7c"
+    _run(folder.name, "*-z128_digits", capfd)
+    found = _results(folder)
+    assert found.keys() == {"cissl-z128", "cissl_mlp-z128"}
+    for name, kind in (("cissl-z128", "linear"), ("cissl_mlp-z128", "mlp")):
+        result, (line,) = found[name]
         (probe,) = result["probes"]
-        assert (probe["kind"], probe["labels"], probe["select"], probe["dim"]) == ("linear", 120, "validation", 512)
-        assert probe["acc1"] > 15
-        line = next(line for line in (folder / "table.md").read_text().splitlines() if f" {name} " in line)
-        assert f"{probe['acc1']:.1f}" in line
+        assert (probe["kind"], probe["dim"], result["config"]["method_kwargs"]["heads"]) == (kind, 128, name[:-5])
+        assert f" {probe['acc1']:.1f} " in line
+    assert (folder / "fig7c.pdf").read_bytes().startswith(b"%PDF")

@@ -142,9 +142,7 @@ def _exponentials(
         rows = torch.arange(start, start + len(scores), device=scores.device)[:, None]
         view = rows % views[0]
         column = (own + rows // views[0]) * views[1] + view.clamp(max=views[1] - 1)
-        left = scores.gather(1, column).masked_fill(
-            view < views[1], -math.inf
-        )  # of a crop that is no column, as it was
+        left = scores.gather(1, column).masked_fill(view < views[1], -math.inf)  # a crop is no column
         scores.scatter_(1, column, left)
     if top is None:
         top = scores.amax(1, keepdim=True)

@@ -92,6 +92,22 @@ def test_small_crops_are_rows_alone(positives, large):
     assert torch.autograd.gradcheck(lambda *z: cissl_loss(z[:5], z[5:], positives=positives), inputs)
 
 
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("large", [2, 3])
+def test_rows_of_several_blocks(positives, large):
+    """900 rows: a block begins amid the views of an image."""
+    student, teacher = _views(300, 4, views=3)
+    inputs = [view.clone().requires_grad_() for view in (*student, *teacher[:large])]
+    loss, expected = (make(inputs[:3], inputs[3:], 0.5, positives) for make in (_loss, _autograd_cissl))
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for one, other in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-14)
+
+
+def _loss(student, teacher, tau, positives):
+    return cissl_loss(student, teacher, temperature=tau, positives=positives)
+
+
 def test_small_crops_have_a_column_more():
     student, teacher = _views(5, 4, 3)
     terms = cissl_terms(student, teacher[:2], positives="other")

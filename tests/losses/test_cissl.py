@@ -47,7 +47,7 @@ def _autograd_cissl(student, teacher, tau=0.07, positives="all"):
     """With a target for each column, left to autograd."""
     u, w = (torch.nn.functional.normalize(torch.cat(views), dim=1) for views in (student, teacher))
     images = torch.arange(len(student[0])).repeat(len(student))
-    target = (images[:, None] == images[None]).to(u)
+    target = (images[:, None] == images[None, : len(w)]).to(u)
     logits = u @ w.T / tau
     if positives == "other":
         own = torch.eye(len(u), len(w), dtype=torch.bool)

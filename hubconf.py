@@ -8,16 +8,9 @@ dependencies = ["torch", "torchvision", "jaxtyping"]
 
 def preprocessor() -> Any:
     """What an image goes through before any of these models: 256, the central 224, ImageNet's mean and deviation."""
-    from torchvision import transforms
+    from plugins.tools import weights
 
-    return transforms.Compose(
-        [
-            transforms.Resize(256),
-            transforms.CenterCrop(224),
-            transforms.ToTensor(),
-            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ]
-    )
+    return weights.preprocessor()
 
 
 def _constructor(width: int, epochs: int, crops: int) -> Callable[..., Any]:

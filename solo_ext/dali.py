@@ -31,8 +31,8 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
+from plugins.tools.images import open_image
 from solo_ext.data import EpochSampler, Images, listing
-from solo_ext.decode import open_image
 from solo_ext.transforms import LinearCrop, statistics
 
 

@@ -22,8 +22,8 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from plugins.tools.command import UserError, say
+from plugins.tools.images import open_image
 from solo_ext.compat import host_data, pl
-from solo_ext.decode import open_image
 from solo_ext.transforms import (
     DATASETS,
     evaluation_transform,

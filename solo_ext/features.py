@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from plugins.tools.command import UserError
+from plugins.tools.features import usable_device
 from solo_ext.backbones import build_backbone
 from solo_ext.checkpoint import ARGS, check_writable, find_checkpoint, load_backbone, read_checkpoint
 from solo_ext.compat import native_methods, native_options
@@ -50,20 +51,6 @@ class Run(NamedTuple):
     def crop_size(self) -> int:
         """Side of the images that it was trained on, in pixels."""
         return self.view.get("crop_size", 224)
-
-
-def usable_device(name: str | None) -> torch.device:
-    """The device of that name; a GPU if there is one when None.
-
-    Raises:
-        UserError: it cannot be used.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def read_run(folder: Path) -> Run:

@@ -4,25 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from plugins.tools.command import Parser, UserError, exit_on_user_error
-
-
-def number(kind: type, *, zero: bool = False) -> Any:
-    """A type for argparse: a number above 0.
-
-    Args:
-        kind: int or float.
-        zero: whether 0 will do.
-    """
-
-    def positive(text: str) -> Any:
-        value = kind(text)
-        if not (value > 0 or (zero and value == 0)):
-            raise argparse.ArgumentTypeError(f"must be {'at least' if zero else 'above'} 0, got {text}")
-        return value
-
-    positive.__name__ = kind.__name__  # argparse names it when the text is no number
-    return positive
+from plugins.tools.command import Parser, UserError, exit_on_user_error, number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,8 +4,8 @@ import argparse
 import time
 from pathlib import Path
 
-from plugins.tools.command import Parser, UserError, exit_on_user_error
-from solo_ext.main_knn import add_arguments, number
+from plugins.tools.command import Parser, UserError, exit_on_user_error, number
+from solo_ext.main_knn import add_arguments
 
 
 def parser() -> argparse.ArgumentParser:

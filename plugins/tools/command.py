@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, of Lightning's children, of SLURM
 
@@ -27,6 +27,24 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise the UserError."""
         raise UserError(f"{message}; see --help")
+
+
+def number(kind: type, *, zero: bool = False) -> Any:
+    """A type for argparse: a number above 0.
+
+    Args:
+        kind: int or float.
+        zero: whether 0 will do.
+    """
+
+    def positive(text: str) -> Any:
+        value = kind(text)
+        if not (value > 0 or (zero and value == 0)):
+            raise argparse.ArgumentTypeError(f"must be {'at least' if zero else 'above'} 0, got {text}")
+        return value
+
+    positive.__name__ = kind.__name__  # argparse names it when the text is no number
+    return positive
 
 
 @contextmanager

@@ -1,12 +1,14 @@
-"""Probes of frozen features, as the TinyImageNet code of DISSL fits them (Dubois et al. 2022, arXiv:2209.06235).
+"""Probes of frozen features, as the code of DISSL fits them (Dubois et al. 2022, arXiv:2209.06235).
 
-A probe is a linear classifier or an MLP, trained with SGD on features that were computed once. The published code tries
-several weight decays and reports the best accuracy on the test images. Here a part of the training labels is held out,
-the weight decay is chosen there, and what is reported is the accuracy on the test images of a probe with that weight
-decay, fitted to all training labels; the published way is an option, and every result names which way was taken.
+A probe is a linear classifier or an MLP, trained by gradient on features that were computed once, or one of
+scikit-learn's linear classifiers. The published code tries several settings of each and reports the best accuracy on
+the test images. Here a part of the training labels is held out, the setting is chosen there, and what is reported is
+the accuracy on the test images of a probe with that setting, fitted to all training labels; the published way is an
+option, and every result names which way was taken.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,53 +18,95 @@ from torch import Tensor, nn
 
 from plugins.checks import check_choice, check_range
 from plugins.heads.dissl import issl_head
+from plugins.tools.probe_sklearn import CLASSIFIERS, draw_strengths, fit_classifier
 
 HIDDEN_LAYERS = {"linear": 0, "mlp": 2}
-"""Kinds of probes, and their hidden layers (Linear, BatchNorm, ReLU)."""
+"""Kinds of probes that are trained by gradient, and their hidden layers (Linear, BatchNorm, ReLU)."""
+KINDS = (*HIDDEN_LAYERS, *CLASSIFIERS)
+OPTIMIZERS = ("sgd", "lars", "adamw")
 SELECT = ("validation", "test")
-"""What a weight decay is chosen on: a held-out part of the training labels, or, as published, the test images."""
+"""What a setting is chosen on: a held-out part of the training labels, or, as published, the test images."""
+
+
+class Setting(NamedTuple):
+    """How a linear probe or an MLP is trained.
+
+    Args:
+        weight_decay: >= 0; L2 on everything with "sgd", on matrices with "lars", decoupled with "adamw".
+        lr: learning rate of the first epoch, > 0; a cosine schedule takes it to 0.
+        optimizer: "sgd" and "lars" with momentum 0.9, or "adamw".
+        normalized: whether a BatchNorm without scale and shift comes before the probe.
+    """
+
+    weight_decay: float = 1e-6
+    lr: float = 0.6
+    optimizer: str = "sgd"
+    normalized: bool = False
+
+    def check(self) -> None:
+        """Raise ValueError where a value is out of its range."""
+        check_range("weight_decay", self.weight_decay, low=0)
+        _check_within("lr", self.lr)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
 
 
 class Probe(NamedTuple):
-    """What is fitted and how: SGD with momentum 0.9 and L2 weight decay on everything, cosine schedule to 0.
+    """What is fitted and how.
 
     Args:
-        kind: "linear" or "mlp".
-        weight_decay: values to choose from, each >= 0; of one nothing is chosen.
+        kind: "linear" or "mlp", or "logistic" or "svc" for scikit-learn's on features between 0 and 1.
+        grid: of a linear probe or an MLP, the settings to choose from; of one nothing is chosen.
+        C: of scikit-learn's, the inverse strengths of regularisation to choose from, each > 0.
+        search: of scikit-learn's, how many C to draw instead, log-uniform in [1e-4, 100].
         fraction: part of the training labels that are used, in (0, 1]; of each class its share.
         hidden_dim: width of the MLP's two hidden layers.
-        holdout: part of these labels on which a weight decay is chosen, in (0, 1).
-        lr: learning rate of the first epoch, > 0.
+        holdout: part of these labels on which a setting is chosen, in (0, 1).
         epochs: >= 1.
         batch_size: >= 2; there may be fewer rows.
     """
 
     kind: str = "linear"
-    weight_decay: tuple[float, ...] = (1e-4, 1e-5, 1e-6)
+    grid: tuple[Setting, ...] = ()
+    C: tuple[float, ...] = ()
+    search: int = 0
     fraction: float = 1.0
     hidden_dim: int = 2048
     holdout: float = 0.1
-    lr: float = 0.6
     epochs: int = 100
     batch_size: int = 512
 
     def check(self) -> None:
         """Raise ValueError where a value is out of its range."""
-        check_choice("kind", self.kind, tuple(HIDDEN_LAYERS))
-        if not self.weight_decay:
-            raise ValueError("weight_decay must name at least one value")
-        for value in self.weight_decay:
-            check_range("weight_decay", value, low=0)
-        for name in ("fraction", "holdout", "lr"):
-            value = getattr(self, name)
-            if not 0 < value < (math.inf if name == "lr" else 1) and (name, value) != ("fraction", 1):
-                raise ValueError(f"{name} must be {_RANGES[name]}, got {value!r}")
+        check_choice("kind", self.kind, KINDS)
+        check_range("search", self.search, low=0)
+        if self.kind in HIDDEN_LAYERS and (not self.grid or self.C or self.search):
+            raise ValueError(f"a {self.kind} probe needs a grid of settings, and neither C nor search")
+        if self.kind in CLASSIFIERS and (self.grid or bool(self.C) == bool(self.search)):
+            raise ValueError(f"a {self.kind} probe needs either C or search, and no other setting")
+        for setting in self.grid:
+            setting.check()
+        for value in self.C:
+            _check_within("C", value)
+        for name in ("fraction", "holdout"):
+            _check_within(name, getattr(self, name))
         check_range("hidden_dim", self.hidden_dim, low=1)
         check_range("epochs", self.epochs, low=1)
         check_range("batch_size", self.batch_size, low=2)
 
+    def settings(self, seed: int) -> list[dict[str, Any]]:
+        """What is tried, in order; ``seed`` is that of drawn ones."""
+        if self.kind in HIDDEN_LAYERS:
+            return [setting._asdict() for setting in self.grid]
+        return [{"C": value} for value in self.C or draw_strengths(self.search, seed)]
 
-_RANGES = {"fraction": "above 0 and at most 1", "holdout": "between 0 and 1", "lr": "above 0"}
+
+_RANGES = {"fraction": "above 0 and at most 1", "holdout": "between 0 and 1", "lr": "above 0", "C": "above 0"}
+
+
+def _check_within(name: str, value: float) -> None:
+    high = math.inf if name in ("lr", "C") else 1
+    if not 0 < value < high and (name, value) != ("fraction", 1):
+        raise ValueError(f"{name} must be {_RANGES[name]}, got {value!r}")
 
 
 def stratified(labels: Int[Tensor, "N"], count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -97,29 +141,35 @@ def fit_probe(
     labels: Int[Tensor, "N"],
     classes: int,
     probe: Probe,
+    setting: Setting,
     *,
-    weight_decay: float,
     seed: int,
 ) -> nn.Module:
-    """Train a probe on the device of the features.
+    """Train a linear probe or an MLP on the device of the features.
 
     Args:
         features: of the frozen backbone.
         labels: their classes, in [0, classes).
         classes: how many there are.
-        probe: kind and training.
-        weight_decay: >= 0.
+        probe: kind, epochs and batches; of its grid nothing is used.
+        setting: of the training.
         seed: of its first weights and of the order of the rows.
 
     Returns:
         The probe, in evaluation mode: ``[N, D]`` → ``[N, classes]``.
+
+    Raises:
+        ValueError: "lars" without timm.
     """
+    width = features.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = HIDDEN_LAYERS[probe.kind]
-        model = issl_head(features.shape[1], classes, layers=layers, hidden_dim=probe.hidden_dim)
+        model = issl_head(width, classes, layers=layers, hidden_dim=probe.hidden_dim)
+        if setting.normalized:
+            model.insert(0, nn.BatchNorm1d(width, affine=False))
         model.to(features.device).train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=probe.lr, momentum=0.9, weight_decay=weight_decay)
+        optimizer = _optimizer(model, setting)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, probe.epochs)
         for _ in range(probe.epochs):
             batches = torch.randperm(len(features)).to(features.device).split(probe.batch_size)
@@ -132,8 +182,28 @@ def fit_probe(
     return model.eval()
 
 
+def _optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+    shared: dict[str, Any] = {"lr": setting.lr, "weight_decay": setting.weight_decay}
+    if setting.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), **shared)
+    shared["momentum"] = 0.9
+    if setting.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), **shared)
+    try:
+        from timm.optim.lars import Lars
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the optimizer lars needs {error.name}, which is not installed") from None
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    # without weight decay too the step of a matrix is in proportion to its norm; biases and norms take plain steps
+    groups = [{"params": matrices, "always_adapt": True}, {"params": others, "weight_decay": 0.0}]
+    return Lars([group for group in groups if group["params"]], trust_coeff=0.001, **shared)
+
+
 @torch.no_grad()
-def accuracy(model: nn.Module, features: Float[Tensor, "N D"], labels: Int[Tensor, "N"]) -> tuple[float, float]:
+def accuracy(
+    model: Callable[[Tensor], Tensor], features: Float[Tensor, "N D"], labels: Int[Tensor, "N"]
+) -> tuple[float, float]:
     """Per cent of the rows whose class is the first, and among the first five, of the model's scores."""
     hits = torch.zeros(2, dtype=torch.int64)
     for rows, wanted in zip(features.split(8192), labels.split(8192), strict=True):
@@ -151,8 +221,9 @@ def evaluate_probe(
     *,
     select: str = "validation",
     seed: int = 0,
+    track: Callable[[list[dict[str, Any]]], Iterable[dict[str, Any]]] = iter,
 ) -> dict[str, Any]:
-    """Fit a probe with each weight decay to a part of the training labels, choose one, and report its test accuracy.
+    """Fit a probe with each setting to a part of the training labels, choose one, and report its test accuracy.
 
     Args:
         train: features ``[N, D]`` and classes ``[N]``.
@@ -161,18 +232,21 @@ def evaluate_probe(
         select: "validation": on a held-out part of the labels; "test": the best test accuracy, as published, which is
             no estimate of the accuracy on further images.
         seed: of the draws and of each fit.
+        track: goes through the settings; a progress bar.
 
     Returns:
-        ``kind``, ``dim`` (D), ``fraction``, ``labels`` (how many were used), ``select`` ("nothing" for one weight
-        decay); ``weight_decay``, ``acc1`` and ``acc5`` of the chosen one; ``grid``: for each weight decay ``acc1``
-        and ``acc5`` on the test images and ``validation_acc1`` (None where none was held out). Accuracies in per cent.
+        ``kind``, ``dim`` (D), ``fraction``, ``labels`` (how many were used), ``select`` ("nothing" for one setting);
+        the chosen setting, which is ``C`` or the entries of :class:`Setting`, with ``acc1`` and ``acc5``; ``grid``: for
+        each setting also ``acc1`` and ``acc5`` on the test images and ``validation_acc1`` (None where none was held
+        out). Accuracies in per cent.
 
     Raises:
-        ValueError: a value out of its range, or too few labels to draw or to hold out.
+        ValueError: a value out of its range, too few labels to draw or to hold out, or a missing package.
     """
     check_choice("select", select, SELECT)
     probe.check()
-    select = select if len(probe.weight_decay) > 1 else "nothing"
+    settings = probe.settings(seed)
+    select = select if len(settings) > 1 else "nothing"
     classes = int(max(train[1].max(), test[1].max())) + 1
     features, labels = train
     count = round(probe.fraction * len(labels))
@@ -184,20 +258,37 @@ def evaluate_probe(
         parts = stratified(labels, round((1 - probe.holdout) * len(labels)), seed + 1)
         split = [part.to(labels.device) for part in parts]
 
+    def fit(features: Tensor, labels: Tensor, setting: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        if probe.kind in CLASSIFIERS:
+            return fit_classifier(probe.kind, features, labels, classes, C=setting["C"], seed=seed)
+        return fit_probe(features, labels, classes, probe, Setting(**setting), seed=seed)
+
     grid = []
-    for weight_decay in probe.weight_decay:
-        how = {"weight_decay": weight_decay, "seed": seed}
-        first, five = accuracy(fit_probe(features, labels, classes, probe, **how), *test)
+    for setting in track(settings):
+        first, five = accuracy(fit(features, labels, setting), *test)
         held = None
         if split is not None:
             kept, out = split
-            model = fit_probe(features[kept], labels[kept], classes, probe, **how)
-            held = accuracy(model, features[out], labels[out])[0]
-        grid.append({"weight_decay": weight_decay, "acc1": first, "acc5": five, "validation_acc1": held})
+            held = accuracy(fit(features[kept], labels[kept], setting), features[out], labels[out])[0]
+        grid.append({**setting, "acc1": first, "acc5": five, "validation_acc1": held})
     best = max(grid, key=lambda row: row["acc1" if split is None else "validation_acc1"])
     return {
         **{"kind": probe.kind, "dim": features.shape[1], "fraction": probe.fraction},
         **{"labels": len(labels), "select": select},
-        **{key: best[key] for key in ("weight_decay", "acc1", "acc5")},
+        **{key: value for key, value in best.items() if key != "validation_acc1"},
         "grid": grid,
     }
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A setting in words, of a result of :func:`evaluate_probe` or of an entry of its grid.
+
+    >>> describe({**Setting(lr=0.1, normalized=True)._asdict(), "acc1": 93.0})
+    'sgd, lr 0.1, weight decay 1e-06, normalized'
+    >>> describe({"C": 0.5})
+    'C 0.5'
+    """
+    if "C" in row:
+        return f"C {row['C']:.3g}"
+    normalized = ", normalized" if row["normalized"] else ""
+    return f"{row['optimizer']}, lr {row['lr']:g}, weight decay {row['weight_decay']:g}{normalized}"

@@ -91,6 +91,20 @@ def dissl_resnet50(name: str, *, pretrained: bool = True, **options: Any) -> nn.
     return model
 
 
+def preprocessor() -> Any:
+    """What an image goes through before any of these models: 256, the central 224, ImageNet's mean and deviation."""
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
+            transforms.Resize(256),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+
+
 def trunk_of(content: Any, what: str) -> dict[str, Tensor]:
     """The backbone in what a file holds, under the published names.
 

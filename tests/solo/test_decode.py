@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from plugins.tools.command import UserError
+from plugins.tools.images import open_image
 from solo_ext.data import image_dataset
-from solo_ext.decode import open_image
 
 pytestmark = pytest.mark.solo
 

@@ -1,4 +1,4 @@
-"""main_probe: its numbers, its YAML files, what it refuses."""
+"""main_probe: its numbers, what it refuses."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from plugins.tools.command import UserError
-from plugins.tools.probe import Probe, evaluate_probe
+from plugins.tools.probe import Probe, Setting, evaluate_probe
 from solo_ext import features, main_probe
 
 pytestmark = pytest.mark.solo
 ROOT = Path(__file__).parents[2] / "configs" / "solo"
-FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("probe*.yaml"))
 
 SHARED = {"hidden_dim": 8, "holdout": 0.2, "batch_size": 64, "lr": 0.4, "epochs": 3}
 LINEAR = {"kind": "linear", "fraction": 1.0, "weight_decay": [1e-4, 1e-2]}
@@ -49,7 +48,7 @@ def _arguments(run: Path, digits: Path, file: Path, *more: str):
 @pytest.mark.parametrize("select", ["validation", "test"])
 def test_probes_are_those_of_the_file_on_the_features_of_the_run(run, digits, tmp_path, capsys, select):
     mlp = {"kind": "mlp", "fraction": 0.5, "weight_decay": [1e-3], "epochs": 2}
-    file = _file(tmp_path, {**SHARED, "probes": [LINEAR, mlp]})
+    file = _file(tmp_path, {**SHARED, "probes": [LINEAR, {"kind": "logistic", "C": [1, 2]}, mlp]})
     args = _arguments(run, digits, file, "--select", select, "--seed", "3", "--output", str(tmp_path / "probe.json"))
     found = main_probe.evaluate(args)
 
@@ -62,10 +61,11 @@ def test_probes_are_those_of_the_file_on_the_features_of_the_run(run, digits, tm
         rows = features.collect(images[split], extract, device, batch_size=50, workers=0, title=split)
         sides.append((rows["backbone"], rows["labels"]))
     assert sides[0][0].shape == (96, 64)
-    shared = {"hidden_dim": 8, "holdout": 0.2, "batch_size": 64, "lr": 0.1}
+    shared = {"hidden_dim": 8, "holdout": 0.2, "batch_size": 64}
     wanted = [
-        Probe("linear", (1e-4, 1e-2), 1.0, **shared, epochs=3),
-        Probe("mlp", (1e-3,), 0.5, **shared, epochs=2),
+        Probe("linear", (Setting(1e-4, 0.1), Setting(1e-2, 0.1)), **shared, epochs=3),
+        Probe("logistic", C=(1, 2), **shared, epochs=3),
+        Probe("mlp", (Setting(1e-3, 0.1),), fraction=0.5, **shared, epochs=2),
     ]
     assert found == [evaluate_probe(*sides, probe, select=select, seed=3) for probe in wanted]
     assert json.loads((tmp_path / "probe.json").read_text()) == found
@@ -74,50 +74,16 @@ def test_probes_are_those_of_the_file_on_the_features_of_the_run(run, digits, tm
     assert lines[-1].startswith("mlp probe, 48 labels: acc@1 ") and "chosen" not in lines[-1]
 
 
-@pytest.mark.parametrize("file", FILES, ids=str)
-def test_shipped_files_are_read(file):
-    probes = main_probe.read_probes(ROOT / file)
-    if file.parts[0] == "tinyimagenet":
-        assert {(probe.lr, probe.batch_size, probe.hidden_dim) for probe in probes} == {(0.6, 512, 2048)}
-        linear, subsets = (1e-4, 1e-5, 1e-6), [(1.0, 100), (1.0, 100), (0.1, 100), (0.01, 100), (0.002, 1000)]
-        if file.stem == "probe_subsets":
-            assert [(probe.fraction, probe.epochs) for probe in probes] == subsets
-            assert [probe.weight_decay for probe in probes] == [(1e-6,), (1e-5,), *[(1e-6,)] * 3]
-        else:
-            kind = "mlp" if file.stem == "probe_mlp" else "linear"
-            assert [(p.kind, p.fraction, p.weight_decay, p.epochs) for p in probes] == [(kind, 1.0, linear, 100)]
-
-
-def test_there_is_a_file_of_each_kind_for_each_data_set_of_the_suites():
-    names = ("probe", "probe_mlp", "probe_subsets")
-    assert {str(file) for file in FILES} == {f"{d}/{n}.yaml" for d in ("digits/short", "tinyimagenet") for n in names}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("a: [", "is no YAML file"),
-        ("- 1", "must have the entries probes, hidden_dim"),
-        ({**SHARED}, "must have the entries probes, hidden_dim, holdout, batch_size, lr, epochs, got hidden_dim"),
-        ({**SHARED, "probes": []}, "probes must name at least one"),
-        ({**SHARED, "epochs": 1.5, "probes": [LINEAR]}, "epochs must be a whole number, got 1.5"),
-        ({**SHARED, "probes": [3]}, r"probes\[0\] must have the entries kind, fraction, weight_decay, epochs, got 3"),
-        ({**SHARED, "probes": [LINEAR, {**LINEAR, "wd": 1}]}, r"probes\[1\] must have the entries .*, wd"),
-        ({**SHARED, "probes": [{**LINEAR, "kind": "knn"}]}, r"probes\[0\]: kind must be one of linear, mlp, got 'knn'"),
-        ({**SHARED, "probes": [{**LINEAR, "weight_decay": ["x"]}]}, "weight_decay must be a list of numbers"),
-        ({**SHARED, "probes": [{**LINEAR, "fraction": 2}]}, "fraction must be above 0 and at most 1, got 2"),
-    ],
-)
-def test_a_wrong_file_is_refused_before_anything_is_read(tmp_path, content, message):
-    args = _arguments(tmp_path / "no run", tmp_path, _file(tmp_path, content))
-    with pytest.raises(UserError, match=message):
-        main_probe.evaluate(args)
-
-
 def test_too_few_labels_are_one_sentence(run, digits, tmp_path):
     few = {**LINEAR, "fraction": 0.11}
     with pytest.raises(UserError, match="11 labels cannot be drawn with a label of each of the 10 classes"):
         main_probe.evaluate(_arguments(run, digits, _file(tmp_path, {**SHARED, "probes": [few]})))
+
+
+def test_a_wrong_file_is_refused_before_anything_is_read(tmp_path):
+    args = _arguments(tmp_path / "no run", tmp_path, _file(tmp_path, {**SHARED, "probes": []}))
+    with pytest.raises(UserError, match="probes must name at least one"):
+        main_probe.evaluate(args)
 
 
 def test_missing_paths_are_refused(run, digits, tmp_path):

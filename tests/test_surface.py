@@ -90,6 +90,7 @@ def test_wheel_holds_packages_and_configurations(tmp_path):
     assert "hydra_plugins/__init__.py" not in names, "hydra_plugins belongs to all packages in common"
     shipped = {path.name for path in (ROOT / "configs" / "solo" / "digits").glob("*.yaml")}
     assert {f"solo_ext/configs/digits/{name}" for name in shipped} <= set(names)
+    assert {f"plugins/configs/probes/dissl_{name}.yaml" for name in ("linear", "transfer")} <= set(names)
 
     # an installed copy finds its configurations from anywhere
     target = tmp_path / "site"

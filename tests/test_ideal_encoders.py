@@ -11,14 +11,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linprog
+from scipy.optimize import linprog, minimize_scalar
 
 from plugins.losses import cissl_loss
 
 
-def _separates(codes, labels):
-    """Whether some affine map of the codes has the labels' signs, by linear programming."""
-    rows = -labels[:, None] * np.hstack([codes, np.ones((len(codes), 1))])
+def _separates(codes, labels, bias=True):
+    """Whether some map of the codes, affine or without bias, has the labels' signs, by linear programming."""
+    if bias:
+        codes = np.hstack([codes, np.ones((len(codes), 1))])
+    rows = -labels[:, None] * codes
     found = linprog(np.zeros(rows.shape[1]), A_ub=rows, b_ub=-np.ones(len(codes)), bounds=(None, None))
     return found.status == 0
 
@@ -45,6 +47,18 @@ def test_linear_probes_reach_as_many_labellings_as_cover_counts(classes, counts)
         # a labelling and its opposite are both within reach or neither is
         reached = 2 * sum(_separates(codes, labels) for labels in _labellings(classes) if labels[0] > 0)
         assert reached == count == cover
+
+
+@pytest.mark.parametrize("classes", [4, 6])
+def test_without_bias_one_dimension_more_is_needed(classes):
+    generator = np.random.default_rng(0)
+    for width in range(1, classes + 2):
+        codes = generator.standard_normal((classes, width))
+        reached = 2 * sum(_separates(codes, labels, bias=False) for labels in _labellings(classes) if labels[0] > 0)
+        assert reached == 2 * sum(math.comb(classes - 1, k) for k in range(min(width, classes)))
+        assert (reached == 2**classes) == (width >= classes)
+    simplex = _simplex(classes)
+    assert not _separates(simplex, np.ones(classes), bias=False)  # its centre is the origin
 
 
 def test_predictable_classes_are_not_enough():
@@ -125,6 +139,20 @@ def test_optimum_is_the_regular_simplex_from_classes_less_one_dimensions(width, 
 
 
 def test_below_it_the_classes_cannot_lie_alike():
+    """Eight classes in three dimensions: two squares, one turned by 45 degrees, at the heights h and -h."""
+
+    def cosines(square):  # h²; of a corner with the others of its square and with those of the other
+        return np.array(
+            [square] * 2 + [2 * square - 1] + [side * (1 - square) / math.sqrt(2) - square for side in (1, 1, -1, -1)]
+        )
+
+    found = minimize_scalar(
+        lambda square: math.log(2 + 2 * np.exp((cosines(square) - 1) / 0.5).sum()), bounds=(0, 1), method="bounded",
+        options={"xatol": 1e-10},
+    )  # fmt: skip
     loss, _, negative = _optimum(3, "all")
-    assert loss == pytest.approx(1.38984, abs=1e-4)
-    assert negative.min() < -0.7 and negative.max() > 0.25
+    assert loss == pytest.approx(found.fun, abs=1e-9)
+    assert loss == pytest.approx(1.38984, abs=1e-5)
+    assert np.sort(negative.numpy()) == pytest.approx(np.sort(np.tile(cosines(found.x), 8)), abs=1e-5)
+    assert negative.min().item() == pytest.approx(-0.80, abs=5e-3)
+    assert negative.max().item() == pytest.approx(0.32, abs=5e-3)

@@ -255,6 +255,67 @@ def test_ranks_equal_the_joined_batch(ranks, step, counts):
     assert_joined(ranks, step, toy_views(sum(counts), 5, views=3), counts)
 
 
+def _of_rows(u, w, images):
+    """The loss of each row u with columns w, of which two are its positives; left to autograd."""
+    target = (images[:, None] == torch.arange(len(w)) // 2).to(u) / 2
+    return -(target * (u @ w.T / 0.5).log_softmax(1)).sum(1)
+
+
+def _of_own_rows(comm, joining, student, teacher):
+    """Loss on this rank, and what DDP's mean over ranks takes of the gradients of its rows ``[B, 2, D]``.
+
+    But for ``ours`` by autograd: rows and columns ``joined`` with gradient; columns ``cut``, those of other ranks
+    without gradient; or the columns of this rank ``alone``.
+    """
+    student.requires_grad_(), teacher.requires_grad_()
+    if joining == "ours":
+        loss = cissl_loss(student.unbind(1), teacher.unbind(1), temperature=0.5, comm=comm)
+    else:
+        u, w = (torch.nn.functional.normalize(side.flatten(0, 1), dim=1) for side in (student, teacher))
+        images, columns = torch.arange(len(u)) // 2, w
+        if joining == "joined":
+            u, columns = comm.gather_rows(u), comm.gather_rows(w)
+            images = torch.arange(len(u)) // 2
+        elif joining == "cut":
+            images = images + comm.rank * len(student)
+            parts = [*comm.gather_rows(w.detach()).split(len(w))]
+            parts[comm.rank] = w
+            columns = torch.cat(parts)
+        loss = _of_rows(u, columns, images).mean()
+    return loss.detach(), *(gradient / comm.size for gradient in torch.autograd.grad(loss, [student, teacher]))
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("count", [2, 3])
+def test_columns_need_to_be_joined_with_their_gradient(ranks, count):
+    """What the tests above would find: wrong ways to the negatives give another loss, or another gradient."""
+    rows = 4
+    student, teacher = (torch.stack(views, 1) for views in _views(count * rows, 5))
+    parts = [*zip(student.clone().split(rows), teacher.clone().split(rows), strict=True)]
+    student.requires_grad_(), teacher.requires_grad_()
+
+    def run(joining):
+        losses, of_students, of_teachers = zip(*ranks.run(_of_own_rows, [(joining, *p) for p in parts]), strict=True)
+        return torch.stack(losses).mean(), torch.cat(of_students), torch.cat(of_teachers)
+
+    u, w = (torch.nn.functional.normalize(side.flatten(0, 1), dim=1) for side in (student, teacher))
+    by_row = _of_rows(u, w, torch.arange(len(u)) // 2)
+    loss = by_row.mean()
+    of_student, of_teacher = torch.autograd.grad(loss, [student, teacher], retain_graph=True)
+    # of the columns of a rank, what its own rows alone have
+    own = [torch.autograd.grad(part.sum(), teacher, retain_graph=True)[0] / len(u) for part in by_row.split(2 * rows)]
+    own = torch.cat([gradient.split(rows)[rank] for rank, gradient in enumerate(own)])
+
+    exact = {"rtol": 1e-11, "atol": 1e-13}
+    for joining in ("ours", "joined"):
+        torch.testing.assert_close(run(joining), (loss.detach(), of_student, of_teacher), **exact)
+    cut, alone = run("cut"), run("alone")
+    torch.testing.assert_close(cut, (loss.detach(), of_student, own), **exact)
+    assert alone[0] < loss - 0.1  # fewer negatives
+    for found, right in ((cut[2], of_teacher), (alone[1], of_student), (alone[2], of_teacher)):
+        assert (found - right).norm() > 0.1 * right.norm()
+
+
 def _traffic(comm, student, teacher):
     """Numbers of floats sent in forward, and how often anything was sent in backward."""
     sent = []

@@ -325,6 +325,63 @@ def test_ranks_equal_the_joined_batch(ranks, step, counts):
     assert_joined(ranks, step, toy_views(sum(counts), 5, views=3), counts)
 
 
+def _of_own_rows(comm, joining, teacher, student):
+    """Loss on this rank, and what DDP's mean over ranks takes of the gradients of its rows.
+
+    But for ``ours`` by autograd: the marginals ``joined`` with gradient, ``cut`` (joined, with gradient in this rank's
+    share alone, which is not multiplied by the number of ranks), or of this rank ``alone``.
+    """
+    for view in teacher + student:
+        view.requires_grad_()
+    if joining == "ours":
+        loss = dissl_loss(teacher, student, comm=comm)
+    else:
+        loss = _autograd_dissl(teacher, student, lam=0)
+        for view in teacher:
+            marginal = (view / 0.5).softmax(1).mean(0)
+            if joining == "joined":
+                marginal = comm.sum(marginal) / comm.size
+            elif joining == "cut":
+                others = comm.sum(marginal.detach()) - marginal.detach()
+                marginal = (others + marginal) / comm.size
+            loss = loss - 2.3 / len(teacher) * torch.special.entr(marginal).sum()
+    return loss.detach(), [gradient / comm.size for gradient in torch.autograd.grad(loss, teacher + student)]
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("count", [2, 3])
+def test_marginals_need_to_be_joined_with_their_gradient(ranks, count):
+    """What the tests above would find: wrong ways to the marginal give another loss, or another gradient."""
+    rows = 4
+    views = [[4 * view for view in side] for side in _logits(2, 3, count * rows, 6)]
+    parts = [tuple([view[r * rows : (r + 1) * rows].clone() for view in side] for side in views) for r in range(count)]
+    teacher, student = ([view.requires_grad_() for view in side] for side in views)
+
+    def run(joining):
+        losses, gradients = zip(*ranks.run(_of_own_rows, [(joining, *part) for part in parts]), strict=True)
+        every = [torch.cat(of_view) for of_view in zip(*gradients, strict=True)]
+        return torch.stack(losses).mean(), torch.cat(every[:2], 1), torch.cat(every[2:], 1)
+
+    def expected(lam=2.3):
+        loss = _autograd_dissl(teacher, student, lam)
+        gradients = torch.autograd.grad(loss, teacher + student)
+        return loss.detach(), torch.cat(gradients[:2], 1), torch.cat(gradients[2:], 1)
+
+    def off(found):
+        return ((found - of_teacher).norm() / of_teacher.norm()).item()
+
+    loss, of_teacher, of_student = expected()
+    exact = {"rtol": 1e-12, "atol": 1e-14}
+    for joining in ("ours", "joined"):
+        torch.testing.assert_close(run(joining), (loss, of_teacher, of_student), **exact)
+    cut, alone = run("cut"), run("alone")
+    torch.testing.assert_close(cut, (loss, expected(2.3 / count)[1], of_student), **exact)
+    assert off(cut[1]) > 0.1
+    assert alone[0] > loss + 0.1  # the entropy of a mean is at least the mean of the entropies
+    assert off(alone[1]) > 0.1
+    torch.testing.assert_close(alone[2], of_student, **exact)
+
+
 def _traffic(comm, teacher, student):
     """Numbers of floats sent in forward, and how often anything was sent in backward."""
     sent = []

@@ -10,7 +10,7 @@ for N images and D features: 21 GB for ImageNet and ResNet-50), and one chunk of
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from vissl.models.model_helpers import get_trunk_output_feature_names
 from vissl.trainer import SelfSupervisionTrainer
 
 from plugins.tools.command import UserError, say
+from plugins.tools.features import load_features
 from plugins.tools.knn import knn_accuracy
 from plugins.tools.records import write_json
 
@@ -109,34 +110,8 @@ def _flat(output: Any) -> list[Tensor]:
     return [tensor for part in output for tensor in (part if isinstance(part, list) else [part])]
 
 
-def load_features(folder: Path, split: str, layer: str) -> tuple[Tensor, Tensor]:
-    """The features of a split, each image once, in the order of the images.
-
-    Args:
-        folder: what ``extract_features`` wrote.
-        split: "train" or "test".
-        layer: name of the features.
-
-    Returns:
-        Features ``[N, D]`` and classes ``[N]``.
-
-    Raises:
-        UserError: there are none.
-    """
-    stems = _stems(folder, split, layer)
-
-    def arrays(kind: str) -> Iterable[np.ndarray]:
-        return (np.load(folder / f"{stem}_{kind}.npy", mmap_mode="r") for stem in stems)
-
-    # the sampler of several processes repeats images to make their numbers equal
-    _, first = np.unique(np.concatenate(list(arrays("inds"))), return_index=True)
-    features = np.concatenate([rows.reshape(len(rows), -1) for rows in arrays("features")])[first]
-    targets = np.concatenate(list(arrays("targets")))[first]
-    return torch.from_numpy(features), torch.from_numpy(targets[:, 0].astype(np.int64))
-
-
 def feature_chunks(folder: Path, split: str, layer: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """The features and classes of a split as :func:`load_features` has them, file by file, in the order of the files.
+    """The features and classes of a split, each image once, file by file, in the order of the files.
 
     Args:
         folder: what ``extract_features`` wrote.

@@ -13,7 +13,8 @@ from torchvision import transforms
 from vissl.utils.extract_features_utils import ExtractedFeaturesLoader
 
 from plugins.tools.command import UserError
-from vissl_ext.features import FeatureWriter, feature_chunks, load_features
+from plugins.tools.features import load_features
+from vissl_ext.features import FeatureWriter, feature_chunks
 from vissl_ext.registry import register
 
 register()
@@ -50,7 +51,7 @@ def test_chunks_hold_every_row_once(threshold: int, tmp_path: Path) -> None:
 
 def test_missing_features_are_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no features of res5 of the test images"):
-        load_features(tmp_path, "test", "res5")
+        list(feature_chunks(tmp_path, "test", "res5"))
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,20 @@ def test_settings_of_the_isoloss_table(folder, method, teacher):
     assert all(view.rrc.crop_min_scale == 0.08 for view in cfg.augmentations)
 
 
+@pytest.mark.parametrize("method", ["cissl", "dissl"])
+def test_dissl_and_cissl_on_cifar_have_the_published_settings(method):
+    cfg = load(Path("cifar") / f"{method}.yaml")
+    OmegaConf.resolve(cfg)
+    (views,) = cfg.augmentations
+    jitter = views.color_jitter
+    assert (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (0.2, 0.2, 0.2, 0.05)
+    assert (views.num_crops, views.crop_size, views.rrc.crop_min_scale, views.grayscale.prob) == (2, 32, 0.2, 0.1)
+    assert views.gaussian_blur.prob == views.solarization.prob == 0
+    optimizer = cfg.optimizer
+    assert (optimizer.name, optimizer.lr, float(optimizer.weight_decay)) == ("adam", 0.002, 1e-6)
+    assert (cfg.max_epochs, cfg.gradient_clip_val, cfg.gradient_clip_algorithm) == (300, 2.0, "value")
+
+
 @pytest.mark.parametrize("folder", ["cifar", "imagenet100"])
 def test_settings_of_ssl_ey(folder):
     cfg = load(Path(folder) / "ssl_ey.yaml")

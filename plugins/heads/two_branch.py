@@ -38,8 +38,8 @@ class SharedHead(nn.Sequential):
     as in SimCLR (Chen et al. 2020, arXiv:2002.05709) and in the code of Dubois et al. (2022, arXiv:2209.06235).
 
     Example:
-        >>> head = SharedHead(nn.BatchNorm1d(1, affine=False, eps=0.0))
-        >>> [view.flatten().tolist() for view in head.views([torch.zeros(2, 1), torch.ones(2, 1)])]
+        >>> head = SharedHead(nn.BatchNorm1d(1, affine=False, eps=1e-9))
+        >>> [view.flatten().round(decimals=4).tolist() for view in head.views([torch.zeros(2, 1), torch.ones(2, 1)])]
         [[-1.0, -1.0], [1.0, 1.0]]
     """
 

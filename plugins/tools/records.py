@@ -2,12 +2,13 @@
 
 import csv
 import json
-import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from plugins.tools.files import atomic
 
 _PACKAGES = ("ssl-plugins", "torch", "torchvision", "numpy")
 
@@ -19,10 +20,8 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, and its folder where there is none; an interrupted call leaves the file that was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    with atomic(path, "w") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
 
 
 def write_row(path: Path, epoch: int, row: Mapping[str, float]) -> None:
@@ -37,12 +36,10 @@ def write_row(path: Path, epoch: int, row: Mapping[str, float]) -> None:
     if path.is_file():
         with path.open(newline="") as file:
             kept = [line for line in csv.DictReader(file) if int(line["epoch"]) < epoch]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
+    with atomic(path, "w", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", *row], extrasaction="ignore")
         writer.writeheader()
         writer.writerows([*kept, {"epoch": epoch, **row}])
-    temporary.replace(path)  # in one go: a run may be killed at any time
 
 
 def versions(*packages: str) -> dict[str, str | None]:

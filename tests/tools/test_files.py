@@ -1,0 +1,59 @@
+"""Files are complete or absent: after an error, a full disk, or a kill in the middle of writing."""
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from plugins.tools.command import UserError
+from plugins.tools.files import atomic
+
+
+def test_replaces_the_file_in_one_step(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    with atomic(path, "w") as file:
+        file.write("first")
+        assert not path.exists()
+        assert file.name.startswith(str(path.parent))  # the same file system
+    with atomic(path, "w") as file:
+        file.write("second")
+        file.flush()
+        assert path.read_text() == "first"
+    assert path.read_text() == "second"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_an_error_within_keeps_the_former_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"former")
+    with pytest.raises(ValueError, match="mine"), atomic(path) as file:
+        file.write(b"half")
+        raise ValueError("mine")
+    assert path.read_bytes() == b"former"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_former_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"former")
+    with pytest.raises(UserError, match=r"file cannot be written: No space left on device"), atomic(path) as file:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert path.read_bytes() == b"former"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_in_the_middle_keeps_the_former_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"former")
+    child = os.fork()
+    if child == 0:
+        with atomic(path) as file:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert path.read_bytes() == b"former"

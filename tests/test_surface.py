@@ -61,10 +61,36 @@ def test_readme_lists_every_method():
     assert method_table() in readme, "run: python -m plugins.tools.methods_table --write README.md"
 
 
-def test_every_file_that_the_readme_names_is_there():
-    readme = (ROOT / "README.md").read_text()
-    for name in re.findall(r"`((?:plugins|solo_ext|lightly_ext|vissl_ext|configs|tests|docs)/[\w./]+)`", readme):
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_and_link_of_a_page_is_there(page):
+    text = (ROOT / page).read_text()
+    for name in re.findall(r"`((?:plugins|solo_ext|lightly_ext|vissl_ext|configs|tests|docs)/[\w./]+)`", text):
         assert (ROOT / name).exists(), name
+    for name in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / name).exists(), name
+
+
+def test_readme_is_short_and_leads_to_every_page():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
+    assert {name for name in PAGES if name != "README.md"} <= set(re.findall(r"\]\(([^)]+)\)", readme))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_examples_of_a_page_run(page):
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        exec(compile(code, page, "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_module_that_a_page_runs_is_there(page):
+    ours = r"-m ((?:plugins|solo_ext|lightly_ext|vissl_ext)[\w.]*)"
+    for module in re.findall(ours, (ROOT / page).read_text()):
+        place = ROOT.joinpath(*module.split("."))
+        assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
 
 
 def test_no_file_names_a_package_index_or_a_home():

@@ -31,7 +31,7 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
-from plugins.tools.images import open_image
+from plugins.tools.images import check_dali_reads, open_image
 from solo_ext.data import EpochSampler, Images, listing
 from solo_ext.transforms import LinearCrop, statistics
 
@@ -163,6 +163,9 @@ class DALILoader:
         views: each makes of a batch of images a batch of crops, in DALI.
         cfg: the configuration.
         indexed: whether batches are ``[indexes, [crops], targets]``, else ``[crops of the first view, targets]``.
+
+    Raises:
+        UserError: DALI cannot read one of the files; it is named.
     """
 
     def __init__(
@@ -171,6 +174,8 @@ class DALILoader:
         self.sampler, self.dataset, self.views, self.cfg, self.indexed = sampler, dataset, views, cfg, indexed
         self.batch_size = cfg.optimizer.batch_size
         files, labels = listing(dataset)
+        for file in files:
+            check_dali_reads(file)
         self.files, self.labels = files, torch.tensor(labels)
 
     def __len__(self) -> int:

@@ -26,11 +26,13 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
+from torchvision.datasets import ImageFolder
 
 from lightly_ext.benchmarks.methods import METHODS
 from lightly_ext.models import MethodModel
 from plugins.tools.command import UserError, first_process, say
 from plugins.tools.data import SUFFIXES
+from plugins.tools.images import open_image
 from plugins.tools.records import versions, write_json, write_row
 
 _LARGE = 64  # below this many pixels images are evaluated as they are, without cutting their margin off
@@ -350,9 +352,19 @@ def _validation_period(epochs: int) -> int:
     return max((period for period in range(1, epochs // 10 + 1) if epochs % period == 0), default=1)
 
 
+def image_folder(folder: Path, transform: Any) -> LightlyDataset:
+    """Class folders as lightly's data set; the images are decoded as in the other frameworks.
+
+    Args:
+        folder: with one folder per class.
+        transform: of a PIL image in RGB.
+    """
+    return LightlyDataset.from_torch_dataset(ImageFolder(str(folder), loader=open_image), transform=transform)
+
+
 def _loader(args: argparse.Namespace, folder: Path, transform: Any, *, shuffle: bool = False) -> DataLoader:
     return DataLoader(
-        LightlyDataset(str(folder), transform=transform),
+        image_folder(folder, transform),
         batch_size=args.batch_size_per_device,
         shuffle=shuffle,
         drop_last=shuffle,

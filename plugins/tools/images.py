@@ -1,25 +1,110 @@
-"""Open an image file; one that is broken is named."""
+"""Decode an image file to 8-bit RGB, in the same way for every framework and close to DALI.
+
+Pillow's ``convert("RGB")`` clips 16-bit images to white and floating-point images to black. The rules here:
+
+=========================  ==========================================================================================
+file                       pixels
+=========================  ==========================================================================================
+8-bit grey, RGB, palette   as they are; grey becomes three equal channels
+alpha, transparent colour  ignored: the colour channels are used, as torchvision, VISSL, lightly and DALI do
+1-bit                      0 and 255
+16-bit grey                value / 257, rounded: 65535 becomes 255. 12-bit data in 16-bit files stays dark
+32-bit integer grey        as 16-bit; a value outside 0…65535 is an error
+floating-point grey        value · 255, rounded; a value outside [0, 1] is an error
+CMYK, YCbCr                Pillow's conversion
+CIE Lab                    converted to sRGB with LittleCMS
+EXIF orientation           applied, so that the image is upright, as DALI does; torchvision's loader ignores it
+several frames             the first
+=========================  ==========================================================================================
+"""
 
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from plugins.tools.command import UserError
 
+_DALI_MODES = ("L", "LA", "RGB", "RGBA", "P", "I;16", "I;16B", "I;16L", "I;16N")
+"""Modes of TIFF files that DALI decodes to the same pixels; tested."""
+
 
 def open_image(source: Any, name: str | None = None) -> Image.Image:
-    """Read an image in RGB.
+    """Read an image in RGB, by the rules of this module.
 
     Args:
         source: a path, or an open binary file.
-        name: what to call it in the sentence; its path when None.
+        name: what to call it in the error; its path if None.
 
     Raises:
-        UserError: it cannot be decoded.
+        UserError: it cannot be decoded, or its values are outside the range of its kind.
     """
     try:
         with Image.open(source) as file:
-            return file.convert("RGB")
+            return _rgb(_upright(file))
     except Exception as error:  # a broken file makes Pillow raise nearly anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name or source} cannot be read as an image: {reason}") from None
+
+
+def check_dali_reads(path: str) -> None:
+    """Check that DALI decodes a file to the pixels of ``open_image``. Only TIFF and WebP files are opened; others pass.
+
+    Args:
+        path: of the image file.
+
+    Raises:
+        UserError: it is a TIFF file of a mode that DALI does not read or reads differently, or a WebP file with EXIF data,
+            whose chunks DALI 2.4 miscounts.
+    """
+    if not path.lower().endswith((".tif", ".tiff", ".webp")):
+        return
+    try:
+        with Image.open(path) as file:
+            kind, mode, described = file.format, file.mode, "exif" in file.info
+    except Exception:
+        open_image(path)  # raises the error that names the file
+        raise
+    why = ""
+    if kind == "TIFF" and mode not in _DALI_MODES:
+        why = f"a TIFF file of mode {mode}"
+    elif kind == "WEBP" and described:
+        why = "a WebP file with EXIF data"
+    if why:
+        raise UserError(f"DALI cannot read {path}, {why}; use data.format=image_folder")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the orientation of the EXIF data; Pillow itself does so when it loads a TIFF file."""
+    if image.format == "TIFF" or image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _grey(_in_range(image, 65535) / 257)
+    if image.mode == "F":
+        return _grey(_in_range(image, 1) * 255)
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        exact = ImageCms.Flags.NOOPTIMIZE  # else LittleCMS interpolates a table, up to 31 levels off
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB", flags=exact)
+        assert converted is not None  # it is None only if the image is changed in place
+        return converted
+    if isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours; Pillow warns on the direct way
+    return image.convert("RGB")
+
+
+def _in_range(image: Image.Image, high: int) -> Any:
+    """The values in float64."""
+    values = np.asarray(image).astype(np.float64)
+    least, largest = values.min(), values.max()
+    if not (least >= 0 and largest <= high):
+        raise ValueError(f"its values are from {least:g} to {largest:g}, allowed are 0 to {high}; rescale the image")
+    return values
+
+
+def _grey(values: Any) -> Image.Image:
+    return Image.fromarray(np.floor(values + 0.5).astype(np.uint8)).convert("RGB")

@@ -16,7 +16,7 @@ import torch
 
 from plugins.tools.command import UserError
 from vissl_ext import compat
-from vissl_ext.compat import import_warnings
+from vissl_ext.compat import folder_images, import_warnings
 from vissl_ext.compat.checkpoints import set_aside
 from vissl_ext.compat.cuda_calls import stay_on_cpu
 from vissl_ext.compat.teachers import RestoreTeacher
@@ -293,6 +293,8 @@ def test_folder_images_are_needed(tmp_path, monkeypatch):
     read = []
     stock = folder.pil_loader
     monkeypatch.setattr(folder, "pil_loader", lambda path: (read.append(Path(path).name), stock(path))[1])
+    ours_read = folder_images.open_image
+    monkeypatch.setattr(folder_images, "open_image", lambda path: (read.append(Path(path).name), ours_read(path))[1])
     keys = ("REMOVE_IMG_PATH_PREFIX", "NEW_IMG_PATH_PREFIX")
     data = {**dict.fromkeys(keys, ""), "ENABLE_QUEUE_DATASET": False, "BATCHSIZE_PER_REPLICA": 2}
     cfg = AttrDict({"DATA": {"TRAIN": data}})
@@ -306,7 +308,7 @@ def test_folder_images_are_needed(tmp_path, monkeypatch):
     whole = (tmp_path / "0" / "1.png").read_bytes()
     for part in (whole[:20], whole[: len(whole) // 2], b""):
         (tmp_path / "0" / "1.png").write_bytes(part)
-        with pytest.raises(UserError, match=rf"cannot read the image {tmp_path}/0/1\.png: "):
+        with pytest.raises(UserError, match=rf"{tmp_path}/0/1\.png cannot be read as an image: "):
             ours[1]
     read.clear()
     monkeypatch.setattr(disk_dataset, "ImageFolder", ImageFolder)

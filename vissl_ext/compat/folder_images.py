@@ -1,40 +1,52 @@
-"""Images of a folder with a folder for each class.
+"""Images of a folder, decoded by :mod:`plugins.tools.images`, once each, with the file's name in an error.
 
-vissl/data/disk_dataset.py:121 decodes such an image to have its path for a message, and line 132 decodes it again; an
-image that cannot be read is torchvision's error, which may not name the file.
+vissl/data/disk_dataset.py:121 decodes an image of a class folder to have its path for a message, and line 132 decodes
+it again. Line 148 decodes an image of a list of files with ``convert("RGB")``, which clips 16-bit and floating-point
+images.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 from torchvision.datasets import ImageFolder
 
-from plugins.tools.command import UserError
+from plugins.tools.images import open_image
 
 
 class PairedReads(ImageFolder):
-    """torchvision's, for a reader that asks for each image twice in a row: the second answer is the first one's."""
+    """torchvision's ImageFolder for a reader that asks for each image twice in a row and decodes it once.
+
+    Args:
+        root: the folder with a folder for each class.
+    """
 
     last: tuple[int, Any] | None = None
 
+    def __init__(self, root: str) -> None:
+        super().__init__(root, loader=open_image)
+
     def __getitem__(self, index: int) -> Any:
-        """The image and its class.
+        """Return the image and its class.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the image cannot be decoded.
         """
         if self.last is not None and self.last[0] == index:
             sample, self.last = self.last[1], None
             return sample
-        try:
-            sample = super().__getitem__(index)
-        except (OSError, SyntaxError, ValueError) as error:  # the three that Pillow has for a torn file
-            raise UserError(f"cannot read the image {self.samples[index][0]}: {error}") from None
+        sample = super().__getitem__(index)
         self.last = index, sample
         return sample
 
 
+def _open(file: Any) -> Any:
+    """Decode an open file of a list, in place of ``PIL.Image.open``."""
+    return open_image(file, file.name)
+
+
 def activate() -> None:
-    """Let VISSL's data set read a folder's images with this."""
+    """Replace VISSL's ways to read an image file."""
     from vissl.data import disk_dataset
 
     disk_dataset.ImageFolder = PairedReads
+    disk_dataset.Image = SimpleNamespace(open=_open)

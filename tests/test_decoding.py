@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -156,10 +157,9 @@ def _solo_h5(folder: Path) -> list[np.ndarray]:
 
 
 def _vissl(folder: Path, source: str) -> list[np.ndarray]:
+    import_module("vissl_ext")  # first: it lets VISSL be imported
     from vissl.config import AttrDict
     from vissl.data.disk_dataset import DiskImageDataset
-
-    import vissl_ext  # noqa: F401
 
     keys = ("REMOVE_IMG_PATH_PREFIX", "NEW_IMG_PATH_PREFIX")
     data = {**dict.fromkeys(keys, ""), "ENABLE_QUEUE_DATASET": False, "BATCHSIZE_PER_REPLICA": 2, "MMAP_MODE": False}

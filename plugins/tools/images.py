@@ -54,8 +54,8 @@ def check_dali_reads(path: str) -> None:
         path: of the image file.
 
     Raises:
-        UserError: it is a TIFF file of a mode that DALI does not read or reads differently, or a WebP file with EXIF data,
-            whose chunks DALI 2.4 miscounts.
+        UserError: it is a TIFF file of a mode that DALI does not read or reads differently, or a WebP file with EXIF
+            data, whose chunks DALI 2.4 miscounts.
     """
     if not path.lower().endswith((".tif", ".tiff", ".webp")):
         return

@@ -31,6 +31,21 @@ def check_rows(**tensors: Tensor) -> None:
             )
 
 
+def check_finite(what: str, **tensors: Tensor) -> None:
+    """Require numbers without NaN and inf. It waits for the device: ask only where a solver has waited already.
+
+    Args:
+        what: the quantity that cannot be computed of others, for the error message.
+        tensors: named as the caller's parameters are.
+
+    Raises:
+        ValueError: one of them, or more, holds NaN or inf.
+    """
+    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise ValueError(f"{what} needs finite numbers, got NaN or inf in {', '.join(broken)}")
+
+
 def check_count(rows: int, *, least: int, what: str) -> None:
     """Require at least ``least`` rows over all processes.
 

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plugins.checks import check_count
+from plugins.checks import check_count, check_finite
 from plugins.distributed import LOCAL, Collective
 
 FORMS = ("auto", "covariance", "gram")
+LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 
 def gram_is_cheaper(rows: int, width: int) -> bool:
@@ -181,11 +182,12 @@ def covariance_eigenvalues(z: Float[Tensor, "B D"], comm: Collective = LOCAL) ->
         comm: the processes that share the batch.
 
     Raises:
-        ValueError: there are fewer than two rows over all processes.
+        ValueError: there are fewer than two rows over all processes; z holds NaN or inf.
 
     >>> covariance_eigenvalues(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 3.0], [0.0, -3.0]]))
     tensor([0.6667, 6.0000])
     """
+    check_finite("a spectrum", z=z)  # a wait for the device, as the solver's own
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
         counts = comm.row_counts(z.shape[0], z.device)
@@ -195,7 +197,7 @@ def covariance_eigenvalues(z: Float[Tensor, "B D"], comm: Collective = LOCAL) ->
         else:
             s, _ = standardized_rows(z, comm)
             matrix = comm.sum(s.T @ s)
-        return torch.linalg.eigvalsh(matrix).clamp_min(0)
+        return eigvalsh(matrix).clamp_min(0)
 
 
 def participation_ratio(eigenvalues: Float[Tensor, " D"]) -> Float[Tensor, ""]:
@@ -369,6 +371,42 @@ def polynomial(
         value, slope = value @ square, slope @ square + value @ square_slope
 
 
+def eigh(matrix: Float[Tensor, "*V n n"]) -> tuple[Float[Tensor, "*V n"], Float[Tensor, "*V n n"]]:
+    """Eigenvalues, ascending, and orthogonal eigenvectors of symmetric positive semidefinite matrices.
+
+    The largest diagonal entry is added to the diagonal, and taken off the eigenvalues again. Without it LAPACK's
+    float32 solver raises, or returns NaN, for some matrices of rank one (a batch of equal rows, or of rows on a line):
+    rounding errors beside zeros on the diagonal. The error is, as without it, a few eps times the largest eigenvalue.
+    Where the solver still does not converge, they are found in float64 on the CPU. A matrix that holds NaN or inf gives
+    NaN, or LinAlgError where the solver notices: the caller knows which of its inputs it was made of.
+
+    >>> eigh(torch.diag(torch.tensor([3.0, 1.0])))[0]
+    tensor([1., 3.])
+    """
+    shifted, shift = _shifted(matrix)
+    try:
+        values, vectors = torch.linalg.eigh(shifted)
+    except LinAlgError:
+        values, vectors = torch.linalg.eigh(shifted.double().cpu())
+    return values.to(shift) - shift, vectors.to(matrix)
+
+
+def eigvalsh(matrix: Float[Tensor, "*V n n"]) -> Float[Tensor, "*V n"]:
+    """Eigenvalues of :func:`eigh`, at half its cost."""
+    shifted, shift = _shifted(matrix)
+    try:
+        values = torch.linalg.eigvalsh(shifted)
+    except LinAlgError:
+        values = torch.linalg.eigvalsh(shifted.double().cpu())
+    return values.to(shift) - shift
+
+
+def _shifted(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    shift = diagonal.amax(-1, keepdim=True)
+    return matrix + torch.diag_embed(shift.expand_as(diagonal)), shift
+
+
 def logarithm(
     b: Float[Tensor, "*V n n"], direction: Float[Tensor, "*V n n"], mu: float, *, divided: bool = False
 ) -> tuple[Float[Tensor, "*V n n"], Float[Tensor, "*V n n"]]:
@@ -388,7 +426,7 @@ def logarithm(
     >>> value.sum().item(), slope.diagonal()  # the derivative of log(1 + 2 x) at 0, twice
     (0.0, tensor([2., 2.]))
     """
-    values, vectors = torch.linalg.eigh(b)
+    values, vectors = eigh(b)
     x = values.clamp_min(0).double() / mu  # numbers only: the products stay in their own precision
     one, other = torch.maximum(x.unsqueeze(-1), x.unsqueeze(-2)), torch.minimum(x.unsqueeze(-1), x.unsqueeze(-2))
     differences = _log1p_ratio((one - other) / (1 + other)) / (1 + other) / mu

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from plugins.checks import check_choice, check_count, check_range, check_rows, check_whole, compute_dtype
+from plugins.checks import check_choice, check_count, check_finite, check_range, check_rows, check_whole, compute_dtype
 
 
 def test_rows_accept_matrices_of_one_shape():
@@ -25,6 +25,13 @@ def test_rows_accept_matrices_of_one_shape():
 def test_rows_refuse_anything_else(a, b, message):
     with pytest.raises(ValueError, match=message):
         check_rows(a=a, b=b)
+
+
+def test_finite():
+    good, bad = torch.ones(2, 3), torch.tensor([[1.0, float("inf")]])
+    check_finite("a logarithm", z0=good, z1=good)
+    with pytest.raises(ValueError, match="a logarithm needs finite numbers, got NaN or inf in z1, p0"):
+        check_finite("a logarithm", z0=good, z1=bad, p0=bad / bad)
 
 
 def test_count():

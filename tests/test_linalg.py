@@ -13,6 +13,8 @@ from plugins.linalg import (
     attach_gradient,
     covariance_eigenvalues,
     effective_rank,
+    eigh,
+    eigvalsh,
     gram_is_cheaper,
     joined_mean,
     logarithm,
@@ -222,6 +224,34 @@ def test_logarithm_and_its_derivative(scale, mu, divided):
     np.testing.assert_allclose(slope, difference, rtol=1e-6, atol=1e-6 * abs(difference).max())
     value, slope = logarithm(torch.zeros(4, 4), direction.float(), mu, divided=divided)  # all eigenvalues equal
     torch.testing.assert_close(slope, direction.float() * (-1 / (2 * mu**2) if divided else 1 / mu))
+
+
+@pytest.mark.parametrize("width", [2, 3, 16, 40])
+def test_solver_survives_matrices_of_rank_one(width):
+    """Of rounding errors and of rows on a line; LAPACK's own float32 solver raises or gives NaN for some of them."""
+    eye = torch.eye(width)
+    for seed, rows in itertools.product(range(40), (2, 6)):
+        generator = torch.Generator().manual_seed(seed)
+        row = torch.randn(1, width, generator=generator)
+        for z in (row.expand(rows, width), torch.randn(rows, 1, generator=generator) * row):
+            unit = torch.nn.functional.normalize(z)
+            s = (unit - unit.mean(0)) / rows**0.5
+            matrix = s.T @ s
+            values, vectors = eigh(matrix)
+            # backward stable: a modest multiple of the width in units of the last place of the largest eigenvalue
+            error = 16 * width * torch.finfo(torch.float32).eps
+            assert (vectors.T @ vectors - eye).abs().max() <= error
+            assert ((vectors * values) @ vectors.T - matrix).abs().max() <= error * matrix.abs().max()
+            torch.testing.assert_close(eigvalsh(matrix), values, rtol=0, atol=error * matrix.abs().max().item())
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (3, 4), (30, 20)])
+def test_spectrum_of_what_is_not_finite_is_refused(shape):
+    for value in (float("nan"), float("inf")):
+        z = torch.ones(shape)
+        z[1, 1] = value
+        with pytest.raises(ValueError, match="a spectrum needs finite numbers, got NaN or inf in z"):
+            covariance_eigenvalues(z)
 
 
 def test_spectral_radius():

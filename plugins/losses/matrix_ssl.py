@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_choice, check_rows, compute_dtype
+from plugins.checks import check_choice, check_finite, check_rows, compute_dtype
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import (
     FORMS,
+    LinAlgError,
     attach_gradient,
     gram_is_cheaper,
     spectral_radius,
@@ -130,6 +131,27 @@ def _matrix_ssl(
     """The loss, and what it is made of for both pairs of views, one after the other to hold less at once."""
     check_rows(z0=z0, z1=z1, p0=p0, p1=p1)
     check_choice("form", form, FORMS)
+    try:
+        loss, pairs = _value_and_pairs(z0, z1, p0, p1, weights, form, comm)
+    except LinAlgError:
+        _check_finite(comm, z0=z0, z1=z1, p0=p0, p1=p1)
+        raise
+    # the solvers of the exact logarithm have waited for the device, so that one look more is free
+    if weights.logarithm == "exact" and not torch.compiler.is_compiling() and not bool(loss.isfinite()):
+        _check_finite(comm, z0=z0, z1=z1, p0=p0, p1=p1)
+    return loss, pairs
+
+
+def _check_finite(comm: Collective, **tensors: Tensor) -> None:
+    what = "the exact logarithm of the Matrix-SSL loss"
+    check_finite(what, **tensors)
+    if comm.size > 1:
+        raise ValueError(f"{what} needs finite numbers, got NaN or inf in the rows of another process")
+
+
+def _value_and_pairs(
+    z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor, weights: Weights, form: str, comm: Collective
+) -> tuple[Tensor, list[Entropies]]:
     dtype = compute_dtype(torch.promote_types(torch.promote_types(z0.dtype, z1.dtype), p0.dtype))
     with torch.autocast(z0.device.type, enabled=False):
         views = [z0.to(dtype), z1.to(dtype)]

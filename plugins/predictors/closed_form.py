@@ -13,7 +13,8 @@ from torch import Tensor
 
 from plugins.checks import check_choice, check_range, compute_dtype
 from plugins.distributed import LOCAL, Collective
-from plugins.predictors.moment import RunningMoment, descending, eigh, eigvalsh
+from plugins.linalg import eigh, eigvalsh
+from plugins.predictors.moment import RunningMoment, descending
 
 
 class ClosedFormPredictor(RunningMoment):

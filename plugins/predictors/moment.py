@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from plugins.checks import check_range, check_rows
 from plugins.distributed import LOCAL, Collective
-from plugins.linalg import squared_norm
+from plugins.linalg import eigvalsh, squared_norm
 
 
 class RunningMoment(nn.Module):
@@ -120,24 +120,3 @@ class RunningMoment(nn.Module):
 def descending(eigenvalues: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
     """Ascending eigenvalues of a positive semidefinite matrix, turned round and freed of negative rounding errors."""
     return eigenvalues.clamp(min=0).flip(0)
-
-
-def eigh(matrix: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
-    """Eigenvalues (ascending) and eigenvectors; in float64 on the CPU where the solver does not converge.
-
-    For symmetric matrices only, and always orthogonal: a general solver returns non-orthogonal or complex eigenvectors
-    near equal eigenvalues, which is where IsoLoss converges to.
-    """
-    try:
-        values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        values, vectors = torch.linalg.eigh(matrix.double().cpu())
-    return values.to(matrix), vectors.to(matrix)
-
-
-def eigvalsh(matrix: Float[Tensor, "D D"]) -> Float[Tensor, " D"]:
-    """Eigenvalues of ``eigh``, at half its cost."""
-    try:
-        return torch.linalg.eigvalsh(matrix)
-    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        return torch.linalg.eigvalsh(matrix.double().cpu()).to(matrix)

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from plugins.distributed import LOCAL
+from plugins.linalg import eigh
 from plugins.predictors import ClosedFormPredictor, RunningMoment
-from plugins.predictors.moment import eigh
 
 SETTINGS = [(0.5, 0.0), (1.0, 0.25), (2.0, 0.1)]  # DirectPred, DirectCopy, and a power that the fork special-cased
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -39,6 +39,33 @@ class Embeddings(NamedTuple):
     """Of the large views, detached, for the log; where the head has two branches."""
 
 
+def large_views(sizes: Sequence[int | tuple[int, int]]) -> int:
+    """How many views of an image are large: as many as begin the list and are of the size of the first.
+
+    A teacher, or a second branch, makes targets of the large views, and of these alone. Which they are is told by their
+    place, the same in all frameworks: large views first, small crops after them.
+
+    Args:
+        sizes: of each view, in the order in which the model gets them: the side or (height, width), in pixels.
+
+    Raises:
+        ValueError: there is no view; after a small crop, or in place of one, comes a view at least as large as the
+            first.
+
+    >>> large_views([224, 224, 96, 96, 96])
+    2
+    """
+    if not sizes:
+        raise ValueError("a list of views must hold some, got none")
+    areas = [size**2 if isinstance(size, int) else size[0] * size[1] for size in sizes]
+    large = next((index for index, size in enumerate(sizes) if size != sizes[0]), len(sizes))
+    if any(area >= areas[0] for area in areas[large:]):
+        raise ValueError(
+            f"large views come first, small crops after them: put the largest first, got views of sizes {[*sizes]}"
+        )
+    return large
+
+
 class Terms(Protocol):
     """What a loss returns: a NamedTuple of scalars, of which ``loss`` is the one to minimise."""
 

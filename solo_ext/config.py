@@ -5,6 +5,7 @@ The format is that of solo-learn's main branch. What main leaves to an assertion
 
 import inspect
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from plugins.spec import large_views
 from plugins.tools.command import UserError, say
 from solo_ext.checkpoint import identity
 from solo_ext.compat.common import METHOD_DEFAULTS, complete
@@ -93,11 +95,7 @@ def parse_pretrain(cfg: DictConfig) -> DictConfig:
         _whole(cfg, "knn_eval.k", least=1)
         if cfg.knn_eval.distance_func not in ("cosine", "euclidean"):
             raise UserError(f"knn_eval.distance_func must be cosine or euclidean, got {cfg.knn_eval.distance_func!r}")
-    large = cfg.augmentations[0].crop_size
-    crops = {True: 0, False: 0}
-    for pipeline in cfg.augmentations:
-        crops[pipeline.crop_size == large] += pipeline.num_crops
-    cfg.data.num_large_crops, cfg.data.num_small_crops = crops[True], crops[False]
+    cfg.data.num_large_crops, cfg.data.num_small_crops = large_and_small(cfg.augmentations)
     if cfg.data.val_path is None or cfg.data.no_labels:
         cfg.knn_eval.enabled = False  # nobody would ask for its answer
     cfg.identity = identity(cfg)
@@ -105,6 +103,20 @@ def parse_pretrain(cfg: DictConfig) -> DictConfig:
     cfg.optimizer.lr *= scale
     cfg.optimizer.classifier_lr *= scale
     return cfg
+
+
+def large_and_small(augmentations: Sequence[Any]) -> tuple[int, int]:
+    """How many large views and how many small crops the entries of ``augmentations`` make of an image.
+
+    Raises:
+        UserError: small crops come before large views.
+    """
+    sizes = [pipeline.crop_size for pipeline in augmentations for _ in range(pipeline.num_crops)]
+    try:
+        large = large_views(sizes)
+    except ValueError as error:
+        raise UserError(f"augmentations: {error}") from None
+    return large, len(sizes) - large
 
 
 def parse_linear(cfg: DictConfig) -> DictConfig:

@@ -26,7 +26,7 @@ from plugins.tools.command import UserError, exit_on_user_error
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat import CHECKOUT, GENERATION, native_methods
 from solo_ext.compat.common import CIFAR_STEM, complete
-from solo_ext.config import device_list
+from solo_ext.config import device_list, large_and_small
 from solo_ext.data import hint, split_path
 from solo_ext.registry import ALIASES, method_class, plugin_methods, register
 from solo_ext.transforms import DATASETS, evaluation_transform, linear_transform
@@ -54,6 +54,7 @@ class Scripts:
             for view in cfg.augmentations:
                 view.mean, view.std = list(info.mean), list(info.std)
         with exit_on_user_error():
+            large_and_small(cfg.augmentations)
             METHODS[cfg.method] = method_class(cfg)
         return complete(cfg)  # main's classes do so in place, the script relies on it; ours leave their argument alone
 

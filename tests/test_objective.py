@@ -12,7 +12,7 @@ from plugins.heads import Heads, SharedHead, TwoBranchHead
 from plugins.losses import cissl_loss
 from plugins.methods import METHODS
 from plugins.objective import Objective, embed
-from plugins.spec import Embeddings
+from plugins.spec import Embeddings, large_views
 
 
 def test_each_view_has_its_own_batch_statistics():
@@ -102,6 +102,22 @@ def test_a_two_view_method_refuses_other_views(large, small):
     METHODS["isoloss"].check_views(2)
     with pytest.raises(ValueError, match=f"isoloss compares 2 views of one size.*{large} large and {small} small"):
         METHODS["isoloss"].check_views(large, small)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "large"), [([8], 1), ([8, 8], 2), ([8, 8, 4, 6, 4], 2), ([(8, 6), (8, 6), (6, 6), (4, 4)], 2)]
+)
+def test_large_views_are_those_of_the_first_size_that_come_first(sizes, large):
+    assert large_views(sizes) == large
+
+
+@pytest.mark.parametrize(
+    "sizes", [[4, 4, 8, 8], [8, 4, 8], [8, 4, 4, 9], [(8, 6), (6, 8)], [(8, 6), (8, 4), (8, 6)], []]
+)
+def test_views_in_another_order_are_refused(sizes):
+    with pytest.raises(ValueError, match=r"large views come first|must hold some") as error:
+        large_views(sizes)
+    assert str(sizes) in str(error.value) or not sizes
 
 
 def test_a_method_of_many_views_takes_two_or_more_large_ones():

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from plugins.spec import large_views
 from plugins.tools.command import UserError
 
 COLLATORS = ("multicrop_collator", "simclr_collator")
@@ -40,11 +41,12 @@ def large_and_small(config: Any) -> tuple[int, int]:
     Raises:
         UserError: small crops come before large views.
     """
-    (side, large), *crops = resolutions(config.DATA.TRAIN.TRANSFORMS)
-    if any(size >= side for size, _ in crops):
-        sizes = [size for size, _ in [(side, large), *crops]]
-        raise UserError(f"ImgPilToMultiCrop in config.DATA.TRAIN.TRANSFORMS: large views come first, got sizes {sizes}")
-    return large, sum(count for _, count in crops)
+    sizes = [side or 1 for side, count in resolutions(config.DATA.TRAIN.TRANSFORMS) for _ in range(count)]
+    try:
+        large = large_views(sizes)
+    except ValueError as error:
+        raise UserError(f"ImgPilToMultiCrop in config.DATA.TRAIN.TRANSFORMS: {error}") from None
+    return large, len(sizes) - large
 
 
 def check_batches(config: Any) -> None:

@@ -27,7 +27,7 @@ from plugins.distributed import LOCAL, WORLD
 from plugins.heads import TwoBranchHead
 from plugins.objective import Objective, embed
 from plugins.predictors import RunningMoment
-from plugins.spec import Embeddings, MethodSpec, Terms
+from plugins.spec import Embeddings, MethodSpec, Terms, large_views
 from plugins.targets import move_teacher
 
 _PROBE = (1, 3, 224, 224)
@@ -137,7 +137,7 @@ class MethodModel(nn.Module):
                 small crops, those come last.
 
         Raises:
-            ValueError: another number of views than the method's, or too few rows.
+            ValueError: another number of views than the method's, small crops before large views, or too few rows.
         """
         return self.terms(self.embed(views)[1]).loss
 
@@ -154,12 +154,12 @@ class MethodModel(nn.Module):
         return self.objective(embeddings)
 
     def _large(self, views: Sequence[Tensor]) -> int:
-        """How many of the views are large, which is the size of the first."""
+        """How many of the views are large, which come first."""
         if isinstance(views, Tensor):
             raise ValueError(
                 f"the loss of {self.spec.name} takes a list of views, got a tensor of shape {tuple(views.shape)}"
             )
-        large = sum(view.shape[-2:] == views[0].shape[-2:] for view in views)
+        large = large_views([tuple(view.shape[-2:]) for view in views])
         self.spec.check_views(large, len(views) - large)
         return large
 

@@ -101,6 +101,16 @@ def test_small_crops_are_students_alone(method: str) -> None:
     torch.testing.assert_close(model.loss([*large, *crops]), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["dissl", "cissl"])
+def test_small_crops_before_large_views_are_refused(method: str) -> None:
+    """They would be taken for the large ones, which make the targets: another loss, and nothing would say so."""
+    model, large = built(method), images()
+    small = [view[:, :, 4:12, 4:12] for view in large]
+    for views in ([*small, *large], [large[0], *small, large[1]]):
+        with pytest.raises(ValueError, match=r"put the largest first, got views of sizes \[\((8|16), (8|16)\), "):
+            model.loss(views)
+
+
 def test_classes_are_named_after_titles() -> None:
     wanted = {"BYOL", "CISSL", "DISSL", "DirectCopy", "DirectPred", "IsoCopy", "IsoLoss", "MatrixSSL", "MEC", "SSLEY"}
     assert wanted <= set(models.__all__)

@@ -79,6 +79,17 @@ def test_small_crops_are_students_alone(name, compose):
     torch.testing.assert_close(total, loss + classifier, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["dissl", "cissl"])
+@pytest.mark.parametrize("order", [((8, 3), (16, 2)), ((16, 1), (8, 3), (16, 1))])
+def test_small_crops_before_large_views_are_refused(name, order, compose):
+    """They would be taken for the large ones, which make the targets: another loss, and nothing would say so."""
+    crop = "{rrc:{enabled:true,crop_min_scale:0.1,crop_max_scale:1.0},crop_size:%d,num_crops:%d}"
+    augmentations = ",".join(crop % view for view in order)
+    with pytest.raises(UserError, match="augmentations: large views come first") as error:
+        parse_pretrain(compose(name, f"augmentations=[{augmentations}]"))
+    assert f"got views of sizes {[size for size, count in order for _ in range(count)]}" in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["byol", "simsiam"])
 def test_our_byol_and_simsiam_are_solo_learns(name, compose):
     ours = _build(compose(name, "knn_eval.enabled=False"), torch.float64).train()

@@ -127,6 +127,14 @@ def test_a_mistake_is_one_sentence_and_status_2(case, scripts, compose, capfd):
     assert stopped.value.code == 2 and f"error: {sentence}" in said
 
 
+def test_small_crops_before_large_views_are_refused(scripts, compose, capfd):
+    crop = "{rrc:{enabled:true,crop_min_scale:0.1,crop_max_scale:1.0},crop_size:%d,num_crops:2}"
+    with pytest.raises(SystemExit) as stopped:
+        scripts.args.pretrain.parse_cfg(compose("dissl", f"augmentations=[{crop % 8},{crop % 16}]"))
+    said = capfd.readouterr().err
+    assert stopped.value.code == 2 and "error: augmentations: large views come first" in said
+
+
 def _normalization(transform: T.Compose) -> tuple[list[float], list[float]]:
     (step,) = [step for step in transform.transforms if isinstance(step, T.Normalize)]
     return list(step.mean), list(step.std)

@@ -872,6 +872,11 @@ def test_a_stall_rings_after_the_warm_up_of_a_resumed_run_too() -> None:
         ("dstl", "config.LOSS.dstl_issl_loss.temperature_assign=nan", "must be a finite number above 0, got nan"),
         ("dstl", "config.LOSS.dstl_issl_loss.warmup_teacher_iter=0.5", "must be a number of steps or null, got 0.5"),
         ("dstl", "config.LOSS.dstl_issl_loss.crops_for_teacher=[1,2]", "must be the first crops"),
+        (
+            "dstl",
+            "config.DATA.TRAIN.TRANSFORMS.0.size_crops=[16,32]",
+            r"put the largest first, got views of sizes \[16, 16, 32, 32\]",
+        ),
         ("dstl", "config.LOSS.dstl_issl_loss.crops_for_teacher=[0,a]", "must be the first crops"),
         ("dstl", "config.LOSS.dstl_issl_loss.crops_for_Mx=[3]", "must be different crops of crops_for_teacher"),
         ("dstl", "config.LOSS.dstl_issl_loss.crops_for_Mx=[[0]]", "must be different crops of crops_for_teacher"),

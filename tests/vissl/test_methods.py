@@ -275,7 +275,7 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
         ),
         (
             ["config.DATA.TRAIN.TRANSFORMS=[{name:ImgPilToMultiCrop,num_crops:[2,2],size_crops:[8,16]}]"],
-            "large views come first, got sizes [8, 16]",
+            "large views come first, small crops after them: put the largest first, got views of sizes [8, 8, 16, 16]",
         ),
         (["config.DATA.TRAIN.COLLATE_FUNCTION=default_collate"], "got default_collate"),
         (["config.LOSS.name=barlow_twins_loss"], "method_head needs a config.LOSS.name of byol, "),

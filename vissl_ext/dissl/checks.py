@@ -7,7 +7,7 @@ from classy_vision.losses import LOSS_REGISTRY
 from plugins.tools.command import UserError
 from vissl_ext.dissl.losses import ForkLoss, SimpleCntrISSLLoss
 from vissl_ext.dissl.model import WHOLE
-from vissl_ext.views import check_batches, resolutions
+from vissl_ext.views import check_batches, large_and_small, resolutions
 
 
 def check_fork(config: Any, *, training: bool) -> None:
@@ -59,6 +59,7 @@ def _views(config: Any, name: str, groups: list[Any]) -> tuple[int, int]:
     """How many views the teacher head and the student head get."""
     counts = [count for _, count in resolutions(config.DATA.TRAIN.TRANSFORMS)]
     trunk = config.MODEL.TRUNK
+    large_and_small(config)  # the teacher's views are the first
     if config.DATA.TRAIN.COLLATE_FUNCTION == "multicrop_collator":
         if len(groups) != 2:
             raise UserError(

@@ -309,8 +309,8 @@ def power_traces(
 ) -> tuple[Float[Tensor, "*V"], Float[Tensor, "*V n n"]]:
     """``tr f(X)`` and ``f'(X)`` of a polynomial ``f(X) = a_1 X + ... + a_K X^K``, X of any kind, in K - 2 products.
 
-    The derivative of tr f(X) by X is ``f'(X)^T``. With X = S_p^T S_z, that by S_z is ``S_p f'(X)^T``; the traces are
-    those of the Gram form X = S_z S_p^T, whose derivative by S_z is ``f'(X)^T S_p``.
+    The derivative of tr f(X) by X is ``f'(X)^T``. With X = S_t^T S_p, that by S_p is ``S_t f'(X)^T``; the traces are
+    those of the Gram form X = S_p S_t^T, whose derivative by S_p is ``f'(X)^T S_t``.
 
     Args:
         x: square matrices.

@@ -56,7 +56,8 @@ def dissl_loss(
 
     Args:
         teacher_logits: for T ≥ 1 views, which are the first T of the student's; a list of [B, C], or one [T, B, C],
-            which spares memory where the head's output is one tensor.
+            which spares memory where the head's output is one tensor. The teacher comes first here, second in
+            :func:`plugins.losses.cissl_loss`: name them.
         student_logits: for S ≥ max(2, T) views, likewise.
         lambda_maximality: λ ≥ 0, the weight of H; useful are 1.8 to 2.8. The three weights may be 0-dim tensors.
         beta_det_inv: β ≥ 0, the weight of I; useful are 0.4 to 1.

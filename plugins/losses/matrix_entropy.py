@@ -1,11 +1,11 @@
 """The two matrix cross-entropies of Matrix-SSL and their gradient, from D x D covariances or from N x N Gram matrices.
 
-With S_z, S_p the centred unit rows over sqrt N, C_pz = S_p^T S_z, C_zz = S_z^T S_z, C_pp = S_p^T S_p, K = S_z S_p^T and
-K_z = S_z S_z^T, and a series log(mu I + C) = a_0 I + f(C) = a_0 I + C g(C):
+With S_p, S_t the centred unit rows over sqrt N, C_tp = S_t^T S_p, C_pp = S_p^T S_p, C_tt = S_t^T S_t, K = S_p S_t^T and
+K_p = S_p S_p^T, and a series log(mu I + C) = a_0 I + f(C) = a_0 I + C g(C):
 
-* tr f(C_pz) = tr f(K), with the gradient S_p f'(C_pz)^T = f'(K)^T S_p by S_z;
-* tr((C_pp + mu I) f(C_zz)) = tr(W g(K_z)) with W = K K^T + mu K_z, and its gradient 2 S_z Df(C_zz)[C_pp + mu I] is
-  2 (g(K_z) K S_p + (Dg(K_z)[W] + mu g(K_z)) S_z), where Df(C)[P] is the derivative of f at C along P.
+* tr f(C_tp) = tr f(K), with the gradient S_t f'(C_tp)^T = f'(K)^T S_t by S_p;
+* tr((C_tt + mu I) f(C_pp)) = tr(W g(K_p)) with W = K K^T + mu K_p, and its gradient 2 S_p Df(C_pp)[C_tt + mu I] is
+  2 (g(K_p) K S_t + (Dg(K_p)[W] + mu g(K_p)) S_p), where Df(C)[P] is the derivative of f at C along P.
 
 The exact logarithm has the same structure with a_0 = log mu. Gradients by S are those by the unit rows times sqrt N:
 their columns add up to 0 already, so that the way back through centring costs nothing.
@@ -65,7 +65,7 @@ class Weights(NamedTuple):
         return log_series(self.mce_order, self.mce_mu)
 
     def uniformity(self, cross: Tensor) -> tuple[Tensor, Tensor]:
-        """-lambda tr f(X), and its derivative by X, transposed; X is C_pz or K."""
+        """-lambda tr f(X), and its derivative by X, transposed; X is C_tp or K."""
         if self.logarithm == "exact":
             eye = torch.eye(cross.shape[-1], dtype=cross.dtype, device=cross.device)
             value = torch.linalg.slogdet(eye + cross / self.mce_mu)[1]
@@ -81,7 +81,7 @@ class Weights(NamedTuple):
     def alignment(
         self, own: Tensor, direction: Tensor, target_trace: Tensor, *, gram: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """-a_0 tr C_pp - tr(P f(B)), or with g for f, and the function of B and its derivative along P."""
+        """-a_0 tr C_tt - tr(P f(B)), or with g for f, and the function of B and its derivative along P."""
         zero, coefficients = self._coefficients()
         if self.logarithm == "exact":
             function, slope = logarithm(own, direction, self.mce_mu, divided=gram)
@@ -99,20 +99,20 @@ class Entropies(NamedTuple):
     uniformity: Float[Tensor, ""]
     alignment: Float[Tensor, ""]
     cross: Float[Tensor, "n n"]
-    """C_pz or K."""
+    """C_tp or K."""
     own: Float[Tensor, "n n"]
-    """C_zz or K_z."""
+    """C_pp or K_p."""
     gradient: Float[Tensor, "B D"]
-    """Of uniformity + gamma alignment by this process's unit rows of z, times the number of processes."""
+    """Of uniformity + gamma alignment by this process's unit rows of p, times the number of processes."""
 
 
 def from_covariances(pair: Float[Tensor, "2 B D"], comm: Collective, weights: Weights) -> Entropies:
-    """Of unit rows of z and p, overwritten, that stay where they are: 2 D^2 statistics are added over the processes.
+    """Of unit rows of p and t, overwritten, that stay where they are: 2 D^2 statistics are added over the processes.
 
     In all 10 N D^2 + 14 D^3 operations for order 4, the gradient included.
     """
-    (s_z, s_p), factor = standardized_rows(pair, comm, what=WHAT, overwrite=True, unbiased=False)
-    cross, own, direction = s_p.T @ s_z, s_z.T @ s_z, s_p.T @ s_p
+    (s_p, s_t), factor = standardized_rows(pair, comm, what=WHAT, overwrite=True, unbiased=False)
+    cross, own, direction = s_t.T @ s_p, s_p.T @ s_p, s_t.T @ s_t
     if comm.size > 1:
         width = cross.shape[0]
         total = comm.sum(torch.cat([cross, pack_symmetric(own, direction)]))
@@ -121,34 +121,34 @@ def from_covariances(pair: Float[Tensor, "2 B D"], comm: Collective, weights: We
     target_trace = direction.trace()
     direction.diagonal().add_(weights.mce_mu)
     uniformity, by_cross = weights.uniformity(cross)
-    gradient = s_p @ by_cross.T
+    gradient = s_t @ by_cross.T
     del by_cross
     alignment, _, slope = weights.alignment(own, direction, target_trace, gram=False)
     slope.mul_(-2 * weights.gamma)
     if weights.trace_term:
         slope.diagonal().add_(2 * weights.gamma)
-    gradient = gradient.addmm(s_z, slope).mul_(comm.size * factor)
+    gradient = gradient.addmm(s_p, slope).mul_(comm.size * factor)
     return Entropies(uniformity, alignment, cross, own, gradient)
 
 
 def from_grams(pair: Float[Tensor, "2 B D"], comm: Collective, weights: Weights, counts: list[int]) -> Entropies:
-    """Of unit rows of z and p, overwritten, that are gathered, 2 N D numbers.
+    """Of unit rows of p and t, overwritten, that are gathered, 2 N D numbers.
 
     In all 8 N^2 D + 18 N^3 operations for order 4, the gradient included.
     """
     first = sum(counts[: comm.rank])
     here = slice(first, first + counts[comm.rank])
     every = comm.gather_rows(pair.transpose(0, 1), counts=counts).transpose(0, 1)
-    (s_z, s_p), factor = standardized_rows(every, LOCAL, what=WHAT, overwrite=True, unbiased=False)
-    cross, own = s_z @ s_p.T, s_z @ s_z.T
+    (s_p, s_t), factor = standardized_rows(every, LOCAL, what=WHAT, overwrite=True, unbiased=False)
+    cross, own = s_p @ s_t.T, s_p @ s_p.T
     direction = torch.addmm(own, cross, cross.T, beta=weights.mce_mu)
     uniformity, by_cross = weights.uniformity(cross)
-    alignment, function, slope = weights.alignment(own, direction, squared_norm(s_p), gram=True)
+    alignment, function, slope = weights.alignment(own, direction, squared_norm(s_t), gram=True)
     del direction
     by_target = by_cross.T[here].addmm(function[here], cross, alpha=-2 * weights.gamma)
     by_own = slope[here].add_(function[here], alpha=weights.mce_mu).mul_(-2 * weights.gamma)
     del by_cross, function
-    gradient = (by_target @ s_p).addmm(by_own, s_z)
+    gradient = (by_target @ s_t).addmm(by_own, s_p)
     if weights.trace_term:
-        gradient.add_(s_z[here], alpha=2 * weights.gamma)
+        gradient.add_(s_p[here], alpha=2 * weights.gamma)
     return Entropies(uniformity, alignment, cross, own, gradient.mul_(comm.size * factor))

@@ -26,6 +26,7 @@ from plugins.linalg import (
 )
 from plugins.losses.log_series import SeriesWatch
 from plugins.losses.matrix_entropy import Entropies, Weights, from_covariances, from_grams
+from plugins.losses.old_names import takes_old_names
 
 
 class MatrixSSLTerms(NamedTuple):
@@ -46,11 +47,12 @@ class MatrixSSLTerms(NamedTuple):
     it never is."""
 
 
+@takes_old_names
 def matrix_ssl_loss(
-    z0: Float[Tensor, "B D"],
-    z1: Float[Tensor, "B D"],
     p0: Float[Tensor, "B D"],
     p1: Float[Tensor, "B D"],
+    target0: Float[Tensor, "B D"],
+    target1: Float[Tensor, "B D"],
     *,
     mce_lambd: float = 1.0,
     mce_mu: float = 1.0,
@@ -61,24 +63,24 @@ def matrix_ssl_loss(
     form: str = "auto",
     comm: Collective = LOCAL,
 ) -> Float[Tensor, ""]:
-    """``L = (U(p1, z0) + U(p0, z1)) / 2 + gamma (A(p1, z0) + A(p0, z1)) / 2``.
+    """``L = (U(target1, p0) + U(target0, p1)) / 2 + gamma (A(target1, p0) + A(target0, p1)) / 2``.
 
-    ``U(p, z) = -lambda tr log(C_pz + mu I)`` and ``A(p, z) = -tr((C_pp + mu I) log(C_zz + mu I))``, where the rows of p
-    and z are first divided by their lengths, then centred, and ``C_pz = p^T z / N`` over the N joined rows.
+    ``U(t, p) = -lambda tr log(C_tp + mu I)`` and ``A(t, p) = -tr((C_tt + mu I) log(C_pp + mu I))``, where the rows of t
+    and p are first divided by their lengths, then centred, and ``C_tp = t^T p / N`` over the N joined rows.
 
     Args:
-        z0: the student's predictions of the first view.
-        z1: those of the second view.
-        p0: the teacher's targets of the first view; they get no gradient.
+        p0: the student's predictions of the first view.
         p1: those of the second view.
+        target0: the teacher's targets of the first view; they get no gradient.
+        target1: those of the second view.
         mce_lambd: lambda ≥ 0, weight of the uniformity (dimensionless).
         mce_mu: mu ≥ 0, what is added to the covariances' eigenvalues (dimensionless, > 0 for "exact"). The published
             command uses 1 for both; the script's own default, 0.5, adds a constant of about D / 2.
         gamma: weight of the alignment, ≥ 0.
         mce_order: order of the series, ≥ 1. Odd orders have their minimum in a collapse onto a line.
         logarithm: "series", or "exact". **"exact" is another objective**: with gamma = 1 it is lowest where all rows
-            lie on one line. It warns. For det(C_pz + mu I) < 0, possible with mu < 1, it takes log |det|.
-        trace_term: add tr(C_pz + mu I) to U and tr(C_zz + mu I) to A, as in the paper. With lambda = mu = 1 the linear
+            lie on one line. It warns. For det(C_tp + mu I) < 0, possible with mu < 1, it takes log |det|.
+        trace_term: add tr(C_tp + mu I) to U and tr(C_pp + mu I) to A, as in the paper. With lambda = mu = 1 the linear
             terms cancel and the minimum moves to C = 0, collapse: use it with a larger lambda only.
         form: "covariance" (D x D), "gram" (N x N) or "auto", the cheaper one. The value is the same.
         comm: the processes that share the batch. The smaller of 4 N D numbers of rows and 4 D^2 of statistics is sent,
@@ -95,14 +97,15 @@ def matrix_ssl_loss(
     -1.75
     """
     weights = _weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
-    return _matrix_ssl(z0, z1, p0, p1, weights, form, comm)[0]
+    return _matrix_ssl(p0, p1, target0, target1, weights, form, comm)[0]
 
 
+@takes_old_names
 def matrix_ssl_terms(
-    z0: Float[Tensor, "B D"],
-    z1: Float[Tensor, "B D"],
     p0: Float[Tensor, "B D"],
     p1: Float[Tensor, "B D"],
+    target0: Float[Tensor, "B D"],
+    target1: Float[Tensor, "B D"],
     *,
     mce_lambd: float = 1.0,
     mce_mu: float = 1.0,
@@ -115,8 +118,8 @@ def matrix_ssl_terms(
 ) -> MatrixSSLTerms:
     """:func:`matrix_ssl_loss` with its parts beside it."""
     weights = _weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
-    loss, pairs = _matrix_ssl(z0, z1, p0, p1, weights, form, comm)
-    with torch.autocast(z0.device.type, enabled=False):
+    loss, pairs = _matrix_ssl(p0, p1, target0, target1, weights, form, comm)
+    with torch.autocast(p0.device.type, enabled=False):
         uniformity = torch.stack([pair.uniformity for pair in pairs]).mean()
         alignment = torch.stack([pair.alignment for pair in pairs]).mean()
         own = torch.stack([pair.own for pair in pairs])
@@ -126,19 +129,19 @@ def matrix_ssl_terms(
 
 
 def _matrix_ssl(
-    z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor, weights: Weights, form: str, comm: Collective
+    p0: Tensor, p1: Tensor, target0: Tensor, target1: Tensor, weights: Weights, form: str, comm: Collective
 ) -> tuple[Tensor, list[Entropies]]:
     """The loss, and what it is made of for both pairs of views, one after the other to hold less at once."""
-    check_rows(z0=z0, z1=z1, p0=p0, p1=p1)
+    check_rows(p0=p0, p1=p1, target0=target0, target1=target1)
     check_choice("form", form, FORMS)
     try:
-        loss, pairs = _value_and_pairs(z0, z1, p0, p1, weights, form, comm)
+        loss, pairs = _value_and_pairs(p0, p1, target0, target1, weights, form, comm)
     except LinAlgError:
-        _check_finite(comm, z0=z0, z1=z1, p0=p0, p1=p1)
+        _check_finite(comm, p0=p0, p1=p1, target0=target0, target1=target1)
         raise
     # the solvers of the exact logarithm have waited for the device, so that one look more is free
     if weights.logarithm == "exact" and not torch.compiler.is_compiling() and not bool(loss.isfinite()):
-        _check_finite(comm, z0=z0, z1=z1, p0=p0, p1=p1)
+        _check_finite(comm, p0=p0, p1=p1, target0=target0, target1=target1)
     return loss, pairs
 
 
@@ -150,21 +153,21 @@ def _check_finite(comm: Collective, **tensors: Tensor) -> None:
 
 
 def _value_and_pairs(
-    z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor, weights: Weights, form: str, comm: Collective
+    p0: Tensor, p1: Tensor, target0: Tensor, target1: Tensor, weights: Weights, form: str, comm: Collective
 ) -> tuple[Tensor, list[Entropies]]:
-    dtype = compute_dtype(torch.promote_types(torch.promote_types(z0.dtype, z1.dtype), p0.dtype))
-    with torch.autocast(z0.device.type, enabled=False):
-        views = [z0.to(dtype), z1.to(dtype)]
-        counts = comm.row_counts(z0.shape[0], z0.device)
-        gram = form == "gram" or (form == "auto" and gram_is_cheaper(sum(counts), z0.shape[1]))
+    dtype = compute_dtype(torch.promote_types(torch.promote_types(p0.dtype, p1.dtype), target0.dtype))
+    with torch.autocast(p0.device.type, enabled=False):
+        views = [p0.to(dtype), p1.to(dtype)]
+        counts = comm.row_counts(p0.shape[0], p0.device)
+        gram = form == "gram" or (form == "auto" and gram_is_cheaper(sum(counts), p0.shape[1]))
         pairs, gradients = [], []
-        for z, p in zip(views, (p1, p0), strict=True):
-            unit, inverse = unit_rows(z)
-            pair = torch.stack([unit, unit_rows(p.to(dtype))[0]])
+        for p, target in zip(views, (target1, target0), strict=True):
+            unit, inverse = unit_rows(p)
+            pair = torch.stack([unit, unit_rows(target.to(dtype))[0]])
             pairs.append(from_grams(pair, comm, weights, counts) if gram else from_covariances(pair, comm, weights))
             gradients.append(tangent(pairs[-1].gradient, unit, inverse).div_(2))
         loss = torch.stack([pair.uniformity + weights.gamma * pair.alignment for pair in pairs]).mean()
-        loss = loss + weights.constant(z0.shape[1])
+        loss = loss + weights.constant(p0.shape[1])
         if torch.is_grad_enabled() and any(view.requires_grad for view in views):
             loss = attach_gradient(loss, views, gradients)
     return loss, pairs
@@ -210,10 +213,15 @@ class MatrixSSLLoss(nn.Module):
         self.form, self.comm = form, comm
         self.watch = SeriesWatch("the Matrix-SSL loss", "set mce_mu to 1 or less")
 
+    @takes_old_names
     def forward(
-        self, z0: Float[Tensor, "B D"], z1: Float[Tensor, "B D"], p0: Float[Tensor, "B D"], p1: Float[Tensor, "B D"]
+        self,
+        p0: Float[Tensor, "B D"],
+        p1: Float[Tensor, "B D"],
+        target0: Float[Tensor, "B D"],
+        target1: Float[Tensor, "B D"],
     ) -> Float[Tensor, ""]:
-        loss, pairs = _matrix_ssl(z0, z1, p0, p1, self.weights, self.form, self.comm)
+        loss, pairs = _matrix_ssl(p0, p1, target0, target1, self.weights, self.form, self.comm)
         if self.training and self.weights.logarithm == "series":
             self.watch(lambda: _radius(pairs, self.weights.mce_mu))
         return loss

@@ -25,6 +25,7 @@ from plugins.linalg import (
     unit_rows,
 )
 from plugins.losses.log_series import SeriesWatch, log_series
+from plugins.losses.old_names import takes_old_names
 
 LEAST_EPS_D = 1e-6
 
@@ -36,32 +37,33 @@ class MECTerms(NamedTuple):
     similarity: Float[Tensor, ""]
     """Mean cosine of prediction and target."""
     effective_rank: Float[Tensor, ""]
-    """(tr M)^2 / ||M||^2 of M = z^T z of the student's unit rows, not centred: 1 where all agree, D at most."""
+    """(tr M)^2 / ||M||^2 of M = p^T p of the student's unit rows, not centred: 1 where all agree, D at most."""
     radius: Float[Tensor, ""]
     """Estimate of the spectral radius of what the series is in, the larger of two; above 1 it diverges."""
 
 
+@takes_old_names
 def mec_loss(
-    z0: Float[Tensor, "B D"],
-    z1: Float[Tensor, "B D"],
     p0: Float[Tensor, "B D"],
     p1: Float[Tensor, "B D"],
+    target0: Float[Tensor, "B D"],
+    target1: Float[Tensor, "B D"],
     *,
     eps_d: float | Float[Tensor, ""],
     order: int = 4,
     form: str = "auto",
     comm: Collective = LOCAL,
 ) -> Float[Tensor, ""]:
-    """``L = -eps_d / 2 sum_(p, z) tr sum_(k=1)^K (-1)^(k+1) / k C^k`` with ``C = p^T z / (N eps_d)``.
+    """``L = -eps_d / 2 sum_(t, p) tr sum_(k=1)^K (-1)^(k+1) / k C^k`` with ``C = t^T p / (N eps_d)``.
 
-    The pairs are (p1, z0) and (p0, z1); their rows are divided by their lengths, N joined rows. In the paper's terms
-    lambda_inv = N eps_d, and C may be the N x N matrix p z^T / lambda_inv: the traces are the same.
+    The pairs (t, p) are (target1, p0) and (target0, p1); their rows are divided by their lengths, N joined rows. In the
+    paper's terms lambda_inv = N eps_d, and C may be the N x N matrix t p^T / lambda_inv: the traces are the same.
 
     Args:
-        z0: the student's predictions of the first view.
-        z1: those of the second view.
-        p0: the teacher's targets of the first view; they get no gradient.
+        p0: the student's predictions of the first view.
         p1: those of the second view.
+        target0: the teacher's targets of the first view; they get no gradient.
+        target1: those of the second view.
         eps_d: distortion per dimension, > 0; published 64 / D = 1/32 at D = 2048. The smaller, the stronger it spreads,
             and the sooner the series diverges: begin with eight times as much, see :func:`mec_warmup`. A 0-dim tensor
             is not checked: that never waits for the device, nor compiles anew at each value.
@@ -80,14 +82,15 @@ def mec_loss(
     >>> round(mec_loss(z, z, z, z, eps_d=0.5).item(), 4)  # four eigenvalues 1 / 2: -2 (1/2 - 1/8 + 1/24 - 1/64)
     -0.8021
     """
-    return _mec(z0, z1, p0, p1, eps_d, order, form, comm)[0]
+    return _mec(p0, p1, target0, target1, eps_d, order, form, comm)[0]
 
 
+@takes_old_names
 def mec_terms(
-    z0: Float[Tensor, "B D"],
-    z1: Float[Tensor, "B D"],
     p0: Float[Tensor, "B D"],
     p1: Float[Tensor, "B D"],
+    target0: Float[Tensor, "B D"],
+    target1: Float[Tensor, "B D"],
     *,
     eps_d: float | Float[Tensor, ""],
     order: int = 4,
@@ -95,8 +98,8 @@ def mec_terms(
     comm: Collective = LOCAL,
 ) -> MECTerms:
     """:func:`mec_loss` with what to watch beside it; one product of the rows more."""
-    loss, pairs, joined = _mec(z0, z1, p0, p1, eps_d, order, form, comm)
-    with torch.autocast(z0.device.type, enabled=False):
+    loss, pairs, joined = _mec(p0, p1, target0, target1, eps_d, order, form, comm)
+    with torch.autocast(p0.device.type, enabled=False):
         similarity = torch.stack([cross.trace() for cross, _ in pairs]).mean() * eps_d
         unit = torch.stack([rows for _, rows in pairs])
         small = joined and gram_is_cheaper(unit.shape[1], unit.shape[2])
@@ -108,24 +111,31 @@ def mec_terms(
 
 
 def _mec(
-    z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor, eps_d: float | Tensor, order: int, form: str, comm: Collective
+    p0: Tensor,
+    p1: Tensor,
+    target0: Tensor,
+    target1: Tensor,
+    eps_d: float | Tensor,
+    order: int,
+    form: str,
+    comm: Collective,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], bool]:
-    """The loss, C and unit rows of z for both pairs, and whether these are all rows, not only this process's."""
-    check_rows(z0=z0, z1=z1, p0=p0, p1=p1)
+    """The loss, C and unit rows of p for both pairs, and whether these are all rows, not only this process's."""
+    check_rows(p0=p0, p1=p1, target0=target0, target1=target1)
     _check(eps_d, order, form)
     _, coefficients = log_series(order)
-    dtype = compute_dtype(torch.promote_types(torch.promote_types(z0.dtype, z1.dtype), p0.dtype))
-    with torch.autocast(z0.device.type, enabled=False):
-        views = [z0.to(dtype), z1.to(dtype)]
-        counts = comm.row_counts(z0.shape[0], z0.device)
+    dtype = compute_dtype(torch.promote_types(torch.promote_types(p0.dtype, p1.dtype), target0.dtype))
+    with torch.autocast(p0.device.type, enabled=False):
+        views = [p0.to(dtype), p1.to(dtype)]
+        counts = comm.row_counts(p0.shape[0], p0.device)
         rows, first = sum(counts), sum(counts[: comm.rank])
         check_count(rows, least=1, what="the MEC loss")
-        gram = form == "gram" or (form == "auto" and gram_is_cheaper(rows * (1 if comm.size == 1 else 2), z0.shape[1]))
-        here = slice(first, first + z0.shape[0])
+        gram = form == "gram" or (form == "auto" and gram_is_cheaper(rows * (1 if comm.size == 1 else 2), p0.shape[1]))
+        here = slice(first, first + p0.shape[0])
         pairs, gradients, traces = [], [], []
-        for z, p in zip(views, (p1, p0), strict=True):
-            unit, inverse = unit_rows(z)
-            every, target = unit, unit_rows(p.to(dtype))[0]
+        for p, t in zip(views, (target1, target0), strict=True):
+            unit, inverse = unit_rows(p)
+            every, target = unit, unit_rows(t.to(dtype))[0]
             if gram and comm.size > 1:
                 every, target = comm.gather_rows(torch.stack([unit, target], 1), counts=counts).unbind(1)
             cross = (every @ target.T if gram else comm.sum(target.T @ unit)) / (rows * eps_d)
@@ -185,17 +195,18 @@ class MECLoss(nn.Module):
         self.eps_d, self.order, self.form, self.comm = eps_d, order, form, comm
         self.watch = SeriesWatch("the MEC loss", "use a larger eps_d, or a longer warm-up of it")
 
+    @takes_old_names
     def forward(
         self,
-        z0: Float[Tensor, "B D"],
-        z1: Float[Tensor, "B D"],
         p0: Float[Tensor, "B D"],
         p1: Float[Tensor, "B D"],
+        target0: Float[Tensor, "B D"],
+        target1: Float[Tensor, "B D"],
         *,
         warmup: float | Float[Tensor, ""] = 1.0,
     ) -> Float[Tensor, ""]:
         """``warmup`` multiplies eps_d, see :func:`mec_warmup`."""
-        loss, pairs, _ = _mec(z0, z1, p0, p1, self.eps_d * warmup, self.order, self.form, self.comm)
+        loss, pairs, _ = _mec(p0, p1, target0, target1, self.eps_d * warmup, self.order, self.form, self.comm)
         if self.training:
             self.watch(lambda: _radius(pairs))
         return loss

@@ -9,12 +9,16 @@ import torch
 
 from plugins.distributed import LOCAL
 from plugins.losses import (
+    MatrixSSLLoss,
+    MECLoss,
     byol_loss,
     cissl_loss,
     dissl_loss,
     isoloss,
     matrix_ssl_loss,
+    matrix_ssl_terms,
     mec_loss,
+    mec_terms,
     ssl_ey_loss,
 )
 from plugins.methods import METHODS
@@ -111,11 +115,52 @@ def test_an_input_that_is_not_finite_is_refused_or_shows_in_the_loss(name, value
         broken = [view.clone() for view in views]
         broken[index][2, 3] = value
         if "exact" in name:
-            view = ("z0", "z1", "p0", "p1")[index]
+            view = ("p0", "p1", "target0", "target1")[index]
             with pytest.raises(ValueError, match=f"needs finite numbers, got NaN or inf in {view}$"):
                 LOSSES[name](*broken)
         else:
             assert not LOSSES[name](*broken).isfinite(), index
+
+
+_CALLS = {
+    "matrix_ssl_loss": (matrix_ssl_loss, {}),
+    "matrix_ssl_terms": (lambda *a, **k: matrix_ssl_terms(*a, **k).loss, {}),
+    "MatrixSSLLoss": (MatrixSSLLoss(), {}),
+    "mec_loss": (mec_loss, {"eps_d": 0.5}),
+    "mec_terms": (lambda *a, **k: mec_terms(*a, **k).loss, {"eps_d": 0.5}),
+    "MECLoss": (MECLoss(eps_d=0.5), {}),
+}
+
+
+@pytest.mark.parametrize("name", _CALLS)
+def test_predictions_are_p_and_the_teachers_are_targets(name):
+    """By position as ever; by keyword p0, p1 get the gradient, as in byol_loss and isoloss."""
+    call, options = _CALLS[name]
+    a, b, c, d = (torch.randn(6, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(4))
+    free = [a.requires_grad_(), b.requires_grad_()]
+    expected = call(a, b, c, d, **options)
+    gradients = torch.autograd.grad(expected, free)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for found in (
+            call(p0=a, p1=b, target0=c, target1=d, **options),
+            call(a, p1=b, target0=c, target1=d, **options),
+            call(a, b, target0=c, target1=d, **options),
+        ):
+            assert torch.equal(found, expected)
+            torch.testing.assert_close(torch.autograd.grad(found, free), gradients)
+    for args, names in (
+        ((), {"z0": a, "z1": b, "p0": c, "p1": d}),
+        ((a,), {"z1": b, "p0": c, "p1": d}),
+        ((a, b), {"p0": c, "p1": d}),
+        ((a, b, c), {"p1": d}),
+    ):
+        with pytest.warns(FutureWarning, match="now called p0, p1") as caught:
+            found = call(*args, **names, **options)
+        assert torch.equal(found, expected) and len(caught) == 1
+    for args, names in (((), {"z0": a, "z1": b, "target0": c, "target1": d}), ((a, b), {"p0": c, "target1": d})):
+        with pytest.raises(TypeError, match=r"got the former names (z0, z1|p0) mixed with target"):
+            call(*args, **names, **options)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -514,7 +514,7 @@ def test_sends_the_smaller_thing_and_nothing_in_backward(ranks, width):
 def test_wrong_input_is_refused():
     z = torch.ones(4, 3)
     for arguments, options, message in [
-        ([z, z, z, z[:, :2]], {}, r"p1 must have the shape of z0, \(4, 3\), got \(4, 2\)"),
+        ([z, z, z, z[:, :2]], {}, r"target1 must have the shape of p0, \(4, 3\), got \(4, 2\)"),
         ([z[:1]] * 4, {}, "the Matrix-SSL loss needs at least 2 rows over all processes, got 1"),
         ([z] * 4, {"form": "dual"}, "form must be one of auto, covariance, gram, got 'dual'"),
         ([z] * 4, {"logarithm": "log"}, "logarithm must be one of series, exact, got 'log'"),

@@ -349,7 +349,7 @@ def test_sends_the_smaller_thing_and_nothing_in_backward(ranks, width):
 def test_wrong_input_is_refused():
     z = torch.ones(4, 3)
     for arguments, options, message in [
-        ([z, z, z, z[:, :2]], {}, r"p1 must have the shape of z0, \(4, 3\), got \(4, 2\)"),
+        ([z, z, z, z[:, :2]], {}, r"target1 must have the shape of p0, \(4, 3\), got \(4, 2\)"),
         ([z[:0]] * 4, {}, "the MEC loss needs at least 1 rows over all processes, got 0"),
         ([z] * 4, {"form": "dual"}, "form must be one of auto, covariance, gram, got 'dual'"),
         ([z] * 4, {"order": 0}, r"order must be in \[1, inf\), got 0"),

@@ -42,8 +42,8 @@ def cissl_loss(
 
     Args:
         student: outputs of the student head (linear, for linear probes) for S ≥ T views, as a list or one tensor; the
-            further ones are small crops. The student comes first here, second in :func:`plugins.losses.dissl_loss`: name
-            them.
+            further ones are small crops. The student comes first here, second in
+            :func:`plugins.losses.dissl_loss`: name them.
         teacher: outputs of the teacher head (an MLP) for T ≥ 2 views, the first of the student's.
         temperature: τ > 0, fixed; 0.07 in the paper's own code, 0.1 in its VISSL fork.
         positives: "all" views of the own image, or only the "other" ones: then the row's own view is no column at all;

@@ -23,11 +23,12 @@ def takes_old_names(function: Function) -> Function:
         TypeError: at the call, old and new names are mixed.
     """
 
-    @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **_translated(args, kwargs))
 
-    return cast(Function, call)
+    # torch.compile counts recompilations by code object: one for each loss, not one for all
+    call.__code__ = call.__code__.replace(co_name=function.__name__)
+    return cast(Function, wraps(function)(call))
 
 
 def _translated(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

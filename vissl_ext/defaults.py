@@ -7,6 +7,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import UserError
+from vissl_ext.parts import NEED_GPU
 
 _CPU: dict[str, Any] = {
     "MACHINE.DEVICE": "cpu",
@@ -52,6 +53,8 @@ def adapt(cfg: DictConfig, given: dict[str, Any]) -> list[str]:
     gpu = torch.cuda.is_available()
     if not gpu or OmegaConf.select(cfg.config, "MACHINE.DEVICE") == "cpu":
         changed = _cpu_safe(cfg.config, given, "there is no GPU here" if not gpu else "MACHINE.DEVICE is cpu")
+        if OmegaConf.select(cfg.config, "MODEL.TRUNK.NAME") in NEED_GPU:
+            raise UserError(f"config.MODEL.TRUNK.NAME={cfg.config.MODEL.TRUNK.NAME} needs a GPU; regnet does not")
     _check_apex(cfg.config)
     return changed
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import signal
 import sys
+import zipfile
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,7 +120,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     cfg.config.CHECKPOINT.DIR = str(Path(str(cfg.config.CHECKPOINT.DIR)).expanduser().absolute())
     lists = catalog.complete(cfg.config, given)
     check(cfg, given)
-    _check_weights(cfg.config.MODEL.WEIGHTS_INIT.PARAMS_FILE)
+    _check_weights(cfg.config.MODEL.WEIGHTS_INIT)
     try:
         args, config = convert_to_attrdict(cfg, dump_config=False)
         build_optimizer_schedulers(deepcopy(config.OPTIMIZER))
@@ -142,13 +143,23 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     return args, config
 
 
-def _check_weights(path: str | None) -> None:
-    """Refuse a file of weights that is not there, is torn, or that torch would not read, as it names code."""
+def _check_weights(weights: Any) -> None:
+    """Check that the file of weights is there, is whole, and holds weights and no code.
+
+    Args:
+        weights: the section MODEL.WEIGHTS_INIT.
+
+    Raises:
+        UserError: torch would not read it, or it holds something else.
+    """
+    import torch
+
+    from vissl_ext.compat.missing_weights import check_content
     from vissl_ext.compat.saved_types import unknown_types
 
+    path, key = weights.PARAMS_FILE, "config.MODEL.WEIGHTS_INIT.PARAMS_FILE"
     if not path or "://" in path:
         return
-    key = "config.MODEL.WEIGHTS_INIT.PARAMS_FILE"
     if not Path(path).is_file():
         raise UserError(f"{key} is no file: {path}")
     try:
@@ -160,6 +171,14 @@ def _check_weights(path: str | None) -> None:
             f"{key} names {', '.join(unknown)}, which could run code and is not read; "
             f"take the tensors alone into a file of their own: {path}"
         )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        reason = "it is text, a plain pickle or something else"
+        if "Unsupported global" in str(error):
+            reason = "it holds code, or objects that are no tensors"
+        raise UserError(f"{key} is no file of torch.save with weights alone ({reason}): {path}") from None
+    check_content(content, weights.STATE_DICT_KEY_NAME, path)
 
 
 def _plain(config: Any) -> Any:

@@ -6,6 +6,7 @@ a mistake is a traceback.
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from typing import Any
@@ -19,6 +20,8 @@ _SWITCHES = {"auto_scale", "is_adaptive", "keep_warmup"}
 """What in a schedule is a word, and what is true or false; everything else is numbers."""
 _OF_WRAPPER = {"name", "indices", "transform_receives_entire_batch", "transform_type"}
 """What VISSL itself reads of an entry of TRANSFORMS."""
+NEED_GPU = ("regnet_v2", "regnet_fsdp")
+"""Trunks that VISSL can build on a GPU alone, with its processes running."""
 _WHY = (TypeError, ValueError, KeyError, AssertionError, AttributeError, IndexError, ZeroDivisionError)
 
 
@@ -155,7 +158,6 @@ def check_layers(model_config: Any) -> None:
         UserError: the sentence names the layer.
     """
     from vissl.models.model_helpers import is_feature_extractor_model
-    from vissl.models.trunks import get_model_trunk
     from vissl.models.trunks.feature_extractor import POOL_OPS
 
     key = "config.MODEL.FEATURE_EVAL_SETTINGS.LINEAR_EVAL_FEAT_POOL_OPS_MAP"
@@ -177,22 +179,64 @@ def check_layers(model_config: Any) -> None:
             case _:
                 raise UserError(f"{key}: each entry is [LAYER, [POOLING, [ARGUMENTS]]], got {entry!r}")
     name = model_config.TRUNK.NAME
-    try:
-        with torch.device("meta"):
-            trunk = get_model_trunk(name)(deepcopy(model_config), name)
-    except _WHY as error:
-        raise UserError(f"config.MODEL.TRUNK: {name} cannot be made: {_reason(error)}") from None
-    names, blocks = getattr(trunk, "feat_eval_mapping", None), getattr(trunk, "_feature_blocks", None)
-    if names is None or blocks is None:
+    trunk = _trunk(model_config)
+    if trunk is None:
         return
     layers = [entry[0] for entry in wanted]
+    blocks = getattr(trunk, "_feature_blocks", None)
+    if hasattr(trunk, "get_intermediate_features"):
+        _check_tokens(key, name, layers, trunk)
+    elif blocks is None:  # forward() gives the last features, whatever their name
+        other = [layer for layer in layers if layer.startswith(("blkCLS", "concatCLS"))]
+        if len(layers) > 1 or other:
+            raise UserError(f"{key}: {name} has its last features alone: one entry, lastCLS, got {', '.join(layers)}")
+    elif isinstance(blocks, torch.nn.ModuleDict):
+        blocks = list(blocks)
+        names = getattr(trunk, "feat_eval_mapping", None) or {block: block for block in blocks}
+        for layer in layers:
+            known(f"{key}: layer of {name}", layer, names)
+        if set(names.values()) <= set(blocks):
+            places = [blocks.index(names[layer]) for layer in layers]
+            if places != sorted(places):
+                # VISSL gives the features in the order of the network, and would call them by the wrong names
+                right = [layer for _, layer in sorted(zip(places, layers, strict=True))]
+                raise UserError(
+                    f"{key} must name the layers from the input on, {', '.join(right)}, got {', '.join(layers)}"
+                )
+
+
+def _trunk(model_config: Any) -> Any:
+    """The trunk, to see its layers; None where only a rank can build it.
+
+    It costs nothing on the meta device. Trunks that read the values of tensors while they are built (VISSL's ViT and
+    ConViT) cannot be built there: these are built for good.
+    """
+    from vissl.models.trunks import get_model_trunk
+
+    name = model_config.TRUNK.NAME
+    if name in NEED_GPU:
+        return None
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device):
+                return get_model_trunk(name)(deepcopy(model_config), name)
+        except Exception as error:
+            if device == "cpu" and isinstance(error, _WHY):
+                raise UserError(f"config.MODEL.TRUNK: {name} cannot be made: {_reason(error)}") from None
+    return None
+
+
+def _check_tokens(key: str, name: str, layers: list[str], trunk: Any) -> None:
+    """Check the names of a transformer's features, of which VISSL leaves out those that it does not know."""
+    depth = len(trunk.blocks)
     for layer in layers:
-        known(f"{key}: layer of {name}", layer, names)
-    places = [list(blocks).index(names[layer]) for layer in layers]
-    if places != sorted(places):
-        # VISSL gives the features in the order of the network, and would call them by the wrong names
-        right = [layer for _, layer in sorted(zip(places, layers, strict=True))]
-        raise UserError(f"{key} must name the layers from the input on, {', '.join(right)}, got {', '.join(layers)}")
+        match = re.fullmatch(r"lastCLS|(blkCLS|concatCLS)(\d+)", layer)
+        first = 1 if match and match[1] == "concatCLS" else 0
+        if not match or (match[2] and not first <= int(match[2]) < depth + first):
+            raise UserError(
+                f"{key}: layer of {name}: {layer!r} is unknown; known are lastCLS, blkCLS0 to blkCLS{depth - 1}, and "
+                f"concatCLS1 to concatCLS{depth} (the last blocks' class tokens)"
+            )
 
 
 def check_heads(model_config: Any) -> None:

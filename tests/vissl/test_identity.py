@@ -94,9 +94,34 @@ def test_a_checkpoint_of_another_trunk_is_refused(tmp_path: Path) -> None:
     small, large = Model(a=torch.nn.Linear(2, 3)), Model(a=torch.nn.Linear(2, 3), b=torch.nn.Linear(3, 3))
     how = {"state_dict_key_name": "classy_state_dict", "skip_layers": [], "replace_prefix": None, "append_prefix": None}
     load = base_ssl_model.init_model_from_consolidated_weights
-    load.__wrapped__(config, large, checkpoint(small), **how)  # not a word, or mended upstream
-    with pytest.raises(UserError, match=r"weights\.torch is a checkpoint of another trunk .*: it lacks b\.weight"):
+    for model, state in ((large, small), (small, large)):
+        load.__wrapped__(config, model, checkpoint(state), **how)  # not a word, or mended upstream
+    other = r"weights\.torch is a checkpoint of another trunk .*: "
+    with pytest.raises(UserError, match=other + r"missing b\.weight and 1 more\. It is probably"):
         load(config, large, checkpoint(small), **how)
-    with pytest.raises(UserError, match=r"it has another shape, \(3, 2\), of a\.weight"):
+    with pytest.raises(UserError, match=other + r"left over b\.weight and 1 more\. It is probably"):
+        load(config, small, checkpoint(large), **how)
+    with pytest.raises(UserError, match=r"of another shape a\.weight \(3x2 in the file, 3x3 here\)"):
         load(config, Model(a=torch.nn.Linear(3, 3)), checkpoint(small), **how)
-    load(config, small, checkpoint(large), **how)
+    compiled = {f"_orig_mod.{key}": value for key, value in checkpoint(small)["classy_state_dict"]["base_model"]
+                ["model"]["trunk"].items()}  # fmt: skip
+    state = checkpoint(small)
+    state["classy_state_dict"]["base_model"]["model"]["trunk"] = compiled
+    load(config, small, state, **how)
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_heads_that_are_not_loaded_are_reported_once(heads: bool, capsys: pytest.CaptureFixture) -> None:
+    model = torch.nn.ModuleDict({"trunk": torch.nn.Linear(2, 3), "heads": torch.nn.ModuleList([torch.nn.Linear(3, 4)])})
+    parts = {name: dict(model[name].state_dict()) for name in ("trunk", "heads")}
+    config = config_of("config.MODEL.WEIGHTS_INIT.PARAMS_FILE=weights.torch")
+    config.MODEL.FEATURE_EVAL_SETTINGS.EVAL_MODE_ON = heads
+    how = {"state_dict_key_name": "classy_state_dict", "skip_layers": [], "replace_prefix": None, "append_prefix": None}
+    load = base_ssl_model.init_model_from_consolidated_weights
+    load(config, model, {"classy_state_dict": {"base_model": {"model": dict(parts)}}}, **how)
+    said = capsys.readouterr().out
+    assert said == ("the heads in weights.torch (2 tensors) are not used by this evaluation\n" if heads else "")
+    parts["heads"]["0.weight"] = torch.zeros(5, 3)
+    if not heads:
+        with pytest.raises(UserError, match=r"other heads .* to begin with new heads add .*SKIP_LAYERS="):
+            load(config, model, {"classy_state_dict": {"base_model": {"model": dict(parts)}}}, **how)

@@ -1,0 +1,91 @@
+"""Whether weights fit a network. Every loader compares both sides: a backbone that is loaded in part is noise."""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+_WRAPPER = re.compile(r"(?:^|(?<=\.))_orig_mod\.")
+"""What torch.compile puts before the names of a module, at any depth."""
+
+
+def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo what torch.compile and DistributedDataParallel do to the names of a state dict.
+
+    Args:
+        state: name → tensor.
+
+    Returns:
+        The tensors without ``_orig_mod.`` at any depth and without a leading ``module.`` that all of them have.
+
+    >>> sorted(plain_names({"module._orig_mod.fc.weight": 0, "module._orig_mod.fc.bias": 1}))
+    ['fc.bias', 'fc.weight']
+    """
+    plain = {_WRAPPER.sub("", name): value for name, value in state.items()}
+    while plain and all(name.startswith("module.") for name in plain):
+        plain = {name.removeprefix("module."): value for name, value in plain.items()}
+    return plain
+
+
+def differences(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Compare the names and shapes of weights with those of a network.
+
+    Args:
+        given: name → tensor of a file.
+        wanted: name → tensor of the network.
+
+    Returns:
+        "missing", "left over" and "of another shape" → names; without the kinds that have none.
+    """
+    found = {
+        "missing": [name for name in wanted if name not in given],
+        "left over": [name for name in given if name not in wanted],
+        "of another shape": [name for name in wanted if name in given and wanted[name].shape != given[name].shape],
+    }
+    return {kind: names for kind, names in found.items() if names}
+
+
+def mismatch(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Describe why weights do not fit a network, for an error message.
+
+    Args:
+        given: name → tensor of a file.
+        wanted: name → tensor of the network.
+
+    Returns:
+        Some of the names, and the likely reason; empty if every tensor fits.
+
+    >>> import torch
+    >>> one, two = torch.zeros(1), torch.zeros(2)
+    >>> mismatch({"a": one, "b": one}, {"a": two, "c": one})
+    'missing c; left over b; of another shape a (1 in the file, 2 here). It is probably another architecture'
+    >>> mismatch({"layer1.0.w": one, "layer1.1.w": one}, {"layer1.0.w": one})
+    'left over layer1.1.w. It is probably a network of another depth'
+    """
+    found = differences(given, wanted)
+    if not found:
+        return ""
+    words = []
+    for kind, names in found.items():
+        text = f"{kind} {names[0]}"
+        if kind == "of another shape":
+            shapes = ("x".join(map(str, each[names[0]].shape)) or "a number" for each in (given, wanted))
+            text += " ({} in the file, {} here)".format(*shapes)
+        words.append(text + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+    return f"{'; '.join(words)}. It is probably {_reason(found, given, wanted)}"
+
+
+def _reason(found: dict[str, list[str]], given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    odd = [name for names in found.values() for name in names]
+    if "missing" in found and not set(given) & set(wanted):
+        return "another architecture, or the names have another prefix"
+    if all(re.search(r"(^|\.)(resizer|avgpool)\.", name) for name in odd):
+        return "a representation of another width"
+    if all(re.search(r"(^|\.)(conv1|patch_embed|stem)\.", name) for name in odd):
+        return "a network with another stem"
+    if all("pos_embed" in name for name in odd):
+        return "a network for another image size"
+    depth = re.compile(r"(^|\.)(layer\d|blocks?\d*|layers|stages)\.")
+    if set(found) != {"of another shape"} and all(depth.search(name) for name in odd):
+        return "a network of another depth"
+    return "another architecture" if len(found) > 1 else "a network with other settings"

@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import UserError, first_process, say
+from plugins.tools.fitting import mismatch, plain_names
 from plugins.tools.records import difference, write_json
 from plugins.tools.unpickle import load_inert
 from solo_ext.compat import pl
@@ -295,15 +296,14 @@ def load_backbone(place: str | Path, backbone: torch.nn.Module) -> None:
         UserError: a weight is missing, left over or of another shape.
     """
     path = find_checkpoint(place)
-    state = read_checkpoint(path)["state_dict"]
+    state = plain_names(read_checkpoint(path)["state_dict"])
     # 1.0.2 called it encoder
     weights = {}
     for prefix in ("backbone.", "encoder."):
         weights.update({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
+    weights = plain_names(weights)
     if not weights:
         raise UserError(f"{path} holds no backbone")
-    try:
-        backbone.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        problem = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} holds another backbone: {problem}") from None
+    if reason := mismatch(weights, backbone.state_dict()):
+        raise UserError(f"{path} holds another backbone: {reason}")
+    backbone.load_state_dict(weights)

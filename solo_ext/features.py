@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from plugins.tools.command import UserError
 from plugins.tools.features import usable_device
+from plugins.tools.fitting import mismatch, plain_names
 from solo_ext.backbones import build_backbone
 from solo_ext.checkpoint import ARGS, check_writable, find_checkpoint, load_backbone, read_checkpoint
 from solo_ext.compat import native_methods, native_options
@@ -135,15 +136,16 @@ def _load_method(run: Run) -> torch.nn.Module:
     with refused("the method"):
         method = method_class(cfg)(cfg)
     weights = {}
-    for name, value in read_checkpoint(run.checkpoint)["state_dict"].items():
+    for name, value in plain_names(read_checkpoint(run.checkpoint)["state_dict"]).items():
         old = next((prefix for prefix in _RENAMED if name.startswith(prefix)), "")
         weights[_RENAMED.get(old, "") + name[len(old) :]] = value
-    try:
-        missing = method.load_state_dict(weights, strict=False).missing_keys
-    except RuntimeError as error:
-        raise UserError(f"{run.checkpoint} holds another network: {' '.join(str(error).split())[:300]}") from None
-    if missing:
-        raise UserError(f"{run.checkpoint} holds another network: it lacks {', '.join(missing[:3])}")
+    wanted = method.state_dict()
+    # what the checkpoint has beside the method's parts, such as an online classifier, is not used
+    parts = {name.partition(".")[0] for name in wanted}
+    weights = {name: value for name, value in weights.items() if name in wanted or name.partition(".")[0] in parts}
+    if reason := mismatch(weights, wanted):
+        raise UserError(f"{run.checkpoint} holds another network: {reason}")
+    method.load_state_dict(weights)
     return method
 
 

@@ -14,6 +14,9 @@ VISSL, or a state dict. ``torchvision`` and ``timm`` write a state dict for the 
 ``detectron2`` writes the ``.pkl`` that its ``MODEL.WEIGHTS`` takes, of a ResNet-50 or deeper with the stem for large
 images; configs/detectron2 trains on it.
 
+Of VISSL's trunks, ResNet, RegNet and the vision transformer are torchvision's; ConvNeXt, the vision transformer, XCiT
+and ConViT are timm's. Name their architecture with ``--arch``.
+
 ``safetensors`` writes the backbone's tensors under the same names, ``dissl`` the file of a ResNet, with or without a
 wider representation, that :func:`plugins.tools.weights.load_dissl` reads. What is not the backbone is dropped and
 named; a key that is missing, left over or of another shape is an error, for a backbone that is loaded in part trains
@@ -32,11 +35,18 @@ import torch
 from torch import Tensor, nn
 
 from plugins.tools.command import Parser, UserError, exit_on_user_error, say
+from plugins.tools.files import atomic
+from plugins.tools.fitting import mismatch, plain_names
+from plugins.tools.library_names import library_names
 
-_PREFIXES = ("backbone.", "encoder.", "model.backbone.", "module.backbone.", "module.encoder.")
-_PROJECTOR = "module.encoder.fc."
+_BACKBONES = ("backbone", "encoder", "student_backbone")
+_AROUND = r"(?:(?:module|model|student|online)\.)*"
+_OTHERS = {"teacher", "student", "projector", "projection_head", "predictor", "prediction_head", "heads", "prototypes"}
+"""Parts of a method beside its backbone: with one of them a state dict is none of a backbone alone."""
+_PROJECTOR = "encoder.fc."
 """Where the published scripts of MEC and Matrix-SSL, and those of SimSiam and MoCo v3, keep the projector."""
-_TRUNK = "_feature_blocks."
+_TRUNK = ("base_model.", "_feature_blocks.", "network.")
+"""What VISSL's trunks have before the names of the network."""
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 _RESNETS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
@@ -96,23 +106,43 @@ def read_backbone(path: Path) -> Backbone:
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, no checkpoint")
     if "classy_state_dict" in content:
-        parts = vissl_parts(content, str(path)).items()
-        every = {f"{part}.{key}": value for part, state in parts for key, value in _tensors(state).items()}
-        prefix = f"trunk.{_TRUNK}"
+        parts = {part: _tensors(state) for part, state in vissl_parts(content, str(path)).items()}
+        state = plain_names(parts.pop("trunk"))
+        for prefix in _TRUNK:
+            if state and all(key.startswith(prefix) for key in state):
+                state = {key.removeprefix(prefix): value for key, value in state.items()}
+        dropped = Counter({part: len(tensors) for part, tensors in parts.items() if tensors})
     else:
         every = _tensors(content.get("state_dict", content))
-        prefix = next((each for each in _PREFIXES if any(key.startswith(each) for key in every)), "")
-    ours = {key for key in every if key.startswith(prefix) and not key.startswith(_PROJECTOR)}
-    state = {key.removeprefix(prefix): value for key, value in every.items() if key in ours}
+        script = bool(every) and all(key.startswith("module.") for key in every)
+        every = plain_names(every)
+        prefix = _prefix(every, path)
+        ours = {key for key in every if key.startswith(prefix) and not (script and key.startswith(_PROJECTOR))}
+        state = plain_names({key.removeprefix(prefix): value for key, value in every.items() if key in ours})
+        dropped = Counter(key.removeprefix("module.").split(".")[0] for key in every if key not in ours)
     if not state:
-        raise UserError(f"{path} holds no backbone: none of its keys begins with {', '.join(_PREFIXES)}")
+        raise UserError(f"{path} holds no backbone: it has no tensors")
     if odd := next((key for key, value in state.items() if value.layout != torch.strided), None):
         raise UserError(f"{path}: {odd} is sparse, a backbone's weights are not")
-    dropped = Counter(key.removeprefix("module.").split(".")[0] for key in every if key not in ours)
     if {key.split(".")[0] for key in state} - {"8"} == set(_CHILDREN):  # nn.Sequential(*list(resnet.children())[:-1])
         names = {**_CHILDREN, "8": "avgpool"}  # which has weights where it holds a wider representation's block
         state = {f"{names[(parts := key.partition('.'))[0]]}.{parts[2]}": value for key, value in state.items()}
     return Backbone(state, dict(sorted(dropped.items())))
+
+
+def _prefix(state: Mapping[str, Tensor], path: Path) -> str:
+    """What the names of the backbone begin with; nothing where the tensors are those of a backbone alone."""
+    if "class_token" in state:  # torchvision's transformers call their blocks "encoder"
+        return ""
+    for name in _BACKBONES:
+        if found := {match[0] for key in state if (match := re.match(rf"{_AROUND}{name}\.", key))}:
+            return min(found, key=len)
+    parts = sorted({key.split(".")[0] for key in state})
+    if _OTHERS & set(parts):
+        raise UserError(
+            f"{path} holds no backbone: its parts are {', '.join(parts)}, none is called {' or '.join(_BACKBONES)}"
+        )
+    return ""
 
 
 def fit(state: Mapping[str, Tensor], target: str, arch: str | None) -> tuple[str, nn.Module]:
@@ -142,7 +172,8 @@ def fit(state: Mapping[str, Tensor], target: str, arch: str | None) -> tuple[str
         else:
             keys = ", ".join(list(state)[:3])
             raise UserError(
-                f"the backbone is no ResNet (its keys begin with {keys}); name its architecture with --arch"
+                f"the backbone is no ResNet (its keys begin with {keys}); name its architecture with --arch, or "
+                "export with --to safetensors"
             )
         model = _build(target, arch)
         if differences := _differences(state, model):
@@ -177,18 +208,7 @@ def _differences(state: Mapping[str, Tensor], model: nn.Module) -> str:
         if stem.shape == (width, channels, 3, 3):
             model.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False, device=conv.weight.device)
             model.maxpool = nn.Identity()
-    wanted = model.state_dict()
-    shapes = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    found = {
-        "missing": [key for key in wanted if key not in state],
-        "left over": [key for key in state if key not in wanted],
-        "of another shape": shapes,
-    }
-    return "; ".join(
-        f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-        for what, keys in found.items()
-        if keys
-    )
+    return mismatch(state, model.state_dict())
 
 
 def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -251,8 +271,13 @@ def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
         state = published_names(build(state, str(path)).state_dict())
         what = f"the format of DISSL's weights, {len(state)} tensors"
     elif target != "safetensors" or arch is not None:
+        state = library_names(state, "timm" if target == "timm" else "torchvision")
         arch = fit(state, "timm" if target == "timm" else "torchvision", arch)[0]
         what = f"{arch} for {target}, {what}"
+        if any(".attn." in key or ".self_attention." in key for key in state):
+            what += "; the number of attention heads is not in the weights, it must be the model's"
+        if any(key.endswith("gating_param") for key in state):
+            what += "; create it with norm_layer=torch.nn.LayerNorm, as VISSL has it"
         if arch in _RESNETS and state["conv1.weight"].shape[-1] == 3:
             what += ", with the stem for small images: give the model a 3x3 conv1 of stride 1 and no maxpool"
     if target == "detectron2":
@@ -261,18 +286,15 @@ def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
         if arch not in _BOTTLENECKS or state["conv1.weight"].shape[-1] == 3:
             stem = " with a 3x3 conv1" if state["conv1.weight"].shape[-1] == 3 else ""
             raise UserError(f"detectron2 takes {', '.join(_BOTTLENECKS)} with a 7x7 conv1, got {arch}{stem}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    begun = out.with_name(f".{out.name}.writing")
-    if target == "safetensors":
-        from safetensors.torch import save_file
+    with atomic(out) as file:
+        if target == "safetensors":
+            from safetensors.torch import save
 
-        save_file(state, begun)
-    elif target == "detectron2":
-        with begun.open("wb") as file:
+            file.write(save(state))
+        elif target == "detectron2":
             pickle.dump(to_detectron2(state), file)
-    else:
-        torch.save(state, begun)
-    begun.replace(out)
+        else:
+            torch.save(state, file)
     dropped = ", ".join(f"{name} ({count})" for name, count in backbone.dropped.items()) or "nothing"
     return f"{out}: {what}; dropped: {dropped}"
 

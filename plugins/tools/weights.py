@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from plugins.heads import expand_resnet_dim
 from plugins.tools.command import UserError
+from plugins.tools.fitting import differences, plain_names
 
 RELEASE = "https://github.com/YannDubs/Invariant-Self-Supervised-Learning/releases/download/v1.0.0-alpha"
 NAMES = (
@@ -118,7 +119,8 @@ def trunk_of(content: Any, what: str) -> dict[str, Tensor]:
             content = content[key]
     every = content if isinstance(content, Mapping) else {}
     state = {key: value for key, value in every.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    for prefix in ("module.", "trunk.", "_feature_blocks."):
+    state = plain_names(state)
+    for prefix in ("module.", "trunk.", "base_model.", "_feature_blocks."):
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if not any(key.startswith("conv1.") for key in state):
@@ -193,13 +195,8 @@ def _expanded(model: Any, last: Tensor | None) -> nn.Module:
 
 
 def _difference(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    found = {
-        "missing": [key for key in wanted if key not in state],
-        "left over": [key for key in state if key not in wanted],
-        "of another shape": [key for key in wanted if key in state and state[key].shape != wanted[key].shape],
-        "of another kind": [key for key in wanted if key in state and not _castable(state[key], wanted[key].dtype)],
-    }
-    return {kind: keys for kind, keys in found.items() if keys}
+    odd = [key for key in wanted if key in state and not _castable(state[key], wanted[key].dtype)]
+    return {**differences(state, wanted), **({"of another kind": odd} if odd else {})}
 
 
 def _castable(value: Tensor, dtype: torch.dtype) -> bool:

@@ -153,7 +153,7 @@ def test_a_projector_that_lacks_weights_is_refused(run, digits, tmp_path):
     del checkpoint["state_dict"]["projector.0.weight"]
     torch.save(checkpoint, tmp_path / "a.ckpt")
     assert len(_knn(tmp_path, digits)) == 1
-    with pytest.raises(UserError, match=r"holds another network: it lacks projector\.0\.weight"):
+    with pytest.raises(UserError, match=r"holds another network: missing projector\.0\.weight"):
         _knn(tmp_path, digits, "--feature_type", "projector")
 
 

@@ -232,6 +232,49 @@ def test_detectron2_trains_on_the_exported_backbone(tmp_path: Path) -> None:
     assert 0 < moved < 0.1  # trained, and from our weights
 
 
+@pytest.mark.parametrize(
+    "wrap", ["_orig_mod.{}", "module.{}", "module._orig_mod.{}", "backbone._orig_mod.{}", "model.{}"]
+)
+def test_wrapped_models_are_exported_without_teacher_and_head(
+    wrap: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """torch.compile and DistributedDataParallel put prefixes before the names, of the whole or of the backbone."""
+    model = resnet()
+    state = {
+        **prefixed(model, "backbone."),
+        **prefixed(model, "teacher.backbone."),
+        "projector.0.weight": torch.ones(2),
+    }
+    if wrap.startswith("backbone"):
+        state = {key.replace("backbone.", "backbone._orig_mod."): value for key, value in state.items()}
+    else:
+        state = {wrap.format(key): value for key, value in state.items()}
+    torch.save({"state_dict": state}, tmp_path / "run.ckpt")
+    main([str(tmp_path / "run.ckpt"), "--to", "torchvision", str(tmp_path / "x.pth")])
+    written = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert set(written) == set(model.state_dict())
+    said = capsys.readouterr().out
+    assert "dropped: " in said and "(121)" in said if wrap.startswith("model") else "teacher (120)" in said, said
+
+
+def test_a_backbone_that_cannot_be_told_from_the_rest_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    torch.save({"state_dict": {"net.w": torch.ones(1), "teacher.w": torch.ones(1)}}, tmp_path / "run.ckpt")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "run.ckpt"), "--to", "safetensors", str(tmp_path / "x")])
+    assert "holds no backbone: its parts are net, teacher, none is called backbone" in capsys.readouterr().err
+
+
+def test_a_transformer_of_torchvision_is_exported_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Its blocks are called ``encoder``, as a backbone is elsewhere."""
+    model = torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 16)
+    model.heads = nn.Identity()
+    torch.save(model.state_dict(), tmp_path / "vit.pth")
+    main([str(tmp_path / "vit.pth"), "--to", "safetensors", str(tmp_path / "x")])
+    assert f"{len(model.state_dict())} tensors; dropped: nothing" in capsys.readouterr().out
+
+
 def test_safetensors(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

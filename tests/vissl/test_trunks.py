@@ -1,16 +1,29 @@
 """ResNet trunks: torchvision's function, VISSL's interface."""
 
+import copy
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import timm.models
 import torch
-from torchvision.models import resnet
+from timm.models.convit import ConVit
+from timm.models.convnext import ConvNeXt
+from timm.models.xcit import Xcit
+from torchvision.models import regnet, resnet
+from torchvision.models.vision_transformer import VisionTransformer
 from vissl.models import build_model
 from vissl.models.trunks import get_model_trunk
 from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
 
 from plugins.heads import expand_resnet_dim
 from plugins.tools.command import UserError
+from plugins.tools.export import export, read_backbone
+from plugins.tools.library_names import library_names
+from vissl_ext.compose import compose
+from vissl_ext.defaults import adapt
+from vissl_ext.parts import check_layers
 from vissl_ext.registry import register
 
 register()
@@ -113,3 +126,116 @@ def test_stock_trunks_train_without_apex(overrides: list[str]) -> None:
     output.sum().backward()
     assert output.shape == (2, 4)
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+# every trunk that trains: evaluation and export
+
+_TRUNK = "config.MODEL.TRUNK"
+_TOKENS = ["IMAGE_SIZE=32", "PATCH_SIZE=16", "NUM_LAYERS=2", "NUM_HEADS=2", "HIDDEN_DIM=16"]
+_VIT = [f"{_TRUNK}.VISION_TRANSFORMERS.{word}" for word in (*_TOKENS, "MLP_DIM=64")]
+_EFFICIENT = "{model_version:B0,bn_momentum:0.01,bn_epsilon:0.001,drop_connect_rate:0.2,width_divisor:8,min_width:null}"
+_ALEXNET = ("alexnet_deepcluster", "alexnet_jigsaw", "alexnet_rotnet")
+TINY = {
+    "resnet": ([f"{_TRUNK}.RESNETS.DEPTH=50"], ["res2", "flatten"]),
+    "plain_resnet": ([], ["res2", "flatten"]),
+    "vision_transformer": (_VIT, ["concatCLS2"]),
+    "deit": ([*_VIT, f"{_TRUNK}.VISION_TRANSFORMERS.DROP_PATH_RATE=0.1"], ["blkCLS0", "lastCLS"]),
+    "convit": ([*_VIT, f"{_TRUNK}.CONVIT.N_GPSA_LAYERS=1", f"{_TRUNK}.CONVIT.LOCALITY_DIM=3"], ["lastCLS"]),
+    "xcit": ([f"{_TRUNK}.XCIT.{word}" for word in _TOKENS], ["lastCLS"]),
+    "regnet": ([f"+{_TRUNK}.REGNET={_REGNET}"], ["res3", "flatten"]),
+    "efficientnet": ([f"+{_TRUNK}.EFFICIENT_NETS={_EFFICIENT[:-1]},use_se:true}}"], ["block0", "flatten"]),
+    "convnext": ([f"{_TRUNK}.CONVNEXT.DEPTH=[1,1,1,1]", f"{_TRUNK}.CONVNEXT.DIMS=[4,4,8,8]"], ["flatten"]),
+    **{name: ([], ["conv1", "conv5"]) for name in _ALEXNET},
+}
+"""Trunk → a small one, and names of features. alexnet_bvlc cannot run in VISSL; alexnet_colorization takes LAB."""
+_OF_LIBRARY = {
+    "resnet": ("torchvision", resnet.resnet50),
+    "plain_resnet": ("torchvision", resnet.resnet18),
+    "regnet": (
+        "torchvision",
+        lambda: regnet.RegNet(regnet.BlockParams.from_init_params(4, 8, 8.0, 2.0, 8, se_ratio=0.25)),
+    ),
+    "vision_transformer": ("torchvision", partial(VisionTransformer, 32, 16, 2, 2, 16, 64)),
+    "deit": ("timm", partial(timm.models.VisionTransformer, 32, 16, embed_dim=16, depth=2, num_heads=2)),
+    "convit": (
+        "timm",
+        partial(ConVit, 32, 16, norm_layer=torch.nn.LayerNorm, embed_dim=8, depth=2, num_heads=2, local_up_to_layer=1),
+    ),
+    "xcit": ("timm", partial(Xcit, 32, 16, embed_dim=16, depth=2, num_heads=2, eta=1.0, tokens_norm=True)),
+    "convnext": ("timm", partial(ConvNeXt, depths=(1, 1, 1, 1), dims=(4, 4, 8, 8))),
+}
+
+
+def evaluation_config(name: str, layers: list[str]) -> Any:
+    """The MODEL section of an evaluation of those features."""
+    own = "vision_transformer" if name == "deit" else name
+    entries = ",".join(f"[{layer},[Identity,[]]]" for layer in layers)
+    key = "config.MODEL.FEATURE_EVAL_SETTINGS.LINEAR_EVAL_FEAT_POOL_OPS_MAP"
+    bias = [f"{_TRUNK}.VISION_TRANSFORMERS.QKV_BIAS=true"] if own == "vision_transformer" else []
+    words = [f"{_TRUNK}.NAME={own}", *bias, *TINY[name][0], f"{key}=[{entries}]"]
+    return convert_to_attrdict(compose(["config=feature_extraction/digits/extract", *words])[0], dump_config=False)[1]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_trunk_that_trains_can_be_evaluated_and_exported(name: str, tmp_path: Path) -> None:
+    config = evaluation_config(name, TINY[name][1])
+    check_layers(config.MODEL)
+    torch.manual_seed(0)
+    trained = get_model_trunk(config.MODEL.TRUNK.NAME)(copy.deepcopy(config.MODEL), "").eval()
+    with torch.no_grad():
+        for key, value in trained.state_dict().items():  # so that no statistics and no zeros are those of a new one
+            if value.is_floating_point():
+                value.add_(0.02 * torch.rand_like(value) + (0.1 if "running_var" in key else 0))
+    model = {"trunk": trained.state_dict(), "heads": {"0.weight": torch.zeros(2, 3)}}
+    path = tmp_path / "model.torch"
+    torch.save({"classy_state_dict": {"base_model": {"model": model}}}, path)
+
+    config.MODEL.WEIGHTS_INIT.PARAMS_FILE = str(path)
+    config.MODEL._MODEL_INIT_SEED = 0
+    evaluated = build_model(copy.deepcopy(config.MODEL), {}).eval()
+    evaluated.init_model_from_weights_params_file(config, torch.load(path))
+    images = torch.randn(2, 3, 224 if "alexnet" in name else 32, 224 if "alexnet" in name else 32)
+    with torch.no_grad():
+        features = trained(images, TINY[name][1])
+        for one, other in zip(features, evaluated(images), strict=True):
+            torch.testing.assert_close(one.flatten(1), other.flatten(1))
+        last = trained(images, [])[-1]
+
+    assert export(path, "safetensors", tmp_path / "x.safetensors").endswith("dropped: heads (1)")
+    state = read_backbone(path).state
+    assert len(state) == len(model["trunk"])
+    if name in _OF_LIBRARY:
+        library, make = _OF_LIBRARY[name]
+        theirs = make().eval()
+        for head in ("fc", "head", "heads"):
+            if hasattr(theirs, head) and not isinstance(theirs, ConvNeXt):
+                setattr(theirs, head, torch.nn.Identity())
+        if isinstance(theirs, ConvNeXt):
+            theirs.head.fc = torch.nn.Identity()
+        theirs.load_state_dict(library_names(state, library))
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(images), last.flatten(1), rtol=1e-4, atol=1e-5)
+
+
+def test_features_that_a_trunk_does_not_have_are_an_error() -> None:
+    for name, layers, message in (
+        (
+            "deit",
+            ["lastcls"],
+            "'lastcls' is unknown; known are lastCLS, blkCLS0 to blkCLS1",
+        ),
+        ("deit", ["blkCLS2"], "'blkCLS2' is unknown"),
+        ("regnet", ["res9"], "layer of regnet: 'res9' is unknown"),
+        ("convit", ["blkCLS0"], "convit has its last features alone"),
+        ("convnext", ["a", "b"], "convnext has its last features alone"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_layers(evaluation_config(name, layers).MODEL)
+
+
+@pytest.mark.parametrize("name", ["regnet_v2", "regnet_fsdp"])
+def test_trunks_that_need_a_gpu_say_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["config=feature_extraction/digits/extract", f"{_TRUNK}.NAME={name}"]
+    with pytest.raises(UserError, match=f"{_TRUNK}.NAME={name} needs a GPU"):
+        adapt(*compose(words))

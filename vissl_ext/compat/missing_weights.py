@@ -101,9 +101,10 @@ def _compare(config: Any, model: Any, found: Mapping[str, Any], skipped: list[st
         return
     differ = differences(heads, part(ours, "heads."))
     if "of another shape" in differ:
+        reason = mismatch(heads, part(ours, "heads."))
         raise UserError(
-            f"{path} has other heads than config.MODEL.HEAD says: {mismatch(heads, part(ours, 'heads.'))}; to begin with "
-            f"new heads add {_KEY}.SKIP_LAYERS=[num_batches_tracked,heads]"
+            f"{path} has other heads than config.MODEL.HEAD says: {reason}; to begin with new heads add "
+            f"{_KEY}.SKIP_LAYERS=[num_batches_tracked,heads]"
         )
     for kind, names in differ.items():
         say(f"heads in {path}: {len(names)} tensors are {kind}, such as {names[0]}")

@@ -18,10 +18,11 @@ import torch
 from filelock import FileLock
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
-from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from plugins.tools.command import UserError, say
+from plugins.tools.folders import ImageFolder
 from plugins.tools.images import open_image
 from solo_ext.compat import host_data, pl
 from solo_ext.transforms import (

@@ -11,6 +11,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import UserError
+from plugins.tools.folders import walk
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _FILES = ("disk_folder", "disk_filelist")
@@ -69,6 +70,28 @@ def complete(config: DictConfig, given: dict[str, Any]) -> dict[str, list[str]]:
         if wanted and "disk_folder" in sources:
             data.LABEL_SOURCES = sources
     return lists
+
+
+def class_count(data: Any) -> int:
+    """The number of classes that the labels of a split need.
+
+    Args:
+        data: the section DATA.TRAIN or DATA.TEST, completed.
+
+    Returns:
+        The number of class folders, or the largest label of a .npy file plus one; 0 if neither is known.
+    """
+    counts = [0]
+    if not data.LABEL_PATHS and data.LABEL_SOURCES:
+        for path, source in zip(data.DATA_PATHS, data.DATA_SOURCES, strict=False):
+            if source == "disk_folder" and Path(path).is_dir():
+                counts.append(sum(entry.is_dir() for entry in os.scandir(path)))
+    for path in data.LABEL_PATHS:
+        if str(path).endswith(".npy") and Path(path).is_file():
+            labels = np.load(path, mmap_mode="r")
+            if labels.size and np.issubdtype(labels.dtype, np.integer):
+                counts.append(int(labels.max()) + 1)
+    return max(counts)
 
 
 def write_lists(lists: dict[str, list[str]]) -> None:
@@ -169,7 +192,7 @@ def _kind(split: str, given: str) -> tuple[str, list[str] | None]:
 
 
 def _images(folder: Path) -> Any:
-    for place, _, names in os.walk(folder.resolve(), followlinks=True):
+    for place, names in walk(folder.resolve()):
         for name in names:
             if _is_image(name):
                 yield f"{place}/{name}"

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import UserError
+from vissl_ext.catalog import class_count
 from vissl_ext.compose import defaults
 from vissl_ext.parts import check_heads, check_layers, check_schedules, check_transforms, known, meant
 
@@ -128,6 +129,7 @@ def check(cfg: DictConfig, given: dict[str, Any]) -> None:
         _check_extraction(cfg.engine_name, config)
     elif cfg.engine_name == "train":
         _check_training(whole)
+        check_classes(config)
     check_config(whole, training=cfg.engine_name == "train")
     check_layers(whole.MODEL)
     check_heads(whole.MODEL)
@@ -149,7 +151,12 @@ def _kinds(given: dict[str, Any]) -> None:
 
 
 def _check_training(config: Any) -> None:
-    """Refuse an evaluation that leaves nothing to train, which is what a forgotten engine looks like."""
+    """Refuse what leaves nothing to train: an evaluation, which is what a forgotten engine looks like, or no head."""
+    if not config.MODEL.HEAD.PARAMS:
+        raise UserError(
+            "config.MODEL.HEAD.PARAMS is empty: the loss needs a head, such as [[mlp,{dims:[2048,128]}]], or "
+            "[[method_head,{in_dim:512}]] for one of our methods"
+        )
     settings = config.MODEL.FEATURE_EVAL_SETTINGS
     frozen = [key for key in ("EXTRACT_TRUNK_FEATURES_ONLY", "FREEZE_TRUNK_AND_HEAD") if settings[key]]
     if settings.EVAL_MODE_ON and frozen and not config.TEST_ONLY:
@@ -157,6 +164,32 @@ def _check_training(config: Any) -> None:
             f"config.MODEL.FEATURE_EVAL_SETTINGS.{frozen[0]}=true leaves nothing to train with engine_name=train; "
             "add engine_name=extract_features, or engine_name=knn"
         )
+
+
+def check_classes(config: DictConfig) -> None:
+    """Compare the classes of the images with the outputs of the heads, where both are known before the start.
+
+    Args:
+        config: VISSL's configuration, below ``config``, with its data completed.
+
+    Raises:
+        UserError: there are more classes than outputs.
+    """
+    if not str(config.LOSS.name).startswith("cross_entropy"):
+        return
+    ends = [head[-1] if isinstance(head[0], list) else head for head in _plain(config.MODEL.HEAD.PARAMS)]
+    given = [part[1].get("num_classes") or (part[1].get("dims") or [None])[-1] for part in ends if len(part) > 1]
+    widths = [width for width in given if type(width) is int]
+    for split in ("TRAIN", "TEST"):
+        data = config.DATA[split]
+        if (split == "TRAIN" and config.TEST_ONLY) or (split == "TEST" and not config.TEST_MODEL):
+            continue
+        count = class_count(data)
+        if widths and count > min(widths):
+            raise UserError(
+                f"config.DATA.{split} has {count} classes, but the head in config.MODEL.HEAD.PARAMS has {min(widths)} "
+                f"outputs; it needs at least {count}"
+            )
 
 
 def _check_extraction(engine: str, config: DictConfig) -> None:

@@ -1,6 +1,7 @@
 """Finding and composing a configuration: VISSL's stock ones, ours, and those of a folder of the user's own."""
 
 import difflib
+import re
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
@@ -59,7 +60,7 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
     Raises:
         UserError: Hydra cannot make a configuration of it.
     """
-    places = []
+    overrides, places = [_quoted(word) for word in overrides], []
     for folder in folders:
         place = Path(folder).expanduser().resolve()
         if not (place / "config").is_dir():
@@ -79,6 +80,9 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
             Hydra.create_main_hydra2("vissl_ext", search)
             cfg = hydra_compose("defaults", overrides=[_addable(word) for word in overrides])
         _check_top(cfg, overrides)
+        if missing := sorted(OmegaConf.missing_keys(cfg)):
+            raise UserError(f"{missing[0]} is ??? in the configuration: give it a value, {missing[0]}=VALUE")
+        OmegaConf.to_container(cfg, resolve=True)  # an interpolation that leads nowhere
         _fill(cfg.config, defaults().config, given)
         if _is_of_fork(overrides, [*places, Path("configs")]):
             _keep_warmup(cfg.config)
@@ -87,6 +91,8 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
         raise UserError(_missing(error, given, places)) from None
     except YAMLError as error:
         raise UserError(f"a configuration is no YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{_undecodable(places)} is no UTF-8 text ({error.reason}): save it as UTF-8") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_sentence(error)) from None
     finally:
@@ -120,6 +126,31 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
         if override.key_or_group.startswith("config.") and not override.is_delete():
             given[override.key_or_group.removeprefix("config.")] = override.value()
     return given
+
+
+def _quoted(word: str) -> str:
+    """An override in Hydra's language: paths with ``~`` or ``=`` in them, which it refuses, are put in quotes."""
+    key, equals, value = word.partition("=")
+    if not equals or _reads(word):
+        return word
+    if match := re.fullmatch(r"\[([^][{}()'\"$]*)\]", value):
+        parts = [part.strip() for part in match[1].split(",")]
+        value = f"[{','.join(part if _reads(f'key={part}') else _in_quotes(part) for part in parts)}]"
+    elif not re.search(r"[][{}()'\"$]", value):
+        value = _in_quotes(value)
+    return f"{key}={value}"
+
+
+def _reads(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
+
+
+def _in_quotes(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\") + '"'
 
 
 def _unreadable(word: str) -> str:
@@ -202,13 +233,36 @@ def _keep_warmup(config: DictConfig) -> None:
             scaling.keep_warmup = True
 
 
+def _undecodable(places: list[Path]) -> str:
+    """The first file of the user's configurations that is no UTF-8."""
+    for place in (*places, Path("configs")):
+        for path in sorted((place / "config").rglob("*.yaml")):
+            try:
+                path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                return str(path)
+    return "a configuration"
+
+
 def _missing(error: MissingConfigException, given: dict[str, Any], places: list[Path]) -> str:
     name = str(error.missing_cfg_file or "").removeprefix("config/").removesuffix(".yaml")
-    names = config_names(places)
-    near = [other for other in names if Path(other).name == Path(name).name]
-    near = near[:3] or difflib.get_close_matches(name, names, n=1)
+    near = _nearest(name, config_names(places))
     hint = f"; did you mean {' or '.join(near)}?" if near else "; --list names those there are"
     return f"there is no configuration {name!r}{hint}"
+
+
+def _nearest(name: str, names: list[str]) -> list[str]:
+    """Up to three configurations whose whole name, or a part of it between slashes, is nearly what was given."""
+    last = name.rpartition("/")[2]
+
+    def likeness(other: str) -> float:
+        whole = difflib.SequenceMatcher(None, name, other).ratio()
+        return max(whole, *(difflib.SequenceMatcher(None, last, part).ratio() for part in other.split("/")))
+
+    scores = {other: likeness(other) for other in names}
+    best = max(scores.values(), default=0.0)
+    near = [other for other in names if scores[other] == best and best >= 0.75]
+    return sorted(near, key=lambda other: (-difflib.SequenceMatcher(None, name, other).ratio(), other))[:3]
 
 
 def _sentence(error: Exception) -> str:
@@ -216,6 +270,8 @@ def _sentence(error: Exception) -> str:
     text = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     if "must specify 'config'" in str(error):
         return "no configuration is named; begin with config=NAME, see --help"
+    if text[0].endswith(":") and len(text) > 1:
+        text[0] = f"{text[0]} {text[1]}"
     cause = error.__cause__
     if cause is not None and str(cause) not in text[0]:
         text[0] += f" {str(cause).splitlines()[0]}"

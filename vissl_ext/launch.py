@@ -118,9 +118,12 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     if cfg.config.CHECKPOINT.DIR in (None, ""):
         raise UserError(f"config.CHECKPOINT.DIR must name a folder, got {cfg.config.CHECKPOINT.DIR!r}")
     cfg.config.CHECKPOINT.DIR = str(Path(str(cfg.config.CHECKPOINT.DIR)).expanduser().absolute())
+    weights = cfg.config.MODEL.WEIGHTS_INIT
+    if str(weights.PARAMS_FILE or "").startswith("~"):
+        weights.PARAMS_FILE = str(Path(weights.PARAMS_FILE).expanduser())
     lists = catalog.complete(cfg.config, given)
     check(cfg, given)
-    _check_weights(cfg.config.MODEL.WEIGHTS_INIT)
+    _check_weights(weights)
     try:
         args, config = convert_to_attrdict(cfg, dump_config=False)
         build_optimizer_schedulers(deepcopy(config.OPTIMIZER))
@@ -161,7 +164,8 @@ def _check_weights(weights: Any) -> None:
     if not path or "://" in path:
         return
     if not Path(path).is_file():
-        raise UserError(f"{key} is no file: {path}")
+        what = "is no file" if path != "specify the model weights" else "must be the checkpoint to evaluate"
+        raise UserError(f"{key} {what}: {path}")
     try:
         unknown = unknown_types(path)
     except RuntimeError:

@@ -26,12 +26,12 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
-from torchvision.datasets import ImageFolder
 
 from lightly_ext.benchmarks.methods import METHODS
 from lightly_ext.models import MethodModel
 from plugins.tools.command import UserError, first_process, say
 from plugins.tools.data import SUFFIXES
+from plugins.tools.folders import ImageFolder, walk
 from plugins.tools.images import open_image
 from plugins.tools.records import versions, write_json, write_row
 
@@ -481,7 +481,7 @@ def _images(name: str, folder: Path) -> dict[str, int]:
     if not folder.is_dir():
         raise UserError(f"{_flag(name)}: there is no folder {folder}")
     counts = {
-        path.name: sum(file.suffix.lower() in SUFFIXES for file in path.rglob("*"))
+        path.name: sum(name.lower().endswith(tuple(SUFFIXES)) for _, names in walk(path) for name in names)
         for path in sorted(folder.iterdir())
         if path.is_dir()
     }

@@ -16,14 +16,14 @@ def open_folders(train: Path, val: Path) -> tuple[torch.utils.data.Dataset, torc
     Raises:
         UserError: a folder is missing or empty, or the two have other classes.
     """
-    import torchvision
+    from plugins.tools.folders import ImageFolder
 
     found = []
     for folder in (train, val):
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
         try:
-            images = torchvision.datasets.ImageFolder(str(folder), preprocessor(), loader=open_image)
+            images = ImageFolder(str(folder), preprocessor(), loader=open_image)
         except FileNotFoundError as error:
             raise UserError(f"{folder} must hold a folder of images for each class: {error}") from None
         found.append(images)

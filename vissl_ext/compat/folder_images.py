@@ -8,8 +8,7 @@ images.
 from types import SimpleNamespace
 from typing import Any
 
-from torchvision.datasets import ImageFolder
-
+from plugins.tools.folders import ImageFolder
 from plugins.tools.images import open_image
 
 

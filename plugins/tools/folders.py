@@ -1,0 +1,56 @@
+"""Folders of images, each real folder once: a symbolic link may lead back to a folder above it."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torchvision.datasets import ImageFolder as _ImageFolder
+from torchvision.datasets.folder import has_file_allowed_extension
+
+
+def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """List a folder and those below it, through symbolic links too.
+
+    Args:
+        folder: where to begin.
+
+    Yields:
+        The path of each real folder, once, and the sorted names of the files in it.
+    """
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield place, sorted(names)
+
+
+class ImageFolder(_ImageFolder):
+    """torchvision's ImageFolder, which lists an image 41 times in a folder with a link to itself."""
+
+    @staticmethod
+    def make_dataset(
+        directory: str | Path,
+        class_to_idx: dict[str, int],
+        extensions: tuple[str, ...] | None = None,
+        is_valid_file: Callable[[str], bool] | None = None,
+        allow_empty: bool = False,
+    ) -> list[tuple[str, int]]:
+        """List the images of each class in torchvision's order.
+
+        Raises:
+            FileNotFoundError: a class has no images.
+        """
+        samples, empty = [], []
+        for name in sorted(class_to_idx):
+            paths = [f"{place}/{file}" for place, files in sorted(walk(Path(directory, name))) for file in files]
+            valid = is_valid_file or (lambda path: has_file_allowed_extension(path, extensions or ()))
+            found = [(path, class_to_idx[name]) for path in paths if valid(path)]
+            samples += found
+            empty += [] if found else [name]
+        if empty and not allow_empty:
+            raise FileNotFoundError(f"Found no valid file for the classes {', '.join(empty)}.")
+        return samples

@@ -150,19 +150,39 @@ def _kinds(given: dict[str, Any]) -> None:
             raise UserError(f"config.{key} must be true or false, got {value!r}")
 
 
+_ENGINES = {
+    "SVM": "add engine_name=extract_features, then fit the SVM to the folder of the features: "
+    "python -m plugins.tools.linear_eval --features FOLDER --config dissl_transfer",
+    "IMG_RETRIEVAL": "instance retrieval is no engine, but VISSL's tools/instance_retrieval_test.py, which needs a GPU",
+    "CLUSTERFIT": "add engine_name=extract_features; then run VISSL's tools/cluster_features_and_label.py",
+}
+"""What a configuration with entries of its own in one of these sections is for."""
+
+
+def _engine(config: Any) -> str:
+    """What to do with a configuration that trains nothing."""
+    for section, advice in _ENGINES.items():
+        default = _plain(defaults().config[section])
+        if any(config[section].get(key) != value for key, value in default.items()):
+            return advice
+    if config.MODEL.FEATURE_EVAL_SETTINGS.EVAL_TRUNK_AND_HEAD:
+        return "add engine_name=extract_features, engine_name=knn, or engine_name=extract_cluster for SwAV's clusters"
+    return "add engine_name=extract_features, or engine_name=knn"
+
+
 def _check_training(config: Any) -> None:
     """Refuse what leaves nothing to train: an evaluation, which is what a forgotten engine looks like, or no head."""
-    if not config.MODEL.HEAD.PARAMS:
-        raise UserError(
-            "config.MODEL.HEAD.PARAMS is empty: the loss needs a head, such as [[mlp,{dims:[2048,128]}]], or "
-            "[[method_head,{in_dim:512}]] for one of our methods"
-        )
     settings = config.MODEL.FEATURE_EVAL_SETTINGS
     frozen = [key for key in ("EXTRACT_TRUNK_FEATURES_ONLY", "FREEZE_TRUNK_AND_HEAD") if settings[key]]
     if settings.EVAL_MODE_ON and frozen and not config.TEST_ONLY:
         raise UserError(
             f"config.MODEL.FEATURE_EVAL_SETTINGS.{frozen[0]}=true leaves nothing to train with engine_name=train; "
-            "add engine_name=extract_features, or engine_name=knn"
+            f"{_engine(config)}"
+        )
+    if not config.MODEL.HEAD.PARAMS:
+        raise UserError(
+            "config.MODEL.HEAD.PARAMS is empty: the loss needs a head, such as [[mlp,{dims:[2048,128]}]], or "
+            "[[method_head,{in_dim:512}]] for one of our methods"
         )
 
 

@@ -1,5 +1,6 @@
 """Settings of VISSL that depend on the machine: what works without a GPU, and what needs apex."""
 
+import shutil
 from importlib.util import find_spec
 from typing import Any
 
@@ -57,6 +58,27 @@ def adapt(cfg: DictConfig, given: dict[str, Any]) -> list[str]:
             raise UserError(f"config.MODEL.TRUNK.NAME={cfg.config.MODEL.TRUNK.NAME} needs a GPU; regnet does not")
     _check_apex(cfg.config)
     return changed
+
+
+def without_slurm(config: DictConfig, given: dict[str, Any]) -> str:
+    """Turn a job for SLURM into a run on this machine where there is no SLURM.
+
+    Args:
+        config: VISSL's configuration, below ``config``; changed in place.
+        given: keys, below ``config``, that the command line names, and their values; they are never changed.
+
+    Returns:
+        A sentence for the user; empty if nothing was changed.
+
+    Raises:
+        UserError: the command line asks for SLURM, and there is none.
+    """
+    if not OmegaConf.select(config, "SLURM.USE_SLURM") or shutil.which("sbatch"):
+        return ""
+    if "SLURM.USE_SLURM" in given:
+        raise UserError("config.SLURM.USE_SLURM=true needs SLURM, but there is no program sbatch here")
+    config.SLURM.USE_SLURM = False
+    return "there is no SLURM here (no sbatch): the run starts on this machine, with SLURM.USE_SLURM=false"
 
 
 def _cpu_safe(config: DictConfig, given: dict[str, Any], why: str) -> list[str]:

@@ -100,7 +100,10 @@ class Extractor(SelfSupervisionTrainer):
             writer = FeatureWriter(folder, split.lower(), layers, config.EXTRACT_FEATURES.CHUNK_THRESHOLD)
             for sample in task.dataloaders[split.lower()]:
                 images = torch.cat(sample["data"]).to(task.device, non_blocking=True)
-                writer.add(torch.cat(sample["data_idx"]), torch.cat(sample["label"]), _flat(model(images)))
+                features = _flat(model(images))
+                if layers == ["heads"]:  # SwAV's head gives the embedding and the scores of each set of prototypes
+                    writer.layers = layers + [f"heads{number}" for number in range(1, len(features))]
+                writer.add(torch.cat(sample["data_idx"]), torch.cat(sample["label"]), features)
             writer.flush()
         self._cleanup_task()
 

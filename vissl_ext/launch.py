@@ -107,13 +107,13 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     from vissl_ext.checks import check, check_sections
     from vissl_ext.compat.checkpoints import set_aside, torn_name
     from vissl_ext.compose import compose
-    from vissl_ext.defaults import adapt
+    from vissl_ext.defaults import adapt, without_slurm
     from vissl_ext.identity import claim
 
     ranks.quieten()
     cfg, given = compose(overrides, folders)
     check_sections(cfg)
-    changed = adapt(cfg, given)
+    changed, slurm = adapt(cfg, given), without_slurm(cfg.config, given)
     # a rank, a data loader's worker and a link may have another working directory
     if cfg.config.CHECKPOINT.DIR in (None, ""):
         raise UserError(f"config.CHECKPOINT.DIR must name a folder, got {cfg.config.CHECKPOINT.DIR!r}")
@@ -141,6 +141,8 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
         catalog.write_lists(lists)
     except OSError as error:
         raise UserError(f"config.CHECKPOINT.DIR cannot be written to: {error}") from None
+    if slurm:
+        say(slurm)
     if changed:
         say(f"on the CPU: {', '.join(changed)}")
     return args, config

@@ -14,6 +14,7 @@ from vissl_ext.compat import (
     import_warnings,
     kinetics400,
     linear_warmup,
+    local_copies,
     missing_weights,
     nan_output,
     numpy_names,
@@ -28,7 +29,16 @@ def activate() -> None:
         return
     mends = (
         *(import_warnings, pkg_resources, numpy_names, kinetics400),
-        *(broadcasts, checkpoints, folder_images, linear_warmup, missing_weights, nan_output, saved_types),
+        *(
+            broadcasts,
+            checkpoints,
+            folder_images,
+            linear_warmup,
+            local_copies,
+            missing_weights,
+            nan_output,
+            saved_types,
+        ),
     )
     for mend in mends:
         mend.activate()

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from plugins.tools.command import UserError
 from vissl_ext.catalog import class_count
@@ -39,6 +40,12 @@ def check_sections(cfg: DictConfig) -> None:
         UserError: there is one.
     """
     _sections("config", _plain(cfg.config), _plain(defaults().config))
+    try:
+        if missing := sorted(OmegaConf.missing_keys(cfg)):
+            raise UserError(f"{missing[0]} is ??? in the configuration: give it a value, {missing[0]}=VALUE")
+        OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationResolutionError as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     if type(cfg.node_id) is not int:
         raise UserError(f"node_id must be a whole number, got {cfg.node_id!r}")
 
@@ -129,7 +136,6 @@ def check(cfg: DictConfig, given: dict[str, Any]) -> None:
         _check_extraction(cfg.engine_name, config)
     elif cfg.engine_name == "train":
         _check_training(whole)
-        check_classes(config)
     check_config(whole, training=cfg.engine_name == "train")
     check_layers(whole.MODEL)
     check_heads(whole.MODEL)
@@ -171,7 +177,7 @@ def _engine(config: Any) -> str:
 
 
 def _check_training(config: Any) -> None:
-    """Refuse what leaves nothing to train: an evaluation, which is what a forgotten engine looks like, or no head."""
+    """Refuse an evaluation that leaves nothing to train, which is what a forgotten engine looks like."""
     settings = config.MODEL.FEATURE_EVAL_SETTINGS
     frozen = [key for key in ("EXTRACT_TRUNK_FEATURES_ONLY", "FREEZE_TRUNK_AND_HEAD") if settings[key]]
     if settings.EVAL_MODE_ON and frozen and not config.TEST_ONLY:
@@ -179,22 +185,22 @@ def _check_training(config: Any) -> None:
             f"config.MODEL.FEATURE_EVAL_SETTINGS.{frozen[0]}=true leaves nothing to train with engine_name=train; "
             f"{_engine(config)}"
         )
-    if not config.MODEL.HEAD.PARAMS:
-        raise UserError(
-            "config.MODEL.HEAD.PARAMS is empty: the loss needs a head, such as [[mlp,{dims:[2048,128]}]], or "
-            "[[method_head,{in_dim:512}]] for one of our methods"
-        )
 
 
-def check_classes(config: DictConfig) -> None:
-    """Compare the classes of the images with the outputs of the heads, where both are known before the start.
+def check_outputs(config: DictConfig) -> None:
+    """Check that a training has a head, with an output for each class where both are known before the start.
 
     Args:
         config: VISSL's configuration, below ``config``, with its data completed.
 
     Raises:
-        UserError: there are more classes than outputs.
+        UserError: there is no head, or there are more classes than outputs.
     """
+    if not config.MODEL.HEAD.PARAMS:
+        raise UserError(
+            "config.MODEL.HEAD.PARAMS is empty: the loss needs a head, such as [[mlp,{dims:[2048,128]}]], or "
+            "[[method_head,{in_dim:512}]] for one of our methods"
+        )
     if not str(config.LOSS.name).startswith("cross_entropy"):
         return
     ends = [head[-1] if isinstance(head[0], list) else head for head in _plain(config.MODEL.HEAD.PARAMS)]

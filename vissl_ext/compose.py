@@ -80,9 +80,6 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
             Hydra.create_main_hydra2("vissl_ext", search)
             cfg = hydra_compose("defaults", overrides=[_addable(word) for word in overrides])
         _check_top(cfg, overrides)
-        if missing := sorted(OmegaConf.missing_keys(cfg)):
-            raise UserError(f"{missing[0]} is ??? in the configuration: give it a value, {missing[0]}=VALUE")
-        OmegaConf.to_container(cfg, resolve=True)  # an interpolation that leads nowhere
         _fill(cfg.config, defaults().config, given)
         if _is_of_fork(overrides, [*places, Path("configs")]):
             _keep_warmup(cfg.config)

@@ -104,7 +104,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     from vissl.utils.hydra_config import convert_to_attrdict, save_attrdict_to_disk
 
     from vissl_ext import catalog, ranks
-    from vissl_ext.checks import check, check_sections
+    from vissl_ext.checks import check, check_outputs, check_sections
     from vissl_ext.compat.checkpoints import set_aside, torn_name
     from vissl_ext.compose import compose
     from vissl_ext.defaults import adapt, without_slurm
@@ -123,6 +123,8 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
         weights.PARAMS_FILE = str(Path(weights.PARAMS_FILE).expanduser())
     lists = catalog.complete(cfg.config, given)
     check(cfg, given)
+    if cfg.engine_name == "train":
+        check_outputs(cfg.config)
     _check_weights(weights)
     try:
         args, config = convert_to_attrdict(cfg, dump_config=False)

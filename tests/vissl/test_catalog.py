@@ -9,6 +9,8 @@ from PIL import Image
 
 from plugins.tools.command import UserError
 from vissl_ext import catalog
+from vissl_ext.catalog import _images
+from vissl_ext.compat.folder_images import PairedReads
 from vissl_ext.compose import compose
 
 pytestmark = pytest.mark.vissl
@@ -133,3 +135,24 @@ def test_a_catalogue_that_points_nowhere_is_named():
             catalog.complete(cfg.config, given)
     finally:
         VisslDatasetCatalog.remove("gone")
+
+
+def test_each_real_folder_is_read_once(tmp_path):
+    """A link to the folder itself made 41 images of one."""
+    for name in ("0", "1"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
+        (tmp_path / name / "again").symlink_to(tmp_path / name)
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "more" / "b.png")
+    (tmp_path / "1" / "linked").symlink_to(tmp_path / "more")
+    assert len(list(_images(tmp_path / "0"))) == 1 and len(list(_images(tmp_path / "1"))) == 2
+    root = tmp_path / "classes"
+    root.mkdir()
+    for name in ("0", "1"):
+        (root / name).symlink_to(tmp_path / name)
+    names = [(Path(path).name, label) for path, label in PairedReads(str(root)).samples]
+    assert names == [("a.png", 0), ("a.png", 1), ("b.png", 1)]
+    (root / "2").mkdir()
+    with pytest.raises(FileNotFoundError, match="Found no valid file for the classes 2"):
+        PairedReads(str(root))

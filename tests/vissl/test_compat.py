@@ -328,3 +328,31 @@ def test_broadcasts_are_needed(tmp_path, monkeypatch):
     assert made == []
     distributed_util.broadcast_object({})
     assert made == [memoryview]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_data_are_copied_to_a_folder_of_their_own(again, tmp_path, monkeypatch):
+    """VISSL's way fails, and deletes what else is in the destination."""
+    from vissl.config import AttrDict
+    from vissl.data import dataset_catalog
+    from vissl.utils import distributed_launcher
+
+    source, place = tmp_path / "digits", tmp_path / "local"
+    (source / "0").mkdir(parents=True)
+    (source / "0" / "a.png").write_text("a")
+    (source / "0" / "up").symlink_to(source)
+    place.mkdir()
+    (place / "mine").write_text("mine")
+    paths = {"DATA_PATHS": [str(source)], "DATA_SOURCES": ["disk_folder"], "DATASET_NAMES": ["x"]}
+    data = {**paths, "LABEL_PATHS": [str(source)], "COPY_TO_LOCAL_DISK": True, "COPY_DESTINATION_DIR": str(place)}
+    config = AttrDict({"DATA": {"TRAIN": data, "TEST": {"COPY_TO_LOCAL_DISK": False}}})
+    monkeypatch.delenv("SLURM_JOBID", raising=False)
+    for _ in range(1 + again):
+        config.DATA.TRAIN.COPY_DESTINATION_DIR = str(place)
+        distributed_launcher._copy_to_local(config)
+    files, _ = dataset_catalog.get_data_files("TRAIN", config.DATA)
+    assert files == [str(place / "train" / "digits")]
+    copied = sorted(path.relative_to(files[0]).as_posix() for path in Path(files[0]).rglob("*") if path.is_file())
+    assert copied == ["0/a.png", "copy_complete"]
+    distributed_launcher._cleanup_local_dir(config)
+    assert [path.name for path in place.iterdir()] == ["mine"] and (source / "0" / "a.png").is_file()

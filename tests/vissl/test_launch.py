@@ -1,6 +1,7 @@
 """The command line: where configurations are found, what a CPU changes, and that mistakes are sentences."""
 
 import os
+import pickle
 import re
 import signal
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +21,8 @@ from vissl_ext import launch as launcher
 from vissl_ext.checks import check, check_sections
 from vissl_ext.compat.checkpoints import set_aside
 from vissl_ext.compose import compose, config_names
-from vissl_ext.defaults import adapt
-from vissl_ext.launch import USAGE, _options, main
+from vissl_ext.defaults import adapt, without_slurm
+from vissl_ext.launch import USAGE, _options, main, prepare
 from vissl_ext.progress import Progress
 from vissl_ext.registry import register
 
@@ -108,6 +110,7 @@ def test_options_take_both_forms():
 
 
 _ISOLOSS = "config=pretrain/isoloss/digits"
+_VOC = "benchmark/linear_image_classification/voc07/eval_resnet_8gpu_transfer_voc07_svm"
 _KNN = "config=benchmark/nearest_neighbor/digits/knn"
 _TRANSFORMS = "config.DATA.TRAIN.TRANSFORMS"
 _LAYERS = "config.MODEL.FEATURE_EVAL_SETTINGS.LINEAR_EVAL_FEAT_POOL_OPS_MAP"
@@ -160,6 +163,10 @@ _RESNETS = "config.MODEL.TRUNK.RESNETS"
             "leaves nothing to train with engine_name=train; add engine_name=extract_features, or engine_name=knn",
         ),
         (["config=feature_extraction/digits/extract"], "leaves nothing to train with engine_name=train"),
+        # engines of files that train nothing
+        ([f"config={_VOC}"], "add engine_name=extract_features, then fit the SVM"),
+        (["config=benchmark/instance_retrieval/eval_resnet_1gpu_roxford"], "tools/instance_retrieval_test.py"),
+        (["config=pretrain/clusterfit/cluster_features_resnet_8gpu_imagenet"], "tools/cluster_features_and_label.py"),
         # schedules and optimiser
         ([_ISOLOSS, f"{_LR}=0.1"], f"{_LR} must be a section"),
         ([_ISOLOSS, f"{_LR}.warmup=abc"], f"{_LR}.warmup must be a number, got 'abc'"),
@@ -281,6 +288,9 @@ def test_apex_is_refused_where_there_is_none(gpu):
         ([SIMCLR, "config.DATA.TRAIN.COLLATE_FUNCTION=foo"], "COLLATE_FUNCTION: 'foo' is unknown"),
         ([SIMCLR, "config.DISTRIBUTED.NUM_PROC_PER_NODE=0"], "must be a whole number, at least 1, got 0"),
         (["config=pretrain/simclr/simclr_8nodes_resnet"], "did you mean pretrain/simclr/simclr_8node_resnet?"),
+        (["config=isolos"], "'isolos'; did you mean pretrain/isoloss/cifar or pretrain/isoloss/digits or"),
+        ([SIMCLR, "config.SEED_VALUE=???"], "config.SEED_VALUE is ??? in the configuration: give it a value"),
+        ([SIMCLR, "config.SEED_VALUE=${nowhere}"], "config.SEED_VALUE: Interpolation key 'nowhere' not found"),
         (["config=simclr_8node_resnet"], "did you mean pretrain/simclr/simclr_8node_resnet?"),
         (["config.SEED_VALUE=1"], "no configuration is named"),
         (
@@ -308,6 +318,89 @@ def test_mistakes_are_one_sentence(overrides, text):
     with pytest.raises(UserError, match=re.escape(text)) as caught:
         checked(*overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"config:\n  SEED_VALUE: [1\n  B: 2\n", "a configuration is no YAML: while parsing a flow sequence"),
+        ("config:\n  SEED_VALUE: 1 # \u00e9\n".encode("latin-1"), "mine.yaml is no UTF-8 text"),
+        (b"config:\n  MINE: ???\n", r"config\.MINE is \?\?\? in the configuration"),
+        (b"- a\n", "Cannot merge DictConfig with ListConfig"),
+    ],
+)
+def test_broken_files_of_the_user_are_one_sentence(text: bytes, message: str, tmp_path: Path):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "mine.yaml").write_bytes(b"# @package _global_\n" + text)
+    with pytest.raises(UserError, match=message) as caught:
+        check_sections(compose(["config=mine"], [str(tmp_path)])[0])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("[~/photos]", ["~/photos"]),
+        ("[/a=b,~/c d, /plain]", ["/a=b", "~/c d", "/plain"]),
+        ("['~/x']", ["~/x"]),
+        ("[]", []),
+    ],
+)
+def test_paths_need_no_quotes(value: str, read: list[str]):
+    cfg, given = compose([SIMCLR, f"config.DATA.TRAIN.DATA_PATHS={value}", "config.CHECKPOINT.DIR=~/runs/ep=1"])
+    assert list(cfg.config.DATA.TRAIN.DATA_PATHS) == given["DATA.TRAIN.DATA_PATHS"] == read
+    assert cfg.config.CHECKPOINT.DIR == "~/runs/ep=1"
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(few_digits: Path, tmp_path: Path, monkeypatch, no_gpu):
+    """As the example of --help has it."""
+    monkeypatch.setenv("HOME", str(few_digits))
+    config = prepare([_ISOLOSS, "config.DATA.TRAIN.DATA_PATHS=[~/train]", f"config.CHECKPOINT.DIR={tmp_path}"], [])[1]
+    assert [str(few_digits / "train")] == config.DATA.TRAIN.DATA_PATHS
+
+
+def test_more_classes_than_outputs_are_a_sentence(few_digits: Path, tmp_path: Path, no_gpu):
+    data = [f"config.DATA.{split}.DATA_PATHS=[{few_digits / 'train'}]" for split in ("TRAIN", "TEST")]
+    words = ["config=benchmark/linear_image_classification/digits/eval_resnet18_linear", *data]
+    head = "config.MODEL.HEAD.PARAMS=[[eval_mlp,{in_channels:512,dims:[512,5]}]]"
+    with pytest.raises(UserError, match=r"config\.MODEL\.HEAD\.PARAMS is empty: the loss needs a head"):
+        prepare([*words, "config.MODEL.HEAD.PARAMS=[]", f"config.CHECKPOINT.DIR={tmp_path}"], [])
+    with pytest.raises(UserError, match=r"DATA.TRAIN has 10 classes, but the head in .* has 5 outputs"):
+        prepare([*words, head, f"config.CHECKPOINT.DIR={tmp_path}"], [])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text", "is no file of torch.save with weights alone"),
+        (pickle.dumps({"a": 1}), "is no file of torch.save with weights alone"),
+        ([1, 2], "holds a list, no weights by name"),
+        ({"state_dict": {}}, "STATE_DICT_KEY_NAME is classy_state_dict, which .* does not have; it has state_dict"),
+        ({"classy_state_dict": {"base_model": {}}}, "is no whole checkpoint of VISSL"),
+    ],
+    ids=["text", "pickle", "list", "state dict", "half"],
+)
+def test_files_that_are_no_weights_are_a_sentence(content: Any, message: str, few_digits: Path, tmp_path, no_gpu):
+    path = tmp_path / "weights.torch"
+    if isinstance(content, str | bytes):
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    else:
+        torch.save(content, path)
+    words = [f"config.DATA.TRAIN.DATA_PATHS=[{few_digits / 'train'}]", f"config.CHECKPOINT.DIR={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match=message):
+        prepare([_ISOLOSS, *words, f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={path}"], [])
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_slurm_a_file_for_slurm_runs_here(monkeypatch):
+    cfg, given = compose([SIMCLR])
+    cfg.config.SLURM.USE_SLURM = True
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/sbatch")
+    assert without_slurm(cfg.config, given) == "" and cfg.config.SLURM.USE_SLURM
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "there is no SLURM here" in without_slurm(cfg.config, given) and not cfg.config.SLURM.USE_SLURM
+    with pytest.raises(UserError, match="needs SLURM, but there is no program sbatch here"):
+        without_slurm(*[(cfg := compose([SIMCLR, "config.SLURM.USE_SLURM=true"]))[0].config, cfg[1]])
 
 
 def test_a_folder_without_configurations_is_refused(tmp_path):

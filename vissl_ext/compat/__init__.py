@@ -28,17 +28,8 @@ def activate() -> None:
     if find_spec("vissl") is None:
         return
     mends = (
-        *(import_warnings, pkg_resources, numpy_names, kinetics400),
-        *(
-            broadcasts,
-            checkpoints,
-            folder_images,
-            linear_warmup,
-            local_copies,
-            missing_weights,
-            nan_output,
-            saved_types,
-        ),
+        *(import_warnings, pkg_resources, numpy_names, kinetics400, broadcasts, checkpoints, folder_images),
+        *(linear_warmup, local_copies, missing_weights, nan_output, saved_types),
     )
     for mend in mends:
         mend.activate()

@@ -1,9 +1,9 @@
 """Images that are copied to a local disk before the training, ``DATA.TRAIN.COPY_TO_LOCAL_DISK``.
 
-vissl/utils/io.py:271 returns one value where two are expected if a folder has been copied before, otherwise it needs the
-programs ``parallel`` and ``rsync``; without COPY_DESTINATION_DIR a folder goes to ``./None``. vissl/data/
-dataset_catalog.py:138 takes the copies of two folders of one name for the same, and vissl/utils/distributed_launcher.
-py:57 deletes the whole COPY_DESTINATION_DIR at the end, with what else is in it.
+vissl/utils/io.py:271 returns one value where two are expected if a folder has been copied before, otherwise it needs
+the programs ``parallel`` and ``rsync``; without COPY_DESTINATION_DIR a folder goes to ``./None``.
+vissl/data/dataset_catalog.py:138 takes the copies of two folders of one name for the same, and
+vissl/utils/distributed_launcher.py:57 deletes the whole COPY_DESTINATION_DIR at the end, with what else is in it.
 """
 
 import os

@@ -1,11 +1,18 @@
 """The backbones that we add: their widths, sizes, stems and options."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torchvision import models
 
+from plugins.tools.command import UserError
+from plugins.tools.export import read_backbone
 from solo_ext.architectures import ARCHITECTURES
+from solo_ext.backbones import build_backbone
+from solo_ext.checkpoint import load_backbone
+from solo_ext.compat import backbones
 
 pytestmark = pytest.mark.solo
 
@@ -183,3 +190,41 @@ def test_the_host_builds_student_and_teacher(name, dataset):
     for network in (method.backbone, method.momentum_backbone, build_backbone(name, {}, dataset, 32)):
         assert repr(network) == repr(expected)
     assert method.features_dim == method.classifier.in_features == expected.num_features
+
+
+@torch.no_grad()
+def test_every_backbone_is_exported_whole_and_alone(tmp_path: Path) -> None:
+    """From the checkpoint of a compiled model too; the weights are views of one number, whatever the network's size."""
+    number, read = torch.tensor(0.0), 0
+    for name in backbones():
+        try:
+            with torch.device("cpu" if name == "regnet_y_400mf" else "meta"):
+                backbone = build_backbone(name, {}, "custom", 224)
+        except (RuntimeError, NotImplementedError):
+            continue  # it computes with the values of tensors, as the larger RegNets
+        state = {key: number.to(value.dtype).expand(value.shape) for key, value in backbone.state_dict().items()}
+        for prefix in ("backbone.", "_orig_mod.backbone.", "backbone._orig_mod."):
+            around = prefix.removesuffix("backbone._orig_mod.").removesuffix("backbone.")
+            weights = {f"{prefix}{key}": value for key, value in state.items()}
+            others = {f"{around}momentum_backbone.{key}": value for key, value in state.items()}
+            path = tmp_path / "run.ckpt"
+            torch.save({"state_dict": {**weights, **others}}, path)
+            found = read_backbone(path)
+            assert found.state.keys() == state.keys(), name
+            assert found.dropped == {"momentum_backbone": len(state)}, name
+        read += 1
+    assert read > 20
+
+
+def test_a_compiled_backbone_is_loaded_and_another_one_is_refused(tmp_path: Path) -> None:
+    one, other = (build_backbone(name, {}, "cifar10", 32) for name in ("resnet18", "resnet34"))
+    path = tmp_path / "run.ckpt"
+    torch.save({"state_dict": {f"_orig_mod.backbone.{key}": v for key, v in one.state_dict().items()}}, path)
+    with pytest.raises(UserError, match=r"missing layer1\.2\.conv1\.weight and 95 more.* a network of another depth"):
+        load_backbone(path, other)
+    again = build_backbone("resnet18", {}, "cifar10", 32)
+    load_backbone(path, again)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in one.state_dict().items())
+    torch.save({"state_dict": {f"backbone.{key}": value for key, value in other.state_dict().items()}}, path)
+    with pytest.raises(UserError, match=r"left over layer1\.2\.conv1\.weight and 95 more.* of another depth"):
+        load_backbone(path, one)

@@ -31,6 +31,7 @@ from lightly_ext.benchmarks.methods import METHODS
 from lightly_ext.models import MethodModel
 from plugins.tools.command import UserError, first_process, say
 from plugins.tools.data import SUFFIXES
+from plugins.tools.fitting import mismatch
 from plugins.tools.folders import ImageFolder, walk
 from plugins.tools.images import open_image
 from plugins.tools.records import versions, write_json, write_row
@@ -120,14 +121,12 @@ def _load(args: argparse.Namespace, model: LightningModule) -> None:
         state = torch.load(args.ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError):
         raise UserError(f"--ckpt-path: {args.ckpt_path} is no checkpoint of Lightning") from None
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        differs = str(error).splitlines()[1:2]
+    if reason := mismatch(state, model.state_dict()):
         raise UserError(
             f"--ckpt-path: {args.ckpt_path} is of another method, backbone or options than {args.methods[0]}'s here: "
-            + " ".join(differs).strip()
-        ) from None
+            f"{reason}"
+        )
+    model.load_state_dict(state)
 
 
 def _first_line(error: BaseException) -> str:

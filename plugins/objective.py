@@ -1,5 +1,6 @@
 """The part of a training step that is the same in every framework: embeddings, loss, and what is logged of them."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,11 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plugins.clock import Clock, Stepped
 from plugins.distributed import LOCAL, Collective
 from plugins.heads import SharedHead, TwoBranchHead
 from plugins.losses import ETFMonitor
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
+
+PATIENCE = 1000
+"""Micro-batches of one optimiser step before a warning that the step has not been ended."""
 
 
 def project(projector: nn.Module, features: list[Tensor]) -> list[Tensor]:
@@ -46,9 +51,14 @@ def embed(
 
 
 class Objective(nn.Module):
-    """The loss of a method with all that belongs to it but the networks: warm-up counters, and what is followed.
+    """The loss of a method with all that belongs to it but the networks: the clock, and the running statistics.
 
     Its state is the same on all processes and belongs in the checkpoint.
+
+    Life cycle: a loop that accumulates the gradients of several micro-batches calls ``before_step`` before the first of
+    them and ``after_step`` after the optimiser's step. All micro-batches in between count as one step of warm-ups, and
+    as one batch in the running statistics, the closed-form predictor's included. Without these calls each batch in
+    training mode is one step.
 
     Args:
         spec: the method.
@@ -75,10 +85,49 @@ class Objective(nn.Module):
         self.embedding_moment: RunningMoment | None = None
         if options.get("log_eigvals", False) and not isinstance(predictor, RunningMoment):
             self.embedding_moment = RunningMoment(options[spec.width], rho=0.99, comm=comm)
+        # the loss's own, whose count is in the checkpoint, or one for the adapters
+        clocks = [module for module in self.criterion.modules() if isinstance(module, Clock)]
+        self._own_clock = None if clocks else Clock(persistent=False)
+        roots = [self] if predictor is None else [self, predictor]
+        # in a list: the predictor is the caller's
+        self._stepped = [part for root in roots for part in root.modules() if isinstance(part, Stepped)]
+        self._micro_batches = 0
+
+    @property
+    def clock(self) -> Clock:
+        """The count of optimiser steps."""
+        return next(part for part in self._stepped if isinstance(part, Clock))
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a step is open: ``before_step`` was called, and ``after_step`` not yet."""
+        return self.clock.stepping
+
+    def before_step(self) -> None:
+        """Open an optimiser step: the batches until ``after_step`` are its micro-batches. Idempotent."""
+        for part in self._stepped:
+            part.before_step()
+
+    def after_step(self) -> None:
+        """End the optimiser step; call it after the optimiser's. Does nothing while no step is open."""
+        for part in self._stepped:
+            part.after_step()
+        self._micro_batches = 0
 
     def forward(self, embeddings: Embeddings) -> Terms:
         """The loss and its parts, a NamedTuple of scalars, of which ``loss`` has a gradient."""
+        if self.training and self.stepping and not torch.compiler.is_compiling():
+            self._micro_batches += 1
+            if self._micro_batches == PATIENCE:
+                warnings.warn(
+                    f"{PATIENCE} batches belong to one optimizer step so far, so that warm-ups and the running second "
+                    "moment stand still; call after_step (update_momentum in lightly_ext) after each optimizer step",
+                    stacklevel=3,
+                )
+        if self._own_clock is not None:
+            self._own_clock()
         if self.embedding_moment is not None and self.training:
+            self.embedding_moment.micro_batch()
             for view in embeddings.z:
                 self.embedding_moment.update(view)
         return self.criterion(embeddings)

@@ -77,6 +77,17 @@ class PluginMethod:
         self._log_step(terms, embeddings)
         return terms.loss + out["loss"]
 
+    def on_train_start(self) -> None:
+        """Begin with a whole step."""
+        super().on_train_start()
+        self.objective.after_step()
+        self._steps_done = self.trainer.global_step
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Open a step of the optimiser; the batches that it accumulates are its micro-batches."""
+        super().on_train_batch_start(batch, batch_idx)
+        self.objective.before_step()
+
     def _host_training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         return super().training_step(batch, batch_idx)
 
@@ -98,12 +109,16 @@ class PluginMethod:
         return self.objective.followed(self.predictor)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the statistics of the embedding's spectrum, under the names that implicit-var-reg gave them.
+        """End the step of the optimiser, and log the statistics of the embedding's spectrum, under the names that
+        implicit-var-reg gave them.
 
         Only at the steps that Lightning writes and at the last of an epoch: each value logged takes time.
         """
         super().on_train_batch_end(outputs, batch, batch_idx)
         trainer = self.trainer
+        if trainer.global_step > self._steps_done:
+            self.objective.after_step()
+            self._steps_done = trainer.global_step
         written = trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0
         if self.moment is None or not written:
             return

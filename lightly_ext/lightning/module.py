@@ -116,10 +116,19 @@ class TrainingSteps:
     def on_train_start(self) -> None:
         """A resumed run has steps behind it."""
         self._steps_done = self.trainer.global_step
+        self.after_step()  # of a run that was cut off within one
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Open a step of the optimizer; the batches that it accumulates are its micro-batches."""
+        self.before_step()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the teacher, once per step of the optimizer, however many batches that accumulates."""
-        if self.teacher_backbone is None or self.trainer.global_step == self._steps_done:
+        """End the step of the optimizer, if this batch was its last, and move the teacher."""
+        if self.trainer.global_step == self._steps_done:
+            return
+        self.after_step()
+        if self.teacher_backbone is None:
+            self._steps_done = self.trainer.global_step
             return
         total = max(1, self.trainer.estimated_stepping_batches)
         tau = cosine_tau(self._steps_done, total, self.hparams.base_tau, self.hparams.final_tau)

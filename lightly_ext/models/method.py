@@ -13,6 +13,18 @@ A training loop, with or without a teacher::
         optimizer.step()
         optimizer.zero_grad()
         model.update_momentum(cosine_schedule(step, max_steps, 0.99, 1))
+
+Warm-ups and the running second moment count optimizer steps. In a model with a teacher ``update_momentum`` ends the
+step: all losses since the last call are those of its micro-batches. In a model without a teacher each loss is one step;
+a loop that accumulates gradients calls ``before_step`` before the first micro-batch, and ``after_step`` (or
+``update_momentum``) after ``optimizer.step()``::
+
+    model.before_step()
+    for views in micro_batches:
+        (model.loss(views) / len(micro_batches)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.after_step()
 """
 
 import copy
@@ -144,6 +156,8 @@ class MethodModel(nn.Module):
     def embed(self, views: Sequence[Tensor]) -> tuple[list[Tensor], Embeddings]:
         """Features of the views, and what the loss looks at; in training a computed prediction head follows them."""
         large = self._large(views)
+        if self.training and self.teacher_backbone is not None:
+            self.objective.before_step()
         features = [self.backbone(view).flatten(start_dim=1) for view in views]
         predict = None if self.prediction_head is None else self._predict
         targets = self._targets(views[:large])
@@ -201,9 +215,18 @@ class MethodModel(nn.Module):
             if parameters
         ]
 
+    def before_step(self) -> None:
+        """Open an optimizer step: the losses until ``after_step`` are those of its micro-batches."""
+        self.objective.before_step()
+
+    def after_step(self) -> None:
+        """End the optimizer step. Does nothing while no step is open."""
+        self.objective.after_step()
+
     def update_momentum(self, m: float) -> None:
-        """Move the teacher: θ_t ← m θ_t + (1 − m) θ. Call it once after each optimizer step; without a teacher it does
-        nothing.
+        """Move the teacher, θ_t ← m θ_t + (1 − m) θ, and end the step. Call it once after each optimizer step.
+
+        Without a teacher nothing moves.
 
         Args:
             m: momentum in [0, 1], as of ``lightly.utils.scheduler.cosine_schedule``.
@@ -211,6 +234,7 @@ class MethodModel(nn.Module):
         check_range("m", m, low=0.0, high=1.0)
         teacher = [part for part in (self.teacher_backbone, self.teacher_projection_head) if part is not None]
         move_teacher(teacher, [self.backbone, self.projection_head][: len(teacher)], m)
+        self.objective.after_step()
 
 
 def model_class(name: str, spec: MethodSpec, module: str) -> type[MethodModel]:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from plugins.checks import check_range, check_rows, compute_dtype
+from plugins.clock import RowMeans, Stepped
 from plugins.distributed import LOCAL, Collective
 
 
@@ -137,11 +138,11 @@ class ETFTerms(NamedTuple):
     """``1 - cosine_pos + cosine_neg``."""
 
 
-class ETFMonitor(nn.Module):
+class ETFMonitor(Stepped, nn.Module):
     """Cosines of two views' representations about their running mean. For logging: nothing has a gradient.
 
     The centre is half the batch's mean and half a moving average of such means, which takes up a tenth of each batch,
-    in training mode only.
+    in training mode only. The micro-batches of an optimiser step count as one batch.
 
     Args:
         dim: width D of the representations.
@@ -165,6 +166,13 @@ class ETFMonitor(nn.Module):
         check_range("rate", rate, low=0, high=1)
         self.rate, self.comm = rate, comm
         self.register_buffer("mean", torch.zeros(dim))
+        self._before: Tensor | None = None  # the mean before the open step
+        self._seen = RowMeans()
+
+    def after_step(self) -> None:
+        """End the open step."""
+        super().after_step()
+        self._before, self._seen = None, RowMeans()
 
     @torch.no_grad()
     def forward(self, z0: Float[Tensor, "B D"], z1: Float[Tensor, "B D"]) -> ETFTerms:
@@ -177,8 +185,16 @@ class ETFMonitor(nn.Module):
             batch = total[:-1] / total[-1]
             x, y = F.normalize(z - (batch + self.mean.to(batch)) / 2, dim=2)
             if self.training:
-                self.mean.lerp_(batch.to(self.mean), self.rate)
+                self._follow(batch.to(self.mean), total[-1])
             positive = (x * y).sum(1).mean()
             # the sum over all pairs is the product of the sums
             negative = ((x.sum(0) * y.sum(0)).sum() - positive * len(x)) / (len(x) * (len(x) - 1))
         return ETFTerms(positive, negative, 1 - positive + negative)
+
+    def _follow(self, batch: Tensor, rows: Tensor) -> None:
+        if self.stepping:
+            if self._before is None:
+                self._before = self.mean.clone()
+            self.mean.copy_(self._before)
+            (batch,), _ = self._seen.add([batch], rows)
+        self.mean.lerp_(batch, self.rate)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from plugins.distributed import Collective
@@ -38,23 +37,6 @@ class CrossViewLoss(nn.Module):
         if self.iso:
             return isoloss_terms(e.z[a], e.p[a], e.target[b], metric=self.metric, comm=self.comm)
         return byol_terms(e.p[a], e.target[b], metric=self.metric, comm=self.comm)
-
-
-class StepCounter(nn.Module):
-    """Counts training steps in a buffer, so that a warm-up goes on where a run was interrupted."""
-
-    steps: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-
-    def forward(self) -> Tensor:
-        """How many steps came before this one, ``[]``; in training mode this one is counted then."""
-        before = self.steps.clone()
-        if self.training:
-            self.steps += 1
-        return before
 
 
 def projector_options(hidden: int, output: int) -> dict[str, Option]:

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
+from plugins.clock import Clock
 from plugins.distributed import Collective
 from plugins.heads import TwoBranchHead, dissl_heads
 from plugins.losses import DISSLTerms, StallAlarm, dissl_terms, dissl_warmup
-from plugins.methods.common import StepCounter
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
 
 KINDS = ("dissl", "dissl_mlp", "fork_dissl", "fork_dissl_linear", "fork_dissl_mlp", "fork_dissl_v2")
@@ -26,7 +26,7 @@ class _Loss(nn.Module):
         }
         self.taus = {"tau_teacher": options["tau_teacher"], "tau_student": options["tau_student"]}
         self.comm = comm
-        self.counter = StepCounter()
+        self.counter = Clock()
         longest = max(self.weights[name] for name in ("warmup_lambda", "warmup_beta", "warmup_distillation"))
         self.alarm = StallAlarm(options["n_classes"], after=longest + options["stall_alarm_iter"])
 
@@ -34,7 +34,7 @@ class _Loss(nn.Module):
         step = self.counter() + 1
         weights = dissl_warmup(step, **self.weights)
         terms = dissl_terms(e.target, e.z, **weights._asdict(), **self.taus, comm=self.comm)
-        if self.training:
+        if self.training and self.counter.first:
             self.alarm(terms.H_Mlz, step)
         return terms
 

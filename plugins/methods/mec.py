@@ -7,12 +7,13 @@ from typing import Any
 from torch import nn
 
 from plugins.checks import check_range, check_whole
+from plugins.clock import Clock
 from plugins.distributed import Collective
 from plugins.losses import MECTerms, mec_terms, mec_warmup
 from plugins.losses.log_series import SeriesWatch
 from plugins.losses.mec import LEAST_EPS_D
 from plugins.methods import matrix_ssl
-from plugins.methods.common import LOG_EIGVALS, StepCounter, predictor_options, projector_options
+from plugins.methods.common import LOG_EIGVALS, predictor_options, projector_options
 from plugins.spec import Embeddings, Option, Paper
 
 
@@ -25,13 +26,13 @@ class _Loss(nn.Module):
         check_range("warmup_iter", options["warmup_iter"], low=0)
         self.eps_d, self.order = options["eps"] / options["proj_output_dim"], options["mec_order"]
         self.warmup, self.comm = options["warmup_iter"], comm
-        self.counter = StepCounter()
+        self.counter = Clock()
         self.watch = SeriesWatch("the MEC loss", "raise eps, or warmup_iter")
 
     def forward(self, e: Embeddings) -> MECTerms:
         eps_d = self.eps_d * mec_warmup(self.counter(), self.warmup)
         terms = mec_terms(*e.p, *e.target, eps_d=eps_d, order=self.order, comm=self.comm)
-        if self.training:
+        if self.training and self.counter.first:
             self.watch(lambda: terms.radius)
         return terms
 

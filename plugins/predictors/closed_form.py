@@ -37,7 +37,7 @@ class ClosedFormPredictor(RunningMoment):
         mode: ``"sequential"``: view 0 updates C and is predicted with W of it, then view 1, …, so that W differs
             between views and the order of views matters; ``"pooled"``: one update with all views, one W for all.
         every: k ≥ 1, compute W at the first and then at each k-th update only; C takes every update. 10 changes W by
-            2e-3 at ρ = 0.998; at ρ = 0.5 keep 1.
+            2e-3 at ρ = 0.998; at ρ = 0.5 keep 1. The micro-batches of an optimiser step count as one update.
         center: use the centred second moment.
         comm: the processes whose rows are joined.
 
@@ -93,9 +93,11 @@ class ClosedFormPredictor(RunningMoment):
         Raises:
             ValueError: z is no floating-point matrix of D columns.
         """
+        again = len(self._seen) - self._place  # > 0: an earlier micro-batch has made this update
+        due = (self._phase - again) % self.every == 0
         super().update(z)
-        due = self._phase == 0
-        self._phase = (self._phase + 1) % self.every
+        if not again:
+            self._phase = (self._phase + 1) % self.every
         if due:
             with torch.autocast(z.device.type, enabled=False):
                 self._refresh()
@@ -118,6 +120,7 @@ class ClosedFormPredictor(RunningMoment):
         Args:
             views: one matrix per view; numbers of rows may differ between views and processes.
         """
+        self.micro_batch()
         if self.training and self.mode == "pooled":
             self.update(torch.cat([z.detach() for z in views]))
         predictions = []

@@ -1,21 +1,27 @@
 """The running second moment of a projection, which closed-form predictors and spectrum logging share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from plugins.checks import check_range, check_rows
+from plugins.clock import RowMeans, Stepped
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import eigvalsh, squared_norm
 
 
-class RunningMoment(nn.Module):
+class RunningMoment(Stepped, nn.Module):
     """Exponential moving average of the uncentred second moment of the rows it is shown.
 
     ``C ← ρ C + (1 − ρ) Zᵀ Z / N`` with Z the joined rows of all processes, ``C = 0`` at first: after k batches of
     second moment S it holds ``(1 − ρ^k) S``.
+
+    Between ``before_step`` and ``after_step`` Z are the rows of all micro-batches so far, so that C is at the end that
+    of one batch of all rows: each micro-batch begins with ``micro_batch``, and its v-th update replaces the v-th of the
+    micro-batch before.
 
     Args:
         dim: width D of the rows.
@@ -25,7 +31,7 @@ class RunningMoment(nn.Module):
 
     Buffers:
         C: ``[D, D]``, symmetric up to rounding, in float32 (float64 after ``.double()``; ``.half()`` changes nothing).
-        steps: int64, calls of ``update``, the skipped ones included.
+        steps: int64, calls of ``update``, the skipped ones included, those of one step's micro-batches counted once.
         mean ``[D]``, mass ``[]``: with ``center`` only, the same moving average of the rows and of the constant 1.
 
     Example:
@@ -51,6 +57,18 @@ class RunningMoment(nn.Module):
         if center:
             self.register_buffer("mean", torch.zeros(dim, dtype=torch.float32))
             self.register_buffer("mass", torch.zeros((), dtype=torch.float32))
+        self._before: list[Tensor] = []  # the averages before the open step
+        self._seen: list[RowMeans] = []  # of the open step, one per update of a micro-batch
+        self._place = 0  # of the next update in its micro-batch
+
+    def micro_batch(self) -> None:
+        """Mark the beginning of a micro-batch. Needed within a step only."""
+        self._place = 0
+
+    def after_step(self) -> None:
+        """End the open step: C stays, and the next update is one of its own."""
+        super().after_step()
+        self._before, self._seen, self._place = [], [], 0
 
     @torch.no_grad()
     def update(self, z: Float[Tensor, "B D"]) -> None:
@@ -73,14 +91,31 @@ class RunningMoment(nn.Module):
             usable = squared_norm(z) < torch.finfo(z.dtype).max / self.comm.size
             z = torch.where(usable, z, 0)
             second, first, rows, bad = self._joined([z.T @ z, z.sum(0), z.new_full((), z.shape[0]), (~usable).to(z)])
-            weight = ((bad == 0) & (rows > 0)).to(z.dtype) * (1 - self.rho)
-            rows = rows.clamp(min=1)
-            # in place: DistributedDataParallel and compiled graphs hold on to the buffer itself
-            self.C.lerp_(second.div_(rows), weight)
-            if self.center:
-                self.mean.lerp_(first / rows, weight)
-                self.mass.lerp_(torch.ones_like(self.mass), weight)
-        self.steps += 1
+            divisor = rows.clamp(min=1)
+            self._average([second.div_(divisor), first / divisor], torch.where(bad == 0, rows, 0))
+
+    def _average(self, means: list[Tensor], rows: Tensor) -> None:
+        """Move the averages towards the means over some rows, or in a step over these and the earlier ones."""
+        averages = [self.C, self.mean, self.mass] if self.center else [self.C]
+        new = self._place == len(self._seen)
+        if self.stepping:
+            if self._place == 0 and new:
+                self._before = [average.clone() for average in averages]
+            elif self._place == 0:
+                for average, before in zip(averages, self._before, strict=True):
+                    average.copy_(before)
+            if new:
+                self._seen.append(RowMeans())
+            means, rows = self._seen[self._place].add(means, rows)
+            self._place += 1
+        weight = (rows > 0).to(rows.dtype) * (1 - self.rho)
+        # in place: DistributedDataParallel and compiled graphs hold on to the buffer itself
+        self.C.lerp_(means[0], weight)
+        if self.center:
+            self.mean.lerp_(means[1], weight)
+            self.mass.lerp_(torch.ones_like(self.mass), weight)
+        if new:
+            self.steps += 1
 
     def _joined(self, parts: list[Tensor]) -> list[Tensor]:
         """Sums over the processes, by one collective for all."""
@@ -108,6 +143,10 @@ class RunningMoment(nn.Module):
         check_rows(z=z)
         if z.shape[1] != self.dim:
             raise ValueError(f"z must have {self.dim} columns, got shape {tuple(z.shape)}")
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.after_step()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningMoment":
         def no_less_than_float32(tensor: Tensor) -> Tensor:

@@ -1,0 +1,106 @@
+"""The clock of a run counts optimiser steps, not batches: a step may accumulate the gradients of micro-batches."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Stepped:
+    """A part whose state moves once per optimiser step, however many micro-batches the step accumulates.
+
+    Between ``before_step`` and ``after_step`` all batches are micro-batches of one step. Outside of them each batch is
+    a step. :class:`plugins.objective.Objective` calls both methods on its parts.
+    """
+
+    stepping: bool = False
+    """Whether a step is open."""
+
+    def before_step(self) -> None:
+        """Open a step. Does nothing while one is open."""
+        self.stepping = True
+
+    def after_step(self) -> None:
+        """End the open step. Does nothing while none is open."""
+        self.stepping = False
+
+
+class Clock(Stepped, nn.Module):
+    """Count optimiser steps, so that a warm-up follows them and continues after a resume.
+
+    Args:
+        persistent: whether the count is in the state dict.
+
+    Attributes:
+        first: whether the last call was for the first micro-batch of its step.
+        steps_per_epoch: optimiser steps of an epoch, set by the adapter; None while unknown.
+        total: optimiser steps of the run, likewise.
+
+    Buffers:
+        steps: int64, ``[]``, steps begun.
+
+    Example:
+        >>> clock = Clock()
+        >>> [int(clock()), int(clock())]
+        [0, 1]
+        >>> clock.before_step()
+        >>> [int(clock()), int(clock())]  # two micro-batches of one step
+        [2, 2]
+    """
+
+    steps: Tensor
+
+    def __init__(self, *, persistent: bool = True) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=persistent)
+        self.steps_per_epoch: int | None = None
+        self.total: int | None = None
+        self.first = True
+        self._counted = False
+
+    def forward(self) -> Tensor:
+        """Return the number of steps before this one, ``[]``. In training mode, count this one at its first call."""
+        if not self.training:
+            return self.steps.clone()
+        self.first = not self._counted
+        before = self.steps - int(self._counted)
+        if self.first:
+            self.steps += 1
+        self._counted = self.stepping
+        return before
+
+    def after_step(self) -> None:
+        """End the open step: the next call counts again."""
+        super().after_step()
+        self._counted = False
+
+
+class RowMeans:
+    """Means over the rows of the micro-batches of one step so far.
+
+    Example:
+        >>> means = RowMeans()
+        >>> _ = means.add([torch.tensor(1.0)], torch.tensor(1.0))
+        >>> means.add([torch.tensor(5.0)], torch.tensor(3.0))
+        ([tensor(4.)], tensor(4.))
+    """
+
+    def __init__(self) -> None:
+        self.means: list[Tensor] = []
+        self.rows: Tensor | None = None
+
+    def add(self, means: list[Tensor], rows: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Take the means over the rows of one more micro-batch into account.
+
+        Args:
+            means: of one micro-batch, in the same order at each call.
+            rows: their number, ``[]``, >= 0, of a floating dtype.
+
+        Returns:
+            The means over all rows so far, and the number of those rows.
+        """
+        if self.rows is None:
+            self.means, self.rows = means, rows
+        else:
+            self.rows = self.rows + rows
+            share = rows / self.rows.clamp(min=1)
+            self.means = [so_far.lerp(mean, share.to(mean)) for so_far, mean in zip(self.means, means, strict=True)]
+        return self.means, self.rows

@@ -1,0 +1,77 @@
+"""``accumulate_grad_batches``: a step of the optimiser counts once, whatever the number of its micro-batches."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from plugins.heads import Heads, TwoBranchHead
+from plugins.methods import METHODS
+from plugins.testing import toy_mlp, toy_views
+from solo_ext.compat import pl
+from solo_ext.config import parse_pretrain
+from solo_ext.registry import method_class
+
+pytestmark = pytest.mark.solo
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+SETTINGS = {
+    "dissl": ["++method_kwargs.warmup_beta_iter=5"],
+    "mec": ["++method_kwargs.warmup_iter=5"],
+    "isoloss": ["++method_kwargs.alpha=1"],
+}
+WIDTH = 3 * 4 * 4  # of an image, flat
+
+
+def built(compose, method: str, *overrides: str) -> nn.Module:
+    """A method on vectors, without batch norm, in float64."""
+    still = ["scheduler.name=none", "knn_eval.enabled=False", *SETTINGS.get(method, [])]
+    cfg = parse_pretrain(compose(method, *still, *overrides))
+    torch.manual_seed(0)
+    model = method_class(cfg)(cfg)
+    rows, D = model.features_dim, model.options[METHODS[method].width]
+    heads = Heads(teacher=toy_mlp(rows, D), student=toy_mlp(rows, D))
+    for prefix in ("", "momentum_") if METHODS[method].teacher else ("",):
+        setattr(model, f"{prefix}backbone", nn.Sequential(nn.Flatten(), toy_mlp(WIDTH, rows)))
+        two = isinstance(model.projector, TwoBranchHead)
+        setattr(model, f"{prefix}projector", TwoBranchHead(heads, rows) if two else toy_mlp(rows, D))
+    if "pred_hidden_dim" in METHODS[method].options:
+        model.predictor = toy_mlp(D, D)
+        model.predictor.predict = lambda z: [model.predictor(view) for view in z]
+    return model.double()
+
+
+def micro_batches(counts: tuple[int, ...], rows: int = 4) -> tuple[list, list]:
+    """Batches of some micro-batches each, whole and split up."""
+    whole, split = [], []
+    for seed, count in enumerate(counts):
+        views = [view.view(-1, 3, 4, 4) for view in toy_views(count * rows, WIDTH, seed=seed)]
+        labels = torch.arange(count * rows) % 10
+        whole.append((labels, views, labels))
+        split += [(y, list(part), y) for *part, y in zip(*(t.split(rows) for t in (*views, labels)), strict=True)]
+    return whole, split
+
+
+def trained(model: nn.Module, batches: list, **options: object) -> nn.Module:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=1, **quiet, **options)
+    trainer.fit(model, torch.utils.data.DataLoader(batches, batch_size=None))
+    return model
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("method", ["dissl", "mec", "isoloss", "ssl_ey"])
+def test_accumulated_batches_are_one_step(method, compose) -> None:
+    """The last of three steps has two micro-batches only; no weight moves."""
+    whole, split = micro_batches((4, 4, 2))
+    still = ("optimizer.lr=0", "optimizer.classifier_lr=0")
+    one = trained(built(compose, method, *still), whole)
+    other = trained(built(compose, method, *still), split, accumulate_grad_batches=4)
+    same(other.objective.state_dict(), one.objective.state_dict())
+    if method == "isoloss":
+        same(other.predictor.state_dict(), one.predictor.state_dict())
+        assert int(one.predictor.steps) == 2 * 3
+    assert int(one.objective.clock.steps) == int(other.objective.clock.steps) == 3

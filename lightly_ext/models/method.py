@@ -25,6 +25,13 @@ a loop that accumulates gradients calls ``before_step`` before the first micro-b
     optimizer.step()
     optimizer.zero_grad()
     model.after_step()
+
+The mean of the micro-batches' losses is not the loss of their joined rows. ``joined_loss`` is, exactly, at the cost of
+one more forward pass; its ``backward`` completes the gradients::
+
+    model.joined_loss(micro_batches).backward()
+    optimizer.step()
+    optimizer.zero_grad()
 """
 
 import copy
@@ -37,6 +44,7 @@ from torch import Tensor, nn
 from plugins.checks import check_range
 from plugins.distributed import LOCAL, WORLD
 from plugins.heads import TwoBranchHead
+from plugins.joined import JoinedBatch
 from plugins.objective import Objective, embed
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms, large_views
@@ -124,18 +132,20 @@ class MethodModel(nn.Module):
         """What follows the embedding's second moment, if anything does: ``moment.spectrum()`` are its eigenvalues."""
         return self.objective.followed(self.prediction_head)
 
-    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
-        """Features of images; or, of a list of views, the loss.
+    def forward(self, x: Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]) -> Tensor:
+        """Features of images; or, of a list of views, the loss; or, of a list of such lists, the joined loss.
 
         Wrappers such as DistributedDataParallel work on forward alone: call them with the views and take the loss.
 
         Args:
-            x: images ``[B, C, H, W]``, or one such batch per view.
+            x: images ``[B, C, H, W]``, or one such batch per view, or one list of such batches per micro-batch.
 
         Returns:
             ``[B, feature_dim]``, or a scalar.
         """
-        return self.backbone(x).flatten(start_dim=1) if isinstance(x, Tensor) else self.loss(x)
+        if isinstance(x, Tensor):
+            return self.backbone(x).flatten(start_dim=1)
+        return self.loss(x) if isinstance(x[0], Tensor) else self.joined_loss(x)
 
     def project(self, x: Tensor) -> Tensor:
         """Images → projections ``[B, D]``."""
@@ -153,15 +163,59 @@ class MethodModel(nn.Module):
         """
         return self.terms(self.embed(views)[1]).loss
 
+    def joined_loss(self, micro_batches: Sequence[Sequence[Tensor]], *, scale: float = 1.0) -> Tensor:
+        """The method's loss on the joined rows of several micro-batches, with the activations of one at a time.
+
+        It adds the gradients of all micro-batches but the last to the parameters' ``grad``; call ``backward`` on the
+        result once for the others. So ``zero_grad`` comes before, not between. Exact but for batch norm, whose
+        statistics are each micro-batch's own. See :class:`plugins.joined.JoinedBatch`.
+
+        Args:
+            micro_batches: views as of ``loss``, for each micro-batch; numbers of rows may differ.
+            scale: ``scaler.get_scale()`` of a GradScaler, if one scales the result.
+
+        Returns:
+            The joined loss.
+
+        Raises:
+            ValueError: no micro-batch, unequal numbers of views, or a network that changes its buffers each time.
+        """
+        if not micro_batches:
+            raise ValueError("the joined loss needs at least one micro-batch, got none")
+        joined = JoinedBatch(lambda views: (self._encode(views)[1], None), [self.backbone, self.projection_head])
+        for views in micro_batches:
+            self._add(joined, views, views)
+        self._joined_terms(joined, scale)
+        return joined.backward()
+
+    def _add(self, joined: JoinedBatch, batch: Any, views: Sequence[Tensor]) -> None:
+        """Embed a micro-batch for its joined loss, by student and teacher."""
+        large = self._large(views)
+        self._begin()
+        joined.add(batch, lambda: self._targets(views[:large]))
+
+    def _joined_terms(self, joined: JoinedBatch, scale: float = 1.0) -> tuple[Terms, Embeddings]:
+        predict = None if self.prediction_head is None else self._predict
+        return joined.terms(self.objective, predict, self.prediction_head, scale=scale)
+
+    def _encode(self, views: Sequence[Tensor]) -> tuple[list[Tensor], Embeddings]:
+        """Features of the views, and embeddings without the prediction head."""
+        features = [self.backbone(view).flatten(start_dim=1) for view in views]
+        return features, embed(features, self.projection_head, large=self._large(views))
+
     def embed(self, views: Sequence[Tensor]) -> tuple[list[Tensor], Embeddings]:
         """Features of the views, and what the loss looks at; in training a computed prediction head follows them."""
         large = self._large(views)
-        if self.training and self.teacher_backbone is not None:
-            self.objective.before_step()
+        self._begin()
         features = [self.backbone(view).flatten(start_dim=1) for view in views]
         predict = None if self.prediction_head is None else self._predict
         targets = self._targets(views[:large])
         return features, embed(features, self.projection_head, predict, targets, large=large)
+
+    def _begin(self) -> None:
+        """In a model with a teacher ``update_momentum`` ends the step, so that each loss may begin one."""
+        if self.training and self.teacher_backbone is not None:
+            self.objective.before_step()
 
     def terms(self, embeddings: Embeddings) -> Terms:
         """The loss and its parts, a NamedTuple of scalars, of which ``loss`` has a gradient."""

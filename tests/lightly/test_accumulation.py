@@ -91,3 +91,111 @@ def test_lightning_counts_steps(method: str) -> None:
     if method in ("isoloss", "directcopy"):
         same_state(accumulated.prediction_head, whole.prediction_head)
     assert int(accumulated.objective.clock.steps) == 3
+
+
+# ---------------------------------------------------------------------------------------------------- the joined loss
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    """With a teacher that is not the student."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("teacher_"):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return model
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_joined_loss_is_that_of_one_batch(method: str) -> None:
+    whole, joined = perturbed(built(method)), perturbed(built(method))
+    for seed in range(2):
+        views = toy_views(9, 5, seed=seed)
+        loss = whole.loss(views)
+        loss.backward()
+        other = joined.joined_loss([*split([view[:6] for view in views], 3), [view[6:] for view in views]])
+        other.backward()
+        torch.testing.assert_close(other, loss, rtol=1e-10, atol=1e-12)
+        whole.update_momentum(0.9)
+        joined.update_momentum(0.9)
+    torch.testing.assert_close(gradients(joined), gradients(whole), rtol=1e-10, atol=1e-12)
+    same_state(joined, whole)
+
+
+def normed(method: str, dropout: float = 0.0) -> models.MethodModel:
+    """With batch norm in backbone, heads and teacher."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(dropout))
+    small = {"proj_hidden_dim": 12, "proj_output_dim": 4, "pred_hidden_dim": 10, "n_classes": 8}
+    small = {key: value for key, value in small.items() if key in METHODS[method].options}
+    return perturbed(vars(models)[NAMES[method]](backbone, input_dim=6, **small).double())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_batch_norm_it_is_that_of_the_same_embeddings(method: str) -> None:
+    views = toy_views(12, 5)
+    whole, joined = normed(method), normed(method)
+    micro = split(views, 3)
+    encoded = [whole._encode(part)[1] for part in micro]
+    targets = [whole._targets(part) for part in micro]
+    z = [torch.cat(list(rows)) for rows in zip(*(e.z for e in encoded), strict=True)]
+    p = z if whole.prediction_head is None else whole._predict(z)
+    target = [torch.cat(list(rows)) for rows in zip(*(e.target if t is None else t for e, t in zip(encoded, targets, strict=True)), strict=True)]  # fmt: skip # noqa: E501
+    from plugins.spec import Embeddings
+
+    loss = whole.terms(Embeddings(z, p, target)).loss
+    loss.backward()
+    other = joined.joined_loss(micro)
+    other.backward()
+    torch.testing.assert_close(other, loss, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradients(joined), gradients(whole), rtol=1e-9, atol=1e-12)
+    state = whole.state_dict()
+    for name, value in joined.state_dict().items():
+        if not name.startswith("objective.etf"):
+            torch.testing.assert_close(value, state[name], rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_dropout_is_the_same_in_both_passes() -> None:
+    """One micro-batch: its joined loss is its loss, and what is drawn next is drawn next."""
+    views, losses = toy_views(8, 5), []
+    for joined in (False, True):
+        model = normed("simsiam", dropout=0.5)
+        torch.manual_seed(1)
+        loss = model.joined_loss([views]) if joined else model.loss(views)
+        drawn = torch.rand(1)
+        loss.backward()
+        losses.append((loss.detach(), drawn, gradients(model)))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-10, atol=1e-12)
+
+
+def test_a_scaled_joined_loss_has_scaled_gradients() -> None:
+    whole, joined = built("byol"), built("byol")
+    views = toy_views(8, 5)
+    whole.loss(views).backward()
+    (1024 * joined.joined_loss(split(views, 2), scale=1024.0)).backward()
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradients(joined)[name] / 1024, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_without_gradient_it_is_a_number() -> None:
+    model, views = built("byol").eval(), toy_views(8, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(split(views, 2)), model(views))
+
+
+def test_what_cannot_be_joined_is_a_sentence() -> None:
+    model = built("byol")
+    with pytest.raises(ValueError, match="at least one micro-batch, got none"):
+        model.joined_loss([])
+    model = built("dissl")
+    views = toy_views(8, 5, views=3)
+    with pytest.raises(ValueError, match="as many views, got 2 and 3"):
+        model.joined_loss([views, views[:2]])
+    model = built("ssl_ey")
+    nn.utils.parametrizations.spectral_norm(model.backbone[0])
+    with pytest.raises(ValueError, match=r"the network changes .*_u each time"):
+        model.joined_loss(split(toy_views(8, 5), 2))

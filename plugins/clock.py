@@ -1,5 +1,7 @@
 """The clock of a run counts optimiser steps, not batches: a step may accumulate the gradients of micro-batches."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +73,10 @@ class Clock(Stepped, nn.Module):
         """End the open step: the next call counts again."""
         super().after_step()
         self._counted = False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.after_step()
 
 
 class RowMeans:

@@ -114,6 +114,10 @@ class Objective(nn.Module):
             part.after_step()
         self._micro_batches = 0
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.after_step()
+
     def forward(self, embeddings: Embeddings) -> Terms:
         """The loss and its parts, a NamedTuple of scalars, of which ``loss`` has a gradient."""
         if self.training and self.stepping and not torch.compiler.is_compiling():

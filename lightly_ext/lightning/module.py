@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from lightly_ext import models
 from plugins.checks import check_choice, check_range
+from plugins.joined import JoinedBatch, check_joined, ends_step, loss_scale
 from plugins.linalg import spectrum_statistics
+from plugins.spec import Embeddings
 from plugins.targets import cosine_tau
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
+ACCUMULATE = ("mean", "joined")
 
 
 class PartialSchedule(CosineWarmupScheduler):
@@ -45,6 +48,9 @@ class TrainingSteps:
         warmup_epochs: at most the whole run.
         base_tau: momentum of the teacher at its first update, in [0, 1].
         final_tau: at its last, in [0, 1].
+        accumulate: with ``accumulate_grad_batches`` above 1 the loss of a step is the "mean" of its micro-batches'
+            losses, or that of their "joined" rows, at the cost of one more forward pass. The images of all
+            micro-batches are held, the activations of one at a time.
         options: those of the model class: input_dim, projection_head, teacher, … and the method's own.
 
     Raises:
@@ -64,9 +70,11 @@ class TrainingSteps:
         warmup_epochs: float = 10,
         base_tau: float = 0.99,
         final_tau: float = 1.0,
+        accumulate: str = "mean",
         **options: Any,
     ) -> None:
         check_choice("optimizer", optimizer, OPTIMIZERS)
+        check_choice("accumulate", accumulate, ACCUMULATE)
         for name, value in {"lr": lr, "weight_decay": weight_decay, "warmup_epochs": warmup_epochs}.items():
             check_range(name, value, low=0.0)
         cosine_tau(0, 1, base_tau, final_tau)  # the ranges
@@ -82,6 +90,7 @@ class TrainingSteps:
                 "warmup_epochs": warmup_epochs,
                 "base_tau": base_tau,
                 "final_tau": final_tau,
+                "accumulate": accumulate,
                 **{name: value for name, value in options.items() if not isinstance(value, nn.Module)},
             }
         )
@@ -89,14 +98,21 @@ class TrainingSteps:
         topk = (1, 5) if num_classes >= 5 else (1,)
         self.online_classifier = OnlineLinearClassifier(self.feature_dim, num_classes, topk=topk)
         self._steps_done = 0
+        self._joined: JoinedBatch | None = None
+        self._last = True  # of its step
 
     @property
     def criterion(self) -> Any:
         """The loss: Embeddings → its terms."""
         return self.terms
 
-    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
-        """The method's loss, and that of the online classifier on the features of the first view."""
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor | None:
+        """The method's loss, and that of the online classifier on the features of the first view.
+
+        With ``accumulate="joined"`` None before the last micro-batch of a step, and there the loss of all.
+        """
+        if self.hparams.accumulate == "joined":
+            return self._joined_step(batch, batch_idx)
         views, targets = batch[0], batch[1]
         features, embeddings = self.embed(views)
         terms = self.terms(embeddings)
@@ -105,6 +121,29 @@ class TrainingSteps:
         cls_loss, cls_log = self.online_classifier.training_step((features[0].detach(), targets), batch_idx)
         self.log_dict({**statistics, **cls_log}, sync_dist=True, batch_size=len(targets))
         return terms.loss + cls_loss
+
+    def _joined_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor | None:
+        def encode(micro_batch: Sequence[Any]) -> tuple[Embeddings, Tensor | None]:
+            features, embeddings = self._encode(micro_batch[0])
+            if not torch.is_grad_enabled():  # the first of two passes
+                return embeddings, None
+            cls_loss, cls_log = self.online_classifier.training_step((features[0].detach(), micro_batch[1]), batch_idx)
+            self.log_dict(cls_log, sync_dist=True, batch_size=len(micro_batch[1]))
+            return embeddings, cls_loss
+
+        if self._joined is None:
+            self._joined = JoinedBatch(encode, [self.backbone, self.projection_head])
+        self._add(self._joined, batch, batch[0])
+        if not self._last:
+            return None
+        joined, self._joined = self._joined, None
+        terms, embeddings = self._joined_terms(joined, loss_scale(self.trainer))
+        statistics = {f"train_{name}": value for name, value in self.objective.statistics(terms, embeddings).items()}
+        rows = len(embeddings.z[0])
+        self.log("train_loss", statistics.pop("train_loss"), prog_bar=True, sync_dist=True, batch_size=rows)
+        self.log_dict(statistics, sync_dist=True, batch_size=rows)
+        # Lightning divides by the number of batches that a step accumulates
+        return joined.backward() * self.trainer.accumulate_grad_batches
 
     def validation_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """The online classifier on images that are not augmented."""
@@ -117,10 +156,14 @@ class TrainingSteps:
         """A resumed run has steps behind it."""
         self._steps_done = self.trainer.global_step
         self.after_step()  # of a run that was cut off within one
+        self._joined = None
+        if self.hparams.accumulate == "joined":
+            check_joined(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Open a step of the optimizer; the batches that it accumulates are its micro-batches."""
         self.before_step()
+        self._last = ends_step(self.trainer, batch_idx)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End the step of the optimizer, if this batch was its last, and move the teacher."""

@@ -1,15 +1,15 @@
 """Accumulated gradients: a step of the optimizer counts once, in a plain loop and under Lightning."""
 
 import pytest
-import pytorch_lightning
 import torch
 from torch import Tensor, nn
 
 from lightly_ext import lightning, models
 from lightly_ext.names import CLASS_NAMES
+from plugins.distributed import LOCAL
 from plugins.heads import Heads, TwoBranchHead
 from plugins.methods import METHODS
-from plugins.testing import toy_mlp, toy_views
+from plugins.testing import assert_joined, toy_mlp, toy_views
 
 pytestmark = pytest.mark.lightly
 
@@ -68,10 +68,13 @@ def test_a_plain_loop_without_a_teacher_need_not_say_anything() -> None:
     assert int(model.objective.clock.steps) == 3
 
 
-def trained(method: str, batches: list, **options: object) -> nn.Module:
-    """After an epoch of Lightning that moves no weight."""
-    given = parts(method)
-    module = lightning.__getattr__(NAMES[method])(8, 4, toy_mlp(5, 6), optimizer="sgd", lr=0.0, **given).double()
+def trained(method: str, batches: list, of_module: dict | None = None, **options: object) -> nn.Module:
+    """After an epoch of Lightning, which moves no weight with the default options."""
+    import pytorch_lightning  # not on the ranks
+
+    torch.manual_seed(0)
+    of_module = {"lr": 0.0, "optimizer": "sgd", "warmup_epochs": 0, **parts(method), **(of_module or {})}
+    module = perturbed(lightning.__getattr__(NAMES[method])(8, 4, toy_mlp(5, 6), **of_module).double())
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     host = pytorch_lightning.Trainer(max_epochs=1, accelerator="cpu", devices=1, **quiet, **options)
     host.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
@@ -199,3 +202,85 @@ def test_what_cannot_be_joined_is_a_sentence() -> None:
     nn.utils.parametrizations.spectral_norm(model.backbone[0])
     with pytest.raises(ValueError, match=r"the network changes .*_u each time"):
         model.joined_loss(split(toy_views(8, 5), 2))
+
+
+def micro_batches(*counts: int) -> tuple[list, list]:
+    """Batches of some micro-batches of four rows each, whole and split up."""
+    steps = [toy_views(4 * count, 5, seed=seed) for seed, count in enumerate(counts)]
+    labels = torch.arange(64) % 4
+    whole = [(views, labels[: len(views[0])]) for views in steps]
+    split = [
+        ([rows[i : i + 4] for rows in views], y[i : i + 4]) for views, y in whole for i in range(0, len(views[0]), 4)
+    ]
+    return whole, split
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_lightning_trains_on_the_joined_batch(method: str) -> None:
+    """Three steps, of 4, 4 and 2 micro-batches, with momentum and decay."""
+    whole, split = micro_batches(4, 4, 2)
+    options = {"lr": 3.0, "weight_decay": 0.1}
+    one = trained(method, whole, options)
+    other = trained(method, split, {**options, "accumulate": "joined"}, accumulate_grad_batches=4)
+    state = one.state_dict()
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    start = trained(method, whole).state_dict()
+    assert not torch.equal(state["backbone.0.weight"], start["backbone.0.weight"])
+
+
+def _joined_step(comm, model, *views):
+    from torch.nn.parallel import DistributedDataParallel
+
+    micro = [[view[:1] for view in views], [view[1:] for view in views]]
+    if comm.size == 1:
+        return model.joined_loss(micro)
+    wrapped = DistributedDataParallel(model)
+    wrapped(micro).backward()  # a step before
+    model.zero_grad()
+    fresh = _Build(model.spec.name)()
+    model.load_state_dict(fresh.state_dict())  # and another step
+    return wrapped(micro)
+
+
+class _Build:
+    """A model of a method; picklable, to be sent to the ranks."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+
+    def __call__(self) -> models.MethodModel:
+        return perturbed(built(self.method))
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_have_the_gradients_of_the_joined_batch(ranks, method: str) -> None:
+    assert_joined(ranks, _joined_step, toy_views(12, 5), counts=(3, 4, 5), build=_Build(method))
+
+
+def _trained_joined(comm, method, micro):
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = _Build(method)()
+    wrapped = DistributedDataParallel(model) if comm.size > 1 else model
+    optimizer = torch.optim.SGD(model.training_parameters(), lr=0.1)
+    for _ in range(2):
+        wrapped(micro).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_momentum(0.9)
+    return model.state_dict()
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("method", ["byol", "isoloss", "dissl"])
+def test_training_on_ranks_is_training_on_the_joined_batch(ranks, method: str) -> None:
+    """Each rank steps with the reduced gradient of all its micro-batches."""
+    views = toy_views(12, 5)
+    expected = _trained_joined(LOCAL, method, [views])
+    parts = [[view.split([3, 4, 5])[rank] for view in views] for rank in range(3)]
+    given = [(method, [[view[:1] for view in part], [view[1:] for view in part]]) for part in parts]
+    for state in ranks.run(_trained_joined, given):
+        for name, value in state.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")

@@ -21,6 +21,9 @@ from plugins.objective import Objective
 from plugins.spec import Embeddings, Terms
 from plugins.tools.command import UserError
 
+ACCUMULATE = ("mean", "joined")
+"""What the loss of a step of several micro-batches can be: the mean of theirs, or that of their joined rows."""
+
 
 class _Part(NamedTuple):
     """A micro-batch: what it was made of, the random numbers it drew, and its rows."""

@@ -9,12 +9,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from plugins.checks import check_choice
 from plugins.distributed import WORLD
+from plugins.joined import ACCUMULATE, JoinedBatch, check_joined, ends_step, loss_scale
 from plugins.linalg import spectrum_statistics
 from plugins.objective import Objective, embed, project
 from plugins.predictors import ClosedFormPredictor, RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
 from plugins.targets import move_teacher, needs_teacher
+from plugins.tools.command import UserError
 from solo_ext.compat import BaseMethod, BaseMomentumMethod
 
 _PREDICTING = ("byol", "directcopy", "directpred", "isocopy", "isoloss", "simsiam")
@@ -35,6 +38,11 @@ class PluginMethod:
       at the steps that are written; ``_epoch`` is their mean over these and the last.
     * solo-learn's own: ``train_class_loss`` (over labelled images), ``train_acc1``, ``train_acc5`` (an image without
       a label counts as wrong), ``tau``, ``val_loss``, ``val_acc1``, ``val_acc5``.
+
+    With ``accumulate_grad_batches`` above 1, ``accumulate: mean`` trains on the mean of the micro-batches' losses, and
+    ``accumulate: joined`` on the loss of their joined rows, exactly but for batch norm, whose statistics are each
+    micro-batch's own. It costs one more forward pass and holds the images of all micro-batches, but the activations of
+    one at a time.
     """
 
     spec: ClassVar[MethodSpec]
@@ -46,6 +54,13 @@ class PluginMethod:
         self.predictor = self.spec.predictor(self.options, WORLD) if self.spec.predictor else None
         self.objective = Objective(self.spec, self.options, WORLD, self.predictor, self.projector)
         self.log_eigvals = self.options.get("log_eigvals", False)
+        self.accumulate = cfg.get("accumulate", "mean")
+        check_choice("accumulate", self.accumulate, ACCUMULATE)
+        self._joined: JoinedBatch | None = None
+        self._joining, self._last = (
+            False,
+            True,
+        )  # whether losses are joined; whether this micro-batch is its step's last
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
@@ -68,8 +83,13 @@ class PluginMethod:
             out["z"] = self.projector(out["feats"])
         return out
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Classification loss of the online classifier plus the method's loss on the projections of the views."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Classification loss of the online classifier plus the method's loss on the projections of the views.
+
+        With joined losses None before the last micro-batch of a step, and there the loss of all.
+        """
+        if self._joining:
+            return self._joined_step(batch, batch_idx)
         out = self._host_training_step(batch, batch_idx)
         predict = self.predictor.predict if self.predictor is not None else None
         embeddings = embed(out["feats"], self.projector, predict, self._targets(out), large=self.num_large_crops)
@@ -77,19 +97,52 @@ class PluginMethod:
         self._log_step(terms, embeddings)
         return terms.loss + out["loss"]
 
+    def _joined_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        def encode(micro_batch: Any) -> tuple[Embeddings, Tensor | None]:
+            if torch.is_grad_enabled():
+                out = self._student_step(micro_batch, batch_idx)
+            else:  # the first of two passes
+                out = {"feats": [self(view)["feats"] for view in micro_batch[1]], "loss": None}
+            return embed(out["feats"], self.projector, large=self.num_large_crops), out["loss"]
+
+        if self._joined is None:
+            self._joined = JoinedBatch(encode, [self.backbone, self.projector])
+        self._joined.add(batch, lambda: self._joined_targets(batch[1][: self.num_large_crops]))
+        if not self._last:
+            return None
+        joined, self._joined = self._joined, None
+        predict = self.predictor.predict if self.predictor is not None else None
+        terms, embeddings = joined.terms(self.objective, predict, self.predictor, scale=loss_scale(self.trainer))
+        self._log_step(terms, embeddings)
+        # Lightning divides by the number of batches that a step accumulates
+        return joined.backward() * self.trainer.accumulate_grad_batches
+
     def on_train_start(self) -> None:
         """Begin with a whole step."""
         super().on_train_start()
         self.objective.after_step()
+        self._joined = None
         self._steps_done = self.trainer.global_step
+        if self.accumulate == "joined":
+            check_joined(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Open a step of the optimiser; the batches that it accumulates are its micro-batches."""
         super().on_train_batch_start(batch, batch_idx)
         self.objective.before_step()
+        self._joining = self.accumulate == "joined" and self.trainer.accumulate_grad_batches > 1
+        self._last = ends_step(self.trainer, batch_idx)
 
     def _host_training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         return super().training_step(batch, batch_idx)
+
+    def _student_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """The host's step without the teacher."""
+        return self._host_training_step(batch, batch_idx)
+
+    def _joined_targets(self, views: list[Tensor]) -> list[Tensor] | None:
+        """The teacher's projections of the large views of a micro-batch, where there is one."""
+        return None
 
     def _targets(self, out: dict[str, Any]) -> list[Tensor] | None:
         """The teacher's projections, where there is one."""
@@ -146,6 +199,8 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
             for teacher, student in zip(self.momentum_projector.parameters(), self.projector.parameters(), strict=True):
                 teacher.copy_(student)
         self.momentum_projector.requires_grad_(False)
+        if self.accumulate == "joined" and cfg.momentum.classifier:
+            raise UserError("accumulate=joined trains no momentum.classifier; set momentum.classifier=False")
         self.has_teacher = needs_teacher(cfg.momentum.base_tau, cfg.momentum.final_tau) or cfg.momentum.classifier
 
     @property
@@ -159,10 +214,18 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
         move_teacher(teachers, students, self.momentum_updater.cur_tau)
 
     def _host_training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        if self.has_teacher:
-            return super()._host_training_step(batch, batch_idx)
+        return (
+            super()._host_training_step(batch, batch_idx) if self.has_teacher else self._student_step(batch, batch_idx)
+        )
+
+    def _student_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         # past BaseMomentumMethod, whose step makes the teacher's forward passes
         return BaseMethod.training_step(self, batch, batch_idx)
+
+    def _joined_targets(self, views: list[Tensor]) -> list[Tensor] | None:
+        if not self.has_teacher:
+            return None
+        return project(self.momentum_projector, [self.teacher_forward(view)["feats"] for view in views])
 
     def _targets(self, out: dict[str, Any]) -> list[Tensor] | None:
         if not self.has_teacher:

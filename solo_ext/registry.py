@@ -81,6 +81,8 @@ def method_class(cfg: DictConfig) -> type:
                     f"solo-learn's method {name} has no option {key!r}; it knows {', '.join(sorted(known))}{ours}"
                 )
         _check_native_crops(name, cfg)
+        if cfg.get("accumulate", "mean") != "mean":
+            raise UserError(f"accumulate={cfg.accumulate} is for our methods, {name} is solo-learn's own; use mean")
         return natives[name]
     try:
         plugins[name].spec.check_views(cfg.data.num_large_crops, cfg.data.num_small_crops)

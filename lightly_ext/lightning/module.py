@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from lightly_ext import models
 from plugins.checks import check_choice, check_range
-from plugins.joined import JoinedBatch, check_joined, ends_step, loss_scale
+from plugins.joined import ACCUMULATE, JoinedBatch, check_joined, ends_step, loss_scale
 from plugins.linalg import spectrum_statistics
 from plugins.spec import Embeddings
 from plugins.targets import cosine_tau
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
-ACCUMULATE = ("mean", "joined")
 
 
 class PartialSchedule(CosineWarmupScheduler):
@@ -99,7 +98,10 @@ class TrainingSteps:
         self.online_classifier = OnlineLinearClassifier(self.feature_dim, num_classes, topk=topk)
         self._steps_done = 0
         self._joined: JoinedBatch | None = None
-        self._last = True  # of its step
+        self._joining, self._last = (
+            False,
+            True,
+        )  # whether losses are joined; whether this micro-batch is its step's last
 
     @property
     def criterion(self) -> Any:
@@ -111,7 +113,7 @@ class TrainingSteps:
 
         With ``accumulate="joined"`` None before the last micro-batch of a step, and there the loss of all.
         """
-        if self.hparams.accumulate == "joined":
+        if self._joining:
             return self._joined_step(batch, batch_idx)
         views, targets = batch[0], batch[1]
         features, embeddings = self.embed(views)
@@ -163,6 +165,7 @@ class TrainingSteps:
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Open a step of the optimizer; the batches that it accumulates are its micro-batches."""
         self.before_step()
+        self._joining = self.hparams.accumulate == "joined" and self.trainer.accumulate_grad_batches > 1
         self._last = ends_step(self.trainer, batch_idx)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

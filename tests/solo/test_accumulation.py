@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from plugins.heads import Heads, TwoBranchHead
 from plugins.methods import METHODS
 from plugins.testing import toy_mlp, toy_views
+from plugins.tools.command import UserError
 from solo_ext.compat import pl
 from solo_ext.config import parse_pretrain
 from solo_ext.registry import method_class
@@ -75,3 +76,30 @@ def test_accumulated_batches_are_one_step(method, compose) -> None:
         same(other.predictor.state_dict(), one.predictor.state_dict())
         assert int(one.predictor.steps) == 2 * 3
     assert int(one.objective.clock.steps) == int(other.objective.clock.steps) == 3
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_joined_loss_trains_as_one_batch(method, compose) -> None:
+    """Three steps, of 4, 4 and 2 micro-batches."""
+    whole, split = micro_batches((4, 4, 2))
+    settings = ("optimizer.name=sgd", "optimizer.lr=0.1", "optimizer.classifier_lr=1", "++optimizer.kwargs={}")
+    one = trained(built(compose, method, *settings), whole)
+    other = trained(built(compose, method, *settings, "++accumulate=joined"), split, accumulate_grad_batches=4)
+    assert int(other.trainer.global_step) == int(one.trainer.global_step) == 3
+    state = one.state_dict()
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    fresh = built(compose, method).projector.state_dict()
+    assert any(not torch.equal(value, fresh[name]) for name, value in one.projector.state_dict().items())
+    logged = one.trainer.callback_metrics["train_ssl_loss_step"]
+    torch.testing.assert_close(other.trainer.callback_metrics["train_ssl_loss_step"], logged, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_joined_is_a_sentence(compose) -> None:
+    native = compose("byol", "++accumulate=joined", "~method_kwargs.log_eigvals", "~method_kwargs.pred_lr_scale")
+    with pytest.raises(UserError, match="accumulate=joined is for our methods, byol is solo-learn's own"):
+        method_class(parse_pretrain(native))
+    with pytest.raises(UserError, match=r"trains no momentum\.classifier"):
+        built(compose, "isoloss", "++accumulate=joined", "++momentum.classifier=true")
+    with pytest.raises(ValueError, match="accumulate must be one of mean, joined, got 'sum'"):
+        built(compose, "isoloss", "++accumulate=sum")

@@ -6,7 +6,6 @@ embed every micro-batch without gradient, take the loss of all rows and its grad
 micro-batch again and pass its rows of that gradient on.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,7 +18,6 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from plugins.checks import compute_dtype
 from plugins.objective import Objective
 from plugins.spec import Embeddings, Terms
-from plugins.tools.command import UserError
 
 ACCUMULATE = ("mean", "joined")
 """What the loss of a step of several micro-batches can be: the mean of theirs, or that of their joined rows."""
@@ -153,34 +151,6 @@ class JoinedBatch:
             surrogate = torch.stack([product.to(value) for product in products]).sum() + (0 if own is None else own)
         self.parts, self._live, self._weights, self._terms = [], [], [], None
         return value + (surrogate - surrogate.detach())
-
-
-def ends_step(trainer: Any, batch_idx: int) -> bool:
-    """Whether a Trainer of Lightning, of either flavour, makes its optimiser's step after a batch.
-
-    An epoch's last step has the micro-batches that are left.
-    """
-    if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-        return True
-    return bool(trainer.is_last_batch) or batch_idx + 1 == trainer.num_training_batches
-
-
-def loss_scale(trainer: Any) -> float:
-    """What a Trainer multiplies losses with before backward, in 16-bit precision; 1 elsewhere."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
-
-
-def check_joined(trainer: Any) -> None:
-    """Refuse a Trainer under which a module cannot make backward passes of its own.
-
-    Raises:
-        UserError: its strategy is neither a single device nor DistributedDataParallel.
-    """
-    strategy = type(trainer.strategy)
-    if not {"SingleDeviceStrategy", "DDPStrategy"} & {base.__name__ for base in strategy.__mro__}:
-        raise UserError(f"accumulate=joined needs one device or the strategy ddp, got {strategy.__name__}")
-    warnings.filterwarnings("ignore", message=".*training_step. returned .None.*")  # of the earlier micro-batches
 
 
 def _joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:

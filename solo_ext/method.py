@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from plugins.checks import check_choice
 from plugins.distributed import WORLD
-from plugins.joined import ACCUMULATE, JoinedBatch, check_joined, ends_step, loss_scale
+from plugins.joined import ACCUMULATE, JoinedBatch
 from plugins.linalg import spectrum_statistics
 from plugins.objective import Objective, embed, project
 from plugins.predictors import ClosedFormPredictor, RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
 from plugins.targets import move_teacher, needs_teacher
 from plugins.tools.command import UserError
+from plugins.tools.trainer import check_joined, ends_step, loss_scale
 from solo_ext.compat import BaseMethod, BaseMomentumMethod
 
 _PREDICTING = ("byol", "directcopy", "directpred", "isocopy", "isoloss", "simsiam")

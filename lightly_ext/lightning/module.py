@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from lightly_ext import models
 from plugins.checks import check_choice, check_range
-from plugins.joined import ACCUMULATE, JoinedBatch, check_joined, ends_step, loss_scale
+from plugins.joined import ACCUMULATE, JoinedBatch
 from plugins.linalg import spectrum_statistics
 from plugins.spec import Embeddings
 from plugins.targets import cosine_tau
+from plugins.tools.command import UserError
+from plugins.tools.trainer import check_joined, ends_step, loss_scale, run_steps
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
 
@@ -176,7 +178,7 @@ class TrainingSteps:
         if self.teacher_backbone is None:
             self._steps_done = self.trainer.global_step
             return
-        total = max(1, self.trainer.estimated_stepping_batches)
+        total = max(1, int(self.trainer.estimated_stepping_batches))
         tau = cosine_tau(self._steps_done, total, self.hparams.base_tau, self.hparams.final_tau)
         self._steps_done = self.trainer.global_step
         self.update_momentum(tau)
@@ -213,8 +215,10 @@ class TrainingSteps:
             optimizer: Any = torch.optim.AdamW(groups, lr=lr)
         else:
             optimizer = {"lars": LARS, "sgd": torch.optim.SGD}[given.optimizer](groups, lr=lr, momentum=0.9)
-        total = int(self.trainer.estimated_stepping_batches)
-        warmup = min(total, int(total / (self.trainer.max_epochs or 1) * given.warmup_epochs))
+        total, of_epoch = run_steps(self.trainer)
+        if of_epoch is None and given.warmup_epochs:
+            raise UserError(f"warmup_epochs={given.warmup_epochs} needs data of a known length; set warmup_epochs=0")
+        warmup = min(total, int((of_epoch or 0) * given.warmup_epochs))
         schedule = PartialSchedule(optimizer, warmup_epochs=warmup, max_epochs=total)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 

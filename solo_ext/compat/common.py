@@ -13,6 +13,7 @@ Mended, with the place in main (m) and in 1.0.2 (o):
 * ``methods/deepclusterv2.py``: the loss of the first epoch, before there are clusters, was NaN, its gradient zero.
 """
 
+import math
 from functools import wraps
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from plugins.heads import normalized_classifier
 from plugins.targets import cosine_tau
 from plugins.tools.command import UserError
+from plugins.tools.trainer import run_steps
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat.optim import OPTIMIZERS, WarmupCosineLR
 
@@ -287,12 +289,14 @@ def with_schedule(module: Any, optimizer: torch.optim.Optimizer, cfg: DictConfig
         return optimizer
     if cfg.name == "step":
         return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, list(cfg.lr_decay_steps), gamma=0.1)]
-    epochs = module.max_epochs
-    steps = module.trainer.estimated_stepping_batches if cfg.interval == "step" else epochs
+    steps, of_epoch = run_steps(module.trainer)
+    if of_epoch is None:
+        raise UserError("scheduler.name=warmup_cosine needs data of a known length; use scheduler.name=none")
+    by_step = cfg.interval == "step"
     schedule = WarmupCosineLR(
         optimizer,
-        warmup_steps=cfg.warmup_epochs * steps / max(epochs, 1),
-        total_steps=steps,
+        warmup_steps=cfg.warmup_epochs * (of_epoch if by_step else 1),
+        total_steps=steps if by_step else math.ceil(steps / max(of_epoch, 1)),
         start_lr=getattr(module, "warmup_start_lr", cfg.warmup_start_lr),
         end_lr=getattr(module, "min_lr", cfg.min_lr),
         static=static,

@@ -10,6 +10,7 @@ from plugins.distributed import LOCAL
 from plugins.heads import Heads, TwoBranchHead
 from plugins.methods import METHODS
 from plugins.testing import assert_joined, toy_mlp, toy_views
+from plugins.tools.command import UserError
 
 pytestmark = pytest.mark.lightly
 
@@ -284,3 +285,47 @@ def test_training_on_ranks_is_training_on_the_joined_batch(ranks, method: str) -
     for state in ranks.run(_trained_joined, given):
         for name, value in state.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ------------------------------------------------------------------------------------------------------ schedules
+
+
+def schedule(batches: object, warmup_epochs: float = 2, **options: object) -> tuple[int, int, int]:
+    """Steps of the warm-up and of the schedule, and those that were made."""
+    import pytorch_lightning
+
+    module = lightning.BYOL(4, 4, toy_mlp(5, 6), optimizer="sgd", warmup_epochs=warmup_epochs, **parts("byol")).double()
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    host = pytorch_lightning.Trainer(accelerator="cpu", devices=1, **quiet, **options)
+    host.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    found = host.lr_scheduler_configs[0].scheduler
+    return found.warmup_epochs, found.max_epochs, host.global_step
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    """Of no known length."""
+
+    def __iter__(self):
+        return iter(micro_batches(5)[1])
+
+
+def test_schedules_follow_the_trainers_limits() -> None:
+    batches = micro_batches(5)[1]
+    assert schedule(batches, max_steps=12) == (10, 12, 12)  # max_epochs is -1: the warm-up was negative
+    assert schedule(batches, max_steps=6) == (6, 6, 6)
+    assert schedule(batches, max_epochs=3, max_steps=12) == (10, 12, 12)
+    assert schedule(batches, max_epochs=3) == (10, 15, 15)
+    assert schedule(batches, max_steps=7, accumulate_grad_batches=2) == (6, 7, 7)
+    assert schedule(batches, max_epochs=3, accumulate_grad_batches=2) == (6, 9, 9)
+    assert schedule(batches, max_steps=9, limit_train_batches=3) == (6, 9, 9)
+    assert schedule(batches, max_steps=9, limit_train_batches=3, accumulate_grad_batches=2) == (4, 9, 9)
+    assert schedule(_Stream(), 0, max_steps=7) == (0, 7, 7)
+
+
+def test_a_run_without_an_end_is_a_sentence() -> None:
+    with pytest.raises(UserError, match=r"which max_epochs and max_time do not give here; set max_steps"):
+        schedule(micro_batches(5)[1], max_time={"minutes": 1})
+    with pytest.raises(UserError, match=r"do not give here; set max_steps"):
+        schedule(_Stream(), max_epochs=2)
+    with pytest.raises(UserError, match="warmup_epochs=2 needs data of a known length; set warmup_epochs=0"):
+        schedule(_Stream(), max_steps=7)

@@ -54,7 +54,7 @@ def micro_batches(counts: tuple[int, ...], rows: int = 4) -> tuple[list, list]:
 
 def trained(model: nn.Module, batches: list, **options: object) -> nn.Module:
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=1, **quiet, **options)
+    trainer = pl.Trainer(**{"max_epochs": 1, **options}, accelerator="cpu", devices=1, **quiet)
     trainer.fit(model, torch.utils.data.DataLoader(batches, batch_size=None))
     return model
 
@@ -103,3 +103,28 @@ def test_what_cannot_be_joined_is_a_sentence(compose) -> None:
         built(compose, "isoloss", "++accumulate=joined", "++momentum.classifier=true")
     with pytest.raises(ValueError, match="accumulate must be one of mean, joined, got 'sum'"):
         built(compose, "isoloss", "++accumulate=sum")
+
+
+@pytest.mark.parametrize(
+    ("options", "by_step", "by_epoch"),
+    [
+        ({"max_epochs": 4}, (2 * 5, 20), (2, 4)),
+        ({"max_epochs": 4, "max_steps": 12}, (2 * 5, 12), (2, 3)),
+        ({"max_epochs": 4, "accumulate_grad_batches": 2}, (2 * 3, 12), (2, 4)),
+        ({"max_epochs": -1, "max_steps": 7, "accumulate_grad_batches": 2}, (2 * 3, 7), (2, 3)),
+        ({"max_epochs": 4, "limit_train_batches": 3}, (2 * 3, 12), (2, 4)),
+    ],
+)
+def test_schedules_follow_the_trainers_limits(options, by_step, by_epoch, compose) -> None:
+    """Of epochs of five batches: steps, or epochs, of the warm-up and of the schedule."""
+    for interval, wanted in (("step", by_step), ("epoch", by_epoch)):
+        more = ("scheduler.name=warmup_cosine", f"++scheduler.interval={interval}", "++scheduler.warmup_epochs=2")
+        model = trained(built(compose, "simsiam", *more), micro_batches((5,))[1], **options)
+        schedule = model.trainer.lr_scheduler_configs[0].scheduler
+        assert (schedule.warmup_steps, schedule.total_steps) == wanted
+
+
+def test_a_run_without_an_end_is_a_sentence(compose) -> None:
+    model = built(compose, "simsiam", "scheduler.name=warmup_cosine")
+    with pytest.raises(UserError, match="do not give here; set max_steps"):
+        trained(model, micro_batches((5,))[1], max_epochs=-1, max_time={"minutes": 1})

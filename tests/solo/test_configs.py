@@ -188,8 +188,8 @@ def test_learning_rate_of_matrix_ssl_and_mec(name, epochs, images):
     assert cfg.scheduler.interval == "step"
     warm, total = 10 * 1251, epochs * 1251
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optimizer.lr)
-    trainer = SimpleNamespace(estimated_stepping_batches=total)
-    module = SimpleNamespace(max_epochs=cfg.max_epochs, trainer=trainer)
+    data = {"train_dataloader": [], "num_training_batches": 1251, "accumulate_grad_batches": 1}
+    module = SimpleNamespace(trainer=SimpleNamespace(estimated_stepping_batches=total, **data))
     _, (described,) = with_schedule(module, optimizer, cfg.scheduler, {})
     assert (described["interval"], described["frequency"]) == ("step", 1)
     rate = {}

@@ -1,0 +1,59 @@
+"""What the adapters ask a Trainer of Lightning, of either flavour."""
+
+import math
+import warnings
+from typing import Any
+
+from plugins.tools.command import UserError
+
+
+def run_steps(trainer: Any) -> tuple[int, int | None]:
+    """Optimiser steps of the run and of one epoch, as ``configure_optimizers`` needs them for a schedule.
+
+    They follow ``max_epochs``, ``max_steps``, ``limit_train_batches`` and ``accumulate_grad_batches``.
+
+    Returns:
+        The steps of the run, at least 1, and those of an epoch, or None where the data have no length.
+
+    Raises:
+        UserError: the run has no known end: ``max_time`` alone, or data without a length and no ``max_steps``.
+    """
+    total = trainer.estimated_stepping_batches
+    if not 0 <= total < math.inf:
+        raise UserError(
+            "the schedule needs the number of steps of the run, which max_epochs and max_time do not give here; "
+            "set max_steps of the Trainer"
+        )
+    if trainer.train_dataloader is None:  # with max_epochs=-1 nothing has asked for it yet
+        trainer.fit_loop.setup_data()
+    batches = trainer.num_training_batches
+    of_epoch = None if batches == math.inf else math.ceil(batches / trainer.accumulate_grad_batches)
+    return max(int(total), 1), of_epoch
+
+
+def ends_step(trainer: Any, batch_idx: int) -> bool:
+    """Whether a Trainer of Lightning, of either flavour, makes its optimiser's step after a batch.
+
+    An epoch's last step has the micro-batches that are left.
+    """
+    if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        return True
+    return bool(trainer.is_last_batch) or batch_idx + 1 == trainer.num_training_batches
+
+
+def loss_scale(trainer: Any) -> float:
+    """What a Trainer multiplies losses with before backward, in 16-bit precision; 1 elsewhere."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def check_joined(trainer: Any) -> None:
+    """Refuse a Trainer under which a module cannot make backward passes of its own.
+
+    Raises:
+        UserError: its strategy is neither a single device nor DistributedDataParallel.
+    """
+    strategy = type(trainer.strategy)
+    if not {"SingleDeviceStrategy", "DDPStrategy"} & {base.__name__ for base in strategy.__mro__}:
+        raise UserError(f"accumulate=joined needs one device or the strategy ddp, got {strategy.__name__}")
+    warnings.filterwarnings("ignore", message=".*training_step. returned .None.*")  # of the earlier micro-batches

@@ -18,7 +18,7 @@ from plugins.predictors import ClosedFormPredictor, RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
 from plugins.targets import move_teacher, needs_teacher
 from plugins.tools.command import UserError
-from plugins.tools.trainer import check_joined, ends_step, loss_scale
+from plugins.tools.trainer import check_joined, ends_step, loss_scale, nothing_yet
 from solo_ext.compat import BaseMethod, BaseMomentumMethod
 
 _PREDICTING = ("byol", "directcopy", "directpred", "isocopy", "isoloss", "simsiam")
@@ -84,10 +84,10 @@ class PluginMethod:
             out["z"] = self.projector(out["feats"])
         return out
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Classification loss of the online classifier plus the method's loss on the projections of the views.
 
-        With joined losses None before the last micro-batch of a step, and there the loss of all.
+        With joined losses 0 before the last micro-batch of a step, and there the loss of all.
         """
         if self._joining:
             return self._joined_step(batch, batch_idx)
@@ -98,7 +98,7 @@ class PluginMethod:
         self._log_step(terms, embeddings)
         return terms.loss + out["loss"]
 
-    def _joined_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+    def _joined_step(self, batch: Any, batch_idx: int) -> Tensor:
         def encode(micro_batch: Any) -> tuple[Embeddings, Tensor | None]:
             if torch.is_grad_enabled():
                 out = self._student_step(micro_batch, batch_idx)
@@ -110,7 +110,7 @@ class PluginMethod:
             self._joined = JoinedBatch(encode, [self.backbone, self.projector])
         self._joined.add(batch, lambda: self._joined_targets(batch[1][: self.num_large_crops]))
         if not self._last:
-            return None
+            return nothing_yet(self.device)
         joined, self._joined = self._joined, None
         predict = self.predictor.predict if self.predictor is not None else None
         terms, embeddings = joined.terms(self.objective, predict, self.predictor, scale=loss_scale(self.trainer))

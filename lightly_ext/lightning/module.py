@@ -17,7 +17,7 @@ from plugins.linalg import spectrum_statistics
 from plugins.spec import Embeddings
 from plugins.targets import cosine_tau
 from plugins.tools.command import UserError
-from plugins.tools.trainer import check_joined, ends_step, loss_scale, run_steps
+from plugins.tools.trainer import check_joined, ends_step, loss_scale, nothing_yet, run_steps
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
 
@@ -110,10 +110,10 @@ class TrainingSteps:
         """The loss: Embeddings → its terms."""
         return self.terms
 
-    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """The method's loss, and that of the online classifier on the features of the first view.
 
-        With ``accumulate="joined"`` None before the last micro-batch of a step, and there the loss of all.
+        With ``accumulate="joined"`` 0 before the last micro-batch of a step, and there the loss of all.
         """
         if self._joining:
             return self._joined_step(batch, batch_idx)
@@ -126,7 +126,7 @@ class TrainingSteps:
         self.log_dict({**statistics, **cls_log}, sync_dist=True, batch_size=len(targets))
         return terms.loss + cls_loss
 
-    def _joined_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor | None:
+    def _joined_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         def encode(micro_batch: Sequence[Any]) -> tuple[Embeddings, Tensor | None]:
             features, embeddings = self._encode(micro_batch[0])
             if not torch.is_grad_enabled():  # the first of two passes
@@ -139,7 +139,7 @@ class TrainingSteps:
             self._joined = JoinedBatch(encode, [self.backbone, self.projection_head])
         self._add(self._joined, batch, batch[0])
         if not self._last:
-            return None
+            return nothing_yet(self.device)
         joined, self._joined = self._joined, None
         terms, embeddings = self._joined_terms(joined, loss_scale(self.trainer))
         statistics = {f"train_{name}": value for name, value in self.objective.statistics(terms, embeddings).items()}

@@ -1,8 +1,10 @@
 """What the adapters ask a Trainer of Lightning, of either flavour."""
 
 import math
-import warnings
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from plugins.tools.command import UserError
 
@@ -56,4 +58,11 @@ def check_joined(trainer: Any) -> None:
     strategy = type(trainer.strategy)
     if not {"SingleDeviceStrategy", "DDPStrategy"} & {base.__name__ for base in strategy.__mro__}:
         raise UserError(f"accumulate=joined needs one device or the strategy ddp, got {strategy.__name__}")
-    warnings.filterwarnings("ignore", message=".*training_step. returned .None.*")  # of the earlier micro-batches
+
+
+def nothing_yet(device: torch.device) -> Tensor:
+    """A loss of 0 whose backward reaches no parameter, for a step's earlier micro-batches.
+
+    A ``training_step`` that gives None is refused under several processes.
+    """
+    return torch.zeros((), device=device, requires_grad=True)

@@ -69,7 +69,7 @@ class JoinedBatch:
         with torch.no_grad():
             embeddings, _ = self.encode(batch)
             part = _Part(batch, random, embeddings, target())
-        torch.clear_autocast_cache()  # else the second pass would find copies of the weights that have no gradient
+        torch.clear_autocast_cache()  # older torch would give the second pass copies of the weights without gradient
         if self.parts and len(part.embeddings.z) != len(self.parts[0].embeddings.z):
             views = sorted({len(self.parts[0].embeddings.z), len(part.embeddings.z)})
             raise ValueError(f"all micro-batches of a step must have as many views, got {views[0]} and {views[1]}")

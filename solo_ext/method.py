@@ -18,7 +18,7 @@ from plugins.predictors import ClosedFormPredictor, RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
 from plugins.targets import move_teacher, needs_teacher
 from plugins.tools.command import UserError
-from plugins.tools.trainer import check_joined, ends_step, loss_scale, nothing_yet
+from plugins.tools.trainer import check_joined, ends_step, loss_scale, nothing_yet, set_clock
 from solo_ext.compat import BaseMethod, BaseMomentumMethod
 
 _PREDICTING = ("byol", "directcopy", "directpred", "isocopy", "isoloss", "simsiam")
@@ -122,6 +122,7 @@ class PluginMethod:
         """Begin with a whole step."""
         super().on_train_start()
         self.objective.after_step()
+        set_clock(self.trainer, self.objective.clock)
         self._joined = None
         self._steps_done = self.trainer.global_step
         if self.accumulate == "joined":

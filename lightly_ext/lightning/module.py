@@ -17,7 +17,7 @@ from plugins.linalg import spectrum_statistics
 from plugins.spec import Embeddings
 from plugins.targets import cosine_tau
 from plugins.tools.command import UserError
-from plugins.tools.trainer import check_joined, ends_step, loss_scale, nothing_yet, run_steps
+from plugins.tools.trainer import check_joined, ends_step, loss_scale, nothing_yet, run_steps, set_clock
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
 
@@ -160,6 +160,7 @@ class TrainingSteps:
         """A resumed run has steps behind it."""
         self._steps_done = self.trainer.global_step
         self.after_step()  # of a run that was cut off within one
+        set_clock(self.trainer, self.objective.clock)
         self._joined = None
         if self.hparams.accumulate == "joined":
             check_joined(self.trainer)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plugins.clock import Clock
 from plugins.tools.command import UserError
 
 
@@ -31,6 +32,13 @@ def run_steps(trainer: Any) -> tuple[int, int | None]:
     batches = trainer.num_training_batches
     of_epoch = None if batches == math.inf else math.ceil(batches / trainer.accumulate_grad_batches)
     return max(int(total), 1), of_epoch
+
+
+def set_clock(trainer: Any, clock: Clock) -> None:
+    """Tell the clock how long the run and an epoch are, where that is known."""
+    total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    clock.total = int(total) if 0 <= total < math.inf else None
+    clock.steps_per_epoch = None if batches == math.inf else math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def ends_step(trainer: Any, batch_idx: int) -> bool:

@@ -77,7 +77,7 @@ def trained(method: str, batches: list, of_module: dict | None = None, **options
     of_module = {"lr": 0.0, "optimizer": "sgd", "warmup_epochs": 0, **parts(method), **(of_module or {})}
     module = perturbed(lightning.__getattr__(NAMES[method])(8, 4, toy_mlp(5, 6), **of_module).double())
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    host = pytorch_lightning.Trainer(max_epochs=1, accelerator="cpu", devices=1, **quiet, **options)
+    host = pytorch_lightning.Trainer(**{"devices": 1, **options}, max_epochs=1, accelerator="cpu", **quiet)
     host.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     return module
 
@@ -95,6 +95,8 @@ def test_lightning_counts_steps(method: str) -> None:
     if method in ("isoloss", "directcopy"):
         same_state(accumulated.prediction_head, whole.prediction_head)
     assert int(accumulated.objective.clock.steps) == 3
+    clock = accumulated.objective.clock
+    assert (clock.total, clock.steps_per_epoch) == (3, 3)
 
 
 # ---------------------------------------------------------------------------------------------------- the joined loss
@@ -185,6 +187,20 @@ def test_a_scaled_joined_loss_has_scaled_gradients() -> None:
         torch.testing.assert_close(gradients(joined)[name] / 1024, gradient, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["byol", "dissl"])
+def test_in_half_precision_every_parameter_has_its_gradient(method: str) -> None:
+    """Autocast keeps half-precision copies of the weights: those of the first pass must not serve the second."""
+    whole, joined = built(method).float(), built(method).float()
+    views = [view.float() for view in toy_views(8, 5)]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, other = whole.loss(views), joined.joined_loss(split(views, 2))
+    loss.backward()
+    other.backward()
+    assert set(gradients(joined)) == set(gradients(whole))
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradients(joined)[name], gradient, rtol=0.1, atol=0.02 * float(gradient.abs().max()))
+
+
 def test_without_gradient_it_is_a_number() -> None:
     model, views = built("byol").eval(), toy_views(8, 5)
     with torch.no_grad():
@@ -228,6 +244,18 @@ def test_lightning_trains_on_the_joined_batch(method: str) -> None:
         torch.testing.assert_close(value, state[name], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
     start = trained(method, whole).state_dict()
     assert not torch.equal(state["backbone.0.weight"], start["backbone.0.weight"])
+
+
+def test_lightning_scales_the_gradients_of_all_micro_batches() -> None:
+    """A GradScaler of 1024; the numbers are float64 all the same."""
+    from pytorch_lightning.plugins.precision import MixedPrecision
+
+    whole, split = micro_batches(4, 4, 2)
+    options = {"lr": 3.0, "accumulate": "joined"}
+    one = trained("byol", whole, options).state_dict()
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    other = trained("byol", split, options, accumulate_grad_batches=4, plugins=[scaled]).state_dict()
+    torch.testing.assert_close(other, one, rtol=1e-7, atol=1e-7)
 
 
 def _joined_step(comm, model, *views):
@@ -329,3 +357,37 @@ def test_a_run_without_an_end_is_a_sentence() -> None:
         schedule(_Stream(), max_epochs=2)
     with pytest.raises(UserError, match="warmup_epochs=2 needs data of a known length; set warmup_epochs=0"):
         schedule(_Stream(), max_steps=7)
+
+
+def _lightning_rank(comm, method, batches):
+    import os
+
+    os.environ.update({"LOCAL_RANK": str(comm.rank), "NODE_RANK": "0", "WORLD_SIZE": str(comm.size)})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"})  # the group is there already
+    try:
+        options = {"lr": 1.0, "accumulate": "joined"}
+        several = {"strategy": "ddp", "devices": comm.size, "use_distributed_sampler": False}
+        module = trained(method, batches, options, accumulate_grad_batches=2, **several)
+    finally:
+        for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+    return module.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("method", ["byol", "isoloss", "dissl"])
+def test_lightning_on_ranks_trains_on_the_joined_batch(ranks, method: str) -> None:
+    """Three steps, the last of one micro-batch; the learning rate follows the number of devices."""
+    whole = [(toy_views(12, 5, seed=seed), torch.arange(12) % 4) for seed in range(3)]
+    one = trained(method, whole, {"lr": 3.0}).state_dict()
+    given: list[list] = [[], [], []]
+    for step, (views, labels) in enumerate(whole):
+        for rank, mine in enumerate(given):
+            rows = slice(4 * rank, 4 * rank + 4)
+            part, y = [view[rows] for view in views], labels[rows]
+            cuts = [slice(0, 4)] if step == 2 else [slice(0, 2), slice(2, 4)]
+            mine += [([view[cut] for view in part], y[cut]) for cut in cuts]
+    for state in ranks.run(_lightning_rank, [(method, mine) for mine in given]):
+        for name, value in state.items():
+            torch.testing.assert_close(value, one[name], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")

@@ -76,6 +76,7 @@ def test_accumulated_batches_are_one_step(method, compose) -> None:
         same(other.predictor.state_dict(), one.predictor.state_dict())
         assert int(one.predictor.steps) == 2 * 3
     assert int(one.objective.clock.steps) == int(other.objective.clock.steps) == 3
+    assert (other.objective.clock.total, other.objective.clock.steps_per_epoch) == (3, 3)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -31,10 +31,11 @@ class DirectPredModule(pl.LightningModule):
         self.log("train_loss", loss)
         return loss
 
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        # the teacher follows after each step
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        # the teacher follows after each step, however many batches that accumulates
         max_steps = self.trainer.estimated_stepping_batches
-        self.model.update_momentum(cosine_schedule(self.global_step - 1, max_steps, 0.99, 1))
+        self.model.update_momentum(cosine_schedule(self.global_step, max_steps, 0.99, 1))
 
     def configure_optimizers(self):
         # all parameters but the teacher's, where there is one

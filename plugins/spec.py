@@ -10,7 +10,8 @@ An adapter builds any method from its SPEC alone::
     e = embed(features, projector, predictor.predict, target)   # one matrix of features per view; a teacher's output
     terms = objective(e);  terms.loss.backward()
 
-``Objective`` and ``embed`` are in :mod:`plugins.objective`.
+Where an optimiser step accumulates the gradients of several micro-batches, ``objective.before_step()`` comes before the
+first and ``objective.after_step()`` after the step. ``Objective`` and ``embed`` are in :mod:`plugins.objective`.
 """
 
 import math
@@ -110,7 +111,8 @@ class MethodSpec:
 
     Args:
         name: its key in METHODS, in YAML and on the command line; lowercase snake case.
-        loss: (options, comm) → nn.Module of Embeddings → Terms; what it counts, for a warm-up say, are its buffers.
+        loss: (options, comm) → nn.Module of Embeddings → Terms; a :class:`plugins.clock.Clock` in it counts the optimiser
+            steps for a warm-up.
         head: (features_dim, options) → projection head, an nn.Module ``[B, features_dim] → [B, D]``; a TwoBranchHead
             where a second branch makes the targets.
         predictor: (options, comm) → predictor, an nn.Module with ``predict``; None where p = z.

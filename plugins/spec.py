@@ -111,8 +111,8 @@ class MethodSpec:
 
     Args:
         name: its key in METHODS, in YAML and on the command line; lowercase snake case.
-        loss: (options, comm) → nn.Module of Embeddings → Terms; a :class:`plugins.clock.Clock` in it counts the optimiser
-            steps for a warm-up.
+        loss: (options, comm) → nn.Module of Embeddings → Terms. A :class:`plugins.clock.Clock` in it counts steps for
+            a warm-up.
         head: (features_dim, options) → projection head, an nn.Module ``[B, features_dim] → [B, D]``; a TwoBranchHead
             where a second branch makes the targets.
         predictor: (options, comm) → predictor, an nn.Module with ``predict``; None where p = z.

@@ -1,7 +1,8 @@
 """VISSL's training task with what our methods and a machine without apex need.
 
 It takes the place of ``self_supervision_task``, so that stock configurations train with it. For a stock loss it differs
-in two things: LARC works without apex, and the loss scale of PyTorch's mixed precision is in the checkpoint.
+in three things: LARC works without apex, the loss scale of PyTorch's mixed precision is in the checkpoint, and all
+processes begin with the same model and the same state of the loss.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from vissl.trainer.train_task import SelfSupervisionTask
 from plugins.distributed import LOCAL
 from plugins.methods import METHODS
 from plugins.tools.command import UserError
+from vissl_ext.compat.broadcasts import as_in_the_first
 from vissl_ext.dissl.checks import check_fork
 from vissl_ext.dissl.transforms import tell_epoch
 from vissl_ext.hooks import MetricsHook, extra_hooks
@@ -165,10 +167,13 @@ class PluginTask(SelfSupervisionTask):
             self.config.MODEL.HEAD.PARAMS[0][1].update(
                 method=self.method, options=given, views=large + small, large=large
             )
-        return super()._build_model()
+        model = super()._build_model()
+        as_in_the_first(model)
+        return model
 
     def _build_loss(self) -> Any:
         loss = super()._build_loss()
+        as_in_the_first(loss)
         if isinstance(loss, TeacherLoss):
             # before the checkpoint is read, which holds the teacher
             loss.attach(self.base_model)

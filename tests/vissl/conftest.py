@@ -1,5 +1,6 @@
 """Digits and runs of the launcher that the VISSL tests share."""
 
+import importlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -128,6 +130,13 @@ def launches() -> Iterator[Callable[[list[dict[str, Any]]], list[dict[str, Any]]
     yield run
     for process in runner:
         process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def watched() -> ModuleType:
+    """in_ranks/watched.py, which ranks import too."""
+    sys.path.append(str(Path(__file__).with_name("in_ranks")))  # with no test in it
+    return importlib.import_module("watched")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,8 @@
 Reads jobs from standard input, each a line of JSON, and answers each with a line {"status": ..., "output": ...,
 "left": ...}; "left" is whether a process that the command started outlived it. A job is {"argv": [...],
 "folder": ...}, and may have a signal that is sent as soon as a file is there: {"when": the file's path,
-"signal": "SIGKILL"}. With "group" it goes to all processes of the command, as a terminal's Ctrl-C does. All of them are
+"signal": "SIGKILL"}. With "group" it goes to all processes of the command, as a terminal's Ctrl-C does. With "watch"
+the hooks and the trunk of in_ranks/watched.py are there, and ranks are forked, not started anew. All processes are
 killed after 300 seconds.
 """
 
@@ -17,10 +18,12 @@ import time
 import traceback
 
 
-def run(argv, folder):
+def run(job):
     """In the child: what ``python -m vissl_ext.launch`` does."""
-    os.chdir(folder)
-    sys.argv = ["launch", *argv]
+    os.chdir(job["folder"])
+    sys.argv = ["launch", *job["argv"]]
+    if job.get("watch"):
+        watched.install()
     try:
         runpy.run_module("vissl_ext.launch", run_name="__main__", alter_sys=True)
     except SystemExit as stopped:
@@ -68,6 +71,10 @@ def main():
     import vissl_ext.compose
     import vissl_ext.ranks  # noqa: F401
 
+    global watched
+    sys.path.append(os.path.join(os.path.dirname(__file__), "in_ranks"))
+    import watched
+
     for line in sys.stdin:
         job = json.loads(line)
         with tempfile.TemporaryFile("w+") as output:
@@ -77,7 +84,7 @@ def main():
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
-                status = run(job["argv"], job["folder"])
+                status = run(job)
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)

@@ -5,9 +5,10 @@ statistics would differ between the halves and the whole; its layers use their r
 everything else must be exact.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,6 +113,40 @@ def test_two_processes_step_as_one(method: str, two: RankPool) -> None:
             atol = 1e-6 if name.endswith(".W") else 1e-10
             rtol = 1e-6 if gpu else 1e-8
             torch.testing.assert_close(value, expected[name], rtol=rtol, atol=atol, msg=f"{name} {value}")
+
+
+def trained(comm: Collective, config: Any, folder: str) -> None:
+    """Train as a rank of the launcher does, in the group that is there."""
+    import watched
+
+    from vissl_ext import ranks
+
+    ranks.worker(comm.rank, config, 0, "", "train", None, folder, watched.hooks)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_processes_hold_the_same(
+    method: str, watched: ModuleType, two: RankPool, few_digits: Path, tmp_path: Path
+) -> None:
+    """Teacher, C and W, counters, moments: at the start of a training, which seeds each differently, and after steps."""
+    from vissl_ext.launch import prepare
+
+    if two.backend == "nccl":
+        pytest.skip("NOT TESTED on GPUs: the seeding is the same there")
+    small = [f"++config.LOSS.{method}.{key}={value}" for key, value in SMALL.items() if key in METHODS[method].options]
+    _, config = prepare(
+        [
+            *(f"config=pretrain/{method}/digits", *small, *watched.TINY, "config.OPTIMIZER.num_epochs=1"),
+            *("config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16"),
+            *(f"config.DATA.TRAIN.DATA_PATHS=[{few_digits}/train]", f"config.CHECKPOINT.DIR={tmp_path}"),
+        ],
+        [],
+    )
+    two.run(trained, [(config, str(tmp_path))] * 2)
+    differ = json.loads((tmp_path / watched.REPORT).read_text())
+    names = differ.pop("names")
+    assert METHODS[method].teacher == any(name.startswith("loss.teacher.") for name in names)
+    assert differ == {when: [] for when in ("start", "step 1", "step 2", "step 3")}
 
 
 def received(comm: Collective, path: str, gpu: bool) -> dict[str, Any]:

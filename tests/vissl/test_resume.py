@@ -4,7 +4,7 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,3 +120,31 @@ def test_killed_training_ends_the_same(method: str, ended: dict[str, list[Path]]
     rows = [(folder / "metrics.csv").read_text().splitlines() for folder in (whole, killed)]
     assert rows[0] == rows[1]
     assert len(rows[0]) == 1 + EPOCHS
+
+
+@pytest.mark.slow
+def test_killed_training_of_two_processes_ends_the_same(
+    few_digits: Path, tmp_path: Path, launches: Callable, watched: ModuleType
+) -> None:
+    """The launcher seeds each process differently; what they hold is the same nevertheless."""
+    jobs = [
+        {
+            "argv": [*overrides("isoloss", tmp_path / kind), *watched.TINY, "config.DISTRIBUTED.NUM_PROC_PER_NODE=2"],
+            "folder": str(few_digits.parents[1]),
+            "watch": True,
+        }
+        for kind in ("whole", "cut", "cut")
+    ]
+    for job in jobs:
+        job["argv"].append("config.DATA.TRAIN.DATA_LIMIT=96")
+    jobs[1]["when"] = str(tmp_path / "cut" / "model_phase0.torch")
+    results = launches(jobs)
+    assert [result["status"] for result in results] == [0, -signal.SIGKILL, 0], results
+    differ = json.loads((tmp_path / "whole" / watched.REPORT).read_text())
+    assert any(name.startswith("loss.teacher") for name in differ.pop("names"))
+    assert set(differ) == {"start", *(f"step {step}" for step in range(1, 3 * EPOCHS + 1))}
+    assert not any(differ.values()), differ
+    one, other = (final(tmp_path / kind) for kind in ("whole", "cut"))
+    assert assert_same(one["loss"], other["loss"], "loss") > 10
+    for part in ("base_model", "optimizer"):
+        assert assert_same(one["classy_state_dict"][part], other["classy_state_dict"][part], part) > 10

@@ -1,4 +1,4 @@
-"""Checkpoints on their way to the other processes.
+"""Checkpoints and initial states on their way to the other processes.
 
 classy_vision/generic/distributed_util.py:266 makes a tensor of a checkpoint's bytes one Python number at a time, also
 where there is no other process: 15 seconds of a core for 180 MB.
@@ -9,6 +9,7 @@ import tempfile
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def broadcast_object(obj: Any, src: int = 0, use_disk: bool = True) -> Any:
@@ -37,6 +38,28 @@ def broadcast_object(obj: Any, src: int = 0, use_disk: bool = True) -> Any:
         del data
         file.seek(0)
         return torch.load(file)
+
+
+def as_in_the_first(module: nn.Module) -> None:
+    """Give a module, in every process, the parameters and buffers that it has in the first one.
+
+    VISSL seeds each process differently (vissl/utils/misc.py:171), and DistributedDataParallel evens out the model
+    alone, later: a copy made of it before then, and random buffers of a loss, would differ for the whole training.
+    A module that FSDP has cut into shards stays as it is.
+
+    Args:
+        module: built by all processes alike.
+    """
+    from classy_vision.generic.distributed_util import get_world_size
+    from fairscale.nn import FullyShardedDataParallel
+
+    if get_world_size() == 1 or any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
+        return
+    ours = [*module.parameters(), *module.buffers()]
+    with torch.no_grad():
+        theirs = broadcast_object([tensor.detach().cpu() for tensor in ours], use_disk=False)
+        for tensor, first in zip(ours, theirs, strict=True):
+            tensor.copy_(first)
 
 
 def activate() -> None:

@@ -1,0 +1,88 @@
+"""A tiny trunk, and a hook that compares what the processes of a training hold, for runner.py and a pool of ranks."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vissl_ext import ranks  # mends VISSL
+
+# isort: split
+from vissl.models.trunks import register_model_trunk
+
+from vissl_ext.silent_hook import SilentHook
+
+TINY = ["config.MODEL.TRUNK.NAME=tiny_trunk", "config.MODEL.HEAD.PARAMS=[[method_head,{in_dim:8}]]"]
+"""The overrides that take the trunk."""
+REPORT = "differences.json"
+
+
+@register_model_trunk("tiny_trunk")
+class TinyTrunk(nn.Module):
+    """One convolution, of eight channels."""
+
+    def __init__(self, model_config: Any, model_name: str) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+
+    def forward(self, x: torch.Tensor, out_feat_keys: list[str] | None = None) -> list[torch.Tensor]:
+        """Images → features."""
+        return [self.layers(x)]
+
+
+def state(task: Any) -> dict[str, torch.Tensor]:
+    """What the model and the loss of a task hold.
+
+    BatchNorm's running statistics are left out: those of the model become the first process's with the next forward
+    pass, those of a teacher are of its own batches and not used.
+    """
+    parts = {"model": task.base_model, "loss": task.base_loss}
+    found = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+    return {name: value for name, value in found.items() if not name.endswith(("running_mean", "running_var"))}
+
+
+class Watch(SilentHook):
+    """Writes down, at the start and after each step, what the processes do not hold alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, list[str]] = {}
+
+    def on_start(self, task: Any) -> None:
+        """Before the first step."""
+        self.compare(task, "start")
+
+    def on_step(self, task: Any) -> None:
+        """After a step."""
+        self.compare(task, f"step {task.iteration}")
+
+    def compare(self, task: Any, when: str) -> None:
+        """Compare with all."""
+        ours = state(task)
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, ours)
+        self.found[when] = [
+            name for name in ours if not all(torch.equal(ours[name], theirs[name]) for theirs in everyone)
+        ]
+        self.found["names"] = sorted(ours)
+        if torch.distributed.get_rank() == 0:
+            Path(task.checkpoint_folder, REPORT).write_text(json.dumps(self.found))
+
+
+_plain = ranks.hooks
+
+
+def hooks(cfg: Any) -> list[Any]:
+    """The launcher's, and the watch."""
+    return [*_plain(cfg), Watch()]
+
+
+def install() -> None:
+    """Let the launcher of this process train so."""
+    ranks.hooks = hooks
+    torch.multiprocessing.spawn = partial(torch.multiprocessing.start_processes, start_method="fork")

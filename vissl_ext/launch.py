@@ -27,7 +27,8 @@ name below VISSL's configs/config, and overrides of single entries in Hydra's la
 
 Images: config.DATA.TRAIN.DATA_PATHS=[FOLDER] is enough, with a folder for each class or without.
 Without a GPU the settings that need one are turned off, and a line says which. The run's folder, config.CHECKPOINT.DIR,
-gets checkpoints, log.txt, metrics.json and train_config.yaml; a run that was killed goes on from its last checkpoint.
+gets checkpoints, log.txt, metrics.json and train_config.yaml; a run that was killed goes on from its last checkpoint,
+and one that is finished with a larger config.OPTIMIZER.num_epochs.
 
 examples:
   python -m vissl_ext.launch config=pretrain/simclr/simclr_8node_resnet \\
@@ -100,15 +101,18 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
         UserError: something in it is wrong; nothing has been started, and no file written.
     """
     from classy_vision.optim import build_optimizer_schedulers
+    from omegaconf import OmegaConf
     from vissl.utils.checkpoint import is_training_finished
     from vissl.utils.hydra_config import convert_to_attrdict, save_attrdict_to_disk
 
     from vissl_ext import catalog, ranks
     from vissl_ext.checks import check, check_outputs, check_sections
-    from vissl_ext.compat.checkpoints import set_aside, torn_name
+    from vissl_ext.compat.checkpoints import reopen, set_aside, torn_name
+    from vissl_ext.compat.folder_images import forget_unreadable
     from vissl_ext.compose import compose
     from vissl_ext.defaults import adapt, without_slurm
-    from vissl_ext.identity import claim
+    from vissl_ext.identity import check_same, claim, identity
+    from vissl_ext.locks import lock
 
     ranks.quieten()
     cfg, given = compose(overrides, folders)
@@ -121,6 +125,8 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     weights = cfg.config.MODEL.WEIGHTS_INIT
     if str(weights.PARAMS_FILE or "").startswith("~"):
         weights.PARAMS_FILE = str(Path(weights.PARAMS_FILE).expanduser())
+    given_paths = {split: cfg.config.DATA[split].DATA_PATHS for split in ("TRAIN", "TEST")}
+    paths = {split: list(those) for split, those in given_paths.items() if OmegaConf.is_list(those)}
     lists = catalog.complete(cfg.config, given)
     check(cfg, given)
     if cfg.engine_name == "train":
@@ -134,11 +140,22 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     folder = Path(config.CHECKPOINT.DIR)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        claim(folder, cfg.engine_name, config)
+        lock(folder, args.node_id)
+        ours = identity(cfg.engine_name, config, paths)
+        before = check_same(folder, ours)
         for name in set_aside(folder):
-            say(f"{name} was only half written: it is kept as {torn_name(name)}, and the one before is used")
+            say(f"{name} cannot be read and is skipped: it is kept as {torn_name(name)}, and the one before is used")
         if is_training_finished(config, checkpoint_folder=str(folder)):
             return args, config  # nothing will be trained: what is there stays as it is
+        if config.CHECKPOINT.AUTO_RESUME and not config.CHECKPOINT.OVERWRITE_EXISTING:
+            before = reopen(folder) or before
+            if before is not None:
+                say(
+                    f"config.OPTIMIZER.num_epochs was {before} and is {config.OPTIMIZER.num_epochs} now: learning rate "
+                    "and other schedules follow the new length from here on"
+                )
+        claim(folder, ours)
+        forget_unreadable(folder)
         save_attrdict_to_disk(_plain(config))
         catalog.write_lists(lists)
     except OSError as error:
@@ -205,11 +222,12 @@ def run(args: Any, config: Any) -> None:
         args: VISSL's whole configuration.
         config: what is below ``config``.
     """
-    from torch.multiprocessing.spawn import ProcessRaisedException
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
     from vissl.utils import distributed_launcher
     from vissl.utils.checkpoint import get_checkpoint_folder, is_training_finished
 
     from vissl_ext import catalog, ranks
+    from vissl_ext.compat.checkpoints import how_to_go_on, trained_epochs
 
     distributed_launcher._distributed_worker = ranks.worker
     distributed_launcher._ResumableSlurmJob = ranks.SlurmJob
@@ -217,21 +235,32 @@ def run(args: Any, config: Any) -> None:
     if config.SLURM.USE_SLURM:
         distributed_launcher.launch_distributed_on_slurm(engine_name=args.engine_name, cfg=config)
         return
-    signal.signal(signal.SIGINT, _interrupt)
+    for number in _ENDED:
+        signal.signal(number, _interrupt)
     folder = get_checkpoint_folder(config)
     say(f"run's folder: {folder}")
     if is_training_finished(config, checkpoint_folder=folder):
-        say("the training there is finished; config.CHECKPOINT.OVERWRITE_EXISTING=true trains on")
+        say(
+            f"the training there is finished, after {trained_epochs(Path(folder))} epochs; a larger "
+            "config.OPTIMIZER.num_epochs goes on from its end"
+        )
         return
     try:
         distributed_launcher.launch_distributed(
             cfg=config, node_id=args.node_id, engine_name=args.engine_name, hook_generator=ranks.hooks
         )
-    except _Interrupted:
+    except _Interrupted as interrupted:
         signal.setitimer(signal.ITIMER_REAL, 0)
         _end(multiprocessing.active_children())
-        say("interrupted; the same command goes on from the last checkpoint")
-        raise SystemExit(130) from None
+        raise _unfinished(folder, interrupted.number) from None
+    except ProcessExitedException as error:
+        _end(multiprocessing.active_children())
+        number = next((number for number in _ENDED if error.exit_code in (-number, 128 + number)), None)
+        if number is not None:  # a signal to all processes may reach the others first
+            raise _unfinished(folder, number) from None
+        how = f"was killed by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
+        say(f"process {error.error_index} of the training {how}; {how_to_go_on(Path(folder))}")
+        raise SystemExit(128 - error.exit_code if error.exit_code < 0 else error.exit_code or 1) from None
     except ProcessRaisedException as error:
         if "UserError: " not in str(error):
             raise
@@ -240,18 +269,42 @@ def run(args: Any, config: Any) -> None:
 
 _AGAIN = 2.0
 """Seconds in which an interruption reaches the launcher, or is raised once more."""
+_ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+"""The signals that end a training, and what is said of it."""
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C. A KeyboardInterrupt is swallowed at vissl/utils/distributed_launcher.py:161, and the ranks train on."""
+    """Ctrl-C or SIGTERM. A KeyboardInterrupt is swallowed at vissl/utils/distributed_launcher.py:161, and the ranks
+    train on.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
+    for ignored in _ENDED:
+        signal.signal(ignored, signal.SIG_IGN)  # once is enough
+
+    def again(*_: Any) -> None:
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+        raise _Interrupted(number)
+
     # Python drops what is raised within a finalizer, such as those of a loader's processes: raise it until it arrives
-    signal.signal(signal.SIGALRM, _interrupt)
-    signal.setitimer(signal.ITIMER_REAL, _AGAIN)
-    raise _Interrupted
+    signal.signal(signal.SIGALRM, again)
+    again()
+
+
+def _unfinished(folder: str, number: int) -> SystemExit:
+    """Say what a signal ended and how the training goes on; the exit status of a process that it ends."""
+    from vissl_ext.compat.checkpoints import how_to_go_on
+
+    say(f"{_ENDED[signal.Signals(number)]}; {how_to_go_on(Path(folder))}")
+    return SystemExit(128 + number)
 
 
 def _end(ranks: list[Any]) -> None:

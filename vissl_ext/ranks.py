@@ -4,9 +4,12 @@ A spawned process finds these functions by this module's name; those of a launch
 another module there.
 """
 
+import errno
 import multiprocessing
 import random
+import signal
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +21,19 @@ from vissl.utils.env import get_machine_local_and_dist_rank
 
 from plugins.tools.command import UserError
 from vissl_ext import catalog
+from vissl_ext.compat.checkpoints import room
 from vissl_ext.compat.cuda_calls import stay_on_cpu
 from vissl_ext.compat.teachers import RestoreTeacher
 from vissl_ext.hooks import extra_hooks
+from vissl_ext.locks import end_with_parent, lock
 from vissl_ext.progress import Progress, quieten
 from vissl_ext.registry import register
 from vissl_ext.silent_hook import SilentHook
 from vissl_ext.summary import Summary
 
 register()
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class EpochSeed(SilentHook):
@@ -70,15 +77,24 @@ def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:
 
     Raises:
         UserError: the loss, or the output of the network, is inf or NaN; there are fewer images than a batch, or one
-            cannot be read.
+            cannot be read; the disk is full.
     """
     quieten()
+    if multiprocessing.parent_process() is not None:
+        end_with_parent()
+        for number in (signal.SIGINT, signal.SIGTERM):  # forked, it would have the launcher's
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     catalog.register(cfg)
     # the workers of a data loader, made anew each epoch, are forked from a process that has imported everything
     multiprocessing.set_forkserver_preload([__name__])
     try:
         with stay_on_cpu() if cfg.MACHINE.DEVICE == "cpu" else nullcontext():
             _vissl_worker(local_rank, cfg, *args, **kwargs)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        folder = Path(cfg.CHECKPOINT.DIR)
+        raise UserError(f"{folder} cannot be written to: {error.strerror}; {room(folder)}") from None
     except FloatingPointError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"training diverged: {reason}; lower the learning rate, or warm it up") from None
@@ -97,10 +113,12 @@ class SlurmJob(_ResumableSlurmJob):
 
     def __call__(self) -> None:
         """Run on this machine, as one of the job's."""
+        import submitit
         from vissl.utils import distributed_launcher
 
         distributed_launcher._distributed_worker = worker
         distributed_launcher.default_hook_generator = hooks
+        lock(Path(self.config.CHECKPOINT.DIR), submitit.JobEnvironment().global_rank)
         super().__call__()
 
     def checkpoint(self) -> Any:

@@ -1,6 +1,7 @@
 """The summary that a training leaves in its folder: summary.json."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,6 @@ def plain(value: Any) -> Any:
     """A value as JSON can hold; anything else by its name."""
     if hasattr(value, "items"):
         return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [plain(entry) for entry in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -59,4 +59,8 @@ def difference(name: str, theirs: Any, ours: Any) -> tuple[str, Any, Any]:
         for key in sorted(theirs.keys() | ours.keys()):
             if theirs.get(key) != ours.get(key):
                 return difference(f"{name}.{key}", theirs.get(key), ours.get(key))
+    if isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        for index, (their, our) in enumerate(zip(theirs, ours, strict=True)):
+            if their != our:
+                return difference(f"{name}.{index}", their, our)
     return name, theirs, ours

@@ -4,12 +4,14 @@ Reads jobs from standard input, each a line of JSON, and answers each with a lin
 "left": ...}; "left" is whether a process that the command started outlived it. A job is {"argv": [...],
 "folder": ...}, and may have a signal that is sent as soon as a file is there: {"when": the file's path,
 "signal": "SIGKILL"}. With "group" it goes to all processes of the command, as a terminal's Ctrl-C does. With "watch"
-the hooks and the trunk of in_ranks/watched.py are there, and ranks are forked, not started anew. All processes are
-killed after 300 seconds.
+the hooks and the trunk of in_ranks/watched.py are there, and ranks are forked, not started anew; the rank "kill_rank"
+is killed after a step. With "largest_file" no file can have more bytes than that. All processes are killed after 300
+seconds.
 """
 
 import json
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -22,8 +24,10 @@ def run(job):
     """In the child: what ``python -m vissl_ext.launch`` does."""
     os.chdir(job["folder"])
     sys.argv = ["launch", *job["argv"]]
+    if job.get("largest_file"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"],) * 2)
     if job.get("watch"):
-        watched.install()
+        watched.install(job.get("kill_rank"))
     try:
         runpy.run_module("vissl_ext.launch", run_name="__main__", alter_sys=True)
     except SystemExit as stopped:

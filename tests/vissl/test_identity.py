@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,41 +13,108 @@ from vissl.models import base_ssl_model
 import vissl_ext  # noqa: F401  (the shims)
 from plugins.tools.command import UserError
 from vissl_ext.compose import compose
-from vissl_ext.identity import claim
+from vissl_ext.identity import check_same, claim, identity
 from vissl_ext.launch import prepare
 
 pytestmark = pytest.mark.vissl
+
+DIGITS = Path("datasets/digits/train").absolute()
 
 
 def config_of(*overrides: str):
     return compose(["config=pretrain/isoloss/digits", *overrides], [])[0].config
 
 
-def test_the_same_run_may_go_on_with_more_epochs_and_other_data(tmp_path: Path) -> None:
-    claim(tmp_path, "train", config_of())
+def claimed(folder: Path, *overrides: str, engine: str = "train") -> dict[str, Any]:
+    ours = identity(engine, config_of(*overrides))
+    check_same(folder, ours)
+    claim(folder, ours)
+    return ours
+
+
+def test_the_same_run_may_go_on_with_more_epochs_and_on_another_machine(tmp_path: Path) -> None:
+    claimed(tmp_path)
     (tmp_path / "model_phase1.torch").touch()
-    claim(tmp_path, "train", config_of("config.OPTIMIZER.num_epochs=99", "config.DATA.TRAIN.DATA_PATHS=[elsewhere]"))
+    more = identity("train", config_of("config.OPTIMIZER.num_epochs=99"))
+    assert check_same(tmp_path, more) == 20
+    claimed(
+        tmp_path,
+        *("config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=32"),
+        *("config.MACHINE.DEVICE=gpu", "config.MODEL.AMP_PARAMS.USE_AMP=true", "config.DATA.NUM_DATALOADER_WORKERS=9"),
+        *("config.LOG_FREQUENCY=1", "config.CHECKPOINT.CHECKPOINT_FREQUENCY=9", "config.DATA.TEST.DATA_PATHS=[other]"),
+    )
 
 
 @pytest.mark.parametrize(
-    ("overrides", "engine", "sentence"),
+    ("override", "name", "there", "here"),
     [
-        (["config.LOSS.isoloss.rho=0.5"], "train", "config.LOSS.isoloss.rho=0.99, this one has 0.5"),
-        (["config.SEED_VALUE=9"], "train", "config.SEED_VALUE=5, this one has 9"),
-        (["config.MODEL.TRUNK.RESNETS.DEPTH=34"], "train", "config.MODEL.TRUNK.RESNETS.DEPTH=18, this one has 34"),
-        ([], "knn", "engine_name=train, this one has knn"),
+        ("config.LOSS.isoloss.rho=0.5", "config.LOSS.isoloss.rho", 0.99, 0.5),
+        ("config.SEED_VALUE=9", "config.SEED_VALUE", 5, 9),
+        ("config.MODEL.TRUNK.RESNETS.DEPTH=34", "config.MODEL.TRUNK.RESNETS.DEPTH", 18, 34),
+        ("config.MODEL.HEAD.BATCHNORM_EPS=1", "config.MODEL.HEAD.BATCHNORM_EPS", 1e-05, 1),
+        ("config.MODEL.GRAD_CLIP.USE_GRAD_CLIP=true", "config.MODEL.GRAD_CLIP.USE_GRAD_CLIP", False, True),
+        ("config.MODEL.WEIGHTS_INIT.PARAMS_FILE=a", "config.MODEL.WEIGHTS_INIT.PARAMS_FILE", "", "a"),
+        ("config.OPTIMIZER.weight_decay=3", "config.OPTIMIZER.weight_decay", 0.01, 3),
+        (
+            "config.OPTIMIZER.param_schedulers.lr.auto_lr_scaling.base_value=3.0",
+            "config.OPTIMIZER.param_schedulers.lr.auto_lr_scaling.base_value",
+            *(0.004, 3.0),
+        ),
+        ("config.DATA.TRAIN.DATA_LIMIT=7", "config.DATA.TRAIN.DATA_LIMIT", -1, 7),
+        ("config.DATA.TRAIN.LABEL_SOURCES=[disk_folder]", "config.DATA.TRAIN.LABEL_SOURCES", [], ["disk_folder"]),
+        ("config.DATA.TRAIN.DATA_PATHS=[/other]", "config.DATA.TRAIN.DATA_PATHS.0", str(DIGITS), "/other"),
+        ("config.DATA.TRAIN.TRANSFORMS.1.size=9", "config.DATA.TRAIN.TRANSFORMS.1.size", 16, 9),
+        (
+            "config.DATA.TRAIN.COLLATE_FUNCTION=simclr_collator",
+            "config.DATA.TRAIN.COLLATE_FUNCTION",
+            *("multicrop_collator", "simclr_collator"),
+        ),
+        (
+            "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=8",
+            "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA of all processes",
+            64,
+            8,
+        ),
+        ("config.DISTRIBUTED.NUM_NODES=2", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA of all processes", 64, 128),
+        ("config.TEST_MODEL=true", "config.TEST_MODEL", False, True),
+        (None, "engine_name", "train", "knn"),
     ],
 )
-def test_another_run_is_refused_where_there_are_checkpoints(tmp_path, overrides, engine, sentence) -> None:
-    claim(tmp_path, "train", config_of())
+def test_another_run_is_refused_where_there_are_checkpoints(tmp_path, override, name, there, here) -> None:
+    claimed(tmp_path)
     before = (tmp_path / "run.json").read_text()
     (tmp_path / "model_final_checkpoint_phase1.torch").touch()
-    with pytest.raises(UserError, match=re.escape(sentence)):
-        claim(tmp_path, engine, config_of(*overrides))
+    words, engine = [override] if override else [], "train" if override else "knn"
+    with pytest.raises(UserError, match=re.escape(f"a run with {name}={there}, this one has {here}; give {name}=")):
+        claimed(tmp_path, *words, engine=engine)
     assert (tmp_path / "run.json").read_text() == before
     (tmp_path / "model_final_checkpoint_phase1.torch").unlink()
-    claim(tmp_path, engine, config_of(*overrides))
+    (tmp_path / "model_of_my_own.torch").touch()
+    claimed(tmp_path, *words, engine=engine)
     assert (tmp_path / "run.json").read_text() != before
+
+
+def test_a_run_that_wrote_down_less_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"config.LOSS.name": "isoloss", "config.OPTIMIZER.name": "adamw"}')
+    (tmp_path / "model_phase1.torch").touch()
+    assert check_same(tmp_path, identity("train", config_of("config.SEED_VALUE=9"))) is None
+    with pytest.raises(UserError, match=r"config\.OPTIMIZER\.name=adamw, this one has sgd"):
+        claimed(tmp_path, "config.OPTIMIZER.name=sgd")
+
+
+def test_a_folder_without_classes_is_the_folder_of_the_run(few_digits: Path, tmp_path: Path) -> None:
+    """Its images are read by a list of them, which lies in the run's folder."""
+    for name in ("one", "two"):
+        shutil.copytree(few_digits / "train" / "0", tmp_path / name)
+    for name in ("one", "two"):
+        words = [f"config.DATA.TRAIN.DATA_PATHS=[{tmp_path}/{name}]", f"config.CHECKPOINT.DIR={tmp_path}/run"]
+        if name == "two":
+            torch.save({}, tmp_path / "run" / "model_phase3.torch")
+            sentence = re.escape(f"config.DATA.TRAIN.DATA_PATHS.0={tmp_path}/one, this one has {tmp_path}/two; give")
+            with pytest.raises(UserError, match=sentence):
+                prepare(["config=pretrain/isoloss/digits", *words], [])
+        else:
+            prepare(["config=pretrain/isoloss/digits", *words], [])
 
 
 def test_another_method_does_not_touch_a_finished_run(few_digits: Path, tmp_path: Path) -> None:

@@ -549,7 +549,7 @@ def test_an_interruption_that_a_finalizer_drops_comes_again(monkeypatch):
             time.sleep(0.1)
 
     monkeypatch.setattr(launcher, "_AGAIN", 0.3)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     signal.signal(signal.SIGINT, launcher._interrupt)
     try:
         Finalized()  # dropped at once, with the interruption

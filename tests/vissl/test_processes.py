@@ -128,7 +128,7 @@ def trained(comm: Collective, config: Any, folder: str) -> None:
 def test_all_processes_hold_the_same(
     method: str, watched: ModuleType, two: RankPool, few_digits: Path, tmp_path: Path
 ) -> None:
-    """Teacher, C and W, counters, moments: at the start of a training, which seeds each differently, and after steps."""
+    """Teacher, C and W, counters, moments: at the start of a training, which seeds each differently, and later."""
     from vissl_ext.launch import prepare
 
     if two.backend == "nccl":
@@ -192,22 +192,54 @@ def test_two_processes_train_from_the_launcher(
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_all_processes(few_digits: Path, tmp_path: Path, launches: Callable) -> None:
-    """The launcher alone is told so, or, as by a terminal, every process."""
+def test_a_signal_ends_all_processes(few_digits: Path, tmp_path: Path, launches: Callable, watched: ModuleType) -> None:
+    """The launcher alone is told so, or, as by a terminal, every process; it says so, unless it was killed."""
     jobs = []
-    for ranks, group in ((1, True), (2, False), (2, True)):
-        folder = tmp_path / f"{ranks}_{group}"
+    for ranks, group, name, fork in (
+        (1, True, "SIGINT", False),
+        (2, False, "SIGINT", True),
+        (2, True, "SIGINT", True),
+        (1, False, "SIGTERM", False),
+        (2, False, "SIGTERM", True),
+        (2, True, "SIGTERM", False),
+        (1, False, "SIGKILL", False),
+        (2, False, "SIGKILL", False),
+    ):
+        folder = tmp_path / f"{ranks}_{group}_{name}"
         argv = [
             *("config=pretrain/byol/digits", f"config.DISTRIBUTED.NUM_PROC_PER_NODE={ranks}"),
             *("config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16", "config.OPTIMIZER.num_epochs=500"),
             *("config.LOSS.byol.proj_hidden_dim=32", "config.LOSS.byol.proj_output_dim=16"),
             *("config.CHECKPOINT.CHECKPOINT_FREQUENCY=1", f"config.CHECKPOINT.DIR={folder}"),
             *(["config.DATA.NUM_DATALOADER_WORKERS=1"] if ranks == 1 else []),
+            *(watched.TINY if fork else []),
         ]
-        when = {"when": str(folder / "model_phase0.torch"), "signal": "SIGINT", "group": group}
+        when = {"when": str(folder / "model_phase0.torch"), "signal": name, "group": group, "watch": fork}
         jobs.append({"argv": argv, "folder": str(few_digits.parents[1]), **when})
+    said = {"SIGINT": (130, "interrupted"), "SIGTERM": (143, "terminated")}
     for job, result in zip(jobs, launches(jobs), strict=True):
-        assert result["status"] == 130, (job, result["output"][-3000:])
-        assert result["output"].splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint"
+        status, word = said.get(job["signal"], (-9, None))
+        assert result["status"] == status, (job, result["output"][-3000:])
+        if word:
+            last = result["output"].splitlines()[-1]
+            assert last == f"{word}; the same command goes on from the last checkpoint"
         assert "Traceback" not in result["output"], job
         assert not result["left"], job
+
+
+@pytest.mark.slow
+def test_the_end_of_one_process_is_said(
+    few_digits: Path, tmp_path: Path, launches: Callable, watched: ModuleType
+) -> None:
+    """As where the system kills it for its memory."""
+    argv = [
+        *("config=pretrain/byol/digits", *watched.TINY, "config.DISTRIBUTED.NUM_PROC_PER_NODE=2"),
+        *("config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16", "config.OPTIMIZER.num_epochs=500"),
+        *("config.LOSS.byol.proj_hidden_dim=32", f"config.CHECKPOINT.DIR={tmp_path}"),
+    ]
+    (result,) = launches([{"argv": argv, "folder": str(few_digits.parents[1]), "watch": True, "kill_rank": 1}])
+    assert result["status"] == 128 + 9 and not result["left"], result["output"][-3000:]
+    assert result["output"].splitlines()[-1] == (
+        "process 1 of the training was killed by SIGKILL; the same command begins anew, as there is no checkpoint yet"
+    )
+    assert "Traceback" not in result["output"]

@@ -1,13 +1,15 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are whole or not there, and the end of a training that more epochs move on.
 
 classy_vision/generic/util.py:352 writes into the final name, and vissl/utils/checkpoint.py:443 takes the existence of
-``model_final_*.torch`` for the end of a training: one that is killed while it writes can neither resume nor start anew.
+``model_final_*.torch`` for the end of a training: one that is killed while it writes can neither resume nor start anew,
+one whose epochs are raised does not go on, and any file of a user's with ``model_final`` in its name ends it.
 vissl/utils/checkpoint.py:143 links to a path relative to the working directory, not to the link. Where checkpoints are
 written every few iterations too, vissl/utils/checkpoint.py:576 looks for no others; where there are none of those that
 it looks for, vissl/utils/checkpoint.py:624 names the file ``None``.
 """
 
 import os
+import re
 import socket
 import sys
 import zipfile
@@ -16,14 +18,23 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+from plugins.tools.command import UserError
+
 _BEGUN = ".writing-"
+_OURS = re.compile(r"model_(?P<final>final_checkpoint_)?(?P<kind>phase|iteration)(?P<number>\d+)\.torch")
+GOES_ON = "the same command goes on from the last checkpoint"
 
 
 def activate() -> None:
-    """Write checkpoints under another name first; resume from the newest."""
+    """Write checkpoints under another name first; resume from the newest; end a training after its epochs."""
     from vissl.utils import checkpoint
 
-    for name, mended in (("get_checkpoint_resume_files", _newest), ("get_resume_checkpoint", _there)):
+    mends = (
+        ("get_checkpoint_resume_files", _newest),
+        ("get_resume_checkpoint", _there),
+        ("is_training_finished", _finished),
+    )
+    for name, mended in mends:
         stock = getattr(checkpoint, name)
         if hasattr(stock, "__wrapped__"):
             continue
@@ -34,21 +45,73 @@ def activate() -> None:
     checkpoint.CheckpointWriter._create_symbolic_link = _link
 
 
+def checkpoints(folder: Path, *, iterations: bool = True, final: bool = True) -> list[Path]:
+    """The checkpoints that VISSL has written into a folder, the newest first; no file of another name is one.
+
+    Args:
+        folder: of the run.
+        iterations: with those written in the midst of an epoch.
+        final: with that of the end.
+    """
+    found = [(path, _OURS.fullmatch(path.name)) for path in folder.glob("model_*.torch")]
+    kept = [
+        path
+        for path, name in found
+        if name and (iterations or name["kind"] == "phase") and (final or not name["final"]) and path.is_file()
+    ]
+    return sorted(kept, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def _number(path: Path) -> int:
+    return int(re.findall(r"\d+", path.name)[-1])
+
+
 def _save(self: Any, name: str, content: Any) -> None:
     import torch
 
     folder = Path(self.checkpoint_folder)
-    folder.mkdir(parents=True, exist_ok=True)
     # the name is none that VISSL looks for
     begun = folder / _begun()
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with begun.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         begun.replace(folder / name)
+        _sync(folder)
+    except (OSError, RuntimeError) as error:
+        # torch's writer raises an error of its own in the place of that of a full disk
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise UserError(f"{folder / name} cannot be written: {reason.strerror or reason}; {room(folder)}") from None
     finally:
         begun.unlink(missing_ok=True)
+
+
+def room(folder: Path) -> str:
+    """What to do when a run's folder cannot be written to, as the end of a sentence."""
+    return f"make room there, then {how_to_go_on(folder)}"
+
+
+def how_to_go_on(folder: Path) -> str:
+    """What the same command does in the folder of a run that did not finish."""
+    return GOES_ON if checkpoints(folder) else "the same command begins anew, as there is no checkpoint yet"
+
+
+def _sync(folder: Path) -> None:
+    """Let the new name outlive a failure of the power; not every file system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
 
 
 def _begun() -> str:
@@ -74,18 +137,29 @@ def _abandoned(path: Path) -> bool:
 
 def _link(self: Any, checkpoint_name: str) -> None:
     folder = Path(self.checkpoint_folder)
+    link = folder / "checkpoint.torch"
+    if link.exists() and not link.is_symlink():
+        return  # a file of the user's
     begun = folder / _begun()
     begun.unlink(missing_ok=True)
     begun.symlink_to(checkpoint_name)
-    begun.replace(folder / "checkpoint.torch")
+    begun.replace(link)
 
 
-def _newest(find: Callable[..., str | None], checkpoint_folder: str, config: Any, **options: Any) -> str | None:
-    """The checkpoint of an epoch or of an iteration, whichever was written last."""
-    epochs = type(config)(config)
-    epochs.CHECKPOINT = type(config)({**config.CHECKPOINT, "CHECKPOINT_ITER_FREQUENCY": -1})
-    found = {find(checkpoint_folder, each, **options) for each in (config, epochs)} - {None}
-    return max(found, key=lambda name: (Path(checkpoint_folder) / name).stat().st_mtime_ns, default=None)
+def _newest(
+    find: Callable[..., str | None],
+    checkpoint_folder: str,
+    config: Any,
+    skip_final: bool = False,
+    latest_checkpoint_resume_num: int = 1,
+) -> str | None:
+    """The checkpoint of an epoch or, where they are asked for, of an iteration, whichever was written last.
+
+    Without CHECKPOINT_ITER_FREQUENCY that of an iteration is what VISSL leaves of a training that diverged.
+    """
+    every = config.CHECKPOINT.CHECKPOINT_ITER_FREQUENCY
+    found = checkpoints(Path(checkpoint_folder), iterations=every > 0, final=not skip_final)
+    return found[min(max(latest_checkpoint_resume_num, 1), len(found)) - 1].name if found else None
 
 
 def _there(find: Callable[..., str | None], cfg: Any, checkpoint_folder: str) -> str | None:
@@ -94,8 +168,51 @@ def _there(find: Callable[..., str | None], cfg: Any, checkpoint_folder: str) ->
     return path if path is not None and Path(path).is_file() else None
 
 
+def _finished(finished: Callable[..., bool], cfg: Any, checkpoint_folder: str) -> bool:
+    """Whether the epochs of the configuration are trained, instead of those of the time when the training ended."""
+    folder, options = Path(checkpoint_folder), cfg["CHECKPOINT"]
+    if options["OVERWRITE_EXISTING"]:
+        return False
+    if not options["AUTO_RESUME"]:
+        return any("final" in path.name for path in checkpoints(folder))
+    return trained_epochs(folder) >= epochs(cfg)
+
+
+def epochs(cfg: Any) -> int:
+    """How many epochs, in VISSL's sense of phases, a configuration asks for."""
+    return int(cfg["OPTIMIZER"]["num_epochs"] * cfg["DATA"]["TRAIN"].get("TRAIN_PHASES_PER_EPOCH", 1))
+
+
+def trained_epochs(folder: Path) -> int:
+    """How many epochs the checkpoints of a folder have behind them."""
+    return max((_number(path) + 1 for path in checkpoints(folder, iterations=False)), default=0)
+
+
+def reopen(folder: Path) -> int:
+    """Make the checkpoint of a training's end one like those before it: the training goes on from there.
+
+    Returns:
+        The epochs after which it had ended; 0 where it had not.
+    """
+    ended = 0
+    for path in checkpoints(folder):
+        if "final" in path.name:
+            name = path.name.replace("final_checkpoint_", "")
+            path.replace(path.with_name(name))
+            _link(_In(folder), name)
+            ended = max(ended, _number(path) + 1)
+    return ended
+
+
+class _In:
+    """What ``_link`` needs to know of a writer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.checkpoint_folder = str(folder)
+
+
 def set_aside(folder: Path) -> list[str]:
-    """Rename checkpoints that a killed process has left half written, so that the one before is resumed from.
+    """Rename checkpoints that cannot be read, so that the newest one before them is resumed from.
 
     What processes of this machine that are gone had begun to write is deleted.
 
@@ -105,9 +222,11 @@ def set_aside(folder: Path) -> list[str]:
     Returns:
         Their former names; the new ones begin with ``torn_`` and are none that VISSL takes for checkpoints.
     """
-    broken = []
-    for path in sorted(folder.glob("*.torch")):
-        if path.is_file() and not path.is_symlink() and not _whole(path):
+    broken, found = [], False
+    for path in checkpoints(folder):
+        if _whole(path, every_byte=not found):  # of the one that is resumed from
+            found = True
+        else:
             path.replace(path.with_name(torn_name(path.name)))
             broken.append(path.name)
     link = folder / "checkpoint.torch"
@@ -115,7 +234,7 @@ def set_aside(folder: Path) -> list[str]:
         link.unlink()
     for path in filter(_abandoned, folder.glob(f"{_BEGUN}*")):
         path.unlink(missing_ok=True)
-    return broken
+    return sorted(broken)
 
 
 def torn_name(name: str) -> str:
@@ -123,8 +242,17 @@ def torn_name(name: str) -> str:
     return f"torn_{name.replace('model_', '')}.broken"
 
 
-def _whole(path: Path) -> bool:
-    """A file of torch's present format ends in a directory of its parts; one of the former format is taken as it is."""
+def _whole(path: Path, every_byte: bool) -> bool:
+    """Whether a file of torch.save can be read: its directory of parts, at the end, and their check sums.
+
+    One of the former format, which has neither, is taken as it is.
+    """
     with path.open("rb") as file:
         start = file.read(2)
-    return zipfile.is_zipfile(path) if start in (b"PK", b"") else True
+    if start == b"\x80\x02":
+        return True
+    try:
+        with zipfile.ZipFile(path) as parts:
+            return not every_byte or parts.testzip() is None
+    except (zipfile.BadZipFile, EOFError):
+        return False

@@ -1,6 +1,8 @@
 """A tiny trunk, and a hook that compares what the processes of a training hold, for runner.py and a pool of ranks."""
 
 import json
+import os
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,28 @@ def hooks(cfg: Any) -> list[Any]:
     return [*_plain(cfg), Watch()]
 
 
-def install() -> None:
-    """Let the launcher of this process train so."""
-    ranks.hooks = hooks
+class Killed(SilentHook):
+    """Kills a process of the training after its first step.
+
+    Args:
+        rank: its rank.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def on_step(self, task: Any) -> None:
+        """Kill it."""
+        if torch.distributed.get_rank() == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def install(killed: int | None) -> None:
+    """Let the launcher of this process train so.
+
+    Args:
+        killed: the rank of a process that is killed after a step.
+    """
+    ranks.hooks = hooks if killed is None else lambda cfg: [*hooks(cfg), Killed(killed)]
     torch.multiprocessing.spawn = partial(torch.multiprocessing.start_processes, start_method="fork")

@@ -7,17 +7,29 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from plugins.tools.command import Parser, UserError, exit_on_user_error
+from solo_ext.schema import help_text
 
 _PACKAGE = Path(__file__).parent
+_HYDRAS = (
+    *("--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info"),
+    *("--shell-completion", "--config-dir", "--experimental-rerun"),
+)
+"""Hydra's own options."""
+_OF_COMPOSING = (YAMLError, ValueError, TypeError, AttributeError, AssertionError, RecursionError, FileNotFoundError)
+"""What Hydra raises beside its own exceptions while it reads files and composes them."""
 
 
 def config_folder(given: str) -> Path:
@@ -36,14 +48,18 @@ def config_folder(given: str) -> Path:
     raise UserError(f"--config-path is no folder: {given}")
 
 
-def run_hydra(task: Callable[[DictConfig], None], usage: str) -> None:
+def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> None:
     """Run a task with the configuration that the command line composes, as solo-learn's scripts do.
 
     Args:
         task: what to run; a UserError of it ends the process with its sentence and status 2.
         usage: printed for ``--help``, and when no configuration is named.
+        command: a key of ``schema.COMMANDS``, for ``--help-config``.
     """
     with exit_on_user_error():
+        if "--help-config" in sys.argv[1:]:
+            print(help_text(command))
+            raise SystemExit(0)
         if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
             print(usage)
             raise SystemExit(0 if sys.argv[1:] else 2)
@@ -52,11 +68,19 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str) -> None:
         parser.add_argument("--config-name", "-cn", required=True)
         given, rest = parser.parse_known_args()
         folder = config_folder(given.config_path)
-        name = given.config_name.removesuffix(".yaml")
-        if not any((folder / f"{name}{suffix}").is_file() for suffix in (".yaml", ".yml")):
-            have = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none"
-            raise UserError(f"there is no configuration {name!r} in {folder}; it has {have}")
-        sys.argv[1:] = ["--config-path", str(folder), "--config-name", given.config_name, *rest]
+        name = given.config_name.removesuffix(".yaml").removesuffix(".yml")
+        file = next(filter(Path.is_file, (folder / f"{name}{suffix}" for suffix in (".yaml", ".yml"))), None)
+        if file is None:
+            have = sorted(path.stem for path in folder.glob("*.yaml"))
+            near = "".join(f"; did you mean {one}?" for one in get_close_matches(name, have, 1))
+            raise UserError(
+                f"there is no configuration {name!r} in {folder}{near or '; it has ' + (', '.join(have) or 'none')}"
+            )
+        check_file(file)
+        for word in rest:
+            if word.startswith("--") and word.partition("=")[0] not in _HYDRAS:
+                raise UserError(f"there is no option {word}; entries are given as key=value; see --help")
+        sys.argv[1:] = ["--config-path", str(folder), "--config-name", name, *map(quoted, rest)]
 
         started, mistake = False, None
 
@@ -72,14 +96,76 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str) -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own lines and ends the process with status 1
         try:
             hydra.main(version_base="1.2", config_path=None)(guarded)()
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, *_OF_COMPOSING) as error:
             if started:
                 raise
+            for path in sorted(folder.rglob("*.y*ml")):
+                check_file(path, whole=False)
+            if str(error).startswith("Ambiguous value"):
+                raise UserError(
+                    "an override holds a comma outside of quotes: use key='a,b' for a word, key=[a,b] for a list"
+                ) from None
             # what is wrong with an override, and what would be right; the rest is about Hydra's innards
             override = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
-            raise UserError(override + " ".join(str(error).splitlines()[:2])) from None
+            raise UserError(override + " ".join(str(error).splitlines()[:2])[:300]) from None
         if mistake is not None:
             raise mistake
+
+
+def check_file(path: Path, *, whole: bool = True) -> None:
+    """Refuse a YAML file that Hydra could not use.
+
+    Args:
+        path: the file.
+        whole: whether it is a configuration, which has entries; else it may be one of the files that a configuration
+            is composed of, which may be a list or empty.
+
+    Raises:
+        UserError: it cannot be read, is no YAML, or has no entries.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        OmegaConf.create(content if isinstance(content, list) else text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path} is no valid YAML: {problem}{place}") from None
+    except (OmegaConfBaseException, RecursionError, AssertionError) as error:
+        problem = (str(error) or "it holds no entries").splitlines()[0][:200]
+        raise UserError(f"{path} is no configuration: {problem}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if whole and not isinstance(content, dict):
+        held = "is empty" if content is None else f"holds {'a list' if isinstance(content, list) else repr(content)}"
+        raise UserError(f"{path} {held}; a configuration has entries, such as max_epochs: 100")
+
+
+def quoted(override: str) -> str:
+    """An override as Hydra takes it: a path may hold = and blanks, which Hydra wants in quotes.
+
+    >>> quoted("pretrained_feature_extractor=runs/a-ep=9.ckpt")
+    "pretrained_feature_extractor='runs/a-ep=9.ckpt'"
+    >>> quoted("optimizer.lr=0.1"), quoted("optimizer.lr=[1")
+    ('optimizer.lr=0.1', 'optimizer.lr=[1')
+    """
+    key, equals, value = override.partition("=")
+    if not equals or value.startswith(("'", '"', "[", "{")):
+        return override
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    in_quotes = f"{key}='{escaped}'"
+    return in_quotes if not _parses(override) and _parses(in_quotes) else override
+
+
+def _parses(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
 
 
 def quieten() -> None:

@@ -16,8 +16,9 @@ With normalized_classifier=True the features go through a BatchNorm without scal
 
   --config-path FOLDER                where the YAML files are: configs/solo/digits, or a folder of your own
   --config-name NAME                  which of them, such as linear.yaml
-  pretrained_feature_extractor=PLACE  a checkpoint (quote its name: key='a-ep=1.ckpt'), or the folder of a run
+  pretrained_feature_extractor=PLACE  a checkpoint, or the folder of a run
   key=value                           changes an entry; +key=value adds one, ++key=value does either
+  --help-config                       lists all entries, with what each may be
 
 The run's folder is <checkpoint.dir>/linear/<checkpoint.version>: args.json, a checkpoint, metrics.csv and
 linear.json with the accuracy at the end and the best."""
@@ -116,7 +117,7 @@ def main() -> None:
     """The command."""
     from solo_ext.launch import run_hydra
 
-    run_hydra(evaluate, USAGE)
+    run_hydra(evaluate, USAGE, "main_linear")
 
 
 if __name__ == "__main__":

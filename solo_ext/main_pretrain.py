@@ -19,6 +19,7 @@ Pre-trains a self-supervised method with solo-learn.
   --config-path FOLDER   where the YAML files are: configs/solo/digits, or a folder of your own
   --config-name NAME     which of them, such as isoloss.yaml
   key=value              changes an entry of it; +key=value adds one, ++key=value does either
+  --help-config          lists all entries, with what each may be
 
   example: python -m solo_ext.main_pretrain --config-path configs/solo/digits --config-name isoloss.yaml ++max_epochs=5
 
@@ -108,7 +109,7 @@ def main() -> None:
     """The command."""
     from solo_ext.launch import run_hydra
 
-    run_hydra(pretrain, USAGE)
+    run_hydra(pretrain, USAGE, "main_pretrain")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Datasets, what is known of them, and the transforms of their images, as main's YAML writes them."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
@@ -8,8 +7,8 @@ from PIL import ImageOps
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms as T
 
-from plugins.tools.command import UserError
 from solo_ext.compat import host_data
+from solo_ext.schema import Views, validate
 
 
 class DatasetInfo(NamedTuple):
@@ -44,19 +43,8 @@ DATASETS = {
 }
 CLASSES = {name: info.classes for name, info in DATASETS.items() if info.classes}
 
-_SECTIONS = {
-    "rrc": ("crop_min_scale", "crop_max_scale"),
-    "color_jitter": ("brightness", "contrast", "saturation", "hue"),
-    "grayscale": (),
-    "gaussian_blur": (),
-    "solarization": (),
-    "equalization": (),
-    "horizontal_flip": (),
-}
-"""The sections of a view, and what each needs beside its switch, which is ``enabled`` of rrc and ``prob`` else."""
 
-
-def complete_views(views: Sequence[Any]) -> list[dict[str, Any]]:
+def complete_views(views: Any) -> list[dict[str, Any]]:
     """Check the entries of ``augmentations``; a section that is left out is switched off.
 
     Returns:
@@ -65,53 +53,8 @@ def complete_views(views: Sequence[Any]) -> list[dict[str, Any]]:
     Raises:
         UserError: something is missing, misspelt or out of range.
     """
-    if not isinstance(views, Sequence) or not all(hasattr(view, "items") for view in views):
-        raise UserError("augmentations must be a list of views, each with rrc, color_jitter, ..., crop_size, num_crops")
-    return [_complete_view(view, f"augmentations[{index}]") for index, view in enumerate(views)]
-
-
-def _complete_view(view: Any, place: str) -> dict[str, Any]:
-    view = dict(OmegaConf.to_container(view) if OmegaConf.is_config(view) else view)
-    _known(view, (*_SECTIONS, "crop_size", "num_crops", "mean", "std"), place)
-    for key in ("crop_size", "num_crops"):
-        if not isinstance(view.get(key), int) or view[key] < 1:
-            raise UserError(f"{place}.{key} must be a whole number above 0, got {view.get(key)!r}")
-    for key, least in (("mean", 0), ("std", 1e-6)):
-        given = view.get(key, [1, 1, 1])
-        if not isinstance(given, list) or len(given) != 3 or not all(_is_number(v) and v >= least for v in given):
-            raise UserError(f"{place}.{key} must be three numbers, at least {least}, got {given!r}")
-    if view.get("rrc") is None:
-        raise UserError(f"{place} lacks rrc: a random resized crop, or enabled: False")
-    for section, needs in _SECTIONS.items():
-        switch = "enabled" if section == "rrc" else "prob"
-        given = view[section] = view.get(section) or {switch: 0.0}
-        _known(given, ("enabled", *(() if section == "rrc" else ("prob",)), *needs), f"{place}.{section}")
-        if given.get("enabled") is False and section != "rrc":
-            given["prob"] = 0.0  # some of main's files write both; main looks at prob alone
-        for key in (switch, *(needs if given.get(switch) else ())):
-            if not _is_number(given.get(key)) or given[key] < 0:
-                raise UserError(f"{place}.{section}.{key} must be a number, at least 0, got {given.get(key)!r}")
-        for key in (switch, *(needs if section == "rrc" else ())):
-            if given.get(key, 0) > 1:
-                raise UserError(f"{place}.{section}.{key} must be in [0, 1], got {given[key]!r}")
-    crop = view["rrc"]
-    if crop["enabled"] and not 0 < crop["crop_min_scale"] <= crop["crop_max_scale"]:
-        raise UserError(f"{place}.rrc.crop_min_scale must be above 0 and not above crop_max_scale")
-    if view["color_jitter"].get("hue", 0) > 0.5:
-        raise UserError(f"{place}.color_jitter.hue must be in [0, 0.5], got {view['color_jitter']['hue']!r}")
-    return view
-
-
-def _known(given: Any, known: Sequence[str], place: str) -> None:
-    if not hasattr(given, "items"):
-        raise UserError(f"{place} must have entries {', '.join(known)}, got {given!r}")
-    for key in given:
-        if key not in known:
-            raise UserError(f"{place} has no entry {key!r}; it knows {', '.join(known)}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    given = OmegaConf.to_container(views) if OmegaConf.is_config(views) else views
+    return validate(Views, {"augmentations": given})["augmentations"]
 
 
 def statistics(dataset: str, cfg: Any = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -191,17 +134,9 @@ class LinearCrop(NamedTuple):
 
 
 def linear_crop(dataset: str, cfg: DictConfig) -> LinearCrop:
-    """What ``data.augmentations.crop_size`` (pixels) and ``.crop_min_scale`` (fraction of the area) say, or else main.
-
-    Raises:
-        UserError: one of them is no such number.
-    """
+    """What ``data.augmentations.crop_size`` (pixels) and ``.crop_min_scale`` (part of the area) say, or else main."""
     info, given = DATASETS[dataset], cfg.data.get("augmentations") or {}
     side, min_scale = given.get("crop_size", info.side), given.get("crop_min_scale", 0.08)
-    if not isinstance(side, int) or side < 1:
-        raise UserError(f"data.augmentations.crop_size must be a whole number above 0, got {side!r}")
-    if not _is_number(min_scale) or not 0 < min_scale <= 1:
-        raise UserError(f"data.augmentations.crop_min_scale must be in (0, 1], got {min_scale!r}")
     return LinearCrop(side, min_scale, info.flip, *statistics(dataset, given))
 
 

@@ -49,12 +49,15 @@ def number(kind: type, *, zero: bool = False) -> Any:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a UserError into its sentence on standard error and exit status 2."""
+    """Turn a UserError, or a file that may not be read or written, into a sentence and exit status 2."""
     try:
         yield
-    except UserError as error:
+    except (UserError, PermissionError) as error:
+        sentence = str(error)
+        if isinstance(error, PermissionError) and error.filename is not None:
+            sentence = f"{error.filename}: {error.strerror}; change its permissions, or give another path"
         if first_process():
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

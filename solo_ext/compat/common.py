@@ -28,24 +28,13 @@ from plugins.tools.command import UserError
 from plugins.tools.trainer import run_steps
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat.optim import OPTIMIZERS, WarmupCosineLR
+from solo_ext.schema import Pretrain, defaults
 
-METHOD_DEFAULTS: dict[str, Any] = {
-    "backbone": {"kwargs": {}},
-    "optimizer": {"exclude_bias_n_norm_wd": False, "kwargs": {}},
-    "accumulate_grad_batches": 1,
-    "scheduler": {
-        "name": "warmup_cosine",
-        "lr_decay_steps": None,
-        "min_lr": 0.0,
-        "warmup_start_lr": 3e-5,
-        "warmup_epochs": 10,
-        "interval": "step",
-    },
-    "knn_eval": {"enabled": False, "k": 20, "distance_func": "euclidean"},
-    "performance": {"disable_channel_last": False},
-    "method_kwargs": {},
-    "momentum": {"base_tau": 0.99, "final_tau": 1.0, "classifier": False},
-}
+_OF_A_METHOD = (
+    *("backbone", "optimizer", "accumulate_grad_batches", "accumulate", "scheduler", "knn_eval", "performance"),
+    *("method_kwargs", "momentum"),
+)
+METHOD_DEFAULTS: dict[str, Any] = {key: value for key, value in defaults(Pretrain).items() if key in _OF_A_METHOD}
 """What a configuration of a method may leave out; the values are main's."""
 
 CIFAR_STEM = ("cifar10", "cifar100")

@@ -51,7 +51,8 @@ class Run(NamedTuple):
     @property
     def crop_size(self) -> int:
         """Side of the images that it was trained on, in pixels."""
-        return self.view.get("crop_size", 224)
+        own = DATASETS.get(self.config["data"].get("dataset"))
+        return self.view.get("crop_size", own.side if own else 224)
 
 
 def read_run(folder: Path) -> Run:

@@ -51,12 +51,13 @@ def evaluate(cfg: DictConfig) -> Path:
     from solo_ext.data import linear_images
     from solo_ext.launch import build_trainer, refused, seed_everything
     from solo_ext.logs import BestAccuracy, callbacks, host_versions, loggers
+    from solo_ext.transforms import linear_crop
 
     cfg = parse_linear(cfg)
     data = cfg.data
     given = OmegaConf.to_container(cfg, resolve=True)
     seed_everything(cfg.seed)
-    crop_size = (data.get("augmentations") or {}).get("crop_size", 224)
+    crop_size = linear_crop(data.dataset, cfg).side
     backbone = build_backbone(cfg.backbone.name, OmegaConf.to_container(cfg.backbone.kwargs), data.dataset, crop_size)
     source = find_checkpoint(cfg.pretrained_feature_extractor)
     load_backbone(source, backbone)

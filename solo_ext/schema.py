@@ -595,20 +595,13 @@ def _unknown(model: type[Section], section: type[Section], place: Sequence[Any],
         for command, other in COMMANDS.items():
             if key in other.model_fields and issubclass(model, Run):
                 return f"{key} is an entry of {command} only: leave it out"
-    near = _nearest(key, known, 0.75) or _elsewhere(model, key) or _nearest(key, known, 0.6)
+    # the entries beside it, and those of other sections by their last name
+    names = {**{row.path.rpartition(".")[2]: row.path for row in rows(model)}, **{name: name for name in known}}
+    near = next((names[name] for name in get_close_matches(key.lower(), names, 1, 0.65)), None)
     guess = f"; did you mean {near}?" if near else ""
     if above:
         return f"{above} has no entry {key!r}; it knows {', '.join(known)}{guess}"
     return f"the configuration has no entry {key!r}{guess or '; --help-config lists all'}"
-
-
-def _nearest(key: str, known: Sequence[str], cutoff: float) -> str | None:
-    return next(iter(get_close_matches(key.lower(), known, 1, cutoff)), None)
-
-
-def _elsewhere(model: type[Section], key: str) -> str | None:
-    """The entry of that name in another section."""
-    return next((row.path for row in rows(model) if row.path.rpartition(".")[2] == key), None)
 
 
 def _plain(section: Section) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from solo_ext.compat.common import CIFAR_STEM, complete
 from solo_ext.config import device_list, large_and_small
 from solo_ext.data import hint, split_path
 from solo_ext.registry import ALIASES, method_class, plugin_methods, register
-from solo_ext.transforms import DATASETS, evaluation_transform, linear_transform
+from solo_ext.transforms import DATASETS, evaluation_transform, linear_crop, linear_transform
 
 
 class Scripts:
@@ -98,7 +98,9 @@ class Scripts:
         if dataset not in self.own:
             return original(dataset)
         cfg = self.cfg or OmegaConf.create({"data": {}})
-        return linear_transform(dataset, cfg), evaluation_transform(dataset)
+        views = cfg.get("augmentations")
+        side = views[0].crop_size if views else linear_crop(dataset, cfg).side
+        return linear_transform(dataset, cfg), evaluation_transform(dataset, side)
 
 
 def _find_folders(data: DictConfig) -> None:

@@ -103,16 +103,22 @@ def pretrain_transform(cfg: DictConfig) -> host_data.FullTransformPipeline:
     return host_data.FullTransformPipeline(views)
 
 
-def evaluation_transform(dataset: str, crop_size: int = 224, cfg: Any = None) -> T.Compose:
-    """The fixed transform of evaluation.
+def evaluation_transform(dataset: str, crop_size: int | None = None, cfg: Any = None) -> T.Compose:
+    """The fixed transform of evaluation: images come out at the size that the network is trained at.
 
     Args:
         dataset: its name.
-        crop_size: for custom data: side of the centre crop, of an image resized to 256/224 of it.
+        crop_size: side of the images that the network is trained on, in pixels; the data set's own when None. An image
+            is resized by as much more than that as the data set's own evaluation does: 256/224 for ImageNet and custom
+            data, not at all for the others.
         cfg: for custom data: where ``mean`` and ``std`` stand.
     """
-    resize = (round(crop_size * 256 / 224), crop_size) if dataset == "custom" else DATASETS[dataset].resize
-    steps: list[Any] = [T.Resize(resize[0]), T.CenterCrop(resize[1])] if resize else []
+    info = DATASETS[dataset]
+    side = crop_size or info.side
+    margin = 256 / 224 if dataset == "custom" else info.resize[0] / info.resize[1] if info.resize else 1
+    # images of CIFAR and digits have their size
+    as_they_are = info.resize is None and dataset != "custom" and side == info.side
+    steps: list[Any] = [] if as_they_are else [T.Resize(round(side * margin)), T.CenterCrop(side)]
     return T.Compose([*steps, T.ToTensor(), T.Normalize(*statistics(dataset, cfg))])
 
 

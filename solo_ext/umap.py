@@ -143,14 +143,12 @@ class AutoUMAP(pl.Callback):
         folder: the run's folder, for its version.
 
     Raises:
-        UserError: umap-learn is not installed, or the frequency is no whole number above 0.
+        UserError: umap-learn is not installed.
     """
 
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
         check_installed()
         self.frequency = cfg.auto_umap.frequency
-        if not isinstance(self.frequency, int) or isinstance(self.frequency, bool) or self.frequency < 1:
-            raise UserError(f"auto_umap.frequency must be a whole number above 0, got {self.frequency!r}")
         self.folder = Path(cfg.auto_umap.dir) / cfg.method / folder.name
         self.stem = f"{cfg.name}-{folder.name}"
         self.seed = cfg.seed

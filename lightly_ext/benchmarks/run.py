@@ -439,7 +439,14 @@ def _backbone(args: argparse.Namespace) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if args.backbone not in known:
         raise UserError(f"--backbone: torchvision has no model {args.backbone!r}; it has {', '.join(known)}")
-    backbone = torchvision.models.get_model(args.backbone, weights=None)
+    # a ViT takes images of the one size that it is made for
+    sized = {"image_size": args.input_size} if args.backbone.startswith("vit_") else {}
+    try:
+        backbone = torchvision.models.get_model(args.backbone, weights=None, **sized)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--backbone {args.backbone} refuses --input-size {args.input_size}: {_first_line(error)}"
+        ) from None
     for name in ("fc", "classifier", "heads", "head"):
         if name in backbone._modules:
             backbone._modules[name] = nn.Identity()

@@ -24,6 +24,7 @@ from solo_ext.transforms import (
     DATASETS,
     complete_views,
     evaluation_transform,
+    linear_crop,
     linear_transform,
     pretrain_transform,
     view_transform,
@@ -34,12 +35,35 @@ pytestmark = pytest.mark.solo
 
 @pytest.mark.parametrize("dataset", sorted(set(DATASETS) - {"custom"}))
 def test_t18_evaluation_is_normalised_with_the_datasets_own_statistics(dataset):
-    image = evaluation_transform(dataset)(Image.new("RGB", (256, 256), (128, 128, 128)))
     info = DATASETS[dataset]
+    own = 256 if info.resize else info.side  # CIFAR and digits are taken as they are
+    image = evaluation_transform(dataset)(Image.new("RGB", (own, own), (128, 128, 128)))
     expected = (128 / 255 - torch.tensor(info.mean)) / torch.tensor(info.std)
     torch.testing.assert_close(image.mean((1, 2)), expected, rtol=1e-4, atol=1e-5)
-    side = info.resize[1] if info.resize else 256
-    assert image.shape == (3, side, side)
+    assert image.shape == (3, info.side, info.side)
+
+
+@pytest.mark.parametrize("dataset", sorted(DATASETS))
+@pytest.mark.parametrize("side", [None, 16, 32, 64, 96, 224])
+def test_images_are_evaluated_at_the_size_they_are_trained_at(dataset, side):
+    """In pre-training, its validation, linear training and its validation: a ViT takes one size."""
+    picture = Image.new("RGB", (DATASETS[dataset].side,) * 2)
+    wanted = side or DATASETS[dataset].side
+    augmentations = {"crop_size": side} if side else {}
+    cfg = OmegaConf.create({"data": {"dataset": dataset, "augmentations": augmentations}})
+    view = OmegaConf.create(complete_views([_section(crop_size=wanted)])[0])
+    for transform in (
+        *(view_transform(dataset, view), evaluation_transform(dataset, view.crop_size, view)),
+        *(linear_transform(dataset, cfg), evaluation_transform(dataset, linear_crop(dataset, cfg).side)),
+    ):
+        assert transform(picture).shape == (3, wanted, wanted)
+
+
+def test_published_sizes_of_the_evaluation_stay():
+    for dataset, steps in (("imagenet", [256, (224, 224)]), ("imagenet100", [256, (224, 224)]), ("cifar10", [])):
+        assert [step.size for step in evaluation_transform(dataset).transforms[:-2]] == steps
+        assert [step.size for step in evaluation_transform(dataset, DATASETS[dataset].side).transforms[:-2]] == steps
+    assert [step.size for step in evaluation_transform("stl10", 96).transforms[:-2]] == [96, (96, 96)]
 
 
 def test_custom_images_are_evaluated_at_the_size_they_are_trained_at():

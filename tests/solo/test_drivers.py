@@ -458,10 +458,10 @@ _REFUSED_TOO = {
     "no folder": (["++checkpoint.dir=null"], "checkpoint.dir must be a word, got None"),
     "slash": (["++checkpoint.version=a/b"], "checkpoint.version becomes the name of a file"),
     "no accumulation": (["++accumulate_grad_batches=0"], "accumulate_grad_batches must be a whole number, at least 1"),
-    "seed": (["seed=99999999999"], "seed must be below 2**32"),
+    "seed": (["seed=99999999999"], "seed must be a whole number in [0, 4294967295], got 99999999999"),
     "warm-up": (["++scheduler.warmup_epochs=abc"], "scheduler.warmup_epochs must be a number, at least 0, got 'abc'"),
     "no width": (["++method_kwargs.proj_hidden_dim=0"], "hidden_dim must be in [1, inf), got 0"),
-    "workers": (["data.num_workers=true"], "data.num_workers must be a whole number, at least 0, got True"),
+    "workers": (["data.num_workers=true"], "data.num_workers must be a whole number in [0, 1024], got True"),
     "fraction": (["++data.fraction=true"], "data.fraction must be above 0 and at most 1, or -1 for all images"),
     "no epochs": (
         ["scheduler.name=step", "++scheduler.lr_decay_steps=[abc]"],

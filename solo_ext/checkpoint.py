@@ -1,15 +1,18 @@
 """Checkpoints: where they lie, what they are checked for before training goes on from them.
 
 As solo-learn lays them out: ``<checkpoint.dir>/<method>/<version>/<name>-<version>-ep=<epoch>.ckpt`` with the whole
-configuration beside it in args.json. Lightning writes to a temporary file first, so that a kill leaves the old one.
+configuration beside it in args.json. A kill or a full disk leaves the checkpoint of before.
 """
 
+import glob
 import json
 import os
 import random
 import string
 import tempfile
 import time
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import UserError, first_process, say
 from plugins.tools.fitting import mismatch, plain_names
+from plugins.tools.process import locked_folder
 from plugins.tools.records import difference, write_json
+from plugins.tools.trainer import WholeFiles, save_whole
 from plugins.tools.unpickle import load_inert
 from solo_ext.compat import pl
 from solo_ext.compat.common import LATE_BUFFERS
@@ -39,8 +44,19 @@ _STATE = (
     "finetune",
     "normalized_classifier",
 )
-# What makes a run the same run beside. Other folders, devices, logging and the like may change.
-_IDENTITY = (*_STATE, "name", "augmentations", "max_epochs", "seed", "pretrained_feature_extractor")
+# What makes a run the same run beside. Other folders, devices, precision, logging and the like may change.
+_IDENTITY = (
+    *_STATE,
+    "name",
+    "augmentations",
+    "max_epochs",
+    "seed",
+    "pretrained_feature_extractor",
+    *("auto_augment", "mixup", "cutmix", "label_smoothing"),
+    *("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "overfit_batches"),
+)
+# Of ``data`` everything but what says how the images are read, evaluated or counted.
+_NOT_OF_IDENTITY = ("dataset", "val_path", "num_workers", "num_classes", "num_large_crops", "num_small_crops")
 
 
 def run_folder(cfg: DictConfig, kind: str) -> Path:
@@ -76,10 +92,45 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     Args:
         cfg: before the learning rate is multiplied by the number of devices, which may change.
     """
-    same = {key: OmegaConf.select(cfg, key) for key in _IDENTITY}
-    same = {key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in same.items()}
-    folder = str(Path(cfg.data.train_path).resolve()) if cfg.data.dataset == "custom" else None
-    return json.loads(json.dumps({**same, "dataset": cfg.data.dataset, "custom_data": folder}))
+    return _identity(OmegaConf.to_container(cfg))
+
+
+def _identity(cfg: dict[str, Any]) -> dict[str, Any]:
+    """The same of a configuration in plain values; None where it lacks an entry."""
+    same = {key: cfg.get(key) for key in _IDENTITY}
+    data = {key: value for key, value in cfg["data"].items() if key not in _NOT_OF_IDENTITY}
+    for holder, key in ((data, "train_path"), (same, "pretrained_feature_extractor")):
+        if holder.get(key) is not None:
+            holder[key] = str(Path(holder[key]).expanduser().resolve())
+    return json.loads(json.dumps({**same, "dataset": cfg["data"]["dataset"], "data": data}))
+
+
+def _recorded(args: dict[str, Any]) -> dict[str, Any]:
+    """The identity of the run that wrote an args.json; entries that it did not record yet come from the rest of it."""
+    recorded = args["identity"]
+    if "data" in recorded:
+        return recorded
+    complete = {**_identity(args), **{key: value for key, value in recorded.items() if key != "custom_data"}}
+    for holder, given, key in (
+        (complete["data"], args["data"], "train_path"),
+        (complete, args, "pretrained_feature_extractor"),
+    ):
+        if not Path(given.get(key) or "").is_absolute():
+            holder.pop(key, None)  # relative to a folder that is not known any more
+    return complete
+
+
+def _contradiction(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first entry in which two identities differ, its full name and both values; None if they are the same run."""
+    ours = {**ours, "data": dict(ours["data"])}
+    for there, here, key in (
+        (theirs, ours, "pretrained_feature_extractor"),
+        (theirs["data"], ours["data"], "train_path"),
+    ):
+        if key not in there:
+            here.pop(key, None)
+    keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    return difference(keys[0], theirs.get(keys[0]), ours.get(keys[0])) if keys else None
 
 
 def check_writable(folder: Path, option: str) -> None:
@@ -96,19 +147,30 @@ def check_writable(folder: Path, option: str) -> None:
         raise UserError(f"{option}: nothing can be written to {folder}: {error.strerror}") from None
 
 
-def claim_folder(folder: Path, resumed: Path | None) -> None:
-    """Refuse to train into a folder that holds another run.
+def claim_folder(folder: Path, resumed: Path | None) -> ExitStack:
+    """Make a run's folder, and lock it for other processes than those of this run.
+
+    Returns:
+        What releases the lock when it is closed.
 
     Raises:
-        UserError: it holds a checkpoint, and this is not that run resumed.
+        UserError: it holds a checkpoint and this is not that run resumed, or another process writes to it.
     """
     check_writable(folder, "checkpoint.dir")
-    held = sorted(folder.glob("*.ckpt"))
-    if held and (resumed is None or resumed.resolve().parent != folder.resolve()):
-        raise UserError(
-            f"{folder} holds a run already ({held[-1].name}); give another checkpoint.version, delete it, "
-            "or go on from it with auto_resume.enabled=True and the same settings"
-        )
+    with ExitStack() as lock:
+        if first_process():
+            lock.enter_context(locked_folder(folder))
+        held = sorted(folder.glob("*.ckpt"))
+        if held and (resumed is None or resumed.resolve().parent != folder.resolve()):
+            raise UserError(
+                f"{folder} holds a run already ({held[-1].name}); give another checkpoint.version, delete it, "
+                "or go on from it with auto_resume.enabled=True and the same settings"
+            )
+        return lock.pop_all()
+
+
+class _WholeFiles(WholeFiles, pl.plugins.io.TorchCheckpointIO):
+    """Lightning's way to write checkpoints, with ours of making files."""
 
 
 class Checkpointer(pl.Callback):
@@ -117,11 +179,26 @@ class Checkpointer(pl.Callback):
     Args:
         cfg: the configuration.
         folder: the run's folder.
+        resumed: the checkpoint that the run goes on from.
     """
 
-    def __init__(self, cfg: DictConfig, folder: Path) -> None:
+    def __init__(self, cfg: DictConfig, folder: Path, resumed: Path | None = None) -> None:
         self.cfg = cfg
         self.folder = folder
+        self.resumed = resumed
+        self._replaced: list[str] = []  # what this run has saved, and the next checkpoint replaces
+
+    def state_dict(self) -> dict[str, Any]:
+        """Names of the checkpoints that the next one replaces: a resumed run removes those and no others."""
+        return {"replaced": list(self._replaced)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them over."""
+        self._replaced = list(state_dict["replaced"])
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Let the trainer write checkpoints that are whole or not there."""
+        trainer.strategy.checkpoint_io = _WholeFiles()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write args.json."""
@@ -140,25 +217,39 @@ class Checkpointer(pl.Callback):
         if (epoch + 1) % self.cfg.checkpoint.frequency == 0 or epoch + 1 == trainer.max_epochs:
             self.save(trainer, epoch)
 
+    def _path(self, epoch: int) -> Path:
+        return self.folder / f"{self.cfg.name}-{self.folder.name}-ep={epoch}.ckpt"
+
     def save_weights(self, model: torch.nn.Module) -> None:
         """Write a checkpoint of a network as it is, before any training: weights, and what they are of."""
-        path = self.folder / f"{self.cfg.name}-{self.folder.name}-ep=0.ckpt"
-        temporary = path.with_suffix(".tmp")
-        torch.save({"state_dict": model.state_dict(), _MARK: OmegaConf.to_container(self.cfg.identity)}, temporary)
-        temporary.replace(path)
+        content = {"state_dict": model.state_dict(), _MARK: OmegaConf.to_container(self.cfg.identity)}
+        save_whole(content, self._path(0))
 
     def save(self, trainer: pl.Trainer, epoch: int) -> None:
         """Save a checkpoint and, unless ``checkpoint.keep_prev``, remove the one before. All processes take part."""
-        path = self.folder / f"{self.cfg.name}-{self.folder.name}-ep={epoch}.ckpt"
+        path = self._path(epoch)
+        before = [name for name in self._replaced if name != path.name]
+        self._replaced = [] if self.cfg.checkpoint.keep_prev else [*before, path.name]
         trainer.save_checkpoint(path)
-        if trainer.is_global_zero and not self.cfg.checkpoint.keep_prev:
-            for old in self.folder.glob("*.ckpt"):
-                if old != path:
-                    old.unlink()
+        if trainer.is_global_zero and self._replaced:
+            for name in before:
+                (self.folder / name).unlink(missing_ok=True)
+            self._replaced = [path.name]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write into the checkpoint what it is of."""
         checkpoint[_MARK] = OmegaConf.to_container(self.cfg.identity)
+
+    def how_to_go_on(self) -> str:
+        """What a user does after this run was stopped."""
+        # the newest on the disk: the signal may come right after it was written
+        saved = _newest_first(self.folder.glob("*-ep=*.ckpt")) if self.cfg.checkpoint.enabled else []
+        last = saved[0] if saved else self.resumed
+        if last is None:
+            return "there is no checkpoint yet; run the command again"
+        if self.cfg.auto_resume.enabled:
+            return f"run the command again to go on from {last}"
+        return f"add \"++resume_from_checkpoint='{last}'\" to the command to go on"
 
 
 def read_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
@@ -191,20 +282,36 @@ def read_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
 
 
 def find_checkpoint(place: str | Path) -> Path:
-    """The checkpoint file at a path, or the newest one in a run's folder.
+    """The checkpoint file at a path, or the newest one in a run's folder that can be read.
 
     Raises:
         UserError: there is none.
     """
     place = Path(place)
     if place.is_dir():
-        found = sorted(place.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+        found = _newest_first(place.glob("*.ckpt"))
         if not found:
             raise UserError(f"there is no checkpoint in {place}")
-        return found[-1]
+        return _first_readable(found) or found[0]
     if not place.is_file():
         raise UserError(f"there is no checkpoint {place}")
     return place
+
+
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _first_readable(paths: list[Path]) -> Path | None:
+    """The first checkpoint that can be read; those before it are named in one line each."""
+    for path in paths:
+        try:
+            read_checkpoint(path)
+        except UserError as error:
+            say(f"skipped: {error}")
+        else:
+            return path
+    return None
 
 
 def check_resumable(path: Path, cfg: DictConfig, model: torch.nn.Module) -> int:
@@ -238,30 +345,42 @@ def check_resumable(path: Path, cfg: DictConfig, model: torch.nn.Module) -> int:
 
 
 def auto_resume(cfg: DictConfig, kind: str) -> Path | None:
-    """The newest checkpoint of the same run, not older than ``auto_resume.max_hours``, or None.
+    """The newest readable checkpoint of the same run, not older than ``auto_resume.max_hours``, or None.
 
-    The same run has the same name, seed, method, options, teacher, network, augmentations and optimisation, and the
-    same ``checkpoint.version`` if one is given. solo-learn compares neither the options nor the teacher, and so resumes
-    one method from another's checkpoint.
+    The same run has the same :func:`identity`. With ``checkpoint.version`` its ``max_epochs`` may have been another:
+    the run is made longer or shorter.
 
     Args:
         cfg: the configuration.
         kind: the method's name, or "linear".
+
+    Raises:
+        UserError: ``checkpoint.version`` names another run.
     """
     oldest = time.time() - cfg.auto_resume.max_hours * 3600
     found = []
+    version = cfg.checkpoint.version
     runs = Path(cfg.checkpoint.dir) / (cfg.checkpoint.group or kind)
-    for args in runs.glob(f"{cfg.checkpoint.version or '*'}/{ARGS}"):
-        checkpoints = sorted(args.parent.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-        if not checkpoints or checkpoints[-1].stat().st_mtime < oldest:
+    for args in runs.glob(f"{glob.escape(version) if version else '*'}/{ARGS}"):
+        checkpoints = _newest_first(args.parent.glob("*-ep=*.ckpt"))
+        if not checkpoints or checkpoints[0].stat().st_mtime < oldest:
             continue
         try:
-            theirs = json.loads(args.read_text())["identity"]
-        except (ValueError, KeyError):
+            theirs, ours = _recorded(json.loads(args.read_text())), OmegaConf.to_container(cfg.identity)
+            if version is not None:
+                ours["max_epochs"] = theirs["max_epochs"]
+            other = _contradiction(theirs, ours)
+        except (ValueError, KeyError, TypeError):
             continue  # args.json of something else
-        if theirs == OmegaConf.to_container(cfg.identity):
-            found.append(checkpoints[-1])
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+        if other is None:
+            found += checkpoints
+        elif version is not None:
+            name, there, here = other
+            raise UserError(
+                f"{args.parent} holds another run: {name} is {there} there, {here} here; "
+                "give another checkpoint.version, or the settings of that run"
+            )
+    return _first_readable(_newest_first(found))
 
 
 def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Module) -> tuple[Path, Path | None, int]:
@@ -281,6 +400,8 @@ def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Modul
         return folder, None, 0
     found = Path(found)
     epochs = check_resumable(found, cfg, model)
+    if epochs > cfg.max_epochs:
+        raise UserError(f"{found} has {epochs} epochs behind it, more than max_epochs={cfg.max_epochs}")
     say(f"resuming after epoch {epochs} of {cfg.max_epochs} from {found}")
     return (folder if cfg.checkpoint.version else found.parent), found, epochs
 

@@ -5,6 +5,7 @@ In the run's folder: metrics.csv and TensorBoard events of everything that is lo
 """
 
 import csv
+import io
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import UserError, say
-from plugins.tools.records import versions
+from plugins.tools.records import read_rows, versions, write_rows
+from plugins.tools.trainer import Guard
 from solo_ext.compat import host_release, pl
 
 
@@ -28,19 +30,55 @@ class AppendingCSVLogger(pl.loggers.CSVLogger):
 
     def __init__(self, folder: Path, epochs: int) -> None:
         super().__init__(folder, name="", version="", flush_logs_every_n_steps=10**9)
-        self._rows = []
-        metrics = folder / "metrics.csv"
-        if epochs and metrics.is_file():
-            with metrics.open(newline="") as file:
-                self._rows = _rows_before(epochs, list(csv.DictReader(file)))
+        self._path, self._epochs = folder / "metrics.csv", epochs
 
     @property
     def experiment(self) -> Any:
-        """The writer; made at the first use, with the rows of before."""
-        writer = super().experiment
-        rows, self._rows = self._rows, []
-        writer.metrics.extend({key: value for key, value in row.items() if value != ""} for row in rows)
-        return writer
+        """The writer of the first process, made at the first use; the others have Lightning's dummy."""
+        if self._experiment is None and pl.utilities.rank_zero_only.rank == 0:
+            rows = _rows_before(self._epochs, read_rows(self._path)) if self._epochs else []
+            self._experiment = RowWriter(self._path, rows)
+        return super().experiment
+
+
+class RowWriter:
+    """Writes metrics.csv so that a kill at any time leaves all complete rows. Has of Lightning's what a logger calls.
+
+    Args:
+        path: of the file.
+        rows: that it begins with.
+    """
+
+    def __init__(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        self.path = path
+        self.metrics: list[dict[str, Any]] = []
+        self._columns = sorted(rows[0]) if rows else []
+        if rows:
+            write_rows(path, self._columns, rows)
+        else:
+            path.unlink(missing_ok=True)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Keep a row until the next :meth:`save`."""
+        values = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in metrics.items()}
+        self.metrics.append({**values, "step": len(self.metrics) if step is None else step})
+
+    def log_hparams(self, params: dict[str, Any]) -> None:
+        """Nothing: args.json has them."""
+
+    def save(self) -> None:
+        """Append the rows; where they bring new columns, replace the file."""
+        if not self.metrics:
+            return
+        columns = sorted({*self._columns, *(key for row in self.metrics for key in row)})
+        if columns == self._columns:
+            text = io.StringIO(newline="")
+            csv.DictWriter(text, columns).writerows(self.metrics)
+            with self.path.open("a", newline="") as file:
+                file.write(text.getvalue())
+        else:
+            write_rows(self.path, columns, [*read_rows(self.path), *self.metrics])
+        self._columns, self.metrics = columns, []
 
 
 def _rows_before(epochs: int, rows: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -95,11 +133,16 @@ def callbacks(cfg: DictConfig) -> list[pl.Callback]:
     shown = [pl.callbacks.TQDMProgressBar()] if sys.stderr.isatty() else [EpochLines()]
     return [
         *shown,
+        RunGuard(),
         StopWhenNotFinite(),
         EpochSeed(cfg.seed),
         pl.callbacks.LearningRateMonitor(logging_interval="epoch"),
         FlushMetrics(),
     ]
+
+
+class RunGuard(Guard, pl.Callback):
+    """A run that does not finish ends with a status that is not 0, and leaves no process behind."""
 
 
 class EpochSeed(pl.Callback):
@@ -179,10 +222,10 @@ class SpectrumWriter(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Drop the rows of epochs that are trained again."""
         if trainer.is_global_zero and self.path.is_file():
-            header, *rows = self.path.read_text().splitlines() or ["epoch"]
-            kept = [row for row in rows if int(row.split(",")[0]) < self.epochs]
+            rows = read_rows(self.path)
+            kept = [row for row in rows if int(row["epoch"]) < self.epochs]
             if kept:
-                self.path.write_text("\n".join([header, *kept]) + "\n")
+                write_rows(self.path, list(kept[0]), kept)
             else:
                 self.path.unlink()
 
@@ -219,6 +262,39 @@ class SpectrumWriter(pl.Callback):
                 logger.experiment.log({"eigvals": table})
 
 
+class Totals(pl.Callback):
+    """What the summary says of the whole run; a resumed run goes on counting. After the callbacks that log.
+
+    ``metrics`` has the last value of each metric, ``seconds`` the time in training and validation.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self._before, self._began = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of this process and of those that it goes on from, up to their last checkpoint."""
+        return self._before + time.perf_counter() - self._began
+
+    def update(self, trainer: pl.Trainer) -> None:
+        """Take what has been logged."""
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        self.metrics.update(found)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take what the epoch has logged."""
+        self.update(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"metrics": dict(self.metrics), "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from it."""
+        self.metrics, self._before = dict(state_dict["metrics"]), state_dict["seconds"]
+
+
 class Throughput(pl.Callback):
     """Measures the training images per second, validation left out. ``images_per_second`` is None before a batch."""
 
@@ -244,6 +320,14 @@ class Throughput(pl.Callback):
             self.seconds += time.perf_counter() - self._began
             self._began = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint: a resumed run goes on counting."""
+        return {"images": self.images, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from it."""
+        self.images, self.seconds = state_dict["images"], state_dict["seconds"]
+
 
 class BestAccuracy(pl.Callback):
     """Remembers the best validation accuracy of all epochs, in ``acc1`` (per cent; -inf before the first)."""
@@ -254,6 +338,14 @@ class BestAccuracy(pl.Callback):
         """Compare this epoch's."""
         if "val_acc1" in trainer.callback_metrics:
             self.acc1 = max(self.acc1, float(trainer.callback_metrics["val_acc1"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"acc1": self.acc1}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from it."""
+        self.acc1 = state_dict["acc1"]
 
 
 def host_versions() -> dict[str, str | None]:

@@ -1,6 +1,5 @@
 """Linear evaluation, or fine-tuning, of a pre-trained backbone with solo-learn: ``python -m solo_ext.main_linear``."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import say
+from plugins.tools.process import end_with_first_process, exit_when_stopped
 
 USAGE = """usage: python -m solo_ext.main_linear --config-path FOLDER --config-name NAME [key=value ...]
 
@@ -50,7 +50,7 @@ def evaluate(cfg: DictConfig) -> Path:
     from solo_ext.config import parse_linear
     from solo_ext.data import linear_images
     from solo_ext.launch import build_trainer, refused, seed_everything
-    from solo_ext.logs import BestAccuracy, callbacks, host_versions, loggers
+    from solo_ext.logs import BestAccuracy, Totals, callbacks, host_versions, loggers
     from solo_ext.transforms import linear_crop
 
     cfg = parse_linear(cfg)
@@ -67,20 +67,22 @@ def evaluate(cfg: DictConfig) -> Path:
         model = model.to(memory_format=torch.channels_last)
     images = linear_images(cfg)
     folder, resumed, images.start_epoch = resume_point(cfg, "linear", run_folder(cfg, "linear"), model)
-    if images.start_epoch >= cfg.max_epochs:
+    # a run that was killed before its summary has that yet to write
+    if images.start_epoch == cfg.max_epochs and (folder / "linear.json").is_file():
         say(f"{resumed} is of a finished run of {images.start_epoch} epochs: nothing to train")
         return folder
-    claim_folder(folder, resumed)
-    best = BestAccuracy()
-    hooks = [*callbacks(cfg), best, *([Checkpointer(cfg, folder)] if cfg.checkpoint.enabled else [])]
+    lock = claim_folder(folder, resumed)
+    best, totals, checkpointer = BestAccuracy(), Totals(), Checkpointer(cfg, folder, resumed)
+    hooks = [*callbacks(cfg), best, totals, *([checkpointer] if cfg.checkpoint.enabled else [])]
     trainer = build_trainer(cfg, loggers(cfg, folder, images.start_epoch), hooks)
-    began = time.perf_counter()
-    trainer.fit(model, datamodule=images, ckpt_path=resumed, weights_only=True if resumed else None)
-    if cfg.max_epochs % cfg.check_val_every_n_epoch != 0:
-        trainer.validate(model, dataloaders=images.val_dataloader(), verbose=False)
-        best.acc1 = max(best.acc1, float(trainer.callback_metrics["val_acc1"]))
+    with exit_when_stopped(checkpointer.how_to_go_on):
+        trainer.fit(model, datamodule=images, ckpt_path=resumed, weights_only=True if resumed else None)
+        if cfg.max_epochs % cfg.check_val_every_n_epoch != 0:
+            trainer.validate(model, dataloaders=images.val_dataloader(), verbose=False)
+            best.acc1 = max(best.acc1, float(trainer.callback_metrics["val_acc1"]))
     if trainer.is_global_zero:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        totals.update(trainer)
+        metrics = totals.metrics
         summary = {
             "framework": "solo-learn",
             "checkpoint": str(source),
@@ -93,12 +95,13 @@ def evaluate(cfg: DictConfig) -> Path:
             "acc1": metrics.get("val_acc1"),
             "acc5": metrics.get("val_acc5"),
             "best_acc1": best.acc1,
-            "seconds": time.perf_counter() - began,
+            "seconds": totals.seconds,
             "versions": host_versions(),
             "config": given,
         }
         write_json(folder / "linear.json", summary)
         print(f"accuracy {summary['acc1']:.2f} % (best of all epochs {best.acc1:.2f} %)  wrote {folder}", flush=True)
+    lock.close()
     return folder
 
 
@@ -118,7 +121,9 @@ def main() -> None:
     """The command."""
     from solo_ext.launch import run_hydra
 
-    run_hydra(evaluate, USAGE, "main_linear")
+    end_with_first_process()
+    with exit_when_stopped("run the command again"):
+        run_hydra(evaluate, USAGE, "main_linear")
 
 
 if __name__ == "__main__":

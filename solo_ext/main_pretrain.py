@@ -3,7 +3,6 @@
 The options are those of solo-learn's main_pretrain.py: a folder of YAML files, the name of one, and overrides.
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import say
+from plugins.tools.process import end_with_first_process, exit_when_stopped
 
 USAGE = """usage: python -m solo_ext.main_pretrain --config-path FOLDER --config-name NAME [key=value ...]
 
@@ -47,7 +47,7 @@ def pretrain(cfg: DictConfig) -> Path:
     from solo_ext.config import parse_pretrain
     from solo_ext.data import pretrain_images
     from solo_ext.launch import build_trainer, refused, seed_everything
-    from solo_ext.logs import SpectrumWriter, Throughput, callbacks, host_versions, loggers
+    from solo_ext.logs import SpectrumWriter, Throughput, Totals, callbacks, host_versions, loggers
     from solo_ext.registry import method_class, register
 
     register()
@@ -63,14 +63,15 @@ def pretrain(cfg: DictConfig) -> Path:
     folder, resumed = run_folder(cfg, cfg.method), None
     if cfg.max_epochs > 0:
         folder, resumed, images.start_epoch = resume_point(cfg, cfg.method, folder, model)
-        if images.start_epoch >= cfg.max_epochs:
+        # a run that was killed before its summary has that yet to write
+        if images.start_epoch == cfg.max_epochs and (folder / "pretrain.json").is_file():
             say(f"{resumed} is of a finished run of {images.start_epoch} epochs: nothing to train")
             return folder
-    claim_folder(folder, resumed)
+    lock = claim_folder(folder, resumed)
 
-    throughput, checkpointer = Throughput(), Checkpointer(cfg, folder)
+    throughput, totals, checkpointer = Throughput(), Totals(), Checkpointer(cfg, folder, resumed)
     extra = [SpectrumWriter(folder, images.start_epoch)] if getattr(model, "log_eigvals", False) else []
-    hooks = [*callbacks(cfg), throughput, *extra, checkpointer]
+    hooks = [*callbacks(cfg), throughput, totals, *extra, checkpointer]
     if not cfg.checkpoint.enabled:
         hooks.remove(checkpointer)
     if cfg.auto_umap.enabled:
@@ -79,29 +80,30 @@ def pretrain(cfg: DictConfig) -> Path:
         hooks.append(AutoUMAP(cfg, folder))
     trainer = build_trainer(cfg, loggers(cfg, folder, images.start_epoch), hooks)
 
-    began = time.perf_counter()
     if cfg.max_epochs == 0:
         checkpointer.write_args(trainer)
         checkpointer.save_weights(model)
     else:
-        trainer.fit(model, datamodule=images, ckpt_path=resumed, weights_only=True if resumed else None)
+        with exit_when_stopped(checkpointer.how_to_go_on):
+            trainer.fit(model, datamodule=images, ckpt_path=resumed, weights_only=True if resumed else None)
     if trainer.is_global_zero:
         speed = throughput.images_per_second
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        totals.update(trainer)
         summary: dict[str, Any] = {
             "framework": "solo-learn",
             "method": cfg.method,
             "dataset": cfg.data.dataset,
             "seed": cfg.seed,
             "epochs": cfg.max_epochs,
-            "seconds": time.perf_counter() - began,
+            "seconds": totals.seconds,
             "images_per_second": speed and speed * trainer.world_size,
-            "metrics": metrics,
+            "metrics": totals.metrics,
             "versions": host_versions(),
             "config": given,
         }
         write_json(folder / "pretrain.json", summary)
         print(f"wrote {folder}", flush=True)
+    lock.close()
     return folder
 
 
@@ -109,7 +111,9 @@ def main() -> None:
     """The command."""
     from solo_ext.launch import run_hydra
 
-    run_hydra(pretrain, USAGE, "main_pretrain")
+    end_with_first_process()
+    with exit_when_stopped("run the command again"):
+        run_hydra(pretrain, USAGE, "main_pretrain")
 
 
 if __name__ == "__main__":

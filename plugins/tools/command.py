@@ -1,6 +1,7 @@
 """What all commands share: a user's mistake is one sentence and exit status 2, and one process of a run speaks."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -49,13 +50,17 @@ def number(kind: type, *, zero: bool = False) -> Any:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a UserError, or a file that may not be read or written, into a sentence and exit status 2."""
+    """Turn a UserError, a full disk, or a file that may not be read or written, into one line and exit status 2."""
     try:
         yield
-    except (UserError, PermissionError) as error:
+    except (UserError, OSError) as error:
         sentence = str(error)
         if isinstance(error, PermissionError) and error.filename is not None:
             sentence = f"{error.filename}: {error.strerror}; change its permissions, or give another path"
+        elif isinstance(error, OSError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            sentence = f"{error.filename or 'a file'} cannot be written: {error.strerror}"
         if first_process():
             print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None

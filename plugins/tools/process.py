@@ -1,18 +1,24 @@
 """Processes of a run: one run per folder, no orphans, and a clear end when the run is told to stop."""
 
 import ctypes
+import errno
 import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from plugins.tools.command import UserError, say
+from plugins.tools.command import UserError, first_process, say
 
 _PR_SET_PDEATHSIG = 1
+_FIRST = "SSL_PLUGINS_FIRST_PROCESS"
+GRACE_SECONDS = 8.0
+"""How long a run may take to end after SIGTERM or SIGINT; less than a scheduler waits before SIGKILL."""
 LOCK = ".lock"
 """The file in a run's folder that a running command holds locked."""
 
@@ -33,21 +39,23 @@ def locked_folder(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+") as file:
         _lock(file, folder)
+        for left in folder.glob(".*.tmp"):  # of ``files.atomic`` in a process that was killed
+            left.unlink(missing_ok=True)
         yield
 
 
 def _lock(file: IO[str], folder: Path) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would be inherited by the workers of a data loader
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # no locks on this file system
         file.seek(0)
         owner = file.read().strip()
         who = f" (process {owner})" if owner else ""
         raise UserError(
             f"another run{who} writes into {folder}; wait until it has ended, or give this run another folder"
         ) from None
-    except OSError:
-        return  # no locks on this file system
     with suppress(OSError):  # a full disk: the number is for the message of others alone
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -87,23 +95,73 @@ class Stopped(BaseException):
         return 128 + self.number
 
 
-def _stop(number: int, frame: Any) -> None:
-    raise Stopped(number)
+def listen() -> None:
+    """Let SIGTERM and SIGINT raise :class:`Stopped` in this process; no-op outside of the main thread.
+
+    Lightning replaces signal handlers when it starts to train, so a callback calls this function again. A process that
+    does not speak for its run ends at once. A forked child, such as a data loader's worker, leaves SIGINT, which a
+    terminal sends to all processes, to its parent.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    owner, received = os.getpid(), False
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal received
+        if os.getpid() != owner and number == signal.SIGINT:
+            return
+        if os.getpid() != owner or not first_process():
+            os._exit(128 + number)
+        if not received:  # a scheduler, a terminal and a parent process may each send one
+            received = True
+            threading.Thread(target=_end_in_time, args=(number,), daemon=True).start()
+            raise Stopped(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def _end_in_time(number: int) -> None:
+    """End this process if tidying up hangs, as it may when other processes of the run are gone."""
+    time.sleep(GRACE_SECONDS)
+    say(f"stopped by {signal.Signals(number).name} before the end")
+    os._exit(128 + number)
 
 
 @contextmanager
-def exit_when_stopped(advice: str) -> Iterator[None]:
+def exit_when_stopped(advice: str | Callable[[], str]) -> Iterator[None]:
     """Turn SIGTERM and SIGINT within the block into one line and exit status 143 or 130.
 
     Args:
-        advice: how to go on with the run, for the line.
+        advice: how to go on with the run, for the line; or what returns it then.
     """
-    previous = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    listen()
     try:
         yield
-    except Stopped as stopped:
-        say(f"stopped by {signal.Signals(stopped.number).name} before the end; {advice}")
+    except BaseException as error:
+        stopped = _origin(error)
+        if stopped is None or isinstance(error, SystemExit):  # of an inner block, which has spoken
+            raise
+        text = advice if isinstance(advice, str) else advice()
+        say(f"stopped by {signal.Signals(stopped.number).name} before the end; {text}")
         raise SystemExit(stopped.status) from None
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _origin(error: BaseException | None) -> Stopped | None:
+    """The signal that an exception comes from, also where tidying up raised another exception."""
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error
+
+
+def end_with_first_process() -> None:
+    """Let the processes that Lightning starts end when the first one, which started them, ends, however it ends."""
+    if first_process():
+        os.environ[_FIRST] = str(os.getpid())
+    elif os.environ.get(_FIRST) == str(os.getppid()):
+        end_with_parent(os.getppid())

@@ -3,7 +3,7 @@
 import csv
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,36 @@ def write_json(path: Path, content: Any) -> None:
         file.write(json.dumps(content, indent=1) + "\n")
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read the complete rows of a CSV file; a last line that a killed process cut short is left out.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        A dictionary column → text for each row; empty if there is no file.
+    """
+    if not path.is_file():
+        return []
+    whole = path.read_bytes().rpartition(b"\n")[0].decode(errors="replace").replace("\0", "")
+    rows = list(csv.DictReader(whole.splitlines()))
+    return [row for row in rows if None not in row and None not in row.values()]
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a CSV file; an interrupted call leaves the file that was there.
+
+    Args:
+        path: of the file.
+        columns: in order; what else a row holds is left out, what it lacks is empty.
+        rows: column → value.
+    """
+    with atomic(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def write_row(path: Path, epoch: int, row: Mapping[str, float]) -> None:
     """Put an epoch's row into a CSV file, in place of rows of this epoch and later.
 
@@ -32,14 +62,8 @@ def write_row(path: Path, epoch: int, row: Mapping[str, float]) -> None:
         epoch: counted from 0.
         row: column → value.
     """
-    kept = []
-    if path.is_file():
-        with path.open(newline="") as file:
-            kept = [line for line in csv.DictReader(file) if int(line["epoch"]) < epoch]
-    with atomic(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, ["epoch", *row], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows([*kept, {"epoch": epoch, **row}])
+    kept = [line for line in read_rows(path) if int(line["epoch"]) < epoch]
+    write_rows(path, ["epoch", *row], [*kept, {"epoch": epoch, **row}])
 
 
 def versions(*packages: str) -> dict[str, str | None]:

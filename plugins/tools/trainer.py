@@ -1,6 +1,13 @@
-"""What the adapters ask a Trainer of Lightning, of either flavour."""
+"""What the adapters ask and give a Trainer of Lightning, of either flavour: its steps, whole files, a clear end.
 
+The classes are mixins, since there are two Lightnings: solo-learn's main branch derives from ``lightning``, its release
+and lightly from ``pytorch_lightning``.
+"""
+
+import contextlib
+import io
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +15,8 @@ from torch import Tensor
 
 from plugins.clock import Clock
 from plugins.tools.command import UserError
+from plugins.tools.files import atomic
+from plugins.tools.process import listen
 
 
 def run_steps(trainer: Any) -> tuple[int, int | None]:
@@ -74,3 +83,54 @@ def nothing_yet(device: torch.device) -> Tensor:
     A ``training_step`` that gives None is refused under several processes.
     """
     return torch.zeros((), device=device, requires_grad=True)
+
+
+def save_whole(content: Any, path: Path) -> None:
+    """Save with torch.save so that ``path`` holds the old or the new file, whatever happens.
+
+    Lightning writes to the system's temporary folder and, on another file system, copies from there.
+
+    Args:
+        content: what torch.save takes.
+        path: of the file.
+
+    Raises:
+        UserError: the disk is full; the file that was there is kept.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic(path) as file:
+        file.write(buffer.getbuffer())
+
+
+class WholeFiles:
+    """Mixin for TorchCheckpointIO: saves with :func:`save_whole`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Save a checkpoint; a place that is no local path is left to Lightning."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)  # type: ignore[misc]
+        else:
+            save_whole(checkpoint, Path(path))
+
+
+class Guard:
+    """Mixin for Callback: SIGTERM ends a run with a status that is not 0, and no process of it is left behind.
+
+    Lightning ends it with status 0 after the batch, and before that sends a collective in the signal's handler, which
+    other processes may never answer.
+    """
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Replace the handlers that Lightning has just set; it restores those of before at the end."""
+        listen()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Do the same for a validation alone."""
+        listen()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """End the processes that Lightning started: they would wait for this one."""
+        for process in getattr(trainer.strategy.launcher, "procs", ()):
+            with contextlib.suppress(OSError):
+                process.kill()

@@ -206,7 +206,7 @@ def test_auto_resume_takes_the_same_run_only(compose, tmp_path):
     cfg = parse_pretrain(compose("isoloss", "auto_resume.enabled=true", "name=shared"))
     run = Path(cfg.checkpoint.dir) / "isoloss" / "v"
     run.mkdir(parents=True)
-    (run / "a-ep=0.ckpt").touch()
+    torch.save({"state_dict": {}}, run / "a-ep=0.ckpt")
     from omegaconf import OmegaConf
 
     (run / "args.json").write_text(json.dumps(OmegaConf.to_container(cfg, resolve=True)))

@@ -355,7 +355,7 @@ def auto_resume(cfg: DictConfig, kind: str) -> Path | None:
         kind: the method's name, or "linear".
 
     Raises:
-        UserError: ``checkpoint.version`` names another run.
+        UserError: ``checkpoint.version`` names another run, or the same run is in progress.
     """
     oldest = time.time() - cfg.auto_resume.max_hours * 3600
     found = []
@@ -380,6 +380,10 @@ def auto_resume(cfg: DictConfig, kind: str) -> Path | None:
                 f"{args.parent} holds another run: {name} is {there} there, {here} here; "
                 "give another checkpoint.version, or the settings of that run"
             )
+    if first_process():
+        for folder in {path.parent for path in found}:
+            with locked_folder(folder):  # a run in progress replaces its checkpoints
+                pass
     return _first_readable(_newest_first(found))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from plugins.tools.records import FolderLock
+from plugins.tools.process import locked_folder
 from plugins.tools.warm import WarmProcess
 from solo_ext.checkpoint import find_checkpoint, read_checkpoint
 
@@ -34,20 +34,14 @@ class Run:
     def start(self, *more: str, kind: str = "pretrain", config: str = "isoloss") -> WarmProcess:
         argv = [
             *("-m", "tiny_program", "--config-path", str(ROOT / "configs" / "solo" / "digits")),
-            *(
-                "--config-name",
-                config,
-                f"data.train_path={self.digits / 'val'}",
-                f"data.val_path={self.digits / 'val'}",
-            ),
+            *("--config-name", config, *(f"data.{split}_path={self.digits / 'val'}" for split in ("train", "val"))),
             *(f"++checkpoint.dir={self.out}", "optimizer.batch_size=16", "++checkpoint.frequency=1"),
             *("++check_val_every_n_epoch=1", "++checkpoint.version=v", *(SMALL if config == "isoloss" else ()), *more),
         ]
+        places = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "solo")))
         self.log.write_text("")
         with self.log.open("ab") as log:
-            return WarmProcess(
-                argv, log, {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/tests/solo"}
-            )
+            return WarmProcess(argv, log, {"OMP_NUM_THREADS": "1", "PYTHONPATH": places, "TINY_PROGRAM": kind})
 
     def __call__(self, *more: str, status: int = 0, **kind: str) -> str:
         assert self.start(*more, **kind).wait(120) == status, self.log.read_text()
@@ -59,10 +53,11 @@ class Run:
             assert process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.005)
 
-    def errors(self) -> list[str]:
+    def said(self, *beginnings: str) -> list[str]:
+        """Lines of the output that begin so; there must be no traceback."""
         text = self.log.read_text()
         assert "Traceback" not in text, text
-        return [line for line in text.splitlines() if line.startswith("error: ")]
+        return [line for line in text.splitlines() if line.startswith(("error: ", *beginnings))]
 
 
 @pytest.fixture
@@ -89,7 +84,7 @@ def test_twenty_kills_lose_no_run(run):
         assert json.loads((run.folder / "args.json").read_text())["max_epochs"] == 1000
     text = run(*more, f"max_epochs={reached + 2}")
     assert f"resuming after epoch {reached + 1} of {reached + 2}" in text and "skipped" not in text
-    assert not list(run.folder.glob(".*")), "temporary files and locks of the killed are gone"
+    assert [path.name for path in run.folder.glob(".*")] == [".lock"], "temporary files of the killed are gone"
     for name in ("metrics.csv", "eigenvalues.csv"):
         with (run.folder / name).open(newline="") as file:
             epochs = [int(row["epoch"]) for row in csv.DictReader(file) if row["epoch"]]
@@ -136,7 +131,7 @@ def test_a_full_disk_keeps_the_checkpoint_of_before(digits, tmp_path, monkeypatc
         if not mounted:
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
         assert process.wait(60) == 2, run.log.read_text()
-        (error,) = run.errors()
+        (error,) = run.said("stopped by ")
         reason = os.strerror(errno.ENOSPC if mounted else errno.EFBIG)
         assert "cannot be written" in error and reason in error, error
         assert find_checkpoint(run.folder) == first and first.read_bytes() == content
@@ -151,11 +146,10 @@ def test_a_stopped_run_ends_with_a_status_and_says_how_to_go_on(number, status, 
     run.wait_for(process, "*-ep=1.ckpt")
     os.kill(process.pid, number)
     assert process.wait(30) == status, run.log.read_text()
-    (error,) = run.errors()
+    (error,) = run.said("stopped by ")
     newest = find_checkpoint(run.folder)
     assert error == (
-        f"error: stopped by {number.name} before the end: "
-        f"add \"++resume_from_checkpoint='{newest}'\" to the command to go on"
+        f"stopped by {number.name} before the end; add \"++resume_from_checkpoint='{newest}'\" to the command to go on"
     )
     done = int(newest.stem.rpartition("=")[2]) + 1
     more = (f"++resume_from_checkpoint='{newest}'", f"max_epochs={done + 1}")
@@ -174,9 +168,9 @@ def test_no_process_of_two_outlives_the_first(number, run, monkeypatch):
     os.kill(process.pid, number)
     assert process.wait(30) == (143 if number == signal.SIGTERM else -9), run.log.read_text()
     if number == signal.SIGTERM:
-        (error,) = run.errors()
+        (error,) = run.said("stopped by ")
         newest = find_checkpoint(run.folder)
-        assert error == f"error: stopped by SIGTERM before the end: run the command again to go on from {newest}"
+        assert error == f"stopped by SIGTERM before the end; run the command again to go on from {newest}"
     deadline = time.monotonic() + 20
     while alive := [pid for pid in children if _runs(pid)]:
         assert time.monotonic() < deadline, f"{alive} still run"
@@ -223,7 +217,7 @@ def test_another_run_in_the_folder_is_named(run):
         ("gradient_clip_val", "++gradient_clip_val=1.5", "None", "1.5"),
     ):
         run("max_epochs=2", "auto_resume.enabled=true", other, status=2)
-        (error,) = run.errors()
+        (error,) = run.said("stopped by ")
         assert f"{run.folder} holds another run: {name} is {theirs} there, {ours} here" in error
     # a run of before these entries were recorded
     args = json.loads((run.folder / "args.json").read_text())
@@ -262,8 +256,9 @@ def test_a_run_in_progress_is_not_started_twice(run):
     second = Run(run.digits, run.out)
     second.log = run.out / "second"
     second("max_epochs=1000", "auto_resume.enabled=true", status=2)
-    (error,) = second.errors()
-    assert f"{run.folder} is in use by another run (process {process.pid} on " in error
+    (error,) = second.said()
+    assert f"another run (process {process.pid}) writes into {run.folder}; wait until it has ended" in error
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)
-    FolderLock(run.folder).release()  # freed by the death
+    with locked_folder(run.folder):  # freed by the death
+        pass

@@ -1,4 +1,4 @@
-"""``python -m``: main_pretrain or main_linear, as TINY_PROGRAM says, with a network of a thousand weights, for tests that start many runs."""
+"""``python -m``: the command that TINY_PROGRAM names, with a tiny network; for tests that start many runs."""
 
 import os
 from typing import Any

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from plugins.tools.command import Parser, UserError, exit_on_user_error
+from plugins.tools.process import end_with_first_process, exit_when_stopped
 
 
 def parser() -> Parser:
@@ -71,7 +72,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    with exit_on_user_error():
+    end_with_first_process()
+    with exit_on_user_error(), exit_when_stopped("run the command again"):
         args = parser().parse_args(arguments)
         try:
             from lightly_ext.benchmarks import run

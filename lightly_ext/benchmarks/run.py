@@ -10,6 +10,7 @@ import pickle
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from PIL import Image
 from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
@@ -31,10 +33,13 @@ from lightly_ext.benchmarks.methods import METHODS
 from lightly_ext.models import MethodModel
 from plugins.tools.command import UserError, first_process, say
 from plugins.tools.data import SUFFIXES
+from plugins.tools.files import atomic
 from plugins.tools.fitting import mismatch
 from plugins.tools.folders import ImageFolder, walk
 from plugins.tools.images import open_image
-from plugins.tools.records import versions, write_json, write_row
+from plugins.tools.process import exit_when_stopped, locked_folder
+from plugins.tools.records import difference, versions, write_json, write_row
+from plugins.tools.trainer import Guard, WholeFiles
 
 _LARGE = 64  # below this many pixels images are evaluated as they are, without cutting their margin off
 
@@ -93,7 +98,7 @@ def check(args: argparse.Namespace) -> None:
             _check_transform(args, name)
             _model(args, name)
     if args.ckpt_path is not None:
-        _load(args, _model(args, args.methods[0]))
+        _check_same_run(args, args.methods[0], _load(args, _model(args, args.methods[0])))
     _check_trainer(args)
 
 
@@ -115,10 +120,11 @@ def _check_trainer(args: argparse.Namespace) -> None:
         raise UserError(f"Lightning refuses {given}: {_first_line(error)}") from None
 
 
-def _load(args: argparse.Namespace, model: LightningModule) -> None:
-    """Load the weights of --ckpt-path."""
+def _load(args: argparse.Namespace, model: LightningModule) -> dict[str, Any]:
+    """Load the weights of --ckpt-path into the model; returns the checkpoint."""
     try:
-        state = torch.load(args.ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
+        checkpoint = torch.load(args.ckpt_path, map_location="cpu", weights_only=True)
+        state = checkpoint["state_dict"]
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError):
         raise UserError(f"--ckpt-path: {args.ckpt_path} is no checkpoint of Lightning") from None
     if reason := mismatch(state, model.state_dict()):
@@ -127,6 +133,40 @@ def _load(args: argparse.Namespace, model: LightningModule) -> None:
             f"{reason}"
         )
     model.load_state_dict(state)
+    return checkpoint
+
+
+# Arguments that change the images, the objective or the optimisation. --epochs may change: a run can be made longer.
+_IDENTITY = (
+    *("train_dir", "batch_size_per_device", "seed", "input_size", "normalize", "transform"),
+    *("backbone", "small_images", "option", "optimizer", "lr", "weight_decay", "decay_all", "warmup_epochs"),
+)
+
+
+def _identity(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What makes a pre-training this one, in plain values."""
+    same = {key: _plain_value(getattr(args, key)) for key in _IDENTITY}
+    return {**same, "method": name, "train_dir": str(args.train_dir.resolve())}
+
+
+def _check_same_run(args: argparse.Namespace, name: str, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to pre-train on from another run's checkpoint; one of an earlier release does not say whose it is."""
+    if args.epochs == 0:
+        return  # it is evaluated
+    if checkpoint.get("epoch", -1) + 1 > args.epochs:
+        raise UserError(
+            f"--ckpt-path: {args.ckpt_path} has {checkpoint['epoch'] + 1} epochs behind it, more than "
+            f"--epochs {args.epochs}"
+        )
+    theirs = checkpoint.get("callbacks", {}).get("EpochRecord", {}).get("identity", {})
+    ours = _identity(args, name)
+    for key in theirs:
+        if theirs[key] != ours.get(key):
+            where, there, here = difference(key, theirs[key], ours.get(key))
+            raise UserError(
+                f"--ckpt-path: {args.ckpt_path} is of another run: {where} is {there} there, {here} here; "
+                "give that run's settings, or begin anew without --ckpt-path"
+            )
 
 
 def _first_line(error: BaseException) -> str:
@@ -144,10 +184,12 @@ def benchmark(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """
     results = {}
     for name in args.methods:
-        results[name] = _one(args, name)
+        with locked_folder(args.log_dir / name) if first_process() else nullcontext():
+            results[name] = _one(args, name)
         table = markdown(results)
         if first_process():
-            (args.log_dir / "table.md").write_text(table + "\n")
+            with atomic(args.log_dir / "table.md", "w") as file:
+                file.write(table + "\n")
     say(table)
     return results
 
@@ -185,7 +227,6 @@ def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
 def _one(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Train and evaluate one method."""
     folder = args.log_dir / name
-    folder.mkdir(parents=True, exist_ok=True)
     if args.seed is not None:
         seed_everything(args.seed, workers=True, verbose=False)
     model = _model(args, name)
@@ -215,18 +256,30 @@ def _pretrain(args: argparse.Namespace, name: str, model: LightningModule, folde
     if _wants_knn(type(model)):  # lightly's newest models follow kNN while they train
         held_out = [_loader(args, args.train_dir, plain), held_out]
     stop = EarlyStopping(monitor="train_loss", patience=10**12, check_finite=True, check_on_train_epoch_end=True)
-    save = ModelCheckpoint(folder, filename="checkpoint", enable_version_counter=False)
-    metrics, record = MetricCallback(), EpochRecord(folder)
-    trainer = _trainer(args, folder, "pretrain", args.epochs, [stop, save, metrics, record], precision=args.precision)
-    start = time.perf_counter()
-    trainer.fit(model, train, held_out, ckpt_path=None if args.ckpt_path is None else str(args.ckpt_path))
-    seconds = time.perf_counter() - start
-    losses = metrics.train_metrics["train_loss"]
-    if not math.isfinite(losses[-1]):
-        raise UserError(f"{name}: the loss is {losses[-1]} after epoch {len(losses)}; try a smaller --lr")
-    online = metrics.val_metrics.get("val_online_cls_top1", [None])[-1]
+    # every epoch, where Lightning would save after validations alone, and before the callbacks' last word of the epoch
+    save = ModelCheckpoint(folder, filename="checkpoint", enable_version_counter=False, save_on_train_epoch_end=True)
+    record = EpochRecord(folder, _identity(args, name))
+    # the record first: its state is in the checkpoint of the same epoch
+    trainer = _trainer(args, folder, "pretrain", args.epochs, [record, stop, save], precision=args.precision)
+
+    def how_to_go_on() -> str:
+        last = folder / "checkpoint.ckpt"
+        if record.epochs == 0 or not last.is_file():
+            return "there is no checkpoint yet; run the command again"
+        return f"run the command with --methods {name} --ckpt-path {last} to go on"
+
+    with exit_when_stopped(how_to_go_on):
+        trainer.fit(model, train, held_out, ckpt_path=None if args.ckpt_path is None else str(args.ckpt_path))
+    loss = record.metrics.get("train_loss")  # None: nothing was left to train, of a run of an earlier release
+    if loss is not None and not math.isfinite(loss):
+        raise UserError(f"{name}: the loss is {loss} after epoch {record.epochs}; try a smaller --lr")
     speed = record.images * trainer.world_size / record.seconds if record.images else None
-    return {"train_loss": losses[-1], "online": online, "seconds": round(seconds, 2), "images_per_second": speed}
+    return {
+        "train_loss": loss,
+        "online": record.metrics.get("val_online_cls_top1"),
+        "seconds": round(record.elapsed, 2),
+        "images_per_second": speed,
+    }
 
 
 def _knn(args: argparse.Namespace, model: LightningModule, folder: Path) -> dict[str, float]:
@@ -284,13 +337,34 @@ class EpochRecord(Callback):
     The columns of metrics.csv are epoch and loss, the mean of ``train_loss`` over the epoch. ``images`` and ``seconds``
     are those of training alone, on this process; an image counts once, whatever the number of its views.
 
+    Its state is in the checkpoints, so that a resumed run goes on counting.
+
     Args:
         folder: where the files go.
+        identity: of the run, for its checkpoints.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
-        self.images, self.seconds = 0, 0.0
+        self.identity = dict(identity or {})
+        self.images, self.seconds, self.epochs = 0, 0.0, 0
+        self.metrics: dict[str, float] = {}
+        self._before, self._since = 0.0, time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the run, validation included."""
+        return self._before + time.perf_counter() - self._since
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        counted = {"images": self.images, "seconds": self.seconds, "epochs": self.epochs, "elapsed": self.elapsed}
+        return {**counted, "metrics": dict(self.metrics), "identity": self.identity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from it."""
+        self.images, self.seconds, self.epochs = (state_dict[key] for key in ("images", "seconds", "epochs"))
+        self.metrics, self._before = dict(state_dict["metrics"]), state_dict["elapsed"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -309,6 +383,9 @@ class EpochRecord(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the rows."""
+        self.epochs = trainer.current_epoch + 1
+        found = {key: float(value) for key, value in trainer.callback_metrics.items() if value.numel() == 1}
+        self.metrics.update(found)
         if not trainer.is_global_zero:
             return
         if self._losses:
@@ -320,6 +397,14 @@ class EpochRecord(Callback):
             write_row(self.folder / "eigenvalues.csv", trainer.current_epoch, values)
 
 
+class RunGuard(Guard, Callback):
+    """A run that does not finish ends with a status that is not 0, and leaves no process behind."""
+
+
+class _WholeFiles(WholeFiles, TorchCheckpointIO):
+    """Lightning's way to write checkpoints, with ours of making files."""
+
+
 def _trainer(
     args: argparse.Namespace, folder: Path, name: str, epochs: int, callbacks: list[Callback], **more: Any
 ) -> Trainer:
@@ -328,7 +413,8 @@ def _trainer(
         accelerator=args.accelerator,
         devices=args.devices,
         strategy=args.strategy,
-        callbacks=callbacks,
+        callbacks=[RunGuard(), *callbacks],
+        plugins=[_WholeFiles()],
         logger=CSVLogger(str(folder), name=name, version=""),
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         enable_progress_bar=sys.stderr.isatty(),

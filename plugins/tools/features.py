@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from plugins.tools.command import UserError
+from plugins.tools.files import atomic
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -94,7 +95,8 @@ def save_features(folder: Path, split: str, layer: str, features: Tensor, labels
     folder.mkdir(parents=True, exist_ok=True)
     content = {"features": features, "targets": labels.reshape(-1, 1), "inds": torch.arange(len(labels))}
     for kind, array in content.items():
-        np.save(folder / f"rank0_chunk0_{split}_{layer}_{kind}.npy", array.cpu().numpy())
+        with atomic(folder / f"rank0_chunk0_{split}_{layer}_{kind}.npy") as file:
+            np.save(file, array.cpu().numpy())
 
 
 def _load(path: Path) -> np.ndarray:

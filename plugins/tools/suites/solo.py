@@ -1,6 +1,5 @@
 """The suites that run in solo-learn: ``digits``, ``implicit_var_reg`` and ``ssl_ey``."""
 
-import csv
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plugins.tools.command import UserError
-from plugins.tools.records import read_json
+from plugins.tools.records import read_json, read_rows
 from plugins.tools.suites import Request, Run, Step
 
 # ------------------------------------------------------------------------------------------------------ data sets
@@ -410,8 +409,7 @@ def finished_epochs(folder: Path) -> int:
     Raises:
         OSError, ValueError, KeyError, TypeError: there is none yet, or it is being written.
     """
-    with (folder / "metrics.csv").open(newline="") as file:
-        return int(max(float(row["epoch"]) for row in csv.DictReader(file) if row.get("epoch"))) + 1
+    return int(max(float(row["epoch"]) for row in read_rows(folder / "metrics.csv") if row.get("epoch"))) + 1
 
 
 def progress(folder: Path) -> tuple[int, int] | None:

@@ -1,0 +1,192 @@
+"""What ``python -m lightly_ext.benchmarks`` leaves behind when it is killed, stopped, started twice or out of space."""
+
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightly_ext.benchmarks import __main__ as command
+from lightly_ext.benchmarks import run  # noqa: F401  (the forks need not import it)
+from plugins.tools.process import listen, locked_folder
+
+pytestmark = [pytest.mark.lightly, pytest.mark.slow]
+
+METHOD = """
+from lightly.utils.benchmarking import OnlineLinearClassifier
+from pytorch_lightning import LightningModule
+from torch import nn, optim
+
+from lightly_ext.transforms import TwoViewTransform
+
+
+class Tiny(LightningModule):
+    def __init__(self, batch_size_per_device, num_classes):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.online_classifier = OnlineLinearClassifier(8, num_classes)
+
+    def forward(self, x):
+        return self.backbone(x)
+
+    def training_step(self, batch, batch_idx):
+        loss = sum(self(view).square().mean() for view in batch[0])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return optim.SGD(self.parameters(), lr=0.01)
+
+
+METHODS = {"tiny": {"model": Tiny, "transform": TwoViewTransform(input_size=16)}}
+"""
+
+
+class Runs:
+    """Commands in forks of this process; their output."""
+
+    def __init__(self, digits: Path, out: Path) -> None:
+        (out / "tiny.py").write_text(METHOD)
+        self.folder, self.log = out / "logs" / "tiny", out / "log"
+        self.checkpoint = self.folder / "checkpoint.ckpt"
+        self.arguments = [
+            *("--train-dir", str(digits / "val"), "--val-dir", str(digits / "val"), "--log-dir", str(out / "logs")),
+            *(
+                "--methods",
+                "tiny",
+                "--add",
+                str(out / "tiny.py"),
+                "--batch-size-per-device",
+                "16",
+                "--num-workers",
+                "0",
+            ),
+            *("--accelerator", "cpu", "--input-size", "16", "--seed", "0", "--skip-linear-eval"),
+            *("--skip-finetune-eval", "--skip-knn-eval"),
+        ]
+
+    def start(self, *more: str, largest: int | None = None) -> int:
+        child = os.fork()
+        if child:
+            return child
+        status = 1
+        try:
+            log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
+            torch.set_num_threads(1)
+            if largest is not None:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+            command.main([*self.arguments, *more])
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def __call__(self, *more: str, status: int = 0, **how: int) -> str:
+        _, ended = os.waitpid(self.start(*more, **how), 0)
+        assert os.waitstatus_to_exitcode(ended) == status, self.log.read_text()
+        return self.log.read_text()
+
+    def wait_for_a_new_checkpoint(self, before: float) -> None:
+        deadline = time.monotonic() + 60
+        while not self.checkpoint.is_file() or self.checkpoint.stat().st_mtime_ns == before:
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.005)
+
+    def more(self) -> tuple[str, ...]:
+        return ("--ckpt-path", str(self.checkpoint)) if self.checkpoint.is_file() else ()
+
+
+@pytest.fixture
+def runs(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # as Lightning does: restored after the test
+    return Runs(digits, tmp_path)
+
+
+def test_twenty_kills_lose_no_run(runs):
+    moments, reached = random.Random(0), -1
+    for kill in range(20):
+        before = runs.checkpoint.stat().st_mtime_ns if kill else 0
+        child = runs.start("--epochs", "1000", *runs.more())
+        runs.wait_for_a_new_checkpoint(before)
+        time.sleep(moments.uniform(0, 0.2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        epoch = torch.load(runs.checkpoint, weights_only=True)["epoch"]
+        assert epoch > reached, f"kill {kill}"
+        reached = epoch
+    runs("--epochs", str(reached + 2), *runs.more())
+    rows = (runs.folder / "metrics.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == list(range(reached + 2))
+    assert [path.name for path in runs.folder.glob(".*")] == [".lock"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_ends_with_a_status_and_goes_on(number, status, runs):
+    """The summary counts the epochs before."""
+    child = runs.start("--epochs", "1000")
+    runs.wait_for_a_new_checkpoint(0)
+    os.kill(child, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status, runs.log.read_text()
+    said = runs.log.read_text().splitlines()
+    advice = f"run the command with --methods tiny --ckpt-path {runs.checkpoint} to go on"
+    assert said == ["tiny: pre-training for 1000 epochs", f"stopped by {number.name} before the end; {advice}"]
+    assert not (runs.folder / "result.json").exists()
+    state = torch.load(runs.checkpoint, weights_only=True)
+    done, record = state["epoch"] + 1, state["callbacks"]["EpochRecord"]
+    assert record["epochs"] == done and record["images"] == done * 32
+    state["callbacks"]["EpochRecord"]["elapsed"] = 1e6
+    torch.save(state, runs.checkpoint)
+    for epochs in (done, done + 1):  # with nothing left to train, too
+        runs("--epochs", str(epochs), *runs.more())
+        result = json.loads((runs.folder / "result.json").read_text())
+        assert result["seconds"] > 1e6 and result["train_loss"] is not None and result["images_per_second"] > 0
+
+
+def test_a_full_disk_keeps_the_checkpoint_of_before(runs):
+    runs("--epochs", "1")
+    content = runs.checkpoint.read_bytes()
+    said = runs("--epochs", "3", *runs.more(), status=2, largest=len(content) // 2)
+    assert "Traceback" not in said
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert error == f"error: {runs.checkpoint} cannot be written: File too large"
+    assert runs.checkpoint.read_bytes() == content
+
+
+def test_another_run_and_a_second_launcher_are_refused(runs):
+    runs("--epochs", "2")
+    for more, name in (
+        (("--lr", "0.5"), "lr is 0.45 there, 0.5 here"),
+        (("--transform", "min_scale=0.5"), "transform.min_scale is None there, 0.5 here"),
+        (("--seed", "1"), "seed is 0 there, 1 here"),
+    ):
+        said = runs("--epochs", "3", *runs.more(), *more, status=2)
+        assert f"error: --ckpt-path: {runs.checkpoint} is of another run: {name}; give" in said
+    said = runs("--epochs", "1", *runs.more(), status=2)
+    assert f"{runs.checkpoint} has 2 epochs behind it, more than --epochs 1" in said
+    child = os.fork()
+    if not child:
+        listen()
+        with locked_folder(runs.folder):
+            (runs.folder / "held").touch()
+            time.sleep(60)
+    while not (runs.folder / "held").exists():
+        time.sleep(0.01)
+    assert f"another run (process {child}) writes into {runs.folder}" in runs("--epochs", "3", *runs.more(), status=2)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    runs("--epochs", "3", *runs.more())

@@ -1,0 +1,86 @@
+"""What a method keeps is the same on all processes after three steps of main_pretrain."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from plugins.methods import METHODS
+from plugins.testing import POOL_SIZE
+
+pytestmark = [pytest.mark.solo, pytest.mark.slow, pytest.mark.ddp]
+CONFIGS = Path(__file__).parents[2] / "configs" / "solo" / "digits"
+SMALL = {"proj_hidden_dim": 16, "proj_output_dim": 8, "pred_hidden_dim": 8, "n_classes": 16, "log_eigvals": "true"}
+
+
+def _kept(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, buffers and plain counters; without running statistics of BatchNorm, which are each process's own."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state.update({name: buffer.clone() for name, buffer in model.named_buffers()})  # those that are not saved, too
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if type(value) in (int, float):
+                state[f"{name}.{key} (plain)"] = torch.tensor(float(value))
+    return {name: value for name, value in state.items() if not name.endswith(("running_mean", "running_var"))}
+
+
+def _pretrain(comm: Any, rank: int, size: int, digits: str, out: str) -> dict[str, dict[str, Tensor]]:
+    from hydra import compose, initialize_config_dir
+
+    from solo_ext import logs
+    from solo_ext.architectures import ARCHITECTURES
+    from solo_ext.compat import pl
+    from solo_ext.main_pretrain import pretrain
+
+    def tiny(method: str, **kwargs: Any) -> nn.Module:
+        network = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        network.num_features = 32
+        return network
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            assert trainer.world_size == size
+            if trainer.global_step == 3:
+                found[module.spec.name] = _kept(module)
+
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
+    place.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=1, TORCHELASTIC_RUN_ID="test")  # the group is there already
+    before, usual, found = dict(os.environ), logs.callbacks, {}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    ARCHITECTURES["tiny"] = tiny
+    logs.callbacks = lambda cfg: [*usual(cfg), Watch()]
+    try:
+        for method, spec in METHODS.items():
+            small = [f"++method_kwargs.{key}={value}" for key, value in SMALL.items() if key in spec.options]
+            quick = (f"++devices={size}", "++strategy=ddp", "++max_epochs=1", "++limit_val_batches=0", "optimizer.lr=1")
+            quick = (*quick, f"data.train_path={digits}/train", f"data.val_path={digits}/val", "optimizer.batch_size=8")
+            more = (
+                f"++checkpoint.dir={out}",
+                "++checkpoint.version=v",
+                "backbone.name=tiny",
+                "++limit_train_batches=3",
+            )
+            with initialize_config_dir(str(CONFIGS), version_base="1.2"):
+                cfg = compose(method, [*quick, *more, *small])
+            pretrain(cfg)
+        return found
+    finally:
+        ARCHITECTURES.pop("tiny")
+        logs.callbacks = usual
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_what_a_method_keeps_is_the_same_on_all_processes(ranks, digits, tmp_path):
+    given = [(rank, POOL_SIZE, str(digits), str(tmp_path)) for rank in range(POOL_SIZE)]
+    found = ranks.run(_pretrain, given)
+    assert found[0].keys() == METHODS.keys()
+    for method, first in found[0].items():
+        assert any(name.startswith("momentum_backbone") for name in first) == METHODS[method].teacher
+        for other in found[1:]:
+            assert other[method].keys() == first.keys()
+            differ = [name for name, value in first.items() if not torch.equal(value, other[method][name])]
+            assert not differ, (method, differ)

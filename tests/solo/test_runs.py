@@ -62,7 +62,7 @@ class Run:
 
 @pytest.fixture
 def run(digits, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "solo"))
+    monkeypatch.chdir(ROOT / "tests" / "solo")  # where tiny_program is
     return Run(digits, tmp_path / "runs")
 
 
@@ -110,7 +110,7 @@ def _small_disk(folder: Path, size: int) -> bool:
 
 def test_a_full_disk_keeps_the_checkpoint_of_before(digits, tmp_path, monkeypatch):
     """A file system of its own, of the size of one checkpoint and a half; as ordinary user a limit of file size."""
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "solo"))
+    monkeypatch.chdir(ROOT / "tests" / "solo")  # where tiny_program is
     whole = Run(digits, tmp_path / "whole")
     whole("max_epochs=1")
     size = find_checkpoint(whole.folder).stat().st_size

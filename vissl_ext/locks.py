@@ -1,14 +1,15 @@
 """A run's folder belongs to one launcher at a time, and its processes end with it."""
 
-import errno
 import multiprocessing
 import os
 import signal
-import socket
 import threading
 from pathlib import Path
+from typing import IO
 
-from plugins.tools.command import UserError
+from plugins.tools.process import LOCK, hold_folder
+
+_held: list[IO[str]] = []  # for the length of the process
 
 
 def lock(folder: Path, node: int) -> None:
@@ -22,25 +23,7 @@ def lock(folder: Path, node: int) -> None:
         UserError: another launcher has it.
         OSError: the folder cannot be written to.
     """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
-    path = folder / (f".lock-{node}" if node else ".lock")
-    # never closed: closing any descriptor of the file would give up the lock; the processes that we start do not get it
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return  # a file system without locks
-        holder = os.read(descriptor, 1000).decode(errors="replace").strip()
-        raise UserError(
-            f"{folder} is in use by another launcher, {holder or 'which has just begun'}; wait for its end, or name "
-            "another config.CHECKPOINT.DIR"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _held.append(hold_folder(folder, f"{LOCK}-{node}" if node else LOCK))
 
 
 def end_with_parent() -> None:

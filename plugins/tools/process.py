@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -36,12 +37,36 @@ def locked_folder(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
-        _lock(file, folder)
+    with hold_folder(folder):
         for left in folder.glob(".*.tmp"):  # of ``files.atomic`` in a process that was killed
             left.unlink(missing_ok=True)
         yield
+
+
+def hold_folder(folder: Path, name: str = LOCK) -> IO[str]:
+    """Lock the folder of a run until the returned file is closed or the process ends, also by SIGKILL.
+
+    Closing another descriptor of the file in this process releases the lock too. Child processes do not inherit it.
+
+    Args:
+        folder: the run's folder; created if it does not exist.
+        name: of the file to lock; machines that share the folder of one run lock a file each.
+
+    Returns:
+        The open file. Keep a reference to it.
+
+    Raises:
+        UserError: another process holds the lock.
+        OSError: the file cannot be opened.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / name).open("a+")
+    try:
+        _lock(file, folder)
+    except UserError:
+        file.close()
+        raise
+    return file
 
 
 def _lock(file: IO[str], folder: Path) -> None:
@@ -52,13 +77,13 @@ def _lock(file: IO[str], folder: Path) -> None:
             return  # no locks on this file system
         file.seek(0)
         owner = file.read().strip()
-        who = f" (process {owner})" if owner else ""
+        who = f" ({owner})" if owner else ""
         raise UserError(
             f"another run{who} writes into {folder}; wait until it has ended, or give this run another folder"
         ) from None
     with suppress(OSError):  # a full disk: the number is for the message of others alone
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
 
 

@@ -49,7 +49,7 @@ model.to(device)
 
 {data}{steps}
 # all parameters but the teacher's, where there is one
-optimizer = torch.optim.SGD(model.training_parameters(), lr=0.06)
+{optimizer}
 
 print("Starting Training")
 for epoch in range(epochs):
@@ -97,7 +97,7 @@ class {name}Module(pl.LightningModule):
 {momentum}
     def configure_optimizers(self):
         # all parameters but the teacher's, where there is one
-        return torch.optim.SGD(self.model.training_parameters(), lr=0.06)
+        return {optimizer}
 
 
 model = {name}Module()
@@ -105,6 +105,11 @@ model = {name}Module()
 {data}
 {trainer}trainer.fit(model=model, train_dataloaders=dataloader)
 """
+
+_OPTIMIZER = "torch.optim.SGD({parameters}, lr=0.06)"
+_OPTIMIZERS = {"SSLEY": "torch.optim.AdamW({parameters}, lr=3e-4)"}
+"""SSL-EY's loss grows as the fourth power of the embedding, which nothing normalises: SGD at that rate gives NaN within
+three steps. The steps of AdamW, and of the published LARS, do not depend on the size of the gradient."""
 
 _LIGHTNING_MOMENTUM = """
     def optimizer_step(self, *args, **kwargs):
@@ -159,8 +164,10 @@ def _example(dialect: str, name: str, spec: MethodSpec) -> str:
     if name in ("BYOL",):  # lightly's own has an argument for each view, and none for both
         parts["transform"] = "from lightly_ext.transforms import TwoViewTransform"
         parts["data"] = parts["data"].replace(f"{name}Transform", "TwoViewTransform")
+    optimizer = _OPTIMIZERS.get(name, _OPTIMIZER)
     head = _HEAD.format(title=spec.title, host=_HOSTS[dialect], reference=spec.reference)
     if dialect == "pytorch":
+        parts["optimizer"] = "optimizer = " + optimizer.format(parameters="model.training_parameters()")
         teacher = {
             "steps": "max_steps = epochs * len(dataloader)\n",
             "counter": "batch_idx, batch",
@@ -169,6 +176,7 @@ def _example(dialect: str, name: str, spec: MethodSpec) -> str:
         }
         none = {"steps": "", "counter": "batch", "loop": "dataloader", "momentum": ""}
         return head + _PYTORCH.format(**parts, **(teacher if spec.teacher else none))
+    parts["optimizer"] = optimizer.format(parameters="self.model.training_parameters()")
     parts["backbone"] = "".join(f"        {line}\n" for line in _BACKBONE.splitlines())
     parts["momentum"] = _LIGHTNING_MOMENTUM if spec.teacher else ""
     parts["trainer"] = _ONE_DEVICE if dialect == "pytorch_lightning" else _DISTRIBUTED

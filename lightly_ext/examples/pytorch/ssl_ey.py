@@ -32,7 +32,7 @@ dataloader = torch.utils.data.DataLoader(
 epochs = 10
 
 # all parameters but the teacher's, where there is one
-optimizer = torch.optim.SGD(model.training_parameters(), lr=0.06)
+optimizer = torch.optim.AdamW(model.training_parameters(), lr=3e-4)
 
 print("Starting Training")
 for epoch in range(epochs):

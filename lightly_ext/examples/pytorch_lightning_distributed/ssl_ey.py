@@ -32,7 +32,7 @@ class SSLEYModule(pl.LightningModule):
 
     def configure_optimizers(self):
         # all parameters but the teacher's, where there is one
-        return torch.optim.SGD(self.model.training_parameters(), lr=0.06)
+        return torch.optim.AdamW(self.model.training_parameters(), lr=3e-4)
 
 
 model = SSLEYModule()

@@ -23,8 +23,14 @@ _OPTIONAL = {
     "dino_loss": {"num_crops"},
 }
 """Keys that a stock loss reads and VISSL's defaults.yaml does not have."""
-_WHOLE = ("OPTIMIZER.num_epochs", "DATA.TRAIN.BATCHSIZE_PER_REPLICA", "DISTRIBUTED.NUM_PROC_PER_NODE")
-"""Whole numbers above 0."""
+_LEAST = {
+    "OPTIMIZER.num_epochs": (1, True),
+    "DATA.TRAIN.BATCHSIZE_PER_REPLICA": (1, True),
+    "DISTRIBUTED.NUM_PROC_PER_NODE": (1, True),
+    "SEED_VALUE": (0, False),
+    "DATA.NUM_DATALOADER_WORKERS": (0, False),
+}
+"""Number → its least value, and whether it must be a whole number."""
 _LARC = ("clip", "eps", "trust_coefficient", "exclude_bias_and_norm")
 _MISPLACED = {"ignore_index"}
 """Keys directly below LOSS in stock files (pretrain/rotnet/rotnet_8gpu_resnet), where VISSL does not look for them."""
@@ -94,17 +100,28 @@ def check(cfg: DictConfig, given: dict[str, Any]) -> None:
 
     config = cfg.config
     _kinds(given)
-    known("config.MACHINE.DEVICE", OmegaConf.select(config, "MACHINE.DEVICE", default="gpu"), ("cpu", "gpu"))
     known("engine_name", cfg.engine_name, _ENGINE_REGISTRY)
-    known("config.MODEL.BASE_MODEL_NAME", config.MODEL.BASE_MODEL_NAME, MODEL_REGISTRY)
-    known("config.MODEL.TRUNK.NAME", config.MODEL.TRUNK.NAME, MODEL_TRUNKS_REGISTRY)
+    names = {
+        "MACHINE.DEVICE": ("cpu", "gpu"),
+        "MODEL.BASE_MODEL_NAME": MODEL_REGISTRY,
+        "MODEL.TRUNK.NAME": MODEL_TRUNKS_REGISTRY,
+        "OPTIMIZER.name": OPTIMIZER_REGISTRY,
+        "TRAINER.TRAIN_STEP_NAME": TRAIN_STEP_REGISTRY,
+        **{f"DATA.{split}.COLLATE_FUNCTION": {"default_collate", *COLLATOR_REGISTRY} for split in ("TRAIN", "TEST")},
+    }
+    for key, allowed in names.items():
+        known(f"config.{key}", OmegaConf.select(config, key), allowed)
+    for key, (least, whole_number) in _LEAST.items():
+        value = OmegaConf.select(config, key)
+        kinds = int if whole_number else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds) or value < least:
+            kind = "a whole number, at least" if whole_number else "at least"
+            raise UserError(f"config.{key} must be {kind} {least}, got {value!r}")
     for head in _heads(OmegaConf.to_container(config.MODEL.HEAD.PARAMS)):
         known("config.MODEL.HEAD.PARAMS", head, MODEL_HEADS_REGISTRY)
-    known("config.OPTIMIZER.name", config.OPTIMIZER.name, OPTIMIZER_REGISTRY)
     for meter in (config.METERS.get("name"), *config.METERS.get("names", ())):
         if meter:
             known("config.METERS", meter, METER_REGISTRY)
-    known("config.TRAINER.TRAIN_STEP_NAME", config.TRAINER.TRAIN_STEP_NAME, TRAIN_STEP_REGISTRY)
     _loss(OmegaConf.to_container(config.LOSS))
     for key in given:
         section = key.removeprefix("LOSS.").partition(".")[0]
@@ -114,16 +131,8 @@ def check(cfg: DictConfig, given: dict[str, Any]) -> None:
         data = config.DATA[split]
         for source in data.DATA_SOURCES:
             known(f"config.DATA.{split}.DATA_SOURCES", source, DATASET_SOURCE_MAP)
-        known(f"config.DATA.{split}.COLLATE_FUNCTION", data.COLLATE_FUNCTION, {"default_collate", *COLLATOR_REGISTRY})
         if split == "TRAIN" or config.TEST_MODEL:
             check_transforms(f"config.DATA.{split}.TRANSFORMS", _plain(data.TRANSFORMS))
-    for key in _WHOLE:
-        value = OmegaConf.select(config, key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"config.{key} must be a whole number, at least 1, got {value!r}")
-    for key in ("SEED_VALUE", "DATA.NUM_DATALOADER_WORKERS"):
-        if OmegaConf.select(config, key) < 0:
-            raise UserError(f"config.{key} must be at least 0, got {OmegaConf.select(config, key)}")
     for key in ("LOG_FREQUENCY", "CHECKPOINT.CHECKPOINT_FREQUENCY"):
         if OmegaConf.select(config, key) == 0:
             raise UserError(f"config.{key} must not be 0; -1 is never")

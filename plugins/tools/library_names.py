@@ -49,6 +49,7 @@ def library_names(state: Mapping[str, Tensor], target: str) -> dict[str, Tensor]
     Returns:
         Name in the library → tensor.
 
+    >>> import torch
     >>> list(library_names({"res2.block1-0.f.c.weight": torch.zeros(1)}, "torchvision"))
     ['trunk_output.block1.block1-0.f.c.0.weight']
     """

@@ -102,7 +102,7 @@ def test_what_cannot_be_joined_is_a_sentence(compose) -> None:
         method_class(parse_pretrain(native))
     with pytest.raises(UserError, match=r"trains no momentum\.classifier"):
         built(compose, "isoloss", "++accumulate=joined", "++momentum.classifier=true")
-    with pytest.raises(ValueError, match="accumulate must be one of mean, joined, got 'sum'"):
+    with pytest.raises(UserError, match="accumulate must be mean or joined, got 'sum'"):
         built(compose, "isoloss", "++accumulate=sum")
 
 

@@ -2,12 +2,18 @@
 
 Hydra imports every module of the namespace package ``hydra_plugins`` before a script's own function runs. This one
 does nothing unless the script has imported solo-learn's main branch, and nothing in our own commands, which need no
-such help.
+such help. Where another package ``plugins`` hides ours it says so, and the script runs without our methods.
 """
 
 import sys
 
 if "solo.backbones" in sys.modules and "solo_ext.compat" not in sys.modules:  # 1.0.2 has no module of that name
-    from solo_ext.stock import activate
-
-    activate()
+    try:
+        from solo_ext.stock import activate
+    except ImportError as error:
+        if error.name != "plugins":
+            raise
+        # the script's own methods need nothing of ours: they go on
+        print(f"solo_ext adds no methods: {error}", file=sys.stderr)
+    else:
+        activate()

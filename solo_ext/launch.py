@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from plugins.tools.command import Parser, UserError, exit_on_user_error
+from plugins.tools.command import Parser, UserError, as_called, exit_on_user_error
 from solo_ext.schema import help_text
 
 _PACKAGE = Path(__file__).parent
@@ -61,7 +61,7 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> N
             print(help_text(command))
             raise SystemExit(0)
         if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
-            print(usage)
+            print(as_called(usage, task.__module__))
             raise SystemExit(0 if sys.argv[1:] else 2)
         parser = Parser(add_help=False, allow_abbrev=False)
         parser.add_argument("--config-path", "-cp", required=True)

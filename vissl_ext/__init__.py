@@ -4,6 +4,11 @@ Importing anything from here mends what keeps VISSL from being imported; spawned
 functions need that before they import VISSL themselves.
 """
 
-from vissl_ext.compat import activate
+import runpy
+from pathlib import Path
+
+runpy.run_path(str(Path(__file__).parents[1] / "plugins" / "shadow.py"))["check"](__name__)
+
+from vissl_ext.compat import activate  # noqa: E402
 
 activate()

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from plugins.tools.command import UserError, exit_on_user_error, say
+from plugins.tools.command import UserError, as_called, exit_on_user_error, say
 
 USAGE = """usage: python -m vissl_ext.launch config=NAME [OVERRIDE ...] [--config-dir FOLDER]
 
@@ -317,13 +317,18 @@ def _end(ranks: list[Any]) -> None:
         rank.join()
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command."""
     with exit_on_user_error():
         if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
-            print(USAGE)
+            print(as_called(USAGE, "vissl_ext.launch"))
             raise SystemExit(0 if sys.argv[1:] else 2)
         try:
             main(sys.argv[1:])
         except KeyboardInterrupt:
             say("interrupted")
             raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    command()

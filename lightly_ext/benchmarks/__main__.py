@@ -13,13 +13,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from plugins.tools.command import Parser, UserError, exit_on_user_error
+from plugins.tools.command import Parser, UserError, as_called, exit_on_user_error
 from plugins.tools.process import end_with_first_process, exit_when_stopped
 
 
 def parser() -> Parser:
     """The command line."""
-    result = Parser("python -m lightly_ext.benchmarks", description=__doc__, formatter_class=_Formatter)
+    name = "lightly_ext.benchmarks"
+    text = as_called(__doc__ or "", name)
+    result = Parser(f"python -m {name}", description=text, formatter_class=_Formatter)
     add = result.add_argument
     add("--methods", nargs="+", metavar="NAME", help="default: all of ours")
     add("--add", type=Path, metavar="FILE", help="Python file with a METHODS dictionary of further methods")

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, of Lightning's children, of SLURM
@@ -23,11 +24,33 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are a UserError, without the usage that argparse prints before."""
+    """A command line whose mistakes are a UserError, without the usage that argparse prints before.
+
+    Args:
+        prog: ``python -m MODULE``; a console script puts its own name in its place.
+        options: of argparse's parser.
+    """
+
+    def __init__(self, prog: str | None = None, **options: Any) -> None:
+        super().__init__(prog and as_called(prog, prog.removeprefix("python -m ")), **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise the UserError."""
         raise UserError(f"{message}; see --help")
+
+
+def as_called(text: str, module: str) -> str:
+    """Name a command as it was called.
+
+    Args:
+        text: of its help, which has ``python -m MODULE``.
+        module: the command's.
+
+    Returns:
+        The text, with the name of the console script where that was called.
+    """
+    script = Path(sys.argv[0]).name
+    return text.replace(f"python -m {module}", script) if script.startswith("ssl-") else text
 
 
 def number(kind: type, *, zero: bool = False) -> Any:

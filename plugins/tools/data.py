@@ -43,6 +43,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plugins.tools.command import as_called
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -460,7 +462,8 @@ def _named(images: dict[str, list[str]], names: Path) -> dict[str, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m plugins.tools.data", description="Make a data set.")
+    program = as_called("python -m plugins.tools.data", "plugins.tools.data")
+    parser = argparse.ArgumentParser(prog=program, description="Make a data set.")
     commands = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
     digits = commands.add_parser("digits", help="1797 real handwritten digits, each placed once at random")
     digits.add_argument("--out", default="datasets/digits", help="folder to make (default: %(default)s)")

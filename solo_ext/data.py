@@ -234,8 +234,10 @@ class H5Images(Dataset):
         try:
             with h5py.File(self.path) as file:
                 self.classes = sorted(set(file) & set(subset or ())) or sorted(file)
+                for name in self.classes:
+                    _check_link(file, name)
                 self.names = [(name, image) for name in self.classes for image in file[name]]
-        except (OSError, TypeError) as error:
+        except (OSError, TypeError, KeyError) as error:
             raise UserError(f"{path} is no HDF5 file with a group of images for each class: {error}") from None
         rank = {name: index for index, name in enumerate(self.classes)}
         self.targets = [rank[name] for name, _ in self.names]
@@ -249,8 +251,29 @@ class H5Images(Dataset):
         if self._file is None:  # each worker needs its own
             self._file = h5py.File(self.path)
         name, image = self.names[index]
-        opened = open_image(io.BytesIO(self._file[name][image][()]), f"{name}/{image} in {self.path}")
+        place = f"{name}/{image} in {self.path}"
+        try:
+            content = io.BytesIO(self._bytes(name, image))
+        except (OSError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{place} cannot be read: {error}") from None
+        opened = open_image(content, place)
         return self.transform(opened), self.targets[index]
+
+    def _bytes(self, name: str, image: str) -> Any:
+        group = self._file[name]
+        _check_link(group, image)
+        data = group[image]
+        if data.external:
+            raise OSError(f"its bytes are in another file, {data.external[0][0]}")
+        return data[()]
+
+
+def _check_link(group: Any, name: str) -> None:
+    """Refuse a link, which may lead to another file."""
+    import h5py
+
+    if group.get(name, getclass=False, getlink=True).__class__ is not h5py.HardLink:
+        raise OSError(f"{name} is a link, which may lead to another file")
 
 
 def listing(dataset: Dataset) -> tuple[list[str], list[int]]:

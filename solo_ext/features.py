@@ -69,7 +69,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} is no folder of a run: it has no {ARGS}")
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is broken: {error}") from None
     if isinstance(config, dict) and isinstance(config.get("dataset"), str):
         config = _nested(config)

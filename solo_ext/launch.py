@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from plugins.tools.command import Parser, UserError, as_called, exit_on_user_error
+from solo_ext.foreign_yaml import check_hydra
 from solo_ext.schema import help_text
 
 _PACKAGE = Path(__file__).parent
@@ -82,6 +83,7 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> N
                 raise UserError(f"there is no option {word}; entries are given as key=value; see --help")
         sys.argv[1:] = ["--config-path", str(folder), "--config-name", name, *map(quoted, rest)]
 
+        check_hydra(folder, name, sys.argv[5:])
         started, mistake = False, None
 
         def guarded(cfg: DictConfig) -> None:

@@ -228,7 +228,7 @@ def _holds(out: Path, settings: dict[str, Any]) -> bool:
 def _read_manifest(out: Path) -> dict[str, Any] | None:
     try:
         found = json.loads((out / "manifest.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -295,13 +295,25 @@ class _Archive:
         if name not in self.names:
             raise DataError(f"{self.place} is incomplete: it has no {self.root}{name}; download it again")
         try:
-            return (self.place / self.root / name).read_bytes() if self.zip is None else self.zip.read(self.root + name)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            if self.zip is None:
+                return (self.place / self.root / name).read_bytes()
+            size = self.zip.getinfo(self.root + name).file_size
+            if size > LARGEST_FILE:
+                raise DataError(f"{self.place} is not tiny-imagenet-200: {name} would unpack to {size} bytes")
+            return self.zip.read(self.root + name)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # the last: encrypted
             raise DataError(f"{self.place} is broken ({error}); download it again") from None
 
     def rows(self, name: str) -> list[list[str]]:
-        """The words of each line of a text file."""
-        return [line.split() for line in self.read(name).decode().splitlines() if line.strip()]
+        """The words of each line of a text file.
+
+        Raises:
+            DataError: it is missing, or no text.
+        """
+        try:
+            return [line.split() for line in self.read(name).decode().splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.place} is broken ({name}: {error}); download it again") from None
 
 
 def make_tinyimagenet(archive: str | os.PathLike[str], out: str | os.PathLike[str] = "datasets/tinyimagenet") -> bool:
@@ -328,6 +340,9 @@ def _write_tinyimagenet(folder: Path, settings: dict[str, Any], archive: _Archiv
     from tqdm import tqdm
 
     classes = [row[0] for row in archive.rows("wnids.txt")]
+    for name in classes:  # an archive comes from outside: it must not write elsewhere
+        if Path(name).parts != (name,) or name == "..":
+            raise DataError(f"{archive.place} names a class that is none: {name}")
     images = [
         (f"train/{name}/images/{row[0]}", f"train/{name}/{row[0]}")
         for name in classes
@@ -335,11 +350,11 @@ def _write_tinyimagenet(folder: Path, settings: dict[str, Any], archive: _Archiv
     ]
     counts = {"train": len(images)}
     for row in archive.rows("val/val_annotations.txt"):
-        if row[1] not in classes:
-            raise DataError(f"val_annotations.txt names a class that wnids.txt does not: {row[1]}")
+        if len(row) < 2 or row[1] not in classes:
+            raise DataError(f"val_annotations.txt names a class that wnids.txt does not: {' '.join(row[1:2])}")
         images.append((f"val/images/{row[0]}", f"val/{row[1]}/{row[0]}"))
     counts["val"] = len(images) - counts["train"]
-    for _, target in images:  # an archive comes from outside: it must not write elsewhere
+    for _, target in images:
         if len(Path(target).parts) != 3 or ".." in Path(target).parts:
             raise DataError(f"{archive.place} names an image that is none: {target}")
     if 0 in counts.values():
@@ -352,6 +367,9 @@ def _write_tinyimagenet(folder: Path, settings: dict[str, Any], archive: _Archiv
     manifest = {**settings, "classes": len(classes), "counts": counts}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
+
+LARGEST_FILE = 2**26
+"""Bytes of the largest file that is unpacked; those of Tiny ImageNet have at most a few hundred thousand."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Names of images end so, as torchvision's ImageFolder has it."""

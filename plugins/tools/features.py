@@ -103,8 +103,8 @@ def _load(path: Path) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
-        array = np.load(path)
-    except (ValueError, OSError, EOFError) as error:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError, MemoryError) as error:  # a header may claim any shape
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path} is no .npy file that can be read: {reason}") from None
     if not isinstance(array, np.ndarray) or not array.ndim:

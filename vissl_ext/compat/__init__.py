@@ -19,6 +19,7 @@ from vissl_ext.compat import (
     nan_output,
     numpy_names,
     pkg_resources,
+    safe_files,
     saved_types,
 )
 
@@ -29,7 +30,7 @@ def activate() -> None:
         return
     mends = (
         *(import_warnings, pkg_resources, numpy_names, kinetics400, broadcasts, checkpoints, folder_images),
-        *(linear_warmup, local_copies, missing_weights, nan_output, saved_types),
+        *(linear_warmup, local_copies, missing_weights, nan_output, safe_files, saved_types),
     )
     for mend in mends:
         mend.activate()

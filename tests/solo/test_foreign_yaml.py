@@ -15,7 +15,7 @@ def run(folder: Path, text: str, *words: str) -> list[object]:
     (folder / "evil.yaml").write_text(text)
     sys.argv = ["main_pretrain", "--config-path", str(folder), "--config-name", "evil.yaml", *words]
     got: list[object] = []
-    run_hydra(got.append, "usage")
+    run_hydra(got.append, "usage", "pretrain")
     return got
 
 

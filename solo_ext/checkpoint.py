@@ -41,6 +41,7 @@ _STATE = (
     "optimizer",
     "scheduler",
     "accumulate_grad_batches",
+    "accumulate",
     "finetune",
     "normalized_classifier",
 )

@@ -375,10 +375,6 @@ class Run(Section):
     max_epochs: _whole(0, 10**9) = _entry("epochs; 0 writes the untrained weights")
     scheduler: Scheduler = _section(Scheduler, "the course of the learning rate")
     accumulate_grad_batches: _whole(1) = _entry("batches whose gradients make one step", 1)
-    accumulate: Literal["mean", "joined"] = _entry(
-        "what these batches make: mean: the mean of their gradients; joined: the gradient of one batch of them all",
-        "mean",
-    )
     dali: Dali = _entry("NVIDIA DALI, for data.format=dali", optional=True)
     checkpoint: Checkpoint = _section(Checkpoint, "where the run is written")
     auto_resume: AutoResume = _section(AutoResume, "going on from the newest checkpoint of the same run")
@@ -403,6 +399,10 @@ class Run(Section):
 class Pretrain(Run):
     """A configuration of main_pretrain."""
 
+    accumulate: Literal["mean", "joined"] = _entry(
+        "what accumulated batches make; mean: the mean of their gradients; joined: that of one batch of all",
+        "mean",
+    )
     method: _Word = _entry("method; a wrong name is answered with all names")
     method_kwargs: _Free = _entry("options of the method; a wrong one is answered with all of them", {})
     data: Data = _entry("the images")

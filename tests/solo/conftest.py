@@ -10,6 +10,7 @@ from plugins.methods import METHODS
 from solo_ext.compat import CHECKOUT, GENERATION, host_release
 
 ROOT = Path(__file__).parents[2]
+collect_ignore = ["tiny_program.py"]  # it registers a network; the search for doctests would import it
 CONFIGS = ROOT / "configs" / "solo" / "digits"
 
 

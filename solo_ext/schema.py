@@ -527,7 +527,9 @@ def _kinds(annotation: Any) -> str:
     if not parts or get_origin(annotation) in (dict, list):
         kind = get_origin(annotation) or annotation
         return _KINDS.get(kind, f"a {getattr(kind, '__name__', kind)}")
-    return " or ".join(dict.fromkeys(_kinds(part) for part in parts))
+    kinds = list(_KINDS.values())
+    found = {_kinds(part) for part in parts}  # the order of a Union is that of the first like it in the process
+    return " or ".join(sorted(found, key=lambda kind: (kinds.index(kind) if kind in kinds else -1, kind)))
 
 
 def _path(place: Sequence[Any]) -> str:

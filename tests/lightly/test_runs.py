@@ -102,7 +102,7 @@ class Runs:
         return self.log.read_text()
 
     def wait_for_a_new_checkpoint(self, before: float) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not self.checkpoint.is_file() or self.checkpoint.stat().st_mtime_ns == before:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.005)

@@ -30,7 +30,7 @@ def _forked(body: Callable[[], None]) -> int:
 
 
 def _wait_until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not true():
         assert time.monotonic() < end
         time.sleep(0.01)

@@ -6,6 +6,7 @@ everything else must be exact.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -117,6 +118,7 @@ def test_two_processes_step_as_one(method: str, two: RankPool) -> None:
 
 def trained(comm: Collective, config: Any, folder: str) -> None:
     """Train as a rank of the launcher does, in the group that is there."""
+    sys.path.append(str(Path(__file__).with_name("in_ranks")))  # the pool may be older than the fixture ``watched``
     import watched
 
     from vissl_ext import ranks

@@ -444,12 +444,26 @@ def linear_images(cfg: DictConfig) -> Images:
     transform = None if dali else linear_transform(data.dataset, cfg)
     train, val = _train_and_val(cfg, "train", transform, evaluation, indexed=False)
     # mixup pairs the images of a batch: their number must be even
-    drop_last = cfg.get("mixup", 0) > 0 or cfg.get("cutmix", 0) > 0
+    drop_last = cfg.get("mixup", 0) > 0 or cfg.get("cutmix", 0) > 0 or _ends_in_one_image(cfg, len(train))
     if not dali:
         return Images(train, val, cfg, drop_last=drop_last)
     from solo_ext.dali import DALIImages, linear_view
 
     return DALIImages(train, val, cfg, [linear_view(crop)], indexed=False, drop_last=drop_last)
+
+
+def _ends_in_one_image(cfg: DictConfig, images: int) -> bool:
+    """Whether batch norm is trained and an epoch's last batch has one image, of which there is no variance.
+
+    Raises:
+        UserError: every batch has one image.
+    """
+    if not (cfg.finetune or cfg.normalized_classifier):
+        return False
+    batch, devices = cfg.optimizer.batch_size, cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
+    if batch == 1:
+        raise UserError("finetune and normalized_classifier train batch norm: set optimizer.batch_size above 1")
+    return -(-images // (devices * cfg.num_nodes)) % batch == 1
 
 
 def _train_and_val(

@@ -19,7 +19,15 @@ from torchvision.transforms import RandomApply
 from plugins.tools.command import UserError
 from solo_ext.compat import GENERATION
 from solo_ext.config import parse_linear, parse_pretrain
-from solo_ext.data import EpochSampler, EpochSeeded, image_dataset, listing, pretrain_images, split_path
+from solo_ext.data import (
+    EpochSampler,
+    EpochSeeded,
+    image_dataset,
+    linear_images,
+    listing,
+    pretrain_images,
+    split_path,
+)
 from solo_ext.transforms import (
     DATASETS,
     complete_views,
@@ -391,3 +399,15 @@ def test_a_network_without_an_answer_is_given_up(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="could not be downloaded"):
             image_dataset("cifar10", str(tmp_path), "pretrain", None, indexed=True, no_labels=False)
         assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("option", ["finetune", "normalized_classifier"])
+def test_batch_norm_sees_no_batch_of_one_image(option, compose):
+    """96 images are five batches of 19 and one image, of which batch norm has no variance."""
+    given = ("pretrained_feature_extractor=x", "optimizer.batch_size=19", "data.num_workers=0")
+    for more, last in (((), 1), ((f"++{option}=true",), 19)):
+        images = linear_images(parse_linear(compose("linear", *given, *more)))
+        assert [len(targets) for _, targets in images.train_dataloader()][-1] == last
+    cfg = parse_linear(compose("linear", *given[:1], "optimizer.batch_size=1", f"++{option}=true"))
+    with pytest.raises(UserError, match=r"set optimizer\.batch_size above 1"):
+        linear_images(cfg)

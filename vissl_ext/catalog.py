@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import UserError
 from plugins.tools.folders import walk
+from vissl_ext.compat.safe_files import load_file
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _FILES = ("disk_folder", "disk_filelist")
@@ -80,6 +81,9 @@ def class_count(data: Any) -> int:
 
     Returns:
         The number of class folders, or the largest label of a .npy file plus one; 0 if neither is known.
+
+    Raises:
+        UserError: a .npy file cannot be read, or holds objects.
     """
     counts = [0]
     if not data.LABEL_PATHS and data.LABEL_SOURCES:
@@ -88,7 +92,7 @@ def class_count(data: Any) -> int:
                 counts.append(sum(entry.is_dir() for entry in os.scandir(path)))
     for path in data.LABEL_PATHS:
         if str(path).endswith(".npy") and Path(path).is_file():
-            labels = np.load(path, mmap_mode="r")
+            labels = load_file(str(path), "r")
             if labels.size and np.issubdtype(labels.dtype, np.integer):
                 counts.append(int(labels.max()) + 1)
     return max(counts)

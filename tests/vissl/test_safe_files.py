@@ -15,6 +15,7 @@ from vissl.utils import io
 
 import vissl_ext  # noqa: F401
 from plugins.tools.command import UserError
+from vissl_ext.catalog import class_count
 
 pytestmark = pytest.mark.vissl
 
@@ -81,3 +82,14 @@ def test_maps_and_other_kinds(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(UserError, match="its name must end in"):
         io.load_file(str(tmp_path / "a.txt"))
+
+
+def test_labels_are_counted_without_running_them(tmp_path: Path) -> None:
+    path, marker = tmp_path / "labels.npy", tmp_path / "ran"
+    data = SimpleNamespace(LABEL_PATHS=[str(path)], LABEL_SOURCES=["disk_filelist"], DATA_PATHS=[], DATA_SOURCES=[])
+    np.save(path, np.array([0, 4, 2]))
+    assert class_count(data) == 5
+    write(path, marker)
+    with pytest.raises(UserError, match=f"^{path} cannot be read"):
+        class_count(data)
+    assert not marker.exists()

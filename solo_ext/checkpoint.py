@@ -293,6 +293,8 @@ def find_checkpoint(place: str | Path) -> Path:
         found = _newest_first(place.glob("*.ckpt"))
         if not found:
             raise UserError(f"there is no checkpoint in {place}")
+        if len(found) == 1:
+            return found[0]  # there is no other; who reads it names it if it cannot be read
         return _first_readable(found) or found[0]
     if not place.is_file():
         raise UserError(f"there is no checkpoint {place}")

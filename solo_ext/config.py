@@ -20,7 +20,7 @@ from solo_ext.checkpoint import identity
 from solo_ext.compat import pl
 from solo_ext.compat.common import complete
 from solo_ext.compat.optim import OPTIMIZERS
-from solo_ext.data import DOWNLOADED, H5Images, hint, split_path
+from solo_ext.data import DOWNLOADED, H5Images, hint, process_count, split_path
 from solo_ext.launch import refused
 from solo_ext.schema import Linear, Pretrain, Run, together, validate
 from solo_ext.transforms import CLASSES
@@ -203,5 +203,4 @@ def _check_optimizer(cfg: DictConfig) -> None:
 
 
 def _batch_scale(cfg: DictConfig) -> float:
-    devices = cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
-    return cfg.optimizer.batch_size * max(devices, 1) * cfg.num_nodes / 256
+    return cfg.optimizer.batch_size * process_count(cfg) / 256

@@ -352,8 +352,7 @@ class Images(pl.LightningDataModule):
         self.train, self.val, self.cfg, self.drop_last = train, val, cfg, drop_last
         self.start_epoch = 0
         """The epoch at which a resumed run begins: its loader fetches before Lightning tells it the epoch."""
-        devices = cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
-        batch = cfg.optimizer.batch_size * devices * cfg.get("num_nodes", 1)
+        batch = cfg.optimizer.batch_size * process_count(cfg)
         if drop_last and len(train) < batch:
             raise UserError(f"{cfg.data.train_path} holds {len(train)} images, fewer than one batch of {batch}")
 
@@ -384,6 +383,12 @@ class Images(pl.LightningDataModule):
         world, rank = processes()
         mine = self.val if world == 1 else Subset(self.val, range(rank, len(self.val), world))
         return evaluation_loader(mine, self.cfg.optimizer.batch_size, self.cfg.data.num_workers)
+
+
+def process_count(cfg: DictConfig) -> int:
+    """How many processes will share the images, by a configuration whose ``devices`` have been checked."""
+    devices = cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
+    return devices * cfg.get("num_nodes", 1)
 
 
 def processes() -> tuple[int, int]:
@@ -460,10 +465,10 @@ def _ends_in_one_image(cfg: DictConfig, images: int) -> bool:
     """
     if not (cfg.finetune or cfg.normalized_classifier):
         return False
-    batch, devices = cfg.optimizer.batch_size, cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
+    batch = cfg.optimizer.batch_size
     if batch == 1:
         raise UserError("finetune and normalized_classifier train batch norm: set optimizer.batch_size above 1")
-    return -(-images // (devices * cfg.num_nodes)) % batch == 1
+    return -(-images // process_count(cfg)) % batch == 1
 
 
 def _train_and_val(

@@ -58,10 +58,8 @@ class PluginMethod:
         self.accumulate = cfg.get("accumulate", "mean")
         check_choice("accumulate", self.accumulate, ACCUMULATE)
         self._joined: JoinedBatch | None = None
-        self._joining, self._last = (
-            False,
-            True,
-        )  # whether losses are joined; whether this micro-batch is its step's last
+        self._joining = False  # whether losses are joined
+        self._last = True  # whether this micro-batch is the last of its step
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:

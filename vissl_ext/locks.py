@@ -27,7 +27,11 @@ def lock(folder: Path, node: int) -> None:
 
 
 def end_with_parent() -> None:
-    """Let this process be killed as soon as the one that started it is gone, whatever that one could still do."""
+    """Let this process be killed as soon as the one that started it is gone, whatever that one could still do.
+
+    The kernel's way, ``plugins.tools.process.end_with_parent``, does not serve here: the parent of a process that
+    multiprocessing starts through a fork server is that server.
+    """
     parent = multiprocessing.parent_process()
     if parent is None:
         return

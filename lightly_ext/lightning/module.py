@@ -100,10 +100,8 @@ class TrainingSteps:
         self.online_classifier = OnlineLinearClassifier(self.feature_dim, num_classes, topk=topk)
         self._steps_done = 0
         self._joined: JoinedBatch | None = None
-        self._joining, self._last = (
-            False,
-            True,
-        )  # whether losses are joined; whether this micro-batch is its step's last
+        self._joining = False  # whether losses are joined
+        self._last = True  # whether this micro-batch is the last of its step
 
     @property
     def criterion(self) -> Any:

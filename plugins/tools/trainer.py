@@ -38,16 +38,19 @@ def run_steps(trainer: Any) -> tuple[int, int | None]:
         )
     if trainer.train_dataloader is None:  # with max_epochs=-1 nothing has asked for it yet
         trainer.fit_loop.setup_data()
+    return max(int(total), 1), _steps_of_epoch(trainer)
+
+
+def _steps_of_epoch(trainer: Any) -> int | None:
     batches = trainer.num_training_batches
-    of_epoch = None if batches == math.inf else math.ceil(batches / trainer.accumulate_grad_batches)
-    return max(int(total), 1), of_epoch
+    return None if batches == math.inf else math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def set_clock(trainer: Any, clock: Clock) -> None:
     """Tell the clock how long the run and an epoch are, where that is known."""
-    total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    total = trainer.estimated_stepping_batches
     clock.total = int(total) if 0 <= total < math.inf else None
-    clock.steps_per_epoch = None if batches == math.inf else math.ceil(batches / trainer.accumulate_grad_batches)
+    clock.steps_per_epoch = _steps_of_epoch(trainer)
 
 
 def ends_step(trainer: Any, batch_idx: int) -> bool:

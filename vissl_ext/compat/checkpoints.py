@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.tools.command import UserError
+from plugins.tools.files import sync_folder
 
 _BEGUN = ".writing-"
 _OURS = re.compile(r"model_(?P<final>final_checkpoint_)?(?P<kind>phase|iteration)(?P<number>\d+)\.torch")
@@ -79,7 +80,7 @@ def _save(self: Any, name: str, content: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         begun.replace(folder / name)
-        _sync(folder)
+        sync_folder(folder)
     except (OSError, RuntimeError) as error:
         # torch's writer raises an error of its own in the place of that of a full disk
         reason = error if isinstance(error, OSError) else error.__context__
@@ -98,20 +99,6 @@ def room(folder: Path) -> str:
 def how_to_go_on(folder: Path) -> str:
     """What the same command does in the folder of a run that did not finish."""
     return GOES_ON if checkpoints(folder) else "the same command begins anew, as there is no checkpoint yet"
-
-
-def _sync(folder: Path) -> None:
-    """Let the new name outlive a failure of the power; not every file system can."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def _begun() -> str:

@@ -223,8 +223,9 @@ def test_a_signal_ends_all_processes(few_digits: Path, tmp_path: Path, launches:
         status, word = said.get(job["signal"], (-9, None))
         assert result["status"] == status, (job, result["output"][-3000:])
         if word:
-            last = result["output"].splitlines()[-1]
-            assert last == f"{word}; the same command goes on from the last checkpoint"
+            # Python's resource tracker, a process of its own, may write after the launcher's last line.
+            said_lines = [line for line in result["output"].splitlines() if line.startswith(word)]
+            assert said_lines == [f"{word}; the same command goes on from the last checkpoint"], job
         assert "Traceback" not in result["output"], job
         assert not result["left"], job
 

@@ -200,13 +200,13 @@ case "${1:-}" in
         fi
         python="$(find_python)"
         # The command line is checked first: a misspelt option should not cost an installation.
-        "$python" -m plugins.tools.experiments --check "$@"
+        "$python" -m plugins.experiments --check "$@"
         for option in "$@"; do
             if [[ $option == -h || $option == --help ]]; then
                 exit 0
             fi
         done
         make_environment
-        exec python -m plugins.tools.experiments "$@"
+        exec python -m plugins.experiments "$@"
         ;;
 esac

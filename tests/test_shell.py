@@ -42,13 +42,13 @@ def write_program(path, text):
 def checkout(tmp_path):
     """A copy of the script with a small package, and the stand-in for uv in ``bin``."""
     folder = tmp_path / "check out"
-    (folder / "plugins" / "tools").mkdir(parents=True)
+    (folder / "plugins" / "experiments").mkdir(parents=True)
     shutil.copy(SCRIPT, folder)
     (folder / "pyproject.toml").write_text("[project]\n")
     (folder / "uv.lock").write_text("stale\n")
-    for package in (folder / "plugins", folder / "plugins" / "tools"):
+    for package in (folder / "plugins", folder / "plugins" / "experiments"):
         (package / "__init__.py").touch()
-    (folder / "plugins" / "tools" / "experiments.py").write_text(EXPERIMENTS)
+    (folder / "plugins" / "experiments" / "__main__.py").write_text(EXPERIMENTS)
     write_program(tmp_path / "bin" / "uv", UV)
     return folder
 
@@ -87,7 +87,7 @@ def test_help_makes_no_environment(checkout):
 def test_default_is_the_digits_suite(checkout):
     done = call(checkout)
     assert done.returncode == 0, done.stderr
-    assert calls(checkout)[-1] == "python -m plugins.tools.experiments digits"
+    assert calls(checkout)[-1] == "python -m plugins.experiments digits"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_default_is_the_digits_suite(checkout):
 )
 def test_options_are_passed_on(checkout, given, passed):
     assert call(checkout, *given).returncode == 0
-    assert calls(checkout)[-1] == f"python -m plugins.tools.experiments {passed}"
+    assert calls(checkout)[-1] == f"python -m plugins.experiments {passed}"
 
 
 def test_a_wrong_command_line_makes_no_environment(checkout):

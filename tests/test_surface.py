@@ -55,10 +55,10 @@ def test_options_translate_the_forks_names():
 
 
 def test_readme_lists_every_method():
-    from plugins.tools.methods_table import method_table
+    from plugins.experiments.methods_table import method_table
 
     readme = (ROOT / "README.md").read_text()
-    assert method_table() in readme, "run: python -m plugins.tools.methods_table --write README.md"
+    assert method_table() in readme, "run: python -m plugins.experiments.methods_table --write README.md"
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from plugins.experiments.warm import WarmProcess
 from plugins.tools.process import locked_folder
-from plugins.tools.warm import WarmProcess
 from solo_ext.checkpoint import find_checkpoint, read_checkpoint
 
 pytestmark = [pytest.mark.solo, pytest.mark.slow]

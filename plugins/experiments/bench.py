@@ -1,0 +1,483 @@
+"""Benchmarks: losses and predictors beside the straightforward formula, training steps beside solo-learn's.
+
+``losses`` and ``predictors`` run forward and backward of two functions of the same inputs in one process, interleaved:
+"plain", our rendering of the formula as published, left to autograd (for the predictor: the general eigensolver); and
+"ours". Printed are medians of the times, the median of their ratio in each round, and the floor that arithmetic alone
+sets: the ratio of the numbers of operations. The two results are compared as well, so that no ratio is of different
+things. ``step`` runs whole training steps, ``data`` reads images: see :mod:`plugins.experiments.bench_step` and
+:mod:`plugins.experiments.bench_data`.
+
+    python -m plugins.experiments.bench losses --sizes 256x512 256x2048
+    python -m plugins.experiments.bench predictors --device cuda
+    python -m plugins.experiments.bench step --device cuda --precision 16 --batch 256 data.dataset=cifar10
+    python -m plugins.experiments.bench data --images datasets/imagenet/train --device gpu --workers 16
+    python -m plugins.experiments.bench all --json results/bench.json
+"""
+
+import argparse
+import json
+import platform
+import re
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from plugins.experiments import bench_data, bench_step
+from plugins.losses import byol_loss, cissl_loss, dissl_loss, isoloss, matrix_ssl_loss, mec_loss, ssl_ey_loss
+from plugins.predictors import ClosedFormPredictor
+
+QUICK_SIZES = ((256, 128), (256, 512), (1024, 512), (256, 2048))
+SIZES = (*QUICK_SIZES, (1024, 2048), (2048, 2048), (2048, 8192))
+WIDE_AND_TALL = ((256, 512), (256, 1024), (1024, 256), (1024, 512))
+PREDICTOR_SIZES = ((256, 128), (256, 256), (256, 512))
+GENERAL_EIG, SYMMETRIC_EIG = 25, 9
+"""Operations over D^3 of an eigendecomposition with vectors, by textbook count: general (QR algorithm), symmetric."""
+MEC_EPS = 1 / 8
+
+
+class Case(NamedTuple):
+    """``make(rows, width, device)`` gives the inputs, of which both functions make the same result."""
+
+    make: Callable[[int, int, str], list[Tensor]]
+    plain: Callable[..., Any]
+    ours: Callable[..., Any]
+    extra_flops: Callable[[int], tuple[float, float]] = lambda width: (0, 0)
+    """Operations that are not matrix products, of plain and of ours."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """What is run unless sizes are asked for, the first alone where it has to be quick; () is what the others run."""
+    work: Callable[[int, int], float] = lambda rows, width: rows * width**2 + width**3
+    """What the time grows with."""
+
+
+class Result(NamedTuple):
+    """One row of the table: seconds and bytes are of forward and backward together."""
+
+    case: str
+    rows: int
+    width: int
+    plain_seconds: float
+    ours_seconds: float
+    time_ratio: float
+    flop_ratio: float | None
+    plain_bytes: int
+    ours_bytes: int
+    difference: float
+
+
+def _views(rows: int, width: int, device: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(rows, width, generator=generator)
+    views = [common + torch.randn(rows, width, generator=generator) for _ in range(2)]
+    return [view.to(device).requires_grad_() for view in views]
+
+
+def _predicted_views(rows: int, width: int, device: str) -> list[Tensor]:
+    """z, target, W and its square root."""
+    z, target = _views(rows, width, device)
+    values = torch.linspace(0.1, 1, width, device=device)
+    return [z, target.detach(), values.diag(), values.sqrt().diag()]
+
+
+def _four_views(rows: int, width: int, device: str) -> list[Tensor]:
+    """Predictions of two views, and the targets of both."""
+    views = _views(rows, width, device)
+    return [*views, *((view + 0.5 * view.roll(1, 1)).detach() for view in views)]
+
+
+def _moments(rows: int, width: int, device: str) -> list[Tensor]:
+    """Rows whose second moment has a decaying spectrum."""
+    scale = torch.arange(1, width + 1, device=device) ** -0.5
+    return [_views(rows, width, device)[0].detach() * scale]
+
+
+def _plain_ssl_ey(x: Tensor, y: Tensor) -> Tensor:
+    a, b, k = x - x.mean(0), y - y.mean(0), x.shape[0] - 1
+    c = 2 / k * a.T @ b
+    v = a.T @ a / k + b.T @ b / k
+    loss = -2 * torch.trace(c) + torch.trace(v @ v)
+    return torch.cat(torch.autograd.grad(loss, (x, y)))
+
+
+def _ours_ssl_ey(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(ssl_ey_loss(x, y), (x, y)))
+
+
+def _plain_byol(p: Tensor, target: Tensor) -> Tensor:
+    loss = 2 - 2 * (F.normalize(p, dim=1) * F.normalize(target.detach(), dim=1)).sum(1).mean()
+    return torch.autograd.grad(loss, p)[0]
+
+
+def _ours_byol(p: Tensor, target: Tensor) -> Tensor:
+    return torch.autograd.grad(byol_loss(p, target), p)[0]
+
+
+def _plain_isoloss(z: Tensor, target: Tensor, w: Tensor, root: Tensor) -> Tensor:
+    p, q = (z @ w).detach(), z @ root
+    lengths, target_lengths = p.norm(dim=1), target.norm(dim=1)
+    first = (z * target).sum(1) / (lengths * target_lengths)
+    second = (p * target).sum(1) / (lengths**3 * target_lengths) * q.square().sum(1)
+    return torch.autograd.grad(-2 * (first - 0.5 * second).mean(), z)[0]
+
+
+def _ours_isoloss(z: Tensor, target: Tensor, w: Tensor, _root: Tensor) -> Tensor:
+    return torch.autograd.grad(isoloss(z, z.detach() @ w, target), z)[0]
+
+
+def _plain_matrix_ssl(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
+    """With the N x N centring matrix, each power by a product and the last one unused, as its code runs."""
+    n, width = z0.shape
+    eye = torch.eye(width, device=z0.device)
+    loss = z0.new_zeros(())
+    for z, p in ((z0, p1), (z1, p0)):
+        z, p = F.normalize(z, dim=1), F.normalize(p, dim=1)
+        for left, right in ((None, p), (p, z)):  # uniformity, alignment
+            centre = torch.eye(n, device=z.device) - 1 / n
+            weight = eye if left is None else left.T @ centre @ left / n + eye
+            step = right.T @ centre @ z / n
+            power, log = step, torch.zeros_like(step)
+            for k in range(1, 5):
+                log = log + (-1) ** (k + 1) / k * power
+                power = power @ step
+            loss = loss - torch.trace(weight @ log) / 2
+    return torch.cat(torch.autograd.grad(loss, (z0, z1)))
+
+
+def _ours_matrix_ssl(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(matrix_ssl_loss(z0, z1, p0, p1), (z0, z1)))
+
+
+def _plain_mec(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
+    """The N x N matrix and its powers, one product each."""
+    n = z0.shape[0]
+    loss = z0.new_zeros(())
+    for z, p in ((z0, p1), (z1, p0)):
+        step = F.normalize(p, dim=1) @ F.normalize(z, dim=1).T / (n * MEC_EPS)
+        power, log = step, step
+        for k in range(2, 5):
+            power = power @ step
+            log = log + (-1) ** (k + 1) / k * power
+        loss = loss - MEC_EPS * torch.trace(log) / 2
+    return torch.cat(torch.autograd.grad(loss, (z0, z1)))
+
+
+def _ours_mec(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(mec_loss(z0, z1, p0, p1, eps_d=MEC_EPS), (z0, z1)))
+
+
+@torch.no_grad()
+def _plain_predictor(z: Tensor) -> Tensor:
+    """One update from an empty moment, then W; and its root, which the published loss needs."""
+    scaled = z / z.shape[0] ** 0.5
+    moment = 0.998 * torch.zeros(z.shape[1], z.shape[1], device=z.device) + 0.002 * scaled.T @ scaled
+    values, vectors = torch.linalg.eig(moment)
+    values, vectors = values.real.clamp_min(0), vectors.real
+    powered = (values / values.max()) ** 0.5
+    root = vectors @ powered.sqrt().diag() @ vectors.T
+    return vectors @ powered.diag() @ vectors.T + 0 * root[0, 0]
+
+
+@torch.no_grad()
+def _ours_predictor(z: Tensor) -> Tensor:
+    predictor = ClosedFormPredictor(z.shape[1], alpha=0.5).to(z.device)
+    predictor.update(z)
+    return predictor.W
+
+
+def _heads(views: tuple[int, int], rows: int, width: int, device: str) -> list[Tensor]:
+    """Outputs of a teacher's and a student's head, the views one below the other."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = (torch.randn(count * rows, width, generator=generator) for count in views)
+    return [output.to(device).requires_grad_() for output in outputs]
+
+
+def _plain_dissl(views: tuple[int, int], teacher: Tensor, student: Tensor) -> tuple[Tensor, ...]:
+    """With what the authors' own code logs at every step: the same view's cross-entropy, each assignment's entropy."""
+    scaled = teacher.float() / 0.5
+    every_p, every_log_p = (f(scaled, dim=-1).chunk(views[0]) for f in (F.softmax, F.log_softmax))
+    every_log_q = F.log_softmax(student.float() / 1.0, dim=-1).chunk(views[1])
+    distillation, invariance, entropies, logged = [], [], [], []
+    for t, p in enumerate(every_p):
+        entropies.append(torch.distributions.Categorical(probs=p.mean(0)).entropy())
+        for u, log_p in enumerate(every_log_p):
+            if u != t:
+                invariance.append(-(p * log_p).sum(-1).mean())
+        for s, log_q in enumerate(every_log_q):
+            if s == t:
+                logged.append(-(p.detach() * log_q.detach()).sum(-1).mean())
+            else:
+                distillation.append(-(p * log_q).sum(-1).mean())
+    logged.append(torch.distributions.Categorical(probs=torch.cat(every_p).detach()).entropy().mean())
+    parts = [torch.stack(each).mean() for each in (distillation, entropies, invariance)]
+    return torch.autograd.grad(parts[0] - 2.3 * parts[1] + 0.8 * parts[2], (teacher, student))
+
+
+def _ours_dissl(views: tuple[int, int], teacher: Tensor, student: Tensor) -> tuple[Tensor, ...]:
+    outputs = (output.unflatten(0, (count, -1)) for output, count in zip((teacher, student), views, strict=True))
+    return torch.autograd.grad(dissl_loss(*outputs), (teacher, student))
+
+
+def _plain_cissl(views: int, teacher: Tensor, student: Tensor) -> tuple[Tensor, ...]:
+    rows = len(student)
+    logits = (F.normalize(student, dim=1) @ F.normalize(teacher, dim=1).T).float() / 0.07
+    own = torch.eye(rows // views, device=student.device).bool().repeat(views, views)
+    log_q = logits.log_softmax(-1)[own].view(rows, views)
+    return torch.autograd.grad((-log_q.sum(1) / views).mean(), (teacher, student))
+
+
+def _ours_cissl(views: int, teacher: Tensor, student: Tensor) -> tuple[Tensor, ...]:
+    loss = cissl_loss(student.unflatten(0, (views, -1)), teacher.unflatten(0, (views, -1)))
+    return torch.autograd.grad(loss, (teacher, student))
+
+
+def _view_cases() -> dict[str, Case]:
+    """DISSL with 2 teacher views, CISSL with as many as of the student; the number in the name is the student's."""
+    cases = {}
+    for count in (2, 8):
+        cases[f"dissl_{count}"] = Case(
+            partial(_heads, (2, count)),
+            partial(_plain_dissl, (2, count)),
+            partial(_ours_dissl, (2, count)),
+            sizes=((256, 16384), (2560, 16384)),
+            work=lambda rows, width: rows * width,
+        )
+        cases[f"cissl_{count}"] = Case(
+            partial(_heads, (count, count)),
+            partial(_plain_cissl, count),
+            partial(_ours_cissl, count),
+            sizes=((256, 128), (1024, 128)),
+            work=lambda rows, width: rows**2 * width,
+        )
+    return dict(sorted(cases.items()))
+
+
+LOSSES = {
+    "ssl_ey": Case(_views, _plain_ssl_ey, _ours_ssl_ey),
+    "byol": Case(_views, _plain_byol, _ours_byol),
+    "isoloss": Case(_predicted_views, _plain_isoloss, _ours_isoloss),
+    "matrix_ssl": Case(_four_views, _plain_matrix_ssl, _ours_matrix_ssl, sizes=WIDE_AND_TALL),
+    "mec": Case(_four_views, _plain_mec, _ours_mec, sizes=WIDE_AND_TALL),
+    **_view_cases(),
+}
+PREDICTORS = {
+    "closed_form_predictor": Case(
+        _moments, _plain_predictor, _ours_predictor, lambda width: (GENERAL_EIG * width**3, SYMMETRIC_EIG * width**3)
+    )
+}
+
+
+def compare(name: str, rows: int, width: int, *, device: str = "cpu", repeat: int = 7, budget: float = 60) -> Result:
+    """Run one case.
+
+    Args:
+        name: a key of LOSSES or PREDICTORS.
+        rows: N.
+        width: D.
+        device: "cpu" or "cuda".
+        repeat: timed rounds of both functions, interleaved, after one untimed round that warms up and counts.
+        budget: seconds after which no further timed round begins; the first always runs.
+    """
+    case = CASES[name]
+    inputs = case.make(rows, width, device)
+    begin = time.perf_counter()
+    (plain, *plain_counts), (ours, *ours_counts) = (_counted(f, inputs, device) for f in (case.plain, case.ours))
+    pairs = zip(tree_leaves(plain), tree_leaves(ours), strict=True)
+    difference = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
+    del plain, ours, pairs
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeat):
+        for function, times in zip((case.plain, case.ours), seconds, strict=True):
+            _wait(device)
+            start = time.perf_counter()
+            function(*inputs)
+            _wait(device)
+            times.append(time.perf_counter() - start)
+        if time.perf_counter() - begin > budget:
+            break
+    plain_seconds, ours_seconds = (statistics.median(times) for times in seconds)
+    plain_flops, ours_flops = (
+        c[0] + e for c, e in zip((plain_counts, ours_counts), case.extra_flops(width), strict=True)
+    )
+    return Result(
+        case=name,
+        rows=rows,
+        width=width,
+        plain_seconds=plain_seconds,
+        ours_seconds=ours_seconds,
+        time_ratio=statistics.median(a / b for a, b in zip(*seconds, strict=True)),
+        flop_ratio=plain_flops / ours_flops if ours_flops else None,
+        plain_bytes=plain_counts[1],
+        ours_bytes=ours_counts[1],
+        difference=difference,
+    )
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the storages that operators return until they are freed: ``peak`` is the most alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[weakref.ref, int]] = {}
+        self.held = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func(*args, **(kwargs or {}))
+        # what was given is not new; what a view or an in-place operator returns is known already
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(returned):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if id(storage) not in self.live and id(storage) not in given:
+                    self._follow(storage)
+        return returned
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+
+        def freed(_: Any) -> None:
+            del self.live[key]
+            self.held -= size
+
+        self.live[key] = (weakref.ref(storage, freed), size)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+
+
+def _counted(function: Callable[..., Any], inputs: Sequence[Tensor], device: str) -> tuple[Any, int, int]:
+    """The result, the operations in matrix products, and the most bytes alive at once beyond the inputs."""
+    live = _LiveBytes()
+    with live, FlopCounterMode(display=False) as flops:
+        result = function(*inputs)
+    _wait(device)
+    return result, flops.get_total_flops(), live.peak
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+CASES = {**LOSSES, **PREDICTORS}
+COLUMNS = "{:<22}{:>6}{:>6}{:>12}{:>12}{:>9}{:>9}{:>11}{:>10}"
+
+
+def _row(result: Result) -> str:
+    return COLUMNS.format(
+        result.case,
+        result.rows,
+        result.width,
+        f"{1e3 * result.plain_seconds:.2f}",
+        f"{1e3 * result.ours_seconds:.2f}",
+        f"{result.time_ratio:.1f}x",
+        "-" if result.flop_ratio is None else f"{result.flop_ratio:.1f}x",
+        f"{result.plain_bytes / 1e6:.1f}",
+        f"{result.ours_bytes / 1e6:.1f}",
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None or int(match[1]) < 2 or int(match[2]) < 1:
+        raise argparse.ArgumentTypeError(f"must be ROWSxWIDTH with at least 2 rows, like 256x512, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m plugins.experiments.bench",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="COMMAND --help lists the options of each.",
+    )
+    commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
+    for name, text in {
+        "losses": "each loss beside the formula as published",
+        "predictors": "the closed-form predictor beside the general eigensolver",
+        "all": "both",
+    }.items():
+        command = commands.add_parser(name, help=text, description=f"Time and memory of {text}.")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        command.add_argument("--sizes", nargs="+", type=_size, metavar="NxD", help="rows x width, like 256x512")
+        least = bench_step.at_least(1)
+        command.add_argument("--repeat", type=least, default=7, help="timed rounds, of which the median is printed")
+        command.add_argument("--quick", action="store_true", help="only sizes that take seconds")
+        command.add_argument("--budget", type=float, default=600, help="seconds in all; what does not fit is left out")
+    text = "a whole training step of each method beside one of solo-learn's own"
+    first, *_, last = (bench_step.__doc__ or "").split("\n\n")
+    bench_step.add_options(commands.add_parser("step", help=text, description=f"{first} {last}"))
+    text = "images per second of DALI and of the ordinary loader"
+    bench_data.add_options(commands.add_parser("data", help=text, description=f"{text.capitalize()}."))
+    for command in commands.choices.values():
+        command.add_argument(
+            "--json", type=Path, metavar="FILE", help="write the results and the environment here, too"
+        )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device is visible to torch")
+    run = {"step": bench_step.run, "data": bench_data.run}.get(options.what, _run)
+    environment, results = run(options)
+    if options.json is not None:
+        environment["machine"] = platform.machine()
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"environment": environment, "results": results}, indent=2) + "\n")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Print the table of losses and predictors; what it was measured on, and the results."""
+    jobs = []
+    if options.what in ("losses", "all"):
+        sizes = options.sizes or (QUICK_SIZES if options.quick else SIZES)
+        jobs += [(n, *size) for size in sizes for n, case in LOSSES.items() if options.sizes or not case.sizes]
+        if not options.sizes:
+            of_own = {n: case.sizes[:1] if options.quick else case.sizes for n, case in LOSSES.items()}
+            jobs += [(n, *size) for n, sizes in of_own.items() for size in sizes]
+    if options.what in ("predictors", "all"):
+        jobs += [(n, *size) for size in options.sizes or PREDICTOR_SIZES for n in PREDICTORS]
+    device = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU threads: {torch.get_num_threads()}"
+    print(f"torch {torch.__version__}, {device}; medians of forward and backward; floor: ratio of operation counts")
+    header = ("case", "N", "D", "plain ms", "ours ms", "faster", "floor", "plain MB", "ours MB")
+    print(COLUMNS.format(*header), flush=True)
+    begin = time.perf_counter()
+    results: list[Result] = []
+    for name, rows, width in jobs:
+        left = options.budget - (time.perf_counter() - begin)
+        needed = _expected_seconds(name, rows, width, results)
+        if needed > left:
+            print(
+                f"{name:<22}{rows:>6}{width:>6}   left out: about {needed:.0f} s, {max(left, 0):.0f} s of --budget left"
+            )
+            continue
+        result = compare(name, rows, width, device=options.device, repeat=options.repeat, budget=left / 4)
+        results.append(result)
+        print(_row(result), flush=True)
+    return {"torch": torch.__version__, "device": device}, [r._asdict() for r in results]
+
+
+def _expected_seconds(name: str, rows: int, width: int, results: Sequence[Result]) -> float:
+    """Two rounds of both functions, scaled up from the last result of the case by its work; 0 without one."""
+    last = next((r for r in reversed(results) if r.case == name), None)
+    if last is None:
+        return 0
+    growth = CASES[name].work(rows, width) / CASES[name].work(last.rows, last.width)
+    return 2 * growth * (last.plain_seconds + last.ours_seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,334 @@
+"""A whole training step of each method beside one of solo-learn's own: ``python -m plugins.experiments.bench step``.
+
+A step is all that Lightning does for one batch: both views forward, the teacher's forward passes, loss, backward, the
+optimiser, the teacher's update, what is logged. A method and its reference have the same configuration (its YAML file),
+backbone, head widths, optimiser and batch, and take turns in one process: some steps each, round after round. Printed
+are the medians of the rounds, the median and range of their ratio, and the ratio of the fastest steps of all. Below 1 a
+step is faster than the reference's.
+
+The reference is solo-learn's method of the same name, else its BYOL for methods with a teacher and its VICReg for the
+others. Methods with a teacher run a second time at momentum τ = 0, where the teacher is the student itself.
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from plugins.tools.command import UserError, exit_on_user_error
+
+PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+"""The second one stands still while other programs run: for one thread of a shared machine."""
+WARM_UP = 1
+"""Untimed steps at the start of each turn: the optimiser makes its state."""
+_WIDTHS = {"proj_hidden_dim", "proj_output_dim"}
+"""What a method needs for a projector of the shape that solo-learn's methods have."""
+_VICREG = {"sim_loss_weight": 25.0, "var_loss_weight": 25.0, "cov_loss_weight": 1.0}
+
+
+class Setting(NamedTuple):
+    """What all methods of one comparison share."""
+
+    configs: str = "configs/solo/digits"
+    """Folder with one YAML file a method."""
+    backbone: str | None = None
+    """As in ``backbone.name``; None takes it from the YAML file, as with the following ones."""
+    size: int = 32
+    """Height and width of the images, in pixels."""
+    batch: int = 64
+    """Images, of which a step sees two views."""
+    hidden: int | None = None
+    """Width of the hidden layers of projector and predictor; None takes the file's."""
+    width: int | None = None
+    """Width of the embedding; None takes the file's."""
+    device: str = "cpu"
+    precision: str = "32"
+    clock: str = "wall"
+    overrides: tuple[str, ...] = ()
+    """Hydra's, for every method alike: ``optimizer.name=lars``."""
+
+
+class StepResult(NamedTuple):
+    """One row of the table."""
+
+    method: str
+    teacher: str
+    """"EMA", "τ = 0" or "none"."""
+    reference: str
+    hidden: int
+    width: int
+    seconds: float
+    reference_seconds: float
+    ratio: float
+    """Median over the rounds of a step's time over the reference's."""
+    fastest: float
+    """The same of the fastest steps of all: nearest to a quiet machine, where others share it."""
+    ratios: list[float]
+    """Of each round."""
+
+
+class Contestant:
+    """A method that takes its turn in Lightning's trainer.
+
+    Args:
+        model: the method.
+        setting: batch, device and precision.
+    """
+
+    def __init__(self, model: Any, setting: Setting) -> None:
+        self.model, self.setting = model, setting
+        generator = torch.Generator().manual_seed(0)
+        rows, size = setting.batch, setting.size
+        views = [torch.randn(rows, 3, size, size, generator=generator).to(setting.device) for _ in range(2)]
+        index = torch.arange(rows, device=setting.device)
+        self.batch = (index, views, index % model.num_classes)
+
+    def turn(self, steps: int) -> list[float]:
+        """Take so many steps, after the first untimed ones; their times in seconds."""
+        from omegaconf import OmegaConf
+        from torch.utils.data import DataLoader
+
+        from solo_ext.compat import pl
+        from solo_ext.launch import build_trainer
+
+        begins: list[float] = []
+        setting = self.setting
+        callback: Any = pl.Callback
+
+        class Clock(callback):
+            def on_train_batch_start(self, *_: Any) -> None:
+                if setting.device == "cuda":
+                    torch.cuda.synchronize()
+                begins.append(CLOCKS[setting.clock]())
+
+        options = {
+            "accelerator": "gpu" if setting.device == "cuda" else "cpu",
+            "devices": 1,
+            "strategy": "auto",
+            "precision": PRECISIONS[setting.precision],
+            "max_epochs": 1,
+            "enable_progress_bar": False,
+        }
+        trainer = build_trainer(OmegaConf.create(options), [], [Clock()])
+        # the beginning of one batch more ends the last step
+        batches: Any = [self.batch] * (WARM_UP + steps + 1)
+        trainer.fit(self.model, DataLoader(batches, batch_size=None))
+        self.model.zero_grad(set_to_none=True)
+        return [end - begin for begin, end in pairwise(begins)][WARM_UP:]
+
+
+def bench_step(
+    setting: Setting, *, methods: str = "*", repeat: int = 5, steps: int = 3
+) -> tuple[list[StepResult], list[str]]:
+    """Compare the methods whose name matches with their references.
+
+    Args:
+        setting: shapes, device and options.
+        methods: pattern of names, as of files: ``iso*``.
+        repeat: rounds, >= 1.
+        steps: timed steps of each method in each round, >= 1.
+
+    Returns:
+        A row per method and teacher, and the names of methods that the folder has no file for, or that have no
+        projector of the shape that solo-learn's methods have.
+
+    Raises:
+        UserError: no such folder, method, backbone or option.
+    """
+    from plugins.methods import METHODS
+    from solo_ext.compat import native_methods
+    from solo_ext.launch import config_folder
+    from solo_ext.registry import plugin_methods
+
+    folder = config_folder(setting.configs)
+    names = [name for name in METHODS if fnmatch(name, methods)]
+    if not names:
+        raise UserError(f"no method matches {methods!r}; there are {', '.join(METHODS)}")
+    left_out = [
+        name for name in names if not (folder / f"{name}.yaml").is_file() or not set(METHODS[name].options) >= _WIDTHS
+    ]
+    contestants: dict[tuple, Contestant] = {}
+    pairs = []
+    for name in names:
+        if name in left_out:
+            continue
+        cfg = _configuration(folder, name, setting)
+        reference = _reference(cfg)
+        widths = (cfg.method_kwargs.proj_hidden_dim, cfg.method_kwargs.proj_output_dim)
+        against = (reference.method, *widths)
+        if against not in contestants:
+            contestants[against] = _contestant(native_methods()[reference.method], reference, setting)
+        for teacher in ("EMA", "τ = 0") if METHODS[name].teacher else ("none",):
+            if teacher == "τ = 0":
+                cfg.momentum.base_tau = cfg.momentum.final_tau = 0.0
+            contestants[name, teacher] = _contestant(plugin_methods()[name], cfg, setting)
+            pairs.append(((name, teacher), against))
+
+    rounds: dict[tuple, list[list[float]]] = {key: [] for key in contestants}
+    for number in range(repeat):
+        # turned round each time, so that nobody always runs after the same one
+        order = list(contestants) if number % 2 == 0 else list(contestants)[::-1]
+        for key in order:
+            rounds[key].append(contestants[key].turn(steps))
+    results: list[StepResult] = []
+    for key, against in pairs:
+        medians = [[statistics.median(times) for times in rounds[each]] for each in (key, against)]
+        ratios = [a / b for a, b in zip(*medians, strict=True)]
+        ours, theirs = (statistics.median(times) for times in medians)
+        fastest = min(map(min, rounds[key])) / min(map(min, rounds[against]))
+        method, teacher = key
+        reference, hidden, width = against
+        row = StepResult(
+            method, teacher, reference, hidden, width, ours, theirs, statistics.median(ratios), fastest, ratios
+        )
+        results.append(row)
+    return results, left_out
+
+
+def _configuration(folder: Path, name: str, setting: Setting) -> Any:
+    """The method's file, with what the setting says otherwise."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from solo_ext.compat.common import complete
+
+    with initialize_config_dir(str(folder), version_base="1.2"):
+        try:
+            cfg = compose(name, list(setting.overrides))
+            OmegaConf.resolve(cfg)
+        except Exception as error:  # Hydra has many kinds, each with one good first line
+            raise UserError(f"{folder / name}.yaml: {str(error).splitlines()[0]}") from None
+    OmegaConf.set_struct(cfg, False)
+    kwargs = cfg.setdefault("method_kwargs", {})
+    if setting.backbone is not None:
+        cfg.backbone.name = setting.backbone
+    if setting.hidden is not None:
+        kwargs.proj_hidden_dim = setting.hidden
+        if "pred_hidden_dim" in kwargs:
+            kwargs.pred_hidden_dim = setting.hidden
+    if setting.width is not None:
+        kwargs.proj_output_dim = setting.width
+    cfg.augmentations[0].crop_size = setting.size
+    cfg.optimizer.batch_size = setting.batch
+    cfg.max_epochs = 1
+    cfg.data.update({"num_classes": 10, "num_large_crops": 2, "num_small_crops": 0})
+    return complete(cfg)
+
+
+def _reference(cfg: Any) -> Any:
+    """The same configuration for solo-learn's own method; a predictor of its own is as wide as the projector."""
+    from plugins.methods import METHODS
+    from solo_ext.compat import native_methods, native_options
+
+    ours, name = METHODS[cfg.method], cfg.method
+    if name not in native_methods():
+        name = "byol" if ours.teacher else "vicreg"
+    known = native_options(name)
+    widths = {key: cfg.method_kwargs[key] for key in ("proj_hidden_dim", "proj_output_dim")}
+    given = {"pred_hidden_dim": widths["proj_hidden_dim"], **_VICREG, **cfg.method_kwargs, **widths}
+    reference = cfg.copy()
+    reference.method = name
+    reference.method_kwargs = {key: value for key, value in given.items() if key in known}
+    return reference
+
+
+def _contestant(cls: type, cfg: Any, setting: Setting) -> Contestant:
+    from solo_ext.launch import refused
+
+    with refused(f"method {cfg.method}"):
+        model = cls(cfg)
+    if not cfg.performance.disable_channel_last:
+        model = model.to(memory_format=torch.channels_last)
+    return Contestant(model, setting)
+
+
+def table(results: Iterable[StepResult]) -> str:
+    """The results in Markdown."""
+    lines = [
+        "| method | teacher | solo-learn's | hidden, width | ms a step | solo-learn's ms | ratio | rounds | fastest |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in results:
+        lines.append(
+            f"| {r.method} | {r.teacher} | {r.reference} | {r.hidden}, {r.width} | {1e3 * r.seconds:.1f} "
+            f"| {1e3 * r.reference_seconds:.1f} | {r.ratio:.2f} | {min(r.ratios):.2f}–{max(r.ratios):.2f} "
+            f"| {r.fastest:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from there."""
+
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, got {text}")
+        return int(text)
+
+    return whole
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bench step``."""
+    default = Setting()
+    add = parser.add_argument
+    add("--method", default="*", metavar="PATTERN", help="only methods whose name matches, like 'iso*'")
+    add("--configs", default=default.configs, metavar="FOLDER", help="one YAML file a method (default: %(default)s)")
+    add("--backbone", metavar="NAME", help="backbone.name (default: the file's)")
+    add("--size", type=at_least(1), default=default.size, help="height and width of the images (default: %(default)s)")
+    add("--batch", type=at_least(2), default=default.batch, help="images of two views each (default: %(default)s)")
+    add(
+        "--hidden", type=at_least(1), help="width of the hidden layers of projector and predictor (default: the file's)"
+    )
+    add("--width", type=at_least(1), help="width of the embedding (default: the file's)")
+    add("--device", choices=("cpu", "cuda"), default=default.device)
+    add("--precision", choices=tuple(PRECISIONS), default=default.precision, help="16 and bf16 are mixed precision")
+    add("--clock", choices=tuple(CLOCKS), default=default.clock, help="processor: for one thread of a shared machine")
+    add(
+        "--repeat",
+        type=at_least(1),
+        default=5,
+        help="rounds, of whose ratios the median is printed (default: %(default)s)",
+    )
+    add("--steps", type=at_least(1), default=3, help="timed steps of each method in a round (default: %(default)s)")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration, for all alike: data.dataset=cifar10")
+
+
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Print the table that the options ask for.
+
+    Returns:
+        What it was measured on and with, and the results.
+
+    Raises:
+        SystemExit: an option is wrong; its sentence is printed.
+    """
+    from solo_ext.launch import quieten
+
+    quieten()
+    warnings.filterwarnings("ignore", message=".*no `val_dataloader`.*")
+    from solo_ext.compat import host_release
+
+    setting = Setting(**{key: getattr(options, key) for key in Setting._fields if key != "overrides"})
+    setting = setting._replace(overrides=tuple(options.overrides))
+    device = torch.cuda.get_device_name() if setting.device == "cuda" else f"CPU threads: {torch.get_num_threads()}"
+    print(
+        f"solo-learn {host_release()}, torch {torch.__version__}, {device}, precision {setting.precision}; "
+        f"{setting.batch} images of {setting.size} px; {setting.clock} time, medians of {options.repeat} rounds",
+        flush=True,
+    )
+    with exit_on_user_error():
+        results, left_out = bench_step(setting, methods=options.method, repeat=options.repeat, steps=options.steps)
+    print(table(results))
+    if left_out:
+        print(f"left out, without a file in {setting.configs} or such a projector: {', '.join(left_out)}")
+    environment = {"solo-learn": host_release(), "torch": torch.__version__, "device": device, **setting._asdict()}
+    return environment, [result._asdict() for result in results]

@@ -1,0 +1,332 @@
+"""Table and figure of a suite: ``python -m plugins.experiments.report results/digits``.
+
+Reads ``<framework>/<method>/seed<n>/`` under the folder: ``result.json``, and for the curves ``metrics.csv`` and
+``eigenvalues.csv``. Writes ``table.md``, ``figure.png`` and ``figure.pdf`` beside them. A run without a result is shown
+as missing.
+"""
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plugins.experiments import report_datasets
+from plugins.experiments.results import (
+    ACCENT,
+    FAINT,
+    INK,
+    SECOND,
+    Row,
+    markdown_table,
+    number,
+    read_rows,
+    score,
+    untrained,
+)
+
+SCORES = {"knn": "kNN", "linear": "linear", "linear_5": "5 labels"}
+LOSSES = ("train_ssl_loss_epoch", "loss")
+"""The column of an epoch's mean loss: in solo-learn; in lightly and VISSL."""
+SMALLEST = 1e-8
+"""Eigenvalues below this fraction of the largest are rounding noise and not drawn."""
+COLUMNS = 7
+"""Panels side by side in the figure."""
+
+
+def titles(rows: Sequence[Row]) -> list[str]:
+    """Names for table and figure, with the framework where there is more than one."""
+    from plugins.methods import METHODS
+
+    several = len({row.framework for row in rows}) > 1
+    names = [METHODS[row.method].title if row.method in METHODS else row.method for row in rows]
+    return [f"{name} ({row.framework})" if several else name for name, row in zip(names, rows, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------- table
+
+
+def make_table(rows: Sequence[Row]) -> str:
+    """The table in Markdown, with what one has to know to read it.
+
+    Args:
+        rows: of the suite.
+
+    Returns:
+        Text that ends with a newline.
+    """
+    head = ["method", "epochs", *(f"{title} (%)" for title in SCORES.values()), "seconds", "images/s"]
+    body = [
+        [
+            (f"*{title}* (baseline)" if row.baseline else title) + ("" if row.results else ": missing"),
+            number(row.mean("epochs")),
+            *(score(row, key, None if row.baseline else untrained(rows, row.framework, key)) for key in SCORES),
+            number(row.mean("seconds")),
+            number(row.mean("images_per_second")),
+        ]
+        for row, title in zip(rows, titles(rows), strict=True)
+    ]
+    lines = [
+        *markdown_table(head, body),
+        "",
+        "kNN and linear evaluation use all training labels, the third column 5 labels a class; the backbone is frozen,",
+        "except in the supervised row. Accuracy of the last epoch on the validation images; in brackets the points",
+        "above the untrained backbone. Seconds and images/s are those of training the backbone.",
+    ]
+    seeds = max((len(row.results) for row in rows), default=0)
+    if seeds > 1:
+        lines.append(f"Mean ± sample standard deviation over up to {seeds} seeds.")
+    missing = [str(run) for row in rows for run in row.missing]
+    if missing:
+        lines += ["", "Missing (not finished or failed; each folder has a log.txt): " + ", ".join(missing)]
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------ figure
+
+
+def read_losses(run: Path) -> tuple[list[float], list[float]]:
+    """Training loss of each epoch, from metrics.csv.
+
+    Args:
+        run: folder of the run.
+
+    Returns:
+        Epochs, from 1, and losses; empty where there are none.
+    """
+    epochs, losses = [], []
+    for line in _read_csv(run, "metrics.csv"):
+        epoch = _float(line.get("epoch"))
+        loss = next((_float(line[name]) for name in LOSSES if name in line), None)
+        if epoch is not None and loss is not None:
+            epochs.append(epoch + 1)
+            losses.append(loss)
+    return epochs, losses
+
+
+def read_spectrum(run: Path) -> tuple[list[float], list[list[float]]]:
+    """Eigenvalues of the covariance of the representation, epoch by epoch, from eigenvalues.csv.
+
+    Args:
+        run: folder of the run.
+
+    Returns:
+        Epochs, from 1, and for each epoch its eigenvalues, largest first; empty where there are none.
+    """
+    epochs, spectra = [], []
+    for line in _read_csv(run, "eigenvalues.csv"):
+        epoch = _float(line.get("epoch"))
+        values = [_float(value) for name, value in line.items() if name and name.startswith("eigval_")]
+        if epoch is not None and values:
+            epochs.append(epoch + 1)
+            spectra.append([math.nan if value is None else value for value in values])
+    return epochs, spectra
+
+
+def _read_csv(run: Path, name: str) -> list[dict[str, Any]]:
+    """Rows of a file that pre-training wrote: into the run's folder, or into one below it (VISSL, lightly)."""
+    places = (run / name, run / "pretrain" / name, run / run.parent.name / name)
+    file = next((file for file in places if file.is_file()), run / name)
+    try:
+        with file.open(newline="") as lines:
+            return list(csv.DictReader(lines))
+    except (OSError, csv.Error, UnicodeDecodeError):
+        return []
+
+
+def _float(text: Any) -> float | None:
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def make_figure(rows: Sequence[Row], files: Sequence[Path]) -> None:
+    """Draw accuracy, loss and spectrum.
+
+    Args:
+        rows: of the suite.
+        files: where to save it; the suffix says in which format.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = dict(zip(((row.framework, row.method) for row in rows), titles(rows), strict=True))
+    methods = [(names[row.framework, row.method], row) for row in rows if not row.baseline]
+    columns = min(COLUMNS, max(len(methods), 3))
+    bands = math.ceil(max(len(methods), 1) / columns)
+    heights = [1.3 + 0.3 * max(len(methods), 1), 0.5 + 1.6 * bands, 0.9 + 1.8 * bands]
+    style: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": FAINT,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "pdf.fonttype": 42,
+    }
+    with rc_context(style):
+        figure = Figure(figsize=(max(1.75 * columns, 9), sum(heights)), layout="constrained")
+        FigureCanvasAgg(figure)
+        top, middle, bottom = figure.subfigures(3, 1, squeeze=False, height_ratios=heights).ravel()
+        _draw_accuracy(top, methods, rows)
+        _draw_losses(middle, methods, bands, columns)
+        _draw_spectra(bottom, methods, bands, columns)
+        for file in files:
+            # No date in the file: the same results give the same bytes.
+            stamp = {"CreationDate": None} if file.suffix == ".pdf" else None
+            figure.savefig(file, dpi=150, metadata=stamp)
+
+
+def _draw_accuracy(figure: Any, methods: Sequence[tuple[str, Row]], rows: Sequence[Row]) -> None:
+    """A panel for each evaluation: a dot a method, from the untrained backbone's line."""
+    axes = figure.subplots(1, len(SCORES), sharey=True)
+    figure.suptitle("Accuracy on the validation images (%)", x=0.01, ha="left", fontweight="bold")
+    frameworks = sorted({row.framework for row in rows})
+    for ax, (key, title) in zip(axes, SCORES.items(), strict=True):
+        ax.set_title(title, pad=18)
+        for place, (_, row) in enumerate(methods):
+            mean, start = row.mean(key), untrained(rows, row.framework, key)
+            if mean is None:
+                ax.text(0.02, place, "missing", transform=ax.get_yaxis_transform(), va="center", color=SECOND, size=8)
+                continue
+            if start is not None:
+                ax.plot([start, mean], [place, place], color=ACCENT, alpha=0.35, lw=2, solid_capstyle="butt", zorder=2)
+            ax.errorbar(mean, place, xerr=row.deviation(key), fmt="o", color=ACCENT, ms=5.5, capsize=2.5, zorder=3)
+            ax.annotate(f"{mean:.1f}", (mean, place), (0, 5), textcoords="offset points", ha="center", size=7.5)
+        for row in rows:
+            mean = row.mean(key)
+            if not row.baseline or mean is None:
+                continue
+            supervised = row.method == "supervised"
+            ax.axvline(mean, color=SECOND if supervised else FAINT, lw=1.2, ls="--" if supervised else "-", zorder=1)
+            if row.framework == frameworks[0]:
+                ax.annotate(
+                    f"{row.method}\n{mean:.1f}",
+                    (mean, 1),
+                    (0, 2),
+                    xycoords=("data", "axes fraction"),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    size=7,
+                    linespacing=0.9,
+                    color=SECOND if supervised else INK,
+                )
+        ax.margins(x=0.12)
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x", color="#eeeeee", zorder=0)
+    axes[0].set_yticks(range(len(methods)), [name for name, _ in methods])
+    axes[0].set_ylim(len(methods) - 0.4, -0.7)
+
+
+def _panels(figure: Any, count: int, bands: int, columns: int) -> list[Any]:
+    """One pair of axes for each method; those that are left over are hidden."""
+    axes = figure.subplots(bands, columns, squeeze=False, sharex=True).ravel().tolist()
+    for ax in axes[count:]:
+        ax.set_visible(False)
+    return axes[:count]
+
+
+def _draw_losses(figure: Any, methods: Sequence[tuple[str, Row]], bands: int, columns: int) -> None:
+    """A panel for each method, for the losses have no common scale; a line for each seed."""
+    figure.suptitle("Training loss per epoch (each method has its own scale)", x=0.01, ha="left", fontweight="bold")
+    for ax, (name, row) in zip(_panels(figure, len(methods), bands, columns), methods, strict=True):
+        curves = [read_losses(run) for run in [*row.folders, *row.missing]]
+        for epochs, losses in curves:
+            ax.plot(epochs, losses, color=ACCENT, lw=1.4, alpha=0.8)
+        _finish_panel(ax, name, "" if any(epochs for epochs, _ in curves) else "missing")
+
+
+def _draw_spectra(figure: Any, methods: Sequence[tuple[str, Row]], bands: int, columns: int) -> None:
+    """A panel for each method: eigenvalues 1, 2, 4, 8, ... of its first seed, epoch by epoch."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure.suptitle(
+        "Eigenvalue spectrum of the representation per epoch (eigenvalue number 1, 2, 4, 8, …)",
+        x=0.01,
+        ha="left",
+        fontweight="bold",
+    )
+    panels = _panels(figure, len(methods), bands, columns)
+    spectra = [
+        next((s for s in map(read_spectrum, [*row.folders, *row.missing]) if s[0]), ([], [])) for _, row in methods
+    ]
+    most = max((len(line) for _, lines in spectra for line in lines), default=2)
+    norm = LogNorm(1, max(most, 2))
+    colours = colormaps["viridis_r"]
+    for ax, (name, row), (epochs, lines) in zip(panels, methods, spectra, strict=True):
+        largest = max((value for line in lines for value in line if value > 0), default=None)
+        if largest is not None:
+            width = min(len(line) for line in lines)
+            for number in (2**power for power in range(width.bit_length())):
+                values = [line[number - 1] for line in lines]
+                shown = [value if value > largest * SMALLEST else math.nan for value in values]
+                ax.plot(epochs, shown, color=colours(norm(number)), lw=1.2)
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(numticks=5))
+            ax.yaxis.set_minor_locator(NullLocator())
+        # DISSL and CISSL finish without one
+        _finish_panel(ax, name, "" if largest is not None else "not followed" if row.results else "missing")
+    for ax in panels[-columns:]:
+        ax.set_xlabel("epoch")
+    if panels:
+        ticks = [4**power for power in range(6) if 4**power <= most]
+        bar = figure.colorbar(ScalarMappable(norm, colours), ax=panels, ticks=ticks, pad=0.01, aspect=25, shrink=0.9)
+        bar.ax.set_yticks(ticks, [str(tick) for tick in ticks])
+        bar.ax.minorticks_off()
+        bar.outline.set_visible(False)
+        bar.set_label("number of the eigenvalue", size=8)
+
+
+def _finish_panel(ax: Any, name: str, instead: str) -> None:
+    """Title and ticks; where there is no curve, a word in its place."""
+    ax.set_title(name, loc="left")
+    ax.tick_params(labelsize=7.5, length=2)
+    if instead:
+        ax.text(0.5, 0.5, instead, transform=ax.transAxes, ha="center", va="center", color=SECOND)
+        ax.set_yticks([])
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m plugins.experiments.report", description="Table and figure of a suite."
+    )
+    parser.add_argument("folder", type=Path, help="results of a suite, such as results/digits")
+    parser.add_argument("--by-dataset", action="store_true", help="of a suite that runs on several data sets")
+    options = parser.parse_args(argv)
+    table = report_datasets.write(options.folder) if options.by_dataset else _write(options.folder)
+    if table is None:
+        print(
+            f"error: no runs in {options.folder}; expected folders <framework>/<method>/seed<n> there", file=sys.stderr
+        )
+        return 2
+    print(f"\n{table}")
+    print("written: " + ", ".join(str(options.folder / name) for name in ("table.md", "figure.png", "figure.pdf")))
+    return 0
+
+
+def _write(folder: Path) -> str | None:
+    rows = read_rows(folder) if folder.is_dir() else []
+    if not rows:
+        return None
+    table = make_table(rows)
+    (folder / "table.md").write_text(table)
+    make_figure(rows, [folder / "figure.png", folder / "figure.pdf"])
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Table and figure of a suite on several data sets: ``python -m plugins.experiments.report --by-dataset FOLDER``.
+
+Runs lie in ``<framework>/<method>_<data set>/seed<n>/``. A line is a method on a data set, beside what was published.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plugins.experiments.published import PUBLISHED, Published
+from plugins.experiments.results import (
+    ACCENT,
+    FAINT,
+    INK,
+    MISSING,
+    SECOND,
+    Row,
+    markdown_table,
+    number,
+    read_rows,
+    score,
+)
+from plugins.experiments.suites import solo
+
+SCORES = {
+    "online": "online",
+    "online_top5": "top-5",
+    "knn": "kNN",
+    "linear": "linear",
+    "linear_top5": "top-5",
+}
+"""number in result.json → its column."""
+
+
+def split_label(row: Row) -> tuple[str, str]:
+    """Method and data set of a row."""
+    method, _, dataset = row.method.rpartition("_")
+    return method, dataset
+
+
+def names(rows: Sequence[Row]) -> list[str]:
+    """The method of each row, with the framework where there is more than one."""
+    several = len({row.framework for row in rows}) > 1
+    return [split_label(row)[0] + (f" ({row.framework})" if several else "") for row in rows]
+
+
+def ordered_rows(folder: Path) -> list[Row]:
+    """The rows of a suite: by data set, then by method, both in the order of the suite."""
+    methods = [variant.name for variant in (*solo.IMPLICIT_VAR_REG, *solo.SSL_EY)]
+    datasets = list(solo.DATA)
+
+    def place(row: Row) -> tuple[int, int, str]:
+        method, dataset = split_label(row)
+        return (
+            datasets.index(dataset) if dataset in datasets else len(datasets),
+            methods.index(method) if method in methods else len(methods),
+            row.method,
+        )
+
+    return sorted(read_rows(folder), key=place)
+
+
+def make_table(rows: Sequence[Row], published: dict[str, Published]) -> str:
+    """The table in Markdown, with what one has to know to read it.
+
+    Args:
+        rows: of the suite.
+        published: run → what was published of it.
+
+    Returns:
+        Text that ends with a newline.
+    """
+    shown = [key for key in SCORES if any(row.values(key) for row in rows)]
+    head = [
+        *("data set", "method", "epochs"),
+        *(f"{SCORES[key]} (%)" for key in shown),
+        *("published (%)", "top-5 (%)", "hours"),
+    ]
+    body = []
+    for row, name in zip(rows, names(rows), strict=True):
+        _, dataset = split_label(row)
+        known = published.get(row.method)
+        hours = row.mean("seconds")
+        body.append(
+            [
+                dataset,
+                name + ("" if row.results else ": missing"),
+                number(row.mean("epochs")),
+                *(score(row, key, None) for key in shown),
+                f"{known.top1:.2f}" if known else "",
+                f"{known.top5:.2f}" if known and known.top5 is not None else "",
+                MISSING if hours is None else f"{hours / 3600:.2f}",
+            ]
+        )
+    lines = [
+        *markdown_table(head, body, words=2),
+        "",
+        "Accuracy after the last epoch on test images (TinyImageNet, ImageNet, ImageNet-100, digits: validation).",
+        "Online: of a linear classifier trained beside the backbone, without influence on it; kNN: 20 neighbours;",
+        "linear: of a linear classifier trained afterwards on the frozen backbone. Hours are those of pre-training.",
+    ]
+    sources = sorted({known.source for known in published.values()})
+    lines.append(
+        f"Published: {'; '.join(sources)}." if sources else "Published: no number of these runs could be retrieved."
+    )
+    seeds = max((len(row.results) for row in rows), default=0)
+    if seeds > 1:
+        lines.append(f"Mean ± sample standard deviation over up to {seeds} seeds.")
+    missing = [str(run) for row in rows for run in row.missing]
+    if missing:
+        lines += ["", "Missing (not finished or failed; each folder has a log.txt): " + ", ".join(missing)]
+    return "\n".join(lines) + "\n"
+
+
+def make_figure(rows: Sequence[Row], published: dict[str, Published], files: Sequence[Path]) -> None:
+    """A panel for each data set, a line for each method.
+
+    Args:
+        rows: of the suite.
+        published: run → what was published of it.
+        files: where to save it; the suffix says in which format.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    datasets = list(dict.fromkeys(split_label(row)[1] for row in rows))
+    methods = list(dict.fromkeys(names(rows)))
+    marks = {"online": ("o", ACCENT, "online"), "knn": ("^", FAINT, "kNN"), "linear": ("s", INK, "linear")}
+    style: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
+    with rc_context(style):
+        figure = Figure(figsize=(2.2 + 2.4 * len(datasets), 1.4 + 0.32 * len(methods)), layout="constrained")
+        FigureCanvasAgg(figure)
+        for ax, dataset in zip(figure.subplots(1, len(datasets), sharey=True, squeeze=False)[0], datasets, strict=True):
+            for row, title in zip(rows, names(rows), strict=True):
+                if split_label(row)[1] != dataset:
+                    continue
+                place = methods.index(title)
+                for key, (mark, colour, name) in marks.items():
+                    mean = row.mean(key)
+                    if mean is not None:
+                        ax.errorbar(
+                            mean,
+                            place,
+                            xerr=row.deviation(key),
+                            fmt=mark,
+                            color=colour,
+                            ms=5.5,
+                            capsize=2.5,
+                            label=name,
+                        )
+                if row.method in published:
+                    ax.plot(published[row.method].top1, place, "x", color=SECOND, ms=7, mew=1.8, label="published")
+            ax.set_title(dataset, loc="left")
+            ax.set_xlabel("accuracy (%)")
+            ax.grid(axis="x", color="#eeeeee")
+            ax.set_axisbelow(True)
+            ax.margins(x=0.12)
+            ax.set_yticks(range(len(methods)), methods)
+            ax.set_ylim(len(methods) - 0.4, -0.6)
+        handles = {
+            name: handle for ax in figure.axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
+        for file in files:
+            figure.savefig(file, dpi=150, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
+
+
+def write(folder: Path) -> str | None:
+    """Write table.md, figure.png and figure.pdf of a suite.
+
+    Args:
+        folder: its results; the name says which published numbers belong to it.
+
+    Returns:
+        The table, or None where there are no runs.
+    """
+    rows = ordered_rows(folder) if folder.is_dir() else []
+    if not rows:
+        return None
+    published = PUBLISHED.get(folder.resolve().name, {})
+    table = make_table(rows, published)
+    (folder / "table.md").write_text(table)
+    make_figure(rows, published, [folder / "figure.png", folder / "figure.pdf"])
+    return table

@@ -1,0 +1,130 @@
+"""Results of a suite: rows of finished runs, and how reports format their numbers."""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BASELINES = ("untrained", "supervised")
+"""Rows that are no self-supervised method: the first goes to the top of the table, the second to its end."""
+MISSING = "–"
+"""The cell of a number that no run has."""
+INK, FAINT, ACCENT, SECOND = "#222222", "#9a9a9a", "#1f6fb4", "#c8553d"
+
+
+@dataclass
+class Row:
+    """One method in one framework: its finished runs, and the folders of the others."""
+
+    framework: str
+    method: str
+    results: list[dict[str, Any]] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    missing: list[Path] = field(default_factory=list)
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is there for comparison only."""
+        return self.method in BASELINES
+
+    def values(self, key: str) -> list[float]:
+        """The finite numbers that its runs have under a key."""
+        found = [result.get(key) for result in self.results]
+        return [float(value) for value in found if isinstance(value, int | float) and math.isfinite(value)]
+
+    def mean(self, key: str) -> float | None:
+        """Mean over seeds, None where no run has the number."""
+        values = self.values(key)
+        return statistics.fmean(values) if values else None
+
+    def deviation(self, key: str) -> float | None:
+        """Sample standard deviation over seeds, None with fewer than two."""
+        values = self.values(key)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Collect the runs of a suite.
+
+    Args:
+        folder: results of the suite.
+
+    Returns:
+        A row for each framework and method that has a folder of runs there: by framework, the untrained backbone first,
+        the supervised one last.
+    """
+    rows: dict[tuple[str, str], Row] = {}
+    for run in sorted(folder.glob("*/*/seed*"), key=lambda path: (path.parts[:-1], _natural(path.name))):
+        if not run.is_dir():
+            continue
+        framework, method = run.parts[-3:-1]
+        row = rows.setdefault((framework, method), Row(framework, method))
+        result = _read_result(run / "result.json")
+        if result is None:
+            row.missing.append(run)
+        else:
+            row.results.append(result)
+            row.folders.append(run)
+    return sorted(rows.values(), key=lambda row: (row.framework, _rank(row.method), row.method))
+
+
+def _rank(method: str) -> int:
+    return {"untrained": 0, "supervised": 2}.get(method, 1)
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+def _read_result(file: Path) -> dict[str, Any] | None:
+    try:
+        result = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) else None
+
+
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, words: int = 1) -> list[str]:
+    """The lines of a table whose columns are of one width each.
+
+    Args:
+        head: titles of the columns.
+        body: cells, line by line.
+        words: how many columns, from the left, hold words; the others are aligned to the right.
+    """
+    widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
+
+    def text(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if column < words else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (width + 1) + ("-" if i < words else ":") for i, width in enumerate(widths)) + "|"
+    return [text(head), rule, *map(text, body)]
+
+
+def score(row: Row, key: str, reference: float | None) -> str:
+    """Mean, deviation and points above a reference, as a cell."""
+    mean, deviation = row.mean(key), row.deviation(key)
+    if mean is None:
+        return MISSING
+    text = f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+    return text if reference is None else f"{text} ({mean - reference:+.1f})"
+
+
+def number(value: float | None) -> str:
+    """A whole number as a cell."""
+    return MISSING if value is None else f"{value:.0f}"
+
+
+def untrained(rows: Sequence[Row], framework: str, key: str) -> float | None:
+    """Of the untrained backbone: it is the same network in every framework, and need not have been run in each."""
+    found = [row for row in rows if row.method == "untrained" and row.mean(key) is not None]
+    found.sort(key=lambda row: row.framework != framework)
+    return found[0].mean(key) if found else None

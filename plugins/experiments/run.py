@@ -1,0 +1,289 @@
+"""Runs a suite of experiments: ``python -m plugins.experiments digits``.
+
+Several runs go side by side. A run that is finished (its ``result.json`` exists) is skipped, one that was interrupted
+goes on with the command that was interrupted, one that fails stops no other. What a suite consists of is in
+:mod:`plugins.experiments.suites`.
+"""
+
+import argparse
+import fnmatch
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from plugins.experiments.suites import Request, Run, Suite, dissl, lightly, matrix_ssl, solo, toy, vissl
+from plugins.experiments.suites.runner import THREADS, Outcome, Runner, shell
+from plugins.tools.command import Parser, UserError
+from plugins.tools.records import read_json
+
+SUITES: dict[str, Suite] = {
+    "digits": Suite(
+        title="every method on 1797 real handwritten digits, beside an untrained and a supervised backbone",
+        folder="digits",
+        frameworks={"solo": solo.digits, "lightly": lightly.digits, "vissl": vissl.digits},
+        sample={"lightly": ("isoloss",), "vissl": ("isoloss",)},
+        options=("seeds", "epochs"),
+        prepare=solo.prepare,
+    ),
+    "implicit_var_reg": Suite(
+        title="the 40 runs of arXiv:2212.04858: ten methods on CIFAR-10, CIFAR-100, STL-10 and TinyImageNet",
+        folder="implicit_var_reg",
+        frameworks={"solo": solo.implicit_var_reg},
+        options=("seeds", "epochs", "devices", "data"),
+        datasets=(*solo.IMPLICIT_VAR_REG_DATA, "digits"),
+        prepare=solo.prepare,
+        report=("-m", "plugins.experiments.report", "--by-dataset"),
+        jobs=solo.one_at_a_time,
+    ),
+    "ssl_ey": Suite(
+        title="SSL-EY with and without projector on CIFAR-10, CIFAR-100 and ImageNet-100",
+        folder="ssl_ey",
+        frameworks={"solo": solo.ssl_ey},
+        options=("seeds", "epochs", "devices", "data"),
+        datasets=(*solo.SSL_EY_DATA, "digits"),
+        prepare=solo.prepare,
+        report=("-m", "plugins.experiments.report", "--by-dataset"),
+        jobs=solo.one_at_a_time,
+    ),
+    **{
+        name: Suite(
+            title=title,
+            folder=name,
+            frameworks={"solo": dissl.lister(name)},
+            options=("seeds", "epochs", "devices", "data"),
+            datasets=tuple(dissl.SWEEPS),
+            prepare=solo.prepare,
+            report=("-m", "plugins.experiments.report_dissl"),
+            jobs=solo.one_at_a_time,
+        )
+        for name, title in dissl.TITLES.items()
+    },
+    "matrix_ssl": Suite(
+        title="Matrix-SSL and MEC on ImageNet: 100 to 400 epochs, linear probing, backbones for COCO",
+        folder="matrix_ssl",
+        frameworks={"solo": matrix_ssl.in_solo, "vissl": matrix_ssl.in_vissl},
+        options=("seeds", "epochs", "devices", "data"),
+        datasets=(*matrix_ssl.DATA, "digits"),
+        prepare=solo.prepare,
+        report=("-m", "plugins.experiments.report", "--by-dataset"),
+        jobs=solo.one_at_a_time,
+    ),
+    "toy_dynamics": Suite(
+        title="eigenvalue dynamics of the linear toy model, theory against simulation: figures in a minute",
+        folder="toy_dynamics",
+        frameworks={"numpy": toy.toy_dynamics},
+        options=(),
+        report=("-m", "plugins.experiments.toy_dynamics", "--table"),
+    ),
+}
+
+
+def select(runs: Sequence[Run], pattern: str | None) -> list[Run]:
+    """The runs whose name holds a pattern, and those that they need.
+
+    Args:
+        runs: of the suite.
+        pattern: part of a name, ``*`` and ``?`` as in a shell; None selects all.
+
+    Returns:
+        The selected runs in their order.
+
+    Raises:
+        UserError: there are none.
+    """
+    if pattern is None:
+        return list(runs)
+    chosen = {run.name for run in runs if _matches(run, pattern)}
+    if not chosen:
+        raise UserError(f"--only {pattern} matches none of the runs: {', '.join(run.name for run in runs)}")
+    needed = {name for run in runs if run.name in chosen and not run.result.is_file() for name in run.needs}
+    return [run for run in runs if run.name in chosen | needed]
+
+
+def _matches(run: Run, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(run.name, f"*{pattern}*")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; needs nothing but the standard library.
+
+    Raises:
+        UserError: it is wrong.
+    """
+    parser = Parser(
+        prog="python -m plugins.experiments",
+        description="Run a suite of experiments. Finished runs are skipped, interrupted ones go on.",
+        epilog="suites:\n" + "\n".join(f"  {name:26} {suite.title}" for name, suite in SUITES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("suite", metavar="SUITE", help=f"one of {', '.join(SUITES)}")
+    add(
+        "--framework", metavar="NAME", help="only the runs of this framework, or all of all (digits: solo and a sample)"
+    )
+    add("--only", metavar="PATTERN", help="only runs with this in their name; * and ? as in a shell")
+    add("--seeds", type=_positive, metavar="N", help="seeds 0 to N-1 (default: 1)")
+    add("--epochs", type=_positive, metavar="N", help="epochs of pre-training instead of the YAML's")
+    add("--devices", type=_positive, metavar="N", help="GPUs of each pre-training, each with the YAML's batch size")
+    add("--data", metavar="NAME,...", help="data sets instead of all of the suite; digits are there for a trial")
+    add("--data-folder", type=Path, default=Path("datasets"), metavar="FOLDER", help="where they are (datasets)")
+    add("--jobs", type=_positive, metavar="N", help="runs at a time (default: cores; 1 for suites that want a GPU)")
+    add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="(default: results)")
+    add("--list", action="store_true", help="name the runs and stop")
+    add("--dry-run", action="store_true", help="print the exact commands and stop")
+    add("--check", action="store_true", help="check this command line and stop")
+    options = parser.parse_args(argv)
+    if options.suite not in SUITES:
+        raise UserError(f"unknown suite {options.suite!r}; the suites are: {', '.join(SUITES)}")
+    suite = SUITES[options.suite]
+    if options.framework not in (None, "all", *suite.frameworks):
+        raise UserError(
+            f"suite {options.suite} has no framework {options.framework!r}; it has: {', '.join(suite.frameworks)}, all"
+        )
+    for option in ("seeds", "epochs", "devices", "data"):
+        if getattr(options, option) is not None and option not in suite.options:
+            raise UserError(f"suite {options.suite} has no --{option}")
+    if options.data is not None:
+        options.data = options.data.split(",")
+        for name in options.data:
+            if name not in suite.datasets:
+                raise UserError(f"suite {options.suite} has no data set {name!r}; it has: {', '.join(suite.datasets)}")
+    return options
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_suite(options: argparse.Namespace) -> int:
+    """Do what a command line asks for.
+
+    Returns:
+        The exit status: 1 where a run or the report failed, 2 where the data are missing.
+
+    Raises:
+        UserError: the selection is empty.
+    """
+    suite = SUITES[options.suite]
+    request = Request(
+        out=options.out,
+        seeds=range(options.seeds or 1),
+        epochs=options.epochs,
+        devices=options.devices,
+        data=options.data,
+        data_folder=options.data_folder,
+    )
+    runs = select(_of_frameworks(suite, options.framework, options.only, request), options.only)
+    if options.list:
+        width = max(len(run.name) for run in runs)
+        for run in runs:
+            print(f"{run.name:{width}}  {'finished' if run.result.is_file() else 'to do'}")
+        return 0
+    to_do = [run for run in runs if not run.result.is_file()]
+    preparation = suite.prepare(to_do, request)
+    results = options.out / suite.folder
+    report = (*suite.report, str(results))
+    if options.dry_run:
+        _print_commands(preparation, runs, report)
+        return 0
+    for run in runs:
+        if run.result.is_file():
+            print(_skipped(run), flush=True)
+    status = 0
+    if to_do:
+        for arguments in preparation:
+            failed = _call(arguments)
+            if failed == 2:  # it has said what is missing
+                return 2
+            if failed != 0:
+                print(f"error: preparation failed, nothing was run: {shell(arguments)}", file=sys.stderr)
+                return 1
+        jobs = min(options.jobs or suite.jobs(request) or _cores(), len(to_do))
+        print(f"{len(to_do)} runs, {jobs} at a time; logs in {results}/<framework>/<run>/seed<n>/log.txt", flush=True)
+        outcome = Runner(to_do, jobs=jobs, say=lambda line: print(line, flush=True)).go()
+        status = 1 if outcome.failed else 0
+    if _call(report) != 0:
+        print(f"error: the report failed: {shell(report)}", file=sys.stderr)
+        status = 1
+    if to_do:
+        _summarise(outcome, {run.name: run for run in to_do})
+    return status
+
+
+def _of_frameworks(suite: Suite, framework: str | None, only: str | None, request: Request) -> list[Run]:
+    """The runs of one framework or of all. Of what the user did not ask for: the suite's sample.
+
+    A pattern means the first framework, unless it matches nothing there: ``--only isoloss`` is one run.
+    """
+    names = list(suite.frameworks) if framework is None or framework == "all" else [framework]
+    runs = [run for name in names for run in suite.frameworks[name](request)]
+    if framework is not None:
+        return runs
+    if only is None:
+        return [run for run in runs if run.method in suite.sample.get(run.framework, (run.method,))]
+    first = [run for run in runs if run.framework == names[0]]
+    return first if any(_matches(run, only) for run in first) else runs
+
+
+def _print_commands(preparation: Sequence[Sequence[str]], runs: Sequence[Run], report: Sequence[str]) -> None:
+    for arguments in preparation:
+        print(shell(arguments))
+    for run in runs:
+        if run.result.is_file():
+            print(f"# {_skipped(run)}")
+            continue
+        print(f"# {run.name}")
+        for step in run.steps:
+            print(shell(step.arguments))
+    print("# report")
+    print(shell(report))
+
+
+def _skipped(run: Run) -> str:
+    epochs = read_json(run.result).get("epochs")
+    if run.epochs is not None and epochs != run.epochs:
+        return (
+            f"{run.name}: skipped, finished with {epochs} epochs, not {run.epochs}; delete {run.folder} to run it again"
+        )
+    return f"{run.name}: skipped, finished before ({run.result})"
+
+
+def _summarise(outcome: Outcome, runs: Mapping[str, Run]) -> None:
+    print(f"{len(outcome.finished)} runs finished, {len(outcome.failed)} failed", flush=True)
+    for name, why in outcome.failed.items():
+        print(f"failed: {name}: {why}; log: {runs[name].log}", file=sys.stderr, flush=True)
+
+
+def _call(arguments: Sequence[str]) -> int:
+    """Run a command in the foreground."""
+    return subprocess.run([sys.executable, *arguments], env={**os.environ, **THREADS}, check=False).returncode
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, 1 (a run failed), 2 (a user's mistake) or 130 (interrupted)."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        options = parse(argv)
+        return 0 if options.check else run_suite(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished runs are kept, the same command goes on with the others", file=sys.stderr)
+        return 130

@@ -1,0 +1,164 @@
+"""The lightly column of the suite ``digits``.
+
+lightly is a library: its settings are arguments. They are taken from the YAML files of solo-learn's column, so that
+both train alike.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from plugins.experiments.suites import Request, Run, Step
+from plugins.experiments.suites.solo import KNN, config_folder, finished_epochs, methods_of
+from plugins.tools.records import read_json
+
+CHANNELS = {"mean": (0.2692, 0.2715, 0.2712), "std": (0.1796, 0.1785, 0.1798)}
+"""Of the training images."""
+
+
+def digits(request: Request) -> list[Run]:
+    """Every method that has a YAML for the digits in solo-learn's column.
+
+    The untrained and the supervised backbone are there too: they are the same network and training here.
+
+    Args:
+        request: folder, seeds, epochs.
+
+    Returns:
+        The runs, in the order in which they should start.
+    """
+    from hydra import compose, initialize_config_dir
+
+    configs = config_folder("digits")
+    with initialize_config_dir(str(configs.resolve()), version_base="1.2"):
+        methods = {name: compose(name) for name in methods_of(configs)}
+        linear, linear_5 = compose("linear"), compose("linear_5")
+    return [
+        _run(method, seed, config, linear, linear_5, request)
+        for seed in request.seeds
+        for method, config in methods.items()
+    ]
+
+
+def _run(method: str, seed: int, config: Any, linear: Any, linear_5: Any, request: Request) -> Run:
+    """Pre-train and evaluate the frozen backbone; then the linear evaluation with five labels a class."""
+    folder = request.out / "digits" / "lightly" / method / f"seed{seed}"
+    data = request.data_folder / "digits"
+    (view,) = config.augmentations
+    epochs = request.epochs or config.max_epochs
+    common = {
+        "methods": method,
+        "val-dir": data / "val",
+        "num-workers": config.data.num_workers,
+        "accelerator": config.accelerator,
+        "backbone": config.backbone.name,
+        "input-size": view.crop_size,
+        **CHANNELS,
+        "option": {**config.method_kwargs, **config.momentum},
+        "seed": seed,
+        "eval-min-scale": linear.data.augmentations.crop_min_scale,
+        "eval-hf-prob": view.horizontal_flip.prob,
+        "skip-finetune-eval": True,
+    }
+    train = {
+        "train-dir": data / "train",
+        "log-dir": folder,
+        "epochs": epochs,
+        "batch-size-per-device": config.optimizer.batch_size,
+        "optimizer": config.optimizer.name,
+        "lr": config.optimizer.lr,
+        "weight-decay": config.optimizer.weight_decay,
+        "warmup-epochs": config.scheduler.warmup_epochs,
+        "transform": _transform(view),
+        "knn-k": KNN["k"],
+        "knn-t": KNN["temperature"],
+    }
+    few = {
+        "train-dir": data / "train_5",
+        "log-dir": folder / "linear_5",
+        "epochs": 0,
+        "ckpt-path": folder / method / "checkpoint.ckpt",
+        "batch-size-per-device": linear_5.optimizer.batch_size,
+        "skip-knn-eval": True,
+    }
+    return Run(
+        framework="lightly",
+        method=method,
+        dataset="digits",
+        seed=seed,
+        folder=folder,
+        steps=(
+            Step("pretrain", command({**common, **train, **_linear(linear)})),
+            Step("linear_5", command({**common, **few, **_linear(linear_5)})),
+        ),
+        collect=collect,
+        epochs=request.epochs,
+        progress=partial(progress, method=method, epochs=epochs),
+    )
+
+
+def _transform(view: Any) -> dict[str, float]:
+    """An entry of ``augmentations`` as arguments of lightly's transforms."""
+    jitter = view.color_jitter
+    return {
+        "min_scale": view.rrc.crop_min_scale,
+        "cj_prob": jitter.prob,
+        "cj_strength": 1.0,
+        "cj_bright": jitter.brightness,
+        "cj_contrast": jitter.contrast,
+        "cj_sat": jitter.saturation,
+        "cj_hue": jitter.hue,
+        "random_gray_scale": view.grayscale.prob,
+        "gaussian_blur": view.gaussian_blur.prob,
+        "solarization_prob": view.solarization.prob,
+        "hf_prob": view.horizontal_flip.prob,
+    }
+
+
+def _linear(config: Any) -> dict[str, float]:
+    return {"linear-epochs": config.max_epochs, "linear-lr": config.optimizer.lr}
+
+
+def command(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """A command of ours for lightly.
+
+    Args:
+        options: option → value, without the dashes; a dictionary becomes key=value words, True an option without value.
+    """
+    words: list[str] = []
+    for name, value in options.items():
+        words.append(f"--{name}")
+        if isinstance(value, dict):
+            words += [f"{key}={entry}" for key, entry in value.items()]
+        elif isinstance(value, tuple):
+            words += [str(entry) for entry in value]
+        elif value is not True:
+            words.append(str(value))
+    return ("-m", "lightly_ext.benchmarks", *words)
+
+
+def progress(folder: Path, *, method: str, epochs: int) -> tuple[int, int] | None:
+    """How far the pre-training in a run's folder has come: finished epochs and epochs in all; None while not known."""
+    try:
+        return finished_epochs(folder / method), epochs
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def collect(run: Run) -> dict[str, Any]:
+    """The numbers of a run, from the two files result.json that its commands wrote.
+
+    Args:
+        run: a run whose commands have all succeeded.
+
+    Returns:
+        What result.json says beside the identity of the run; accuracies, in per cent, are those of the last epoch.
+    """
+    training, few = (read_json(folder / run.method / "result.json") for folder in (run.folder, run.folder / "linear_5"))
+    return {
+        "knn": 100 * training["knn"]["top1"],
+        "linear": 100 * training["linear"]["top1"],
+        "linear_5": 100 * few["linear"]["top1"],
+        **{key: training[key] for key in ("epochs", "seconds", "images_per_second", "versions", "config")},
+    }

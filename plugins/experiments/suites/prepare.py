@@ -1,0 +1,123 @@
+"""Check or fetch data sets: ``python -m plugins.experiments.suites.prepare cifar10 stl10 --folder datasets``.
+
+CIFAR and STL-10 are downloaded by torchvision where they are missing. What cannot be had is told in one sentence with
+exit status 2, before anything is trained.
+"""
+
+import argparse
+import contextlib
+import io
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_SECONDS = 30.0
+"""How long a server may be silent."""
+DOWNLOADED: dict[str, tuple[str, dict[str, str]]] = {
+    "cifar10": ("CIFAR10", {}),
+    "cifar100": ("CIFAR100", {}),
+    "stl10": ("STL10", {"split": "train+unlabeled"}),
+}
+"""data set → (class in torchvision.datasets, its options)."""
+FOLDERS = {
+    "tinyimagenet": "make it of its archive with: "
+    "python -m plugins.tools.data tinyimagenet --archive tiny-imagenet-200.zip --out {place}",
+    "imagenet": "it has to be downloaded by hand and needs class folders in {place}/train and {place}/val",
+    "imagenet100": "it is made from ImageNet and needs class folders in {place}/train and {place}/val",
+}
+"""data set → how one gets it."""
+CLASSES = {"tinyimagenet": 200, "imagenet": 1000, "imagenet100": 100}
+"""data set → how many folders of classes it has."""
+
+
+class DataError(Exception):
+    """Data that cannot be had, told in one sentence."""
+
+
+def prepare(datasets: Sequence[str], folder: Path) -> None:
+    """Make sure that data sets are there.
+
+    Args:
+        datasets: keys of DOWNLOADED and FOLDERS.
+        folder: where they are, or go.
+
+    Raises:
+        DataError: one is missing and cannot be downloaded.
+    """
+    missing = []
+    for name in datasets:
+        place = folder / name
+        if name not in FOLDERS:
+            continue
+        classes = [_classes(place / split) for split in ("train", "val")]
+        if not all(classes):
+            missing.append(f"{name} is not in {place}: {FOLDERS[name].format(place=place)}")
+        elif len(classes[0]) != CLASSES[name] or classes[0] != classes[1]:
+            found = "{} and {}".format(*map(len, classes))
+            missing.append(
+                f"{place} is not {name}, which has {CLASSES[name]} folders of classes, the same in train and val, but "
+                f"{found} here: {FOLDERS[name].format(place=place)}"
+            )
+    if missing:
+        raise DataError("; ".join(missing) + "; or choose other data sets with --data")
+    for name in datasets:
+        if name in DOWNLOADED:
+            _download(name, folder)
+
+
+def _classes(folder: Path) -> set[str]:
+    """Names of the folders of classes that hold something."""
+    if not folder.is_dir():
+        return set()
+    return {entry.name for entry in folder.iterdir() if entry.is_dir() and any(entry.iterdir())}
+
+
+def _download(name: str, folder: Path) -> None:
+    from torchvision import datasets
+
+    title, options = DOWNLOADED[name]
+    dataset: Any = getattr(datasets, title)
+    with contextlib.suppress(RuntimeError), contextlib.redirect_stdout(io.StringIO()):
+        dataset(folder, **options)
+        print(f"{name}: in {folder}", file=sys.stderr)
+        return
+    print(f"{name}: downloading into {folder}", flush=True)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT_SECONDS)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        dataset(folder, download=True, **options)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{name} is not in {folder} and could not be downloaded ({reason}): "
+            f"put its archive {dataset.filename} there, or choose other data sets with --data"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m plugins.experiments.suites.prepare", description="Check or fetch data."
+    )
+    parser.add_argument("datasets", nargs="+", choices=[*DOWNLOADED, *FOLDERS], metavar="DATASET")
+    parser.add_argument("--folder", type=Path, default=Path("datasets"), help="where they are (default: datasets)")
+    options = parser.parse_args(argv)
+    try:
+        prepare(options.datasets, options.folder)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    import torch
+
+    if not torch.cuda.is_available():
+        print("no GPU here: training for the full number of epochs will take weeks; --epochs N makes it short")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

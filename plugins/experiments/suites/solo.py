@@ -1,0 +1,433 @@
+"""The suites that run in solo-learn: ``digits``, ``implicit_var_reg`` and ``ssl_ey``."""
+
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plugins.experiments.suites import Request, Run, Step
+from plugins.tools.command import UserError
+from plugins.tools.records import read_json, read_rows
+
+# ------------------------------------------------------------------------------------------------------ data sets
+
+
+class Data(NamedTuple):
+    """A data set as the suites use it.
+
+    Args:
+        configs: folder of its YAML files in configs/solo.
+        train, val: where its images are, below the folder of data sets.
+        workers: processes that load images for kNN.
+        linear: whether its runs end with a linear evaluation; elsewhere accuracy is that of the online classifier.
+    """
+
+    configs: str
+    train: str
+    val: str
+    workers: int = 4
+    linear: bool = False
+
+
+DATA = {
+    "cifar10": Data("cifar", ".", "."),
+    "cifar100": Data("cifar", ".", "."),
+    "stl10": Data("stl10", ".", "."),
+    "tinyimagenet": Data("tinyimagenet", "tinyimagenet/train", "tinyimagenet/val"),
+    "imagenet100": Data("imagenet100", "imagenet100/train", "imagenet100/val", workers=8, linear=True),
+    "imagenet": Data("imagenet", "imagenet/train", "imagenet/val", workers=8, linear=True),
+    "digits": Data("digits", "digits/train", "digits/val", workers=0, linear=True),
+}
+
+
+KNN: dict[str, float] = {"k": 20, "temperature": 0.07}
+"""Neighbours, and the temperature of their votes."""
+
+
+def prepare(runs: Sequence[Run], request: Request) -> list[tuple[str, ...]]:
+    """The commands that make or check the data sets of some runs.
+
+    Args:
+        runs: those that are to do.
+        request: where data sets are.
+    """
+    wanted = dict.fromkeys(run.dataset for run in runs)
+    others = [name for name in wanted if name != "digits"]
+    commands: list[tuple[str, ...]] = []
+    if others:
+        folder = ("--folder", str(request.data_folder))
+        commands.append(("-m", "plugins.experiments.suites.prepare", *others, *folder))
+    if "digits" in wanted:
+        commands.append(("-m", "plugins.tools.data", "digits", "--out", str(request.data_folder / "digits")))
+    return commands
+
+
+def one_at_a_time(request: Request) -> int | None:
+    """Runs at a time: one, for each wants the GPU for itself, but as many as there are cores on the digits."""
+    return None if request.data is not None and set(request.data) == {"digits"} else 1
+
+
+# --------------------------------------------------------------------------------------------------------- digits
+
+
+def digits(request: Request) -> list[Run]:
+    """Every method that has a YAML for the digits, beside an untrained and a supervised backbone.
+
+    Args:
+        request: folder, seeds, epochs.
+
+    Returns:
+        The runs, in the order in which they should start.
+    """
+    configs = config_folder("digits")
+    methods = methods_of(configs)
+    runs = []
+    for seed in request.seeds:
+        runs.append(_digits_pretrained("untrained", seed, None, configs, request))
+        runs += [_digits_pretrained(method, seed, request.epochs, configs, request) for method in methods]
+        runs.append(_digits_supervised(seed, request.epochs, configs, request))
+    return runs
+
+
+def _digits_pretrained(method: str, seed: int, epochs: int | None, configs: Path, request: Request) -> Run:
+    """Pre-train, then evaluate the frozen backbone."""
+    base = request.out / "digits" / "solo"
+    folder = base / method / f"seed{seed}"
+    train, few = (_digits_data(request, split) for split in ("train", "train_5"))
+    pretrain = command(
+        "main_pretrain",
+        configs,
+        method,
+        {
+            "seed": seed,
+            "checkpoint.dir": base,
+            "checkpoint.version": f"seed{seed}",
+            "auto_resume.enabled": True,
+            **train,
+            **({} if epochs is None else {"max_epochs": epochs}),
+        },
+    )
+    linear = {"seed": seed, "pretrained_feature_extractor": folder, "checkpoint.dir": folder}
+    return Run(
+        framework="solo",
+        method=method,
+        dataset="digits",
+        seed=seed,
+        folder=folder,
+        steps=(
+            Step("pretrain", pretrain),
+            knn_step(folder, folder, "digits", request),
+            linear_step("linear", configs, "linear", {**linear, "checkpoint.version": "all", **train}),
+            linear_step("linear_5", configs, "linear_5", {**linear, "checkpoint.version": "five", **few}),
+        ),
+        collect=collect_digits,
+        epochs=epochs,
+        progress=progress,
+    )
+
+
+def _digits_supervised(seed: int, epochs: int | None, configs: Path, request: Request) -> Run:
+    """Train backbone and classifier with labels, from the weights of the untrained run."""
+    folder = request.out / "digits" / "solo" / "supervised" / f"seed{seed}"
+    untrained = request.out / "digits" / "solo" / "untrained" / f"seed{seed}"
+    start = {"seed": seed, "pretrained_feature_extractor": untrained, "checkpoint.dir": folder}
+    train, few = (_digits_data(request, split) for split in ("train", "train_5"))
+    longer = {} if epochs is None else {"max_epochs": epochs}
+    return Run(
+        framework="solo",
+        method="supervised",
+        dataset="digits",
+        seed=seed,
+        folder=folder,
+        steps=(
+            linear_step("train", configs, "supervised", {**start, "checkpoint.version": "all", **train, **longer}),
+            knn_step(folder / "linear" / "all", folder, "digits", request),
+            linear_step("train_5", configs, "supervised_5", {**start, "checkpoint.version": "five", **few}),
+        ),
+        collect=collect_digits,
+        needs=(f"solo/untrained/seed{seed}",),
+        epochs=epochs,
+    )
+
+
+def _digits_data(request: Request, split: str) -> dict[str, Path]:
+    folder = request.data_folder / "digits"
+    return {"data.train_path": folder / split, "data.val_path": folder / "val"}
+
+
+def collect_digits(run: Run) -> dict[str, Any]:
+    """The numbers of a run, from knn.json, linear.json and pretrain.json in its folder.
+
+    Args:
+        run: a run whose commands have all succeeded.
+
+    Returns:
+        What result.json says beside the identity of the run. Accuracies are those of the last epoch: taking the best
+        epoch would be choosing on the validation labels.
+    """
+    linear = read_json(run.folder / "linear" / "all" / "linear.json")
+    pretrain = run.folder / "pretrain.json"
+    training = read_json(pretrain) if pretrain.is_file() else linear
+    return {
+        "epochs": training.get("epochs"),
+        "knn": read_json(run.folder / "knn.json")[0]["acc1"],
+        "linear": linear["acc1"],
+        "linear_5": read_json(run.folder / "linear" / "five" / "linear.json")["acc1"],
+        **of_training(training),
+    }
+
+
+# ------------------------------------------------------------------------------------- implicit_var_reg and ssl_ey
+
+
+class Variant(NamedTuple):
+    """A row of a published table.
+
+    Args:
+        name: as its authors call it, first part of the run's name.
+        config: name of the YAML file.
+        overrides: what it changes there.
+    """
+
+    name: str
+    config: str
+    overrides: tuple[str, ...] = ()
+
+
+_NO_TEACHER = ("teacher=none",)
+IMPLICIT_VAR_REG = (
+    Variant("byol", "byol"),
+    Variant("simsiam", "byol", _NO_TEACHER),
+    Variant("directpred", "directpred"),
+    Variant("directpred-noema", "directpred", _NO_TEACHER),
+    Variant("isoloss", "isoloss"),
+    Variant("isoloss-noema", "isoloss", _NO_TEACHER),
+    Variant("directcopy", "directcopy"),
+    Variant("directcopy-noema", "directcopy", _NO_TEACHER),
+    Variant("directcopy-isocopy", "isocopy"),
+    Variant("directcopy-isocopy-noema", "isocopy", _NO_TEACHER),
+)
+"""The runs of arXiv:2212.04858's table, named as its script names them. Its SimSiam is BYOL without the teacher."""
+IMPLICIT_VAR_REG_DATA = ("cifar10", "cifar100", "stl10", "tinyimagenet")
+
+SSL_EY = (Variant("ssl_ey", "ssl_ey"), Variant("ssl_ey-no-projector", "ssl_ey_no_projector"))
+SSL_EY_DATA = ("cifar10", "cifar100", "imagenet100")
+
+
+def implicit_var_reg(request: Request) -> list[Run]:
+    """Ten methods on four data sets."""
+    return _table("implicit_var_reg", IMPLICIT_VAR_REG, request.data or IMPLICIT_VAR_REG_DATA, request)
+
+
+def ssl_ey(request: Request) -> list[Run]:
+    """SSL-EY with and without projector on three data sets."""
+    return _table("ssl_ey", SSL_EY, request.data or SSL_EY_DATA, request)
+
+
+def _table(suite: str, variants: Sequence[Variant], datasets: Sequence[str], request: Request) -> list[Run]:
+    return [
+        _table_run(suite, variant, dataset, seed, request)
+        for seed in request.seeds
+        for variant in variants
+        for dataset in datasets
+    ]
+
+
+def _table_run(suite: str, variant: Variant, dataset: str, seed: int, request: Request) -> Run:
+    """Pre-train with an online classifier, then kNN and, where the data set asks for it, a linear evaluation."""
+    base, label, data = request.out / suite / "solo", f"{variant.name}_{dataset}", DATA[dataset]
+    configs, folder = config_folder(data.configs), base / label / f"seed{seed}"
+    places = {
+        "data.dataset": dataset,
+        "data.train_path": request.data_folder / data.train,
+        "data.val_path": request.data_folder / data.val,
+    }
+    overrides = pretraining(base, label, seed, places, request)
+    if request.epochs is not None:
+        overrides.update(asked_epochs(request.epochs))
+    steps = [
+        Step("pretrain", command("main_pretrain", configs, variant.config, overrides, variant.overrides)),
+        knn_step(folder, folder, dataset, request),
+    ]
+    if data.linear:
+        start = {"pretrained_feature_extractor": folder, "checkpoint.dir": folder, "checkpoint.version": "all"}
+        steps.append(linear_step("linear", configs, "linear", {"seed": seed, **places, **start}))
+    return Run(
+        framework="solo",
+        method=variant.name,
+        dataset=dataset,
+        seed=seed,
+        folder=folder,
+        steps=tuple(steps),
+        collect=collect_table,
+        epochs=request.epochs,
+        progress=progress,
+        label=label,
+    )
+
+
+def collect_table(run: Run) -> dict[str, Any]:
+    """The numbers of a run of a table, from pretrain.json, knn.json and, where there is one, linear.json.
+
+    Args:
+        run: a run whose commands have all succeeded.
+
+    Returns:
+        What result.json says beside the identity of the run; accuracies after the last epoch, never of the best.
+    """
+    training = read_json(run.folder / "pretrain.json")
+    linear = run.folder / "linear" / "all" / "linear.json"
+    evaluated = read_json(linear) if linear.is_file() else {}
+    return {
+        "epochs": training["epochs"],
+        "online": training["metrics"]["val_acc1"],
+        "online_top5": training["metrics"].get("val_acc5"),
+        "knn": read_json(run.folder / "knn.json")[0]["acc1"],
+        "linear": evaluated.get("acc1"),
+        "linear_top5": evaluated.get("acc5"),
+        **of_training(training),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+def config_folder(dataset: str) -> Path:
+    """Our YAML files for a data set in solo-learn.
+
+    Raises:
+        UserError: there are none.
+    """
+    return installed_configs("solo") / dataset
+
+
+def methods_of(configs: Path) -> list[str]:
+    """The methods that have a YAML file in a folder."""
+    from plugins.methods import METHODS
+
+    return sorted(method for method in METHODS if (configs / f"{method}.yaml").is_file())
+
+
+def installed_configs(framework: str) -> Path:
+    """Our configurations for a framework: those of the working directory, else those installed with its adapter.
+
+    Raises:
+        UserError: there are neither.
+    """
+    here = Path("configs") / framework
+    if here.is_dir():
+        return here
+    spec = importlib.util.find_spec(f"{framework}_ext")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(folder) / "configs").is_dir():
+            return Path(folder) / "configs"
+    raise UserError(f"no folder {here} here and none installed with {framework}_ext; run this from the checkout")
+
+
+def command(
+    module: str, configs: Path, name: str, overrides: Mapping[str, Any], more: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """A command of ours for solo-learn.
+
+    Args:
+        module: of solo_ext.
+        configs: folder of YAML files.
+        name: of one, without suffix.
+        overrides: entry → value.
+        more: overrides that are written out.
+    """
+    return (
+        *("-m", f"solo_ext.{module}", "--config-path", str(configs), "--config-name", f"{name}.yaml"),
+        *more,
+        *(f"++{key}={hydra_value(value)}" for key, value in overrides.items()),
+    )
+
+
+def pretraining(base: Path, label: str, seed: int, places: Mapping[str, Any], request: Request) -> dict[str, Any]:
+    """Overrides of a pre-training in ``base/label/seed<n>``, which goes on where it was interrupted.
+
+    Args:
+        base: folder of the suite's runs.
+        label: the run's name there.
+        seed: its seed.
+        places: overrides that say where its images are.
+        request: devices.
+    """
+    overrides = {
+        "name": label,
+        "seed": seed,
+        **places,
+        "checkpoint.dir": base,
+        "checkpoint.group": label,
+        "checkpoint.version": f"seed{seed}",
+        "auto_resume.enabled": True,
+    }
+    if request.devices is not None:
+        overrides["devices"] = request.devices
+    return overrides
+
+
+def asked_epochs(epochs: int) -> dict[str, int]:
+    """Overrides for a number of epochs that the user asked for: every epoch is validated, so that the last one is."""
+    return {"max_epochs": epochs, "check_val_every_n_epoch": 1}
+
+
+def linear_step(step: str, configs: Path, name: str, overrides: Mapping[str, Any]) -> Step:
+    """Linear evaluation, or training with labels."""
+    return Step(step, command("main_linear", configs, name, overrides))
+
+
+def knn_step(checkpoints: Path, folder: Path, dataset: str, request: Request) -> Step:
+    """kNN on the backbone's features, 20 neighbours.
+
+    Args:
+        checkpoints: folder of the checkpoint.
+        folder: where knn.json goes.
+        dataset: its name.
+        request: where data sets are.
+    """
+    data = DATA[dataset]
+    options = {
+        "pretrained_checkpoint_dir": checkpoints,
+        "dataset": dataset,
+        "train_data_path": request.data_folder / data.train,
+        "val_data_path": request.data_folder / data.val,
+        **KNN,
+        "distance_function": "cosine",
+        "feature_type": "backbone",
+        "num_workers": data.workers,
+        "output": folder / "knn.json",
+    }
+    flags = (text for key, value in options.items() for text in (f"--{key}", str(value)))
+    return Step("knn", ("-m", "solo_ext.main_knn", *flags))
+
+
+def finished_epochs(folder: Path) -> int:
+    """Epochs that metrics.csv in a folder holds.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: there is none yet, or it is being written.
+    """
+    return int(max(float(row["epoch"]) for row in read_rows(folder / "metrics.csv") if row.get("epoch"))) + 1
+
+
+def progress(folder: Path) -> tuple[int, int] | None:
+    """How far the pre-training in a folder has come: finished epochs and epochs in all; None while not known."""
+    try:
+        return finished_epochs(folder), int(read_json(folder / "args.json")["max_epochs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def hydra_value(value: Any) -> str:
+    """A value as Hydra's override grammar wants it: quoted unless it is plainly a word, a number or a path."""
+    text = str(value)
+    if re.fullmatch(r"[\w./+-]+", text, re.ASCII):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def of_training(training: Mapping[str, Any]) -> dict[str, Any]:
+    """What result.json says of the pre-training."""
+    return {key: training.get(key) for key in ("images_per_second", "seconds", "versions", "config")}

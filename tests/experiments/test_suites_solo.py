@@ -1,0 +1,303 @@
+"""The suites in solo-learn: which runs there are, their exact commands, what their results hold; one for real."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from plugins.experiments import run as experiments
+from plugins.experiments.suites import Request, prepare, solo
+
+ROOT = Path(__file__).parents[2]
+
+# --------------------------------------------------------------------------------------------------------- digits
+
+
+@pytest.fixture
+def digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "configs" / "solo" / "digits"
+    folder.mkdir(parents=True)
+    for name in ("byol", "ssl_ey", "untrained", "supervised", "linear", "linear_5", "not_a_method"):
+        (folder / f"{name}.yaml").touch()
+    return lambda **options: {run.name: run for run in solo.digits(Request(**options))}
+
+
+def test_methods_are_those_with_a_yaml_and_the_baselines(digits):
+    assert list(digits()) == [f"solo/{name}/seed0" for name in ("untrained", "byol", "ssl_ey", "supervised")]
+
+
+def test_pretraining_command_names_yaml_seed_folder_and_data(digits):
+    run = digits(seeds=[3], epochs=2, out=Path("my results"))["solo/byol/seed3"]
+    assert run.steps[0].arguments == (
+        *("-m", "solo_ext.main_pretrain", "--config-path", "configs/solo/digits", "--config-name", "byol.yaml"),
+        "++seed=3",
+        "++checkpoint.dir='my results/digits/solo'",
+        "++checkpoint.version=seed3",
+        "++auto_resume.enabled=True",
+        "++data.train_path=datasets/digits/train",
+        "++data.val_path=datasets/digits/val",
+        "++max_epochs=2",
+    )
+    assert [step.name for step in run.steps] == ["pretrain", "knn", "linear", "linear_5"]
+
+
+def test_epochs_change_the_training_of_backbones_only(digits):
+    for name, run in digits(epochs=2).items():
+        longer = [step.name for step in run.steps if "++max_epochs=2" in step.arguments]
+        expected = {"solo/untrained/seed0": [], "solo/supervised/seed0": ["train"]}
+        assert longer == expected.get(name, ["pretrain"])
+
+
+def test_supervised_starts_from_the_untrained_weights(digits):
+    run = digits(seeds=[1])["solo/supervised/seed1"]
+    assert run.needs == ("solo/untrained/seed1",)
+    assert "++pretrained_feature_extractor=results/digits/solo/untrained/seed1" in run.steps[0].arguments
+
+
+def test_without_configurations_there_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(solo.importlib.util, "find_spec", lambda name: None)
+    assert experiments.main(["digits", "--list"]) == 2
+    assert capsys.readouterr().err.startswith("error: no folder configs/solo here")
+
+
+@pytest.mark.parametrize(("value", "text"), [("a/b-1.c", "a/b-1.c"), ("a=b", "'a=b'"), ("it's", r"'it\'s'"), (3, "3")])
+def test_override_values_are_quoted_for_hydra(value, text):
+    assert solo.hydra_value(value) == text
+
+
+def _write_outputs(folder, *, pretrain=True):
+    for version, accuracy in (("all", 94.0), ("five", 86.0)):
+        (folder / "linear" / version).mkdir(parents=True)
+        content = {"acc1": accuracy, "best_acc1": 99.0, "epochs": 50, "images_per_second": 900.0, "seconds": 5.0}
+        (folder / "linear" / version / "linear.json").write_text(json.dumps(content))
+    (folder / "knn.json").write_text(json.dumps([{"feature_type": "backbone", "k": 20, "acc1": 91.0, "acc5": 99.0}]))
+    if pretrain:
+        content = {"epochs": 25, "images_per_second": 500.0, "seconds": 75.0, "versions": {"torch": "2"}, "config": {}}
+        (folder / "pretrain.json").write_text(json.dumps(content))
+
+
+def test_result_joins_the_numbers_of_all_steps(digits):
+    run = digits()["solo/byol/seed0"]
+    _write_outputs(run.folder)
+    assert solo.collect_digits(run) == {
+        "epochs": 25,
+        "knn": 91.0,
+        "linear": 94.0,
+        "linear_5": 86.0,
+        "images_per_second": 500.0,
+        "seconds": 75.0,
+        "versions": {"torch": "2"},
+        "config": {},
+    }
+
+
+def test_supervised_result_takes_its_own_accuracy_as_linear(digits):
+    run = digits()["solo/supervised/seed0"]
+    _write_outputs(run.folder, pretrain=False)
+    result = solo.collect_digits(run)
+    assert (result["epochs"], result["linear"], result["linear_5"], result["seconds"]) == (50, 94.0, 86.0, 5.0)
+
+
+# ------------------------------------------------------------------------------------- implicit_var_reg and ssl_ey
+
+
+@pytest.fixture
+def in_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def _composed(run):
+    """The configuration that a run's first command trains with, as Hydra composes it."""
+    arguments = list(run.steps[0].arguments)
+    assert arguments[:3] == ["-m", "solo_ext.main_pretrain", "--config-path"]
+    assert arguments[4] == "--config-name"
+    with initialize_config_dir(str(ROOT / arguments[3]), version_base="1.2"):
+        cfg = compose(arguments[5], arguments[6:])
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+def test_forty_runs_with_the_names_of_the_original_script(in_checkout):
+    prefixes = [
+        *("byol", "simsiam", "directpred", "directpred-noema", "isoloss", "isoloss-noema"),
+        *("directcopy", "directcopy-noema", "directcopy-isocopy", "directcopy-isocopy-noema"),
+    ]
+    datasets = ("cifar10", "cifar100", "stl10", "tinyimagenet")
+    runs = solo.implicit_var_reg(Request())
+    assert [run.name for run in runs] == [f"solo/{p}_{d}/seed0" for p in prefixes for d in datasets]
+    assert len({run.folder for run in runs}) == 40
+
+
+def test_the_forty_commands_train_what_the_table_says(in_checkout):
+    """(method, teacher, weight decay, rho, alpha, eps) of each of the ten blocks, on each of the four data sets."""
+    table = {
+        "byol": ("byol", 0.99, 1e-5, None, None, None),
+        "simsiam": ("byol", 0.0, 1e-5, None, None, None),
+        "directpred": ("directpred", 0.99, 1e-4, 0.998, 0.5, 0.0),
+        "directpred-noema": ("directpred", 0.0, 1e-4, 0.5, 0.5, 0.0),
+        "isoloss": ("isoloss", 0.99, 1e-4, 0.998, 0.5, 0.0),
+        "isoloss-noema": ("isoloss", 0.0, 1e-4, 0.5, 0.5, 0.0),
+        "directcopy": ("directcopy", 0.99, 1e-4, 0.998, 1.0, 0.25),
+        "directcopy-noema": ("directcopy", 0.0, 1e-4, 0.5, 1.0, 0.25),
+        "directcopy-isocopy": ("isocopy", 0.99, 1e-4, 0.998, 1.0, 0.25),
+        "directcopy-isocopy-noema": ("isocopy", 0.0, 1e-4, 0.5, 1.0, 0.25),
+    }
+    for run in solo.implicit_var_reg(Request()):
+        cfg = _composed(run)
+        kwargs = cfg.method_kwargs
+        powers = (kwargs.get("rho"), kwargs.get("alpha"), kwargs.get("eps"))
+        got = (cfg.method, cfg.momentum.base_tau, float(cfg.optimizer.weight_decay), *powers)
+        assert got == table[run.method], run.name
+        assert (cfg.data.dataset, cfg.name, cfg.max_epochs) == (run.dataset, f"{run.method}_{run.dataset}", 1000)
+        assert Path(cfg.checkpoint.dir, cfg.checkpoint.group, cfg.checkpoint.version) == run.folder
+        assert cfg.optimizer.name == ("lars" if cfg.momentum.final_tau else "sgd")
+
+
+def test_ssl_ey_with_and_without_projector(in_checkout):
+    runs = {run.name: run for run in solo.ssl_ey(Request())}
+    assert list(runs) == [
+        f"solo/{variant}_{dataset}/seed0"
+        for variant in ("ssl_ey", "ssl_ey-no-projector")
+        for dataset in ("cifar10", "cifar100", "imagenet100")
+    ]
+    for run in runs.values():
+        cfg = _composed(run)
+        assert cfg.method == "ssl_ey"
+        assert cfg.method_kwargs.get("projector", True) == (run.method == "ssl_ey")
+        steps = ["pretrain", "knn", *(["linear"] if run.dataset == "imagenet100" else [])]
+        assert [step.name for step in run.steps] == steps
+
+
+def test_options_reach_the_pretraining_only(in_checkout):
+    (run,) = [
+        run
+        for run in solo.ssl_ey(Request(epochs=3, devices=2, data=["imagenet100"], data_folder=Path("/data")))
+        if run.method == "ssl_ey"
+    ]
+    cfg = _composed(run)
+    assert (cfg.max_epochs, cfg.devices, cfg.check_val_every_n_epoch) == (3, 2, 1)
+    assert cfg.data.train_path == "/data/imagenet100/train"
+    for step in run.steps[1:]:
+        assert not any("epoch" in argument or "devices" in argument for argument in step.arguments)
+    assert "/data/imagenet100/val" in run.steps[1].arguments
+
+
+def test_data_replaces_the_data_sets(in_checkout):
+    runs = solo.implicit_var_reg(Request(data=["digits"], seeds=range(2)))
+    assert len(runs) == 20
+    assert {run.dataset for run in runs} == {"digits"}
+    assert solo.one_at_a_time(Request(data=["digits"])) is None
+    assert solo.one_at_a_time(Request()) == solo.one_at_a_time(Request(data=["digits", "cifar10"])) == 1
+
+
+def test_only_the_wanted_data_are_prepared(in_checkout):
+    runs = solo.implicit_var_reg(Request())
+    few = [run for run in runs if run.dataset in ("stl10", "cifar10")]
+    assert solo.prepare(few, Request(data_folder=Path("d"))) == [
+        ("-m", "plugins.experiments.suites.prepare", "cifar10", "stl10", "--folder", "d")
+    ]
+    assert solo.prepare([], Request()) == []
+
+
+def test_result_of_a_table_is_that_of_the_last_epoch(in_checkout, tmp_path):
+    run = solo.ssl_ey(Request(out=tmp_path, data=["imagenet100"]))[0]
+    _write_outputs(run.folder)
+    content = json.loads((run.folder / "pretrain.json").read_text())
+    content["metrics"] = {"val_acc1": 80.0, "val_acc5": 95.0}
+    (run.folder / "pretrain.json").write_text(json.dumps(content))
+    result = solo.collect_table(run)
+    expected = {"epochs": 25, "online": 80.0, "online_top5": 95.0, "knn": 91.0, "linear": 94.0, "seconds": 75.0}
+    assert {key: result[key] for key in expected} == expected
+
+
+# ------------------------------------------------------------------------------------------------------ their data
+
+
+def test_missing_folders_are_named_with_the_command_that_makes_them(tmp_path, capsys):
+    assert prepare.main(["tinyimagenet", "imagenet100", "--folder", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"tinyimagenet is not in {tmp_path / 'tinyimagenet'}" in error
+    assert f"python -m plugins.tools.data tinyimagenet --archive tiny-imagenet-200.zip --out {tmp_path}" in error
+    assert f"class folders in {tmp_path / 'imagenet100'}/train" in error
+
+
+def _class_folders(place, *counts):
+    """Folders of classes, with a file each, in train and val."""
+    for split, count in zip(("train", "val"), counts, strict=True):
+        for number in range(count):
+            (place / split / f"n{number}").mkdir(parents=True)
+            (place / split / f"n{number}" / "image.png").touch()
+
+
+def test_every_folder_data_set_has_its_number_of_classes():
+    assert set(prepare.CLASSES) == set(prepare.FOLDERS)
+
+
+def test_unsorted_or_incomplete_images_are_told_before_anything_is_trained(tmp_path, capsys):
+    """As the archive unpacks: its validation images lie in a folder called images."""
+    place = tmp_path / "tinyimagenet"
+    _class_folders(place, 200, 0)
+    (place / "val" / "images").mkdir(parents=True)
+    (place / "val" / "images" / "val_0.JPEG").touch()
+    assert prepare.main(["tinyimagenet", "--folder", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{place} is not tinyimagenet, which has 200 folders of classes" in error
+    assert "but 200 and 1 here: make it of its archive with" in error
+
+
+def test_without_a_network_there_is_one_sentence_and_nothing_is_trained(tmp_path, monkeypatch, capfd):
+    """The whole suite, on a machine whose look-ups of names fail."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import socket\ndef fail(*_, **__): raise socket.gaierror(-2, 'no such name')\nsocket.getaddrinfo = fail\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    assert experiments.main(["implicit_var_reg", "--data", "cifar10,stl10"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: cifar10 is not in datasets and could not be downloaded (")
+    assert "no such name" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_data_that_are_there_are_not_downloaded(tmp_path, capsys, monkeypatch):
+    class Found:
+        def __init__(self, root, **options):
+            assert "download" not in options
+
+    import torchvision
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Found)
+    _class_folders(tmp_path / "tinyimagenet", 200, 200)
+    assert prepare.main(["cifar10", "tinyimagenet", "--folder", str(tmp_path)]) == 0
+    assert "downloading" not in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------------- for real
+
+
+@pytest.mark.slow
+def test_a_run_of_the_table_on_the_digits(tmp_path, few_digits_here, capfd):
+    """One epoch of IsoLoss without teacher on a few images, its evaluations, and the suite's table."""
+    few_digits_here(12)
+    done = experiments.main(["implicit_var_reg", "--data", "digits", "--only", "isoloss-noema", "--epochs", "1"])
+    assert done == 0, capfd.readouterr()
+    folder = tmp_path / "results" / "implicit_var_reg" / "solo" / "isoloss-noema_digits" / "seed0"
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["method"], result["dataset"], result["epochs"]) == ("isoloss-noema", "digits", 1)
+    assert result["config"]["momentum"]["base_tau"] == 0.0
+    assert all(0 < result[key] <= 100 for key in ("online", "knn", "linear", "linear_top5"))
+    table = (tmp_path / "results" / "implicit_var_reg" / "table.md").read_text()
+    line = next(line for line in table.splitlines() if "isoloss-noema" in line)
+    assert f"{result['online']:.1f}" in line
+    capfd.readouterr()
+    again = experiments.main(["implicit_var_reg", "--data", "digits", "--only", "isoloss-noema", "--epochs", "1"])
+    assert again == 0
+    assert "skipped, finished before" in capfd.readouterr().out

@@ -161,7 +161,7 @@ def test_unit_rows_and_the_way_back():
     (z,) = toy_views(5, 4, views=1)
     z[3] = 0
     unit, inverse = unit_rows(z)
-    np.testing.assert_allclose(unit.norm(dim=1), [1, 1, 1, 0, 1], rtol=1e-14)
+    np.testing.assert_allclose(unit.norm(dim=1), [1, 1, 1, 0, 1], rtol=1e-12)
     weights = toy_views(5, 4, seed=1)[0]
     free = z[[0, 1, 2, 4]].requires_grad_()
     (free / free.norm(dim=1, keepdim=True) * weights[[0, 1, 2, 4]]).sum().backward()

@@ -39,7 +39,8 @@ def test_equals_slow_reference_at_any_shape_and_scale(rows, width, exponent, see
         expected = _reference_byol(p, target, metric)
         assert byol_loss(p, target, metric=metric).item() == pytest.approx(expected, rel=1e-10, abs=1e-13)
         single = byol_loss(p.float(), target.float(), metric=metric).item()
-        assert single == pytest.approx(_reference_byol(p.float(), target.float(), metric), rel=1e-5, abs=1e-6)
+        # a cosine of D terms is rounded to D eps, whatever is left of 2 - 2 cos
+        assert single == pytest.approx(_reference_byol(p.float(), target.float(), metric), rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -86,7 +87,7 @@ def test_sum_over_both_orders_ignores_which_view_is_first(metric):
     y0, y1 = toy_views(5, 4, seed=1)
     one = byol_loss(z0, y1, metric=metric) + byol_loss(z1, y0, metric=metric)
     other = byol_loss(z1, y0, metric=metric) + byol_loss(z0, y1, metric=metric)
-    assert one.item() == pytest.approx(other.item(), rel=1e-14)
+    assert one.item() == pytest.approx(other.item(), rel=1e-12)
 
 
 def test_cosine_ignores_the_length_of_rows():

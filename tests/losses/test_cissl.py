@@ -60,13 +60,13 @@ def _autograd_cissl(student, teacher, tau=0.07, positives="all"):
 
 def test_known_values():
     same = torch.ones(2, 4, 3, dtype=torch.float64)
-    assert cissl_loss(same, same).item() == pytest.approx(math.log(8), rel=1e-14)
+    assert cissl_loss(same, same).item() == pytest.approx(math.log(8), rel=1e-12)
     assert cissl_loss(same, same).item() == pytest.approx(2.0794415, abs=1e-7)
-    assert cissl_loss(same, same, positives="other").item() == pytest.approx(math.log(7), rel=1e-14)
+    assert cissl_loss(same, same, positives="other").item() == pytest.approx(math.log(7), rel=1e-12)
     assert cissl_loss(same, same, positives="other").item() == pytest.approx(1.9459101, abs=1e-7)
     orthonormal = torch.eye(4, dtype=torch.float64).expand(2, 4, 4)
     assert cissl_loss(orthonormal, orthonormal).item() == pytest.approx(
-        math.log(2 + 6 * math.exp(-1 / 0.07)), rel=1e-14
+        math.log(2 + 6 * math.exp(-1 / 0.07)), rel=1e-12
     )
     assert cissl_loss(orthonormal, orthonormal).item() == pytest.approx(0.6931491, abs=1e-7)
     assert cissl_loss(orthonormal, orthonormal, positives="other").item() == pytest.approx(3.7492e-6, rel=1e-4)
@@ -79,7 +79,7 @@ def test_equals_slow_reference(shape, positives):
     expected = _reference_cissl(student, teacher, positives=positives)
     assert cissl_loss(student, teacher, positives=positives).item() == pytest.approx(expected, rel=1e-12)
     singles = [view.float() for view in student], [view.float() for view in teacher]
-    assert cissl_loss(*singles, positives=positives).item() == pytest.approx(expected, rel=1e-5, abs=3e-6)
+    assert cissl_loss(*singles, positives=positives).item() == pytest.approx(expected, rel=1e-5, abs=1e-5)  # eps D / τ
 
 
 @pytest.mark.parametrize("positives", POSITIVES)
@@ -181,8 +181,8 @@ def test_invariances():
         value = loss(student, teacher)
         order = torch.randperm(5, generator=torch.Generator().manual_seed(0))
         rotation, _ = torch.linalg.qr(toy_views(4, 4, views=1)[0])
-        assert loss(student[::-1], teacher[::-1]) == pytest.approx(value, rel=1e-13)
-        assert loss([v[order] for v in student], [v[order] for v in teacher]) == pytest.approx(value, rel=1e-13)
+        assert loss(student[::-1], teacher[::-1]) == pytest.approx(value, rel=1e-12)
+        assert loss([v[order] for v in student], [v[order] for v in teacher]) == pytest.approx(value, rel=1e-12)
         assert loss([v @ rotation for v in student], [v @ rotation for v in teacher]) == pytest.approx(value, rel=1e-12)
         assert loss([3 * v for v in student], [v / 7 for v in teacher]) == pytest.approx(value, rel=1e-12)
         assert loss(teacher, student) != pytest.approx(value, rel=1e-3)

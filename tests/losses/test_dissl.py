@@ -105,7 +105,7 @@ def test_known_values():
 def test_golden_values():
     # computed apart from this repository's losses, in numpy, pair by pair
     teacher, student = [waves(1.0, 6, 4), waves(1.1, 6, 4)], [waves(s, 6, 4) for s in (0.7, 0.9, 1.3)]
-    assert dissl_loss(teacher, student).item() == pytest.approx(-0.4829488341832733, rel=1e-14)
+    assert dissl_loss(teacher, student).item() == pytest.approx(-0.4829488341832733, rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -230,7 +230,7 @@ def test_descent_reaches_the_bound_and_stays_above(rows, classes, lam, slack):
 def test_invariances():
     teacher, student = _logits(2, 2)
     value = dissl_loss(teacher, student).item()
-    close = pytest.approx(value, abs=2e-15 * 8)
+    close = pytest.approx(value, abs=1e-12)
     generator = torch.Generator().manual_seed(0)
     classes, rows = torch.randperm(7, generator=generator), torch.randperm(5, generator=generator)
     assert dissl_loss([v[:, classes] for v in teacher], [v[:, classes] for v in student]).item() == close
@@ -283,7 +283,7 @@ def test_weights_may_be_tensors():
     for weights in (numbers, tensors):
         loss = dissl_loss(teacher, student, **weights)
         results.append((loss, torch.autograd.grad(loss, teacher + student)))
-    torch.testing.assert_close(*results, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
     singles = [view.float() for view in teacher]
     assert dissl_loss(singles, singles, **tensors).dtype == torch.float32
 
@@ -473,10 +473,12 @@ def test_difficult_batches_are_finite_and_right(shape, kind, dtype, device):
     exact = [view.double().requires_grad_() for view in views]
     expected = dissl_loss(exact[:2], exact[2:])
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-5, atol=2e-5)
+    # float32 rounds a logit over tau = 1/2 to eps of its size, and its probability by that factor
+    eps = 8 * torch.finfo(torch.float32).eps * max(1, 2 * max(view.abs().max().item() for view in exact))
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-5, atol=2e-5 + eps)
     for found, wanted in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
         assert found.dtype == dtype
-        rounding = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+        rounding = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype] + eps
         torch.testing.assert_close(found.double(), wanted, rtol=rounding, atol=rounding * wanted.abs().max() + 1e-6)
 
 

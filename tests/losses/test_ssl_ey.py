@@ -63,7 +63,7 @@ def _orthonormal(rows, width):
 def test_golden_values(form, shape, value):
     # computed apart from this repository, in numpy, from the formula of the paper
     loss = ssl_ey_loss(waves(1.0, *shape), waves(1.1, *shape), form=form)
-    assert loss.item() == pytest.approx(value, rel=1e-14)
+    assert loss.item() == pytest.approx(value, rel=1e-12)
     assert loss.dtype == torch.float64 and loss.shape == ()
 
 
@@ -271,8 +271,9 @@ def test_split_and_ustat_are_unbiased_and_plugin_is_not():
             estimates[estimator].append(_squared_covariance(x, y, "auto", estimator))
     mean = {name: np.mean(values) - truth for name, values in estimates.items()}
     error = {name: np.std(values) / draws**0.5 for name, values in estimates.items()}
-    assert abs(mean["split"]) < 3 * error["split"]
-    assert abs(mean["ustat"]) < 3 * error["ustat"]
+    # six standard errors: a correct estimator fails once in 5e8 streams of random numbers
+    assert abs(mean["split"]) < 6 * error["split"]
+    assert abs(mean["ustat"]) < 6 * error["ustat"]
     assert mean["plugin"] > 10 * error["plugin"]
     assert error["ustat"] < error["split"]
 

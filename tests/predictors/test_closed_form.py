@@ -158,10 +158,9 @@ def test_isotropic_moment_makes_no_predictor():
 
 
 def test_spectrum_of_a_rank_deficient_moment_is_not_negative():
-    moment = RunningMoment(24)
-    moment.update(torch.randn(8, 24))
-    assert torch.linalg.eigvalsh(moment.C).min() < 0  # rounding
-    assert moment.spectrum().min() == 0
+    moment = RunningMoment(3)
+    moment.C.copy_(torch.diag(torch.tensor([1.0, 0.0, -1e-9])))  # as rounding may leave it
+    assert moment.spectrum().tolist() == [1, 0, 0]
 
 
 # P3 and T1: degenerate spectra ----------------------------------------------------------------------------------------
@@ -188,7 +187,7 @@ def test_p3_directcopy_is_exact_without_eigenvectors(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["rank-deficient", "isotropic"])
 def test_t1_symmetric_solver_survives_degenerate_spectra(kind):
-    """A general solver's eigenvectors are not orthogonal there: W made of them is wrong by about its own size."""
+    """A general solver's eigenvectors need not be orthogonal there: W made of such ones is wrong by its own size."""
     z = degenerate_rows(kind)
     moment = z.T @ z / len(z)
     wanted = torch.as_tensor(_reference_weight(moment, 1.0, 0.25))
@@ -198,8 +197,12 @@ def test_t1_symmetric_solver_survives_degenerate_spectra(kind):
     assert relative_error(rebuilt, wanted) < 1e-5
     assert relative_error(vectors.T @ vectors, torch.eye(256).double()) < 1e-5
 
-    general, sides = torch.linalg.eig(moment + 1e-9 * torch.randn(256, 256))
-    forked = (sides.real * (general.real.clamp(min=0) / general.real.max() + 0.25)) @ sides.real.T
+    # unit vectors of an eigenspace are eigenvectors, orthogonal or not
+    equal = 256 if kind == "isotropic" else 256 - 32
+    sides = vectors.clone()
+    sides[:, :equal] = F.normalize(vectors[:, :equal] @ torch.randn(equal, equal), dim=0)
+    assert (moment @ sides - values * sides).norm(dim=0).max() < 1e-4 * values[-1]
+    forked = (sides * (values.clamp(min=0) / values[-1] + 0.25)) @ sides.T
     assert relative_error(forked, wanted) > 0.3
 
 
@@ -207,8 +210,11 @@ def test_t1_small_eigenvalues_survive_alpha_one_half():
     z = torch.randn(512, 64) * torch.logspace(0, -3, 64)  # eigenvalues over six decades
     predictor = ClosedFormPredictor(64, rho=0.0)
     predictor.update(z)
-    wanted = _reference_weight(_reference_moment([z], 0.0), 0.5, 0.0)
-    assert relative_error(predictor.W, wanted) < 5e-4
+    moment = _reference_moment([z], 0.0)
+    wanted, values = _reference_weight(moment, 0.5, 0.0), np.linalg.eigvalsh(moment)
+    # |A^½ - B^½| <= |A - B| / sqrt(λmin(A)), and rounding makes |A - B| <= D eps λmax; in half precision 0.01 λmax
+    bound = 64 * torch.finfo(torch.float32).eps / math.sqrt(values.min() / values.max()) / np.linalg.norm(wanted)
+    assert relative_error(predictor.W, wanted) < bound < 0.01
 
 
 def test_falls_back_to_float64_where_the_solver_fails(monkeypatch):
@@ -285,14 +291,14 @@ def test_weight_is_refreshed_at_every_kth_update():
 
 
 def test_rare_refresh_hardly_changes_predictions():
-    """ρ = 0.998, every = 10, stationary data: the relative change of W stays in the order of 1e-3."""
+    """Between two refreshes at most 1 - ρ^9 of C is replaced, and of W = C^½ in relative terms no more than of C."""
     frequent, rare = ClosedFormPredictor(32), ClosedFormPredictor(32, every=10)
     scale = torch.logspace(0, -1, 32)
     for _ in range(300):
         z = torch.randn(64, 32) * scale
         frequent.update(z)
         rare.update(z)
-    assert 0 < relative_error(rare.W, frequent.W.double()) < 5e-3
+    assert 0 < relative_error(rare.W, frequent.W.double()) < 1 - 0.998**9
 
 
 # P5 and T2: evaluation ------------------------------------------------------------------------------------------------
@@ -371,8 +377,10 @@ def test_t4_autocast_keeps_small_modes(device):
     predictor = ClosedFormPredictor(32, rho=0.0).to(device)
     with torch.autocast(device, dtype=torch.float16):
         predictor.update(z)
-    torch.testing.assert_close(predictor.eigenvalues, scale**2, rtol=1e-2, atol=0)
-    torch.testing.assert_close(torch.linalg.eigvalsh(predictor.W).flip(0), scale, rtol=1e-2, atol=0)
+    # D units in the last place of λmax; half precision is off by 1e-5 and more. A root's error is that over 2 sqrt(λ)
+    rounding = 32 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(predictor.eigenvalues, scale**2, rtol=1e-5, atol=rounding)
+    torch.testing.assert_close(torch.linalg.eigvalsh(predictor.W).flip(0), scale, rtol=1e-5, atol=rounding / 0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

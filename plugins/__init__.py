@@ -1,1 +1,1 @@
-"""Self-supervised objectives that know no framework: losses, predictors, heads, targets and the methods they make."""
+"""Self-supervised objectives without a framework: losses, predictors, heads, targets, and the methods made of them."""

@@ -1,6 +1,6 @@
-"""Preconditions on tensors: the only place in this package where they raise.
+"""Check arguments. All preconditions on tensors raise here, and nowhere else in this package.
 
-Every message names what was expected and what was given, so that a user can act on it without a debugger.
+Every message names the expected and the given value, so that the user can correct the call.
 """
 
 import math
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def check_rows(**tensors: Tensor) -> None:
-    """Require floating-point matrices ``[N, D]`` of one shape.
+    """Require floating-point matrices ``[N, D]`` of the same shape.
 
     Args:
         tensors: the matrices, named as the caller's parameters are.
 
     Raises:
-        ValueError: one of them is not a floating-point matrix, or two shapes differ.
+        ValueError: a tensor is not a floating-point matrix, or two shapes differ.
     """
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
@@ -32,14 +32,14 @@ def check_rows(**tensors: Tensor) -> None:
 
 
 def check_finite(what: str, **tensors: Tensor) -> None:
-    """Require numbers without NaN and inf. It waits for the device: ask only where a solver has waited already.
+    """Require finite tensors. This synchronises with the device: call it only where a solver has already done so.
 
     Args:
-        what: the quantity that cannot be computed of others, for the error message.
-        tensors: named as the caller's parameters are.
+        what: the quantity that is computed from them, for the error message.
+        tensors: the tensors, named as the caller's parameters are.
 
     Raises:
-        ValueError: one of them, or more, holds NaN or inf.
+        ValueError: at least one tensor holds NaN or inf.
     """
     broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if broken:
@@ -57,20 +57,20 @@ def check_count(rows: int, *, least: int, what: str) -> None:
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Require one of a few words.
+    """Require one of the allowed strings.
 
     Raises:
-        ValueError: ``value`` is none of ``allowed``.
+        ValueError: ``value`` is not in ``allowed``.
     """
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def check_range(name: str, value: float, *, low: float, high: float = float("inf")) -> None:
-    """Require ``low <= value <= high``, and a finite value.
+    """Require a finite value with ``low <= value <= high``.
 
     Raises:
-        ValueError: it is outside, infinite, or not a number.
+        ValueError: the value is outside the range, infinite, or not a number.
     """
     try:
         inside = low <= value <= high and value != math.inf
@@ -82,10 +82,10 @@ def check_range(name: str, value: float, *, low: float, high: float = float("inf
 
 
 def check_whole(name: str, value: int, *, low: int) -> None:
-    """Require an int of at least ``low``; a float, if it is whole too, and a flag are none.
+    """Require an int of at least ``low``. Floats (also whole ones) and bools are not accepted.
 
     Raises:
-        ValueError: it is of another type, or below.
+        ValueError: the value has another type or is below ``low``.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
@@ -93,5 +93,5 @@ def check_whole(name: str, value: int, *, low: int) -> None:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a loss computes in: float64 stays, everything else becomes float32."""
+    """Return the dtype in which a loss computes: float64 for float64, float32 for every other dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32

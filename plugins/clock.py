@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class Stepped:
-    """A part whose state moves once per optimiser step, however many micro-batches the step accumulates.
+    """A component whose state is updated once per optimiser step, also if the step accumulates several micro-batches.
 
-    Between ``before_step`` and ``after_step`` all batches are micro-batches of one step. Outside of them each batch is
-    a step. :class:`plugins.objective.Objective` calls both methods on its parts.
+    All batches between ``before_step`` and ``after_step`` are micro-batches of one step. Otherwise each batch is a
+    step. :class:`plugins.objective.Objective` calls both methods on its parts.
     """
 
     stepping: bool = False
@@ -26,18 +26,18 @@ class Stepped:
 
 
 class Clock(Stepped, nn.Module):
-    """Count optimiser steps, so that a warm-up follows them and continues after a resume.
+    """Count optimiser steps. A warm-up reads the count, and continues from it after a resume.
 
     Args:
         persistent: whether the count is in the state dict.
 
     Attributes:
         first: whether the last call was for the first micro-batch of its step.
-        steps_per_epoch: optimiser steps of an epoch, set by the adapter; None while unknown.
-        total: optimiser steps of the run, likewise.
+        steps_per_epoch: number of optimiser steps in an epoch, set by the adapter; None if unknown.
+        total: number of optimiser steps in the run, set by the adapter; None if unknown.
 
     Buffers:
-        steps: int64, ``[]``, steps begun.
+        steps: int64, ``[]``, number of steps that have begun.
 
     Example:
         >>> clock = Clock()
@@ -59,7 +59,7 @@ class Clock(Stepped, nn.Module):
         self._counted = False
 
     def forward(self) -> Tensor:
-        """Return the number of steps before this one, ``[]``. In training mode, count this one at its first call."""
+        """Return the number of earlier steps, ``[]``. The first call of a step in training mode counts the step."""
         if not self.training:
             return self.steps.clone()
         self.first = not self._counted
@@ -80,7 +80,7 @@ class Clock(Stepped, nn.Module):
 
 
 class RowMeans:
-    """Means over the rows of the micro-batches of one step so far.
+    """Running means over the rows of all micro-batches of one step.
 
     Example:
         >>> means = RowMeans()
@@ -94,11 +94,11 @@ class RowMeans:
         self.rows: Tensor | None = None
 
     def add(self, means: list[Tensor], rows: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Take the means over the rows of one more micro-batch into account.
+        """Add the means of one more micro-batch.
 
         Args:
-            means: of one micro-batch, in the same order at each call.
-            rows: their number, ``[]``, >= 0, of a floating dtype.
+            means: the means over the rows of the micro-batch, in the same order at each call.
+            rows: number of its rows, ``[]``, >= 0, of a floating dtype.
 
         Returns:
             The means over all rows so far, and the number of those rows.

@@ -1,6 +1,6 @@
-"""What a loss may ask of the other processes, and what that does to gradients.
+"""Collective operations of the losses, and their gradients.
 
-The one rule: **a loss built on a Collective is computed alike on every process, from joined quantities only.** Then
+The rule: **every process computes the same loss, from joined quantities only.** Then
 
 * every process returns the loss of the joined batch, and
 * the mean over processes of the parameter gradients, which is what DistributedDataParallel takes, equals the gradient
@@ -35,29 +35,29 @@ class Collective:
 
     @property
     def size(self) -> int:
-        """How many processes share the batch. Asked anew each time, since a process group can begin at any time."""
+        """Number of processes that share the batch. Queried at each access: a process group can start later."""
         if not self.enabled or not dist.is_available() or not dist.is_initialized():
             return 1
         return dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
-        """The place of this process among them, from 0."""
+        """Rank of this process in the group, from 0."""
         return 0 if self.size == 1 else dist.get_rank(self.group)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over processes; same shape on each. Differentiable, see the module's rule."""
+        """Sum a tensor over all processes; it has the same shape on each. Differentiable, see the module's rule."""
         return tensor if self.size == 1 else _Sum.apply(tensor, self)
 
     def gather_rows(self, tensor: Tensor, *, counts: list[int] | None = None) -> Tensor:
-        """Rows of all processes, ``[B_r, ...] → [sum_r B_r, ...]``, in order of rank. Differentiable, see the rule.
+        """Concatenate the rows of all processes in rank order, ``[B_r, ...] → [sum_r B_r, ...]``. Differentiable.
 
-        The numbers of rows may differ. Those that hold the result of ``row_counts`` pass it; else it is asked for.
+        The numbers of rows may differ. ``counts`` is the result of ``row_counts``; if it is None, it is computed here.
         """
         return tensor if self.size == 1 else _GatherRows.apply(tensor, self, counts)
 
     def row_counts(self, rows: int, device: torch.device | None = None) -> list[int]:
-        """How many rows each process holds, in order of rank."""
+        """Return the number of rows on each process, in rank order."""
         if self.size == 1:
             return [rows]
         counts = torch.zeros(self.size, dtype=torch.int64, device=device)

@@ -101,6 +101,15 @@ def test_a_state_within_a_step_goes_on_with_a_new_step():
     torch.testing.assert_close(resumed.state_dict(), predictor.state_dict(), rtol=0, atol=0)
 
 
+def test_a_clock_that_is_loaded_within_a_step_counts_the_next_batch():
+    clock = Clock()
+    clock.before_step()
+    clock()
+    clock.load_state_dict({"steps": torch.tensor(7)})
+    assert not clock.stepping
+    assert (int(clock()), int(clock.steps), clock.first) == (7, 8, True)
+
+
 def _objective(name: str, **options: object) -> Objective:
     spec = METHODS[name]
     resolved = spec.resolve({**options, spec.width: D})

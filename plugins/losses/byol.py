@@ -24,7 +24,7 @@ class BYOLLossTerms(NamedTuple):
 
     loss: Float[Tensor, ""]
     similarity: Float[Tensor, ""]
-    """Mean cosine of prediction and target, whatever the metric."""
+    """Mean cosine of prediction and target, for either metric."""
 
 
 def byol_loss(
@@ -34,17 +34,17 @@ def byol_loss(
 
     Args:
         p: predictions.
-        target: what they should be, for the same samples of the other view; it gets no gradient.
+        target: the teacher's projections of the same samples in the other view; detached.
         metric: "cosine" or "euclidean".
-        comm: the processes that share the batch. The mean is over all their rows, also where the numbers of rows
-            differ; two floats are sent.
+        comm: the processes that share the batch. The mean is over the rows of all processes, whose numbers may differ.
+            Two floats are communicated.
 
     Returns:
-        The loss of the joined batch, float32 (float64 for float64 input); in [0, 4] for "cosine". A row shorter than
-        1e-8 has no direction: it counts as orthogonal, 2, and gets no gradient.
+        The loss of the joined batch, float32 (float64 for float64 input); in [0, 4] for "cosine". A row with a norm
+        below 1e-8 counts as orthogonal to its target (value 2) and gets no gradient.
 
     Raises:
-        ValueError: shapes differ, an unknown metric, no rows.
+        ValueError: the shapes differ, the metric is unknown, or there are no rows.
 
     >>> p, target = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     >>> byol_loss(p, target).item(), byol_loss(p, target, metric="euclidean").item()
@@ -66,7 +66,7 @@ def byol_loss(
 def byol_terms(
     p: Float[Tensor, "B D"], target: Float[Tensor, "B D"], *, metric: str = "cosine", comm: Collective = LOCAL
 ) -> BYOLLossTerms:
-    """:func:`byol_loss` with the mean cosine beside it."""
+    """Return :func:`byol_loss` and the mean cosine."""
     loss = byol_loss(p, target, metric=metric, comm=comm)
     cosine = loss if metric == "cosine" else byol_loss(p.detach(), target, comm=comm)
     return BYOLLossTerms(loss, 1 - cosine.detach() / 2)

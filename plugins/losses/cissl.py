@@ -24,13 +24,13 @@ Views = Sequence[Float[Tensor, "B D"]] | Float[Tensor, "V B D"]
 
 
 class CISSLTerms(NamedTuple):
-    """In nats. Only ``loss`` has a gradient."""
+    """Terms in nats. Only ``loss`` has a gradient."""
 
     loss: Float[Tensor, ""]
     I_q_zm: Float[Tensor, ""]
-    """``hat_H_m - loss``: the bound on the mutual information of representation and image."""
+    """``hat_H_m - loss``: a lower bound on the mutual information of representation and image."""
     hat_H_m: Float[Tensor, ""]
-    """Logarithm of the number of columns, T N, or T N - 1 where the row's own view is none; mean over the rows."""
+    """Logarithm of the number of columns, T N, or T N - 1 if the row's own view is excluded; mean over the rows."""
 
 
 def cissl_loss(
@@ -41,23 +41,23 @@ def cissl_loss(
     The columns j are the T views of all N images, the teacher's outputs. Nothing is detached.
 
     Args:
-        student: outputs of the student head (linear, for linear probes) for S ≥ T views, as a list or one tensor; the
-            further ones are small crops. The student comes first here, second in
-            :func:`plugins.losses.dissl_loss`: name them.
-        teacher: outputs of the teacher head (an MLP) for T ≥ 2 views, the first of the student's.
+        student: outputs of the student head (linear, for linear probes) for S ≥ T views, as a list or one tensor. Views
+            beyond T are small crops. The student is the first argument here and the second of
+            :func:`plugins.losses.dissl_loss`: pass keywords.
+        teacher: outputs of the teacher head (an MLP) for T ≥ 2 views, which are the first T views of the student.
         temperature: τ > 0, fixed; 0.07 in the paper's own code, 0.1 in its VISSL fork.
-        positives: "all" views of the own image, or only the "other" ones: then the row's own view is no column at all;
-            a small crop, which is none anyway, has all T views of its image as positives still.
-        comm: the processes that share the batch. Rows of both heads are gathered, S N numbers more where gradients are
-            wanted; nothing is sent in backward.
+        positives: "all": all T views of the row's image are positives. "other": the row's own view is excluded from the
+            columns. Small crops are never columns, so all T views of their image stay positives.
+        comm: the processes that share the batch. The rows of both heads are gathered, and S N numbers more if gradients
+            are needed. Backward communicates nothing.
 
     Returns:
-        The loss of the joined batch, float32 (float64 for float64 input). "all": at least log T; log T N where all rows
-        are alike. A row shorter than 1e-8 has no direction: its cosines are 0, and it gets no gradient.
+        The loss of the joined batch, float32 (float64 for float64 input). With "all" it is at least log T,
+        and log T N if all rows are equal. The cosines of a row with a norm below 1e-8 are 0, and it gets no gradient.
 
     Raises:
-        ValueError: shapes differ, numbers of views that do not go together, fewer than two views or images, an unknown
-            choice.
+        ValueError: the shapes differ, there are more teacher than student views, fewer than two views or images, or
+            ``positives`` is unknown.
 
     >>> same = torch.ones(2, 4, 3)
     >>> round(cissl_loss(same, same).item(), 5)  # log 8
@@ -69,7 +69,7 @@ def cissl_loss(
 def cissl_terms(
     student: Views, teacher: Views, *, temperature: float = 0.07, positives: str = "all", comm: Collective = LOCAL
 ) -> CISSLTerms:
-    """:func:`cissl_loss` with the bound on the information that it gives."""
+    """Return :func:`cissl_loss` and its bound on the mutual information."""
     check_choice("positives", positives, POSITIVES)
     _check(student, teacher)
     check_range("temperature", temperature, low=1e-6)
@@ -120,7 +120,7 @@ def cissl_terms(
 
 
 def _blocks(rows: Tensor) -> list[slice]:
-    """The rows in blocks: their cosines fit a processor's cache, and need no memory that grows with rows squared."""
+    """Split the rows into blocks, whose cosines fit the cache: memory does not grow with the square of the rows."""
     size = 512 if rows.device.type == "cpu" else 8192
     return [slice(start, start + size) for start in range(0, len(rows), size)]
 
@@ -128,15 +128,15 @@ def _blocks(rows: Tensor) -> list[slice]:
 def _exponentials(
     cosines: Tensor, temperature: float, views: tuple[int, int], own: int | None, start: int, top: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """exp(cosine / τ - top), in the memory of the cosines; top is each row's largest where it is not given.
+    """Compute exp(cosine / τ - top) in place; if ``top`` is None, it is the largest score of each row.
 
     Args:
-        cosines: a block of rows, whose first is row ``start`` of this process.
+        cosines: a block of rows; the first one is row ``start`` of this process.
         temperature: τ.
-        views: how many there are of an image among the rows, and among the columns; one stands beside the other.
-        own: how many images come before those of this process, where a row's own view is no column; None: it is.
-        start: see above.
-        top: what is taken off.
+        views: number of views of an image among the rows and among the columns; views of an image are adjacent.
+        own: number of images on processes of lower rank, if the row's own view is excluded; None keeps it.
+        start: index of the first row.
+        top: what is subtracted from the scores.
     """
     scores = cosines.div_(temperature)
     if own is not None:
@@ -158,7 +158,7 @@ def _directions(views: Views) -> Float[Tensor, "B V D"]:
 
 
 def _others(z: Float[Tensor, "B V D"]) -> Float[Tensor, "B V D"]:
-    """For each view the mean over the others of its image."""
+    """Return for each view the mean over the other views of its image."""
     return (z.sum(1, keepdim=True) - z) / (z.shape[1] - 1)
 
 

@@ -2,8 +2,9 @@
 
 Dubois, Hashimoto, Ermon & Liang, "Improving Self-Supervised Learning by Characterizing Idealized Representations"
 (NeurIPS 2022, arXiv:2209.06235). Gradients flow everywhere: there is no stop-gradient, no moving average and no
-Sinkhorn step. This is the published loss for any number of views. What the published code sums over pairs of views is
-here one product with the views' sum, and loss and gradient are made together (:mod:`plugins.losses.dissl_blocks`).
+Sinkhorn step. This is the published loss for any number of views. The published
+code loops over pairs of views; here one product with the sum of the views replaces the loop, and the loss and its
+gradient are computed together (:mod:`plugins.losses.dissl_blocks`).
 """
 
 from collections.abc import Sequence
@@ -23,17 +24,17 @@ class DISSLTerms(NamedTuple):
 
     loss: Float[Tensor, ""]
     distillation: Float[Tensor, ""]
-    """Cross-entropy of the student's predictions with the assignments of the other views."""
+    """Cross-entropy of the student's predictions relative to the assignments of the other views."""
     invariance: Float[Tensor, ""]
-    """Cross-entropy of the assignments of two views; 0 with a single teacher view."""
+    """Cross-entropy of the assignments of two views; 0 if there is a single teacher view."""
     H_M: Float[Tensor, ""]
-    """Entropy of the mean assignment, averaged over views; log C where all classes are used alike."""
+    """Entropy of the mean assignment, averaged over views; log C if all classes are used equally."""
     H_Mlz: Float[Tensor, ""]
-    """Mean entropy of an assignment; 0 where each is certain, log C where nothing has been learned."""
+    """Mean entropy of an assignment; 0 if every assignment is certain, log C if all are uniform."""
     KL_invariance: Float[Tensor, ""]
-    """``invariance`` less the entropy of the assignments: 0 where the views agree."""
+    """``invariance`` minus the entropy of the assignments; 0 if the views agree."""
     KL_distillation: Float[Tensor, ""]
-    """How far the student is from the teacher on the same view; 0 where they agree."""
+    """KL divergence of the student from the teacher on the same view; 0 if they agree."""
 
 
 def dissl_loss(
@@ -51,27 +52,29 @@ def dissl_loss(
     """``w D - λ H + β I``, with p_t = softmax(teacher_t / τ_t), q_s = softmax(student_s / τ_s), means over all rows.
 
     D is the mean of -p_t · log q_s over t ≠ s, I that of -p_t · log p_u over t ≠ u, and H the mean over t of the
-    entropy of the batch mean of p_t. L ≥ -λ log C always; uniform assignments give (w - λ + β) log C, which is where a
-    stalled run stays.
+    entropy of the batch mean of p_t. L ≥ -λ log C always. Uniform assignments give (w - λ + β) log C, the value of a
+    stalled run.
 
     Args:
-        teacher_logits: for T ≥ 1 views, which are the first T of the student's; a list of [B, C], or one [T, B, C],
-            which spares memory where the head's output is one tensor. The teacher comes first here, second in
-            :func:`plugins.losses.cissl_loss`: name them.
-        student_logits: for S ≥ max(2, T) views, likewise.
-        lambda_maximality: λ ≥ 0, the weight of H; useful are 1.8 to 2.8. The three weights may be 0-dim tensors.
-        beta_det_inv: β ≥ 0, the weight of I; useful are 0.4 to 1.
-        distillation_weight: w ≥ 0, 1 but for a warm-up of the teacher.
+        teacher_logits: logits of T ≥ 1 views, which are the first T views of the student: a list of [B, C], or one
+            tensor [T, B, C], which saves memory. The teacher is the first argument here and the second of
+            :func:`plugins.losses.cissl_loss`: pass keywords.
+        student_logits: logits of S ≥ max(2, T) views, in the same form.
+        lambda_maximality: λ ≥ 0, the weight of H; useful range 1.8 to 2.8. The three weights may be 0-dim tensors.
+        beta_det_inv: β ≥ 0, the weight of I; useful range 0.4 to 1.
+        distillation_weight: w ≥ 0, the weight of D; 1 except during a warm-up of the teacher.
         tau_teacher: τ_t > 0.
         tau_student: τ_s > 0.
-        assignment_views: which teacher views are assignments, t above (the others are only predicted, u); None: all.
-        comm: the processes that share the batch. T C + 6 floats are summed in all, and nothing is sent in backward.
+        assignment_views: indices of the teacher views used as assignments, t above; the others are only predicted, u.
+            None uses all.
+        comm: the processes that share the batch. T C + 6 floats are summed; backward communicates nothing.
 
     Returns:
         The loss of the joined batch, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: shapes differ, too few views, a view that is not there, a weight or temperature out of range.
+        ValueError: the shapes differ, there are too few views, an index in ``assignment_views`` does not exist, or a
+            weight or temperature is out of range.
 
     >>> uniform = torch.zeros(2, 4, 8)
     >>> round(dissl_loss(uniform, uniform).item(), 4)  # (1 - 2.3 + 0.8) log 8
@@ -140,7 +143,7 @@ def _taus(tau_teacher: float, tau_student: float) -> tuple[float, float]:
 
 
 class DISSLLoss(nn.Module):
-    """Module of :func:`dissl_loss`; the arguments are the same. Weights of a warm-up are given at the call."""
+    """Module of :func:`dissl_loss` with the same arguments. A call can override the weights, as a warm-up does."""
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
-"""IsoLoss: BYOL's loss whose gradient skips the predictor, so that all eigenmodes of the embedding learn alike.
+"""IsoLoss: BYOL's loss with a gradient that bypasses the predictor, so that all eigenmodes learn at the same rate.
 
 Srinath Halvagal, Laborieux & Zenke, "Implicit variance regularization in non-contrastive SSL" (NeurIPS 2023,
-arXiv:2212.04858). The published cosine expression has the gradient ``dL_BYOL/dp`` by z, but a value that is no
-distance. Here it is a straight-through prediction, ``z + stop_gradient(p - z)``, in BYOL's loss: the same gradient,
-BYOL's own value, and any predictor.
+arXiv:2212.04858). The gradient of the published cosine expression with respect to z is ``dL_BYOL/dp``, but its value
+is not a distance. This implementation uses a straight-through prediction, ``z + stop_gradient(p - z)``, in BYOL's
+loss: the gradient is the same, the value is BYOL's, and any predictor can be used.
 """
 
 from jaxtyping import Float
@@ -24,21 +24,21 @@ def isoloss(
     metric: str = "cosine",
     comm: Collective = LOCAL,
 ) -> Float[Tensor, ""]:
-    """BYOL's loss of p and target, with ``dL/dz := dL_BYOL/dp``.
+    """Compute BYOL's loss of p and target, with the gradient ``dL/dz := dL_BYOL/dp``.
 
     Args:
-        z: embeddings, the only argument with a gradient.
-        p: their predictions; for a closed-form predictor ``z @ W``.
-        target: what they should be, for the same samples of the other view.
+        z: projections, the only argument that gets a gradient.
+        p: predictions from z; for a closed-form predictor ``z @ W``.
+        target: the teacher's projections of the same samples in the other view; detached.
         metric: "cosine" or "euclidean". Under "cosine" the gradient scales as 1 / ||p||, so that the scale of a
             closed-form predictor acts as a learning rate.
-        comm: the processes that share the batch; the mean is over all their rows.
+        comm: the processes that share the batch; the mean is over the rows of all processes.
 
     Returns:
         The loss of the joined batch, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: shapes differ, an unknown metric, no rows.
+        ValueError: the shapes differ, the metric is unknown, or there are no rows.
 
     >>> import torch
     >>> z = torch.tensor([[1.0, 1.0]], requires_grad=True)
@@ -58,15 +58,15 @@ def isoloss_terms(
     metric: str = "cosine",
     comm: Collective = LOCAL,
 ) -> IsoLossTerms:
-    """:func:`isoloss` with the mean cosine beside it."""
+    """Return :func:`isoloss` and the mean cosine."""
     check_rows(z=z, p=p, target=target)
     return byol_terms(straight_through(z, p), target, metric=metric, comm=comm)
 
 
 def straight_through(z: Float[Tensor, "B D"], p: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    """The value of p with the gradient of z.
+    """Return the value of p with the gradient of z.
 
-    ``z - z`` is an exact zero; ``z + (p - z)`` would round p off beside a large z.
+    ``z - z`` is exactly zero, whereas ``z + (p - z)`` would lose digits of p if z is large.
     """
     return p.detach() + (z - z.detach())
 

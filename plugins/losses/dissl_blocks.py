@@ -1,9 +1,9 @@
-"""DISSL's loss and its gradient in one pass over blocks of rows, behind :mod:`plugins.losses.dissl`.
+"""Compute DISSL's loss and its gradient in one pass over blocks of rows. Used by :mod:`plugins.losses.dissl`.
 
 With P, Q and A the sums of p_t, log q_s and log p_u, the sum over pairs t ≠ s of -p_t · log q_s is -P · Q plus the sum
 of p_t · log q_t, and likewise for log p_u: one product instead of one for each pair. A block of rows stays in the
-processor's cache while all of that is computed of it. The gradient is written where p was kept, so that nothing of the
-size of the logits exists beside gradients.
+processor's cache during the whole computation. The gradient overwrites the memory of p, so that the gradients are the
+only new tensors of the size of the logits.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from plugins.linalg import attach_gradient
 
 Views = Sequence[Float[Tensor, "B C"]] | Float[Tensor, "V B C"]
 BLOCK = {"cpu": 2**17}
-"""Entries of a view that are worked on at once: as many as stay in the processor's cache; elsewhere 2^24."""
+"""Number of entries of a view in one block, by device type: on the CPU they fit the cache. Other devices: 2^24."""
 
 
 def value_and_parts(
@@ -30,13 +30,13 @@ def value_and_parts(
     taus: tuple[float, float],
     comm: Collective,
 ) -> dict[str, Tensor]:
-    """Loss, with its gradient, and parts; the arguments are checked ones of :func:`plugins.losses.dissl.dissl_loss`.
+    """Return the loss, with its gradient, and its parts. The arguments have been checked by ``dissl_terms``.
 
     Args:
         teacher: logits of T views.
         student: logits of S views.
-        chosen: which teacher views are assignments.
-        weights: of distillation, maximality and invariance.
+        chosen: indices of the teacher views that are assignments.
+        weights: weights of distillation, maximality and invariance.
         taus: temperatures of teacher and student.
         comm: the processes that share the batch.
 
@@ -92,9 +92,9 @@ def _block(
     taus: tuple[float, float],
     slopes: tuple[float | Tensor, float | Tensor, Tensor],
 ) -> Tensor:
-    """Sums over a block of rows: of D and I (times their pairs), of the cross-entropies and entropies beside them.
+    """Return sums over a block of rows: D and I (times their pairs), and the cross-entropies and entropies to log.
 
-    With room in q, the gradients (times the joined rows) replace p and fill q: of D by the student's logits
+    If q is not empty, the gradients (times the joined rows) replace p and fill q: of D by the student's logits
     ``n q_s - sum of the n others' p``, by a teacher's what a softmax makes of ``-sum of the others' log q``.
     """
     by_d, by_i, by_h = slopes
@@ -133,7 +133,7 @@ def _blocks(rows: int, classes: int, device: str) -> list[slice]:
 
 
 def _room(views: Views) -> Views:
-    """Uninitialised, of the views' form."""
+    """Allocate uninitialised tensors of the views' shapes, in the dtype of the computation."""
     dtype = compute_dtype(views[0].dtype)
     if isinstance(views, Tensor):
         return torch.empty_like(views, dtype=dtype)
@@ -145,5 +145,5 @@ def _tensors(views: Views) -> list[Tensor]:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of products; not as a matrix product, which tensor cores would round."""
+    """Sum the products. A matrix product would be rounded by tensor cores."""
     return (a * b).sum()

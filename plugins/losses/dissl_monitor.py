@@ -1,4 +1,4 @@
-"""What a run of DISSL has beside the loss: warm-ups of its weights, an alarm at the stall, the distance to an ETF.
+"""Monitoring of a DISSL run: warm-ups of the weights, an alarm for stalled runs, and the distance to an ETF.
 
 The published code of arXiv:2209.06235 has the warm-ups in its VISSL fork and the distance to an equiangular tight frame
 in its own repository.
@@ -19,7 +19,7 @@ from plugins.distributed import LOCAL, Collective
 
 
 class DISSLWeights(NamedTuple):
-    """The weights of :func:`dissl_loss` at one step, under its names."""
+    """The weights of :func:`dissl_loss` at one step, named as its arguments."""
 
     lambda_maximality: Float[Tensor, "*S"]
     beta_det_inv: Float[Tensor, "*S"]
@@ -35,17 +35,17 @@ def dissl_warmup(
     warmup_beta: int = 0,
     warmup_distillation: int = 0,
 ) -> DISSLWeights:
-    """Weights that reach their values linearly, over K steps each: λ from β + 1, β from λ, the distillation's from 0.
+    """Return weights that rise linearly over K steps each: λ from β + 1, β from λ, the distillation weight from 0.
 
-    At step k < K, ``(1 + k) / K`` of the way is covered; K = 0 is no warm-up. Nothing waits for the device.
+    At step k < K, the fraction ``(1 + k) / K`` of the way is covered. K = 0 means no warm-up. It does not synchronise.
 
     Args:
-        step: k, which is 1 at the first step.
-        lambda_maximality: λ after its warm-up.
-        beta_det_inv: β after its warm-up.
-        warmup_lambda: K of λ.
-        warmup_beta: K of β.
-        warmup_distillation: K of the distillation's weight.
+        step: k ≥ 1; it is 1 at the first step.
+        lambda_maximality: value of λ after its warm-up.
+        beta_det_inv: value of β after its warm-up.
+        warmup_lambda: K of λ, in steps.
+        warmup_beta: K of β, in steps.
+        warmup_distillation: K of the distillation weight, in steps.
 
     >>> [round(weight.item(), 3) for weight in dissl_warmup(torch.tensor(4), warmup_lambda=10, warmup_beta=10)]
     [2.05, 1.55, 1.0]
@@ -63,20 +63,20 @@ def dissl_warmup(
 
 
 class StallAlarm(nn.Module):
-    """Warns, once, when the assignments are still uniform after the warm-up: the run will not leave that state.
+    """Warn once if the assignments are still uniform after the warm-up: the run will not leave that state.
 
-    Too strong augmentations, a learning rate that is too low or too short a training keep DISSL at uniform assignments,
-    where the loss is (w - λ + β) log C and its gradient vanishes.
+    DISSL stays at uniform assignments if the augmentations are too strong, or the learning rate too low. There the loss
+    is (w - λ + β) log C and its gradient vanishes.
 
     Args:
-        classes: C.
-        after: the step of the first look, at least as many as the warm-up has; 0 is the first step.
-        every: steps from one look to the next. Only the first call and a look wait for the device.
-        threshold: share of log C above which the mean entropy of an assignment is a stall, in (0, 1].
+        classes: C ≥ 2, the number of pseudo-classes.
+        after: step of the first check, not before the end of the warm-up; 0 means the first step.
+        every: steps between two checks, ≥ 1. Only the first call and the checks synchronise with the device.
+        threshold: fraction of log C, in (0, 1]. A mean entropy of the assignments above it counts as a stall.
 
     Buffers:
-        rung: ``[]``, whether it has warned, so that a resumed run does not again. A state without it is taken for one
-            of a run that it has not warned.
+        rung: ``[]``, bool, whether the warning was given. A resumed run does not repeat it. If a state dict lacks the
+            entry, it is False.
 
     >>> alarm = StallAlarm(16, after=0, every=1)
     >>> alarm(torch.tensor(1.0), step=1)
@@ -97,12 +97,15 @@ class StallAlarm(nn.Module):
         self.register_buffer("rung", torch.tensor(False))
 
     def forward(self, H_Mlz: Float[Tensor, ""], step: Tensor | int) -> bool:
-        """Take one step's ``DISSLTerms.H_Mlz``; whether it warned now.
+        """Check the ``DISSLTerms.H_Mlz`` of one step.
 
         Args:
-            H_Mlz: mean entropy of an assignment.
-            step: how many steps the run has done, this one included. Asked for in the first call, since a resumed run
-                does not begin at 1; from there on each call is one step.
+            H_Mlz: mean entropy of an assignment, in nats.
+            step: number of steps of the run, this one included. It is read in the first call only, because a resumed
+                run does not start at 1. Each further call counts as one step.
+
+        Returns:
+            Whether this call warned.
         """
         if self.steps is None:
             self.steps, self._done = int(step), bool(self.rung)
@@ -128,7 +131,7 @@ class StallAlarm(nn.Module):
 
 
 class ETFTerms(NamedTuple):
-    """How the representations of a batch lie to each other; the ideal is an equiangular tight frame."""
+    """Mean cosines between the representations of a batch. The ideal is an equiangular tight frame (ETF)."""
 
     cosine_pos: Float[Tensor, ""]
     """Mean cosine of two views of an image; ideally 1."""
@@ -139,19 +142,19 @@ class ETFTerms(NamedTuple):
 
 
 class ETFMonitor(Stepped, nn.Module):
-    """Cosines of two views' representations about their running mean. For logging: nothing has a gradient.
+    """Compute cosines of two views' representations about their running mean, for logging, without gradient.
 
-    The centre is half the batch's mean and half a moving average of such means, which takes up a tenth of each batch,
-    in training mode only. The micro-batches of an optimiser step count as one batch.
+    The centre is the average of the batch mean and the running mean of the batch means. The running mean is updated in
+    training mode only. The micro-batches of an optimiser step count as one batch.
 
     Args:
         dim: width D of the representations.
-        rate: what the moving average takes of a batch, in [0, 1].
-        comm: the processes whose batch means are joined, so that the moving average is the same on all of them; the
-            cosines are those of this process.
+        rate: weight of a batch in the running mean, in [0, 1].
+        comm: the processes whose batch means are averaged, so that the running mean is identical on all of them. The
+            cosines are computed from the rows of this process.
 
     Buffers:
-        mean: ``[D]``, zero at first.
+        mean: ``[D]``, the running mean, initially zero.
 
     >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     >>> [term.item() for term in ETFMonitor(2)(z, z)]

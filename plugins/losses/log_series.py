@@ -1,7 +1,8 @@
-"""The logarithm of a matrix as a Taylor series about the identity: its coefficients, and a watch over its convergence.
+"""The Taylor series of the matrix logarithm about the identity: coefficients, and a check of its convergence.
 
-Maximum Entropy Coding and Matrix-SSL train on ``log_K(Q) = sum_k (-1)^(k+1) / k (Q - I)^k``, k = 1 to K. Beyond
-spectral radius 1 of Q - I the series does not converge: of even order it is a wall there, of odd order a pit.
+Maximum Entropy Coding and Matrix-SSL train on ``log_K(Q) = sum_k (-1)^(k+1) / k (Q - I)^k``, k = 1 to K. The
+series does not converge if the spectral radius of Q - I exceeds 1. The loss then grows without bound for even K and
+falls without bound for odd K.
 """
 
 import math
@@ -15,14 +16,14 @@ from plugins.checks import check_range, check_whole
 
 
 def log_series(order: int, mu: float = 1.0) -> tuple[float, list[float]]:
-    """Coefficients of ``log_K(mu I + C)`` in powers of C: that of the identity, and those of C to C^K.
+    """Return the coefficients of ``log_K(mu I + C)`` in powers of C: that of the identity, and those of C to C^K.
 
     Args:
         order: K ≥ 1.
         mu: the shift, dimensionless; at 1 the coefficients are 0 and (-1)^(k+1) / k.
 
     Raises:
-        ValueError: K is no int, or below 1.
+        ValueError: K is not an int, or is below 1.
 
     >>> log_series(3)
     (0.0, [1.0, -0.5, 0.3333333333333333])
@@ -37,25 +38,25 @@ def log_series(order: int, mu: float = 1.0) -> tuple[float, list[float]]:
 
 
 def _times(polynomial: list[float], root: float) -> list[float]:
-    """Coefficients of p(C) (C + root), those of p given from the constant on."""
+    """Return the coefficients of p(C) (C + root); those of p start with the constant term."""
     return [a + root * b for a, b in zip([0.0, *polynomial], [*polynomial, 0.0], strict=True)]
 
 
 class SeriesWatch:
-    """Warns when a series has left its radius of convergence, and again only if it has been back within it.
+    """Warn when a series leaves its radius of convergence; warn again only after it has converged in between.
 
-    It looks at the first call and then at every ``every``-th; each look waits for the device.
+    The first call and then every ``every``-th call check the radius. Each check synchronises with the device.
 
     Args:
-        name: of the loss, for the message.
-        advice: what to do about it, for the message.
-        every: calls between two looks, ≥ 1.
+        name: name of the loss, for the message.
+        advice: what the user can do, for the message.
+        every: number of calls between two checks, ≥ 1.
 
     Raises:
         ValueError: ``every`` below 1.
 
     >>> watch = SeriesWatch("the loss", "lower it")
-    >>> watch(lambda: torch.tensor(0.5))  # converges: nothing is said
+    >>> watch(lambda: torch.tensor(0.5))  # it converges: no warning
     """
 
     def __init__(self, name: str, advice: str, *, every: int = 100) -> None:
@@ -64,11 +65,11 @@ class SeriesWatch:
         self.calls, self.outside = 0, False
 
     def __call__(self, radius: Callable[[], Tensor]) -> None:
-        """Look, if it is time.
+        """Check the radius if a check is due.
 
         Args:
-            radius: gives the spectral radius, ``[]``; asked only when it is time. With several processes it is asked on
-                all of them at the same call.
+            radius: function that returns the spectral radius, ``[]``. It is called only if a check is due, and then on
+                all processes in the same call.
         """
         if torch.compiler.is_compiling():  # a look would break the graph: compiled code never looks
             return

@@ -36,7 +36,7 @@ WHAT = "the Matrix-SSL loss"
 
 
 class Weights(NamedTuple):
-    """The numbers in the objective, under the names of :func:`plugins.losses.matrix_ssl_loss`."""
+    """The hyperparameters of the objective, named as the arguments of :func:`plugins.losses.matrix_ssl_loss`."""
 
     mce_lambd: float
     mce_mu: float
@@ -46,7 +46,7 @@ class Weights(NamedTuple):
     trace_term: bool
 
     def check(self) -> None:
-        """Refuse, with a ValueError, an unknown word and a number outside its range."""
+        """Raise a ValueError if an option is unknown or out of range."""
         check_choice("logarithm", self.logarithm, LOGARITHMS)
         check_range("mce_lambd", self.mce_lambd, low=0.0)
         check_range("mce_mu", self.mce_mu, low=1e-6 if self.logarithm == "exact" else 0.0)
@@ -54,7 +54,7 @@ class Weights(NamedTuple):
         check_whole("mce_order", self.mce_order, low=1)
 
     def constant(self, width: int) -> float:
-        """The loss of a constant batch."""
+        """Return the loss of a constant batch."""
         zero = self._coefficients()[0]
         of_trace = self.mce_mu * (1 + self.gamma) if self.trace_term else 0
         return width * (of_trace - zero * (self.mce_lambd + self.gamma * self.mce_mu))

@@ -41,10 +41,10 @@ class MatrixSSLTerms(NamedTuple):
     alignment: Float[Tensor, ""]
     effective_rank: Float[Tensor, ""]
     """(tr C)^2 / ||C||^2 of the covariance of the student's unit rows: 1 on a line, D at most, 0 for equal rows.
-    Watch it: the loss does not tell a few modes (-2.01 for three, aligned) from all of them (-2)."""
+    Log it: the loss hardly differs between a few modes (-2.01 for three, aligned) and all of them (-2)."""
     radius: Float[Tensor, ""]
-    """Estimate of the spectral radius of what the series are in, the largest of them; above 1 they diverge. At mu = 1
-    it never is."""
+    """Estimate of the largest spectral radius of the arguments of the series. Above 1 the series diverge; at mu = 1 it
+    never exceeds 1."""
 
 
 @takes_old_names
@@ -70,27 +70,28 @@ def matrix_ssl_loss(
 
     Args:
         p0: the student's predictions of the first view.
-        p1: those of the second view.
-        target0: the teacher's targets of the first view; they get no gradient.
-        target1: those of the second view.
+        p1: the student's predictions of the second view.
+        target0: the teacher's projections of the first view; detached.
+        target1: the teacher's projections of the second view; detached.
         mce_lambd: lambda ≥ 0, weight of the uniformity (dimensionless).
-        mce_mu: mu ≥ 0, what is added to the covariances' eigenvalues (dimensionless, > 0 for "exact"). The published
+        mce_mu: mu ≥ 0, added to the eigenvalues of the covariances (dimensionless, > 0 for "exact"). The published
             command uses 1 for both; the script's own default, 0.5, adds a constant of about D / 2.
         gamma: weight of the alignment, ≥ 0.
-        mce_order: order of the series, ≥ 1. Odd orders have their minimum in a collapse onto a line.
-        logarithm: "series", or "exact". **"exact" is another objective**: with gamma = 1 it is lowest where all rows
-            lie on one line. It warns. For det(C_tp + mu I) < 0, possible with mu < 1, it takes log |det|.
+        mce_order: order of the series, ≥ 1. Odd orders have their minimum at rank one (collapse).
+        logarithm: "series", or "exact". **"exact" is a different objective**: with gamma = 1 its minimum is at
+            rank one, and a warning says so. For det(C_tp + mu I) < 0, possible with mu < 1, it takes log |det|.
         trace_term: add tr(C_tp + mu I) to U and tr(C_pp + mu I) to A, as in the paper. With lambda = mu = 1 the linear
             terms cancel and the minimum moves to C = 0, collapse: use it with a larger lambda only.
         form: "covariance" (D x D), "gram" (N x N) or "auto", the cheaper one. The value is the same.
-        comm: the processes that share the batch. The smaller of 4 N D numbers of rows and 4 D^2 of statistics is sent,
-            nothing in backward.
+        comm: the processes that share the batch. Either 4 N D numbers (rows) or 4 D^2 numbers (statistics) are
+            communicated, whichever is less. Backward communicates nothing.
 
     Returns:
-        The loss of the joined batch, float32 (float64 for float64 input). A row shorter than 1e-12 counts as zero.
+        The loss of the joined batch, float32 (float64 for float64 input). A row with a norm below 1e-12 counts as zero.
 
     Raises:
-        ValueError: shapes differ, an unknown word, a number outside its range, fewer than two rows over all processes.
+        ValueError: the shapes differ, an option is unknown or out of range, or all processes together have fewer than
+            two rows.
 
     >>> v = torch.tensor([[3.0, 0.0], [-1.0, 0.0]])
     >>> round(matrix_ssl_loss(v, v, v, v).item(), 4)  # a line: -7/12 - 7/6
@@ -116,7 +117,7 @@ def matrix_ssl_terms(
     form: str = "auto",
     comm: Collective = LOCAL,
 ) -> MatrixSSLTerms:
-    """:func:`matrix_ssl_loss` with its parts beside it."""
+    """Return :func:`matrix_ssl_loss` and its parts."""
     weights = _weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
     loss, pairs = _matrix_ssl(p0, p1, target0, target1, weights, form, comm)
     with torch.autocast(p0.device.type, enabled=False):

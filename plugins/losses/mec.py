@@ -39,7 +39,7 @@ class MECTerms(NamedTuple):
     effective_rank: Float[Tensor, ""]
     """(tr M)^2 / ||M||^2 of M = p^T p of the student's unit rows, not centred: 1 where all agree, D at most."""
     radius: Float[Tensor, ""]
-    """Estimate of the spectral radius of what the series is in, the larger of two; above 1 it diverges."""
+    """Estimate of the larger spectral radius of the two arguments of the series. Above 1 the series diverges."""
 
 
 @takes_old_names
@@ -61,16 +61,16 @@ def mec_loss(
 
     Args:
         p0: the student's predictions of the first view.
-        p1: those of the second view.
-        target0: the teacher's targets of the first view; they get no gradient.
-        target1: those of the second view.
-        eps_d: distortion per dimension, > 0; published 64 / D = 1/32 at D = 2048. The smaller, the stronger it spreads,
-            and the sooner the series diverges: begin with eight times as much, see :func:`mec_warmup`. A 0-dim tensor
-            is not checked: that never waits for the device, nor compiles anew at each value.
+        p1: the student's predictions of the second view.
+        target0: the teacher's projections of the first view; detached.
+        target1: the teacher's projections of the second view; detached.
+        eps_d: distortion per dimension, > 0; published 64 / D = 1/32 at D = 2048. A smaller value spreads
+            the embeddings more, but the series diverges sooner: start with eight times the value, see
+            :func:`mec_warmup`. A 0-dim tensor is not checked, which avoids synchronisation and recompilation.
         order: K ≥ 1. Beyond the radius of convergence even orders repel and odd ones attract without bound.
         form: "covariance" (D x D), "gram" (N x N) or "auto", the cheaper one. The value is the same.
-        comm: the processes that share the batch. The smaller of 2 D^2 numbers of statistics and 4 N D of rows is sent,
-            nothing in backward.
+        comm: the processes that share the batch. Either 2 D^2 numbers (statistics) or 4 N D numbers (rows) are
+            communicated, whichever is less. Backward communicates nothing.
 
     Returns:
         The loss of the joined batch, float32 (float64 for float64 input). A row shorter than 1e-12 counts as zero.
@@ -97,7 +97,7 @@ def mec_terms(
     form: str = "auto",
     comm: Collective = LOCAL,
 ) -> MECTerms:
-    """:func:`mec_loss` with what to watch beside it; one product of the rows more."""
+    """Return :func:`mec_loss` and quantities to log; it computes one more product of the rows."""
     loss, pairs, joined = _mec(p0, p1, target0, target1, eps_d, order, form, comm)
     with torch.autocast(p0.device.type, enabled=False):
         similarity = torch.stack([cross.trace() for cross, _ in pairs]).mean() * eps_d
@@ -163,11 +163,11 @@ def _check(eps_d: float | Tensor, order: int, form: str) -> None:
 
 
 def mec_warmup(step: int | Tensor, steps: int, start: float = 8.0) -> float | Tensor:
-    """What multiplies eps_d at a step: linear from ``start`` to 1, reached at the last of the first ``steps`` steps.
+    """Return the factor of eps_d at a step: it falls linearly from ``start`` to 1 over the first ``steps`` steps.
 
     Args:
-        step: optimiser steps done, ≥ 0; a 0-dim tensor gives one, and nothing waits for the device.
-        steps: length of the warm-up, ≥ 0; 0 is none. Published: those of ten epochs.
+        step: number of earlier optimiser steps, ≥ 0. For a 0-dim tensor the result is one, without synchronisation.
+        steps: length of the warm-up in steps, ≥ 0; 0 disables it. Published: ten epochs.
         start: factor at step 0, ≥ 1.
 
     Raises:
@@ -205,7 +205,7 @@ class MECLoss(nn.Module):
         *,
         warmup: float | Float[Tensor, ""] = 1.0,
     ) -> Float[Tensor, ""]:
-        """``warmup`` multiplies eps_d, see :func:`mec_warmup`."""
+        """Compute the loss; ``warmup`` multiplies eps_d, see :func:`mec_warmup`."""
         loss, pairs, _ = _mec(p0, p1, target0, target1, self.eps_d * warmup, self.order, self.form, self.comm)
         if self.training:
             self.watch(lambda: _radius(pairs))

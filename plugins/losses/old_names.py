@@ -1,4 +1,4 @@
-"""The former names of the arguments of Matrix-SSL's and MEC's losses, taken for one release more."""
+"""Accept the former argument names of the Matrix-SSL and MEC losses for one more release."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -7,20 +7,20 @@ from typing import Any, TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 NEW = {"z0": "p0", "z1": "p1", "p0": "target0", "p1": "target1"}
-"""Former name → name. What was p is target now, and what was z is p, as in all other losses."""
+"""Former name → name. The former p is now called target, and the former z is called p, as in all other losses."""
 
 
 def takes_old_names(function: Function) -> Function:
-    """Let a loss of ``(p0, p1, target0, target1)`` be called by the keywords z0, z1, p0 and p1, too, with a warning.
+    """Accept the former keywords z0, z1, p0 and p1 for ``(p0, p1, target0, target1)``, with a FutureWarning.
 
-    A call is an old one if it names z0 or z1, or names p0 or p1 though their places are taken by position. The value is
-    what it has always been.
+    A call uses the former names if it passes z0 or z1, or passes p0 or p1 as keywords although positional arguments
+    take their places. The result does not change.
 
     Args:
         function: the loss, or a method of that name.
 
     Raises:
-        TypeError: at the call, old and new names are mixed.
+        TypeError: a call mixes former and present names.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
 """SSL-EY: the Eckart-Young loss of generalised eigenproblems, for two views through one encoder.
 
 Chapman, Wells & Aguila, "Unconstrained Stochastic CCA: Unifying Multiview and Self-Supervised Learning" (ICLR 2024,
-arXiv:2310.01012). This is the published form without ridge. Its divisor is N - 1 for the N rows that are there, over
-all processes: neither a configured batch size nor the rows of one process. The estimator "plugin" is the published
+arXiv:2310.01012). This is the published form without ridge. The divisor is N - 1, where N is the number of rows on
+all processes, not a configured batch size. The estimator "plugin" is the published
 one; "split" (two half batches, as in the paper's stochastic variant) and "ustat" are unbiased for ||V||^2.
 """
 
@@ -32,9 +32,9 @@ class SSLEYLossTerms(NamedTuple):
 
     loss: Float[Tensor, ""]
     whitening: Float[Tensor, ""]
-    """||V - I||^2, estimated as ||V||^2 - 2 tr V + D; 0 where the two views' covariances add up to the identity."""
+    """||V - I||^2, estimated as ||V||^2 - 2 tr V + D; 0 if the covariances of the two views add up to the identity."""
     alignment: Float[Tensor, ""]
-    """2 / (N - 1) ||X - Y||^2, X and Y centred; 0 where the views agree."""
+    """2 / (N - 1) ||X - Y||^2, X and Y centred; 0 if the views agree."""
 
 
 def ssl_ey_loss(
@@ -48,28 +48,28 @@ def ssl_ey_loss(
     """Eckart-Young loss of two views, ``L = -2 tr C + ||V||^2``.
 
     With X, Y the views' N joined rows minus their column means: C = 2 / (N - 1) X^T Y, V = (X^T X + Y^T Y) / (N - 1).
-    It fixes the scale of the embedding itself: put no normalisation between projector and loss. With "plugin",
-    L >= -min(D, N - 1), and values compare only at equal N and D, since ||V||^2 is biased upwards by about
-    (tr V)^2 / N.
+    The loss determines the scale of the embedding: do not normalise between projector and loss. With "plugin",
+    L >= -min(D, N - 1). Compare values only at equal N and D, because the estimate of ||V||^2 is biased upwards by
+    about (tr V)^2 / N.
 
     Args:
-        z0: embeddings of the first view, one row per sample of this process.
-        z1: embeddings of the second view, in the same order.
-        comm: the processes that share the batch. "plugin" sends the smaller of D x D statistics and N x D rows, and
-            nothing in backward; the other estimators gather rows.
+        z0: projections of the first view, one row per sample of this process.
+        z1: projections of the second view, in the same order.
+        comm: the processes that share the batch. "plugin" communicates D x D statistics or N x D rows, whichever is
+            less, and nothing in backward. The other estimators gather the rows.
         form: "covariance" (D x D), "gram" (rows x rows) or "auto", the cheaper one. The value is the same.
         estimator: how ||V||^2 is estimated: "plugin" from all rows; "split", tr(V_a V_b) of the rows of even and of odd
-            index; "ustat", the unbiased mean over all quadruples of distinct rows, of lower variance than "split".
+            index; "ustat", the unbiased mean over all quadruples of distinct rows, with a lower variance than "split".
 
     Returns:
         The loss of the joined batch, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: shapes differ, an unknown form or estimator, too few rows over all processes (two; four for "split"
-            and "ustat").
+        ValueError: the shapes differ, the form or estimator is unknown, or all processes together have fewer than two
+            rows (four for "split" and "ustat").
 
     >>> z = torch.tensor([[0.5, 0.0], [-0.5, 0.0]])
-    >>> ssl_ey_loss(z, z).item()  # the floor: -min(D, N - 1)
+    >>> ssl_ey_loss(z, z).item()  # the minimum, -min(D, N - 1)
     -1.0
     """
     return ssl_ey_terms(z0, z1, comm=comm, form=form, estimator=estimator).loss
@@ -83,7 +83,7 @@ def ssl_ey_terms(
     form: str = "auto",
     estimator: str = "plugin",
 ) -> SSLEYLossTerms:
-    """:func:`ssl_ey_loss` with its two parts beside it."""
+    """Return :func:`ssl_ey_loss` and its two parts."""
     check_rows(z0=z0, z1=z1)
     check_choice("form", form, FORMS)
     check_choice("estimator", estimator, ESTIMATORS)

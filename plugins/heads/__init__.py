@@ -1,4 +1,4 @@
-"""Projection heads: from the features of a backbone to the space where the loss lives."""
+"""Projection heads: from the features of a backbone to the embedding that the loss takes."""
 
 from plugins.heads.classifier import normalized_classifier
 from plugins.heads.dissl import Heads, dissl_heads, issl_head

@@ -1,4 +1,4 @@
-"""The classifier of the linear evaluations that MoCo, SimSiam, MEC and Matrix-SSL publish."""
+"""The classifier of the published linear evaluations of MoCo, SimSiam, MEC and Matrix-SSL."""
 
 from torch import nn
 
@@ -6,17 +6,17 @@ from plugins.checks import check_range
 
 
 def normalized_classifier(in_dim: int, classes: int) -> nn.Sequential:
-    """BatchNorm without scale and shift (ε = 1e-6), then a Linear layer: ``[B, in_dim] → [B, classes]``.
+    """Build BatchNorm without scale and shift (ε = 1e-6) and a Linear layer: ``[B, in_dim] → [B, classes]``.
 
-    The features of a frozen backbone come at any scale; the norm makes one learning rate fit them all. The weights
-    begin as ``N(0, 0.01^2)``, the biases as 0.
+    The norm removes the scale of the frozen features, so that one learning rate suits every backbone. The weights are
+    initialised from ``N(0, 0.01^2)``, the biases with 0.
 
     Args:
         in_dim: width of the features, ≥ 1.
-        classes: how many, ≥ 1.
+        classes: number of classes, ≥ 1.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: an argument is below 1.
 
     Example:
         >>> [type(module).__name__ for module in normalized_classifier(512, 10)]

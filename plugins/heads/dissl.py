@@ -1,8 +1,8 @@
-"""The heads of DISSL and CISSL: an expressive teacher head, and a student head of the form of the downstream probe.
+"""The heads of DISSL and CISSL: an expressive teacher head, and a student head with the form of the downstream probe.
 
-Dubois, Hashimoto, Ermon & Liang (NeurIPS 2022, arXiv:2209.06235). ``KINDS`` lists what both published repositories
-train: the TinyImageNet code ("issl"), whose layers begin as :func:`plugins.heads.init.issl_init_` makes them, and the
-VISSL fork for ImageNet ("fork"), whose layers begin as torch makes them.
+Dubois, Hashimoto, Ermon & Liang (NeurIPS 2022, arXiv:2209.06235). ``KINDS`` lists the heads of both published
+repositories: the TinyImageNet code ("issl"), initialised by :func:`plugins.heads.init.issl_init_`, and the VISSL fork
+for ImageNet ("fork"), with torch's default initialisation.
 """
 
 from typing import NamedTuple
@@ -30,14 +30,14 @@ KINDS = {
 
 
 class Heads(NamedTuple):
-    """From representations ``[B, z]`` to logits or projections; one module twice where both sides share it."""
+    """Maps from representations ``[B, z]`` to logits or projections; the same module twice if both sides share it."""
 
     teacher: nn.Module
     student: nn.Module
 
 
 def dissl_heads(kind: str, in_dim: int, out_dim: int) -> Heads:
-    """Teacher and student head of a published configuration.
+    """Build the teacher and student head of a published configuration.
 
     Args:
         kind: a key of KINDS.
@@ -45,7 +45,7 @@ def dissl_heads(kind: str, in_dim: int, out_dim: int) -> Heads:
         out_dim: C, the number of pseudo-classes (16384), or the width of the projections (128).
 
     Raises:
-        ValueError: an unknown kind, a width below 1.
+        ValueError: the kind is unknown, or a width is below 1.
 
     >>> [type(module).__name__ for module in dissl_heads("dissl", 512, 16384).student]
     ['Linear', 'BatchNorm1d', 'Linear']
@@ -114,22 +114,22 @@ def issl_head(
     last: str = "linear",
     final_norm: bool = False,
 ) -> nn.Sequential:
-    """A head of the TinyImageNet code: hidden layers, then one linear map, which may be of low rank.
+    """Build a head of the TinyImageNet code: hidden layers, then one linear map, optionally of low rank.
 
     Args:
         in_dim: width of the representation.
-        out_dim: width of the result.
-        layers: hidden layers (Linear without bias, BatchNorm, activation); none makes the head linear.
-        hidden_dim: their width.
+        out_dim: width of the output.
+        layers: number of hidden layers (Linear without bias, BatchNorm, activation), ≥ 0; 0 makes the head linear.
+        hidden_dim: width of the hidden layers.
         activation: "relu" or "gelu".
-        bottleneck: the rank of the last map: Linear without bias, BatchNorm, Linear; None makes it one Linear.
-        bottleneck_norm: whether the BatchNorm is there.
-        last: "linear", or "cosine": unit rows of weights, no bias, and an input of unit length; with a bottleneck the
-            input of that, which is where the published code has it.
-        final_norm: BatchNorm after it.
+        bottleneck: rank of the last map (Linear without bias, BatchNorm, Linear); None uses one Linear layer.
+        bottleneck_norm: whether the bottleneck has a BatchNorm.
+        last: "linear", or "cosine": weights with unit rows, no bias, and input rows of unit length. With a bottleneck
+            the input of the bottleneck is normalised, as in the published code.
+        final_norm: whether a BatchNorm follows.
 
     Raises:
-        ValueError: a width below 1, fewer than no layers, an unknown choice.
+        ValueError: a width is below 1, ``layers`` is negative, or a choice is unknown.
     """
     sizes = {"in_dim": in_dim, "out_dim": out_dim, "hidden_dim": hidden_dim, "bottleneck": bottleneck or 1}
     for name, size in sizes.items():
@@ -162,21 +162,21 @@ def _hidden(in_dim: int, out_dim: int, activation: str = "relu") -> list[nn.Modu
 
 
 class Residual(nn.Sequential):
-    """A sequence whose input is added to its output."""
+    """A sequence of modules with a skip connection: the input is added to the output."""
 
     def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         return super().forward(x) + x
 
 
 class UnitRows(nn.Module):
-    """Rows divided by their lengths."""
+    """Normalise each row to unit length."""
 
     def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         return F.normalize(x, dim=1)
 
 
 class UnitLinear(nn.Linear):
-    """A Linear layer whose rows of weights have length 1, whatever their parameter's: weight norm with a fixed gain."""
+    """A Linear layer with weight rows normalised to length 1: weight normalisation with a fixed gain."""
 
     def forward(self, input: Float[Tensor, "B D"]) -> Float[Tensor, "B C"]:
         return F.linear(input, F.normalize(self.weight, dim=1), self.bias)

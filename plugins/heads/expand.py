@@ -1,7 +1,7 @@
-"""A ResNet whose representation is wider (or narrower) than its last stage.
+"""Change the width of a ResNet's representation.
 
-Dubois, Hashimoto, Ermon & Liang (NeurIPS 2022, arXiv:2209.06235): a linear probe needs as many dimensions as there are
-classes less one, so that width is worth more than depth. The added block keeps the published state-dict keys.
+Dubois, Hashimoto, Ermon & Liang (NeurIPS 2022, arXiv:2209.06235): a linear probe needs at least as many dimensions
+as there are classes minus one. The added block has the published state-dict keys.
 """
 
 from jaxtyping import Float
@@ -17,11 +17,11 @@ class ExpandDim(nn.Module):
     Args:
         in_channels: c.
         hidden_channels: width of the inner 1x1 and 3x3 convolutions.
-        out_channels: d. Where it is a multiple of c, the input is added to the output, repeated: output channel j gets
-            input channel j mod c. A smaller d has no such shortcut.
+        out_channels: d. If it is a multiple of c, the block has a shortcut: input channel j mod c is added to output
+            channel j. A smaller d has no shortcut.
 
     Raises:
-        ValueError: d is greater than c and no multiple of it.
+        ValueError: d is greater than c and not a multiple of it.
     """
 
     def __init__(self, in_channels: int, hidden_channels: int, out_channels: int) -> None:
@@ -51,23 +51,24 @@ class ExpandDim(nn.Module):
 
 
 def expand_resnet_dim(resnet: nn.Module, dim: int, *, bottleneck: int | None = 512) -> nn.Module:
-    """Make the representation of a ResNet ``dim`` wide, in place.
+    """Set the width of a ResNet's representation to ``dim``, in place.
 
-    ``avgpool`` becomes the sequence of the new block and the old pooling, and ``fc`` the identity: the model returns
-    representations. Nothing else changes where ``dim`` is the ResNet's own width.
+    ``avgpool`` becomes the sequence of the new block and the former pooling, and ``fc`` becomes the identity, so that
+    the model returns representations. If ``dim`` is already the width of the ResNet, only ``fc`` changes.
 
     Args:
-        resnet: torchvision's or one with its attributes (``layer4``, ``avgpool``, ``fc``). Where it tells its width,
-            as ``inplanes`` or ``num_features``, it will tell the new one.
-        dim: d, a multiple of the ResNet's width, or below it.
-        bottleneck: width of the block's inner convolutions; None makes the block one 1x1 convolution, BatchNorm and
-            ReLU, for any d.
+        resnet: a torchvision ResNet, or a model with the attributes ``layer4``, ``avgpool`` and ``fc``. Its attributes
+            ``inplanes`` and ``num_features``, if present, are updated.
+        dim: d, a multiple of the ResNet's width, or less than it.
+        bottleneck: width of the inner convolutions of the block. None builds a block of one 1x1 convolution, BatchNorm
+            and ReLU, which allows any d.
 
     Returns:
         The same ResNet.
 
     Raises:
-        ValueError: it is no ResNet, its dimension is expanded already, or d is neither a multiple nor below.
+        ValueError: the model is not such a ResNet, has already been expanded, or d is neither a multiple of its width
+            nor below it.
     """
     if not all(hasattr(resnet, name) for name in ("layer4", "avgpool", "fc")):
         kind = f"{type(resnet).__module__}.{type(resnet).__qualname__}"

@@ -1,4 +1,4 @@
-"""The initialisations of the published DISSL and CISSL code (arXiv:2209.06235)."""
+"""Weight initialisations of the published DISSL and CISSL code (arXiv:2209.06235)."""
 
 import math
 
@@ -8,10 +8,10 @@ from torch.nn.modules.conv import _ConvNd
 
 
 def issl_init_(module: nn.Module) -> nn.Module:
-    """Initialise, in place, as the TinyImageNet code does: normal weights, cut at ±2, and no bias.
+    """Initialise a module in place as the TinyImageNet code does: normal weights truncated at ±2, and zero biases.
 
-    The standard deviation is 0.02 for Linear layers and ``sqrt(1 / fan_in) / 0.8796`` for convolutions; batch norms
-    begin as the identity.
+    The standard deviation is 0.02 for Linear layers and ``sqrt(1 / fan_in) / 0.8796`` for convolutions. Batch norms are
+    set to the identity.
 
     Returns:
         The module.
@@ -33,7 +33,9 @@ def issl_init_(module: nn.Module) -> nn.Module:
 
 
 def projection_init_(module: nn.Module) -> nn.Module:
-    """Make every Linear layer that narrows a random projection, ``N(0, 1 / out)`` (Johnson & Lindenstrauss), in place.
+    """Initialise every Linear layer with fewer outputs than inputs as a random projection, in place.
+
+    The weights are drawn from ``N(0, 1 / out)`` (Johnson & Lindenstrauss).
 
     Returns:
         The module.

@@ -1,4 +1,4 @@
-"""The projection head of the methods here: Linear, BatchNorm, ReLU, as often as asked, and a last Linear.
+"""The MLP projection head: blocks of Linear, BatchNorm and ReLU, and a last Linear layer.
 
 =================================  ==================================================================================
 BYOL family (BYOL 2006.07733)      ``mlp_head(512, 4096, 256)``
@@ -27,7 +27,7 @@ def mlp_head(
     bias: bool = True,
     final_bias: bool | Literal["frozen"] = True,
 ) -> nn.Sequential:
-    """A projection head ``[B, in_dim] → [B, out_dim]``, flat, so that its state-dict keys are solo-learn's.
+    """Build a projection head ``[B, in_dim] → [B, out_dim]`` as a flat sequence with solo-learn's state-dict keys.
 
     The keys are ``0.weight`` (Linear), ``1.*`` (BatchNorm), ``3.weight`` (the next Linear, after a ReLU), and so on.
 
@@ -35,11 +35,11 @@ def mlp_head(
         in_dim: width of the backbone's features.
         hidden_dim: width of the hidden layers.
         out_dim: width of the embedding.
-        layers: how many Linear layers, ≥ 1.
+        layers: number of Linear layers, ≥ 1.
         final_norm: BatchNorm after the last Linear: ``"affine"`` with scale and shift, ``"plain"`` without, or None.
-        bias: whether the hidden Linear layers, each followed by BatchNorm, have a bias (BatchNorm removes it again).
-        final_bias: whether the last Linear has one; ``"frozen"`` keeps it at its initial value, as published SimSiam
-            checkpoints do, where the BatchNorm behind it makes it irrelevant.
+        bias: whether the hidden Linear layers, each followed by BatchNorm, have a bias (BatchNorm cancels it).
+        final_bias: whether the last Linear layer has a bias. ``"frozen"`` keeps it at its initial value, as in
+            published SimSiam checkpoints; the BatchNorm that follows cancels it.
 
     Raises:
         ValueError: fewer than one layer, a width below 1, or an unknown ``final_norm``.

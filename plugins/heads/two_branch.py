@@ -1,4 +1,4 @@
-"""Heads of a loss whose both sides have a gradient: two on the same features, or one for both."""
+"""Heads for losses with a gradient through both sides: two heads on the same features, or one shared head."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from plugins.heads.dissl import Heads
 
 
 class TwoBranchHead(nn.Module):
-    """What DISSL and CISSL train in place of a projection head and a teacher (Dubois et al. 2022, arXiv:2209.06235).
+    """The two heads that DISSL and CISSL train instead of a projection head and a teacher (arXiv:2209.06235).
 
     Args:
-        heads: the student's is applied to all views and has the form of the downstream probe; the teacher's is applied
-            to the large views and is as expressive as one likes. Both take ``[B, features_dim]``.
+        heads: the student head is applied to all views and has the form of the downstream probe. The teacher head is
+            applied to the large views and may have any form. Both take ``[B, features_dim]``.
         features_dim: width of the features.
 
     Example:
@@ -29,13 +29,14 @@ class TwoBranchHead(nn.Module):
         self.features_dim = features_dim
 
     def forward(self, features: Tensor) -> Tensor:
-        """The student's output."""
+        """Return the output of the student head."""
         return self.student(features)
 
 
 class SharedHead(nn.Sequential):
-    """One head for both sides of a loss. All views of a batch go through it together and share its batch statistics,
-    as in SimCLR (Chen et al. 2020, arXiv:2002.05709) and in the code of Dubois et al. (2022, arXiv:2209.06235).
+    """One head for both sides of a loss. All views of a batch pass through it together and share batch statistics.
+
+    References: SimCLR (Chen et al. 2020, arXiv:2002.05709), and the code of Dubois et al. (2022, arXiv:2209.06235).
 
     Example:
         >>> head = SharedHead(nn.BatchNorm1d(1, affine=False, eps=1e-9))
@@ -44,5 +45,5 @@ class SharedHead(nn.Sequential):
     """
 
     def views(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """One matrix of features per view → one of projections per view."""
+        """Project the features of all views in one pass; return one matrix per view."""
         return list(self(torch.cat([*features])).split([len(view) for view in features]))

@@ -1,4 +1,4 @@
-"""The predictor that is not learned but computed: a power of the projection's second moment.
+"""The closed-form predictor: a power of the running second moment of the projections, computed instead of learned.
 
 DirectPred (2102.06810, Eq. 18 and 19), DirectCopy (2110.04947, Eq. 3) and, with the same W, IsoLoss and IsoCopy
 (2212.04858, Section 3). The variant is that of 2212.04858: the spectrum is divided by its largest value and ε is added
@@ -20,34 +20,34 @@ from plugins.predictors.moment import RunningMoment, descending
 class ClosedFormPredictor(RunningMoment):
     """``p = z W`` with ``W = (C / λmax + ε I)^α`` and C the running second moment of z.
 
-    W is symmetric and a constant for autograd. Normalised, its eigenvalues are in [ε^α, (1 + ε)^α] and it does not
-    depend on the scale of z. With ``normalize=False`` it is ``(C + ε I)^α``; ε counts there too. With α = 1 no
-    eigenvectors are computed, and W is exact for rank-deficient and for nearly isotropic C alike.
+    W is symmetric and has no gradient. With ``normalize=True`` its eigenvalues are in [ε^α, (1 + ε)^α], and it does not
+    depend on the scale of z. With ``normalize=False`` it is ``(C + ε I)^α``. With α = 1 no eigenvectors are computed,
+    and W is exact also for rank-deficient and nearly isotropic C.
 
-    While C is zero (before the first update, or when every z so far was zero) it counts as isotropic:
-    W = (1 + ε)^α I, normalised, or ε^α I. So p is finite whatever z was.
+    If C is zero (before the first update, or if all z were zero), the spectrum is treated as isotropic:
+    W = (1 + ε)^α I, or ε^α I with ``normalize=False``. The prediction is therefore always finite.
 
     Args:
         dim: width D of the projection.
         alpha: α ≥ 0, the power: ½ is DirectPred and IsoLoss, 1 is DirectCopy and IsoCopy.
         eps: ε ≥ 0, added to the spectrum before the power, in units of λmax (of C itself with ``normalize=False``).
-        rho: ρ in [0, 1), what is kept of C **per update**. ``"sequential"`` makes one update per view, so that a step
-            of two views keeps ρ²; ``"pooled"`` makes one per step and forgets at the same pace with ρ².
-        normalize: divide the spectrum by λmax. With the Euclidean metric use False: normalised W has no absolute scale.
-        mode: ``"sequential"``: view 0 updates C and is predicted with W of it, then view 1, …, so that W differs
-            between views and the order of views matters; ``"pooled"``: one update with all views, one W for all.
-        every: k ≥ 1, compute W at the first and then at each k-th update only; C takes every update. 10 changes W by
-            2e-3 at ρ = 0.998; at ρ = 0.5 keep 1. The micro-batches of an optimiser step count as one update.
+        rho: ρ in [0, 1), decay of C **per update**. ``"sequential"`` makes one update per view, so that a step with two
+            views retains ρ² of C. ``"pooled"`` makes one update per step; pass ρ² for the same decay.
+        normalize: divide the spectrum by λmax. Use False with the Euclidean metric, because normalised W has no scale.
+        mode: ``"sequential"``: each view in turn updates C and is predicted with the new W, so that W differs between
+            views and their order matters. ``"pooled"``: one update with all views, and one W for all of them.
+        every: k ≥ 1, compute W at the first and then at every k-th update; C is updated every time. k = 10 changes W by
+            about 2e-3 at ρ = 0.998; use 1 at ρ = 0.5. The micro-batches of an optimiser step count as one update.
         center: use the centred second moment.
-        comm: the processes whose rows are joined.
+        comm: the processes that share the batch.
 
     Buffers:
         C, steps: as in RunningMoment.
-        W: ``[D, D]``, saved, so that a resumed run goes on to the bit, also with ``every`` > 1.
+        W: ``[D, D]``, in the state dict, so that a resumed run continues bit for bit, also with ``every`` > 1.
         eigenvalues: ``[D]``, spectrum of (centred) C when W was last computed, largest first, for logging.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> predictor = ClosedFormPredictor(2, alpha=0.5)
@@ -85,10 +85,10 @@ class ClosedFormPredictor(RunningMoment):
 
     @torch.no_grad()
     def update(self, z: Float[Tensor, "B D"]) -> None:
-        """Take one batch into C, and at every k-th call compute W anew.
+        """Update C with one batch, and recompute W at every k-th call.
 
         Args:
-            z: this process's rows, not differentiated. A batch with an inf or a NaN changes neither C nor W.
+            z: rows of this process; detached. A batch with inf or NaN changes neither C nor W.
 
         Raises:
             ValueError: z is no floating-point matrix of D columns.
@@ -103,7 +103,7 @@ class ClosedFormPredictor(RunningMoment):
                 self._refresh()
 
     def forward(self, z: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """``z W`` with the W of the last update, in float32 (float64 where z is); gradient flows to z alone.
+        """Return ``z W`` with the W of the last update, in float32 (float64 for float64 input). Only z gets a gradient.
 
         Raises:
             ValueError: z is no floating-point matrix of D columns.
@@ -115,10 +115,10 @@ class ClosedFormPredictor(RunningMoment):
             return z.to(dtype) @ self.W.to(dtype, copy=True)
 
     def predict(self, views: list[Float[Tensor, "_ D"]]) -> list[Float[Tensor, "_ D"]]:
-        """Predictions of all views of one step; in training C and W follow them, in evaluation they stay.
+        """Return the predictions of all views of one step. C and W are updated in training mode only.
 
         Args:
-            views: one matrix per view; numbers of rows may differ between views and processes.
+            views: one matrix per view. The numbers of rows may differ between views and processes.
         """
         self.micro_batch()
         if self.training and self.mode == "pooled":

@@ -7,17 +7,17 @@ from plugins.checks import check_range
 
 
 class MLPPredictor(nn.Sequential):
-    """Linear, BatchNorm, ReLU, Linear, from and to the width of the projection.
+    """The learned predictor: Linear, BatchNorm, ReLU, Linear. Input and output have the width of the projection.
 
     State-dict keys are ``0.*``, ``1.*``, ``3.*``, as in solo-learn.
 
     Args:
         dim: width of the projection and of the prediction.
-        hidden_dim: width in between: 4096 for BYOL, a bottleneck (512 of 2048) for SimSiam.
-        bias: whether the first Linear has a bias. SimSiam's has none; the BatchNorm behind it removes it anyway.
+        hidden_dim: width of the hidden layer: 4096 for BYOL, a bottleneck (512 of 2048) for SimSiam.
+        bias: whether the first Linear layer has a bias. SimSiam has none; the BatchNorm cancels it.
 
     Raises:
-        ValueError: a width below 1.
+        ValueError: a width is below 1.
 
     Example:
         >>> sorted(name for name, _ in MLPPredictor(4, 8, bias=False).named_parameters())
@@ -35,5 +35,5 @@ class MLPPredictor(nn.Sequential):
         )
 
     def predict(self, views: list[Float[Tensor, "_ D"]]) -> list[Float[Tensor, "_ D"]]:
-        """One prediction per view, each view with its own batch statistics."""
+        """Return one prediction per view. Each view has its own batch statistics."""
         return [self(z) for z in views]

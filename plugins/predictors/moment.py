@@ -14,25 +14,25 @@ from plugins.linalg import eigvalsh, squared_norm
 
 
 class RunningMoment(Stepped, nn.Module):
-    """Exponential moving average of the uncentred second moment of the rows it is shown.
+    """Exponential moving average of the uncentred second moment of rows.
 
-    ``C ← ρ C + (1 − ρ) Zᵀ Z / N`` with Z the joined rows of all processes, ``C = 0`` at first: after k batches of
-    second moment S it holds ``(1 − ρ^k) S``.
+    ``C ← ρ C + (1 − ρ) Zᵀ Z / N``, where Z are the rows of all processes and C is initially 0. After k batches with the
+    second moment S, C is ``(1 − ρ^k) S``.
 
-    Between ``before_step`` and ``after_step`` Z are the rows of all micro-batches so far, so that C is at the end that
-    of one batch of all rows: each micro-batch begins with ``micro_batch``, and its v-th update replaces the v-th of the
-    micro-batch before.
+    Between ``before_step`` and ``after_step``, Z are the rows of all micro-batches so far. After the last micro-batch C
+    equals that of one batch with all rows. Call ``micro_batch`` at the start of each micro-batch: its v-th update
+    replaces the v-th update of the previous one.
 
     Args:
         dim: width D of the rows.
-        rho: ρ in [0, 1), what is kept of C at each update (dimensionless). 0.998 remembers about 500 updates.
-        center: also follow the mean, so that ``covariance()`` is centred.
-        comm: the processes whose rows are joined. C is the same on all of them; numbers of rows may differ.
+        rho: ρ in [0, 1), decay of C per update (dimensionless). 0.998 averages over about 500 updates.
+        center: also track the mean, so that ``covariance()`` is centred.
+        comm: the processes that share the batch. C is identical on all of them; the numbers of rows may differ.
 
     Buffers:
-        C: ``[D, D]``, symmetric up to rounding, in float32 (float64 after ``.double()``; ``.half()`` changes nothing).
-        steps: int64, calls of ``update``, the skipped ones included, those of one step's micro-batches counted once.
-        mean ``[D]``, mass ``[]``: with ``center`` only, the same moving average of the rows and of the constant 1.
+        C: ``[D, D]``, symmetric up to rounding, in float32 (float64 after ``.double()``; ``.half()`` has no effect).
+        steps: int64, number of updates, skipped batches included. The micro-batches of a step count once.
+        mean ``[D]``, mass ``[]``: only with ``center``, the same moving average of the rows and of the constant 1.
 
     Example:
         >>> moment = RunningMoment(2, rho=0.5)
@@ -62,21 +62,21 @@ class RunningMoment(Stepped, nn.Module):
         self._place = 0  # of the next update in its micro-batch
 
     def micro_batch(self) -> None:
-        """Mark the beginning of a micro-batch. Needed within a step only."""
+        """Mark the start of a micro-batch. Only needed between ``before_step`` and ``after_step``."""
         self._place = 0
 
     def after_step(self) -> None:
-        """End the open step: C stays, and the next update is one of its own."""
+        """End the open step. The next update starts from the present C."""
         super().after_step()
         self._before, self._seen, self._place = [], [], 0
 
     @torch.no_grad()
     def update(self, z: Float[Tensor, "B D"]) -> None:
-        """Take one batch into account.
+        """Update the averages with one batch.
 
-        Computed in float32 with autocast off: in half precision the small eigenvalues of C drown in rounding. A batch
-        that holds an inf or a NaN, or no rows at all, on whichever process, leaves C as it is on every process; so does
-        one whose squares add up to more than float32 can hold.
+        The computation is in float32 with autocast off, because half precision loses the small eigenvalues of C. C
+        does not change on any process if a process has inf or NaN in its rows, if there are no rows at all, or if the
+        sum of squares overflows float32.
 
         Args:
             z: this process's rows of one or more views, of any floating dtype; not differentiated.
@@ -95,7 +95,7 @@ class RunningMoment(Stepped, nn.Module):
             self._average([second.div_(divisor), first / divisor], torch.where(bad == 0, rows, 0))
 
     def _average(self, means: list[Tensor], rows: Tensor) -> None:
-        """Move the averages towards the means over some rows, or in a step over these and the earlier ones."""
+        """Update the averages with means over rows; within a step, over these and all earlier rows of the step."""
         averages = [self.C, self.mean, self.mass] if self.center else [self.C]
         new = self._place == len(self._seen)
         if self.stepping:
@@ -118,7 +118,7 @@ class RunningMoment(Stepped, nn.Module):
             self.steps += 1
 
     def _joined(self, parts: list[Tensor]) -> list[Tensor]:
-        """Sums over the processes, by one collective for all."""
+        """Sum several tensors over the processes with one collective."""
         if self.comm.size == 1:
             return parts
         total = self.comm.sum(torch.cat([part.flatten() for part in parts]))
@@ -126,14 +126,14 @@ class RunningMoment(Stepped, nn.Module):
         return [summed.view_as(part) for summed, part in zip(sums, parts, strict=True)]
 
     def covariance(self) -> Float[Tensor, "D D"]:
-        """C, or with ``center`` C − μμᵀ of the rows seen so far (scaled by 1 − ρ^k, as C is)."""
+        """Return C, or with ``center`` C − μμᵀ of the rows so far (scaled by 1 − ρ^k like C)."""
         if not self.center:
             return self.C
         return self.C - torch.outer(self.mean, self.mean) / self.mass.clamp(min=torch.finfo(self.mass.dtype).tiny)
 
     @torch.no_grad()
     def spectrum(self) -> Float[Tensor, " D"]:
-        """Eigenvalues of ``covariance()``, largest first, ≥ 0, computed now: ask for it only when you log it."""
+        """Compute the eigenvalues of ``covariance()``, largest first, ≥ 0. Call it only to log them."""
         return descending(eigvalsh(self.covariance()))
 
     def extra_repr(self) -> str:
@@ -157,5 +157,5 @@ class RunningMoment(Stepped, nn.Module):
 
 
 def descending(eigenvalues: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
-    """Ascending eigenvalues of a positive semidefinite matrix, turned round and freed of negative rounding errors."""
+    """Reverse ascending eigenvalues of a positive semidefinite matrix; clamp negative rounding errors to 0."""
     return eigenvalues.clamp(min=0).flip(0)

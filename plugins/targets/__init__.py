@@ -1,4 +1,4 @@
-"""Targets: what the predictions of the online branch are compared with."""
+"""Targets that the predictions of the online branch are compared with."""
 
 from plugins.targets.ema import EMATeacher, cosine_tau, move_teacher, needs_teacher
 

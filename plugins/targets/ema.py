@@ -13,19 +13,19 @@ from plugins.checks import check_range
 
 
 def cosine_tau(step: int, total: int, base: float = 0.99, final: float = 1.0) -> float:
-    """How much of the teacher is kept at the update that follows ``step`` earlier ones.
+    """Return τ, the decay of the teacher at the update after ``step`` earlier updates.
 
-    ``τ_k = τ_f − (τ_f − τ_b) (1 + cos(π k / K)) / 2``: from τ_b at the very first update to τ_f. It is a function of
-    the step alone, so that a resumed run goes on where it stopped.
+    ``τ_k = τ_f − (τ_f − τ_b) (1 + cos(π k / K)) / 2``: from τ_b at the first update to τ_f. It depends on the
+    step only, so that a resumed run continues the schedule.
 
     Args:
-        step: k ≥ 0, optimiser steps whose update is done. Beyond K it counts as K.
-        total: K ≥ 1, optimiser steps of the whole run.
+        step: k ≥ 0, number of earlier updates. Values above K are treated as K.
+        total: K ≥ 1, number of optimiser steps of the whole run.
         base: τ_b in [0, 1].
         final: τ_f in [0, 1].
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> [round(cosine_tau(step, 1000, 0.99, 1.0), 6) for step in (0, 500, 1000)]
@@ -39,10 +39,10 @@ def cosine_tau(step: int, total: int, base: float = 0.99, final: float = 1.0) ->
 
 
 def needs_teacher(base: float, final: float) -> bool:
-    """Whether a teacher with this schedule ever differs from the student.
+    """Return whether a teacher with this schedule can differ from the student.
 
-    With τ = 0 throughout it is the student, batch statistics included, and its projections are the student's detached
-    ones: build no teacher then, and save its forward pass.
+    With τ = 0 throughout, the teacher equals the student, and its projections are the detached projections of the
+    student. No teacher and no second forward pass are needed then.
 
     Example:
         >>> needs_teacher(0.99, 1.0), needs_teacher(0.0, 0.0)
@@ -53,15 +53,15 @@ def needs_teacher(base: float, final: float) -> bool:
 
 @torch.no_grad()
 def move_teacher(teacher: Iterable[nn.Module], student: Iterable[nn.Module], tau: float) -> None:
-    """``θ_t ← τ θ_t + (1 − τ) θ`` in place, all parameters of all modules at once; buffers are left alone.
+    """Update ``θ_t ← τ θ_t + (1 − τ) θ`` in place, for all parameters of all modules; buffers do not change.
 
     Args:
-        teacher: the modules that move.
-        student: the modules that they follow, of the same parameters in the same order.
+        teacher: the modules to update.
+        student: the modules of the student, with the same parameters in the same order.
         tau: τ in [0, 1].
 
     Raises:
-        ValueError: τ outside its range.
+        ValueError: τ is out of range.
     """
     check_range("tau", tau, low=0.0, high=1.0)
     followers: list[Tensor] = [parameter for module in teacher for parameter in module.parameters()]
@@ -71,22 +71,22 @@ def move_teacher(teacher: Iterable[nn.Module], student: Iterable[nn.Module], tau
 
 
 class EMATeacher(nn.Module):
-    """A second copy of the student that follows it slowly: ``θ_t ← τ θ_t + (1 − τ) θ`` after each optimiser step.
+    """An exponential moving average of the student: ``θ_t ← τ θ_t + (1 − τ) θ`` after each optimiser step.
 
-    Parameters only. Buffers are never copied after construction: the teacher runs in training mode like the student,
-    its BatchNorm uses the statistics of its own batches and keeps its own running ones. It has no gradient. All of its
-    state is in its state dict, since τ follows from the step that the caller counts anyway.
+    Only parameters are averaged. Buffers are not copied after construction: the teacher runs in training mode, and its
+    BatchNorm layers use and track the statistics of its own batches. The teacher has no gradient. Its complete state is
+    in its state dict, because τ depends only on the step that the caller counts.
 
     Args:
-        student: backbone and head, or whatever makes the projections. It is not registered as a submodule and stays the
-            caller's; wrap it for distribution afterwards.
-        teacher: a module of the same parameters to use as the teacher; its parameters are set to the student's and its
-            buffers left alone. None makes a deep copy.
+        student: the module that computes the projections, such as backbone and head. It is not registered as a
+            submodule. Wrap it in DistributedDataParallel after this call.
+        teacher: a module with the same parameters to use as the teacher. Its parameters are set to the student's; its
+            buffers do not change. None makes a deep copy of the student.
         base: τ of the first update, in [0, 1].
         final: τ at the end, in [0, 1].
 
     Raises:
-        ValueError: τ outside [0, 1], or a teacher whose parameters are not those of the student.
+        ValueError: τ is outside [0, 1], or the parameters of the teacher differ from the student's.
 
     Example:
         >>> student = nn.Linear(1, 1, bias=False)
@@ -121,16 +121,16 @@ class EMATeacher(nn.Module):
 
     @property
     def student(self) -> nn.Module:
-        """The module that the teacher follows."""
+        """The module whose parameters are averaged."""
         return self._student[0]
 
     @torch.no_grad()
     def update(self, step: int, total: int) -> float:
-        """Move towards the student; call it once after each optimiser step, once per accumulation window.
+        """Update the teacher. Call it once after each optimiser step, also if gradients are accumulated.
 
         Args:
-            step: how many updates came before this one, 0 for the first.
-            total: optimiser steps of the whole run.
+            step: number of earlier updates, 0 at the first call.
+            total: number of optimiser steps of the whole run.
 
         Returns:
             τ, for logging.
@@ -141,5 +141,5 @@ class EMATeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The teacher's output, without gradient."""
+        """Return the teacher's output, without gradient."""
         return self.module(*args, **kwargs)

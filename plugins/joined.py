@@ -1,6 +1,6 @@
-"""The loss of the joined batch of several micro-batches, with the activations of one at a time.
+"""Compute the loss of the joined rows of several micro-batches, with the activations of one micro-batch at a time.
 
-Averaging the losses of micro-batches is another objective than the loss of their joined rows: the losses here are no
+The mean of the losses of micro-batches differs from the loss of their joined rows, because the losses here are not
 means over rows. Gradients through cached embeddings (Gao et al. 2021, arXiv:2101.06983) give the joined one exactly:
 embed every micro-batch without gradient, take the loss of all rows and its gradient in the embeddings, then embed each
 micro-batch again and pass its rows of that gradient on.
@@ -20,11 +20,11 @@ from plugins.objective import Objective
 from plugins.spec import Embeddings, Terms
 
 ACCUMULATE = ("mean", "joined")
-"""What the loss of a step of several micro-batches can be: the mean of theirs, or that of their joined rows."""
+"""Loss of a step with several micro-batches: the mean of their losses, or the loss of their joined rows."""
 
 
 class _Part(NamedTuple):
-    """A micro-batch: what it was made of, the random numbers it drew, and its rows."""
+    """A micro-batch: its input, the state of the random generators, and its rows."""
 
     batch: Any
     random: "_RandomState"
@@ -35,14 +35,14 @@ class _Part(NamedTuple):
 class JoinedBatch:
     """The micro-batches of one optimiser step.
 
-    Call ``add`` for each, then ``terms`` once, then ``backward`` once. Exact for networks that treat a micro-batch as
-    they would treat its rows in the joined batch; batch norm has the statistics of the micro-batch, as always where
-    gradients are accumulated. Its running statistics move once per micro-batch, dropout draws the same numbers in both
-    passes. The images of all micro-batches are held until ``backward``.
+    Call ``add`` for each micro-batch, then ``terms`` once, then ``backward`` once. The result is exact for networks
+    that process rows independently. Batch norm uses the statistics of the micro-batch, as with any gradient
+    accumulation. Its running statistics are updated once per micro-batch, and dropout draws the same numbers in both
+    passes. The images of all micro-batches are kept until ``backward``.
 
     Args:
-        encode: a micro-batch → its Embeddings without predictor (``p`` is not read), and a loss of its own to add or
-            None; called twice for each. Of the first call only the Embeddings are used.
+        encode: function from a micro-batch to its Embeddings without predictor (``p`` is not read) and a loss to add,
+            or None. It is called twice per micro-batch; the first call's loss is ignored.
         encoder: the modules that ``encode`` calls.
     """
 
@@ -59,11 +59,11 @@ class JoinedBatch:
         """Embed one micro-batch, without gradient.
 
         Args:
-            batch: what ``encode`` takes; held until ``backward``.
-            target: gives the teacher's projections of its large views, or None; called once.
+            batch: the input of ``encode``; kept until ``backward``.
+            target: function that returns the teacher's projections of the large views, or None; called once.
 
         Raises:
-            ValueError: it has not as many views as the micro-batches before.
+            ValueError: the number of views differs from that of the earlier micro-batches.
         """
         random = _RandomState(self.encoder)
         with torch.no_grad():
@@ -83,16 +83,16 @@ class JoinedBatch:
         *,
         scale: float = 1.0,
     ) -> tuple[Terms, Embeddings]:
-        """Take the loss of the joined rows.
+        """Compute the loss of the joined rows.
 
         Args:
-            objective: the method's.
-            predict: projections of all views → predictions; None where p = z.
+            objective: the method's objective.
+            predict: function from the projections of all views to their predictions; None if p = z.
             predictor: the module behind ``predict``, for its parameters.
-            scale: what a GradScaler multiplies losses with.
+            scale: factor by which a GradScaler multiplies the loss.
 
         Returns:
-            The terms, without gradient outside of this object, and the joined embeddings.
+            The terms, whose gradient is handled by this object, and the joined embeddings.
         """
         z = _joined([part.embeddings.z for part in self.parts])
         features = _joined([list(part.embeddings.features) for part in self.parts])
@@ -119,12 +119,12 @@ class JoinedBatch:
         return terms, embeddings
 
     def backward(self) -> Tensor:
-        """Add the gradients of all micro-batches but the last to the parameters'.
+        """Accumulate the gradients of all micro-batches except the last one.
 
         Returns:
-            A scalar with the value of the joined loss plus the mean over rows of the micro-batches' own losses. Its
-            backward adds what is missing: the gradients of the last micro-batch and of the predictor. Within
-            DistributedDataParallel's forward only that backward reduces, and it reduces the sum.
+            A scalar: the joined loss plus the mean over rows of the micro-batches' own losses. Its backward adds the
+            remaining gradients, those of the last micro-batch and of the predictor. With DistributedDataParallel only
+            this backward communicates, and it reduces the accumulated sum.
         """
         assert self._terms is not None, "terms comes first"
         if not torch.is_grad_enabled():
@@ -154,13 +154,13 @@ class JoinedBatch:
 
 
 def _joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Rows of each view over all micro-batches, in the dtype in which losses are computed."""
+    """Concatenate the rows of each view over all micro-batches, in the dtype of the loss computation."""
     views = [torch.cat(list(view)) for view in zip(*parts, strict=True)]
     return [view.to(compute_dtype(view.dtype)) for view in views]
 
 
 class _RandomState:
-    """Where torch's generators stand, on the CPU and on the encoder's devices."""
+    """States of torch's random generators on the CPU and on the encoder's devices."""
 
     def __init__(self, encoder: nn.Module) -> None:
         self.cpu = torch.get_rng_state()
@@ -168,7 +168,7 @@ class _RandomState:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Draw the same numbers once more, and go on afterwards as if nothing had been drawn."""
+        """Restore the states within the context, and the present states after it."""
         with torch.random.fork_rng(self.devices):
             torch.set_rng_state(self.cpu)
             set_device_states(self.devices, self.states)
@@ -177,10 +177,10 @@ class _RandomState:
 
 @contextmanager
 def _statistics_kept(encoder: nn.Module) -> Iterator[None]:
-    """Let batch norm use the batch's statistics without moving the running ones, which the first pass has moved.
+    """Keep batch norm's running statistics, which the first pass has already updated, while it uses batch statistics.
 
     Raises:
-        ValueError: another module changed its buffers: repeating it gives another result.
+        ValueError: another module changed its buffers, so that the second pass gives a different result.
     """
     norms = [
         module

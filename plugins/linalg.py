@@ -1,4 +1,4 @@
-"""Algebra that losses and loggers share.
+"""Linear algebra shared by losses and logging.
 
 Joined centring, covariance or Gram by cost, spectra, functions of matrices and their derivatives, analytic gradients.
 """
@@ -18,7 +18,7 @@ LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsa
 
 
 def gram_is_cheaper(rows: int, width: int) -> bool:
-    """Whether ``S S^T`` (rows x rows) costs less than ``S^T S`` (width x width), in flops and in floats to send.
+    """Return whether ``S S^T`` (rows x rows) needs less computation and communication than ``S^T S`` (width x width).
 
     Args:
         rows: rows of S, over all processes and both views where views are stacked.
@@ -31,7 +31,7 @@ def gram_is_cheaper(rows: int, width: int) -> bool:
 
 
 def squared_norm(matrix: Float[Tensor, "..."]) -> Float[Tensor, ""]:
-    """Sum of squared entries, in one pass and without a temporary of the matrix's size.
+    """Sum the squared entries in one pass, without a temporary of the size of the matrix.
 
     >>> squared_norm(torch.tensor([[1.0, 2.0], [0.0, 2.0]])).item()
     9.0
@@ -40,7 +40,7 @@ def squared_norm(matrix: Float[Tensor, "..."]) -> Float[Tensor, ""]:
 
 
 def joined_mean(values: Float[Tensor, " B"], comm: Collective = LOCAL) -> Float[Tensor, ""]:
-    """Mean of one number per row over the rows of all processes, which may hold different numbers of rows.
+    """Average one number per row over the rows of all processes; the numbers of rows may differ.
 
     Differentiable by the rule of :mod:`plugins.distributed`; sends two floats and never waits for the device.
 
@@ -201,7 +201,7 @@ def covariance_eigenvalues(z: Float[Tensor, "B D"], comm: Collective = LOCAL) ->
 
 
 def participation_ratio(eigenvalues: Float[Tensor, " D"]) -> Float[Tensor, ""]:
-    """How many modes share the variance, ``(sum s)^2 / sum s^2``: 1 (one mode) to D (all alike); 0 for no variance.
+    """Compute the participation ratio ``(sum s)^2 / sum s^2``: 1 (one mode) to D (equal modes); 0 without variance.
 
     Args:
         eigenvalues: of a covariance or second moment, in any order and scale; negative ones count as zero.
@@ -215,7 +215,7 @@ def participation_ratio(eigenvalues: Float[Tensor, " D"]) -> Float[Tensor, ""]:
 
 
 def effective_rank(eigenvalues: Float[Tensor, " D"]) -> Float[Tensor, ""]:
-    """Exponential of the entropy of the spectrum: 1 (one mode) to D (all alike); 0 for no variance.
+    """Compute the exponential of the spectrum's entropy: 1 (one mode) to D (equal modes); 0 without variance.
 
     Args:
         eigenvalues: of a covariance or second moment, in any order and scale; negative ones count as zero.
@@ -228,7 +228,7 @@ def effective_rank(eigenvalues: Float[Tensor, " D"]) -> Float[Tensor, ""]:
 
 
 def spectrum_statistics(eigenvalues: Float[Tensor, " D"]) -> dict[str, Tensor]:
-    """What is logged of a spectrum: eigval_min, eigval_max, eigval_mean, eigval_std, and part_ratio.
+    """Summarise a spectrum for logging: eigval_min, eigval_max, eigval_mean, eigval_std and part_ratio.
 
     Args:
         eigenvalues: of a covariance or second moment, in any order.
@@ -246,14 +246,14 @@ def spectrum_statistics(eigenvalues: Float[Tensor, " D"]) -> dict[str, Tensor]:
 
 
 def _shares(eigenvalues: Tensor) -> Tensor:
-    """Eigenvalues over their sum; the largest is divided out first, so that no scale over- or underflows."""
+    """Divide eigenvalues by their sum. The largest is divided out first, which avoids overflow and underflow."""
     positive = eigenvalues.clamp_min(0)
     relative = positive / positive.max().clamp_min(torch.finfo(positive.dtype).tiny)
     return relative / relative.sum().clamp_min(torch.finfo(positive.dtype).tiny)
 
 
 def unit_rows(z: Float[Tensor, "*V B D"]) -> tuple[Float[Tensor, "*V B D"], Float[Tensor, "*V B 1"]]:
-    """Rows divided by their lengths, and one over the lengths; both are 0 for a row no longer than 1e-12.
+    """Return rows of unit length and the inverse norms; both are 0 for a row with a norm of at most 1e-12.
 
     Args:
         z: rows, detached here; :func:`tangent` is the way back.
@@ -271,7 +271,7 @@ def unit_rows(z: Float[Tensor, "*V B D"]) -> tuple[Float[Tensor, "*V B D"], Floa
 def tangent(
     gradient: Float[Tensor, "*V B D"], unit: Float[Tensor, "*V B D"], inverse: Float[Tensor, "*V B 1"]
 ) -> Float[Tensor, "*V B D"]:
-    """The gradient by the rows themselves, given that by their directions: ``(g - (g . u) u) / |z|``.
+    """Convert the gradient by unit rows u into that by the rows z: ``(g - (g . u) u) / |z|``.
 
     Args:
         gradient: by the unit rows; it is overwritten.
@@ -287,7 +287,7 @@ def tangent(
 
 
 def pack_symmetric(a: Float[Tensor, "*V D D"], b: Float[Tensor, "*V D D"]) -> Float[Tensor, "*V E D"]:
-    """Two symmetric matrices in the room of one and a row: one above the diagonal, one below. For sending.
+    """Pack two symmetric matrices into one matrix and a row, to halve communication: one above the diagonal, one below.
 
     >>> pack_symmetric(torch.tensor([[1.0, 2.0], [2.0, 3.0]]), torch.tensor([[4.0, 5.0], [5.0, 6.0]]))
     tensor([[1., 2.],
@@ -298,7 +298,7 @@ def pack_symmetric(a: Float[Tensor, "*V D D"], b: Float[Tensor, "*V D D"]) -> Fl
 
 
 def unpack_symmetric(packed: Float[Tensor, "*V E D"]) -> tuple[Float[Tensor, "*V D D"], Float[Tensor, "*V D D"]]:
-    """The two matrices that :func:`pack_symmetric` was given."""
+    """Undo :func:`pack_symmetric`."""
     square, diagonal = packed[..., :-1, :], packed[..., -1, :]
     below = square.tril(-1)
     return square.triu() + square.triu(1).mT, below + below.mT + torch.diag_embed(diagonal)
@@ -374,11 +374,11 @@ def polynomial(
 def eigh(matrix: Float[Tensor, "*V n n"]) -> tuple[Float[Tensor, "*V n"], Float[Tensor, "*V n n"]]:
     """Eigenvalues, ascending, and orthogonal eigenvectors of symmetric positive semidefinite matrices.
 
-    The largest diagonal entry is added to the diagonal, and taken off the eigenvalues again. Without it LAPACK's
-    float32 solver raises, or returns NaN, for some matrices of rank one (a batch of equal rows, or of rows on a line):
-    rounding errors beside zeros on the diagonal. The error is, as without it, a few eps times the largest eigenvalue.
-    Where the solver still does not converge, they are found in float64 on the CPU. A matrix that holds NaN or inf gives
-    NaN, or LinAlgError where the solver notices: the caller knows which of its inputs it was made of.
+    The largest diagonal entry is added to the diagonal and subtracted from the eigenvalues afterwards. Without the
+    shift LAPACK's float32 solver raises, or returns NaN, for some matrices of rank one (a batch of equal rows, or of
+    rows on a line). The error stays a few eps times the largest eigenvalue. If the solver still does not converge,
+    float64 on the CPU is used. A matrix with NaN or inf gives NaN or LinAlgError; the caller can name the input that
+    caused it.
 
     >>> eigh(torch.diag(torch.tensor([3.0, 1.0])))[0]
     tensor([1., 3.])
@@ -450,7 +450,7 @@ def _log1p_ratio(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def spectral_radius(x: Float[Tensor, "*V n n"], *, shift: float = 0.0, steps: int = 12) -> Float[Tensor, "*V"]:
-    """Estimate of the largest absolute eigenvalue of ``X + shift I``, by power iteration; never waits for the device.
+    """Estimate the largest absolute eigenvalue of ``X + shift I`` by power iteration, without synchronisation.
 
     The growth is averaged over the last half of the steps, for complex pairs make it oscillate.
 
@@ -474,7 +474,7 @@ def spectral_radius(x: Float[Tensor, "*V n n"], *, shift: float = 0.0, steps: in
 def attach_gradient(
     value: Float[Tensor, ""], inputs: Sequence[Float[Tensor, "..."]], gradients: Sequence[Float[Tensor, "..."]]
 ) -> Float[Tensor, ""]:
-    """``value``, with the gradients that an analytic formula gave for it. Its backward only scales them.
+    """Attach analytic gradients to ``value``. Its backward only scales them.
 
     A second derivative is refused, since it would silently lack the derivative of the gradients.
 

@@ -1,4 +1,4 @@
-"""The part of a training step that is the same in every framework: embeddings, loss, and what is logged of them."""
+"""The part of a training step that all frameworks share: embeddings, loss and logged statistics."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,11 +16,11 @@ from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
 
 PATIENCE = 1000
-"""Micro-batches of one optimiser step before a warning that the step has not been ended."""
+"""Number of micro-batches in one optimiser step after which a warning says that the step was not ended."""
 
 
 def project(projector: nn.Module, features: list[Tensor]) -> list[Tensor]:
-    """Features of each view → projections of each, with batch statistics of its own unless a SharedHead makes them."""
+    """Project the features of each view. Each view has its own batch statistics, except in a SharedHead."""
     return projector.views(features) if isinstance(projector, SharedHead) else [projector(h) for h in features]
 
 
@@ -32,15 +32,14 @@ def embed(
     *,
     large: int = 2,
 ) -> Embeddings:
-    """What the loss looks at. Each view has its own batch statistics in projector and predictor; in a SharedHead all
-    have the same.
+    """Compute the input of the loss. Each view has its own batch statistics, except in a SharedHead.
 
     Args:
-        features: of the backbone, ``[B, features_dim]`` for each view, those of the large views first.
+        features: features of the backbone, ``[B, features_dim]`` for each view, large views first.
         projector: the method's head.
-        predict: projections of all views → predictions of all views; None where p = z.
+        predict: function from the projections of all views to their predictions; None if p = z.
         target: the teacher's projections of the large views; None without a teacher.
-        large: how many views are large: those that make targets.
+        large: number of large views, which are the ones with targets.
     """
     z = project(projector, features)
     p = z if predict is None else predict(z)
@@ -51,22 +50,22 @@ def embed(
 
 
 class Objective(nn.Module):
-    """The loss of a method with all that belongs to it but the networks: the clock, and the running statistics.
+    """The loss of a method, its clock and its running statistics; everything except the networks.
 
-    Its state is the same on all processes and belongs in the checkpoint.
+    The state is identical on all processes and must be saved in the checkpoint.
 
-    Life cycle: a loop that accumulates the gradients of several micro-batches calls ``before_step`` before the first of
-    them and ``after_step`` after the optimiser's step. All micro-batches in between count as one step of warm-ups, and
-    as one batch in the running statistics, the closed-form predictor's included. Without these calls each batch in
-    training mode is one step.
+    Life cycle: a loop that accumulates the gradients of several micro-batches calls ``before_step`` before the first
+    and ``after_step`` after the optimiser step. The micro-batches in between count as one step of a warm-up and as one
+    batch of the running statistics, also of the closed-form predictor. Without these calls each batch in training mode
+    is one step.
 
     Args:
         spec: the method.
-        options: of ``spec.resolve``.
+        options: the result of ``spec.resolve``.
         comm: the processes that share a batch.
-        predictor: the method's predictor. A closed-form one follows the embedding's second moment anyway; with the
-            option ``log_eigvals`` and another predictor it is followed here, for the log alone.
-        projector: the method's head. Where it has two branches, the cosines of the features are followed, for the log.
+        predictor: the method's predictor. A closed-form predictor tracks the second moment of the projections. With any
+            other predictor and the option ``log_eigvals``, this object tracks it for logging.
+        projector: the method's head. If it has two branches, the cosines of the features are tracked for logging.
     """
 
     def __init__(
@@ -100,16 +99,16 @@ class Objective(nn.Module):
 
     @property
     def stepping(self) -> bool:
-        """Whether a step is open: ``before_step`` was called, and ``after_step`` not yet."""
+        """Whether a step is open: ``before_step`` has been called, but ``after_step`` has not."""
         return self.clock.stepping
 
     def before_step(self) -> None:
-        """Open an optimiser step: the batches until ``after_step`` are its micro-batches. Idempotent."""
+        """Open an optimiser step: all batches until ``after_step`` are its micro-batches. Idempotent."""
         for part in self._stepped:
             part.before_step()
 
     def after_step(self) -> None:
-        """End the optimiser step; call it after the optimiser's. Does nothing while no step is open."""
+        """End the optimiser step. Call it after the optimiser. Does nothing if no step is open."""
         for part in self._stepped:
             part.after_step()
         self._micro_batches = 0
@@ -119,7 +118,7 @@ class Objective(nn.Module):
         self.after_step()
 
     def forward(self, embeddings: Embeddings) -> Terms:
-        """The loss and its parts, a NamedTuple of scalars, of which ``loss`` has a gradient."""
+        """Return the loss and its parts, a NamedTuple of scalars. Only ``loss`` has a gradient."""
         if self.training and self.stepping and not torch.compiler.is_compiling():
             self._micro_batches += 1
             if self._micro_batches == PATIENCE:
@@ -137,16 +136,16 @@ class Objective(nn.Module):
         return self.criterion(embeddings)
 
     def followed(self, predictor: nn.Module | None) -> RunningMoment | None:
-        """What follows the embedding's second moment, the predictor or ourselves, if anything does."""
+        """Return the running second moment of the projections, or None if the method does not track it."""
         return predictor if isinstance(predictor, RunningMoment) else self.embedding_moment
 
     @torch.no_grad()
     def statistics(self, terms: Terms, embeddings: Embeddings) -> dict[str, Tensor]:
-        """What every framework logs of a step: the loss's terms by name, detached, and how the embeddings lie.
+        """Return what every framework logs per step: the detached terms of the loss, and statistics of the embeddings.
 
-        ``z_std`` is the standard deviation over the rows of the normalised projections, mean over their columns and
-        views: 1 / sqrt(D) where they are isotropic, 0 where they have collapsed. With two branches ``cosine_pos``,
-        ``cosine_neg`` and ``dist_to_etf`` are those of the features, see :class:`plugins.losses.ETFMonitor`.
+        ``z_std`` is the standard deviation of the normalised projections over rows, averaged over columns and views:
+        1 / sqrt(D) if they are isotropic, 0 if they have collapsed. Heads with two branches add ``cosine_pos``,
+        ``cosine_neg`` and ``dist_to_etf`` of the features, see :class:`plugins.losses.ETFMonitor`.
         """
         found = {name: value.detach() for name, value in terms._asdict().items()}
         found["z_std"] = F.normalize(torch.stack(embeddings.z), dim=-1).std(dim=1).mean()

@@ -1,7 +1,7 @@
 """Check that ``import plugins`` finds this package.
 
-``python -m`` looks into the working directory first, and many repositories have a folder ``plugins`` of their own. The
-packages ``*_ext`` run this file by its path, for ``import plugins.shadow`` would find the other folder.
+``python -m`` searches the working directory first, and many repositories have a folder ``plugins``. The packages
+``*_ext`` run this file by its path, because ``import plugins.shadow`` would find the other folder.
 """
 
 import sys
@@ -20,7 +20,7 @@ def other_plugins() -> Path | None:
     """Find the folder or file that hides this package.
 
     Returns:
-        Its path, or None where ``import plugins`` finds this package.
+        Its path, or None if ``import plugins`` finds this package.
     """
     try:
         spec = find_spec("plugins")
@@ -34,7 +34,7 @@ def other_plugins() -> Path | None:
 
 
 def sentence(other: Path, package: str) -> str:
-    """What is wrong, and what to do.
+    """Return the error message: what is wrong, and what to do.
 
     Args:
         other: from :func:`other_plugins`.
@@ -48,14 +48,14 @@ def sentence(other: Path, package: str) -> str:
 
 
 def check(package: str) -> None:
-    """Refuse to go on where another ``plugins`` hides this package.
+    """Raise an error if another ``plugins`` hides this package.
 
     Args:
         package: name of the ``*_ext`` package that is being imported.
 
     Raises:
-        SystemExit: with status 2, after the sentence, where ``python -m`` imports the package.
-        ImportError: with the sentence, anywhere else.
+        SystemExit: with status 2, after printing the message, if ``python -m`` imports the package.
+        ImportError: with the message, otherwise.
     """
     other = other_plugins()
     if other is None:

@@ -1,4 +1,4 @@
-"""MethodSpec: which loss, head, predictor, teacher and views make a method, and which options it has.
+"""MethodSpec: the loss, head, predictor, teacher, views and options of a method.
 
 An adapter builds any method from its SPEC alone::
 
@@ -10,7 +10,7 @@ An adapter builds any method from its SPEC alone::
     e = embed(features, projector, predictor.predict, target)   # one matrix of features per view; a teacher's output
     terms = objective(e);  terms.loss.backward()
 
-Where an optimiser step accumulates the gradients of several micro-batches, ``objective.before_step()`` comes before the
+If an optimiser step accumulates the gradients of several micro-batches, call ``objective.before_step()`` before the
 first and ``objective.after_step()`` after the step. ``Objective`` and ``embed`` are in :mod:`plugins.objective`.
 """
 
@@ -27,31 +27,30 @@ from plugins.distributed import Collective
 
 
 class Embeddings(NamedTuple):
-    """What a loss may look at: one matrix ``[B, D]`` per view in each list."""
+    """The input of a loss: one matrix ``[B, D]`` per view in each list."""
 
     z: list[Tensor]
     """Projections, with gradient."""
     p: list[Tensor]
-    """Predictions, with gradient; the projections themselves where a method has no predictor."""
+    """Predictions, with gradient; the projections if the method has no predictor."""
     target: list[Tensor]
-    """Of the large views alone: the teacher's projections; or the outputs of the head's second branch, with gradient;
-    or the detached projections."""
+    """Targets of the large views: the teacher's projections, the outputs of a second branch (with gradient), or the
+    detached projections."""
     features: Sequence[Tensor] = ()
-    """Of the large views, detached, for the log; where the head has two branches."""
+    """Detached features of the large views, for logging; empty unless the head has two branches."""
 
 
 def large_views(sizes: Sequence[int | tuple[int, int]]) -> int:
-    """How many views of an image are large: as many as begin the list and are of the size of the first.
+    """Count the large views of an image: the leading views that have the size of the first one.
 
-    A teacher, or a second branch, makes targets of the large views, and of these alone. Which they are is told by their
-    place, the same in all frameworks: large views first, small crops after them.
+    A teacher or a second branch computes targets of the large views only. In all frameworks large views come first and
+    small crops after them.
 
     Args:
-        sizes: of each view, in the order in which the model gets them: the side or (height, width), in pixels.
+        sizes: size of each view in the order of the model's input: the side, or (height, width), in pixels.
 
     Raises:
-        ValueError: there is no view; after a small crop, or in place of one, comes a view at least as large as the
-            first.
+        ValueError: there is no view, or a view after the leading ones is at least as large as the first.
 
     >>> large_views([224, 224, 96, 96, 96])
     2
@@ -68,7 +67,7 @@ def large_views(sizes: Sequence[int | tuple[int, int]]) -> int:
 
 
 class Terms(Protocol):
-    """What a loss returns: a NamedTuple of scalars, of which ``loss`` is the one to minimise."""
+    """The output of a loss: a NamedTuple of scalars. ``loss`` is the one to minimise."""
 
     @property
     def loss(self) -> Tensor: ...
@@ -80,12 +79,12 @@ class Option:
     """One entry of a method's options (``method_kwargs`` in solo-learn).
 
     Args:
-        default: its value when the user gives none. Its type is the type that a given value must have.
-        help: one line: meaning, range, unit.
-        aliases: other names for it, those of the forks, each with a translation of the value (None: taken as it is).
-        choices: the allowed values, where they are few.
-        low: the least allowed value of a number; every number has one, 1e-6 where 0 itself is none.
-        high: the largest.
+        default: the value if the user gives none. A given value must have the same type.
+        help: one line with meaning, range and unit.
+        aliases: other names, used by the forks, each with a function that converts the value (None: no conversion).
+        choices: the allowed values, or None.
+        low: the smallest allowed value of a number. Every number has one; it is 1e-6 if the value must exceed 0.
+        high: the largest allowed value.
     """
 
     default: Any
@@ -97,7 +96,7 @@ class Option:
 
 
 class Paper(NamedTuple):
-    """Where a method comes from."""
+    """Title and reference of the paper of a method."""
 
     title: str
     """The method's name in tables and figures."""
@@ -110,17 +109,17 @@ class MethodSpec:
     """One self-supervised method.
 
     Args:
-        name: its key in METHODS, in YAML and on the command line; lowercase snake case.
-        loss: (options, comm) → nn.Module of Embeddings → Terms. A :class:`plugins.clock.Clock` in it counts steps for
-            a warm-up.
+        name: key in METHODS, in YAML and on the command line; lowercase snake case.
+        loss: (options, comm) → nn.Module that maps Embeddings to Terms. It may contain a :class:`plugins.clock.Clock`
+            to count the steps of a warm-up.
         head: (features_dim, options) → projection head, an nn.Module ``[B, features_dim] → [B, D]``; a TwoBranchHead
-            where a second branch makes the targets.
-        predictor: (options, comm) → predictor, an nn.Module with ``predict``; None where p = z.
-        teacher: whether an exponential-moving-average copy of backbone and head makes the targets.
-        views: how many views of an image it compares; None is two or more, small crops among them.
-        options: every option that it understands.
-        paper: its title and reference.
-        width: which of the options is the number of the head's columns.
+            if a second branch computes the targets.
+        predictor: (options, comm) → predictor, an nn.Module with ``predict``; None if p = z.
+        teacher: whether an exponential moving average of backbone and head computes the targets.
+        views: number of views that the loss compares; None means two or more large views and any number of small crops.
+        options: all options of the method.
+        paper: title and reference.
+        width: name of the option that is the output width of the head.
     """
 
     name: str
@@ -144,14 +143,14 @@ class MethodSpec:
         return self.paper.reference
 
     def check_views(self, large: int, small: int = 0) -> None:
-        """Refuse views that the loss cannot compare.
+        """Check that the loss can compare the views of the augmentations.
 
         Args:
-            large: how many views of the full size the augmentations make of an image.
-            small: how many small crops besides.
+            large: number of large views per image.
+            small: number of small crops per image.
 
         Raises:
-            ValueError: the method compares another number.
+            ValueError: the method needs another number of views.
         """
         made = f"the augmentations make {large} large and {small} small ones"
         if self.views is None:
@@ -161,17 +160,17 @@ class MethodSpec:
             raise ValueError(f"method {self.name} compares {self.views} views of one size, {made}")
 
     def resolve(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Options with their defaults filled in and aliases translated.
+        """Validate the user's options, translate aliases and fill in defaults.
 
         Args:
-            given: what the user wrote, by name or alias.
+            given: the user's options, by name or alias.
 
         Returns:
             A value for every option, read-only.
 
         Raises:
-            ValueError: an unknown name, a name given twice under two aliases, a value of another type, outside of the
-                choices or out of range.
+            ValueError: a name is unknown or given twice under two aliases, or a value has the wrong type, is not among
+                the choices, or is out of range.
         """
         names: dict[str, tuple[str, Callable[[Any], Any] | None]] = {name: (name, None) for name in self.options}
         for name, option in self.options.items():

@@ -116,7 +116,7 @@ class RankPool:
         return [replies[rank][1] for rank in range(len(pipes))]
 
     def close(self, *, kill: bool = False) -> None:
-        """End the processes. The next ``run`` would start new ones."""
+        """End the processes. The next ``run`` starts new ones."""
         for pipe in self._pipes:
             if not kill:
                 pipe.send_bytes(b"")
@@ -159,7 +159,7 @@ class RankPool:
 
 
 def _serve(pipe: connection.Connection, rank: int, size: int, rendezvous: str, timeout: float, backend: str) -> None:
-    """The life of a rank: join the group, then run what comes until nothing does."""
+    """Main function of a rank: join the group, then run functions until the pool closes."""
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks the host's name up, which can take long
     torch.set_num_threads(1)
@@ -186,7 +186,7 @@ def _serve(pipe: connection.Connection, rank: int, size: int, rendezvous: str, t
 
 
 class _Pickler(pickle.Pickler):
-    """Sends functions and classes of test files by path, since test files are not importable by name."""
+    """Pickle functions and classes of test files by path, because test files cannot be imported by name."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, FunctionType | type):
@@ -244,7 +244,7 @@ def assert_joined(
     rtol: float = 1e-10,
     atol: float = 1e-12,
 ) -> None:
-    """Assert the distributed convention: each rank has the loss of the joined batch, the mean gradient is its gradient.
+    """Assert that each rank has the loss of the joined batch, and that the mean of the gradients is its gradient.
 
     Args:
         ranks: the pool.
@@ -278,7 +278,7 @@ def _one_step(
 
 
 def toy_mlp(width: int, output: int = 4, *, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A small MLP without batch norm, the same at each call.
+    """Build a small MLP without batch norm, with the same weights at each call.
 
     >>> toy_mlp(5)(torch.zeros(2, 5, dtype=torch.float64)).shape
     torch.Size([2, 4])
@@ -294,7 +294,7 @@ def toy_mlp(width: int, output: int = 4, *, dtype: torch.dtype = torch.float64) 
 def toy_views(
     rows: int, width: int, *, views: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:
-    """Correlated views of random rows whose mean drifts, so that consecutive parts have different means.
+    """Generate correlated views of random rows. Their mean drifts, so that consecutive parts have different means.
 
     >>> [view.shape for view in toy_views(6, 3)]
     [torch.Size([6, 3]), torch.Size([6, 3])]
@@ -306,7 +306,7 @@ def toy_views(
 
 
 def waves(scale: float, rows: int, width: int) -> Tensor:
-    """A float64 matrix given by a formula, for golden numbers: sin(s i j + 0.3 s) + 0.25 cos(1.7 i + s j).
+    """Compute a float64 matrix for golden numbers by the formula sin(s i j + 0.3 s) + 0.25 cos(1.7 i + s j).
 
     >>> round(waves(1.0, 1, 1).item(), 6)  # sin(1.3) + 0.25 cos(2.7)
     0.73754
@@ -320,7 +320,7 @@ DIFFICULT = ("normal", "large", "small", "constant", "zero", "duplicated", "rank
 
 
 def difficult_views(kind: str, rows: int, width: int, *, seed: int = 0) -> list[Tensor]:
-    """Two float32 views on which no loss may be infinite or NaN; ``kind`` is one of DIFFICULT.
+    """Generate two float32 views on which every loss must be finite; ``kind`` is one of DIFFICULT.
 
     >>> difficult_views("constant", 2, 2)[0]
     tensor([[3., 3.],
@@ -340,7 +340,7 @@ def difficult_views(kind: str, rows: int, width: int, *, seed: int = 0) -> list[
 
 
 def devices() -> list[str]:
-    """The devices that a test should run on: the CPU, and CUDA where there is one.
+    """List the devices to test on: the CPU, and CUDA if available.
 
     >>> devices()[0]
     'cpu'

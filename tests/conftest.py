@@ -30,17 +30,23 @@ def ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
-def thin_digits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
-    """thin_digits(train, val) → the real digits, thinned out to so many images, class by class, in datasets/digits."""
+def all_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that ``python -m plugins.tools.data digits`` makes. Copy it; do not change it."""
     from plugins.tools.data import make_digits
 
     full = tmp_path_factory.mktemp("full") / "digits"
     make_digits(full)
+    return full
+
+
+@pytest.fixture(scope="session")
+def thin_digits(all_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
+    """thin_digits(train, val) → a folder datasets/digits with so many of the real digits, spread over the classes."""
 
     def thin(train: int, val: int) -> Path:
         few = tmp_path_factory.mktemp("few") / "datasets" / "digits"
         for split, count in (("train", train), ("val", val)):
-            classes = sorted((full / split).iterdir())
+            classes = sorted((all_digits / split).iterdir())
             for index in range(count):
                 folder = classes[index % 10]
                 source = sorted(folder.iterdir())[index // 10]

@@ -1,4 +1,4 @@
-"""METHODS: every method by name. A new method is one module beside this file and one line below."""
+"""METHODS maps names to methods. To add a method, add a module in this folder and one line below."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

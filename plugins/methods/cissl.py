@@ -1,6 +1,6 @@
 """CISSL: contrastive learning with a linear student and an expressive teacher head (arXiv:2209.06235).
 
-With ``heads="simclr"`` and ``positives="other"`` it is the SimCLR that its authors compare it with.
+With ``heads="simclr"`` and ``positives="other"`` it is SimCLR, as its authors trained it for comparison.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from plugins.spec import Embeddings, MethodSpec, Option, Paper
 
 KINDS = ("cissl", "cissl_mlp", "fork_cissl", "simclr")
 ONE_HEAD = ("simclr",)
-"""Those with one head for both sides."""
+"""Values of ``heads`` with one head for both sides."""
 
 
 class _Loss(nn.Module):

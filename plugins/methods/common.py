@@ -16,20 +16,20 @@ class PairTerms(NamedTuple):
     """Terms of a loss that predicts each view from the other."""
 
     loss: Tensor
-    """What is minimised: the sum over both ordered pairs of views."""
+    """The loss to minimise: the sum over both ordered pairs of views."""
     cosine: Tensor
     """Mean cosine between prediction and target over both pairs and all rows, in [-1, 1]; for logging."""
 
 
 class CrossViewLoss(nn.Module):
-    """L(p_0, y_1) + L(p_1, y_0) with BYOL's loss, or IsoLoss where the option ``iso`` is set."""
+    """L(p_0, y_1) + L(p_1, y_0), where L is BYOL's loss, or IsoLoss with the option ``iso``."""
 
     def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
         super().__init__()
         self.metric, self.iso, self.comm = options["metric"], options.get("iso", False), comm
 
     def forward(self, e: Embeddings) -> PairTerms:
-        """Both ordered pairs of two views."""
+        """Sum the loss over both ordered pairs of the two views."""
         first, second = self._pair(e, 0, 1), self._pair(e, 1, 0)
         return PairTerms(first.loss + second.loss, (first.similarity + second.similarity) / 2)
 
@@ -40,7 +40,7 @@ class CrossViewLoss(nn.Module):
 
 
 def projector_options(hidden: int, output: int) -> dict[str, Option]:
-    """Widths of the projection head."""
+    """Return the options for the widths of the projection head."""
     return {
         "proj_hidden_dim": Option(hidden, "width of the projector's hidden layers, > 0", low=1),
         "proj_output_dim": Option(output, "width D of the embedding, > 0", low=1),
@@ -48,7 +48,7 @@ def projector_options(hidden: int, output: int) -> dict[str, Option]:
 
 
 def _metric_of_use_l2(use_l2: Any) -> Any:
-    # anything but a flag is passed on, to be refused as a wrong value
+    # any other value is passed on and fails the check of the choices
     return {True: "euclidean", False: "cosine"}.get(use_l2, use_l2)
 
 
@@ -62,7 +62,7 @@ LOG_EIGVALS = Option(False, "write the whole spectrum of the embedding's second 
 
 
 def predictor_options(hidden: int, constant_lr: bool = False) -> dict[str, Option]:
-    """Width and learning rate of an MLP predictor."""
+    """Return the options for the width and learning rate of an MLP predictor."""
     return {
         "pred_hidden_dim": Option(hidden, "width of the predictor's hidden layer, > 0", low=1),
         "pred_lr_scale": Option(1.0, "learning rate of the predictor over that of the backbone, > 0", low=1e-6),
@@ -71,15 +71,15 @@ def predictor_options(hidden: int, constant_lr: bool = False) -> dict[str, Optio
 
 
 def two_layer_head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
-    """BYOL's projection head: Linear, BN, ReLU, Linear."""
+    """Build BYOL's projection head: Linear, BN, ReLU, Linear."""
     return mlp_head(features_dim, options["proj_hidden_dim"], options["proj_output_dim"], layers=2)
 
 
 def bottleneck_predictor(options: Mapping[str, Any], _comm: Collective) -> nn.Module:
-    """SimSiam's prediction head: Linear without bias, BN, ReLU, Linear, narrower inside."""
+    """Build SimSiam's prediction head, a bottleneck: Linear without bias, BN, ReLU, Linear."""
     return MLPPredictor(options["proj_output_dim"], options["pred_hidden_dim"], bias=False)
 
 
 def two_layer_predictor(options: Mapping[str, Any], _comm: Collective) -> nn.Module:
-    """BYOL's prediction head: Linear, BN, ReLU, Linear."""
+    """Build BYOL's prediction head: Linear, BN, ReLU, Linear."""
     return MLPPredictor(options["proj_output_dim"], options["pred_hidden_dim"])

@@ -31,7 +31,7 @@ class _Loss(nn.Module):
 
 
 def projector(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
-    """Three layers without biases, and BatchNorm without scale and shift behind the last."""
+    """Build three layers without biases and a final BatchNorm without scale and shift."""
     hidden, output = options["proj_hidden_dim"], options["proj_output_dim"]
     return mlp_head(features_dim, hidden, output, layers=3, bias=False, final_norm="plain", final_bias="frozen")
 

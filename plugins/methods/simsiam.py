@@ -25,7 +25,7 @@ class SimSiamLoss(CrossViewLoss):
         super().__init__({**options, "metric": "cosine"}, comm)
 
     def forward(self, e: Embeddings) -> PairTerms:
-        """Half the sum of the two negative cosines; BYOL's 2 − 2 cos of both pairs is 4 plus four times that."""
+        """Return half the sum of the negative cosines. BYOL's sum over both pairs is 4 plus four times this value."""
         terms = super().forward(e)
         return PairTerms(terms.loss / 4 - 1, terms.cosine)
 

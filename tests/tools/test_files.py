@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,23 @@ def test_a_kill_in_the_middle_keeps_the_former_file(tmp_path: Path) -> None:
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert path.read_bytes() == b"former"
+
+
+def test_the_data_are_on_the_disk_before_the_name_and_the_name_before_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, flush, rename = [], os.fsync, Path.replace
+
+    def fsync(handle: int) -> None:
+        order.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else f"{os.fstat(handle).st_size} bytes")
+        flush(handle)
+
+    def replace(self: Path, target: Path) -> Path:
+        order.append("rename")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    with atomic(tmp_path / "file") as file:
+        file.write(b"data")
+    assert order == ["4 bytes", "rename", "folder"]

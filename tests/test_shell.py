@@ -62,7 +62,7 @@ def call(checkout, *arguments, **environment):
         env={**os.environ, "PATH": path, "PYTHON": sys.executable, **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 

@@ -30,7 +30,7 @@ def _forked(body: Callable[[], None]) -> int:
 
 
 def _wait_until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not true():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -42,7 +42,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_killed(tmp_path:
     def hold() -> None:
         with locked_folder(tmp_path / "run"):
             ready.touch()
-            time.sleep(60)
+            time.sleep(1000)
 
     holder = _forked(hold)
     _wait_until(ready.exists)
@@ -69,10 +69,10 @@ def test_a_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
             end_with_parent(me)
             noted.with_suffix(".new").write_text(str(os.getpid()))
             noted.with_suffix(".new").rename(noted)
-            time.sleep(60)
+            time.sleep(1000)
 
         _forked(child)
-        time.sleep(60)
+        time.sleep(1000)
 
     first = _forked(parent)
     _wait_until(noted.exists)
@@ -92,7 +92,7 @@ def _runs(number: int) -> bool:
 def test_a_stopped_run_says_how_to_go_on_and_fails(number: int, status: int) -> None:
     code = (
         "import os, sys, time\nfrom plugins.tools.process import exit_when_stopped\n"
-        f"with exit_when_stopped('run it again'):\n    os.kill(os.getpid(), {int(number)})\n    time.sleep(30)\n"
+        f"with exit_when_stopped('run it again'):\n    os.kill(os.getpid(), {int(number)})\n    time.sleep(1000)\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == status

@@ -109,8 +109,8 @@ def test_stock_scripts_go_on_without_our_methods(tmp_path):
     """Of a checkout of solo-learn that has a package ``plugins`` of its own."""
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "__init__.py").write_text("")
-    hook = ROOT / "hydra_plugins" / "solo_ext_plugin.py"
-    code = f"import runpy, sys; sys.modules['solo.backbones'] = sys; runpy.run_path({str(hook)!r}); print('went on')"
+    hook = "from hydra_plugins.solo_ext_plugin import SoloExtPlugin; SoloExtPlugin().manipulate_search_path(None)"
+    code = f"import sys; sys.modules['solo.backbones'] = sys; {hook}; print('went on')"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout == "went on\n"

@@ -12,6 +12,8 @@ import warnings
 from types import ModuleType
 from typing import Any
 
+from plugins.install import not_installed
+
 _MIRRORED = ("loss", "transforms", "models", "models.modules", "models.modules.heads")
 _injected: dict[tuple[str, str], Any] = {}
 
@@ -28,7 +30,7 @@ def register() -> list[str]:
         ImportError: lightly is not installed.
     """
     if importlib.util.find_spec("lightly") is None:
-        raise ImportError('lightly is not installed; install it with: pip install "lightly>=1.5.26,<1.7"')
+        raise ImportError(not_installed("lightly"))
     kept = []
     for path in _MIRRORED:
         ours, theirs = (importlib.import_module(f"{package}.{path}") for package in ("lightly_ext", "lightly"))

@@ -1,7 +1,7 @@
 """Check that ``import plugins`` finds this package.
 
-``python -m`` searches the working directory first, and many repositories have a folder ``plugins``. The packages
-``*_ext`` run this file by its path, because ``import plugins.shadow`` would find the other folder.
+``python -m`` looks into the working directory first, and many repositories have a folder ``plugins`` of their own. The
+packages ``*_ext`` run this file by its path, for ``import plugins.shadow`` would find the other folder.
 """
 
 import sys
@@ -24,21 +24,24 @@ def other_plugins() -> Path | None:
     """
     try:
         spec = find_spec("plugins")
-    except ValueError:  # it has been imported by unusual means
+    except ValueError:  # plugins is in sys.modules without a spec
         return None
     if spec is None or spec.origin is None:
-        return None  # a folder without __init__.py hides no package
+        return None  # a folder without __init__.py does not hide a package
     found = Path(spec.origin).resolve()
     place = found.parent if found.name == "__init__.py" else found
     return None if place == _OURS else place
 
 
 def sentence(other: Path, package: str) -> str:
-    """Return the error message: what is wrong, and what to do.
+    """Build the error message.
 
     Args:
         other: from :func:`other_plugins`.
         package: the ``*_ext`` package that needs this one.
+
+    Returns:
+        One sentence that says which folder or file hides this package, and what to do.
     """
     if other.parent == Path.cwd().resolve():
         way = f"run the command from another folder, or run {_COMMANDS[package]}, which does not look into this one"
@@ -48,19 +51,31 @@ def sentence(other: Path, package: str) -> str:
 
 
 def check(package: str) -> None:
-    """Raise an error if another ``plugins`` hides this package.
+    """Check the installation when an adapter is imported.
+
+    A command also needs the packages of its extra. A library user may import a part of an adapter without them.
 
     Args:
         package: name of the ``*_ext`` package that is being imported.
 
     Raises:
-        SystemExit: with status 2, after printing the message, if ``python -m`` imports the package.
-        ImportError: with the message, otherwise.
+        SystemExit: with status 2, after a one-line error, if the package is imported by ``python -m`` or by a console
+            script, and another package ``plugins`` hides this one or a required package is not installed.
+        ImportError: if another package ``plugins`` hides this one, in any other program.
     """
+    # "-m" is Python's own mark while it looks for the module to run
+    command = sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).name.startswith("ssl-")
     other = other_plugins()
-    if other is None:
-        return
-    if sys.argv[:1] == ["-m"]:  # Python's own mark while it looks for the module to run
-        print(f"error: {sentence(other, package)}", file=sys.stderr)
+    if other is not None:
+        error = sentence(other, package)
+        if not command:
+            raise ImportError(error, name="plugins")
+    elif command:
+        from plugins.install import missing
+
+        error = missing(package)
+    else:
+        error = None
+    if error is not None:
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2)
-    raise ImportError(sentence(other, package), name="plugins")

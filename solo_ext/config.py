@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from plugins.install import not_installed
 from plugins.spec import large_views
 from plugins.tools.command import UserError, say
 from solo_ext.checkpoint import identity
@@ -133,10 +134,7 @@ def _check_dali(cfg: DictConfig) -> None:
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            f"data.format=dali needs NVIDIA DALI ({error}); install it with: uv sync --extra dali, "
-            "or pip install nvidia-dali-cuda120"
-        ) from None
+        raise UserError(f"data.format=dali needs NVIDIA DALI ({error}): {not_installed('nvidia.dali')}") from None
     gpu = torch.cuda.is_available()
     default = "gpu" if gpu and cfg.accelerator in ("auto", "gpu", "cuda") else "cpu"
     cfg.dali = {"device": default, "encode_indexes_into_labels": False, **(cfg.get("dali") or {})}

@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from plugins.install import not_installed
 from plugins.tools.command import UserError
 from solo_ext.checkpoint import check_writable
 from solo_ext.compat import pl
@@ -34,7 +35,7 @@ def check_installed() -> None:
         UserError: it is not installed.
     """
     if find_spec("umap") is None:
-        raise UserError("UMAP needs umap-learn; install it with: uv sync --extra solo, or: pip install umap-learn")
+        raise UserError(not_installed("umap"))
 
 
 def embed(features: Tensor, *, neighbours: int = NEIGHBOURS, seed: int = 0) -> np.ndarray:

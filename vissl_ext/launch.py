@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from plugins.install import not_installed
 from plugins.tools.command import UserError, as_called, exit_on_user_error, say
 
 USAGE = """usage: python -m vissl_ext.launch config=NAME [OVERRIDE ...] [--config-dir FOLDER]
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
         UserError: something in it is wrong; nothing has been started.
     """
     if find_spec("vissl") is None:
-        raise UserError("VISSL is not installed; run ./run_experiments.sh once, or: uv sync --extra vissl")
+        raise UserError(not_installed("vissl"))
     overrides, folders = _options(argv)
     if "--list" in overrides:
         from vissl_ext.compose import config_names

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from plugins.tools.command import Parser, UserError, as_called, exit_on_user_error
+from plugins.tools.command import Parser, as_called, exit_on_user_error
 from plugins.tools.process import end_with_first_process, exit_when_stopped
 
 
@@ -77,12 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
     end_with_first_process()
     with exit_on_user_error(), exit_when_stopped("run the command again"):
         args = parser().parse_args(arguments)
-        try:
-            from lightly_ext.benchmarks import run
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] not in ("lightly", "pytorch_lightning"):
-                raise
-            raise UserError('lightly is not installed; install it with: pip install "lightly>=1.5.26,<1.7"') from None
+        from lightly_ext.benchmarks import run
+
         run.check(args)
         run.benchmark(args)
 

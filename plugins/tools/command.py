@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from plugins.install import not_installed
+
+_OURS = ("plugins", "solo_ext", "lightly_ext", "vissl_ext", "hydra_plugins")
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, of Lightning's children, of SLURM
 
 
@@ -73,9 +76,18 @@ def number(kind: type, *, zero: bool = False) -> Any:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a UserError, a full disk, or a file that may not be read or written, into one line and exit status 2."""
+    """Turn a mistake of the user's into a one-line error and exit status 2.
+
+    These are a UserError, a package that is not installed, a full disk, and a file that may not be read or written.
+    """
     try:
         yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in _OURS:
+            raise
+        if first_process():
+            print(f"error: {not_installed(error.name)}", file=sys.stderr)
+        raise SystemExit(2) from None
     except (UserError, OSError) as error:
         sentence = str(error)
         if isinstance(error, PermissionError) and error.filename is not None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from plugins.install import not_installed
 from plugins.tools.command import Parser, UserError, exit_on_user_error, number
 
 _OF_WEIGHTS = ("train_dir", "val_dir", "save", "batch_size", "num_workers")
@@ -148,7 +149,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
             except ValueError as error:
                 raise UserError(f"{args.config}: {error}") from None
     except ModuleNotFoundError as error:
-        raise UserError(f"this needs {error.name}, which is not installed") from None
+        raise UserError(not_installed(error.name or "")) from None
     print(table(results))
     for row in results:
         how = "" if row["select"] == "nothing" else f", chosen on the {row['select']} images (*)"

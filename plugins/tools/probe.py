@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from plugins.checks import check_choice, check_range
 from plugins.heads.dissl import issl_head
+from plugins.install import not_installed
 from plugins.tools.probe_sklearn import CLASSIFIERS, draw_strengths, fit_classifier
 
 HIDDEN_LAYERS = {"linear": 0, "mlp": 2}
@@ -192,7 +193,7 @@ def _optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
     try:
         from timm.optim.lars import Lars
     except ModuleNotFoundError as error:
-        raise ValueError(f"the optimizer lars needs {error.name}, which is not installed") from None
+        raise ValueError(f"the optimizer lars needs timm: {not_installed(error.name or 'timm')}") from None
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     # without weight decay too the step of a matrix is in proportion to its norm; biases and norms take plain steps

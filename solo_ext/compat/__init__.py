@@ -20,6 +20,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from plugins.install import not_installed
 from plugins.tools.command import UserError
 
 CHECKOUT = "SOLO_LEARN_CHECKOUT"
@@ -41,7 +42,7 @@ def _generation() -> str:
             sys.path.insert(0, folder)
     host = find_spec("solo")
     if host is None:
-        raise UserError("solo-learn is not installed; run ./run_experiments.sh once, or: uv sync --extra solo")
+        raise UserError(f"{not_installed('solo')}; or let {CHECKOUT} name the folder of a checkout of its main branch")
     # looked for as a folder: importing the package would run the code that has yet to be mended
     places = host.submodule_search_locations or ()
     return "main" if any((Path(place) / "backbones").is_dir() for place in places) else "1.0.2"

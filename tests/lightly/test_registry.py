@@ -196,5 +196,5 @@ def test_auto_registers() -> None:
 
 def test_without_lightly_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'pip install "lightly>=1\.5\.26,<1\.7"'):
+    with pytest.raises(ImportError, match=r'lightly is not installed; .* pip install "ssl-plugins\[lightly\]"'):
         register()

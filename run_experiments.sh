@@ -7,7 +7,7 @@ root="$PWD"
 usage() {
     cat <<'TEXT'
 usage: ./run_experiments.sh [SUITE] [OPTIONS]    run a suite (default: digits)
-       ./run_experiments.sh test [PYTEST OPTIONS]   run all checks and tests
+       ./run_experiments.sh test [--fast] [PYTEST OPTIONS]   run all checks and tests
        ./run_experiments.sh SUITE --help         the suites and their options
 
 Needs Python 3.10 or newer with pip, found as python3, python3.10 ... python3.13 or $PYTHON. The first call makes the
@@ -26,6 +26,8 @@ environment .venv (several GB); later calls use it as it is, until pyproject.tom
   ./run_experiments.sh dissl_table1_contrastive  CISSL on TinyImageNet; so dissl_table1_distillation, dissl_fig7a, dissl_fig7c
   ./run_experiments.sh matrix_ssl               Matrix-SSL and MEC on ImageNet, linear probing, weights for COCO; wants GPUs
   ./run_experiments.sh test -k isoloss          checks, then the tests that match
+  ./run_experiments.sh test --fast              checks, then the tests that are neither slow nor run on several processes
+  PIP_INSTALLS=1 ./run_experiments.sh test      install the wheel with pip from the package index too; several GB
   SOLO_LEARN_CHECKOUT=FOLDER ./run_experiments.sh test   the tests of solo_ext a second time, on a checkout of
                                                 solo-learn's main branch
   VISSL_CHECKOUT=FOLDER ./run_experiments.sh test        VISSL's own tests too, of a checkout of it
@@ -147,7 +149,11 @@ share_cores() {
 }
 
 run_tests() {
-    local passed="" failed="" name status workers
+    local passed="" failed="" name status workers options=()
+    if [[ ${1:-} == --fast ]]; then
+        shift
+        options=(-m "not slow and not ddp")
+    fi
     share_cores
     check() {
         name="$1"
@@ -165,10 +171,10 @@ run_tests() {
     check "ruff format" ruff format --check .
     check "lint-imports" lint-imports
     check "pyright" pyright plugins
-    check "pytest" env -u SOLO_LEARN_CHECKOUT python -m pytest --numprocesses "$workers" "$@"
+    check "pytest" env -u SOLO_LEARN_CHECKOUT python -m pytest --numprocesses "$workers" --durations=10 ${options[@]+"${options[@]}"} "$@"
     # A process holds one solo-learn only: its tests run a second time, on the main branch.
     if [[ -n ${SOLO_LEARN_CHECKOUT:-} ]]; then
-        check "pytest, solo-learn main" test_main_branch "$@"
+        check "pytest, solo-learn main" test_main_branch ${options[@]+"${options[@]}"} "$@"
     fi
     say "passed: ${passed:-nothing}"
     if [[ -z ${SOLO_LEARN_CHECKOUT:-} ]]; then
@@ -176,6 +182,12 @@ run_tests() {
     fi
     if [[ -z ${VISSL_CHECKOUT:-} ]]; then
         say "NOT TESTED: VISSL's own tests. Let VISSL_CHECKOUT name the folder of a checkout to run them too"
+    fi
+    if [[ ${PIP_INSTALLS:-} != 1 ]]; then
+        say "NOT TESTED: pip install from the package index. Set PIP_INSTALLS=1 to test it too; it fetches several GB"
+    fi
+    if [[ ${#options[@]} != 0 ]]; then
+        say "NOT TESTED: the slow tests and those on several processes. Leave out --fast to run them too"
     fi
     if [[ -n $failed ]]; then
         fail "failed: $failed"

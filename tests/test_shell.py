@@ -163,10 +163,20 @@ def test_all_checks_run_even_when_some_fail(checkout):
         "ruff format --check .",
         "lint-imports ",
         "pyright plugins",
-        "python -m pytest --numprocesses 1 -k isoloss",
+        "python -m pytest --numprocesses 1 --durations=10 -k isoloss",
     ]
     assert "passed: lint-imports, pyright, pytest" in done.stdout
     assert "failed: ruff check (status 1), ruff format (status 1)" in done.stderr
+
+
+def test_fast_leaves_out_the_slow_tests_and_says_so(checkout):
+    call(checkout)
+    done = call(checkout, "test", "--fast", "-x", SOLO_LEARN_CHECKOUT=str(checkout))
+    assert done.returncode == 0, done.stderr
+    runs = [line for line in calls(checkout) if line.startswith("python -m pytest")]
+    assert len(runs) == 2 and all(line.endswith("-m not slow and not ddp -x") for line in runs)
+    assert "NOT TESTED: the slow tests" in done.stdout
+    assert "NOT TESTED: the slow tests" not in call(checkout, "test").stdout
 
 
 def test_passing_checks_give_status_zero(checkout):

@@ -110,7 +110,7 @@ def _check_within(name: str, value: float) -> None:
         raise ValueError(f"{name} must be {_RANGES[name]}, got {value!r}")
 
 
-def stratified(labels: Int[Tensor, "N"], count: int, seed: int) -> tuple[Tensor, Tensor]:
+def stratified(labels: Int[Tensor, " N"], count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Rows drawn at random, as many of each class as its share, and the rows that remain.
 
     Args:
@@ -139,7 +139,7 @@ def stratified(labels: Int[Tensor, "N"], count: int, seed: int) -> tuple[Tensor,
 
 def fit_probe(
     features: Float[Tensor, "N D"],
-    labels: Int[Tensor, "N"],
+    labels: Int[Tensor, " N"],
     classes: int,
     probe: Probe,
     setting: Setting,
@@ -203,7 +203,7 @@ def _optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def accuracy(
-    model: Callable[[Tensor], Tensor], features: Float[Tensor, "N D"], labels: Int[Tensor, "N"]
+    model: Callable[[Tensor], Tensor], features: Float[Tensor, "N D"], labels: Int[Tensor, " N"]
 ) -> tuple[float, float]:
     """Per cent of the rows whose class is the first, and among the first five, of the model's scores."""
     hits = torch.zeros(2, dtype=torch.int64)

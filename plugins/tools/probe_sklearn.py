@@ -20,7 +20,7 @@ _PRIMAL: Any = False  # scikit-learn's docstring, which type checkers read, has 
 
 
 def fit_classifier(
-    kind: str, features: Float[Tensor, "N D"], labels: Int[Tensor, "N"], classes: int, *, C: float, seed: int
+    kind: str, features: Float[Tensor, "N D"], labels: Int[Tensor, " N"], classes: int, *, C: float, seed: int
 ) -> Callable[[Tensor], Tensor]:
     """Fit a classifier, on the CPU.
 

@@ -13,11 +13,12 @@ usage: ./run_experiments.sh [SUITE] [OPTIONS]    run a suite (default: digits)
 Needs Python 3.10 or newer with pip, found as python3, python3.10 ... python3.13 or $PYTHON. The first call makes the
 environment .venv (several GB); later calls use it as it is, until pyproject.toml changes.
 
-  ./run_experiments.sh                          all methods in solo-learn, IsoLoss in lightly and VISSL, on digits:
-                                                table and figure in results/digits
+  ./run_experiments.sh                          baselines and four methods in solo-learn, IsoLoss in lightly and VISSL,
+                                                on digits: table and figure in results/digits
+  ./run_experiments.sh --all                    all methods in all three frameworks
   ./run_experiments.sh digits --list            name the runs
   ./run_experiments.sh digits --only isoloss    one method
-  ./run_experiments.sh digits --framework vissl all methods in VISSL, or in lightly
+  ./run_experiments.sh digits --framework vissl all methods in VISSL; or in lightly, or in solo
   ./run_experiments.sh digits --seeds 3         mean and standard deviation over three seeds
   ./run_experiments.sh digits --dry-run         print the exact commands
   ./run_experiments.sh toy_dynamics             theory against simulation of the toy model: figures in a minute

@@ -92,7 +92,12 @@ def test_default_is_the_digits_suite(checkout):
 
 @pytest.mark.parametrize(
     ("given", "passed"),
-    [(["--list"], "digits --list"), (["toy", "--only", "a b"], "toy --only a b"), (["digits"], "digits")],
+    [
+        (["--list"], "digits --list"),
+        (["--all"], "digits --all"),
+        (["toy", "--only", "a b"], "toy --only a b"),
+        (["digits"], "digits"),
+    ],
 )
 def test_options_are_passed_on(checkout, given, passed):
     assert call(checkout, *given).returncode == 0

@@ -18,6 +18,7 @@ from plugins.experiments.results import (
     ACCENT,
     FAINT,
     INK,
+    LOSSES,
     SECOND,
     Row,
     markdown_table,
@@ -28,8 +29,6 @@ from plugins.experiments.results import (
 )
 
 SCORES = {"knn": "kNN", "linear": "linear", "linear_5": "5 labels"}
-LOSSES = ("train_ssl_loss_epoch", "loss")
-"""The column of an epoch's mean loss: in solo-learn; in lightly and VISSL."""
 SMALLEST = 1e-8
 """Eigenvalues below this fraction of the largest are rounding noise and not drawn."""
 COLUMNS = 7

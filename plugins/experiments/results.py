@@ -13,6 +13,8 @@ BASELINES = ("untrained", "supervised")
 """Rows that are no self-supervised method: the first goes to the top of the table, the second to its end."""
 MISSING = "–"
 """The cell of a number that no run has."""
+LOSSES = ("train_ssl_loss_epoch", "loss")
+"""Column of metrics.csv with the mean loss of an epoch: in solo-learn; in lightly and VISSL."""
 INK, FAINT, ACCENT, SECOND = "#222222", "#9a9a9a", "#1f6fb4", "#c8553d"
 
 

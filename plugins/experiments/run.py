@@ -20,12 +20,25 @@ from plugins.experiments.suites.runner import THREADS, Outcome, Runner, shell
 from plugins.tools.command import Parser, UserError
 from plugins.tools.records import read_json
 
+DIGITS_SAMPLE = (
+    ("solo", "dissl"),
+    ("solo", "untrained"),
+    ("solo", "isoloss"),
+    ("lightly", "isoloss"),
+    ("vissl", "isoloss"),
+    ("solo", "ssl_ey"),
+    ("solo", "matrix_ssl"),
+    ("solo", "supervised"),
+)
+"""Default runs of the digits. The fastest method starts first, so that a result appears early; the untrained backbone,
+which the supervised run needs, is evaluated beside it."""
+
 SUITES: dict[str, Suite] = {
     "digits": Suite(
-        title="every method on 1797 real handwritten digits, beside an untrained and a supervised backbone",
+        title="a sample of the methods (--all: every method) and two baselines on 1797 real handwritten digits",
         folder="digits",
         frameworks={"solo": solo.digits, "lightly": lightly.digits, "vissl": vissl.digits},
-        sample={"lightly": ("isoloss",), "vissl": ("isoloss",)},
+        sample=DIGITS_SAMPLE,
         options=("seeds", "epochs"),
         prepare=solo.prepare,
     ),
@@ -123,9 +136,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("suite", metavar="SUITE", help=f"one of {', '.join(SUITES)}")
-    add(
-        "--framework", metavar="NAME", help="only the runs of this framework, or all of all (digits: solo and a sample)"
-    )
+    add("--all", action="store_true", help="all methods in all frameworks (digits: instead of a sample)")
+    add("--framework", metavar="NAME", help="all methods in this framework; all is the same as --all")
     add("--only", metavar="PATTERN", help="only runs with this in their name; * and ? as in a shell")
     add("--seeds", type=_positive, metavar="N", help="seeds 0 to N-1 (default: 1)")
     add("--epochs", type=_positive, metavar="N", help="epochs of pre-training instead of the YAML's")
@@ -141,6 +153,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.suite not in SUITES:
         raise UserError(f"unknown suite {options.suite!r}; the suites are: {', '.join(SUITES)}")
     suite = SUITES[options.suite]
+    if options.all:
+        if options.framework not in (None, "all"):
+            raise UserError(f"--all and --framework {options.framework} exclude each other; give one of them")
+        options.framework = "all"
     if options.framework not in (None, "all", *suite.frameworks):
         raise UserError(
             f"suite {options.suite} has no framework {options.framework!r}; it has: {', '.join(suite.frameworks)}, all"
@@ -222,18 +238,27 @@ def run_suite(options: argparse.Namespace) -> int:
 
 
 def _of_frameworks(suite: Suite, framework: str | None, only: str | None, request: Request) -> list[Run]:
-    """The runs of one framework or of all. Of what the user did not ask for: the suite's sample.
+    """List the runs of the selected frameworks; the sample of the suite if neither framework nor pattern is given.
 
-    A pattern means the first framework, unless it matches nothing there: ``--only isoloss`` is one run.
+    A pattern applies to the first framework, and to all if it matches nothing there: ``--only isoloss`` is one run.
     """
     names = list(suite.frameworks) if framework is None or framework == "all" else [framework]
     runs = [run for name in names for run in suite.frameworks[name](request)]
     if framework is not None:
         return runs
     if only is None:
-        return [run for run in runs if run.method in suite.sample.get(run.framework, (run.method,))]
+        return _sample(suite, runs)
     first = [run for run in runs if run.framework == names[0]]
     return first if any(_matches(run, only) for run in first) else runs
+
+
+def _sample(suite: Suite, runs: list[Run]) -> list[Run]:
+    """Select the default runs of a suite: seed by seed, in the order of the sample."""
+    if suite.sample is None:
+        return runs
+    place = {pair: index for index, pair in enumerate(suite.sample)}
+    chosen = [run for run in runs if (run.framework, run.method) in place]
+    return sorted(chosen, key=lambda run: (run.seed, place[run.framework, run.method]))
 
 
 def _print_commands(preparation: Sequence[Sequence[str]], runs: Sequence[Run], report: Sequence[str]) -> None:

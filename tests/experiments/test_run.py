@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from plugins.experiments import run as experiments
-from plugins.experiments.suites import Run, Step, Suite, runner, solo
+from plugins.experiments.suites import Request, Run, Step, Suite, runner, solo
 from plugins.experiments.suites.runner import Runner
 
 WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
@@ -180,6 +180,7 @@ def test_only_selects_by_part_of_the_name(suite, capsys, pattern, names):
         ),
         (["toy", "--only", "nothing"], "--only nothing matches none of the runs: solo/good/seed0, solo/better/seed0"),
         (["toy", "--framework", "keras"], "suite toy has no framework 'keras'; it has: solo, all"),
+        (["toy", "--all", "--framework", "solo"], "--all and --framework solo exclude each other; give one of them"),
         (["toy", "--seeds", "0"], "argument --seeds: must be a whole number of at least 1, got '0'"),
         (["toy", "--epoch", "3"], "unrecognized arguments: --epoch 3"),
     ],
@@ -331,7 +332,9 @@ def test_progress_reads_the_epoch_from_the_metrics(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,loss\n")
     assert solo.progress(tmp_path) is None
     (tmp_path / "metrics.csv").write_text("epoch,loss\n0,1.0\n1,0.5\n,0.4\n")
-    assert solo.progress(tmp_path) == (2, 25)
+    assert solo.progress(tmp_path) == (2, 25, 0.5)
+    (tmp_path / "metrics.csv").write_text("epoch,train_ssl_loss_epoch,knn\n0,1.0,\n0,,3\n")
+    assert solo.progress(tmp_path) == (1, 25, 1.0)
 
 
 def test_remaining_time_is_work_over_places(tmp_path, lines):
@@ -352,20 +355,31 @@ def test_a_suite_says_how_many_runs_go_at_a_time(suite, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ([], ["solo/a", "solo/b", "vissl/a"]),
+        ([], ["vissl/a", "solo/b"]),
         (["--framework", "all"], ["solo/a", "solo/b", "vissl/a", "vissl/b"]),
+        (["--all"], ["solo/a", "solo/b", "vissl/a", "vissl/b"]),
+        (["--all", "--only", "b"], ["solo/b", "vissl/b"]),
         (["--framework", "vissl"], ["vissl/a", "vissl/b"]),
         (["--only", "b"], ["solo/b"]),
         (["--only", "vissl/b"], ["vissl/b"]),
         (["--framework", "vissl", "--only", "b"], ["vissl/b"]),
     ],
 )
-def test_a_second_framework_is_a_sample_until_it_is_asked_for(tmp_path, monkeypatch, capsys, options, names):
+def test_the_sample_is_the_default_and_options_select_from_all_runs(tmp_path, monkeypatch, capsys, options, names):
     def runs(framework):
         return lambda request: [replace(fake_run(tmp_path, method), framework=framework) for method in "ab"]
 
     frameworks = {"solo": runs("solo"), "vissl": runs("vissl")}
-    suite = Suite(title="two", folder="two", frameworks=frameworks, sample={"vissl": ("a",)})
+    suite = Suite(title="two", folder="two", frameworks=frameworks, sample=(("vissl", "a"), ("solo", "b")))
     monkeypatch.setattr(experiments, "SUITES", {"two": suite})
     assert experiments.main(["two", "--list", *options]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [f"{name}/seed0" for name in names]
+
+
+def test_the_sample_of_the_digits_exists_and_covers_all_frameworks(monkeypatch, tmp_path):
+    monkeypatch.chdir(Path(experiments.__file__).parents[2])
+    suite = experiments.SUITES["digits"]
+    names = [run.name for run in experiments._of_frameworks(suite, None, None, Request(out=tmp_path, seeds=(0, 1)))]
+    assert names[: len(names) // 2] == [f"{framework}/{method}/seed0" for framework, method in suite.sample]
+    assert names[len(names) // 2 :] == [f"{framework}/{method}/seed1" for framework, method in suite.sample]
+    assert {framework for framework, _ in suite.sample} == set(suite.frameworks)

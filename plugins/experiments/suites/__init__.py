@@ -1,29 +1,29 @@
-"""Suites of experiments: what a run is, what a suite is, and the table of all suites.
+"""Definitions of a run and of a suite of experiments.
 
-A suite is a list of runs. A run is one method in one framework with one seed: a list of commands that follow each other
-in processes of their own (pre-train, kNN, linear evaluation), and the numbers picked from what they write.
+A suite is a list of runs. A run is one method in one framework with one seed: a sequence of commands (pre-training,
+kNN, linear evaluation), each in a process of its own, and a function that collects the numbers that they write.
 
-Nothing here holds a hyperparameter: those are in the YAML files that the commands name. Nothing here needs more than
-the standard library, so that a command line can be checked before the environment is made.
+The suites hold no hyperparameters: those are in the YAML files that the commands name. This package imports only the
+standard library, so that the command line can be checked before the environment exists.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for.
+    """Options of the command line that change the runs.
 
     Args:
         out: folder of all results.
-        seeds: each method runs once with each.
-        epochs: of pre-training; None leaves it to the YAML.
-        devices: GPUs of each pre-training; None leaves it to the YAML.
-        data: data sets to run on; None takes all of the suite.
-        data_folder: where data sets are, each under its usual name.
+        seeds: each method runs once with each seed.
+        epochs: number of pre-training epochs; None uses the value of the YAML file.
+        devices: number of GPUs of each pre-training; None uses the value of the YAML file.
+        data: names of the data sets to run on; None selects all data sets of the suite.
+        data_folder: folder of the data sets, each in a subfolder of its usual name.
     """
 
     out: Path = Path("results")
@@ -42,19 +42,27 @@ class Step:
     arguments: tuple[str, ...]
 
 
+class Progress(NamedTuple):
+    """State of a pre-training: finished epochs, total epochs, and the mean loss of the last epoch or None."""
+
+    epoch: int
+    epochs: int
+    loss: float | None = None
+
+
 @dataclass(frozen=True)
 class Run:
     """One method in one framework on one data set with one seed.
 
     Args:
-        framework, method, dataset, seed: what it is; they go into result.json.
-        folder: where it writes everything.
+        framework, method, dataset, seed: identity of the run, written to result.json.
+        folder: folder of all its output.
         steps: its commands, in order.
-        collect: reads the numbers that the commands wrote: name → value, for result.json.
-        needs: names of the runs that must be finished before it starts.
-        epochs: epochs that the user asked for, None where the YAML decides.
-        label: its name among the runs of the suite, where the method's alone does not tell it apart.
-        progress: folder → finished epochs of the pre-training and epochs in all, None where it is not known yet.
+        collect: reads the numbers that the commands wrote and returns name → value for result.json.
+        needs: names of the runs that must be finished before this one starts.
+        epochs: number of epochs given on the command line; None uses the value of the YAML file.
+        label: name of the run within the suite, if the method alone is not unique.
+        progress: folder → state of the pre-training; None if it is not known yet.
     """
 
     framework: str
@@ -67,26 +75,26 @@ class Run:
     needs: tuple[str, ...] = ()
     epochs: int | None = None
     label: str | None = None
-    progress: Callable[[Path], tuple[int, int] | None] = lambda folder: None
+    progress: Callable[[Path], Progress | None] = lambda folder: None
 
     @property
     def name(self) -> str:
-        """Its name in lists, logs and patterns."""
+        """Name of the run in lists, logs and patterns."""
         return f"{self.framework}/{self.label or self.method}/seed{self.seed}"
 
     @property
     def result(self) -> Path:
-        """The file that says that it is finished."""
+        """File that is written when the run is finished."""
         return self.folder / "result.json"
 
     @property
     def log(self) -> Path:
-        """Where the output of its commands goes."""
+        """File that receives the output of its commands."""
         return self.folder / "log.txt"
 
 
-def nothing(runs: Sequence[Run], request: Request) -> list[tuple[str, ...]]:
-    """The preparation of a suite that needs none."""
+def no_preparation(runs: Sequence[Run], request: Request) -> list[tuple[str, ...]]:
+    """Return no commands: the preparation of a suite that needs none."""
     return []
 
 
@@ -96,23 +104,23 @@ class Suite:
 
     Args:
         title: one line for ``--help``.
-        folder: name of its folder of results.
+        folder: name of the folder of results.
         frameworks: framework → function that lists its runs.
-        sample: framework → the only methods that run where the command line picks neither framework nor runs; a
-            framework that is not named here runs whole.
-        options: those of the command line's options that it understands, of seeds, epochs, devices and data.
-        datasets: what ``--data`` may name.
-        prepare: (runs to do, request) → arguments of the ``python`` commands that go before all runs.
-        report: arguments of the ``python`` command that goes after them; the folder of results is appended.
-        jobs: runs at a time where the user does not say; None: one a core.
+        sample: (framework, method) pairs that run by default, in the order in which they start; None runs everything.
+            Options such as ``--all``, ``--framework`` or ``--only`` select from all runs instead.
+        options: the options that the suite accepts, of seeds, epochs, devices and data.
+        datasets: allowed values of ``--data``.
+        prepare: (runs to do, request) → arguments of the ``python`` commands to execute before all runs.
+        report: arguments of the ``python`` command to execute after all runs; the folder of results is appended.
+        jobs: default number of concurrent runs; None is one per core.
     """
 
     title: str
     folder: str
     frameworks: Mapping[str, Callable[[Request], list[Run]]]
-    sample: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sample: Sequence[tuple[str, str]] | None = None
     options: tuple[str, ...] = ("seeds", "epochs")
     datasets: tuple[str, ...] = ()
-    prepare: Callable[[Sequence[Run], Request], list[tuple[str, ...]]] = nothing
+    prepare: Callable[[Sequence[Run], Request], list[tuple[str, ...]]] = no_preparation
     report: tuple[str, ...] = ("-m", "plugins.experiments.report")
     jobs: Callable[[Request], int | None] = lambda request: None

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from plugins.experiments.suites import Request, Run, Step
-from plugins.experiments.suites.solo import KNN, config_folder, finished_epochs, methods_of
+from plugins.experiments.suites import Progress, Request, Run, Step
+from plugins.experiments.suites.solo import KNN, config_folder, methods_of, read_progress
 from plugins.tools.records import read_json
 
 CHANNELS = {"mean": (0.2692, 0.2715, 0.2712), "std": (0.1796, 0.1785, 0.1798)}
@@ -138,10 +138,10 @@ def command(options: Mapping[str, Any]) -> tuple[str, ...]:
     return ("-m", "lightly_ext.benchmarks", *words)
 
 
-def progress(folder: Path, *, method: str, epochs: int) -> tuple[int, int] | None:
-    """How far the pre-training in a run's folder has come: finished epochs and epochs in all; None while not known."""
+def progress(folder: Path, *, method: str, epochs: int) -> Progress | None:
+    """Read the state of the pre-training in a run's folder; None if it is not known yet."""
     try:
-        return finished_epochs(folder / method), epochs
+        return read_progress(folder / method, epochs)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

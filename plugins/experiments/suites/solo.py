@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plugins.experiments.suites import Request, Run, Step
+from plugins.experiments.results import LOSSES
+from plugins.experiments.suites import Progress, Request, Run, Step
 from plugins.tools.command import UserError
 from plugins.tools.records import read_json, read_rows
 
@@ -403,19 +404,26 @@ def knn_step(checkpoints: Path, folder: Path, dataset: str, request: Request) ->
     return Step("knn", ("-m", "solo_ext.main_knn", *flags))
 
 
-def finished_epochs(folder: Path) -> int:
-    """Epochs that metrics.csv in a folder holds.
+def read_progress(folder: Path, epochs: int) -> Progress:
+    """Read the number of finished epochs and the loss of the last one from metrics.csv in a folder.
+
+    Args:
+        folder: of the pre-training.
+        epochs: total number of epochs.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: there is none yet, or it is being written.
+        ValueError: the file does not exist, or holds no epoch yet.
     """
-    return int(max(float(row["epoch"]) for row in read_rows(folder / "metrics.csv") if row.get("epoch"))) + 1
+    rows = [row for row in read_rows(folder / "metrics.csv") if row.get("epoch")]
+    finished = int(max(float(row["epoch"]) for row in rows)) + 1
+    losses = [float(row[name]) for row in rows for name in LOSSES if row.get(name)]
+    return Progress(finished, epochs, losses[-1] if losses else None)
 
 
-def progress(folder: Path) -> tuple[int, int] | None:
-    """How far the pre-training in a folder has come: finished epochs and epochs in all; None while not known."""
+def progress(folder: Path) -> Progress | None:
+    """Read the state of the pre-training in a folder; None if it is not known yet."""
     try:
-        return finished_epochs(folder), int(read_json(folder / "args.json")["max_epochs"])
+        return read_progress(folder, int(read_json(folder / "args.json")["max_epochs"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

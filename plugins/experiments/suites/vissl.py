@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from plugins.experiments.suites import Request, Run, Step
-from plugins.experiments.suites.solo import finished_epochs, hydra_value, installed_configs
+from plugins.experiments.suites import Progress, Request, Run, Step
+from plugins.experiments.suites.solo import hydra_value, installed_configs, read_progress
 from plugins.tools.command import UserError
 from plugins.tools.records import read_json
 
@@ -95,12 +95,12 @@ def command(config: str, overrides: Mapping[str, Any], engine: str = "train") ->
     )
 
 
-def progress(folder: Path) -> tuple[int, int] | None:
-    """How far the pre-training in a run's folder has come: finished epochs and epochs in all; None while not known."""
+def progress(folder: Path) -> Progress | None:
+    """Read the state of the pre-training in a run's folder; None if it is not known yet."""
     try:
         text = (folder / "pretrain" / "train_config.yaml").read_text()
         total = re.search(r"^ *num_epochs: (\d+)$", text, re.MULTILINE)
-        return (finished_epochs(folder / "pretrain"), int(total[1])) if total else None
+        return read_progress(folder / "pretrain", int(total[1])) if total else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -12,9 +12,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from plugins.experiments.live import live_table
 from plugins.experiments.suites import Request, Run, Suite, dissl, lightly, matrix_ssl, solo, toy, vissl
 from plugins.experiments.suites.runner import THREADS, Outcome, Runner, shell
 from plugins.tools.command import Parser, UserError
@@ -227,7 +229,9 @@ def run_suite(options: argparse.Namespace) -> int:
                 return 1
         jobs = min(options.jobs or suite.jobs(request) or _cores(), len(to_do))
         print(f"{len(to_do)} runs, {jobs} at a time; logs in {results}/<framework>/<run>/seed<n>/log.txt", flush=True)
-        outcome = Runner(to_do, jobs=jobs, say=lambda line: print(line, flush=True)).go()
+        with live_table() as table:
+            report_line = table.report_line if table else partial(print, flush=True)
+            outcome = Runner(to_do, jobs=jobs, report_line=report_line, show=table.update if table else None).go()
         status = 1 if outcome.failed else 0
     if _call(report) != 0:
         print(f"error: the report failed: {shell(report)}", file=sys.stderr)

@@ -203,9 +203,9 @@ def test_an_interrupted_run_goes_on_with_the_step_that_failed(tmp_path, lines):
     first = Step("first", ("-c", append, str(tmp_path / "count")))
     steps = (first, Step("second", ("-c", f"import os; os.stat({str(tmp_path / 'ready')!r})")))
     run = fake_run(tmp_path, "method", steps=(*steps, Step("score", touch(folder))))
-    assert list(Runner([run], jobs=1, say=lines.append).go().failed) == [run.name]
+    assert list(Runner([run], jobs=1, report_line=lines.append).go().failed) == [run.name]
     (tmp_path / "ready").touch()
-    assert Runner([run], jobs=1, say=lines.append).go().finished == [run.name]
+    assert Runner([run], jobs=1, report_line=lines.append).go().finished == [run.name]
     assert (tmp_path / "count").read_text() == "x"
     assert set(json.loads(run.result.read_text())["step_seconds"]) == {"first", "second", "score"}
 
@@ -213,9 +213,9 @@ def test_an_interrupted_run_goes_on_with_the_step_that_failed(tmp_path, lines):
 def test_the_beginning_of_another_run_is_not_continued(tmp_path, lines):
     broken = Step("second", ("-c", "raise SystemExit(1)"))
     run = fake_run(tmp_path, "method", steps=(Step("first", ("-c", "lr = 1")), broken))
-    Runner([run], jobs=1, say=lines.append).go()
+    Runner([run], jobs=1, report_line=lines.append).go()
     other = fake_run(tmp_path, "method", steps=(Step("first", ("-c", "lr = 2")), broken))
-    outcome = Runner([other], jobs=1, say=lines.append).go()
+    outcome = Runner([other], jobs=1, report_line=lines.append).go()
     assert "started with other settings" in outcome.failed[other.name]
 
 
@@ -224,13 +224,13 @@ def test_a_run_waits_for_what_it_needs(tmp_path, lines):
     read = ("-c", f"import os; os.stat({str(base.result)!r})")
     steps = (Step("read", read), Step("score", touch(tmp_path / "toy/solo/heir/seed0")))
     heir = fake_run(tmp_path, "heir", steps=steps, needs=(base.name,))
-    assert Runner([heir, base], jobs=2, say=lines.append).go().finished == [base.name, heir.name]
+    assert Runner([heir, base], jobs=2, report_line=lines.append).go().finished == [base.name, heir.name]
 
 
 def test_a_run_does_not_start_when_what_it_needs_has_failed(tmp_path, lines):
     base = fake_run(tmp_path, "base", steps=(Step("score", ("-c", "raise SystemExit(1)")),))
     heir = fake_run(tmp_path, "heir", needs=(base.name,))
-    outcome = Runner([base, heir], jobs=2, say=lines.append).go()
+    outcome = Runner([base, heir], jobs=2, report_line=lines.append).go()
     assert outcome.failed[heir.name] == "not started: it needs solo/base/seed0, which failed"
 
 
@@ -246,7 +246,7 @@ def test_selecting_a_run_selects_what_it_needs(tmp_path):
 
 def test_unexpected_output_is_a_failure_of_that_run(tmp_path, lines):
     run = fake_run(tmp_path, "method", steps=(Step("score", ("-c", "pass")),))
-    outcome = Runner([run], jobs=1, say=lines.append).go()
+    outcome = Runner([run], jobs=1, report_line=lines.append).go()
     assert "not as expected" in outcome.failed[run.name]
     assert not run.result.exists()
 
@@ -265,7 +265,7 @@ def test_runs_go_side_by_side_with_one_thread_each(tmp_path, lines):
         fake_run(tmp_path, mine, steps=(meet(mine, other), Step("score", touch(tmp_path / f"toy/solo/{mine}/seed0"))))
         for mine, other in (("a", "b"), ("b", "a"))
     ]
-    assert len(Runner(runs, jobs=2, say=lines.append).go().finished) == 2
+    assert len(Runner(runs, jobs=2, report_line=lines.append).go().finished) == 2
 
 
 def test_interrupt_ends_the_processes_and_keeps_what_is_finished(tmp_path, lines):
@@ -275,7 +275,7 @@ def test_interrupt_ends_the_processes_and_keeps_what_is_finished(tmp_path, lines
     good = fake_run(tmp_path, "good")
     endless = fake_run(tmp_path, "endless", steps=(Step("sleep", ("-c", sleeper)),))
 
-    def say(line):
+    def report_line(line):
         lines.append(line)
         if "good/seed0: finished" in line:
             while not endless.log.exists() or len(endless.log.read_text().splitlines()) < 4:
@@ -283,7 +283,7 @@ def test_interrupt_ends_the_processes_and_keeps_what_is_finished(tmp_path, lines
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Runner([good, endless], jobs=2, say=say).go()
+        Runner([good, endless], jobs=2, report_line=report_line).go()
     assert good.result.is_file()
     assert not endless.result.exists()
     grandchild = int(endless.log.read_text().splitlines()[-1])
@@ -338,7 +338,7 @@ def test_progress_reads_the_epoch_from_the_metrics(tmp_path):
 
 
 def test_remaining_time_is_work_over_places(tmp_path, lines):
-    found = Runner([fake_run(tmp_path, name) for name in "abcd"], jobs=2, say=lines.append)
+    found = Runner([fake_run(tmp_path, name) for name in "abcd"], jobs=2, report_line=lines.append)
     assert found._seconds_left() is None
     found.outcome.seconds = [10.0, 20.0]
     assert found._seconds_left() == pytest.approx(30.0)

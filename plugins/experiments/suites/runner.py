@@ -1,7 +1,7 @@
-"""Runs the commands of many runs, several runs side by side.
+"""Execution of the commands of many runs, several runs at a time.
 
-A run that was interrupted goes on with the command that was interrupted, one that fails stops no other, and one that is
-finished leaves a ``result.json``.
+An interrupted run continues with the command that was interrupted. A failed run does not stop the others. A finished
+run leaves a ``result.json``.
 """
 
 import contextlib
@@ -12,25 +12,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from plugins.experiments.suites import Run, Step
+from plugins.experiments.suites import Progress, Run, Step
 from plugins.experiments.warm import WarmProcess
 from plugins.tools.command import UserError
 from plugins.tools.records import read_json, write_json
 
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-"""Environment of every command. One thread each: two methods side by side are faster than one on two cores."""
+"""Environment of every command. On two cores, two methods with one thread each are faster than one with two threads."""
 POLL_SECONDS = 0.2
+TABLE_SECONDS = 1.0
+"""Time between two updates of the live table."""
 PROGRESS_SECONDS = 15.0
+"""Time between two plain lines of progress."""
 KILL_SECONDS = 10.0
 LAST_LINES = 12
 
 
 def shell(arguments: Sequence[str]) -> str:
-    """A command as it can be pasted into a shell."""
+    """Format a command so that it can be pasted into a shell."""
     return (
         " ".join(f"{name}={value}" for name, value in THREADS.items()) + " " + shlex.join([sys.executable, *arguments])
     )
@@ -38,7 +41,7 @@ def shell(arguments: Sequence[str]) -> str:
 
 @dataclass
 class Job:
-    """A run that is in progress."""
+    """An active run."""
 
     run: Run
     remaining: list[Step]
@@ -50,43 +53,76 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What became of the runs: their names, and why some failed."""
+    """Names of the finished runs, failed runs with the reason, and the durations of the finished ones."""
 
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
 
 
-class Runner:
-    """Runs the commands of many runs, several runs side by side.
+@dataclass(frozen=True)
+class Status:
+    """State of a run, as a row of the live table shows it.
 
     Args:
-        runs: what to run; a run waits for those that it needs.
-        jobs: how many at a time.
-        say: prints a line.
+        name: of the run.
+        state: ``waiting``, ``finished``, ``failed``, or the name of the active step.
+        progress: of the pre-training; None if it is not known.
+        seconds: since the run started; None if it has not started.
+        eta: remaining seconds of the pre-training; None if they are not known.
+        detail: scores of a finished run, reason and log of a failed one.
     """
 
-    def __init__(self, runs: Sequence[Run], *, jobs: int, say: Callable[[str], None] = print) -> None:
+    name: str
+    state: str = "waiting"
+    progress: Progress | None = None
+    seconds: float | None = None
+    eta: float | None = None
+    detail: str = ""
+
+
+class Runner:
+    """Execute the commands of many runs, several runs at a time.
+
+    Args:
+        runs: the runs; a run waits for those that it needs.
+        jobs: maximal number of active runs.
+        report_line: prints a line.
+        show: draws the state of all runs below a title, every ``TABLE_SECONDS``. If it is given, ``report_line``
+            receives failures only.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        *,
+        jobs: int,
+        report_line: Callable[[str], None] = print,
+        show: Callable[[Sequence[Status], str], None] | None = None,
+    ) -> None:
         self.waiting = list(runs)
         self.total = len(self.waiting)
         self.jobs = jobs
-        self.say = say
+        self.report_line = report_line
+        self.show = show
+        self.statuses = {run.name: Status(run.name) for run in runs}
         self.active: list[Job] = []
         self.outcome = Outcome()
         self.began = time.monotonic()
 
     def go(self) -> Outcome:
-        """Run everything. On an interrupt the processes are ended first, then it is passed on."""
-        spoken = time.monotonic()
+        """Execute all runs. On an interrupt, end the processes, then raise it again."""
+        reported = time.monotonic()
         try:
             while self.waiting or self.active:
                 self._start()
                 self._advance()
                 now = time.monotonic()
-                # runs of days need no line every quarter of a minute
-                if now - spoken >= max(PROGRESS_SECONDS, (now - self.began) / 60) and self.active:
-                    spoken = now
-                    self.say(self._progress())
+                # a plain line every 15 seconds would be too many for runs that take days
+                interval = TABLE_SECONDS if self.show else max(PROGRESS_SECONDS, (now - self.began) / 60)
+                if now - reported >= interval and self.active:
+                    reported = now
+                    self._report_progress()
                 if self.active:
                     time.sleep(POLL_SECONDS)
         finally:
@@ -94,7 +130,7 @@ class Runner:
         return self.outcome
 
     def _start(self) -> None:
-        """Start runs while there are free places."""
+        """Start waiting runs until the maximal number is active."""
         for run in list(self.waiting):
             broken = [name for name in run.needs if name in self.outcome.failed]
             if broken:
@@ -113,7 +149,7 @@ class Runner:
             self.active.append(Job(run, remaining, started=time.monotonic()))
 
     def _advance(self) -> None:
-        """Look at each process that runs; start the next command, or finish the run."""
+        """Poll the processes; when one has ended, start the next command of its run, or finish the run."""
         for job in list(self.active):
             if job.process is not None:
                 status = job.process.poll()
@@ -121,7 +157,7 @@ class Runner:
                     continue
                 self._close(job)
                 step = job.remaining.pop(0)
-                took = _clock(time.monotonic() - job.step_started)
+                took = clock(time.monotonic() - job.step_started)
                 if status != 0:
                     how = f"status {status}" if status > 0 else f"signal {signal.Signals(-status).name}"
                     self.active.remove(job)
@@ -142,9 +178,8 @@ class Runner:
         job.log.write(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S')} {step.name}\n# {shell(step.arguments)}\n".encode())
         job.log.flush()
         job.step_started = time.monotonic()
-        # A session of its own, so that the whole family of the command can be ended, data loaders included.
         job.process = _start(step.arguments, job.log)
-        self.say(f"{self._elapsed()}  {job.run.name}: {step.name}")
+        self._report_event(f"{job.run.name}: {step.name}")
 
     def _finish(self, job: Job) -> None:
         run = job.run
@@ -170,42 +205,78 @@ class Runner:
             if isinstance(result.get(key), int | float)
         )
         done = len(self.outcome.finished) + len(self.outcome.failed)
-        took = _clock(time.monotonic() - job.started)
-        self.say(
-            f"{self._elapsed()}  {run.name}: finished in {took} ({done} of {self.total}){scores and ': ' + scores}"
+        seconds = time.monotonic() - job.started
+        progress = run.progress(run.folder)
+        self.statuses[run.name] = Status(run.name, "finished", progress=progress, seconds=seconds, detail=scores)
+        self._report_event(
+            f"{run.name}: finished in {clock(seconds)} ({done} of {self.total}){scores and ': ' + scores}"
         )
 
     def _fail(self, run: Run, why: str, *, log: bool = False) -> None:
         self.outcome.failed[run.name] = why
-        self.say(f"{self._elapsed()}  {run.name}: FAILED: {why}")
+        detail = f"log: {run.log}" if log else why
+        self.statuses[run.name] = replace(self.statuses[run.name], state="failed", eta=None, detail=detail)
+        self.report_line(f"{self._elapsed()}  {run.name}: FAILED: {why}")
         if log:
-            self.say(f"    log: {run.log}; it ends with")
+            self.report_line(f"    log: {run.log}; it ends with")
             for line in _last_lines(run.log):
-                self.say(f"    | {line}")
+                self.report_line(f"    | {line}")
 
-    def _progress(self) -> str:
+    def _report_event(self, text: str) -> None:
+        """Print a line on a run, or update the live table."""
+        if self.show is None:
+            self.report_line(f"{self._elapsed()}  {text}")
+        else:
+            self._report_progress()
+
+    def _report_progress(self) -> None:
+        if self.show is None:
+            self.report_line(f"{self._summary()} | {' | '.join(self._active_steps())}")
+            return
+        for job in self.active:
+            self.statuses[job.run.name] = self._status(job)
+        self.show(list(self.statuses.values()), self._summary())
+
+    def _status(self, job: Job) -> Status:
+        """Read the state of an active run."""
+        now = time.monotonic()
+        epoch = self._epoch(job)
+        return Status(
+            job.run.name,
+            state=job.remaining[0].name if job.remaining else "starting",
+            progress=job.run.progress(job.run.folder),
+            seconds=now - job.started,
+            eta=(now - job.step_started) * (epoch.epochs / epoch.epoch - 1) if epoch and epoch.epoch else None,
+        )
+
+    def _active_steps(self) -> list[str]:
         states = []
         for job in self.active:
             epoch = self._epoch(job)
             step = job.remaining[0].name if job.remaining else ""
-            states.append(f"{job.run.name} {step}" + (f" epoch {epoch[0]}/{epoch[1]}" if epoch else ""))
+            states.append(f"{job.run.name} {step}" + (f" epoch {epoch.epoch}/{epoch.epochs}" if epoch else ""))
+        return states
+
+    def _summary(self) -> str:
+        """Format the elapsed time, the number of completed runs and the remaining time."""
         done = len(self.outcome.finished) + len(self.outcome.failed)
         left = self._seconds_left()
-        eta = f", about {_clock(left)} left" if left is not None else ""
-        return f"{self._elapsed()}  {done} of {self.total} done{eta} | {' | '.join(states)}"
+        eta = f", about {clock(left)} left" if left is not None else ""
+        return f"{self._elapsed()}  {done} of {self.total} done{eta}"
 
-    def _epoch(self, job: Job) -> tuple[int, int] | None:
+    def _epoch(self, job: Job) -> Progress | None:
+        """Read the progress of a run whose pre-training is active."""
         return job.run.progress(job.run.folder) if job.remaining and job.remaining[0].name == "pretrain" else None
 
     def _seconds_left(self) -> float | None:
-        """From the mean time of the finished runs, else from how far the present ones have come in pre-training."""
+        """Estimate the remaining time from the finished runs, or from the pre-training of the active ones."""
         now = time.monotonic()
         expected = list(self.outcome.seconds)
         if not expected:
             for job in self.active:
                 epoch = self._epoch(job)
-                if epoch and 0 < epoch[0] < epoch[1]:
-                    expected.append((now - job.started) * epoch[1] / epoch[0])
+                if epoch and 0 < epoch.epoch < epoch.epochs:
+                    expected.append((now - job.started) * epoch.epochs / epoch.epoch)
         if not expected:
             return None
         mean = sum(expected) / len(expected)
@@ -213,7 +284,7 @@ class Runner:
         return work / min(self.jobs, max(len(self.waiting) + len(self.active), 1))
 
     def _elapsed(self) -> str:
-        return _clock(time.monotonic() - self.began)
+        return clock(time.monotonic() - self.began)
 
     def _close(self, job: Job) -> None:
         if job.log is not None:
@@ -221,7 +292,7 @@ class Runner:
         job.process = job.log = None
 
     def _end_processes(self) -> None:
-        """Ask every process to end, then end those that did not, at once on a second interrupt."""
+        """Send SIGTERM to all processes, then SIGKILL to those that have not ended; at once on a second interrupt."""
         processes = [job.process for job in self.active if job.process is not None]
         try:
             for process in processes:
@@ -239,9 +310,9 @@ class Runner:
 
 
 def _start(arguments: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes] | WarmProcess":
-    """Start a ``python`` command in a session of its own, so that its whole family can be ended, data loaders included.
+    """Start a ``python`` command in its own session, so that a signal reaches all its children, such as data loaders.
 
-    Our own modules start warm, which spares each of them the import of torch and the framework.
+    Commands of the adapters are forked from a process that has imported torch and the framework already.
     """
     environment = {**THREADS, "PYTHONUNBUFFERED": "1"}
     if arguments[0] == "-m" and arguments[1].startswith(("solo_ext.", "lightly_ext.", "vissl_ext.")):
@@ -257,7 +328,7 @@ def _start(arguments: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes]
 
 
 def _signal_family(process: "subprocess.Popen[bytes] | WarmProcess", number: signal.Signals) -> None:
-    """Send a signal to a command and all that it started; its process group has its own number."""
+    """Send a signal to the process group of a command."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
 
@@ -268,7 +339,7 @@ def _read_steps(run: Run) -> dict[str, Any]:
 
 
 def _note_step(run: Run, step: Step, *, seconds: float | None) -> None:
-    """Write down that a command has started (no seconds) or has succeeded."""
+    """Record in steps.json that a command has started (``seconds`` is None) or succeeded."""
     took = None if seconds is None else round(seconds, 1)
     write_json(
         run.folder / "steps.json", {**_read_steps(run), step.name: {"arguments": step.arguments, "seconds": took}}
@@ -276,10 +347,10 @@ def _note_step(run: Run, step: Step, *, seconds: float | None) -> None:
 
 
 def _remaining_steps(run: Run) -> list[Step]:
-    """The commands that have not yet succeeded.
+    """List the commands that have not succeeded yet.
 
     Raises:
-        UserError: the folder holds the beginning of the same run with other arguments; going on would mix the two.
+        UserError: the folder holds an unfinished run with other arguments.
     """
     notes = _read_steps(run)
     first = run.steps[0]
@@ -301,7 +372,8 @@ def _last_lines(file: Path) -> list[str]:
         return []
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Format a duration as ``m:ss`` or ``h:mm:ss``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,7 +1,7 @@
-"""Runs a suite of experiments: ``python -m plugins.experiments digits``.
+"""Run a suite of experiments: ``python -m plugins.experiments digits``.
 
-Several runs go side by side. A run that is finished (its ``result.json`` exists) is skipped, one that was interrupted
-goes on with the command that was interrupted, one that fails stops no other. What a suite consists of is in
+Several runs are active at a time. A finished run (its ``result.json`` exists) is skipped, an interrupted run continues
+with the command that was interrupted, and a failed run does not stop the others. The suites are defined in
 :mod:`plugins.experiments.suites`.
 """
 
@@ -18,7 +18,8 @@ from typing import NoReturn
 
 from plugins.experiments.live import live_table
 from plugins.experiments.suites import Request, Run, Suite, dissl, lightly, matrix_ssl, solo, toy, vissl
-from plugins.experiments.suites.runner import THREADS, Outcome, Runner, shell
+from plugins.experiments.suites.runner import ENVIRONMENT, THREADS, Outcome, Runner, is_warm, shell
+from plugins.experiments.warm import start_server
 from plugins.tools.command import Parser, UserError
 from plugins.tools.records import read_json
 
@@ -98,17 +99,17 @@ SUITES: dict[str, Suite] = {
 
 
 def select(runs: Sequence[Run], pattern: str | None) -> list[Run]:
-    """The runs whose name holds a pattern, and those that they need.
+    """Select the runs whose name contains a pattern, and the runs that they need.
 
     Args:
         runs: of the suite.
-        pattern: part of a name, ``*`` and ``?`` as in a shell; None selects all.
+        pattern: part of a name, with ``*`` and ``?`` as in a shell; None selects all.
 
     Returns:
         The selected runs in their order.
 
     Raises:
-        UserError: there are none.
+        UserError: no name matches.
     """
     if pattern is None:
         return list(runs)
@@ -124,14 +125,14 @@ def _matches(run: Run, pattern: str) -> bool:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; needs nothing but the standard library.
+    """Parse the command line. Only the standard library is imported.
 
     Raises:
-        UserError: it is wrong.
+        UserError: the command line is invalid.
     """
     parser = Parser(
         prog="python -m plugins.experiments",
-        description="Run a suite of experiments. Finished runs are skipped, interrupted ones go on.",
+        description="Run a suite of experiments. Finished runs are skipped, interrupted runs continue.",
         epilog="suites:\n" + "\n".join(f"  {name:26} {suite.title}" for name, suite in SUITES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -146,7 +147,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--devices", type=_positive, metavar="N", help="GPUs of each pre-training, each with the YAML's batch size")
     add("--data", metavar="NAME,...", help="data sets instead of all of the suite; digits are there for a trial")
     add("--data-folder", type=Path, default=Path("datasets"), metavar="FOLDER", help="where they are (datasets)")
-    add("--jobs", type=_positive, metavar="N", help="runs at a time (default: cores; 1 for suites that want a GPU)")
+    add("--jobs", type=_positive, metavar="N", help="runs at a time (default: cores; 1 for suites that need a GPU)")
     add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="(default: results)")
     add("--list", action="store_true", help="name the runs and stop")
     add("--dry-run", action="store_true", help="print the exact commands and stop")
@@ -185,13 +186,13 @@ def _cores() -> int:
 
 
 def run_suite(options: argparse.Namespace) -> int:
-    """Do what a command line asks for.
+    """Run a suite, or list its runs or commands.
 
     Returns:
-        The exit status: 1 where a run or the report failed, 2 where the data are missing.
+        The exit status: 1 if a run or the report failed, 2 if data are missing.
 
     Raises:
-        UserError: the selection is empty.
+        UserError: no run is selected.
     """
     suite = SUITES[options.suite]
     request = Request(
@@ -220,9 +221,11 @@ def run_suite(options: argparse.Namespace) -> int:
             print(_skipped(run), flush=True)
     status = 0
     if to_do:
+        if any(is_warm(step.arguments) for run in to_do for step in run.steps):
+            start_server(ENVIRONMENT)  # its imports take place while the data are prepared
         for arguments in preparation:
             failed = _call(arguments)
-            if failed == 2:  # it has said what is missing
+            if failed == 2:  # the command has reported what is missing
                 return 2
             if failed != 0:
                 print(f"error: preparation failed, nothing was run: {shell(arguments)}", file=sys.stderr)
@@ -295,7 +298,7 @@ def _summarise(outcome: Outcome, runs: Mapping[str, Run]) -> None:
 
 
 def _call(arguments: Sequence[str]) -> int:
-    """Run a command in the foreground."""
+    """Run a command in the foreground and return its exit status."""
     return subprocess.run([sys.executable, *arguments], env={**os.environ, **THREADS}, check=False).returncode
 
 
@@ -304,7 +307,7 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, 1 (a run failed), 2 (a user's mistake) or 130 (interrupted)."""
+    """Run the command. Returns the exit status: 0, 1 (a run failed), 2 (invalid command line or data) or 130."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
@@ -314,5 +317,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; finished runs are kept, the same command goes on with the others", file=sys.stderr)
+        print("interrupted; finished runs are kept, repeat the command to continue with the others", file=sys.stderr)
         return 130

@@ -1,15 +1,17 @@
-"""Starts ``python -m MODULE …`` without importing torch and a framework anew each time.
+"""Start ``python -m MODULE …`` without importing torch and the framework again for each command.
 
-A suite runs dozens of short commands, and importing what they need takes each of them ten seconds of a core. So one
-process imports it once, and each command is forked from it (``multiprocessing``'s fork server). The command sees what
-it would see on its own: its arguments, ``__main__``, its output in a log, a process group of its own.
+A suite runs dozens of short commands, and the imports take ten seconds of processor time or more. One process (the fork
+server of ``multiprocessing``) imports the modules once, and each command is forked from it. A command has its own
+arguments, ``__main__``, log file, session and process group, as if ``python`` had started it.
 """
 
 import multiprocessing
 import os
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,57 +23,75 @@ PRELOADED = (
     "solo_ext.logs",
     "solo_ext.registry",
 )
-"""Modules that the fork server imports; one that is missing is left to the command, which then says so."""
+"""Modules that the fork server imports. A missing module is ignored here; the command that needs it reports it."""
 
-_ADVICE = "ignore::FutureWarning:solo.utils.whitening"
-"""solo-learn's import on a new PyTorch, which would be told to the console of the suite."""
+_FILTER = "ignore::FutureWarning:solo.utils.whitening"
+"""Filter for a warning that importing solo-learn causes on a new PyTorch; it would appear on the suite's console."""
+
+
+def start_server(environment: Mapping[str, str]) -> None:
+    """Start the fork server, which imports ``PRELOADED`` in the background; no-op if it runs already.
+
+    Args:
+        environment: variables that are set before anything is imported.
+    """
+    with _changed_environment(environment):
+        multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOADED])
+        forkserver.ensure_running()
+
+
+@contextmanager
+def _changed_environment(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Set variables, and the filter of warnings, for the length of the ``with`` block."""
+    given = os.environ.get("PYTHONWARNINGS")
+    changed = {**environment, "PYTHONWARNINGS": f"{_FILTER},{given}" if given else _FILTER}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield changed
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
 class WarmProcess:
-    """A command that runs in a fork; has of ``subprocess.Popen`` what a suite needs.
+    """A command that runs in a fork, with those members of ``subprocess.Popen`` that a suite needs.
 
     Args:
         arguments: of ``python``, beginning with ``-m MODULE``.
-        log: a file open for appending; standard output and error go there.
-        environment: variables that are set before anything is imported; those of the first call hold for the imports.
+        log: a file open for appending; receives standard output and error.
+        environment: variables of the command. If the fork server does not run yet, it imports its modules with them.
     """
 
     def __init__(self, arguments: Sequence[str], log: IO[bytes], environment: Mapping[str, str]) -> None:
         flag, module, *rest = arguments
         if flag != "-m":
             raise ValueError(f"a warm process runs a module with -m, got {flag!r}")
+        start_server(environment)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*PRELOADED])
-        asked = os.environ.get("PYTHONWARNINGS")
-        environment = {**environment, "PYTHONWARNINGS": f"{_ADVICE},{asked}" if asked else _ADVICE}
-        before = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
-        try:
-            self._process = context.Process(target=_run, args=(module, rest, log.name, dict(environment), os.getcwd()))
+        with _changed_environment(environment) as changed:
+            self._process = context.Process(target=_run, args=(module, rest, log.name, changed, os.getcwd()))
             self._process.start()
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
     @property
     def pid(self) -> int:
-        """Its process, and its process group."""
+        """Number of the process, and of its process group."""
         return self._process.pid or 0
 
     @property
     def returncode(self) -> int | None:
-        """The exit status, -N after signal N, None while it runs."""
+        """Exit status; -N after signal N, None while the process runs."""
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """The same, asked anew."""
+        """Return the exit status, as ``returncode``."""
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end.
+        """Wait until the process ends, and return its exit status.
 
         Raises:
-            TimeoutError: it still runs.
+            TimeoutError: the process still runs.
         """
         self._process.join(timeout)
         if self._process.exitcode is None:
@@ -83,13 +103,13 @@ def _run(module: str, arguments: list[str], log: str, environment: dict[str, str
     os.setsid()
     os.chdir(folder)
     os.environ.update(environment)
-    with Path(log).open("ab") as out, Path(os.devnull).open("rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
+    with Path(log).open("ab") as out, Path(os.devnull).open("rb") as empty:
+        os.dup2(empty.fileno(), 0)
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    # the fork server hands down its own way of starting processes: each worker of a data loader would import it all
+    # restore the default start method: with the fork server's, each worker of a data loader would repeat the imports
     multiprocessing.set_start_method(None, force=True)
     sys.argv = [module, *arguments]
     sys.path[0] = folder

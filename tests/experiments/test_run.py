@@ -383,3 +383,14 @@ def test_the_sample_of_the_digits_exists_and_covers_all_frameworks(monkeypatch, 
     assert names[: len(names) // 2] == [f"{framework}/{method}/seed0" for framework, method in suite.sample]
     assert names[len(names) // 2 :] == [f"{framework}/{method}/seed1" for framework, method in suite.sample]
     assert {framework for framework, _ in suite.sample} == set(suite.frameworks)
+
+
+def test_imports_begin_before_the_data_are_prepared(suite, monkeypatch, tmp_path, capfd):
+    order = []
+    step = Step("pretrain", ("-m", "solo_ext.main_pretrain"))
+    toy = replace(experiments.SUITES["toy"], frameworks={"solo": lambda _: [fake_run(tmp_path, "m", steps=(step,))]})
+    monkeypatch.setitem(experiments.SUITES, "toy", toy)
+    monkeypatch.setattr(experiments, "start_server", lambda environment: order.append(environment["OMP_NUM_THREADS"]))
+    monkeypatch.setattr(experiments, "_call", lambda arguments: order.append("prepare") or 2)
+    assert experiments.main(["toy"]) == 2
+    assert order == ["1", "prepare"]

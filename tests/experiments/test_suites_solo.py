@@ -259,6 +259,7 @@ def test_without_a_network_there_is_one_sentence_and_nothing_is_trained(tmp_path
         "import socket\ndef fail(*_, **__): raise socket.gaierror(-2, 'no such name')\nsocket.getaddrinfo = fail\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setattr(experiments, "start_server", lambda environment: None)
     assert experiments.main(["implicit_var_reg", "--data", "cifar10,stl10"]) == 2
     error = capfd.readouterr().err
     assert error.startswith("error: cifar10 is not in datasets and could not be downloaded (")

@@ -23,6 +23,7 @@ from plugins.tools.records import read_json, write_json
 
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Environment of every command. On two cores, two methods with one thread each are faster than one with two threads."""
+ENVIRONMENT = {**THREADS, "PYTHONUNBUFFERED": "1"}
 POLL_SECONDS = 0.2
 TABLE_SECONDS = 1.0
 """Time between two updates of the live table."""
@@ -309,20 +310,24 @@ class Runner:
             self._close(job)
 
 
+def is_warm(arguments: Sequence[str]) -> bool:
+    """Whether a command is forked from the process that has imported its framework."""
+    return arguments[0] == "-m" and arguments[1].startswith(("solo_ext.", "lightly_ext.", "vissl_ext."))
+
+
 def _start(arguments: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes] | WarmProcess":
     """Start a ``python`` command in its own session, so that a signal reaches all its children, such as data loaders.
 
     Commands of the adapters are forked from a process that has imported torch and the framework already.
     """
-    environment = {**THREADS, "PYTHONUNBUFFERED": "1"}
-    if arguments[0] == "-m" and arguments[1].startswith(("solo_ext.", "lightly_ext.", "vissl_ext.")):
-        return WarmProcess(arguments, log, environment)
+    if is_warm(arguments):
+        return WarmProcess(arguments, log, ENVIRONMENT)
     return subprocess.Popen(
         [sys.executable, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **environment},
+        env={**os.environ, **ENVIRONMENT},
         start_new_session=True,
     )
 

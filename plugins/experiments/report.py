@@ -148,7 +148,7 @@ def make_figure(rows: Sequence[Row], files: Sequence[Path]) -> None:
 
     Args:
         rows: of the suite.
-        files: where to save it; the suffix says in which format.
+        files: where to save it; the suffix determines the format.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -274,7 +274,7 @@ def _draw_spectra(figure: Any, methods: Sequence[tuple[str, Row]], bands: int, c
             ax.yaxis.set_major_locator(LogLocator(numticks=5))
             ax.yaxis.set_minor_locator(NullLocator())
         # DISSL and CISSL finish without one
-        _finish_panel(ax, name, "" if largest is not None else "not followed" if row.results else "missing")
+        _finish_panel(ax, name, "" if largest is not None else "not tracked" if row.results else "missing")
     for ax in panels[-columns:]:
         ax.set_xlabel("epoch")
     if panels:

@@ -118,7 +118,7 @@ def make_figure(rows: Sequence[Row], published: dict[str, Published], files: Seq
     Args:
         rows: of the suite.
         published: run → what was published of it.
-        files: where to save it; the suffix says in which format.
+        files: where to save it; the suffix determines the format.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -170,7 +170,7 @@ def write(folder: Path) -> str | None:
     """Write table.md, figure.png and figure.pdf of a suite.
 
     Args:
-        folder: its results; the name says which published numbers belong to it.
+        folder: its results; its name selects the published numbers.
 
     Returns:
         The table, or None where there are no runs.

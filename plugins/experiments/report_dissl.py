@@ -100,8 +100,8 @@ def scores(row: Row, title: str) -> list[Score]:
 
 def _way(probe: dict[str, Any]) -> tuple[Any, ...]:
     """What makes the probes of two seeds comparable."""
-    said = (probe[key] for key in ("kind", "dim", "fraction", "labels", "select"))
-    return (*said, *(entry["weight_decay"] for entry in probe["grid"]))
+    described = (probe[key] for key in ("kind", "dim", "fraction", "labels", "select"))
+    return (*described, *(entry["weight_decay"] for entry in probe["grid"]))
 
 
 def ordered(folder: Path, suite: str) -> list[tuple[Row, str]]:
@@ -215,7 +215,7 @@ def make_figure(suite: str, lines: dict[str, list[Curve]], files: Sequence[Path]
     Args:
         suite: a key of FIGURES.
         lines: what :func:`curves` returned.
-        files: where to save it; the suffix says in which format.
+        files: where to save it; the suffix determines the format.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg

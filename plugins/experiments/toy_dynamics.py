@@ -71,7 +71,7 @@ class Row(NamedTuple):
 def compare(
     figure: str, case: str, step: float, simulated: Float[ndarray, "T M"], theory: Float[ndarray, "T M"]
 ) -> Row:
-    """What the table says of two trajectories of the same length."""
+    """Compare two trajectories of the same length, for the table."""
     error = np.abs(simulated - theory) / np.abs(theory).max(1, keepdims=True)
     ends = [(float(path[-1].min()), float(path[-1].max())) for path in (simulated, theory)]
     return Row(figure, case, step, len(theory) - 1, ends[0], ends[1], float(error.max()))

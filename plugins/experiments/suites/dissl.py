@@ -203,7 +203,7 @@ def collect(run: Run) -> dict[str, Any]:
         run: a run whose commands have all succeeded.
 
     Returns:
-        What result.json says beside the identity of the run; ``linear`` is the first linear probe's accuracy.
+        Entries of result.json, without the identity of the run; ``linear`` is the first linear probe's accuracy.
     """
     training, probes = read_json(run.folder / "pretrain.json"), read_json(run.folder / "probe.json")
     linear: Sequence[float] = [probe["acc1"] for probe in probes if probe["kind"] == "linear"]

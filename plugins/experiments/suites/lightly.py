@@ -14,11 +14,11 @@ from plugins.experiments.suites.solo import KNN, config_folder, methods_of, read
 from plugins.tools.records import read_json
 
 CHANNELS = {"mean": (0.2692, 0.2715, 0.2712), "std": (0.1796, 0.1785, 0.1798)}
-"""Of the training images."""
+"""Mean and standard deviation of the channels of the training images."""
 
 
 def digits(request: Request) -> list[Run]:
-    """Every method that has a YAML for the digits in solo-learn's column.
+    """List a run for each method that has a YAML file for the digits in solo-learn's column.
 
     The untrained and the supervised backbone are there too: they are the same network and training here.
 
@@ -121,7 +121,7 @@ def _linear(config: Any) -> dict[str, float]:
 
 
 def command(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """A command of ours for lightly.
+    """Compose a command of lightly_ext.
 
     Args:
         options: option → value, without the dashes; a dictionary becomes key=value words, True an option without value.
@@ -147,13 +147,13 @@ def progress(folder: Path, *, method: str, epochs: int) -> Progress | None:
 
 
 def collect(run: Run) -> dict[str, Any]:
-    """The numbers of a run, from the two files result.json that its commands wrote.
+    """Collect the numbers of a run from the two files result.json that its commands wrote.
 
     Args:
         run: a run whose commands have all succeeded.
 
     Returns:
-        What result.json says beside the identity of the run; accuracies, in per cent, are those of the last epoch.
+        Entries of result.json, without the identity of the run; accuracies, in per cent, are those of the last epoch.
     """
     training, few = (read_json(folder / run.method / "result.json") for folder in (run.folder, run.folder / "linear_5"))
     return {

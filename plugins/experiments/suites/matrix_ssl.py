@@ -106,7 +106,7 @@ def collect_solo(run: Run) -> dict[str, Any]:
         run: a run whose commands have all succeeded.
 
     Returns:
-        What result.json says beside the identity of the run. ``linear`` is of the last epoch, as in every suite;
+        Entries of result.json, without the identity of the run. ``linear`` is of the last epoch, as in every suite;
         ``linear_best`` is of the best, which is what the papers report.
     """
     training = read_json(run.folder / "pretrain.json")
@@ -172,7 +172,7 @@ def collect_vissl(run: Run) -> dict[str, Any]:
         run: a run whose commands have all succeeded.
 
     Returns:
-        As of :func:`collect_solo`, but nothing of an online classifier.
+        As :func:`collect_solo`, without the online classifier.
     """
     training = read_json(run.folder / "pretrain" / "summary.json")
     found = vissl.evaluations(run.folder / "linear")

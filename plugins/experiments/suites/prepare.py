@@ -1,7 +1,7 @@
 """Check or fetch data sets: ``python -m plugins.experiments.suites.prepare cifar10 stl10 --folder datasets``.
 
-CIFAR and STL-10 are downloaded by torchvision where they are missing. What cannot be had is told in one sentence with
-exit status 2, before anything is trained.
+CIFAR and STL-10 are downloaded by torchvision if they are missing. If a data set cannot be
+downloaded, the command prints a one-line error and exits with status 2, before anything is trained.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CLASSES = {"tinyimagenet": 200, "imagenet": 1000, "imagenet100": 100}
 
 
 class DataError(Exception):
-    """Data that cannot be had, told in one sentence."""
+    """A data set is missing and cannot be downloaded. The message is one sentence."""
 
 
 def prepare(datasets: Sequence[str], folder: Path) -> None:

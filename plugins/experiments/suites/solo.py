@@ -47,7 +47,7 @@ KNN: dict[str, float] = {"k": 20, "temperature": 0.07}
 
 
 def prepare(runs: Sequence[Run], request: Request) -> list[tuple[str, ...]]:
-    """The commands that make or check the data sets of some runs.
+    """List the commands that make or check the data sets of some runs.
 
     Args:
         runs: those that are to do.
@@ -65,7 +65,7 @@ def prepare(runs: Sequence[Run], request: Request) -> list[tuple[str, ...]]:
 
 
 def one_at_a_time(request: Request) -> int | None:
-    """Runs at a time: one, for each wants the GPU for itself, but as many as there are cores on the digits."""
+    """Return the number of concurrent runs: 1, because each needs the GPU; None (one per core) on the digits."""
     return None if request.data is not None and set(request.data) == {"digits"} else 1
 
 
@@ -73,7 +73,7 @@ def one_at_a_time(request: Request) -> int | None:
 
 
 def digits(request: Request) -> list[Run]:
-    """Every method that has a YAML for the digits, beside an untrained and a supervised backbone.
+    """List a run for each method that has a YAML file for the digits, beside an untrained and a supervised backbone.
 
     Args:
         request: folder, seeds, epochs.
@@ -158,13 +158,13 @@ def _digits_data(request: Request, split: str) -> dict[str, Path]:
 
 
 def collect_digits(run: Run) -> dict[str, Any]:
-    """The numbers of a run, from knn.json, linear.json and pretrain.json in its folder.
+    """Collect the numbers of a run from knn.json, linear.json and pretrain.json in its folder.
 
     Args:
         run: a run whose commands have all succeeded.
 
     Returns:
-        What result.json says beside the identity of the run. Accuracies are those of the last epoch: taking the best
+        Entries of result.json, without the identity of the run. Accuracies are those of the last epoch: taking the best
         epoch would be choosing on the validation labels.
     """
     linear = read_json(run.folder / "linear" / "all" / "linear.json")
@@ -269,13 +269,13 @@ def _table_run(suite: str, variant: Variant, dataset: str, seed: int, request: R
 
 
 def collect_table(run: Run) -> dict[str, Any]:
-    """The numbers of a run of a table, from pretrain.json, knn.json and, where there is one, linear.json.
+    """Collect the numbers of a run of a table from pretrain.json, knn.json and, where there is one, linear.json.
 
     Args:
         run: a run whose commands have all succeeded.
 
     Returns:
-        What result.json says beside the identity of the run; accuracies after the last epoch, never of the best.
+        Entries of result.json, without the identity of the run; accuracies after the last epoch, never of the best.
     """
     training = read_json(run.folder / "pretrain.json")
     linear = run.folder / "linear" / "all" / "linear.json"
@@ -304,7 +304,7 @@ def config_folder(dataset: str) -> Path:
 
 
 def methods_of(configs: Path) -> list[str]:
-    """The methods that have a YAML file in a folder."""
+    """List the methods that have a YAML file in a folder."""
     from plugins.methods import METHODS
 
     return sorted(method for method in METHODS if (configs / f"{method}.yaml").is_file())
@@ -329,7 +329,7 @@ def installed_configs(framework: str) -> Path:
 def command(
     module: str, configs: Path, name: str, overrides: Mapping[str, Any], more: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """A command of ours for solo-learn.
+    """Compose a command of solo_ext.
 
     Args:
         module: of solo_ext.
@@ -346,7 +346,7 @@ def command(
 
 
 def pretraining(base: Path, label: str, seed: int, places: Mapping[str, Any], request: Request) -> dict[str, Any]:
-    """Overrides of a pre-training in ``base/label/seed<n>``, which goes on where it was interrupted.
+    """Overrides of a pre-training in ``base/label/seed<n>``, which continues after an interruption.
 
     Args:
         base: folder of the suite's runs.
@@ -429,7 +429,7 @@ def progress(folder: Path) -> Progress | None:
 
 
 def hydra_value(value: Any) -> str:
-    """A value as Hydra's override grammar wants it: quoted unless it is plainly a word, a number or a path."""
+    """Format a value for Hydra's override grammar: quoted unless it is a plain word, number or path."""
     text = str(value)
     if re.fullmatch(r"[\w./+-]+", text, re.ASCII):
         return text
@@ -437,5 +437,5 @@ def hydra_value(value: Any) -> str:
 
 
 def of_training(training: Mapping[str, Any]) -> dict[str, Any]:
-    """What result.json says of the pre-training."""
+    """Select the entries of result.json that describe the pre-training."""
     return {key: training.get(key) for key in ("images_per_second", "seconds", "versions", "config")}

@@ -18,7 +18,7 @@ FEW = {"batch": 50, "epochs": 100}
 
 
 def digits(request: Request) -> list[Run]:
-    """Every method that has a configuration for the digits.
+    """List a run for each method that has a configuration for the digits.
 
     The untrained and the supervised backbone are in solo-learn's column: they are the same network and training here.
 
@@ -77,12 +77,12 @@ def _run(method: str, seed: int, request: Request) -> Run:
 
 
 def command(config: str, overrides: Mapping[str, Any], engine: str = "train") -> tuple[str, ...]:
-    """A command of ours for VISSL.
+    """Compose a command of vissl_ext.
 
     Args:
-        config: its name.
-        overrides: entry below ``config`` → value; a list of one path is written as one.
-        engine: VISSL's.
+        config: name of the configuration.
+        overrides: entry below ``config`` → value; a list must hold one path.
+        engine: name of VISSL's engine.
     """
     values = {
         key: f"[{hydra_value(value[0])}]" if isinstance(value, list) else hydra_value(value)
@@ -106,13 +106,13 @@ def progress(folder: Path) -> Progress | None:
 
 
 def collect(run: Run) -> dict[str, Any]:
-    """The numbers of a run, from knn.json, metrics.json and summary.json in its folders.
+    """Collect the numbers of a run from knn.json, metrics.json and summary.json in its folders.
 
     Args:
         run: a run whose commands have all succeeded.
 
     Returns:
-        What result.json says beside the identity of the run; accuracies are those of the last epoch.
+        Entries of result.json, without the identity of the run; accuracies are those of the last epoch.
     """
     training = read_json(run.folder / "pretrain" / "summary.json")
     (knn,) = read_json(run.folder / "knn" / "knn.json").values()
@@ -125,12 +125,12 @@ def collect(run: Run) -> dict[str, Any]:
 
 
 def evaluations(folder: Path) -> list[dict[str, dict[str, float]]]:
-    """What VISSL's metrics.json says of each test: ``top_1`` and the like → name of the feature → per cent."""
+    """Read the test accuracies of VISSL's metrics.json: ``top_1`` and other meters → name of the feature → per cent."""
     lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     return [line["test_accuracy_list_meter"] for line in lines if "test_accuracy_list_meter" in line]
 
 
 def _last_accuracy(folder: Path) -> float:
-    """The last test accuracy of a linear evaluation, in per cent."""
+    """Read the last test accuracy of a linear evaluation, in per cent."""
     (accuracy,) = evaluations(folder)[-1]["top_1"].values()
     return accuracy

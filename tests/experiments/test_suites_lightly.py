@@ -80,7 +80,7 @@ def test_progress_is_rows_of_all_epochs(here, tmp_path):
     assert run.progress(run.folder) is None
     (run.folder / run.method).mkdir(parents=True)
     (run.folder / run.method / "metrics.csv").write_text("epoch,loss\n0,2.0\n1,1.5\n")
-    assert run.progress(run.folder) == (2, parsed(run.steps[0]).epochs)
+    assert run.progress(run.folder) == (2, parsed(run.steps[0]).epochs, 1.5)
 
 
 @pytest.mark.slow

@@ -31,6 +31,13 @@ class EMATeacherHook(SilentHook):
     τ is a function of the optimiser steps done, which VISSL checkpoints: a resumed run goes on where it stopped.
     """
 
+    def on_start(self, task: Any) -> None:
+        """Tell the method's clock how many optimiser steps the run and an epoch have."""
+        clock = getattr(task.base_loss, "clock", None)
+        if clock is not None:
+            clock.total = task.max_iteration
+            clock.steps_per_epoch = len(task.dataloaders["train"]) * task.num_train_phases_per_epoch
+
     def on_forward(self, task: Any) -> None:
         """The teacher's output for the batch, without gradient, where the loss looks for it."""
         loss = task.base_loss

@@ -1,6 +1,7 @@
 """python -m vissl_ext.launch config=NAME [OVERRIDES]: VISSL's tools/run_distributed_engines.py with our methods."""
 
 import multiprocessing
+import os
 import signal
 import sys
 import zipfile
@@ -238,6 +239,9 @@ def run(args: Any, config: Any) -> None:
         return
     for number in _ENDED:
         signal.signal(number, _interrupt)
+    # Python's resource tracker removes the semaphores of ranks that were killed, and would warn after our last line
+    quiet = ("ignore:resource_tracker:UserWarning", os.environ.get("PYTHONWARNINGS"))
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, quiet))
     folder = get_checkpoint_folder(config)
     say(f"run's folder: {folder}")
     if is_training_finished(config, checkpoint_folder=folder):

@@ -23,6 +23,7 @@ from classy_vision.losses import ClassyLoss, register_loss
 from torch import Tensor, nn
 from vissl.models.heads import register_model_head
 
+from plugins.clock import Clock
 from plugins.distributed import WORLD
 from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
@@ -198,6 +199,11 @@ class MethodLoss(TeacherLoss):
         self.own_targets = head.large if isinstance(head.projector, TwoBranchHead) else 0
         self.objective = Objective(self.spec, self.options, WORLD, head.predictor, head.projector)
         super().attach(model)
+
+    @property
+    def clock(self) -> Clock:
+        """The count of optimiser steps."""
+        return self.objective.clock
 
     @property
     def moment(self) -> RunningMoment | None:

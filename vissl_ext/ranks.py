@@ -23,7 +23,7 @@ from plugins.tools.command import UserError
 from vissl_ext import catalog
 from vissl_ext.compat.checkpoints import room
 from vissl_ext.compat.cuda_calls import stay_on_cpu
-from vissl_ext.compat.teachers import RestoreTeacher
+from vissl_ext.compat.restored_losses import RestoreLoss
 from vissl_ext.hooks import extra_hooks
 from vissl_ext.locks import end_with_parent, lock
 from vissl_ext.progress import Progress, quieten
@@ -69,7 +69,7 @@ def hooks(cfg: Any) -> list[Any]:
         cfg: VISSL's configuration, below ``config``.
     """
     stock = default_hook_generator(cfg)
-    return [*stock, *extra_hooks(cfg), RestoreTeacher(stock), Progress(), Summary(), EpochSeed()]
+    return [*stock, *extra_hooks(cfg), RestoreLoss(stock), Progress(), Summary(), EpochSeed()]
 
 
 def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:

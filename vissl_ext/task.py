@@ -18,9 +18,11 @@ from plugins.distributed import LOCAL
 from plugins.methods import METHODS
 from plugins.tools.command import UserError
 from vissl_ext.compat.broadcasts import as_in_the_first
+from vissl_ext.compat.rank_states import KEY, RankStates, restore_rank_state
 from vissl_ext.dissl.checks import check_fork
 from vissl_ext.dissl.transforms import tell_epoch
 from vissl_ext.hooks import MetricsHook, extra_hooks
+from vissl_ext.labels import check_labels_of, takes_classes
 from vissl_ext.larc import needs_plain_larc, plain_larc
 from vissl_ext.methods import HEAD, TeacherLoss, method_options
 from vissl_ext.trunks import check_trunk, trunk_width
@@ -142,6 +144,9 @@ def predictor_groups(groups: list[dict[str, Any]], predictor: list[Any], scale: 
 class PluginTask(SelfSupervisionTask):
     """SelfSupervisionTask for stock losses and ours."""
 
+    loss_of_ranks: list[dict[str, torch.Tensor]] | None = None
+    """See ``RankStates``."""
+
     @property
     def method(self) -> str | None:
         """The key of METHODS that is trained, if one is."""
@@ -150,9 +155,9 @@ class PluginTask(SelfSupervisionTask):
     def set_hooks(self, hooks: list[Any]) -> Any:
         """The given hooks and those that the loss needs, which a launcher that does not know us leaves out."""
         names = {type(hook) for hook in hooks}
-        hooks = [*hooks, *(hook for hook in extra_hooks(self.config) if type(hook) not in names)]
+        hooks = [*hooks, *(hook for hook in (*extra_hooks(self.config), RankStates()) if type(hook) not in names)]
         # an epoch's row is written before its checkpoint: a run that is killed between the two writes it again
-        return super().set_hooks(sorted(hooks, key=lambda hook: not isinstance(hook, MetricsHook)))
+        return super().set_hooks(sorted(hooks, key=lambda hook: not isinstance(hook, MetricsHook | RankStates)))
 
     def prepare(self, pin_memory: bool = False) -> Any:
         """Everything that a training needs; refuses what cannot be trained."""
@@ -177,6 +182,11 @@ class PluginTask(SelfSupervisionTask):
         if isinstance(loss, TeacherLoss):
             # before the checkpoint is read, which holds the teacher
             loss.attach(self.base_model)
+        name = self.config.LOSS.name
+        if takes_classes(name):
+            check_labels_of(loss, self, (self.config.LOSS.get(name) or {}).get("ignore_index", -100))
+        if self.checkpoint:
+            restore_rank_state(self.checkpoint, loss)
         return loss
 
     def _build_optimizer(self) -> Any:
@@ -208,7 +218,7 @@ class PluginTask(SelfSupervisionTask):
             tell_epoch(getattr(self.datasets[phase_type], "transform", None), train_phase_idx)
 
     def get_classy_state(self, deep_copy: bool = False) -> dict[str, Any]:
-        """VISSL's state and the loss scale of PyTorch's mixed precision.
+        """VISSL's state, the tensors of each process's loss, and the loss scale of PyTorch's mixed precision.
 
         classy_vision/tasks/classification_task.py:968 saves it where there are ``amp_args``, which VISSL has for apex
         alone.
@@ -216,6 +226,8 @@ class PluginTask(SelfSupervisionTask):
         state = super().get_classy_state(deep_copy=deep_copy)
         if self.amp_grad_scaler is not None:
             state["amp"] = self.amp_grad_scaler.state_dict()
+        if self.loss_of_ranks is not None:
+            state[KEY] = self.loss_of_ranks
         return state
 
     def _set_classy_state(self, state: dict[str, Any]) -> None:

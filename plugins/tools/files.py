@@ -41,8 +41,10 @@ def atomic(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        # torch.save raises a RuntimeError of its own while it handles the OSError of a full disk
+        reason = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(reason, OSError):
+            raise UserError(f"{path} cannot be written: {reason.strerror or reason}") from error
         raise
 
 

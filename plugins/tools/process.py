@@ -38,8 +38,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
         UserError: another process holds it.
     """
     with hold_folder(folder):
-        for left in folder.glob(".*.tmp"):  # of ``files.atomic`` in a process that was killed
-            left.unlink(missing_ok=True)
         yield
 
 
@@ -47,6 +45,7 @@ def hold_folder(folder: Path, name: str = LOCK) -> IO[str]:
     """Lock the folder of a run until the returned file is closed or the process ends, also by SIGKILL.
 
     Closing another descriptor of the file in this process releases the lock too. Child processes do not inherit it.
+    The temporary files that ``files.atomic`` leaves in a killed process are deleted.
 
     Args:
         folder: the run's folder; created if it does not exist.
@@ -66,6 +65,9 @@ def hold_folder(folder: Path, name: str = LOCK) -> IO[str]:
     except UserError:
         file.close()
         raise
+    if name == LOCK:  # other machines of the same run may be writing
+        for left in folder.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
     return file
 
 

@@ -1,12 +1,15 @@
 """Files are complete or absent: after an error, a full disk, or a kill in the middle of writing."""
 
 import errno
+import io
 import os
 import signal
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from plugins.tools.command import UserError
 from plugins.tools.files import atomic
@@ -44,6 +47,18 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_former_file(tmp_path: Path) -
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert path.read_bytes() == b"former"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_under_torch_save_is_the_same_sentence(tmp_path: Path) -> None:
+    """torch.save raises an error of its own while it handles that of the disk."""
+
+    class Full(io.BytesIO):
+        def write(self, part: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match=r"file cannot be written: No space left on device"), atomic(tmp_path / "file"):
+        torch.save({"weights": torch.zeros(1000)}, Full())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_kill_in_the_middle_keeps_the_former_file(tmp_path: Path) -> None:

@@ -70,11 +70,12 @@ def test_twenty_kills_lose_no_checkpoint(tmp_path: Path) -> None:
             last = ours.recv()
         ours.close()
         theirs.close()
+        lock(tmp_path, 0)
         assert set_aside(tmp_path) == []
         reached.append(newest(tmp_path))
         assert reached[-1] in (last, last + 1)
     assert reached == sorted(set(reached))
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".writing")]
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_resumes_from_the_newest_checkpoint_that_can_be_read(tmp_path: Path) -> None:
@@ -218,8 +219,8 @@ def test_a_finished_training_goes_on_with_more_epochs(
     first, same, more, less = launches([job(2), job(2), job(4), job(3)])
     assert [result["status"] for result in (first, same, more, less)] == [0] * 4, more["output"][-3000:]
     said = "the training there is finished, after {} epochs; a larger config.OPTIMIZER.num_epochs goes on from its end"
-    assert same["output"].splitlines()[-1] == said.format(2)
-    assert less["output"].splitlines()[-1] == said.format(4)
+    assert said.format(2) in same["output"].splitlines()
+    assert said.format(4) in less["output"].splitlines()
     assert "config.OPTIMIZER.num_epochs was 2 and is 4 now: learning rate and other schedules follow" in more["output"]
     assert "resumed after 4 of 8 iterations" in more["output"]
     names = ["model_final_checkpoint_phase3.torch", "model_phase1.torch", "model_phase0.torch"]
@@ -244,10 +245,11 @@ def test_a_training_on_a_full_disk_ends_with_a_sentence(
     job = {"argv": argv, "folder": str(few_digits.parents[1]), "watch": True}
     (full,) = launches([{**job, "largest_file": 200_000}])
     assert full["status"] == 2 and not full["left"], full["output"][-3000:]
-    assert full["output"].splitlines()[-1] == (
+    sentence = (
         f"error: {tmp_path}/model_phase0.torch cannot be written: File too large; make room there, then the same "
         "command begins anew, as there is no checkpoint yet"
     )
+    assert sentence in full["output"].splitlines(), full["output"]
     assert "Traceback" not in full["output"]
     assert checkpoints(tmp_path) == []
 

@@ -461,7 +461,7 @@ def test_commands(few_digits: Path, tmp_path: Path, launches: Callable, no_gpu):
     shown = [line.split("  ")[1] for line in lines if line.startswith("epoch 1/1")]
     assert shown[0] == "iteration 1/2" and len(shown) == 2
     assert "the training there is finished" in named["again"]["output"]
-    assert diverged["status"] == 2 and "training diverged: " in diverged["output"].splitlines()[-1]
+    assert diverged["status"] == 2 and "error: training diverged: " in diverged["output"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["code.torch", "nan", "run", "torn.torch"], (
         "a mistake left something behind"
     )
@@ -485,6 +485,13 @@ def test_images_that_cannot_be_trained_on_are_sentences(few_digits: Path, tmp_pa
             *(f"config.DATA.TRAIN.DATA_PATHS=[{torn}]", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4"),
             "config.DATA.NUM_DATALOADER_WORKERS=1",
         ],
+        "config.DATA.TRAIN has the label ": [  # from no file: the numbers of the images
+            *(f"config.DATA.TRAIN.DATA_PATHS=[{few_digits / 'train'}]", "config.DATA.TRAIN.LABEL_TYPE=sample_index"),
+            *("config.LOSS.name=CrossEntropyLoss", "+config.LOSS.CrossEntropyLoss={reduction:mean}"),
+            *("config.MODEL.HEAD.PARAMS=[[mlp,{dims:[512,5]}]]", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16"),
+            *("config.DATA.TRAIN.TRANSFORMS=[{name:Resize,size:[8,8]},{name:ToTensor}]", "config.METERS.name=''"),
+            "config.DATA.TRAIN.COLLATE_FUNCTION=default_collate",
+        ],
     }
     results = launches(
         [
@@ -494,7 +501,8 @@ def test_images_that_cannot_be_trained_on_are_sentences(few_digits: Path, tmp_pa
     )
     for sentence, result in zip(mistakes, results, strict=True):
         assert result["status"] == 2, result["output"][-3000:]
-        assert result["output"].splitlines()[-1].startswith(f"error: {sentence}"), result["output"]
+        errors = [line for line in result["output"].splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and errors[0].startswith(f"error: {sentence}"), result["output"]
         assert "Traceback" not in result["output"]
 
 

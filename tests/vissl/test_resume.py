@@ -142,9 +142,51 @@ def test_killed_training_of_two_processes_ends_the_same(
     assert [result["status"] for result in results] == [0, -signal.SIGKILL, 0], results
     differ = json.loads((tmp_path / "whole" / watched.REPORT).read_text())
     assert any(name.startswith("loss.teacher") for name in differ.pop("names"))
+    assert differ.pop("clock") == [3 * EPOCHS, 3]
     assert set(differ) == {"start", *(f"step {step}" for step in range(1, 3 * EPOCHS + 1))}
     assert not any(differ.values()), differ
     one, other = (final(tmp_path / kind) for kind in ("whole", "cut"))
     assert assert_same(one["loss"], other["loss"], "loss") > 10
     for part in ("base_model", "optimizer"):
         assert assert_same(one["classy_state_dict"][part], other["classy_state_dict"][part], part) > 10
+
+
+PER_PROCESS = {
+    "DeepCluster v2": [
+        *("config.MODEL.HEAD.PARAMS=[[mlp,{dims:[8,8]}]]", "config.LOSS.deepclusterv2_loss.num_clusters=[4,4]"),
+        "config.LOSS.deepclusterv2_loss.memory_params.embedding_dim=8",
+    ],
+    "SwAV": [
+        *("config.MODEL.HEAD.PARAMS=[[swav_head,{dims:[8,8],use_bn:false,num_clusters:[4]}]]",),
+        *("config.LOSS.swav_loss.queue.queue_length=16", "config.LOSS.swav_loss.embedding_dim=8"),
+        *("config.LOSS.swav_loss.num_prototypes=[4]", "config.MODEL.TEMP_FROZEN_PARAMS_ITER_MAP=[]"),
+    ],
+}
+"""Losses of VISSL that keep other tensors in each process, on a tiny network."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", PER_PROCESS)
+def test_resume_restores_the_loss_of_each_process(
+    method: str, stock_commands: dict, tmp_path: Path, launches: Callable, watched: ModuleType
+) -> None:
+    jobs = []
+    for kind in ("whole", "cut", "cut"):
+        argv = [*stock_commands[method](tmp_path / kind, 2), *watched.TINY[:1], *PER_PROCESS[method]]
+        argv += ["config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.CHECKPOINT.CHECKPOINT_FREQUENCY=1"]
+        jobs.append({"argv": argv, "folder": str(tmp_path), "watch": True})
+    jobs[1]["when"] = str(tmp_path / "cut" / "model_phase0.torch")
+    results = launches(jobs)
+    assert [result["status"] for result in results] == [0, -signal.SIGKILL, 0], results
+    assert "resumed after 1 of 2 iterations" in results[2]["output"]
+    one, other = (
+        torch.load(tmp_path / kind / "model_final_checkpoint_phase1.torch", weights_only=True)
+        for kind in ("whole", "cut")
+    )
+    ranks = one["classy_state_dict"]["loss_of_ranks"]
+    name = "local_memory_embeddings" if method == "DeepCluster v2" else "swav_criterion.local_emb_queue"
+    assert not torch.equal(ranks[0][name], ranks[1][name])
+    for ours, theirs in zip(ranks, other["classy_state_dict"]["loss_of_ranks"], strict=True):
+        assert assert_same(ours, theirs, "loss of a process") > 0
+    for part in ("base_model", "optimizer", "loss"):
+        assert assert_same(one["classy_state_dict"][part], other["classy_state_dict"][part], part) > 0

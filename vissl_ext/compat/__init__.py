@@ -1,8 +1,8 @@
 """What VISSL 0.1.6 needs to run on today's stack, one small module each, named after what it mends.
 
-Each names in its docstring the file and line that needs it; the tests show that it still does. Most have
-``activate()``, which may be called again without harm; ``cuda_calls`` and ``teachers`` are used by ``ranks`` in each
-training.
+The docstring of each module names the file and line that needs it; the tests show that it still does. Most modules have
+``activate()``, which may be called again without harm; ``cuda_calls``, ``rank_states`` and ``restored_losses`` are used
+in each training.
 """
 
 from importlib.util import find_spec

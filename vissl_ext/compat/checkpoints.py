@@ -10,7 +10,6 @@ it looks for, vissl/utils/checkpoint.py:624 names the file ``None``.
 
 import os
 import re
-import socket
 import sys
 import zipfile
 from collections.abc import Callable
@@ -19,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from plugins.tools.command import UserError
-from plugins.tools.files import sync_folder
+from plugins.tools.files import atomic
 
-_BEGUN = ".writing-"
 _OURS = re.compile(r"model_(?P<final>final_checkpoint_)?(?P<kind>phase|iteration)(?P<number>\d+)\.torch")
 GOES_ON = "the same command goes on from the last checkpoint"
 
@@ -71,24 +69,11 @@ def _save(self: Any, name: str, content: Any) -> None:
     import torch
 
     folder = Path(self.checkpoint_folder)
-    # the name is none that VISSL looks for
-    begun = folder / _begun()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with begun.open("wb") as file:
+        with atomic(folder / name) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        begun.replace(folder / name)
-        sync_folder(folder)
-    except (OSError, RuntimeError) as error:
-        # torch's writer raises an error of its own in the place of that of a full disk
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):
-            raise
-        raise UserError(f"{folder / name} cannot be written: {reason.strerror or reason}; {room(folder)}") from None
-    finally:
-        begun.unlink(missing_ok=True)
+    except UserError as error:
+        raise UserError(f"{error}; {room(folder)}") from None
 
 
 def room(folder: Path) -> str:
@@ -101,35 +86,18 @@ def how_to_go_on(folder: Path) -> str:
     return GOES_ON if checkpoints(folder) else "the same command begins anew, as there is no checkpoint yet"
 
 
-def _begun() -> str:
-    """The name under which this process writes; several may write into a folder, from several machines too."""
-    return f"{_BEGUN}{socket.gethostname()}-{os.getpid()}"
-
-
-def _abandoned(path: Path) -> bool:
-    """Whether what a process has begun to write is left over: it ran here, and runs no longer."""
-    host, _, process = path.name.removeprefix(_BEGUN).rpartition("-")
-    if host != socket.gethostname() or not process.isdigit():
-        return False
-    if int(process) == os.getpid():
-        return True  # of a process that had our number before
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
-
-
 def _link(self: Any, checkpoint_name: str) -> None:
-    folder = Path(self.checkpoint_folder)
+    link_latest(Path(self.checkpoint_folder), checkpoint_name)
+
+
+def link_latest(folder: Path, name: str) -> None:
+    """Let checkpoint.torch in a folder be a link to a checkpoint there. A file of the user's is left alone."""
     link = folder / "checkpoint.torch"
     if link.exists() and not link.is_symlink():
-        return  # a file of the user's
-    begun = folder / _begun()
+        return
+    begun = folder / f".{link.name}.{os.getpid()}.tmp"
     begun.unlink(missing_ok=True)
-    begun.symlink_to(checkpoint_name)
+    begun.symlink_to(name)
     begun.replace(link)
 
 
@@ -186,22 +154,13 @@ def reopen(folder: Path) -> int:
         if "final" in path.name:
             name = path.name.replace("final_checkpoint_", "")
             path.replace(path.with_name(name))
-            _link(_In(folder), name)
+            link_latest(folder, name)
             ended = max(ended, _number(path) + 1)
     return ended
 
 
-class _In:
-    """What ``_link`` needs to know of a writer."""
-
-    def __init__(self, folder: Path) -> None:
-        self.checkpoint_folder = str(folder)
-
-
 def set_aside(folder: Path) -> list[str]:
     """Rename checkpoints that cannot be read, so that the newest one before them is resumed from.
-
-    What processes of this machine that are gone had begun to write is deleted.
 
     Args:
         folder: of the run.
@@ -219,8 +178,6 @@ def set_aside(folder: Path) -> list[str]:
     link = folder / "checkpoint.torch"
     if link.is_symlink() and not link.exists():
         link.unlink()
-    for path in filter(_abandoned, folder.glob(f"{_BEGUN}*")):
-        path.unlink(missing_ok=True)
     return sorted(broken)
 
 

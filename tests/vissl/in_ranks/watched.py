@@ -53,10 +53,12 @@ class Watch(SilentHook):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[str, list[str]] = {}
+        self.found: dict[str, Any] = {}
 
     def on_start(self, task: Any) -> None:
         """Before the first step."""
+        clock = getattr(task.base_loss, "clock", None)
+        self.clock = [clock.total, clock.steps_per_epoch] if clock is not None else None
         self.compare(task, "start")
 
     def on_step(self, task: Any) -> None:
@@ -72,6 +74,7 @@ class Watch(SilentHook):
             name for name in ours if not all(torch.equal(ours[name], theirs[name]) for theirs in everyone)
         ]
         self.found["names"] = sorted(ours)
+        self.found["clock"] = self.clock
         if torch.distributed.get_rank() == 0:
             Path(task.checkpoint_folder, REPORT).write_text(json.dumps(self.found))
 

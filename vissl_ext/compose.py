@@ -162,20 +162,19 @@ def _unreadable(word: str) -> str:
 
 def _own_options() -> dict[str, set[str]]:
     """Options that we add to sections of VISSL's, or in sections of our own."""
-    from plugins.methods import METHODS
-    from vissl_ext.dissl import convnext, losses
-    from vissl_ext.methods import TAUS
+    from classy_vision.losses import LOSS_REGISTRY
 
-    options = {
-        f"config.LOSS.{name}": {*spec.options, *(TAUS if spec.teacher else ())} for name, spec in METHODS.items()
-    }
+    from vissl_ext.registry import register
+    from vissl_ext.trunks import CONVNEXT
+
+    register()
+    names = {name: getattr(kind, "option_names", None) for name, kind in LOSS_REGISTRY.items()}
     return {
-        **options,
-        **{f"config.LOSS.{name}": set(kind.defaults) for name, kind in losses.LOSSES.items()},
+        **{f"config.LOSS.{name}": option_names() for name, option_names in names.items() if option_names is not None},
         "config.MODEL": {"MULTI_RES_SPLIT_CROPS"},
         "config.MODEL.TRUNK": {"OUT_FEATURE_KEYS", "CONVNEXT"},
-        "config.MODEL.TRUNK.CONVNEXT": set(convnext.DEFAULTS),
-        "config.MODEL.TRUNK.RESNETS": {"CIFAR_STEM", "Z_DIM_OLD_TMP_NEW", "AVG_POOL_KERNEL_SIZE", "IS_SKIP_RESIZER"},
+        "config.MODEL.TRUNK.CONVNEXT": set(CONVNEXT),
+        "config.MODEL.TRUNK.RESNETS": {"CIFAR_STEM", "Z_DIM_OLD_TMP_NEW", "IS_SKIP_RESIZER"},
         "config.OPTIMIZER.larc_config": {"exclude_bias_and_norm"},
         "config.OPTIMIZER.param_schedulers.lr.auto_lr_scaling": {"keep_warmup"},
     }

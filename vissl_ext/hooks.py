@@ -5,28 +5,21 @@ from typing import Any
 
 import torch
 from classy_vision.generic.distributed_util import is_primary
-from classy_vision.losses import LOSS_REGISTRY
 
 from plugins.linalg import spectrum_statistics
 from plugins.tools.records import write_row
-from vissl_ext.dissl.losses import ForkLoss
-from vissl_ext.methods import MethodLoss, TeacherLoss
+from vissl_ext.methods import TeacherLoss
+from vissl_ext.protocol import LossWithMetrics
 from vissl_ext.silent_hook import SilentHook
 
 
-def extra_hooks(cfg: Any) -> list[Any]:
-    """The hooks that the configuration's loss needs beside VISSL's default ones.
-
-    Args:
-        cfg: VISSL's configuration, below ``config``.
-    """
-    loss = LOSS_REGISTRY.get(cfg.LOSS.name, object)
-    hooks: list[Any] = [EMATeacherHook()] if issubclass(loss, TeacherLoss) else []
-    return [*hooks, MetricsHook()] if issubclass(loss, MethodLoss | ForkLoss) else hooks
+def extra_hooks() -> list[Any]:
+    """Return the hooks of our losses. They do nothing for a loss that is no TeacherLoss or LossWithMetrics."""
+    return [EMATeacherHook(), MetricsHook()]
 
 
 class EMATeacherHook(SilentHook):
-    """Runs and moves the teacher of a TeacherLoss: ``θ_t ← τ θ_t + (1 − τ) θ``, τ on BYOL's cosine over all steps.
+    """Run and move the teacher of a TeacherLoss: ``θ_t ← τ θ_t + (1 − τ) θ``, τ on BYOL's cosine over all steps.
 
     τ is a function of the optimiser steps done, which VISSL checkpoints: a resumed run goes on where it stopped.
     """
@@ -41,7 +34,7 @@ class EMATeacherHook(SilentHook):
     def on_forward(self, task: Any) -> None:
         """The teacher's output for the batch, without gradient, where the loss looks for it."""
         loss = task.base_loss
-        if loss.teacher is not None:
+        if isinstance(loss, TeacherLoss) and loss.teacher is not None:
             output = loss.teacher(task.last_batch.sample["input"])
             # VISSL unwraps the outputs of a model of one head alike
             loss.teacher_output = output[0] if len(output) == 1 else output
@@ -49,15 +42,15 @@ class EMATeacherHook(SilentHook):
     def on_update(self, task: Any) -> None:
         """Called after each optimiser step; ``task.iteration`` counts those before it."""
         loss = task.base_loss
-        if loss.teacher is not None:
+        if isinstance(loss, TeacherLoss) and loss.teacher is not None:
             loss.tau = loss.teacher.update(task.iteration, task.max_iteration)
 
 
 class MetricsHook(SilentHook):
-    """Writes metrics.csv, one row an epoch: means of the loss's terms, and the spectrum of the embedding's moment.
+    """Write metrics.csv, one row per epoch: means of the loss's terms, and the embedding's spectrum.
 
-    Columns: epoch, the terms, ``z_std``, ``tau`` with a teacher, and where the second moment is followed
-    ``eigval_{min,max,mean,std}`` and ``part_ratio``. With ``log_eigvals`` the whole spectrum goes to eigenvalues.csv.
+    Columns: epoch, the terms, ``z_std``, ``tau`` with a teacher, and where the second moment is tracked
+    ``eigval_{min,max,mean,std}`` and ``part_ratio``. With ``log_eigvals`` the whole spectrum is in eigenvalues.csv.
     Rows that a resumed run trains again are replaced.
     """
 
@@ -72,6 +65,8 @@ class MetricsHook(SilentHook):
 
     def on_update(self, task: Any) -> None:
         """Add one step, without waiting for the device."""
+        if not isinstance(task.base_loss, LossWithMetrics):
+            return
         for name, value in task.base_loss.metrics.items():
             self._sums[name] = self._sums.get(name, 0) + value
         self._steps += 1

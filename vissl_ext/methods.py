@@ -189,8 +189,13 @@ class MethodLoss(TeacherLoss):
 
     @classmethod
     def check_config(cls, config: Mapping[str, Any]) -> None:
-        """Refuse, with a ValueError, what cannot stand below ``LOSS.<name>``."""
+        """Raise a ValueError if ``LOSS.<name>`` is invalid."""
         method_options(cls.spec.name, config)
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        """Return the keys that are allowed below ``LOSS.<name>``."""
+        return {*cls.spec.options, *(TAUS if cls.spec.teacher else ())}
 
     def attach(self, model: nn.Module) -> None:
         """Learn what the head gives, and make the teacher."""

@@ -69,7 +69,7 @@ def hooks(cfg: Any) -> list[Any]:
         cfg: VISSL's configuration, below ``config``.
     """
     stock = default_hook_generator(cfg)
-    return [*stock, *extra_hooks(cfg), RestoreLoss(stock), Progress(), Summary(), EpochSeed()]
+    return [*stock, *extra_hooks(), RestoreLoss(stock), Progress(), Summary(), EpochSeed()]
 
 
 def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:

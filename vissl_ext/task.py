@@ -8,6 +8,7 @@ processes begin with the same model and the same state of the loss.
 from typing import Any
 
 import torch
+from classy_vision.losses import LOSS_REGISTRY
 from classy_vision.optim.param_scheduler import ClassyParamScheduler, ConstantParamScheduler, UpdateInterval
 from classy_vision.tasks import TASK_REGISTRY
 from classy_vision.tasks.classification_task import AmpType
@@ -19,12 +20,12 @@ from plugins.methods import METHODS
 from plugins.tools.command import UserError
 from vissl_ext.compat.broadcasts import as_in_the_first
 from vissl_ext.compat.rank_states import KEY, RankStates, restore_rank_state
-from vissl_ext.dissl.checks import check_fork
-from vissl_ext.dissl.transforms import tell_epoch
 from vissl_ext.hooks import MetricsHook, extra_hooks
 from vissl_ext.labels import check_labels_of, takes_classes
 from vissl_ext.larc import needs_plain_larc, plain_larc
 from vissl_ext.methods import HEAD, TeacherLoss, method_options
+from vissl_ext.model import check_groups
+from vissl_ext.transforms import tell_epoch
 from vissl_ext.trunks import check_trunk, trunk_width
 from vissl_ext.views import check_batches, large_and_small
 
@@ -43,7 +44,10 @@ def check_config(config: Any, *, training: bool = True) -> None:
         UserError: one sentence that says what is wrong and what is allowed.
     """
     check_trunk(config.MODEL)
-    check_fork(config, training=training)
+    check_groups(config.MODEL)
+    check_run = getattr(LOSS_REGISTRY.get(config.LOSS.name), "check_run", None)
+    if check_run is not None:
+        check_run(config, training=training)
     if config.OPTIMIZER.use_larc and config.OPTIMIZER.name != "sgd":
         raise UserError(f"config.OPTIMIZER.use_larc=true works with the optimiser sgd, got {config.OPTIMIZER.name}")
     name = config.LOSS.name
@@ -155,7 +159,7 @@ class PluginTask(SelfSupervisionTask):
     def set_hooks(self, hooks: list[Any]) -> Any:
         """The given hooks and those that the loss needs, which a launcher that does not know us leaves out."""
         names = {type(hook) for hook in hooks}
-        hooks = [*hooks, *(hook for hook in (*extra_hooks(self.config), RankStates()) if type(hook) not in names)]
+        hooks = [*hooks, *(hook for hook in (*extra_hooks(), RankStates()) if type(hook) not in names)]
         # an epoch's row is written before its checkpoint: a run that is killed between the two writes it again
         return super().set_hooks(sorted(hooks, key=lambda hook: not isinstance(hook, MetricsHook | RankStates)))
 

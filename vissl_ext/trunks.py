@@ -1,20 +1,26 @@
-"""Trunks that VISSL 0.1.6 lacks: ResNet-18 and ResNet-34, the stem for images of 32 pixels, features of any width.
+"""Trunks that VISSL 0.1.6 lacks: small and widened ResNets, and ConvNeXt.
 
-``TRUNK: {NAME: plain_resnet, RESNETS: {DEPTH: 18, CIFAR_STEM: true}}``; of RESNETS it also takes ZERO_INIT_RESIDUAL,
-and ``Z_DIM_OLD_TMP_NEW: [512, 512, 2048]``, which is DISSL's name (arXiv:2209.06235) for: from 512 features through 512
-to 2048. Its state dict has the keys of VISSL's own ``resnet``, so that a checkpoint of either goes into the other.
+- ``plain_resnet``: ``TRUNK: {NAME: plain_resnet, RESNETS: {DEPTH: 18, CIFAR_STEM: true}}``, torchvision's ResNet-18 to
+  ResNet-152. Of RESNETS it also takes ZERO_INIT_RESIDUAL, and ``Z_DIM_OLD_TMP_NEW: [512, 512, 2048]``, the name that
+  DISSL (arXiv:2209.06235) has for: from 512 features through 512 to 2048. Its state dict has the keys of VISSL's
+  ``resnet``, so a checkpoint of one fits the other.
+- ``resnet``: VISSL's own, with the settings of DISSL's fork, see :class:`WideResNeXt`.
+- ``convnext``: ``TRUNK: {NAME: convnext, CONVNEXT: {DEPTH: [3, 3, 27, 3], DIMS: [96, 192, 384, 768]}}``, with
+  ``DROP_PATH_RATE`` in [0, 1).
 """
 
+from copy import deepcopy
 from typing import Any
 
+from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torchvision.models import resnet
 from vissl.models.model_helpers import get_trunk_forward_outputs, transform_model_input_data_type
-from vissl.models.trunks import register_model_trunk
+from vissl.models.trunks import MODEL_TRUNKS_REGISTRY, register_model_trunk
+from vissl.models.trunks.resnext import ResNeXt
 
 from plugins.heads import ExpandDim
 from plugins.tools.command import UserError
-from vissl_ext.dissl import convnext
 
 DEPTHS = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50, 101: resnet.resnet101, 152: resnet.resnet152}
 _WIDTH = {18: 512, 34: 512, 50: 2048, 101: 2048, 152: 2048}
@@ -43,12 +49,12 @@ _FIXED = {
 
 _SETTINGS = {"DEPTH", "NORM", "GROUPNORM_GROUPS", "ZERO_INIT_RESIDUAL", "Z_DIM_OLD_TMP_NEW", *_FIXED}
 """What both trunks read of RESNETS."""
-_OWN = {"plain_resnet": {"CIFAR_STEM"}, "resnet": {"AVG_POOL_KERNEL_SIZE", "IS_SKIP_RESIZER"}}
-"""What one of them reads beside; see ``vissl_ext.dissl.resnet``."""
+_OWN = {"plain_resnet": {"CIFAR_STEM"}, "resnet": {"IS_SKIP_RESIZER"}}
+"""Settings that one of them reads in addition."""
 
 
 def check_trunk(model_config: Any) -> None:
-    """Refuse settings that a trunk does not read, and what ``plain_resnet`` and ``convnext`` cannot be.
+    """Validate the settings of ``resnet``, ``plain_resnet`` and ``convnext``.
 
     Args:
         model_config: VISSL's MODEL section.
@@ -58,8 +64,8 @@ def check_trunk(model_config: Any) -> None:
             depth.
     """
     name, config = model_config.TRUNK.NAME, model_config.TRUNK.RESNETS
-    if name == convnext.NAME:
-        convnext.convnext_settings(model_config)
+    if name == "convnext":
+        convnext_settings(model_config)
     if name not in ("resnet", "plain_resnet"):
         return
     allowed = _SETTINGS | _OWN[name]
@@ -72,9 +78,6 @@ def check_trunk(model_config: Any) -> None:
         if not isinstance(config.get(key, False), bool):
             raise UserError(f"config.MODEL.TRUNK.RESNETS.{key} must be true or false, got {config[key]!r}")
     if name == "resnet":
-        size = config.get("AVG_POOL_KERNEL_SIZE", -1)
-        if size is not None and (type(size) is not int or size < -1 or size == 0):
-            raise UserError(f"config.MODEL.TRUNK.RESNETS.AVG_POOL_KERNEL_SIZE is -1, null or a size, got {size!r}")
         _check_widths(config, 2048 * config.WIDTH_MULTIPLIER)
         return
     if config.DEPTH not in DEPTHS:
@@ -99,8 +102,8 @@ def _check_widths(config: Any, own: int) -> None:
 
 def trunk_width(model_config: Any) -> int | None:
     """Width of the features of ``plain_resnet`` or ``convnext``; None of others, unknown before they are built."""
-    if model_config.TRUNK.NAME == convnext.NAME:
-        width: int = convnext.convnext_settings(model_config)["DIMS"][-1]
+    if model_config.TRUNK.NAME == "convnext":
+        width: int = convnext_settings(model_config)["DIMS"][-1]
         return width
     if model_config.TRUNK.NAME != "plain_resnet":
         return None
@@ -165,3 +168,116 @@ class PlainResNet(nn.Module):
             use_checkpointing=self.checkpointing.USE_ACTIVATION_CHECKPOINTING,
             checkpointing_splits=self.checkpointing.NUM_ACTIVATION_CHECKPOINTING_SPLITS,
         )
+
+
+class WideResNeXt(ResNeXt):
+    """VISSL's trunk ``resnet`` with settings of DISSL's fork; without them it is VISSL's.
+
+    Of RESNETS: ``Z_DIM_OLD_TMP_NEW`` (a block between the last stage and the pooling that widens the features) and
+    ``IS_SKIP_RESIZER`` (the first head gets the pooled features from before that block). Of MODEL: the
+    ``INPUT_TYPE`` rgba.
+
+    Args:
+        model_config: VISSL's MODEL section.
+        model_name: the trunk's name; not used.
+    """
+
+    def __init__(self, model_config: Any, model_name: str) -> None:
+        four = model_config.INPUT_TYPE == "rgba"
+        stock = model_config
+        if four:
+            stock = deepcopy(model_config)
+            stock.INPUT_TYPE = "rgb"
+        super().__init__(stock, model_name)
+        self.model_config = model_config
+        config = model_config.TRUNK.RESNETS
+        blocks = dict(self._feature_blocks.items())
+        if four:
+            conv = blocks["conv1"]
+            blocks["conv1"] = nn.Conv2d(4, conv.out_channels, kernel_size=7, stride=2, padding=3, bias=False)
+        self.skips = config.get("IS_SKIP_RESIZER", False)
+        if config.get("Z_DIM_OLD_TMP_NEW"):
+            last = {name: blocks.pop(name) for name in ("avgpool", "flatten")}
+            blocks = {**blocks, "resizer": ExpandDim(*config.Z_DIM_OLD_TMP_NEW), **last}
+            self.feat_eval_mapping = {**self.feat_eval_mapping, "resizer": "resizer"}
+        self._feature_blocks = nn.ModuleDict(blocks)
+
+    def forward(self, x: Tensor, out_feat_keys: list[str] | None = None) -> list[Tensor]:
+        """Images → the features that are asked for by name; with IS_SKIP_RESIZER the narrow and the wide ones."""
+        if not self.skips:
+            return super().forward(x, out_feat_keys)
+        narrow, wide = super().forward(x, ["res5", "flatten"])
+        blocks = self._feature_blocks
+        return [blocks["flatten"](blocks["avgpool"](narrow)), wide]
+
+
+def replace_resnet() -> None:
+    """Let VISSL build this where a configuration says ``resnet``."""
+    MODEL_TRUNKS_REGISTRY["resnet"] = WideResNeXt
+
+
+CONVNEXT: dict[str, Any] = {
+    "DEPTH": [3, 3, 27, 3],
+    "DIMS": [96, 192, 384, 768],
+    "DROP_PATH_RATE": 0.0,
+}
+"""The settings of ``convnext``, with the defaults of DISSL's fork."""
+_CHANNELS = {"lab": 1, "rgb": 3, "bgr": 3, "rgba": 4}
+
+
+def convnext_settings(model_config: Any) -> dict[str, Any]:
+    """Return the settings of ``convnext`` in a configuration, completed with the defaults.
+
+    Args:
+        model_config: VISSL's MODEL section.
+
+    Raises:
+        UserError: a setting is unknown, or no ConvNeXt can be made with it.
+    """
+    where, given = "config.MODEL.TRUNK.CONVNEXT", dict(model_config.TRUNK.get("CONVNEXT") or {})
+    for key in given:
+        if key not in CONVNEXT:
+            raise UserError(f"{where}: {key!r} is no setting of convnext; known are {', '.join(sorted(CONVNEXT))}")
+    settings = {**CONVNEXT, **given}
+    for key in ("DEPTH", "DIMS"):
+        value = settings[key]
+        if not isinstance(value, list) or len(value) != 4 or any(type(part) is not int or part < 1 for part in value):
+            raise UserError(f"{where}.{key} is a list of four whole numbers above 0, got {value!r}")
+    rate = settings["DROP_PATH_RATE"]
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise UserError(f"{where}.DROP_PATH_RATE must be in [0, 1), got {rate!r}")
+    if model_config.INPUT_TYPE not in _CHANNELS:
+        raise UserError(
+            f"config.MODEL.INPUT_TYPE of convnext is one of {', '.join(_CHANNELS)}, got {model_config.INPUT_TYPE!r}"
+        )
+    return settings
+
+
+@register_model_trunk("convnext")
+class ConvNeXtTrunk(nn.Module):
+    """timm's ConvNeXt (Liu et al. 2022, arXiv:2201.03545) as a trunk.
+
+    Args:
+        model_config: VISSL's MODEL section.
+        model_name: the trunk's name; not used.
+
+    Raises:
+        UserError: see ``convnext_settings``.
+    """
+
+    def __init__(self, model_config: Any, model_name: str) -> None:
+        super().__init__()
+        settings = convnext_settings(model_config)
+        self.input_type = model_config.INPUT_TYPE
+        self.network = ConvNeXt(
+            in_chans=_CHANNELS[self.input_type],
+            num_classes=0,
+            depths=tuple(settings["DEPTH"]),
+            dims=tuple(settings["DIMS"]),
+            drop_path_rate=settings["DROP_PATH_RATE"],
+            norm_eps=1e-6,
+        )
+
+    def forward(self, x: Tensor, out_feat_keys: list[str] | None = None) -> list[Tensor]:
+        """Images ``[B, C, H, W]`` → the pooled features, as a list of one; it has none of other names."""
+        return [self.network(transform_model_input_data_type(x, self.input_type))]

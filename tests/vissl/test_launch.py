@@ -188,7 +188,7 @@ _RESNETS = "config.MODEL.TRUNK.RESNETS"
             "'CIFAR_STEN' is no setting of plain_resnet; known are CIFAR_STEM",
         ),
         ([_ISOLOSS, f"{_RESNETS}.CIFAR_STEM=1"], "CIFAR_STEM must be true or false, got 1"),
-        ([SIMCLR, f"{_RESNETS}.CIFAR_STEM=true"], "'CIFAR_STEM' is no setting of resnet; known are AVG_POOL"),
+        ([SIMCLR, f"{_RESNETS}.CIFAR_STEM=true"], "'CIFAR_STEM' is no setting of resnet; known are DEPTH"),
         ([SIMCLR, "config.MODEL.HEAD.PARAMS=[[mlp,{dim:[2,3]}]]"], "mlp cannot be made of {'dim': [2, 3]}"),
         ([SIMCLR, "config.MODEL.HEAD.PARAMS=[[mlp]]"], "must be a list of [NAME, {OPTIONS}], got ['mlp'] in it"),
     ],

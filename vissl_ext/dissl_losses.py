@@ -17,12 +17,10 @@ from torch import Tensor
 
 from plugins.distributed import WORLD
 from plugins.losses import CISSLTerms, DISSLTerms, StallAlarm, cissl_terms, dissl_terms, dissl_warmup
+from plugins.tools.command import UserError
+from vissl_ext.model import WHOLE
+from vissl_ext.views import check_batches, large_and_small, resolutions
 
-_WARMUPS = {
-    "warmup_lambda": "warmup_beta_unif_iter",
-    "warmup_beta": "warmup_beta_CE_iter",
-    "warmup_distillation": "warmup_teacher_iter",
-}
 _PATIENCE = 1000
 """Steps after the warm-ups until the assignments are first looked at for a stall."""
 _BUFFER = {"embedding_dim", "world_size", "effective_batch_size"}
@@ -39,7 +37,9 @@ class ForkLoss(ClassyLoss):
     """
 
     defaults: ClassVar[Mapping[str, Any]]
-    """The keys, and what holds where one is absent."""
+    """The keys and their defaults."""
+    same_views: ClassVar[bool] = False
+    """Whether the student has as many views as the teacher."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -54,8 +54,49 @@ class ForkLoss(ClassyLoss):
 
     @classmethod
     def check_config(cls, config: Mapping[str, Any]) -> None:
-        """Refuse, with a ValueError, what cannot stand below ``LOSS.<name>``."""
+        """Raise a ValueError if ``LOSS.<name>`` is invalid."""
         cls.resolved(config)
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        """Return the keys that are allowed below ``LOSS.<name>``."""
+        return set(cls.defaults)
+
+    @classmethod
+    def check_run(cls, config: Any, *, training: bool) -> None:
+        """Validate the heads and views of a configuration.
+
+        Args:
+            config: VISSL's configuration, below ``config``.
+            training: whether it is to be trained; an extraction has no views.
+
+        Raises:
+            UserError: the loss cannot be trained with them.
+        """
+        if not training:
+            return
+        name = config.LOSS.name
+        try:
+            options = cls.resolved(config.LOSS.get(name, {}))
+        except ValueError as error:
+            raise UserError(f"config.LOSS.{name}: {error}") from None
+        if len(config.MODEL.HEAD.PARAMS) != 2:
+            raise UserError(
+                f"config.LOSS.name={name} needs two heads in config.MODEL.HEAD.PARAMS, the teacher's first, "
+                f"got {len(config.MODEL.HEAD.PARAMS)}"
+            )
+        check_batches(config)
+        teacher, student = _views(config, name, config.MODEL.get("MULTI_RES_SPLIT_CROPS", WHOLE))
+        wanted = cls.teacher_views(options)
+        if teacher != wanted:
+            raise UserError(
+                f"config.LOSS.name={name} takes {wanted} views for the teacher, but the teacher head gets {teacher}; "
+                "see config.DATA.TRAIN.TRANSFORMS and config.MODEL.MULTI_RES_SPLIT_CROPS"
+            )
+        if student < max(2, teacher) or (cls.same_views and student != teacher):
+            raise UserError(
+                f"config.LOSS.name={name} cannot have {student} views for the student and {teacher} teacher's"
+            )
 
     @classmethod
     def resolved(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,6 +138,28 @@ class ForkLoss(ClassyLoss):
         return list(teacher.split(rows)), list(student.split(rows))
 
 
+def _views(config: Any, name: str, groups: list[Any]) -> tuple[int, int]:
+    """How many views the teacher head and the student head get."""
+    counts = [count for _, count in resolutions(config.DATA.TRAIN.TRANSFORMS)]
+    trunk = config.MODEL.TRUNK
+    large_and_small(config)  # the teacher's views are the first
+    if config.DATA.TRAIN.COLLATE_FUNCTION == "multicrop_collator":
+        if len(groups) != 2:
+            raise UserError(
+                f"config.LOSS.name={name} with multicrop_collator needs a group of resolutions for each head, "
+                f"config.MODEL.MULTI_RES_SPLIT_CROPS=[[0,1],[0,null]], got {groups}"
+            )
+        teacher, student = (sum(counts[start:end]) for start, end in groups)
+        return teacher, student
+    keys = trunk.get("OUT_FEATURE_KEYS") or []
+    if len(keys) != 2 and not trunk.RESNETS.get("IS_SKIP_RESIZER", False):
+        raise UserError(
+            f"config.LOSS.name={name} with simclr_collator needs a feature for each head, "
+            f"config.MODEL.TRUNK.OUT_FEATURE_KEYS=[flatten,flatten], got {list(keys)}"
+        )
+    return sum(counts), sum(counts)
+
+
 def _check_number(key: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if key.startswith(("temperature", "beta")):
@@ -116,8 +179,7 @@ class DstlISSLLoss(ForkLoss):
     """``plugins.losses.dissl_loss`` on both heads' logits, with the warm-ups of the fork and the alarm at a stall.
 
     Keys: ``temperature_assign`` τ_t and ``temperature_pred`` τ_s, > 0; ``beta_pM_unif`` λ and ``beta_H_MlZ`` β, ≥ 0;
-    ``crops_for_teacher``, the first T crops; ``crops_for_Mx``, those of them that are assignments (null: all);
-    ``warmup_beta_unif_iter``, ``warmup_beta_CE_iter`` and ``warmup_teacher_iter``, steps or null.
+    ``crops_for_teacher``, the first T crops; ``warmup_beta_CE_iter``, steps or null.
 
     Buffers:
         num_iteration: ``[1]``, the steps done; with it a resumed run goes on in its warm-ups. The fork's checkpoints,
@@ -130,18 +192,16 @@ class DstlISSLLoss(ForkLoss):
         "temperature_assign": 0.5,
         "temperature_pred": 1.0,
         "crops_for_teacher": [0, 1],
-        "crops_for_Mx": None,
         "beta_pM_unif": 2.3,
         "beta_H_MlZ": 0.6,
-        **dict.fromkeys(_WARMUPS.values()),
+        "warmup_beta_CE_iter": None,
     }
     num_iteration: Tensor
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
         self.register_buffer("num_iteration", torch.zeros(1, dtype=torch.long))
-        longest = max(self.options[key] or 0 for key in _WARMUPS.values())
-        self.alarm = StallAlarm(2, after=longest + _PATIENCE)
+        self.alarm = StallAlarm(2, after=(self.options["warmup_beta_CE_iter"] or 0) + _PATIENCE)
 
     @classmethod
     def resolved(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,11 +210,6 @@ class DstlISSLLoss(ForkLoss):
         crops = options["crops_for_teacher"]
         if not _are_crops(crops) or not crops or sorted(crops) != list(range(len(crops))):
             raise ValueError(f"crops_for_teacher must be the first crops, such as [0, 1], got {crops}")
-        chosen = options["crops_for_Mx"]
-        if chosen is not None and (
-            not _are_crops(chosen) or len(set(chosen)) < len(chosen) or not set(chosen) <= set(crops)
-        ):
-            raise ValueError(f"crops_for_Mx must be different crops of crops_for_teacher, or null, got {chosen}")
         return options
 
     @classmethod
@@ -171,23 +226,20 @@ class DstlISSLLoss(ForkLoss):
         """
         teacher, student = self.split(output)
         options = self.options
-        order = options["crops_for_teacher"]
         if self.training:
             self.num_iteration += 1
         weights = dissl_warmup(
             self.num_iteration[0],
             lambda_maximality=options["beta_pM_unif"],
             beta_det_inv=options["beta_H_MlZ"],
-            **{name: options[key] or 0 for name, key in _WARMUPS.items()},
+            warmup_beta=options["warmup_beta_CE_iter"] or 0,
         )
-        chosen = options["crops_for_Mx"] or order  # an empty list is the fork's null
         terms = dissl_terms(
             teacher,
             student,
             **weights._asdict(),
             tau_teacher=options["temperature_assign"],
             tau_student=options["temperature_pred"],
-            assignment_views=sorted(chosen),
             comm=WORLD,
         )
         self.metrics = {name: value.detach() for name, value in terms._asdict().items()}
@@ -258,6 +310,7 @@ class SimpleCntrISSLLoss(CntrISSLLoss):
     """The same with SimCLR's positives: the other view alone, the row's own view is no column."""
 
     positives = "other"
+    same_views = True
 
 
 LOSSES: Mapping[str, type[ForkLoss]] = {

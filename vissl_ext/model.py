@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from vissl.models import MODEL_REGISTRY
 from vissl.models.base_ssl_model import BaseSSLMultiInputOutputModel
@@ -12,10 +11,30 @@ from vissl.models.heads.mlp import MLP
 from vissl.models.model_helpers import is_feature_extractor_model
 
 from plugins.heads import projection_init_
+from plugins.tools.command import UserError
 from vissl_ext.heads import rows
 
 WHOLE = [[0, None]]
 """MULTI_RES_SPLIT_CROPS where it is absent: one group of all resolutions, as VISSL has it."""
+
+
+def check_groups(model_config: Any) -> None:
+    """Validate MULTI_RES_SPLIT_CROPS.
+
+    Args:
+        model_config: VISSL's MODEL section.
+
+    Raises:
+        UserError: it is no list of [first resolution, end].
+    """
+    groups = model_config.get("MULTI_RES_SPLIT_CROPS", WHOLE)
+    pairs = isinstance(groups, list) and groups and all(isinstance(group, list) and len(group) == 2 for group in groups)
+    ends = [end for group in groups for end in group] if pairs else ["none"]
+    if any(end is not None and (type(end) is not int or end < 0) for end in ends):
+        raise UserError(
+            "config.MODEL.MULTI_RES_SPLIT_CROPS has for each head its first resolution and the end, [[0,1],[0,null]], "
+            f"got {groups}"
+        )
 
 
 class GroupedModel(BaseSSLMultiInputOutputModel):
@@ -66,26 +85,6 @@ def by_resolution(batch: list[Tensor]) -> list[list[Tensor]]:
     return found
 
 
-class Directions(nn.Module):
-    """Cosines of the input with each row of a weight, which has no bias and no length.
-
-    Args:
-        features: width of the input.
-        out: number of rows.
-    """
-
-    def __init__(self, features: int, out: int) -> None:
-        super().__init__()
-        linear = nn.Linear(features, out, bias=False)
-        self.linear = nn.Module()  # torch's weight_norm names a layer's state so
-        self.linear.weight_v = nn.Parameter(linear.weight.detach().clone())
-        self.linear.register_buffer("weight_g", torch.ones(out, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, features] → [B, out]``."""
-        return F.linear(F.normalize(x, dim=-1), F.normalize(self.linear.weight_v, dim=1))
-
-
 class OptionMLP(MLP):
     """VISSL's head ``mlp`` with the fork's options; without them it is VISSL's.
 
@@ -101,7 +100,6 @@ class OptionMLP(MLP):
         use_gelu: a GELU after each, instead of a ReLU.
         is_JL_init: layers that narrow begin as random projections, N(0, 1 / out).
         is_residual: the input is added to the output; both have one width.
-        is_cosine: the layers give cosines; they have no bias.
 
     Raises:
         ValueError: options that do not go together.
@@ -120,24 +118,21 @@ class OptionMLP(MLP):
         use_gelu: bool = False,
         is_JL_init: bool = False,
         is_residual: bool = False,
-        is_cosine: bool = False,
     ) -> None:
         if use_gelu and use_relu:
             raise ValueError("use_gelu and use_relu exclude each other")
         if is_residual and dims[0] != dims[-1]:
             raise ValueError(f"is_residual needs a last width equal to the first, got {dims[0]} and {dims[-1]}")
-        if is_cosine and use_bias:
-            raise ValueError("is_cosine needs use_bias=false")
         super().__init__(model_config, dims, use_bn, use_relu, use_dropout, use_bias, skip_last_layer_relu_bn)
         self.is_residual = is_residual
         if is_JL_init:
             projection_init_(self.clf)
-        if not (use_ln or use_gelu or is_cosine):
+        if not (use_ln or use_gelu):
             return
         blocks: list[list[nn.Module]] = []
         for layer in self.clf:
             if isinstance(layer, nn.Linear):
-                blocks.append([Directions(layer.in_features, layer.out_features) if is_cosine else layer])
+                blocks.append([layer])
             else:
                 blocks[-1].append(layer)
         for width, block in zip(dims[1:], blocks, strict=True):

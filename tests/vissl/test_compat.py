@@ -252,7 +252,8 @@ def test_momentum_encoder_of_a_resumed_run_makes_its_first_step(monkeypatch):
 
     def resumed():
         batch = SimpleNamespace(sample={"data_momentum": [torch.ones(2, 3)]})
-        return SimpleNamespace(loss=SimpleNamespace(moco_encoder=None, checkpoint={}, key=None), last_batch=batch)
+        loss = SimpleNamespace(moco_encoder=None, checkpoint={}, key=None)
+        return SimpleNamespace(loss=loss, last_batch=batch, checkpoint={"loss": {}})
 
     task, hook = resumed(), MoCoHook(0.5)
     hook.on_forward(task)
@@ -264,9 +265,18 @@ def test_momentum_encoder_of_a_resumed_run_makes_its_first_step(monkeypatch):
 
 
 def test_a_new_run_builds_no_momentum_encoder_early():
-    task = SimpleNamespace(loss=SimpleNamespace(moco_encoder=None, checkpoint=None))
+    task = SimpleNamespace(loss=SimpleNamespace(moco_encoder=None, checkpoint=None), checkpoint=None)
     RestoreLoss([]).on_start(task)
     assert task.loss.moco_encoder is None
+
+
+@pytest.mark.parametrize(("steps", "used"), [(3, False), (4, True)])
+def test_the_queue_of_swav_is_used_from_a_resumed_runs_first_step(steps, used):
+    """VISSL begins to use it in the fourth step, whose number is start_iter, and its hook looks before the step."""
+    criterion = SimpleNamespace(local_queue_length=16, num_iteration=torch.tensor([steps]), use_queue=False)
+    loss = SimpleNamespace(swav_criterion=criterion, queue_start_iter=3)
+    RestoreLoss([]).on_start(SimpleNamespace(loss=loss, checkpoint={"loss": {}}))
+    assert criterion.use_queue is used
 
 
 def test_folder_images_are_needed(tmp_path, monkeypatch):

@@ -129,7 +129,9 @@ def in_lightly(case: Case) -> tuple[Parts, Step]:
     backbone = resnet18()
     backbone.fc = nn.Identity()
     (title,) = (title for title, spec in CLASS_NAMES.items() if spec.name == case.method)
-    model = getattr(models, title)(backbone, **options_of(case))
+    options = options_of(case)
+    head = METHODS[case.method].head(512, options)  # lightly's default for SSL-EY scales the last layer
+    model = getattr(models, title)(backbone, projection_head=head, **options)
     parts = Parts(
         model.backbone,
         model.projection_head,

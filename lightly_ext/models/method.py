@@ -41,6 +41,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightly_ext.models.modules.heads import scale_last_layer
 from plugins.checks import check_range
 from plugins.distributed import LOCAL, WORLD
 from plugins.heads import TwoBranchHead
@@ -116,7 +117,7 @@ class MethodModel(nn.Module):
                 wanted = type(spec.head(self.feature_dim, self.options))
             if (wanted is TwoBranchHead) != isinstance(projection_head, TwoBranchHead):
                 raise ValueError(f"method {spec.name} has {_BRANCHES[wanted is TwoBranchHead]}")
-        self.projection_head = projection_head or spec.head(self.feature_dim, self.options)
+        self.projection_head = projection_head or self._default_head()
         if prediction_head is None and spec.predictor is not None:
             prediction_head = spec.predictor(self.options, self.comm)
         self.prediction_head = prediction_head
@@ -127,9 +128,16 @@ class MethodModel(nn.Module):
             self.teacher_projection_head = copy.deepcopy(self.projection_head).requires_grad_(False)
         self.objective = Objective(spec, self.options, self.comm, self.prediction_head, self.projection_head)
 
+    def _default_head(self) -> nn.Module:
+        """Make the method's projection head, for the options of this model."""
+        return self.spec.head(self.feature_dim, self.options)
+
     @property
     def moment(self) -> RunningMoment | None:
-        """What follows the embedding's second moment, if anything does: ``moment.spectrum()`` are its eigenvalues."""
+        """The running second moment of the embedding, or None if the method does not track it.
+
+        Its eigenvalues are ``moment.spectrum()``.
+        """
         return self.objective.followed(self.prediction_head)
 
     def forward(self, x: Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]) -> Tensor:
@@ -291,8 +299,18 @@ class MethodModel(nn.Module):
         self.objective.after_step()
 
 
+class SSLEYModel(MethodModel):
+    """SSL-EY with a projection head whose last layer is a ScaledLinear: SGD does not diverge."""
+
+    def _default_head(self) -> nn.Module:
+        return scale_last_layer(super()._default_head())
+
+
+_BASES = {"ssl_ey": SSLEYModel}
+
+
 def model_class(name: str, spec: MethodSpec, module: str) -> type[MethodModel]:
-    """The model class of a MethodSpec.
+    """Make the model class of a MethodSpec.
 
     Args:
         name: its name.
@@ -326,7 +344,7 @@ def model_class(name: str, spec: MethodSpec, module: str) -> type[MethodModel]:
         >>> model(views[0]).shape
         torch.Size([4, 512])
     """
-    return type(name, (MethodModel,), {"spec": spec, "__doc__": doc, "__module__": module})
+    return type(name, (_BASES.get(spec.name, MethodModel),), {"spec": spec, "__doc__": doc, "__module__": module})
 
 
 def _classifier(backbone: nn.Module) -> str | None:

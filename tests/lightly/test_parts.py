@@ -131,7 +131,7 @@ def test_heads_that_lightly_has_are_lightlys() -> None:
 
 def test_layers_of_ssl_eys_head() -> None:
     kinds = [type(layer).__name__ for layer in heads.SSLEYProjectionHead(16, 12, 8, num_layers=3).layers]
-    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "ScaledLinear"]
     with torch.device("meta"):  # 100 million weights, which nobody looks at
         head = heads.SSLEYProjectionHead()
     assert [tuple(p.shape) for p in head.parameters() if p.ndim == 2] == [(8192, 2048), (8192, 8192)]

@@ -1,0 +1,163 @@
+"""What the three examples share: command line, images, a small network, optimiser settings and kNN accuracy."""
+
+import argparse
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightly.data import LightlyDataset
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms as T
+
+from lightly_ext import models
+from lightly_ext.names import CLASS_NAMES
+from lightly_ext.transforms import TwoViewTransform
+from plugins.tools.command import Parser, UserError, number
+from plugins.tools.data import DataError, make_digits
+from plugins.tools.folders import ImageFolder
+from plugins.tools.images import open_image
+from plugins.tools.knn import knn_accuracy
+
+MODELS = {spec.name: vars(models)[name] for name, spec in CLASS_NAMES.items()}
+"""Key of the method → model class: ``MODELS["isoloss"]`` is ``lightly_ext.models.IsoLoss``."""
+
+SIZE, BATCH = 16, 64
+"""Side of the images in pixels, and images per batch and process."""
+
+WIDTHS = {"proj_hidden_dim": 512, "proj_output_dim": 256, "pred_hidden_dim": 128}
+"""Heads for a small network; without them a model has the widths of the paper."""
+
+ADAMW = {"cissl", "dissl", "matrix_ssl", "simsiam"}
+"""Methods that learn little from SGD in a few hundred steps."""
+
+
+def optimizer(method: str, parameters: Any) -> torch.optim.Optimizer:
+    """Make the optimiser that suits a method on small images: AdamW for those in ADAMW, else SGD with momentum."""
+    if method in ADAMW:
+        return torch.optim.AdamW(parameters, lr=1e-3)
+    return torch.optim.SGD(parameters, lr=0.03, momentum=0.9)
+
+
+def build(method: str) -> models.MethodModel:
+    """Make the model of a method around a ResNet of 128 features, small enough for two CPU cores."""
+    cls = MODELS[method]
+    return cls(_backbone(), input_dim=128, **{key: value for key, value in WIDTHS.items() if key in cls.spec.options})
+
+
+class _Block(nn.Module):
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.long = nn.Sequential(
+            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+            nn.Conv2d(after, after, 3, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+        )
+        self.short = nn.Sequential(nn.Conv2d(before, after, 1, stride=2, bias=False), nn.BatchNorm2d(after))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.long(x) + self.short(x)).relu()
+
+
+def _backbone() -> nn.Module:
+    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    return nn.Sequential(*stem, _Block(16, 32), _Block(32, 64), _Block(64, 128), nn.AdaptiveAvgPool2d(1))
+
+
+def arguments(description: str, method: str, given: list[str] | None = None, **more: Any) -> argparse.Namespace:
+    """Read the command line, and make the digits if they are used and missing.
+
+    Args:
+        description: first line of ``--help``.
+        method: default of ``--method``.
+        given: the words of the command line; None takes those of the process.
+        more: further options, name → arguments of ``add_argument``.
+
+    Raises:
+        UserError: an unknown method, or a folder without images.
+    """
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--method", default=method, help=f"one of {', '.join(MODELS)}")
+    parser.add_argument("--steps", type=number(int), default=200, help="optimiser steps")
+    parser.add_argument(
+        "--data", type=Path, help="folder with train/ and val/, each with a folder per class; digits if left out"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentations")
+    for name, options in more.items():
+        parser.add_argument(f"--{name}", **options)
+    args = parser.parse_args(given)
+    if args.method not in MODELS:
+        near = get_close_matches(args.method, MODELS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(MODELS)}"
+        raise UserError(f"--method: unknown method {args.method!r}; {hint}")
+    if args.data is None:
+        args.data = Path("datasets/digits")
+        try:
+            make_digits(args.data)
+        except DataError as error:
+            raise UserError(str(error)) from None
+    for split in ("train", "val"):
+        if not (args.data / split).is_dir():
+            raise UserError(f"--data: {args.data} has no folder {split}; give a folder with train/ and val/")
+    images = len(dataset(args.data / "train"))
+    if images < BATCH:
+        raise UserError(f"--data: one batch has {BATCH} images, {args.data / 'train'} has {images}; give more images")
+    torch.manual_seed(args.seed)
+    return args
+
+
+def dataset(folder: Path, transform: Any = None) -> LightlyDataset:
+    """Open a folder of class folders as lightly's data set.
+
+    Raises:
+        UserError: there are no images, or a class has none.
+    """
+    try:
+        images = ImageFolder(str(folder), loader=open_image)
+    except FileNotFoundError as error:
+        raise UserError(f"--data: {folder}: {str(error).splitlines()[0]}") from None
+    return LightlyDataset.from_torch_dataset(images, transform=transform)
+
+
+def views(folder: Path) -> DataLoader:
+    """Load batches ``([view, view], labels, names)`` for training, with augmentations for small digits.
+
+    No flip, because it makes another digit; strong colours, because each digit has a random colour; no blur, which
+    leaves nothing of 16 pixels. For photographs take the method's own transform, such as
+    ``lightly_ext.transforms.IsoLossTransform()``.
+    """
+    transform = TwoViewTransform(
+        input_size=SIZE,
+        min_scale=0.6,
+        cj_prob=1.0,
+        cj_bright=0.4,
+        cj_contrast=0.4,
+        cj_sat=0.8,
+        cj_hue=0.5,
+        random_gray_scale=0.5,
+        gaussian_blur=0.0,
+        solarization_prob=0.0,
+        hf_prob=0.0,
+    )
+    return DataLoader(dataset(folder, transform), batch_size=BATCH, shuffle=True, drop_last=True)
+
+
+@torch.no_grad()
+def knn(model: nn.Module, data: Path) -> float:
+    """Compute the kNN accuracy of a model's features on the validation images, in percent."""
+    normalize = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    plain = T.Compose([T.Resize(SIZE), T.CenterCrop(SIZE), T.ToTensor(), normalize])
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    found = []
+    for split in ("train", "val"):
+        batches = [
+            (model(images.to(device)).cpu(), labels)
+            for images, labels, _ in DataLoader(dataset(data / split, plain), batch_size=256)
+        ]
+        found += [torch.cat(part) for part in zip(*batches, strict=True)]
+    model.train(training)
+    return knn_accuracy(*found)[0]

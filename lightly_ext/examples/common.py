@@ -26,10 +26,10 @@ MODELS = {spec.name: vars(models)[name] for name, spec in CLASS_NAMES.items()}
 SIZE, BATCH = 16, 64
 """Side of the images in pixels, and images per batch and process."""
 
-WIDTHS = {"proj_hidden_dim": 512, "proj_output_dim": 256, "pred_hidden_dim": 128}
+WIDTHS = {"proj_hidden_dim": 512, "proj_output_dim": 256, "pred_hidden_dim": 512}
 """Heads for a small network; without them a model has the widths of the paper."""
 
-ADAMW = {"cissl", "dissl", "matrix_ssl", "simsiam"}
+ADAMW = {"byol", "cissl", "dissl", "matrix_ssl", "simsiam"}
 """Methods that learn little from SGD in a few hundred steps."""
 
 

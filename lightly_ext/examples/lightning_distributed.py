@@ -34,7 +34,7 @@ class Module(pl.LightningModule):
         """Step, and move the teacher: once, however many batches the step accumulates."""
         super().optimizer_step(*args, **kwargs)
         steps = self.trainer.estimated_stepping_batches
-        self.model.update_momentum(cosine_schedule(self.global_step - 1, steps, 0.99, 1))
+        self.model.update_momentum(cosine_schedule(self.global_step, steps, 0.99, 1))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Train all parameters except the teacher's."""

@@ -13,6 +13,7 @@ import torch
 from lightly.transforms import SimCLRTransform
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightly_ext import examples, models
 from lightly_ext.examples import common
@@ -37,9 +38,9 @@ def accuracies(printed: str) -> tuple[float, float]:
 
 
 @pytest.fixture(scope="module")
-def few_batches(digits: Path) -> list:
+def few_batches(digits: Path) -> DataLoader:
     """One epoch of augmented batches of the thinned digits."""
-    return list(common.views(digits / "train"))
+    return DataLoader(list(common.views(digits / "train")), batch_size=None)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_every_method_learns_the_digits_in_200_steps(
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_script_trains_every_method(
-    method: str, script: str, digits: Path, few_batches: list, monkeypatch: pytest.MonkeyPatch
+    method: str, script: str, digits: Path, few_batches: DataLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[nn.Module] = []
     build: Callable[[str], nn.Module] = common.build

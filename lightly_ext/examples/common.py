@@ -26,7 +26,7 @@ MODELS = {spec.name: vars(models)[name] for name, spec in CLASS_NAMES.items()}
 SIZE, BATCH = 16, 64
 """Side of the images in pixels, and images per batch and process."""
 
-WIDTHS = {"proj_hidden_dim": 512, "proj_output_dim": 256, "pred_hidden_dim": 512}
+WIDTHS = {"proj_hidden_dim": 512, "proj_output_dim": 256, "pred_hidden_dim": 512, "n_classes": 1024}
 """Heads for a small network; without them a model has the widths of the paper."""
 
 ADAMW = {"byol", "cissl", "dissl", "matrix_ssl", "simsiam"}

@@ -1,84 +1,45 @@
-"""DINO as the authors of DISSL trained it, for the comparison with theirs (Dubois et al. 2022, arXiv:2209.06235).
+"""DINO as the authors of DISSL trained it (Dubois et al. 2022, arXiv:2209.06235), for comparison with their results.
 
-``method: dino`` with one of the options that solo-learn's own lacks, such as ``n_classes``. What solo-learn's has not:
-one hidden layer, unit rows before the bottleneck, batch statistics of both views together, a teacher whose head begins
-at random, and a centre that moves after each view.
+Select it with ``method: dino`` and one of the options that solo-learn's own DINO lacks, such as ``n_classes``. It
+differs from solo-learn's: the head has one hidden layer and normalises rows before the bottleneck, batch statistics are
+those of both views together, the teacher's head has its own random initialisation, and the centre moves after each
+view (:mod:`plugins.losses.dino`).
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
-from plugins.checks import compute_dtype
 from plugins.distributed import Collective
 from plugins.heads import SharedHead, issl_head, issl_init_
-from plugins.linalg import joined_mean
+from plugins.losses.dino import DINOLoss, DINOTerms
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
 from solo_ext.method import TeacherMethod
 
 
-class DINOTerms(NamedTuple):
-    """In nats. Only ``loss`` has a gradient."""
-
-    loss: Tensor
-    H_Mlz: Tensor
-    """Mean entropy of the teacher's assignments."""
-
-
-class DINOLoss(nn.Module):
-    """Mean over both orders of two views of the cross-entropy of the teacher's assignments and the student's.
-
-    ``H(softmax((t − c) / τ_t), softmax(s / τ_s))``, with the centre ``c ← m c + (1 − m) mean(t)`` after each order. The
-    batch is that of all processes.
-
-    Args:
-        options: of SPEC.
-        comm: the processes that share a batch.
-    """
-
-    center: Tensor
+class _Criterion(DINOLoss):
+    """DINO's loss with the options of SPEC; the teacher's second view comes first, as published."""
 
     def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
-        super().__init__()
-        self.register_buffer("center", torch.zeros(options["n_classes"]))
-        self.options, self.comm = options, comm
-        self.epoch = 0
-        """That of the training, for the teacher's temperature."""
-
-    @property
-    def teacher_temperature(self) -> float:
-        """τ_t of the epoch: equal steps from its first value, in the first epoch, to its last."""
-        first, last = self.options["warmup_teacher_temperature"], self.options["teacher_temperature"]
-        epochs = self.options["warmup_teacher_temperature_epochs"]
-        if self.epoch >= epochs:
-            return last
-        return first + (last - first) * self.epoch / max(epochs - 1, 1)
+        super().__init__(
+            options["n_classes"],
+            tau_student=options["student_temperature"],
+            tau_teacher=teacher_temperature(options, 0),
+            center_momentum=options["center_momentum"],
+            comm=comm,
+        )
 
     def forward(self, e: Embeddings) -> DINOTerms:
-        """Both orders; in training each moves the centre."""
-        pairs = [self._pair(e.z[student], e.target[1 - student]) for student in (0, 1)]
-        return DINOTerms(*(sum(terms) / 2 for terms in zip(*pairs, strict=True)))
+        return super().forward(e.z[::-1], e.target[::-1])
 
-    def _pair(self, student: Tensor, teacher: Tensor) -> DINOTerms:
-        dtype = compute_dtype(student.dtype)
-        with torch.autocast(student.device.type, enabled=False):
-            student, teacher = student.to(dtype), teacher.detach().to(dtype)
-            log_p = ((teacher - self.center) / self.teacher_temperature).log_softmax(1)
-            p = log_p.exp()
-            log_q = (student / self.options["student_temperature"]).log_softmax(1)
-            terms = DINOTerms(joined_mean(-(p * log_q).sum(1), self.comm), joined_mean(-(p * log_p).sum(1), self.comm))
-            if self.training:
-                self._move_center(teacher)
-        return terms
 
-    @torch.no_grad()
-    def _move_center(self, teacher: Tensor) -> None:
-        rows = teacher.new_full((1,), len(teacher))
-        sums = self.comm.sum(torch.cat([teacher.sum(0), rows]))
-        self.center.lerp_((sums[:-1] / sums[-1]).to(self.center), 1 - self.options["center_momentum"])
+def teacher_temperature(options: Mapping[str, Any], epoch: int) -> float:
+    """Return τ_t of an epoch: equal steps from its first value, in epoch 0, to its last."""
+    first, last = options["warmup_teacher_temperature"], options["teacher_temperature"]
+    epochs = options["warmup_teacher_temperature_epochs"]
+    return last if epoch >= epochs else first + (last - first) * epoch / max(epochs - 1, 1)
 
 
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
@@ -89,7 +50,7 @@ def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
 
 SPEC = MethodSpec(
     name="dino",
-    loss=DINOLoss,
+    loss=_Criterion,
     head=_head,
     predictor=None,
     teacher=True,
@@ -117,15 +78,15 @@ class PublishedDINO(TeacherMethod):
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
-        issl_init_(self.momentum_projector)  # no copy of the student's
+        issl_init_(self.momentum_projector)  # not a copy of the student's head
 
     def on_train_epoch_start(self) -> None:
         """Set the teacher's temperature."""
         super().on_train_epoch_start()
-        self.objective.criterion.epoch = self.current_epoch
+        self.objective.criterion.tau_teacher = teacher_temperature(self.options, self.current_epoch)
 
     def on_after_backward(self) -> None:
-        """In the first epochs the last layer gets no gradient."""
+        """Drop the last layer's gradient in the first epochs."""
         super().on_after_backward()
         if self.current_epoch < self.options["freeze_last_layer"]:
             self.projector[-1].weight.grad = None

@@ -2,6 +2,7 @@
 
 from plugins.losses.byol import BYOLLoss, BYOLLossTerms, byol_loss, byol_terms
 from plugins.losses.cissl import CISSLLoss, CISSLTerms, cissl_loss, cissl_terms
+from plugins.losses.dino import DINOTerms, dino_loss, dino_terms
 from plugins.losses.dissl import DISSLLoss, DISSLTerms, dissl_loss, dissl_terms
 from plugins.losses.dissl_monitor import DISSLWeights, ETFMonitor, ETFTerms, StallAlarm, dissl_warmup
 from plugins.losses.isoloss import IsoLoss, IsoLossTerms, isoloss, isoloss_terms
@@ -14,6 +15,7 @@ __all__ = [
     "BYOLLossTerms",
     "CISSLLoss",
     "CISSLTerms",
+    "DINOTerms",
     "DISSLLoss",
     "DISSLTerms",
     "DISSLWeights",
@@ -32,6 +34,8 @@ __all__ = [
     "byol_terms",
     "cissl_loss",
     "cissl_terms",
+    "dino_loss",
+    "dino_terms",
     "dissl_loss",
     "dissl_terms",
     "dissl_warmup",

@@ -1,4 +1,4 @@
-"""DINO as DISSL's authors train it: loss and centre by hand, head, teacher, and what a step leaves alone."""
+"""DINO as the authors of DISSL trained it: temperature, head, teacher, one training step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +9,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from plugins.distributed import LOCAL
 from plugins.heads import SharedHead
-from plugins.spec import Embeddings
 from plugins.tools.command import UserError
 from solo_ext.compat import native_methods
 from solo_ext.config import parse_pretrain
-from solo_ext.dino import SPEC, DINOLoss, PublishedDINO
+from solo_ext.dino import SPEC, PublishedDINO, teacher_temperature
 from solo_ext.registry import method_class
 
 pytestmark = pytest.mark.solo
@@ -37,84 +35,12 @@ def _reference_dino(students, teachers, center, tau_t, tau_s, momentum):
     return total, center
 
 
-def _embeddings(rows=6, classes=5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    z, targets = torch.randn(2, 2, rows, classes, generator=generator, dtype=torch.float64)
-    return Embeddings(list(z.requires_grad_()), list(z), list(targets))
-
-
-def _options(**given):
-    return SPEC.resolve({"n_classes": 5, **given})
-
-
-def test_loss_and_centre_are_those_of_the_formula():
-    options = _options(center_momentum=0.7, student_temperature=0.3, teacher_temperature=0.2)
-    loss = DINOLoss(options, LOCAL).double()
-    loss.epoch = 50
-    center = np.zeros(5)
-    for seed in range(3):
-        e = _embeddings(seed=seed)
-        arrays = ([view.detach().numpy() for view in views] for views in (e.z, e.target))
-        expected, center = _reference_dino(*arrays, center, 0.2, 0.3, 0.7)
-        assert loss(e).loss.item() == pytest.approx(expected, rel=1e-12)
-        np.testing.assert_allclose(loss.center.numpy(), center, rtol=1e-12)
-    before = loss.center.clone()
-    loss.eval()(e)
-    assert torch.equal(loss.center, before), "moved in training alone"
-
-
-def test_terms_and_gradient():
-    loss = DINOLoss(_options(), LOCAL).double().eval()
-    e = _embeddings()
-    terms = loss(e)
-    assert terms.loss.requires_grad and not terms.H_Mlz.requires_grad
-    entropy = 0.0
-    for teacher in e.target:
-        p = _softmax(teacher.numpy() / 0.04)
-        entropy -= (p * np.log(p)).sum(1).mean() / 2
-    assert terms.H_Mlz.item() == pytest.approx(entropy)
-    assert torch.autograd.gradcheck(
-        lambda *z: loss(Embeddings(list(z), list(z), e.target)).loss, [view.detach().requires_grad_() for view in e.z]
-    )
-    uniform = [torch.zeros(4, 5)] * 2
-    assert loss(Embeddings(uniform, uniform, uniform)).loss.item() == pytest.approx(np.log(5))
-    half = Embeddings([view.half() for view in e.z], [], [view.half() for view in e.target])
-    assert loss(half).loss.item() == pytest.approx(loss(e).loss.item(), rel=1e-2)
-
-
 def test_the_teachers_temperature_goes_up_in_equal_steps():
-    loss = DINOLoss(_options(), LOCAL)
-    expected = [*np.linspace(0.04, 0.07, 50), 0.07, 0.07]
-    for epoch, temperature in enumerate(expected):
-        loss.epoch = epoch
-        assert loss.teacher_temperature == pytest.approx(temperature)
-    loss = DINOLoss(_options(warmup_teacher_temperature_epochs=0), LOCAL)
-    assert loss.teacher_temperature == 0.07
-    loss = DINOLoss(_options(warmup_teacher_temperature_epochs=1), LOCAL)
-    assert loss.teacher_temperature == 0.04
-
-
-def _step(comm, z, targets):
-    loss = DINOLoss(_options(), comm).double()
-    z = [view.requires_grad_() for view in z]
-    value = loss(Embeddings(z, z, targets)).loss
-    return value.detach(), loss.center, torch.autograd.grad(value, z)
-
-
-@pytest.mark.ddp
-def test_ranks_have_the_loss_and_the_centre_of_the_joined_batch(ranks):
-    e = _embeddings(rows=7)
-    z = [view.detach() for view in e.z]
-    value, center, gradients = _step(LOCAL, z, e.target)
-    parts = [slice(0, 2), slice(2, 7)]
-    found = ranks.run(_step, [([v[rows] for v in z], [t[rows] for t in e.target]) for rows in parts])
-    for (their_value, their_center, theirs), rows in zip(found, parts, strict=True):
-        torch.testing.assert_close((their_value, their_center), (value, center), rtol=1e-12, atol=1e-14)
-        for ours, gradient in zip(theirs, gradients, strict=True):  # of which two processes take the mean
-            torch.testing.assert_close(ours / 2, gradient[rows], rtol=1e-10, atol=1e-14)
-
-
-# --- in solo-learn ---------------------------------------------------------------------------------------------------
+    options = SPEC.resolve({})
+    for epoch, temperature in enumerate([*np.linspace(0.04, 0.07, 50), 0.07, 0.07]):
+        assert teacher_temperature(options, epoch) == pytest.approx(temperature)
+    assert teacher_temperature(SPEC.resolve({"warmup_teacher_temperature_epochs": 0}), 0) == 0.07
+    assert teacher_temperature(SPEC.resolve({"warmup_teacher_temperature_epochs": 1}), 0) == 0.04
 
 
 @pytest.fixture
@@ -198,7 +124,7 @@ def test_the_last_layer_stays_in_the_first_epoch(configured, monkeypatch, epoch,
     model.on_after_backward()
     assert (model.projector[5].weight.grad is None) == frozen
     assert model.projector[4].weight.grad.abs().sum() > 0
-    assert model.objective.criterion.teacher_temperature == pytest.approx(0.04 if epoch == 0 else 0.07)
+    assert model.objective.criterion.tau_teacher == pytest.approx(0.04 if epoch == 0 else 0.07)
 
 
 def test_the_teacher_follows_both_networks_but_not_their_statistics(configured):

@@ -1,0 +1,146 @@
+"""DINO: the student predicts the teacher's centred and sharpened assignments of the other views.
+
+Caron et al. 2021, arXiv:2104.14294, eq. 3. :class:`DINOLoss` is the variant of the authors of DISSL (Dubois et al.
+2022, arXiv:2209.06235), who move the centre after each teacher view; in the original it moves once per batch.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from plugins.checks import check_range, check_rows, compute_dtype
+from plugins.distributed import LOCAL, Collective
+from plugins.linalg import joined_mean
+
+Views = Sequence[Float[Tensor, "B C"]]
+Center = Float[Tensor, " C"] | Sequence[Float[Tensor, " C"]]
+
+
+class DINOTerms(NamedTuple):
+    """In nats. Only ``loss`` has a gradient."""
+
+    loss: Float[Tensor, ""]
+    H_Mlz: Float[Tensor, ""]
+    """Mean entropy of the teacher's assignments."""
+
+
+def dino_loss(
+    student: Views,
+    teacher: Views,
+    center: Center,
+    *,
+    tau_student: float = 0.1,
+    tau_teacher: float = 0.04,
+    comm: Collective = LOCAL,
+) -> Float[Tensor, ""]:
+    """Mean over the pairs of different views of the cross-entropy of the teacher's and the student's assignments.
+
+    ``mean_{v ≠ u} H(softmax((t_u − c) / τ_t), softmax(s_v / τ_s))``, student view v, teacher view u, mean over rows.
+
+    Args:
+        student: logits of S ≥ 2 views.
+        teacher: logits of T ≥ 1 views, the first of the student's; detached here.
+        center: c, or one for each teacher view; see :class:`DINOLoss`.
+        tau_student: τ_s > 0.
+        tau_teacher: τ_t > 0.
+        comm: the processes that share the batch.
+
+    Returns:
+        The loss of the joined batch, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: shapes differ, numbers of views that do not go together, or a temperature out of range.
+
+    >>> uniform = [torch.zeros(4, 8)] * 2
+    >>> round(dino_loss(uniform, uniform, torch.zeros(8)).item(), 5)  # log 8
+    2.07944
+    """
+    options = {"tau_student": tau_student, "tau_teacher": tau_teacher}
+    return dino_terms(student, teacher, center, **options, comm=comm).loss
+
+
+def dino_terms(
+    student: Views,
+    teacher: Views,
+    center: Center,
+    *,
+    tau_student: float = 0.1,
+    tau_teacher: float = 0.04,
+    comm: Collective = LOCAL,
+) -> DINOTerms:
+    """Compute :func:`dino_loss` and the entropy of the teacher's assignments."""
+    check_range("tau_student", tau_student, low=1e-6)
+    check_range("tau_teacher", tau_teacher, low=1e-6)
+    if not 1 <= len(teacher) <= len(student) or len(student) < 2:
+        raise ValueError(
+            "dino_loss needs at least 2 student views and 1 to as many teacher views, "
+            f"got {len(student)} and {len(teacher)}"
+        )
+    named = {f"student[{v}]": view for v, view in enumerate(student)}
+    check_rows(**named, **{f"teacher[{u}]": view for u, view in enumerate(teacher)})
+    dtype = compute_dtype(student[0].dtype)
+    centers = [center] * len(teacher) if isinstance(center, Tensor) else center
+    with torch.autocast(student[0].device.type, enabled=False):
+        log_p = [
+            ((t.detach().to(dtype) - c) / tau_teacher).log_softmax(1) for t, c in zip(teacher, centers, strict=True)
+        ]
+        log_q = [(s.to(dtype) / tau_student).log_softmax(1) for s in student]
+        pairs = [(u, v) for u in range(len(teacher)) for v in range(len(student)) if u != v]
+        crossed = torch.stack([-(log_p[u].exp() * log_q[v]).sum(1) for u, v in pairs]).mean(0)
+        entropies = torch.stack([-(rows.exp() * rows).sum(1) for rows in log_p]).mean(0)
+        return DINOTerms(joined_mean(crossed, comm), joined_mean(entropies, comm))
+
+
+class DINOLoss(nn.Module):
+    """:func:`dino_terms` with a running centre: in training ``c ← m c + (1 − m) mean(t)`` after each teacher view.
+
+    The means are over the joined batch, so the centre is the same on all processes.
+
+    Args:
+        classes: C, the number of columns.
+        tau_student: τ_s > 0.
+        tau_teacher: τ_t > 0; a schedule may change the attribute.
+        center_momentum: m, in [0, 1].
+        comm: the processes that share the batch.
+    """
+
+    center: Tensor
+
+    def __init__(
+        self,
+        classes: int,
+        *,
+        tau_student: float = 0.1,
+        tau_teacher: float = 0.04,
+        center_momentum: float = 0.9,
+        comm: Collective = LOCAL,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(classes))
+        self.tau_student, self.tau_teacher = tau_student, tau_teacher
+        self.center_momentum, self.comm = center_momentum, comm
+
+    def forward(self, student: Views, teacher: Views) -> DINOTerms:
+        centers = [self.center, *self._moved(teacher)]
+        options = {"tau_student": self.tau_student, "tau_teacher": self.tau_teacher}
+        terms = dino_terms(student, teacher, centers[: len(teacher)], **options, comm=self.comm)
+        if self.training:
+            self.center.copy_(centers[-1])
+        return terms
+
+    @torch.no_grad()
+    def _moved(self, teacher: Views) -> list[Tensor]:
+        """The centre after each teacher view; where it was, outside of training."""
+        if not self.training:
+            return [self.center] * len(teacher)
+        sums = torch.stack([t.to(self.center.dtype).sum(0) for t in teacher])
+        rows = sums.new_full((len(teacher), 1), len(teacher[0]))
+        sums = self.comm.sum(torch.cat([sums, rows], 1))
+        moved, center = [], self.center
+        for mean in sums[:, :-1] / sums[:, -1:]:
+            center = center.lerp(mean, 1 - self.center_momentum)
+            moved.append(center)
+        return moved

@@ -1,0 +1,106 @@
+"""DINO: loss and centre by a slow reference, terms, gradient, several processes."""
+
+import numpy as np
+import pytest
+import torch
+
+from plugins.distributed import LOCAL
+from plugins.losses import dino_loss, dino_terms
+from plugins.losses.dino import DINOLoss
+
+
+def _softmax(logits):
+    e = np.exp(logits - logits.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def _reference_dino(students, teachers, centers, tau_t, tau_s):
+    pairs = [
+        (s, t, c)
+        for v, s in enumerate(students)
+        for u, (t, c) in enumerate(zip(teachers, centers, strict=True))
+        if u != v
+    ]
+    losses = [-(_softmax((t - c) / tau_t) * np.log(_softmax(s / tau_s))).sum(1).mean() for s, t, c in pairs]
+    return sum(losses) / len(pairs)
+
+
+def _views(rows=6, classes=5, seed=0, views=(2, 2)):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(list(torch.randn(n, rows, classes, generator=generator, dtype=torch.float64)) for n in views)
+
+
+@pytest.mark.parametrize("views", [(2, 2), (4, 2), (3, 1)])
+def test_loss_is_that_of_the_formula_over_all_pairs_of_different_views(views):
+    students, teachers = _views(views=views)
+    center = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    expected = _reference_dino(
+        [s.numpy() for s in students], [t.numpy() for t in teachers], [center.numpy()] * views[1], 0.2, 0.3
+    )
+    value = dino_loss(students, teachers, center, tau_teacher=0.2, tau_student=0.3)
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_centre_moves_after_each_teacher_view_and_in_training_only():
+    loss = DINOLoss(5, center_momentum=0.7, tau_student=0.3, tau_teacher=0.2).double()
+    center = np.zeros(5)
+    for seed in range(3):
+        students, teachers = _views(seed=seed)
+        centers = [center]
+        for teacher in teachers:
+            center = 0.7 * center + 0.3 * teacher.numpy().mean(0)
+            centers.append(center)
+        arrays = ([view.numpy() for view in views] for views in (students, teachers))
+        expected = _reference_dino(*arrays, centers[:2], 0.2, 0.3)
+        assert loss(students, teachers).loss.item() == pytest.approx(expected, rel=1e-12)
+        np.testing.assert_allclose(loss.center.numpy(), center, rtol=1e-12)
+    before = loss.center.clone()
+    loss.eval()(students, teachers)
+    assert torch.equal(loss.center, before)
+
+
+def test_terms_and_gradient():
+    students, teachers = _views()
+    students = [view.requires_grad_() for view in students]
+    center = torch.zeros(5, dtype=torch.float64)
+    terms = dino_terms(students, teachers, center)
+    assert terms.loss.requires_grad and not terms.H_Mlz.requires_grad
+    entropy = 0.0
+    for teacher in teachers:
+        p = _softmax(teacher.numpy() / 0.04)
+        entropy -= (p * np.log(p)).sum(1).mean() / 2
+    assert terms.H_Mlz.item() == pytest.approx(entropy)
+    assert torch.autograd.gradcheck(lambda *s: dino_loss(s, teachers, center), students)
+    uniform = [torch.zeros(4, 5)] * 2
+    assert dino_loss(uniform, uniform, torch.zeros(5)).item() == pytest.approx(np.log(5))
+    halves = [[view.half() for view in views] for views in (students, teachers)]
+    assert dino_loss(*halves, center.float()).item() == pytest.approx(terms.loss.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [((1, 1), "got 1 and 1"), ((2, 3), "got 2 and 3"), ((2, 0), "got 2 and 0")],
+)
+def test_numbers_of_views_that_do_not_go_together_are_refused(views, message):
+    with pytest.raises(ValueError, match=message):
+        dino_loss(*_views(views=views), torch.zeros(5, dtype=torch.float64))
+
+
+def _step(comm, students, teachers):
+    loss = DINOLoss(5, comm=comm).double()
+    students = [view.requires_grad_() for view in students]
+    value = loss(students, teachers).loss
+    return value.detach(), loss.center, torch.autograd.grad(value, students)
+
+
+@pytest.mark.ddp
+def test_ranks_have_the_loss_and_the_centre_of_the_joined_batch(ranks):
+    students, teachers = _views(rows=7)
+    value, center, gradients = _step(LOCAL, students, teachers)
+    students = [view.detach() for view in students]
+    parts = [slice(0, 2), slice(2, 7)]
+    found = ranks.run(_step, [([s[rows] for s in students], [t[rows] for t in teachers]) for rows in parts])
+    for (their_value, their_center, theirs), rows in zip(found, parts, strict=True):
+        torch.testing.assert_close((their_value, their_center), (value, center), rtol=1e-12, atol=1e-14)
+        for ours, gradient in zip(theirs, gradients, strict=True):  # of which two processes take the mean
+            torch.testing.assert_close(ours / 2, gradient[rows], rtol=1e-10, atol=1e-14)

@@ -263,6 +263,14 @@ def read_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
     Raises:
         UserError: it is not there, broken or dangerous, or holds code where all is needed.
     """
+    checkpoint, code = _read(path)
+    if to_resume:
+        _refuse_code(path, code)
+    return checkpoint
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Load a checkpoint; return its content and the names of the code in it."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
@@ -274,12 +282,15 @@ def read_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{path} is no checkpoint of solo-learn: it has no state_dict")
-    if to_resume and code:
+    return checkpoint, code
+
+
+def _refuse_code(path: Path, code: list[str]) -> None:
+    if code:
         raise UserError(
             f"{path} holds code ({code[0]}, …), as solo-learn's own scripts write it: "
             "its weights can be evaluated, but training cannot go on from it"
         )
-    return checkpoint
 
 
 def find_checkpoint(place: str | Path) -> Path:
@@ -295,7 +306,8 @@ def find_checkpoint(place: str | Path) -> Path:
             raise UserError(f"there is no checkpoint in {place}")
         if len(found) == 1:
             return found[0]  # there is no other; who reads it names it if it cannot be read
-        return _first_readable(found) or found[0]
+        readable = _first_readable(found)
+        return readable[0] if readable else found[0]
     if not place.is_file():
         raise UserError(f"there is no checkpoint {place}")
     return place
@@ -305,28 +317,31 @@ def _newest_first(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def _first_readable(paths: list[Path]) -> Path | None:
-    """The first checkpoint that can be read; those before it are named in one line each."""
+def _first_readable(paths: list[Path]) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """Return the first checkpoint that can be read, its content and code; print a line for each one skipped."""
     for path in paths:
         try:
-            read_checkpoint(path)
+            return path, *_read(path)
         except UserError as error:
             say(f"skipped: {error}")
-        else:
-            return path
     return None
 
 
-def check_resumable(path: Path, cfg: DictConfig, model: torch.nn.Module) -> int:
-    """Refuse a checkpoint of another method or another network.
+def check_resumable(path: Path, checkpoint: dict[str, Any], cfg: DictConfig, model: torch.nn.Module) -> int:
+    """Check that a checkpoint is one of this method and this network.
+
+    Args:
+        path: the file, for messages.
+        checkpoint: its content.
+        cfg: the configuration.
+        model: the network to be trained.
 
     Returns:
-        How many epochs it has behind it.
+        The number of epochs it was trained for.
 
     Raises:
-        UserError: the sentence says what differs.
+        UserError: the message names what differs.
     """
-    checkpoint = read_checkpoint(path, to_resume=True)
     mark = checkpoint.get(_MARK, {})
     here = OmegaConf.to_container(cfg.identity)
     for key in (*_STATE, "dataset"):
@@ -347,18 +362,18 @@ def check_resumable(path: Path, cfg: DictConfig, model: torch.nn.Module) -> int:
         raise UserError(f"{path} holds weights only; training cannot go on from it") from None
 
 
-def auto_resume(cfg: DictConfig, kind: str) -> Path | None:
-    """The newest readable checkpoint of the same run, not older than ``auto_resume.max_hours``, or None.
+def auto_resume(cfg: DictConfig, kind: str) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest readable checkpoint of the same run and its content, or None.
 
-    The same run has the same :func:`identity`. With ``checkpoint.version`` its ``max_epochs`` may have been another:
-    the run is made longer or shorter.
+    It must not be older than ``auto_resume.max_hours``. The same run has the same :func:`identity`. With
+    ``checkpoint.version`` its ``max_epochs`` may differ: the run becomes longer or shorter.
 
     Args:
         cfg: the configuration.
         kind: the method's name, or "linear".
 
     Raises:
-        UserError: ``checkpoint.version`` names another run, or the same run is in progress.
+        UserError: ``checkpoint.version`` names another run, the same run is in progress, or the checkpoint holds code.
     """
     oldest = time.time() - cfg.auto_resume.max_hours * 3600
     found = []
@@ -387,7 +402,12 @@ def auto_resume(cfg: DictConfig, kind: str) -> Path | None:
         for folder in {path.parent for path in found}:
             with locked_folder(folder):  # a run in progress replaces its checkpoints
                 pass
-    return _first_readable(_newest_first(found))
+    readable = _first_readable(_newest_first(found))
+    if readable is None:
+        return None
+    path, checkpoint, code = readable
+    _refuse_code(path, code)
+    return path, checkpoint
 
 
 def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Module) -> tuple[Path, Path | None, int]:
@@ -402,11 +422,14 @@ def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Modul
     Raises:
         UserError: the checkpoint is of something else.
     """
-    found = cfg.resume_from_checkpoint or (auto_resume(cfg, kind) if cfg.auto_resume.enabled else None)
-    if found is None:
+    if cfg.resume_from_checkpoint:
+        found = Path(cfg.resume_from_checkpoint)
+        checkpoint = read_checkpoint(found, to_resume=True)
+    elif cfg.auto_resume.enabled and (newest := auto_resume(cfg, kind)) is not None:
+        found, checkpoint = newest
+    else:
         return folder, None, 0
-    found = Path(found)
-    epochs = check_resumable(found, cfg, model)
+    epochs = check_resumable(found, checkpoint, cfg, model)
     if epochs > cfg.max_epochs:
         raise UserError(f"{found} has {epochs} epochs behind it, more than max_epochs={cfg.max_epochs}")
     say(f"resuming after epoch {epochs} of {cfg.max_epochs} from {found}")

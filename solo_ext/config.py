@@ -21,8 +21,9 @@ from solo_ext.checkpoint import identity
 from solo_ext.compat import pl
 from solo_ext.compat.common import complete
 from solo_ext.compat.optim import OPTIMIZERS
-from solo_ext.data import DOWNLOADED, H5Images, hint, process_count, split_path
+from solo_ext.datasets import DOWNLOADED, H5Images, hint, split_path
 from solo_ext.launch import refused
+from solo_ext.loaders import process_count
 from solo_ext.schema import Linear, Pretrain, Run, together, validate
 from solo_ext.transforms import CLASSES
 
@@ -163,24 +164,31 @@ def device_list(given: Any) -> int | list[int]:
     return devices
 
 
-def _check_trainer(cfg: DictConfig) -> None:
-    devices = device_list(cfg.devices)
-    listed = not isinstance(devices, int)
-    if cfg.accelerator == "auto":
+def settle_devices(cfg: DictConfig, devices: int | list[int]) -> None:
+    """Set ``accelerator``, ``devices``, ``strategy`` and ``sync_batchnorm`` to values that Lightning accepts here.
+
+    Args:
+        cfg: the configuration, changed in place.
+        devices: what :func:`device_list` returned.
+    """
+    if cfg.get("accelerator", "auto") == "auto":
         cfg.accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-    if cfg.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError("accelerator is gpu, but there is no GPU here; add ++accelerator=cpu to train on the CPU")
+    cfg.devices = devices
     if cfg.accelerator == "cpu":
-        # Lightning takes a number of processes here, not a list of indexes
-        cfg.devices = len(devices) if listed else devices
-        if str(cfg.precision).startswith("16"):
-            say("precision 16 needs a GPU: training in 32 bits on the CPU")
-            cfg.precision = 32
+        # on a CPU, Lightning accepts a number of processes, not a list of indexes
+        cfg.devices = devices if isinstance(devices, int) else len(devices)
         cfg.sync_batchnorm = False
-    else:
-        cfg.devices = list(devices) if listed else devices
     if cfg.strategy is None:
         cfg.strategy = "auto"
+
+
+def _check_trainer(cfg: DictConfig) -> None:
+    settle_devices(cfg, device_list(cfg.devices))
+    if cfg.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError("accelerator is gpu, but there is no GPU here; add ++accelerator=cpu to train on the CPU")
+    if cfg.accelerator == "cpu" and str(cfg.precision).startswith("16"):
+        say("precision 16 needs a GPU: training in 32 bits on the CPU")
+        cfg.precision = 32
     if cfg.resume_from_checkpoint is not None and not Path(cfg.resume_from_checkpoint).is_file():
         raise UserError(f"resume_from_checkpoint is no file: {cfg.resume_from_checkpoint}")
 

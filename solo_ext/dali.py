@@ -32,7 +32,8 @@ from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
 from plugins.tools.images import check_dali_reads, open_image
-from solo_ext.data import EpochSampler, Images, listing
+from solo_ext.datasets import listing
+from solo_ext.loaders import EpochSampler, Images
 from solo_ext.transforms import LinearCrop, statistics
 
 

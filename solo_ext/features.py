@@ -18,8 +18,9 @@ from plugins.tools.fitting import mismatch, plain_names
 from solo_ext.backbones import build_backbone
 from solo_ext.checkpoint import ARGS, check_writable, find_checkpoint, load_backbone, read_checkpoint
 from solo_ext.compat import native_methods, native_options
-from solo_ext.data import DOWNLOADED, check_same_classes, evaluation_loader, hint, image_dataset
+from solo_ext.datasets import DOWNLOADED, check_same_classes, hint, image_dataset
 from solo_ext.launch import refused
+from solo_ext.loaders import evaluation_loader
 from solo_ext.registry import method_class
 from solo_ext.transforms import DATASETS, evaluation_transform
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import hydra
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from plugins.tools.command import Parser, UserError, as_called, exit_on_user_error
+from plugins.tools.overrides import quoted
 from solo_ext.foreign_yaml import check_hydra
 from solo_ext.schema import help_text
 
@@ -144,30 +144,6 @@ def check_file(path: Path, *, whole: bool = True) -> None:
     if whole and not isinstance(content, dict):
         held = "is empty" if content is None else f"holds {'a list' if isinstance(content, list) else repr(content)}"
         raise UserError(f"{path} {held}; a configuration has entries, such as max_epochs: 100")
-
-
-def quoted(override: str) -> str:
-    """An override as Hydra takes it: a path may hold = and blanks, which Hydra wants in quotes.
-
-    >>> quoted("pretrained_feature_extractor=runs/a-ep=9.ckpt")
-    "pretrained_feature_extractor='runs/a-ep=9.ckpt'"
-    >>> quoted("optimizer.lr=0.1"), quoted("optimizer.lr=[1")
-    ('optimizer.lr=0.1', 'optimizer.lr=[1')
-    """
-    key, equals, value = override.partition("=")
-    if not equals or value.startswith(("'", '"', "[", "{")):
-        return override
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    in_quotes = f"{key}='{escaped}'"
-    return in_quotes if not _parses(override) and _parses(in_quotes) else override
-
-
-def _parses(override: str) -> bool:
-    try:
-        OverridesParser.create().parse_override(override)
-    except HydraException:
-        return False
-    return True
 
 
 def quieten() -> None:

@@ -225,7 +225,7 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
     def _joined_targets(self, views: list[Tensor]) -> list[Tensor] | None:
         if not self.has_teacher:
             return None
-        return project(self.momentum_projector, [self.teacher_forward(view)["feats"] for view in views])
+        return project(self.momentum_projector, [self.momentum_forward(view)["feats"] for view in views])
 
     def _targets(self, out: dict[str, Any]) -> list[Tensor] | None:
         if not self.has_teacher:

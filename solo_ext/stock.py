@@ -18,7 +18,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,8 +25,8 @@ from plugins.tools.command import UserError, exit_on_user_error
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat import CHECKOUT, GENERATION, native_methods
 from solo_ext.compat.common import CIFAR_STEM, complete
-from solo_ext.config import device_list, large_and_small
-from solo_ext.data import hint, split_path
+from solo_ext.config import device_list, large_and_small, settle_devices
+from solo_ext.datasets import hint, split_path
 from solo_ext.registry import ALIASES, method_class, plugin_methods, register
 from solo_ext.transforms import DATASETS, evaluation_transform, linear_crop, linear_transform
 
@@ -75,18 +74,11 @@ class Scripts:
             devices = device_list(cfg.get("devices", 1))
             if cfg.data.dataset in self.own:
                 _find_folders(cfg.data)
-        listed = not isinstance(devices, int)
-        cfg.devices = devices if listed else list(range(devices))  # the learning rate grows with its length
+        # main multiplies the learning rate by the length of this list
+        cfg.devices = list(range(devices)) if isinstance(devices, int) else devices
         self.cfg = OmegaConf.create(OmegaConf.to_container(cfg))
         cfg = original(cfg)
-        accelerator = cfg.get("accelerator", "auto")
-        if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
-            # Lightning takes a number of processes here, not a list of indexes
-            devices = len(devices) if listed else devices
-            cfg.sync_batchnorm = False
-        cfg.devices = devices
-        if cfg.strategy is None:
-            cfg.strategy = "auto"
+        settle_devices(cfg, devices)
         return cfg
 
     def folders(self, original: Callable, dataset: str, *args: Any, **kwargs: Any) -> Any:

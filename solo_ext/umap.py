@@ -19,7 +19,7 @@ from plugins.install import not_installed
 from plugins.tools.command import UserError
 from solo_ext.checkpoint import check_writable
 from solo_ext.compat import pl
-from solo_ext.data import evaluation_loader
+from solo_ext.loaders import evaluation_loader
 
 NEIGHBOURS = 15
 """How many neighbours UMAP looks at unless told otherwise; its own default."""

@@ -130,14 +130,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _solo(folder: Path) -> list[np.ndarray]:
-    from solo_ext.data import image_dataset
+    from solo_ext.datasets import image_dataset
 
     options = {"indexed": False, "no_labels": False}
     return [image for image, _ in image_dataset("custom", str(folder), "train", np.asarray, **options)]
 
 
 def _solo_flat(folder: Path) -> list[np.ndarray]:
-    from solo_ext.data import image_dataset
+    from solo_ext.datasets import image_dataset
 
     options = {"indexed": False, "no_labels": True}
     return [image for image, _ in image_dataset("custom", str(folder / "class"), "train", np.asarray, **options)]
@@ -146,7 +146,7 @@ def _solo_flat(folder: Path) -> list[np.ndarray]:
 def _solo_h5(folder: Path) -> list[np.ndarray]:
     import h5py
 
-    from solo_ext.data import image_dataset
+    from solo_ext.datasets import image_dataset
 
     path = folder / "images.h5"
     with h5py.File(path, "w") as file:

@@ -1,7 +1,6 @@
 """Finding and composing a configuration: VISSL's stock ones, ours, and those of a folder of the user's own."""
 
 import difflib
-import re
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
@@ -22,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from plugins.tools.command import UserError
+from plugins.tools.overrides import quoted
 
 _PACKAGE = Path(__file__).parent
 _DEFAULTS = Path(vissl.config.__file__).parent / "defaults.yaml"
@@ -60,7 +60,7 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
     Raises:
         UserError: Hydra cannot make a configuration of it.
     """
-    overrides, places = [_quoted(word) for word in overrides], []
+    overrides, places = [quoted(word) for word in overrides], []
     for folder in folders:
         place = Path(folder).expanduser().resolve()
         if not (place / "config").is_dir():
@@ -123,31 +123,6 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
         if override.key_or_group.startswith("config.") and not override.is_delete():
             given[override.key_or_group.removeprefix("config.")] = override.value()
     return given
-
-
-def _quoted(word: str) -> str:
-    """An override in Hydra's language: paths with ``~`` or ``=`` in them, which it refuses, are put in quotes."""
-    key, equals, value = word.partition("=")
-    if not equals or _reads(word):
-        return word
-    if match := re.fullmatch(r"\[([^][{}()'\"$]*)\]", value):
-        parts = [part.strip() for part in match[1].split(",")]
-        value = f"[{','.join(part if _reads(f'key={part}') else _in_quotes(part) for part in parts)}]"
-    elif not re.search(r"[][{}()'\"$]", value):
-        value = _in_quotes(value)
-    return f"{key}={value}"
-
-
-def _reads(word: str) -> bool:
-    try:
-        OverridesParser.create().parse_override(word)
-    except HydraException:
-        return False
-    return True
-
-
-def _in_quotes(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\") + '"'
 
 
 def _unreadable(word: str) -> str:

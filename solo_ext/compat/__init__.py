@@ -1,37 +1,38 @@
-"""solo-learn, whichever generation is there, behind the interface of its main branch.
+"""solo-learn in either generation, behind the interface of its main branch.
 
-There are two: 1.0.2, the only release in the registry, and the main branch on GitHub (1.0.6), which no registry has.
-Main is taken when the environment variable SOLO_LEARN_CHECKOUT names the folder of a checkout, or when it is what
-``import solo`` finds. Everything else in ``solo_ext`` takes the host from here and never imports ``solo`` itself:
+The generations are 1.0.2, the only release in the registry, and the main branch on GitHub (1.0.6). Main is used when
+the environment variable SOLO_LEARN_CHECKOUT names the folder of a checkout, or when it is what ``import solo`` finds.
+All other modules of ``solo_ext`` import the host from here and never import ``solo`` directly:
 
-* ``GENERATION`` – "1.0.2" or "main",
-* ``pl`` – the Lightning flavour that the host's modules derive from,
-* ``BaseMethod``, ``BaseMomentumMethod`` – built from one ``cfg``, with ``backbone`` and ``momentum_backbone``,
-* ``LinearModel`` – the host's linear evaluation, built from a backbone and one ``cfg``,
-* ``native_methods()`` – the host's own methods by name, built from one ``cfg`` too,
-* ``native_options(name)`` – the ``method_kwargs`` that a native method knows,
-* ``MULTICROP`` – the native methods that take small crops beside the large ones,
-* ``backbones()`` – the names that ``backbone.name`` can take,
-* ``host_data`` – the host's module of augmentations and datasets.
+* ``GENERATION``: "1.0.2" or "main",
+* ``pl``: the Lightning package that the host's modules derive from,
+* ``BaseMethod``, ``BaseMomentumMethod``: built from one ``cfg``, with ``backbone`` and ``momentum_backbone``,
+* ``LinearModel``: the host's linear evaluation, built from a backbone and one ``cfg``,
+* ``native_methods()``: the host's own methods by name, also built from one ``cfg``,
+* ``native_options(name)``: the ``method_kwargs`` of a native method,
+* ``MULTICROP``: the native methods that accept small crops,
+* ``backbones()``: the values of ``backbone.name``,
+* ``host_data``: the host's module of augmentations and datasets.
+
+A module of a generation, ``solo_1_0_2`` or ``solo_main``, holds only what differs.
 """
 
 import os
 import sys
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from plugins.install import not_installed
 from plugins.tools.command import UserError
-
-CHECKOUT = "SOLO_LEARN_CHECKOUT"
-"""Environment variable: the folder of a checkout of solo-learn's main branch."""
+from solo_ext.compat.common import CHECKOUT, IGNORED_OPTIONS, LinearMixin, MethodMixin, MomentumMixin
 
 
 def _generation() -> str:
     """Find the host.
 
     Raises:
-        UserError: there is none, or no checkout where there should be one.
+        UserError: solo-learn is not installed, or SOLO_LEARN_CHECKOUT names no checkout.
     """
     checkout = os.environ.get(CHECKOUT)
     if checkout and "solo" not in sys.modules:
@@ -42,8 +43,8 @@ def _generation() -> str:
             sys.path.insert(0, folder)
     host = find_spec("solo")
     if host is None:
-        raise UserError(f"{not_installed('solo')}; or let {CHECKOUT} name the folder of a checkout of its main branch")
-    # looked for as a folder: importing the package would run the code that has yet to be mended
+        raise UserError("solo-learn is not installed; run ./run_experiments.sh once, or: uv sync --extra solo")
+    # importing the package would run code that the compat module has to patch first
     places = host.submodule_search_locations or ()
     return "main" if any((Path(place) / "backbones").is_dir() for place in places) else "1.0.2"
 
@@ -56,16 +57,41 @@ else:
     from solo_ext.compat import solo_1_0_2 as _host
 
 MULTICROP = _host.MULTICROP
-BaseMethod = _host.BaseMethod
-BaseMomentumMethod = _host.BaseMomentumMethod
-LinearModel = _host.LinearModel
 backbones = _host.backbones
 host_data = _host.host_data
-native_methods = _host.native_methods
-native_options = _host.native_options
 pl = _host.pl
 
 
+class BaseMethod(_host.MainInterface, _host.HostBase):
+    """The host's BaseMethod with main's interface."""
+
+
+class BaseMomentumMethod(MomentumMixin, _host.MainInterface, _host.HostMomentumBase):
+    """The host's BaseMomentumMethod with main's interface."""
+
+
+class LinearModel(LinearMixin, _host.Linear):
+    """The host's LinearModel with main's interface."""
+
+
+@lru_cache(maxsize=1)
+def native_methods() -> dict[str, type]:
+    """Return solo-learn's own methods by name, each built from a ``cfg``."""
+    natives = {}
+    for name, cls in _host.METHODS.items():
+        if name in ("base", "linear") or not issubclass(cls, _host.HostBase) or issubclass(cls, MethodMixin):
+            continue
+        momentum = (MomentumMixin,) if issubclass(cls, _host.HostMomentumBase) else ()
+        content = {"native": True, "__module__": __name__}
+        natives[name] = type(cls.__name__, (*momentum, _host.MainInterface, cls), content)
+    return natives
+
+
+def native_options(name: str) -> frozenset[str]:
+    """Return the ``method_kwargs`` of a native method."""
+    return frozenset({*_host.method_options(native_methods()[name]), *IGNORED_OPTIONS.get(name, ())})
+
+
 def host_release() -> str:
-    """The version of solo-learn."""
+    """Return the version of solo-learn."""
     return _host.RELEASE

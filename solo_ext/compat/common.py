@@ -37,6 +37,9 @@ _OF_A_METHOD = (
 METHOD_DEFAULTS: dict[str, Any] = {key: value for key, value in defaults(Pretrain).items() if key in _OF_A_METHOD}
 """What a configuration of a method may leave out; the values are main's."""
 
+CHECKOUT = "SOLO_LEARN_CHECKOUT"
+"""Environment variable that names the folder of a checkout of solo-learn's main branch."""
+
 CIFAR_STEM = ("cifar10", "cifar100")
 """Data sets for which solo-learn replaces the first layers of a ResNet."""
 
@@ -155,7 +158,7 @@ class MomentumMixin(MethodMixin):
 
     def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Any]:
         """The teacher's features of one view and, with ``momentum.classifier``, their classification."""
-        out = self.teacher_forward(X)
+        out = self.momentum_forward(X)
         if self.momentum_classifier is not None:
             logits = self.momentum_classifier(out["feats"])
             acc1, acc5 = self.accuracy_at_k(logits, targets, top_k=(1, min(5, logits.shape[1])))
@@ -308,6 +311,15 @@ def _without_decay_of_vectors(groups: list[dict[str, Any]]) -> list[dict[str, An
     return split
 
 
+def own_classes(cls: type) -> list[type]:
+    """Return the classes of solo-learn that a native method is made of, without its base classes."""
+    return [
+        base
+        for base in cls.__mro__
+        if base.__module__.startswith("solo.methods.") and base.__module__ != "solo.methods.base"
+    ]
+
+
 def unknown_backbone(name: str, known: list[str]) -> UserError:
     """What to raise for a backbone that nobody has."""
     return UserError(f"there is no backbone {name!r} in this solo-learn; it has {', '.join(sorted(known))}")
@@ -315,8 +327,6 @@ def unknown_backbone(name: str, known: list[str]) -> UserError:
 
 def needs_main(what: str, release: str) -> UserError:
     """What to raise for something that solo-learn's main branch has and this release has not."""
-    from solo_ext.compat import CHECKOUT  # which has imported this module
-
     return UserError(
         f"{what} is one of solo-learn's main branch; this is solo-learn {release}. "
         f"Let {CHECKOUT} name the folder of a checkout of main"

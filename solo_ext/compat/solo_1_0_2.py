@@ -16,7 +16,7 @@ No installed file is edited and no class of solo-learn is changed. What is mende
 import inspect
 import sys
 from argparse import ArgumentParser
-from functools import lru_cache, partial
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -27,12 +27,10 @@ from plugins.tools.command import UserError
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat.common import (
     CIFAR_STEM,
-    IGNORED_OPTIONS,
-    LinearMixin,
     MethodMixin,
-    MomentumMixin,
     complete,
     needs_main,
+    own_classes,
     unknown_backbone,
     zero_before_clusters,
 )
@@ -55,19 +53,18 @@ def _provide_pl_bolts() -> None:
 _provide_pl_bolts()
 
 import pytorch_lightning as pl  # noqa: E402
-import solo.methods  # noqa: E402
 import solo.methods.deepclusterv2 as _deepcluster  # noqa: E402
 import solo.methods.wmse as _wmse  # noqa: E402
 import solo.utils.pretrain_dataloader as host_data  # noqa: E402, F401  (for our callers)
-from solo.methods.base import BaseMethod as _HostBase  # noqa: E402
-from solo.methods.base import BaseMomentumMethod as _HostMomentumBase  # noqa: E402
+from solo.methods import METHODS  # noqa: E402, F401  (for our callers)
+from solo.methods.base import BaseMethod as HostBase  # noqa: E402
+from solo.methods.base import BaseMomentumMethod as HostMomentumBase  # noqa: E402
 from solo.methods.linear import LinearModel as _HostLinear  # noqa: E402
 from solo.utils.metrics import accuracy_at_k  # noqa: E402
 
 RELEASE = "1.0.2"
 MULTICROP = ("byol", "simclr", "wmse")  # W-MSE leaves them out of its loss
 _RENAMED = {"encoder": "backbone", "momentum_encoder": "momentum_backbone"}
-_NOT_METHODS = ("base", "linear")
 _MAIN_ONLY = ("convnext_", "poolformer_", "wide_resnet28w")  # how the names of backbones begin that main has alone
 _MAINS_DEFAULTS = {"queue_size": 65536, "warmup_teacher_temperature_epochs": 0}  # of SwAV and of DINO; all others agree
 _STANDS_IN = "vit_tiny"  # an encoder that 1.0.2 takes as it is made, without changing its stem
@@ -127,6 +124,10 @@ class MainInterface(MethodMixin):
         """1.0.2's name of the teacher's backbone."""
         return self.momentum_backbone
 
+    def momentum_forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the teacher's features ``feats`` of images ``[B, 3, H, W]``, without gradient."""
+        return self.base_momentum_forward(X)
+
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
         """Parameter groups of the optimiser, under main's names: the learning rates are logged by them."""
@@ -144,23 +145,7 @@ class MainInterface(MethodMixin):
             pl.LightningModule.clip_gradients(self, *args, **kwargs)
 
 
-class BaseMethod(MainInterface, _HostBase):
-    """Main's BaseMethod."""
-
-
-class MomentumInterface(MomentumMixin, MainInterface):
-    """What main's BaseMomentumMethod offers beside."""
-
-    def teacher_forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The teacher's features ``feats`` of images ``[B, 3, H, W]``, without gradient."""
-        return self.base_momentum_forward(X)
-
-
-class BaseMomentumMethod(MomentumInterface, _HostMomentumBase):
-    """Main's BaseMomentumMethod."""
-
-
-class _Linear(_HostLinear):
+class Linear(_HostLinear):
     """1.0.2's LinearModel with main's constructor."""
 
     validation_epoch_end = None
@@ -185,10 +170,6 @@ class _Linear(_HostLinear):
     def layer_decay_groups(self) -> list[dict[str, Any]]:
         """Not in this generation."""
         raise UserError("optimizer.layer_decay needs solo-learn's main branch; this is 1.0.2")
-
-
-class LinearModel(LinearMixin, _Linear):
-    """Main's LinearModel."""
 
 
 def _keywords(cfg: DictConfig, cls: type) -> dict[str, Any]:
@@ -226,28 +207,27 @@ def _keywords(cfg: DictConfig, cls: type) -> dict[str, Any]:
         "num_large_crops": cfg.data.num_large_crops,
         "num_small_crops": cfg.data.num_small_crops,
     }
-    if issubclass(cls, _HostMomentumBase):
+    if issubclass(cls, HostMomentumBase):
         keywords["base_tau_momentum"] = cfg.momentum.base_tau
         keywords["final_tau_momentum"] = cfg.momentum.final_tau
         keywords["momentum_classifier"] = cfg.momentum.classifier
     if getattr(cls, "native", False):
         given = OmegaConf.to_container(cfg.method_kwargs)
-        own = {key: value for key, value in given.items() if key in _parameters(cls)}
+        own = {key: value for key, value in given.items() if key in method_options(cls)}
         keywords.update({**_parser_defaults(cls), **own})
     return keywords
 
 
 def backbones() -> list[str]:
     """Names of the backbones: solo-learn's and ours."""
-    return [*_HostBase._SUPPORTED_ENCODERS, *ARCHITECTURES]
+    return [*HostBase._SUPPORTED_ENCODERS, *ARCHITECTURES]
 
 
-def _parameters(cls: type) -> dict[str, Any]:
-    """The constructor's own keywords of a native method, those of the base classes left out."""
+def method_options(cls: type) -> dict[str, Any]:
+    """Return the constructor's own keywords of a native method, without those of the base classes."""
     return {
         name: parameter
-        for base in cls.__mro__
-        if base.__module__.startswith("solo.methods.") and base not in (_HostBase, _HostMomentumBase)
+        for base in own_classes(cls)
         for name, parameter in inspect.signature(base.__init__).parameters.items()
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name != "self"
     }
@@ -256,22 +236,5 @@ def _parameters(cls: type) -> dict[str, Any]:
 def _parser_defaults(cls: type) -> dict[str, Any]:
     """Defaults of a native method's own keywords: 1.0.2 keeps them in its argument parser; main's where they differ."""
     parser = cls.add_model_specific_args(ArgumentParser(add_help=False))
-    defaults = {action.dest: action.default for action in parser._actions if action.dest in _parameters(cls)}
+    defaults = {action.dest: action.default for action in parser._actions if action.dest in method_options(cls)}
     return {name: _MAINS_DEFAULTS.get(name, default) for name, default in defaults.items()}
-
-
-@lru_cache(maxsize=1)
-def native_methods() -> dict[str, type]:
-    """solo-learn's own methods by name, each built from a ``cfg``."""
-    natives = {}
-    for name, cls in solo.methods.METHODS.items():
-        if name in _NOT_METHODS or not issubclass(cls, _HostBase) or issubclass(cls, MainInterface):
-            continue
-        interface = MomentumInterface if issubclass(cls, _HostMomentumBase) else MainInterface
-        natives[name] = type(cls.__name__, (interface, cls), {"native": True, "__module__": __name__})
-    return natives
-
-
-def native_options(name: str) -> frozenset[str]:
-    """The ``method_kwargs`` that a native method takes."""
-    return frozenset({*_parameters(native_methods()[name]), *IGNORED_OPTIONS.get(name, ())})

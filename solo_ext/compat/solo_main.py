@@ -13,7 +13,7 @@ No file of the checkout is edited. What is mended beside ``common``, and where i
 
 import inspect
 import re
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any
 
 import lightning.pytorch as pl  # noqa: F401  (for our callers)
@@ -22,38 +22,35 @@ import solo.methods
 import solo.methods.base
 import solo.methods.deepclusterv2
 import solo.utils.knn
-import torch
 from omegaconf import DictConfig
-from solo.methods.base import BaseMethod as _HostBase
-from solo.methods.base import BaseMomentumMethod as _HostMomentumBase
+from solo.methods import METHODS  # noqa: F401  (for our callers)
+from solo.methods.base import BaseMethod as HostBase
+from solo.methods.base import BaseMomentumMethod as HostMomentumBase  # noqa: F401  (for our callers)
 from solo.methods.linear import LinearModel as _HostLinear
 from solo.utils.metrics import accuracy_at_k
 from solo.utils.misc import param_groups_layer_decay
 
 from plugins.tools.command import UserError
 from solo_ext.architectures import ARCHITECTURES
-from solo_ext.compat.common import (
-    IGNORED_OPTIONS,
-    LinearMixin,
-    MethodMixin,
-    MomentumMixin,
-    complete,
-    unknown_backbone,
-    zero_before_clusters,
-)
+from solo_ext.compat.common import MethodMixin, complete, own_classes, unknown_backbone, zero_before_clusters
 from solo_ext.knn import WeightedKNNClassifier
 
 RELEASE = "1.0.6"
 MULTICROP = ("byol", "simclr", "supcon", "swav", "wmse")  # W-MSE leaves them out of its loss
-_NOT_METHODS = ("base", "linear")
+
+
+def backbones() -> list[str]:
+    """Return the names of the backbones: solo-learn's and ours, which are added to solo-learn's table."""
+    for name, factory in ARCHITECTURES.items():
+        HostBase._BACKBONES.setdefault(name, factory)
+    return list(HostBase._BACKBONES)
 
 
 def mend() -> None:
     """Put what is mended where solo-learn looks it up by name."""
     solo.utils.knn.WeightedKNNClassifier = WeightedKNNClassifier
     solo.methods.base.WeightedKNNClassifier = WeightedKNNClassifier
-    for name, factory in ARCHITECTURES.items():
-        _HostBase._BACKBONES.setdefault(name, factory)
+    backbones()
     deepcluster = solo.methods.deepclusterv2
     deepcluster.deepclusterv2_loss_func = zero_before_clusters(deepcluster.deepclusterv2_loss_func)
 
@@ -96,23 +93,7 @@ class MainInterface(MethodMixin):
         super().__init__(cfg)
 
 
-class BaseMethod(MainInterface, _HostBase):
-    """Main's BaseMethod."""
-
-
-class MomentumInterface(MomentumMixin, MainInterface):
-    """Mends main's BaseMomentumMethod beside."""
-
-    def teacher_forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The teacher's features ``feats`` of images ``[B, 3, H, W]``, and what a method adds, without gradient."""
-        return self.momentum_forward(X)
-
-
-class BaseMomentumMethod(MomentumInterface, _HostMomentumBase):
-    """Main's BaseMomentumMethod."""
-
-
-class _Linear(_HostLinear):
+class Linear(_HostLinear):
     """Main's LinearModel."""
 
     accuracy_at_k = staticmethod(accuracy_at_k)
@@ -130,32 +111,7 @@ class _Linear(_HostLinear):
         return [*groups, {"name": "classifier", "params": self.classifier.parameters()}]
 
 
-class LinearModel(LinearMixin, _Linear):
-    """Main's LinearModel, mended."""
-
-
-def backbones() -> list[str]:
-    """Names of the backbones: solo-learn's and ours."""
-    return list(_HostBase._BACKBONES)
-
-
-@lru_cache(maxsize=1)
-def native_methods() -> dict[str, type]:
-    """solo-learn's own methods by name, mended."""
-    natives = {}
-    for name, cls in solo.methods.METHODS.items():
-        if name in _NOT_METHODS or not issubclass(cls, _HostBase) or issubclass(cls, MethodMixin):
-            continue
-        interface = MomentumInterface if issubclass(cls, _HostMomentumBase) else MainInterface
-        natives[name] = type(cls.__name__, (interface, cls), {"native": True, "__module__": __name__})
-    return natives
-
-
-def native_options(name: str) -> frozenset[str]:
-    """The ``method_kwargs`` that a native method reads: main declares them nowhere, so its source is searched."""
-    sources = [
-        inspect.getsource(base)
-        for base in native_methods()[name].__mro__
-        if base.__module__.startswith("solo.methods.") and base not in (_HostBase, _HostMomentumBase)
-    ]
-    return frozenset({*re.findall(r"method_kwargs\.(\w+)", "\n".join(sources)), *IGNORED_OPTIONS.get(name, ())})
+def method_options(cls: type) -> list[str]:
+    """Return the ``method_kwargs`` that a native method reads: main declares them nowhere, so search its source."""
+    sources = [inspect.getsource(base) for base in own_classes(cls)]
+    return re.findall(r"method_kwargs\.(\w+)", "\n".join(sources))

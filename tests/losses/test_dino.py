@@ -15,12 +15,8 @@ def _softmax(logits):
 
 
 def _reference_dino(students, teachers, centers, tau_t, tau_s):
-    pairs = [
-        (s, t, c)
-        for v, s in enumerate(students)
-        for u, (t, c) in enumerate(zip(teachers, centers, strict=True))
-        if u != v
-    ]
+    targets = [*enumerate(zip(teachers, centers, strict=True))]
+    pairs = [(s, t, c) for v, s in enumerate(students) for u, (t, c) in targets if u != v]
     losses = [-(_softmax((t - c) / tau_t) * np.log(_softmax(s / tau_s))).sum(1).mean() for s, t, c in pairs]
     return sum(losses) / len(pairs)
 

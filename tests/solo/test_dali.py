@@ -16,7 +16,8 @@ from solo_ext import main_linear, main_pretrain
 from solo_ext.checkpoint import find_checkpoint
 from solo_ext.compat import pl
 from solo_ext.config import parse_pretrain
-from solo_ext.data import EpochSampler, pretrain_images
+from solo_ext.data import pretrain_images
+from solo_ext.loaders import EpochSampler
 from solo_ext.registry import method_class
 from solo_ext.transforms import complete_views
 

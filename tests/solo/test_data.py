@@ -19,15 +19,9 @@ from torchvision.transforms import RandomApply
 from plugins.tools.command import UserError
 from solo_ext.compat import GENERATION
 from solo_ext.config import parse_linear, parse_pretrain
-from solo_ext.data import (
-    EpochSampler,
-    EpochSeeded,
-    image_dataset,
-    linear_images,
-    listing,
-    pretrain_images,
-    split_path,
-)
+from solo_ext.data import linear_images, pretrain_images
+from solo_ext.datasets import image_dataset, listing, split_path
+from solo_ext.loaders import EpochSampler, EpochSeeded
 from solo_ext.transforms import (
     DATASETS,
     complete_views,
@@ -394,7 +388,7 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch):
 def test_a_network_without_an_answer_is_given_up(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.getsockname()[1]}/silence")
-        monkeypatch.setattr("solo_ext.data.DOWNLOAD_TIMEOUT", 0.5)
+        monkeypatch.setattr("solo_ext.datasets.DOWNLOAD_TIMEOUT", 0.5)
         began = time.monotonic()
         with pytest.raises(UserError, match="could not be downloaded"):
             image_dataset("cifar10", str(tmp_path), "pretrain", None, indexed=True, no_labels=False)

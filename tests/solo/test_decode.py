@@ -10,7 +10,7 @@ from PIL import Image
 
 from plugins.tools.command import UserError
 from plugins.tools.images import open_image
-from solo_ext.data import image_dataset
+from solo_ext.datasets import image_dataset
 
 pytestmark = pytest.mark.solo
 

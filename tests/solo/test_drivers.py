@@ -209,7 +209,8 @@ def test_auto_resume_takes_the_same_run_only(compose, tmp_path):
     from omegaconf import OmegaConf
 
     (run / "args.json").write_text(json.dumps(OmegaConf.to_container(cfg, resolve=True)))
-    assert auto_resume(cfg, "isoloss") == run / "a-ep=0.ckpt"
+    path, content = auto_resume(cfg, "isoloss")
+    assert path == run / "a-ep=0.ckpt" and content == {"state_dict": {}}
     others = (
         *("method_kwargs.rho=0.5", "+method_kwargs.iso=false", "momentum.base_tau=0.5", "seed=6"),
         *("optimizer.lr=0.1", "++max_epochs=2", "name=other"),

@@ -171,7 +171,9 @@ def test_p9_without_teacher_the_targets_are_the_projections(compose):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_three_real_steps_move_every_parameter(name, compose):
-    from solo_ext.data import Images, evaluation_transform, image_dataset, pretrain_transform
+    from solo_ext.datasets import image_dataset
+    from solo_ext.loaders import Images
+    from solo_ext.transforms import evaluation_transform, pretrain_transform
 
     cfg = parse_pretrain(compose(name, "scheduler.name=none", "optimizer.lr=0.01"))
     model = method_class(cfg)(cfg)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from solo_ext.checkpoint import find_checkpoint
-from solo_ext.data import evaluation_transform, image_dataset
+from solo_ext.datasets import image_dataset
+from solo_ext.transforms import evaluation_transform
 
 pytestmark = [pytest.mark.solo, pytest.mark.slow, pytest.mark.ddp]
 ROOT = Path(__file__).parents[2]

@@ -165,7 +165,7 @@ def test_json_that_nests_without_end(tmp_path):
 @pytest.mark.solo
 @pytest.mark.parametrize("kind", ["soft", "external", "storage", "broken", "group"])
 def test_hdf5(kind, tmp_path):
-    from solo_ext.data import H5Images
+    from solo_ext.datasets import H5Images
 
     secret = tmp_path / "secret.bin"
     secret.write_bytes(b"12345678")

@@ -298,8 +298,8 @@ def test_apex_is_refused_where_there_is_none(gpu):
             "cannot read 'config.DATA.TRAIN.DATA_PATHS=[/a': a list is [A,B]",
         ),
         (
-            [SIMCLR, "config.CHECKPOINT.DIR=a (b)"],
-            """quote a value that has such signs in it, 'config.CHECKPOINT.DIR="a (""",
+            [SIMCLR, "config.CHECKPOINT.DIR='a (b)"],
+            """quote a value that has such signs in it, 'config.CHECKPOINT.DIR="'a (""",
         ),
         ([SIMCLR, "foo"], "'foo' is no argument: write KEY=VALUE, such as config=NAME"),
         ([SIMCLR, "+config/foo=bar"], "no folder of configurations is named config/foo"),

@@ -1,0 +1,284 @@
+"""Datasets of images: those that torchvision downloads, class folders, flat folders and HDF5 files."""
+
+import io
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from torch.utils.data import Dataset, Subset
+from torchvision.datasets import CIFAR10, CIFAR100, STL10
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from plugins.tools.command import UserError, say
+from plugins.tools.folders import ImageFolder
+from plugins.tools.images import open_image
+from solo_ext.compat import host_data
+from solo_ext.transforms import DATASETS
+
+_DOWNLOADS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}
+DOWNLOADED = tuple(_DOWNLOADS)
+"""Datasets that torchvision fetches; all others are folders with one folder of images for each class."""
+DOWNLOAD_TIMEOUT = 15.0
+"""Seconds without an answer after which a download is given up."""
+PREPARE = {
+    "digits": "python -m plugins.tools.data digits",
+    "tinyimagenet": "python -m plugins.tools.data tinyimagenet --archive tiny-imagenet-200.zip",
+}
+"""The commands that make a dataset's folders."""
+
+
+def hint(dataset: str) -> str:
+    """How to make the folders of a dataset, to be put behind a sentence; empty where we cannot."""
+    return f" (make it with: {PREPARE[dataset]})" if dataset in PREPARE else ""
+
+
+def split_path(dataset: str, path: str, split: str) -> str:
+    """Where a split's images are: ``path``, or ``path/<dataset>/<split>`` if that is a folder.
+
+    implicit-var-reg's ImageNet files give ``./datasets``, the common folder of all datasets, as their path.
+
+    Args:
+        dataset: a key of DATASETS.
+        path: what the configuration gives.
+        split: "train" or "val".
+    """
+    if dataset not in (*DOWNLOADED, "custom"):
+        for name in (dataset, dataset.replace("imagenet100", "imagenet-100")):
+            if (Path(path) / name / split).is_dir():
+                return str(Path(path) / name / split)
+    return path
+
+
+def image_dataset(
+    dataset: str,
+    path: str,
+    split: str,
+    transform: Any,
+    *,
+    indexed: bool,
+    no_labels: bool,
+    data_format: str = "image_folder",
+    fraction: float = -1,
+) -> Dataset:
+    """Open a dataset.
+
+    Args:
+        dataset: a key of DATASETS.
+        path: its folder; CIFAR and STL-10 are downloaded into it where they are missing.
+        split: "pretrain", "train" or "val".
+        transform: of a PIL image.
+        indexed: whether an item starts with its index.
+        no_labels: a flat folder of images (custom data); every label is -1.
+        data_format: "h5" if ``path`` is an HDF5 file, else folders.
+        fraction: of the images to take, the same of each class; all of them unless above 0.
+
+    Raises:
+        UserError: the folder holds no images, or a download fails.
+    """
+    try:
+        if dataset in _DOWNLOADS:
+            found = _downloaded(dataset, path, split, transform)
+        elif data_format == "h5":
+            found = H5Images(path, transform, _subset_classes(dataset))
+        elif no_labels:
+            found = FlatFolder(path, transform)
+        else:
+            found = ImageFolder(path, transform, loader=open_image)
+    except FileNotFoundError as error:
+        raise UserError(f"no images of {dataset} in {path}: {str(error).splitlines()[0]}{hint(dataset)}") from None
+    if dataset not in _DOWNLOADS and not no_labels:
+        _check_classes(dataset, path, found.classes)
+    if 0 < fraction < 1:
+        found = Subset(found, _fraction(found, fraction))
+    return Indexed(found) if indexed else found
+
+
+def _downloaded(dataset: str, path: str, split: str, transform: Any) -> Dataset:
+    """CIFAR or STL-10 from the disk, or else from the network."""
+    cls = _DOWNLOADS[dataset]
+    if dataset == "stl10":
+        choice = {"split": {"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split]}
+    else:
+        choice = {"train": split != "val"}
+    try:
+        return cls(path, **choice, transform=transform)
+    except RuntimeError:
+        pass  # it is not there
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        # several processes may start at once, and one broken download would stop them all
+        with FileLock(Path(path) / f".{dataset}.lock"), _impatient_sockets():
+            return cls(path, **choice, transform=transform, download=True)
+    except (RuntimeError, OSError) as error:
+        reason = f"{dataset} is not in {path} and could not be downloaded ({error})"
+        raise UserError(f"{reason}; put {cls.filename} there, or mend the network") from None
+
+
+@contextmanager
+def _impatient_sockets() -> Iterator[None]:
+    """Give up a connection that does not answer: Python waits without end, the system for minutes."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _subset_classes(dataset: str) -> list[str] | None:
+    """The classes of ImageNet-100, which main takes from an HDF5 file of all ImageNet; 1.0.2 does not list them."""
+    names = Path(host_data.__file__).parent / "dataset_subset" / "imagenet100_classes.txt"
+    return names.read_text().split() if dataset == "imagenet100" and names.is_file() else None
+
+
+def _check_classes(dataset: str, path: str, classes: list[str]) -> None:
+    """Refuse folders that are not the classes of the dataset."""
+    known = DATASETS[dataset].classes
+    if known is not None and len(classes) > known:
+        raise UserError(f"{path} holds {len(classes)} classes, {dataset} has {known}")
+    if known is not None and len(classes) < known:
+        say(f"{path} holds {len(classes)} of the {known} classes of {dataset}")
+    if dataset == "tinyimagenet" and classes == ["images"]:
+        raise UserError(f"the images in {path} are not sorted into class folders{hint(dataset)}")
+
+
+def _fraction(dataset: Dataset, fraction: float) -> list[int]:
+    """The rows that main takes for ``data.fraction``, in its order."""
+    from sklearn.model_selection import train_test_split
+
+    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    rows = list(range(len(dataset)))
+    try:
+        kept, _ = train_test_split(rows, train_size=fraction, stratify=labels, random_state=42)
+    except ValueError as error:
+        raise UserError(f"data.fraction={fraction} cannot be taken of {len(rows)} images: {error}") from None
+    return kept
+
+
+class Indexed(Dataset):
+    """A dataset each item of which starts with its index.
+
+    Args:
+        dataset: what is read.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple:
+        return (index, *self.dataset[index])
+
+
+class FlatFolder(Dataset):
+    """A folder of images without classes, in alphabetical order: solo-learn takes the order of the disk.
+
+    Args:
+        path: the folder.
+        transform: of a PIL image.
+
+    Raises:
+        FileNotFoundError: it holds no images.
+    """
+
+    def __init__(self, path: str, transform: Any) -> None:
+        self.root, self.transform = Path(path), transform
+        self.images = sorted(file.name for file in self.root.iterdir() if file.name.lower().endswith(IMG_EXTENSIONS))
+        if not self.images:
+            raise FileNotFoundError("with data.no_labels the images lie in the folder itself")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(open_image(self.root / self.images[index])), -1
+
+
+class H5Images(Dataset):
+    """Images in an HDF5 file as solo-learn lays it out: a group for each class, in it the bytes of each image file.
+
+    Args:
+        path: the file.
+        transform: of a PIL image.
+        subset: names of the classes to read, if the file has any of them; None: all.
+
+    Raises:
+        UserError: it is no such file.
+    """
+
+    def __init__(self, path: str, transform: Any, subset: list[str] | None = None) -> None:
+        import h5py
+
+        self.path, self.transform = str(path), transform
+        self._file = None
+        try:
+            with h5py.File(self.path) as file:
+                self.classes = sorted(set(file) & set(subset or ())) or sorted(file)
+                for name in self.classes:
+                    _check_link(file, name)
+                self.names = [(name, image) for name in self.classes for image in file[name]]
+        except (OSError, TypeError, KeyError) as error:
+            raise UserError(f"{path} is no HDF5 file with a group of images for each class: {error}") from None
+        rank = {name: index for index, name in enumerate(self.classes)}
+        self.targets = [rank[name] for name, _ in self.names]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        import h5py
+
+        if self._file is None:  # each worker needs its own
+            self._file = h5py.File(self.path)
+        name, image = self.names[index]
+        place = f"{name}/{image} in {self.path}"
+        try:
+            content = io.BytesIO(self._bytes(name, image))
+        except (OSError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{place} cannot be read: {error}") from None
+        opened = open_image(content, place)
+        return self.transform(opened), self.targets[index]
+
+    def _bytes(self, name: str, image: str) -> Any:
+        group = self._file[name]
+        _check_link(group, image)
+        data = group[image]
+        if data.external:
+            raise OSError(f"its bytes are in another file, {data.external[0][0]}")
+        return data[()]
+
+
+def _check_link(group: Any, name: str) -> None:
+    """Refuse a link, which may lead to another file."""
+    import h5py
+
+    if group.get(name, getclass=False, getlink=True).__class__ is not h5py.HardLink:
+        raise OSError(f"{name} is a link, which may lead to another file")
+
+
+def listing(dataset: Dataset) -> tuple[list[str], list[int]]:
+    """Paths and labels of the images of a class folder, a flat folder, or a subset of one."""
+    if isinstance(dataset, Subset):
+        files, labels = listing(dataset.dataset)
+        return [files[row] for row in dataset.indices], [labels[row] for row in dataset.indices]
+    if isinstance(dataset, ImageFolder):
+        return [path for path, _ in dataset.samples], dataset.targets
+    return [str(dataset.root / name) for name in dataset.images], [-1] * len(dataset)
+
+
+def check_same_classes(train: Dataset, val: Dataset | None) -> None:
+    """Refuse class folders that differ: the same number would stand for different classes.
+
+    Raises:
+        UserError: it names folders that only one of the two has.
+    """
+    while isinstance(train, Indexed | Subset):
+        train = train.dataset
+    if isinstance(train, ImageFolder) and isinstance(val, ImageFolder) and train.classes != val.classes:
+        alone = ", ".join(sorted(set(train.classes) ^ set(val.classes))[:5])
+        raise UserError(f"{train.root} and {val.root} have different class folders: only one of them has {alone}")

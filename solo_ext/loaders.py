@@ -1,0 +1,121 @@
+"""Batches in an order that can be repeated.
+
+Which images make a batch, and how each is augmented, depends only on (seed, epoch, index): not on the number of workers
+and not on an interruption. A resumed run therefore sees the same batches as an uninterrupted one.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+from plugins.tools.command import UserError
+from solo_ext.compat import pl
+
+
+class EpochSampler(DistributedSampler):
+    """A new order each epoch, from (seed, epoch) alone, that tells the dataset the epoch: yields epoch·n + index."""
+
+    def __iter__(self) -> Iterator[int]:
+        size = len(self.dataset)
+        return (self.epoch * size + index for index in super().__iter__())
+
+
+class EpochSeeded(Dataset):
+    """Draws the random numbers of an item's augmentation from (seed, epoch, index) alone.
+
+    Args:
+        dataset: what is read.
+        seed: of the run.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int) -> Any:
+        epoch, index = divmod(key, len(self.dataset))
+        seed = hash((self.seed, epoch, index)) & 0x7FFFFFFFFFFFFFFF
+        # not torch.manual_seed, which also prepares every GPU
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        return self.dataset[index]
+
+
+class Images(pl.LightningDataModule):
+    """Training and validation images of one run.
+
+    The loaders are made when Lightning asks, since only then is it known how many processes share the training images.
+
+    Args:
+        train: training images.
+        val: validation images, or None.
+        cfg: the configuration.
+        drop_last: whether the last, smaller batch of an epoch is left out.
+
+    Raises:
+        UserError: there are fewer training images than one batch.
+    """
+
+    def __init__(self, train: Dataset, val: Dataset | None, cfg: DictConfig, *, drop_last: bool) -> None:
+        super().__init__()
+        self.train, self.val, self.cfg, self.drop_last = train, val, cfg, drop_last
+        self.start_epoch = 0
+        """The epoch at which a resumed run begins: its loader fetches before Lightning tells it the epoch."""
+        batch = cfg.optimizer.batch_size * process_count(cfg)
+        if drop_last and len(train) < batch:
+            raise UserError(f"{cfg.data.train_path} holds {len(train)} images, fewer than one batch of {batch}")
+
+    def train_dataloader(self) -> Any:
+        """Batches in an order that repeats."""
+        world, rank = processes()
+        sampler = EpochSampler(self.train, world, rank, shuffle=True, seed=self.cfg.seed, drop_last=self.drop_last)
+        sampler.set_epoch(self.start_epoch)
+        return self.loader(sampler)
+
+    def loader(self, sampler: EpochSampler) -> Any:
+        """The batches of this process, in the sampler's order."""
+        workers = self.cfg.data.num_workers
+        return DataLoader(
+            EpochSeeded(self.train, self.cfg.seed),
+            batch_size=self.cfg.optimizer.batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=self.drop_last,
+            persistent_workers=workers > 0,
+        )
+
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        """All validation images, in order."""
+        if self.val is None:
+            return []
+        world, rank = processes()
+        mine = self.val if world == 1 else Subset(self.val, range(rank, len(self.val), world))
+        return evaluation_loader(mine, self.cfg.optimizer.batch_size, self.cfg.data.num_workers)
+
+
+def process_count(cfg: DictConfig) -> int:
+    """How many processes will share the images, by a configuration whose ``devices`` have been checked."""
+    devices = cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
+    return devices * cfg.get("num_nodes", 1)
+
+
+def processes() -> tuple[int, int]:
+    """How many processes share the images, and which this is."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0
+
+
+def evaluation_loader(dataset: Dataset, batch_size: int, workers: int) -> DataLoader:
+    """A loader in order, the last batch as small as it comes."""
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, persistent_workers=workers > 0)

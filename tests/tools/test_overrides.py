@@ -1,0 +1,45 @@
+"""Overrides come out of Hydra as the user typed them."""
+
+import pytest
+
+pytest.importorskip("hydra")
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from plugins.tools.overrides import parses, quoted
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "runs/ep=9.ckpt",
+        "~/runs",
+        "a b",
+        "a (b)",
+        "it's=1",
+        r"back\slash=1",
+        "ends=\\",
+        r"both\'=1",
+        "{a",
+        "x=[1",
+        "ü=1",
+    ],
+)
+def test_a_path_comes_out_as_typed(value):
+    word = quoted(f"key={value}")
+    if value.startswith("{"):
+        assert word == f"key={value}", "quotes are for values that cannot be lists or sections"
+    else:
+        assert str(OverridesParser.create().parse_override(word).value()) == value
+
+
+@pytest.mark.parametrize(
+    ("value", "read"), [("[~/photos]", ["~/photos"]), ("[/a=b,~/c d, /plain]", ["/a=b", "~/c d", "/plain"]), ("[]", [])]
+)
+def test_paths_of_a_list_come_out_as_typed(value, read):
+    assert OverridesParser.create().parse_override(quoted(f"key={value}")).value() == read
+
+
+@pytest.mark.parametrize("word", ["a=1", "a='x y'", "+a=[1,2]", "~a", "--help", "a=[1", "a='x", "a={b: 1}", "a=1,2"])
+def test_what_needs_no_quotes_or_cannot_be_helped_stays(word):
+    assert quoted(word) == word
+    assert parses(word) == (word not in ("--help", "a=[1", "a='x"))

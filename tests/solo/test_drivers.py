@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from solo_ext.checkpoint import auto_resume, find_checkpoint
 from solo_ext.config import parse_pretrain
 from solo_ext.logs import AppendingCSVLogger
 
-pytestmark = pytest.mark.solo
+pytestmark = [pytest.mark.solo, pytest.mark.usefixtures("tiny")]
 ROOT = Path(__file__).parents[2]
 
 
@@ -29,7 +28,8 @@ def _arguments(digits: Path, out: Path, name: str, *more: str) -> list[str]:
     return [
         *("--config-path", str(ROOT / "configs" / "solo" / "digits"), "--config-name", name),
         *(f"data.train_path={digits / 'train'}", f"data.val_path={digits / 'val'}", f"++checkpoint.dir={out}"),
-        *("optimizer.batch_size=32", "++check_val_every_n_epoch=1", "++checkpoint.frequency=1", *more),
+        *("optimizer.batch_size=32", "++check_val_every_n_epoch=1", "++checkpoint.frequency=1"),
+        *("backbone.name=tiny", *more),
     ]
 
 
@@ -54,7 +54,7 @@ def _refused(main, argv, monkeypatch, capfd) -> str:
 
 @pytest.mark.slow
 def test_pretrain_then_knn_then_linear(digits, tmp_path, monkeypatch, capfd):
-    more = ("max_epochs=2", "++checkpoint.version=v", "seed=3")
+    more = ("max_epochs=2", "++checkpoint.version=v", "seed=3", "backbone.name=resnet18")
     _run(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", *more), monkeypatch)
     run = tmp_path / "isoloss" / "v"
     files = ("args.json", "eigenvalues.csv", "isoloss-digits-v-ep=1.ckpt", "metrics.csv", "pretrain.json")
@@ -89,7 +89,7 @@ def test_pretrain_then_knn_then_linear(digits, tmp_path, monkeypatch, capfd):
     assert len(rows) == 8 and all(0 <= row["acc1"] <= row["acc5"] <= 100 for row in rows)
 
     linear = ("max_epochs=3", "++check_val_every_n_epoch=1", f"pretrained_feature_extractor={run}")
-    more = (*linear, "++checkpoint.version=w")
+    more = (*linear, "++checkpoint.version=w", "backbone.name=resnet18")
     _run(main_linear.main, _arguments(digits, tmp_path, "linear", *more), monkeypatch)
     found = json.loads((tmp_path / "linear" / "w" / "linear.json").read_text())
     assert found["train_images"] == 96 and 0 <= found["acc1"] <= found["best_acc1"] <= 100
@@ -110,7 +110,8 @@ _LARS = [f"++optimizer.kwargs.{entry}" for entry in ("eta=0.02", "clip_lr=true",
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(_NATIVE))
 def test_native_methods_train_resume_and_are_evaluated(method, digits, tmp_path, monkeypatch):
-    """solo-learn's own BYOL and VICReg, options and LARS as in its own files, on digits, on a CPU."""
+    """solo-learn's own BYOL and VICReg, options and LARS as in its own files; VICReg with its own ResNet."""
+    backbone = "backbone.name=resnet18" if method == "vicreg" else "backbone.name=tiny"
     config = (ROOT / "configs" / "solo" / "digits" / "base.yaml").read_text()
     quiet = "defaults: [_self_, {override hydra/hydra_logging: disabled}, {override hydra/job_logging: disabled}]\n"
     config = config.replace("defaults:\n  - teacher: ema\n  - _self_\n", quiet)
@@ -121,7 +122,7 @@ def test_native_methods_train_resume_and_are_evaluated(method, digits, tmp_path,
         argv = _arguments(digits, tmp_path / "out", "native", "max_epochs=2", f"++checkpoint.version={version}", *more)
         argv[1] = str(tmp_path)
         lars = ("optimizer.name=lars", *_LARS)
-        _run(main_pretrain.main, [*argv, "++checkpoint.keep_prev=true", "knn_eval.k=3", *lars], monkeypatch)
+        _run(main_pretrain.main, [*argv, "++checkpoint.keep_prev=true", "knn_eval.k=3", *lars, backbone], monkeypatch)
         return tmp_path / "out" / method / version
 
     whole = train("whole")
@@ -132,7 +133,7 @@ def test_native_methods_train_resume_and_are_evaluated(method, digits, tmp_path,
     states = [torch.load(find_checkpoint(folder), weights_only=True)["state_dict"] for folder in (whole, resumed)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
-    more = (f"pretrained_feature_extractor={whole}", "max_epochs=1", "++check_val_every_n_epoch=1")
+    more = (f"pretrained_feature_extractor={whole}", "max_epochs=1", "++check_val_every_n_epoch=1", backbone)
     argv = _arguments(digits, tmp_path, "linear", *more, "++checkpoint.version=w")
     _run(main_linear.main, argv, monkeypatch)
     assert 0 <= json.loads((tmp_path / "linear" / "w" / "linear.json").read_text())["acc1"] <= 100
@@ -147,28 +148,23 @@ def test_native_methods_train_resume_and_are_evaluated(method, digits, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["isoloss", "ssl_ey"])
-def test_a_killed_run_resumes_to_the_same_weights(method, digits, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_weights(method, new_run, tmp_path):
     """SIGKILL in mid-epoch, then auto-resume: weights, predictor, teacher and logs equal the uninterrupted run's."""
-    more = ("max_epochs=3", "auto_resume.enabled=true", "++checkpoint.version=v", "++data.num_workers=0")
-    _run(main_pretrain.main, _arguments(digits, tmp_path / "whole", method, *more), monkeypatch)
+    more = ("max_epochs=12", "auto_resume.enabled=true", "++data.num_workers=0")
+    whole, cut = (new_run(tmp_path / side) for side in ("whole", "cut"))
+    for run in (whole, cut):
+        run.folder = run.out / method / "v"
+        run.images = f"data.train_path={run.digits / 'train'}"
+    whole(*more, whole.images, config=method)
 
-    argv = _arguments(digits, tmp_path / "cut", method, *more)
-    log = (tmp_path / "log").open("wb")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "solo_ext.main_pretrain", *argv], stdout=log, stderr=log, cwd=ROOT
-    )
-    first = tmp_path / "cut" / method / "v" / f"{method}-digits-v-ep=0.ckpt"
-    deadline = time.monotonic() + 240
-    while not first.is_file():
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-        time.sleep(0.01)
-    time.sleep(0.3)  # into the second epoch
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    stopped_at = int(find_checkpoint(first.parent).stem.rsplit("=", 1)[1])
-    assert stopped_at < 2
+    process = cut.start(*more, cut.images, config=method)
+    cut.wait_for(process, "*-ep=0.ckpt")
+    time.sleep(0.05)  # into the second epoch
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(120)
+    assert int(find_checkpoint(cut.folder).stem.rsplit("=", 1)[1]) < 11
 
-    _run(main_pretrain.main, argv, monkeypatch)
+    assert "resuming after epoch" in cut(*more, cut.images, config=method)
     whole, cut = (torch.load(find_checkpoint(tmp_path / side / method / "v"), weights_only=True) for side in
                   ("whole", "cut"))  # fmt: skip
     assert whole["state_dict"].keys() == cut["state_dict"].keys()
@@ -433,7 +429,7 @@ def test_a_checkpoint_is_fine_tuned_on_a_share_of_the_labels(untrained, digits, 
     assert (summary["finetune"], summary["train_images"]) == (True, 20)
     before = torch.load(find_checkpoint(untrained), weights_only=True)["state_dict"]
     after = torch.load(find_checkpoint(tmp_path / "linear" / "f"), weights_only=True)["state_dict"]
-    convolutions = [key for key in before if key.startswith("backbone.") and "conv" in key]
+    convolutions = [key for key in before if key.startswith("backbone.conv")]
     assert convolutions and all(not torch.equal(before[key], after[key]) for key in convolutions)
 
 

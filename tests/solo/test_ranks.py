@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plugins.methods import METHODS
-from plugins.testing import POOL_SIZE
+from plugins.testing import POOL_SIZE, tiny_backbone
 
 pytestmark = [pytest.mark.solo, pytest.mark.slow, pytest.mark.ddp]
 CONFIGS = Path(__file__).parents[2] / "configs" / "solo" / "digits"
@@ -35,11 +35,6 @@ def _pretrain(comm: Any, rank: int, size: int, digits: str, out: str) -> dict[st
     from solo_ext.compat import pl
     from solo_ext.main_pretrain import pretrain
 
-    def tiny(method: str, **kwargs: Any) -> nn.Module:
-        network = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(2), nn.Flatten())
-        network.num_features = 32
-        return network
-
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             assert trainer.world_size == size
@@ -50,7 +45,7 @@ def _pretrain(comm: Any, rank: int, size: int, digits: str, out: str) -> dict[st
     place.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=1, TORCHELASTIC_RUN_ID="test")  # the group is there already
     before, usual, found = dict(os.environ), logs.callbacks, {}
     os.environ.update({name: str(value) for name, value in place.items()})
-    ARCHITECTURES["tiny"] = tiny
+    ARCHITECTURES["tiny"] = tiny_backbone
     logs.callbacks = lambda cfg: [*usual(cfg), Watch()]
     try:
         for method, spec in METHODS.items():

@@ -19,51 +19,11 @@ from plugins.tools.process import locked_folder
 from solo_ext.checkpoint import find_checkpoint, read_checkpoint
 
 pytestmark = [pytest.mark.solo, pytest.mark.slow]
-ROOT = Path(__file__).parents[2]
-SMALL = ("backbone.name=tiny", "++method_kwargs.proj_hidden_dim=16", "++method_kwargs.proj_output_dim=8")
-
-
-class Run:
-    """Commands of tiny_program, forked from a process that has imported everything; their output."""
-
-    def __init__(self, digits: Path, out: Path) -> None:
-        self.digits, self.out, self.log = digits, out, out / "log"
-        self.folder = out / "isoloss" / "v"
-        out.mkdir(exist_ok=True)
-
-    def start(self, *more: str, kind: str = "pretrain", config: str = "isoloss") -> WarmProcess:
-        argv = [
-            *("-m", "tiny_program", "--config-path", str(ROOT / "configs" / "solo" / "digits")),
-            *("--config-name", config, *(f"data.{split}_path={self.digits / 'val'}" for split in ("train", "val"))),
-            *(f"++checkpoint.dir={self.out}", "optimizer.batch_size=16", "++checkpoint.frequency=1"),
-            *("++check_val_every_n_epoch=1", "++checkpoint.version=v", *(SMALL if config == "isoloss" else ()), *more),
-        ]
-        places = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "solo")))
-        self.log.write_text("")
-        with self.log.open("ab") as log:
-            return WarmProcess(argv, log, {"OMP_NUM_THREADS": "1", "PYTHONPATH": places, "TINY_PROGRAM": kind})
-
-    def __call__(self, *more: str, status: int = 0, **kind: str) -> str:
-        assert self.start(*more, **kind).wait(300) == status, self.log.read_text()
-        return self.log.read_text()
-
-    def wait_for(self, process: WarmProcess, pattern: str) -> None:
-        deadline = time.monotonic() + 300
-        while not list(self.folder.glob(pattern)):
-            assert process.poll() is None and time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.005)
-
-    def said(self, *beginnings: str) -> list[str]:
-        """Lines of the output that begin so; there must be no traceback."""
-        text = self.log.read_text()
-        assert "Traceback" not in text, text
-        return [line for line in text.splitlines() if line.startswith(("error: ", *beginnings))]
 
 
 @pytest.fixture
-def run(digits, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT / "tests" / "solo")  # where tiny_program is
-    return Run(digits, tmp_path / "runs")
+def run(new_run, tmp_path):
+    return new_run(tmp_path / "runs")
 
 
 def test_twenty_kills_lose_no_run(run):
@@ -108,15 +68,14 @@ def _small_disk(folder: Path, size: int) -> bool:
     return subprocess.run(options, capture_output=True, check=False).returncode == 0
 
 
-def test_a_full_disk_keeps_the_checkpoint_of_before(digits, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_checkpoint_of_before(new_run, tmp_path):
     """A file system of its own, of the size of one checkpoint and a half; as ordinary user a limit of file size."""
-    monkeypatch.chdir(ROOT / "tests" / "solo")  # where tiny_program is
-    whole = Run(digits, tmp_path / "whole")
+    whole = new_run(tmp_path / "whole")
     whole("max_epochs=1")
     size = find_checkpoint(whole.folder).stat().st_size
     mounted = _small_disk(tmp_path / "small", size * 3 // 2 + 200_000)
     try:
-        run = Run(digits, tmp_path / "small")
+        run = new_run(tmp_path / "small")
         run("max_epochs=1")
         first = find_checkpoint(run.folder)
         content = first.read_bytes()
@@ -158,7 +117,7 @@ def test_a_stopped_run_ends_with_a_status_and_says_how_to_go_on(number, status, 
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_no_process_of_two_outlives_the_first(number, run, monkeypatch):
+def test_no_process_of_two_outlives_the_first(number, run):
     """SIGTERM: status 143 and one line. SIGKILL: the second process sees that the first is gone."""
     argv = [*("auto_resume.enabled=true", "++devices=2", "++strategy=ddp", "max_epochs=1000")]
     process = run.start(*argv)
@@ -233,7 +192,7 @@ def test_another_run_in_the_folder_is_named(run):
 def test_a_summary_counts_the_epochs_before(run):
     """Linear evaluation: the best accuracy, the time and the metrics of a run that was resumed after its last epoch."""
     run("max_epochs=0")
-    more = (f"pretrained_feature_extractor={run.folder}", "backbone.name=tiny", "++auto_resume.enabled=true")
+    more = (f"pretrained_feature_extractor={run.folder}", "++auto_resume.enabled=true")
     run(*more, "max_epochs=3", kind="linear", config="linear")
     folder = run.out / "linear" / "v"
     first = json.loads((folder / "linear.json").read_text())
@@ -250,10 +209,10 @@ def test_a_summary_counts_the_epochs_before(run):
         assert epochs == 4 or second["acc1"] == first["acc1"]
 
 
-def test_a_run_in_progress_is_not_started_twice(run):
+def test_a_run_in_progress_is_not_started_twice(run, new_run):
     process = run.start("max_epochs=1000", "auto_resume.enabled=true")
     run.wait_for(process, "*-ep=0.ckpt")
-    second = Run(run.digits, run.out)
+    second = new_run(run.out)
     second.log = run.out / "second"
     second("max_epochs=1000", "auto_resume.enabled=true", status=2)
     (error,) = second.said()

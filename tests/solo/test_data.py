@@ -2,7 +2,6 @@
 
 import io
 import socket
-import time
 from functools import partial
 
 import h5py
@@ -385,14 +384,14 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch):
     assert socket.getdefaulttimeout() is None
 
 
+@pytest.mark.timeout(300)
 def test_a_network_without_an_answer_is_given_up(tmp_path, monkeypatch):
+    """The server accepts the connection and never answers: what ends the download is the socket's own limit."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.getsockname()[1]}/silence")
         monkeypatch.setattr("solo_ext.datasets.DOWNLOAD_TIMEOUT", 0.5)
-        began = time.monotonic()
-        with pytest.raises(UserError, match="could not be downloaded"):
+        with pytest.raises(UserError, match=r"could not be downloaded \(.*timed out"):
             image_dataset("cifar10", str(tmp_path), "pretrain", None, indexed=True, no_labels=False)
-        assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("option", ["finetune", "normalized_classifier"])

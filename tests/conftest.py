@@ -25,7 +25,7 @@ def same_environment() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Three processes in one gloo group; see :mod:`plugins.testing`."""
-    with RankPool() as pool:
+    with RankPool(timeout=600) as pool:  # a busy machine imports a framework for minutes
         yield pool
 
 

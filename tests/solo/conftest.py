@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from plugins.experiments.warm import WarmProcess
 from plugins.methods import METHODS
 from plugins.testing import tiny_backbone
-from plugins.tools.warm import WarmProcess
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat import CHECKOUT, GENERATION, host_release
 

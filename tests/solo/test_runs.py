@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from plugins.experiments.warm import WarmProcess
 from plugins.tools.process import locked_folder
 from solo_ext.checkpoint import find_checkpoint, read_checkpoint
 

@@ -37,7 +37,7 @@ def draw(args: argparse.Namespace) -> Path:
     Raises:
         UserError: a path or a checkpoint is wrong, or there are too few images.
     """
-    from solo_ext.umap import check_installed, embed, plot, write_points
+    from plugins.tools.umap import check_installed, embed, plot, write_points
 
     check_installed()
     if args.n_neighbors < 2:

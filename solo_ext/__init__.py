@@ -1,4 +1,4 @@
-"""The methods of ``plugins`` inside solo-learn: its data, training, checkpoints and evaluation, our objectives."""
+"""Train the methods of ``plugins`` with solo-learn's data loading, training loop, checkpoints and evaluation."""
 
 import runpy
 from pathlib import Path

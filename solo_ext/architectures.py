@@ -1,11 +1,11 @@
-"""Backbones that solo-learn lacks: deeper and wider ResNets, ResNeXts, RegNets, all untrained, from torchvision.
+"""Backbones that solo-learn lacks: deeper and wider ResNets, ResNeXts and RegNets of torchvision, untrained.
 
-Each comes without its classifier, with its feature width as ``num_features``. On CIFAR a ResNet gets the stem that
-solo-learn gives its own: a 3×3 convolution of stride 1 and padding 2 (32 pixels become 34) and no max-pool. A RegNet
-keeps its 3×3 stem and loses its stride, so that 32 pixels stay 32.
+The classifier is removed, and ``num_features`` is the width of the features. On CIFAR a ResNet gets the stem of
+solo-learn's own ResNets: a 3×3 convolution of stride 1 and padding 2 (32 pixels become 34) and no max-pool. A RegNet
+keeps its 3×3 stem with stride 1, so that 32 pixels stay 32.
 
-``expanded_resnet18`` and its like are ResNets of any feature width, with the initialisation and the stems of the
-published TinyImageNet code (Dubois et al. 2022, arXiv:2209.06235)::
+``expanded_resnet18``, ``34``, ``50`` and ``101`` are ResNets of any feature width, with the initialisation and the
+stems of the published TinyImageNet code (Dubois et al. 2022, arXiv:2209.06235)::
 
     backbone:
       name: expanded_resnet18
@@ -55,19 +55,19 @@ def _expanded(
     bottleneck: int | None = 512,
     stem: str | None = None,
 ) -> nn.Module:
-    """A ResNet with a representation of any width.
+    """Build a ResNet with a representation of any width.
 
     Args:
         name: a key of ARCHITECTURES.
-        method: name of the method that is trained; no network here depends on it.
+        method: name of the method that is trained; ignored.
         cifar: whether the images have 32 pixels.
-        dim: width of the representation: a multiple of the ResNet's own, which is also the default, or below it.
+        dim: width of the representation: a multiple of the ResNet's own, which is the default, or less.
         bottleneck: inner width of the block that widens it; None makes the block one 1×1 convolution.
         stem: "7x7", or "3x3" with stride 1 for images below 100 pixels, or "cifar", which has no max-pool either. None:
             "cifar" for images of 32 pixels, else "7x7".
 
     Raises:
-        TypeError: a width that cannot be, or an unknown stem.
+        TypeError: the width is not possible, or the stem is unknown.
     """
     network = _EXPANDED[name](weights=None)
     network.num_features = network.fc.in_features
@@ -87,19 +87,19 @@ def _expanded(
 
 
 def _build(name: str, method: str, *, cifar: bool = False, **kwargs: Any) -> nn.Module:
-    """One of the networks.
+    """Build one of torchvision's networks.
 
     Args:
         name: a key of ARCHITECTURES.
-        method: name of the method that is trained; no network here depends on it.
+        method: name of the method that is trained; ignored.
         cifar: whether the images have 32 pixels.
         kwargs: options of torchvision's class, such as ``zero_init_residual``.
 
     Raises:
-        TypeError: it has no such option.
+        TypeError: the network has no such option.
     """
     build, cls = (_RESNETS[name], resnet.ResNet) if name in _RESNETS else (_REGNETS[name], regnet.RegNet)
-    # the classifier goes, and what makes the network this network is fixed
+    # the classifier is removed, and the arguments that define the architecture are fixed
     fixed = {"self", "num_classes", "block", "layers", "block_params", "groups", "width_per_group"}
     known = sorted(set(inspect.signature(cls.__init__).parameters) - fixed)
     for key in kwargs:

@@ -1,4 +1,4 @@
-"""A backbone by name, for the drivers that need no more of a method than that."""
+"""Backbones by name, for the commands that need only the backbone of a method."""
 
 from typing import Any
 
@@ -10,11 +10,16 @@ from solo_ext.compat import BaseMethod
 
 
 def build_backbone(name: str, kwargs: dict[str, Any], dataset: str, crop_size: int) -> nn.Module:
-    """The backbone of a configuration, untrained, as pre-training builds it: without classifier, with a CIFAR stem
-    where the dataset is CIFAR.
+    """Build an untrained backbone as pre-training does: without classifier, on CIFAR with the CIFAR stem.
+
+    Args:
+        name: of the backbone.
+        kwargs: of its constructor.
+        dataset: name of the dataset.
+        crop_size: side of the images, in pixels.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no backbone of that name.
     """
     cfg = {
         "method": "base",

@@ -1,7 +1,7 @@
-"""Checkpoints: where they lie, what they are checked for before training goes on from them.
+"""Checkpoints: their place, how they are written, and the checks before training is resumed from one.
 
-As solo-learn lays them out: ``<checkpoint.dir>/<method>/<version>/<name>-<version>-ep=<epoch>.ckpt`` with the whole
-configuration beside it in args.json. A kill or a full disk leaves the checkpoint of before.
+The layout is solo-learn's: ``<checkpoint.dir>/<method>/<version>/<name>-<version>-ep=<epoch>.ckpt``, and the
+configuration beside it in args.json. After a kill or on a full disk the previous checkpoint is still there.
 """
 
 import glob
@@ -32,7 +32,7 @@ ARGS = "args.json"
 _VERSION = "SOLO_EXT_RUN_VERSION"
 _MARK = "solo_ext"
 
-# What training goes on from: it cannot change in mid-run.
+# Entries that cannot change when training is resumed.
 _STATE = (
     "method",
     "method_kwargs",
@@ -45,7 +45,7 @@ _STATE = (
     "finetune",
     "normalized_classifier",
 )
-# What makes a run the same run beside. Other folders, devices, precision, logging and the like may change.
+# Further entries that identify a run. Folders, devices, precision and logging may change.
 _IDENTITY = (
     *_STATE,
     "name",
@@ -56,26 +56,25 @@ _IDENTITY = (
     *("auto_augment", "mixup", "cutmix", "label_smoothing"),
     *("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "overfit_batches"),
 )
-# Of ``data`` everything but what says how the images are read, evaluated or counted.
+# Entries of ``data`` that do not identify a run: how images are read, evaluated and counted.
 _NOT_OF_IDENTITY = ("dataset", "val_path", "num_workers", "num_classes", "num_large_crops", "num_small_crops")
 
 
 def run_folder(cfg: DictConfig, kind: str) -> Path:
-    """``<checkpoint.dir>/<kind>/<version>``; the version is ``checkpoint.version``, or a new random one.
+    """Return ``<checkpoint.dir>/<kind>/<version>``; the version is ``checkpoint.version``, or a new random one.
 
     Args:
         cfg: the configuration.
         kind: the method's name, or "linear"; ``checkpoint.group`` replaces it.
-
     """
     version = cfg.checkpoint.version or _new_version()
     return Path(cfg.checkpoint.dir) / (cfg.checkpoint.group or kind) / version
 
 
 def _new_version() -> str:
-    """A random name that all processes of a run agree on.
+    """Return a random name that is the same in all processes of a run.
 
-    Those that Lightning starts inherit it, those that SLURM or torchrun start draw it from the number of the job.
+    Processes that Lightning starts inherit it. Those that SLURM or torchrun start draw it from the job's number.
     """
     if not first_process() and _VERSION in os.environ:
         return os.environ[_VERSION]
@@ -88,16 +87,16 @@ def _new_version() -> str:
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """The part of a configuration that makes a run this run, in plain values.
+    """Return the part of a configuration that identifies a run, in plain values.
 
     Args:
-        cfg: before the learning rate is multiplied by the number of devices, which may change.
+        cfg: the configuration, before the learning rate is multiplied by the number of devices, which may change.
     """
     return _identity(OmegaConf.to_container(cfg))
 
 
 def _identity(cfg: dict[str, Any]) -> dict[str, Any]:
-    """The same of a configuration in plain values; None where it lacks an entry."""
+    """Return the identity of a configuration in plain values; None for an entry that is missing."""
     same = {key: cfg.get(key) for key in _IDENTITY}
     data = {key: value for key, value in cfg["data"].items() if key not in _NOT_OF_IDENTITY}
     for holder, key in ((data, "train_path"), (same, "pretrained_feature_extractor")):
@@ -107,7 +106,7 @@ def _identity(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recorded(args: dict[str, Any]) -> dict[str, Any]:
-    """The identity of the run that wrote an args.json; entries that it did not record yet come from the rest of it."""
+    """Return the identity of the run that wrote an args.json; missing entries are taken from its configuration."""
     recorded = args["identity"]
     if "data" in recorded:
         return recorded
@@ -117,12 +116,12 @@ def _recorded(args: dict[str, Any]) -> dict[str, Any]:
         (complete, args, "pretrained_feature_extractor"),
     ):
         if not Path(given.get(key) or "").is_absolute():
-            holder.pop(key, None)  # relative to a folder that is not known any more
+            holder.pop(key, None)  # relative to a working directory that is unknown
     return complete
 
 
 def _contradiction(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first entry in which two identities differ, its full name and both values; None if they are the same run."""
+    """Return the first entry in which two identities differ: its full name and both values; None if they agree."""
     ours = {**ours, "data": dict(ours["data"])}
     for there, here, key in (
         (theirs, ours, "pretrained_feature_extractor"),
@@ -135,27 +134,35 @@ def _contradiction(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, A
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Make a folder, and see whether a file can be written there.
+    """Make a folder, and check that a file can be written there.
+
+    Args:
+        folder: the folder.
+        option: the option that gives the folder, for the message.
 
     Raises:
-        UserError: it cannot; the sentence names the option that says where.
+        UserError: no file can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{option}: nothing can be written to {folder}: {error.strerror}") from None
+        raise UserError(f"{option}: cannot write to {folder}: {error.strerror}") from None
 
 
 def claim_folder(folder: Path, resumed: Path | None) -> ExitStack:
-    """Make a run's folder, and lock it for other processes than those of this run.
+    """Make a run's folder, and lock it against other runs.
+
+    Args:
+        folder: the run's folder.
+        resumed: the checkpoint that training is resumed from, or None.
 
     Returns:
-        What releases the lock when it is closed.
+        An ExitStack that releases the lock when it is closed.
 
     Raises:
-        UserError: it holds a checkpoint and this is not that run resumed, or another process writes to it.
+        UserError: the folder holds a checkpoint and this run does not resume it, or another run writes to it.
     """
     check_writable(folder, "checkpoint.dir")
     with ExitStack() as lock:
@@ -164,41 +171,41 @@ def claim_folder(folder: Path, resumed: Path | None) -> ExitStack:
         held = sorted(folder.glob("*.ckpt"))
         if held and (resumed is None or resumed.resolve().parent != folder.resolve()):
             raise UserError(
-                f"{folder} holds a run already ({held[-1].name}); give another checkpoint.version, delete it, "
-                "or go on from it with auto_resume.enabled=True and the same settings"
+                f"{folder} already holds a run ({held[-1].name}); give another checkpoint.version, delete it, "
+                "or resume it with auto_resume.enabled=True and the same settings"
             )
         return lock.pop_all()
 
 
 class _WholeFiles(WholeFiles, pl.plugins.io.TorchCheckpointIO):
-    """Lightning's way to write checkpoints, with ours of making files."""
+    """Lightning's checkpoint format, written atomically."""
 
 
 class Checkpointer(pl.Callback):
-    """Saves a checkpoint every ``checkpoint.frequency`` epochs and after the last, and args.json at the start.
+    """Save a checkpoint every ``checkpoint.frequency`` epochs and after the last, and args.json at the start.
 
     Args:
         cfg: the configuration.
         folder: the run's folder.
-        resumed: the checkpoint that the run goes on from.
+        resumed: the checkpoint that the run is resumed from, or None.
     """
 
     def __init__(self, cfg: DictConfig, folder: Path, resumed: Path | None = None) -> None:
         self.cfg = cfg
         self.folder = folder
         self.resumed = resumed
-        self._replaced: list[str] = []  # what this run has saved, and the next checkpoint replaces
+        self._replaced: list[str] = []  # checkpoints of this run that the next one replaces
 
     def state_dict(self) -> dict[str, Any]:
-        """Names of the checkpoints that the next one replaces: a resumed run removes those and no others."""
+        """Return the names of the checkpoints that the next one replaces: a resumed run removes only those."""
         return {"replaced": list(self._replaced)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them over."""
+        """Restore these names."""
         self._replaced = list(state_dict["replaced"])
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """Let the trainer write checkpoints that are whole or not there."""
+        """Make the trainer write checkpoints atomically."""
         trainer.strategy.checkpoint_io = _WholeFiles()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -206,14 +213,14 @@ class Checkpointer(pl.Callback):
         self.write_args(trainer)
 
     def write_args(self, trainer: pl.Trainer) -> None:
-        """Write the whole configuration, once and for all processes."""
+        """Write the configuration, from the first process."""
         if trainer.is_global_zero:
             args = OmegaConf.to_container(self.cfg, resolve=True)
             args["wandb_run_id"] = self.folder.name if self.cfg.wandb.enabled else None
             write_json(self.folder / ARGS, args)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Save, if it is time to."""
+        """Save a checkpoint if one is due."""
         epoch = trainer.current_epoch
         if (epoch + 1) % self.cfg.checkpoint.frequency == 0 or epoch + 1 == trainer.max_epochs:
             self.save(trainer, epoch)
@@ -222,12 +229,12 @@ class Checkpointer(pl.Callback):
         return self.folder / f"{self.cfg.name}-{self.folder.name}-ep={epoch}.ckpt"
 
     def save_weights(self, model: torch.nn.Module) -> None:
-        """Write a checkpoint of a network as it is, before any training: weights, and what they are of."""
+        """Write the weights of an untrained network, with the run's identity."""
         content = {"state_dict": model.state_dict(), _MARK: OmegaConf.to_container(self.cfg.identity)}
         save_whole(content, self._path(0))
 
     def save(self, trainer: pl.Trainer, epoch: int) -> None:
-        """Save a checkpoint and, unless ``checkpoint.keep_prev``, remove the one before. All processes take part."""
+        """Save a checkpoint and, unless ``checkpoint.keep_prev``, remove the previous one; call it in all processes."""
         path = self._path(epoch)
         before = [name for name in self._replaced if name != path.name]
         self._replaced = [] if self.cfg.checkpoint.keep_prev else [*before, path.name]
@@ -238,30 +245,30 @@ class Checkpointer(pl.Callback):
             self._replaced = [path.name]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write into the checkpoint what it is of."""
+        """Add the run's identity to the checkpoint."""
         checkpoint[_MARK] = OmegaConf.to_container(self.cfg.identity)
 
     def how_to_go_on(self) -> str:
-        """What a user does after this run was stopped."""
-        # the newest on the disk: the signal may come right after it was written
+        """Return how a user can resume this run after it was stopped."""
+        # from the disk, since the signal may arrive right after a checkpoint was written
         saved = _newest_first(self.folder.glob("*-ep=*.ckpt")) if self.cfg.checkpoint.enabled else []
         last = saved[0] if saved else self.resumed
         if last is None:
-            return "there is no checkpoint yet; run the command again"
+            return "no checkpoint was written yet; run the command again"
         if self.cfg.auto_resume.enabled:
-            return f"run the command again to go on from {last}"
-        return f"add \"++resume_from_checkpoint='{last}'\" to the command to go on"
+            return f"run the same command again to resume from {last}"
+        return f"add \"++resume_from_checkpoint='{last}'\" to the command to resume"
 
 
 def read_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
-    """Load a checkpoint file onto the CPU, tensors and plain values only; code in it is neither run nor kept.
+    """Load tensors and plain values of a checkpoint onto the CPU; code in the file is neither run nor kept.
 
     Args:
         path: the file.
-        to_resume: whether all of it is needed, not the weights alone.
+        to_resume: whether the complete content is needed, not only the weights.
 
     Raises:
-        UserError: it is not there, broken or dangerous, or holds code where all is needed.
+        UserError: the file is missing, broken or dangerous, or contains code although ``to_resume``.
     """
     checkpoint, code = _read(path)
     if to_resume:
@@ -281,7 +288,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
             reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise UserError(f"{path} is no checkpoint of solo-learn: it has no state_dict")
+        raise UserError(f"{path} is not a checkpoint of solo-learn: it has no state_dict")
     return checkpoint, code
 
 
@@ -289,15 +296,15 @@ def _refuse_code(path: Path, code: list[str]) -> None:
     if code:
         raise UserError(
             f"{path} holds code ({code[0]}, …), as solo-learn's own scripts write it: "
-            "its weights can be evaluated, but training cannot go on from it"
+            "its weights can be evaluated, but training cannot be resumed from it"
         )
 
 
 def find_checkpoint(place: str | Path) -> Path:
-    """The checkpoint file at a path, or the newest one in a run's folder that can be read.
+    """Return the checkpoint at a path, or the newest readable one in a run's folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
     place = Path(place)
     if place.is_dir():
@@ -305,7 +312,7 @@ def find_checkpoint(place: str | Path) -> Path:
         if not found:
             raise UserError(f"there is no checkpoint in {place}")
         if len(found) == 1:
-            return found[0]  # there is no other; who reads it names it if it cannot be read
+            return found[0]  # the only one: the caller reports it if it cannot be read
         readable = _first_readable(found)
         return readable[0] if readable else found[0]
     if not place.is_file():
@@ -359,7 +366,7 @@ def check_resumable(path: Path, checkpoint: dict[str, Any], cfg: DictConfig, mod
     try:
         return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     except KeyError:
-        raise UserError(f"{path} holds weights only; training cannot go on from it") from None
+        raise UserError(f"{path} holds weights only; training cannot be resumed from it") from None
 
 
 def auto_resume(cfg: DictConfig, kind: str) -> tuple[Path, dict[str, Any]] | None:
@@ -389,7 +396,7 @@ def auto_resume(cfg: DictConfig, kind: str) -> tuple[Path, dict[str, Any]] | Non
                 ours["max_epochs"] = theirs["max_epochs"]
             other = _contradiction(theirs, ours)
         except (ValueError, KeyError, TypeError):
-            continue  # args.json of something else
+            continue  # args.json of another program
         if other is None:
             found += checkpoints
         elif version is not None:
@@ -411,16 +418,16 @@ def auto_resume(cfg: DictConfig, kind: str) -> tuple[Path, dict[str, Any]] | Non
 
 
 def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Module) -> tuple[Path, Path | None, int]:
-    """Where a run goes on: its folder, the checkpoint or None, and the epochs that lie behind it.
+    """Return where a run continues: its folder, the checkpoint or None, and the number of epochs already trained.
 
     Args:
-        cfg: the configuration: ``resume_from_checkpoint`` names a checkpoint, else ``auto_resume`` may find one.
+        cfg: the configuration. ``resume_from_checkpoint`` names a checkpoint, or ``auto_resume`` looks for one.
         kind: the method's name, or "linear".
-        folder: where the run would write if it began anew.
-        model: what would be trained.
+        folder: the folder of a run that is not resumed.
+        model: the network to be trained.
 
     Raises:
-        UserError: the checkpoint is of something else.
+        UserError: the checkpoint belongs to another method, network or configuration.
     """
     if cfg.resume_from_checkpoint:
         found = Path(cfg.resume_from_checkpoint)
@@ -431,7 +438,7 @@ def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Modul
         return folder, None, 0
     epochs = check_resumable(found, checkpoint, cfg, model)
     if epochs > cfg.max_epochs:
-        raise UserError(f"{found} has {epochs} epochs behind it, more than max_epochs={cfg.max_epochs}")
+        raise UserError(f"{found} was trained for {epochs} epochs, more than max_epochs={cfg.max_epochs}")
     say(f"resuming after epoch {epochs} of {cfg.max_epochs} from {found}")
     return (folder if cfg.checkpoint.version else found.parent), found, epochs
 
@@ -441,14 +448,14 @@ def load_backbone(place: str | Path, backbone: torch.nn.Module) -> None:
 
     Args:
         place: a checkpoint, or the folder of a run.
-        backbone: what it is loaded into.
+        backbone: the network, changed in place.
 
     Raises:
-        UserError: a weight is missing, left over or of another shape.
+        UserError: a weight is missing, unexpected or of another shape.
     """
     path = find_checkpoint(place)
     state = plain_names(read_checkpoint(path)["state_dict"])
-    # 1.0.2 called it encoder
+    # solo-learn 1.0.2 calls the backbone encoder
     weights = {}
     for prefix in ("backbone.", "encoder."):
         weights.update({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})

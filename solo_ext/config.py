@@ -1,7 +1,7 @@
-"""What a configuration is checked for before training starts: its entries, which :mod:`solo_ext.schema` describes, and
-what depends on the files, the machine and other packages.
+"""Validate a configuration before training starts.
 
-The format is that of solo-learn's main branch. What main leaves to an assertion deep inside is one sentence here.
+:mod:`solo_ext.schema` describes the entries; this module checks what depends on files, the machine and other packages.
+The format is that of solo-learn's main branch. An invalid configuration raises a UserError that names all mistakes.
 """
 
 import inspect
@@ -29,17 +29,17 @@ from solo_ext.transforms import CLASSES
 
 
 def parse_pretrain(cfg: DictConfig) -> DictConfig:
-    """Complete and check the configuration of a pre-training.
+    """Complete and validate the configuration of a pre-training.
 
-    ``lr`` and ``classifier_lr`` come out multiplied by (batch size x devices x nodes) / 256, as solo-learn does.
+    ``lr`` and ``classifier_lr`` are multiplied by (batch size × devices × nodes) / 256, as in solo-learn.
 
     Raises:
-        UserError: something is missing or wrong.
+        UserError: the configuration is invalid.
     """
     cfg = complete(_checked(cfg, Pretrain))
     cfg.data.num_large_crops, cfg.data.num_small_crops = large_and_small(cfg.augmentations)
     if cfg.data.val_path is None or cfg.data.no_labels:
-        cfg.knn_eval.enabled = False  # nobody would ask for its answer
+        cfg.knn_eval.enabled = False  # nothing is validated
     cfg.identity = identity(cfg)
     scale = _batch_scale(cfg)
     cfg.optimizer.lr *= scale
@@ -48,7 +48,7 @@ def parse_pretrain(cfg: DictConfig) -> DictConfig:
 
 
 def large_and_small(augmentations: Sequence[Any]) -> tuple[int, int]:
-    """How many large views and how many small crops the entries of ``augmentations`` make of an image.
+    """Return how many large views and how many small crops ``augmentations`` makes of an image.
 
     Raises:
         UserError: small crops come before large views.
@@ -62,10 +62,10 @@ def large_and_small(augmentations: Sequence[Any]) -> tuple[int, int]:
 
 
 def parse_linear(cfg: DictConfig) -> DictConfig:
-    """Complete and check the configuration of a linear evaluation or fine-tuning; ``lr`` is scaled as above.
+    """Complete and validate the configuration of a linear evaluation or fine-tuning; ``lr`` is scaled as above.
 
     Raises:
-        UserError: something is missing or wrong.
+        UserError: the configuration is invalid.
     """
     cfg = _checked(cfg, Linear)
     cfg.identity = identity(cfg)
@@ -74,7 +74,7 @@ def parse_linear(cfg: DictConfig) -> DictConfig:
 
 
 def _checked(cfg: DictConfig, model: type[Run]) -> DictConfig:
-    """The complete configuration. All that is wrong with its entries is named at once, then all else that is wrong."""
+    """Return the complete configuration; report all invalid entries together, then all other mistakes together."""
     referred = set(re.findall(r"\$\{(\w+)", OmegaConf.to_yaml(cfg)))
     try:
         given = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
@@ -96,10 +96,10 @@ def _checked(cfg: DictConfig, model: type[Run]) -> DictConfig:
 
 
 def check_data(cfg: DictConfig) -> None:
-    """Complete ``data`` and ``dali``, and look whether the files are there.
+    """Complete ``data`` and ``dali``, and check that the files exist.
 
     Raises:
-        UserError: something is missing or wrong.
+        UserError: an entry is invalid or a file is missing.
     """
     data = cfg.data
     if data.format != "image_folder" and data.dataset in DOWNLOADED:
@@ -113,16 +113,16 @@ def check_data(cfg: DictConfig) -> None:
             continue
         if data.format == "h5":
             if not Path(data[key]).is_file():
-                raise UserError(f"data.{key} is no file: {data[key]}")
+                raise UserError(f"data.{key} is not a file: {data[key]}")
             continue
         data[key] = split_path(data.dataset, str(data[key]), split)
         if not Path(data[key]).is_dir():
-            raise UserError(f"data.{key} is no folder: {data[key]}{hint(data.dataset)}")
+            raise UserError(f"data.{key} is not a folder: {data[key]}{hint(data.dataset)}")
     data.num_classes = CLASSES.get(data.dataset) or _count_classes(data)
 
 
 def _count_classes(data: DictConfig) -> int:
-    """How many classes custom images have; 1 if none, since solo-learn's classifier needs one."""
+    """Return the number of classes of custom images; 1 without labels, since solo-learn's classifier needs one."""
     if data.no_labels:
         return 1
     if data.format == "h5":
@@ -131,7 +131,7 @@ def _count_classes(data: DictConfig) -> int:
 
 
 def _check_dali(cfg: DictConfig) -> None:
-    """Is there a DALI, and can it run where ``dali.device`` says; without one, it runs where the network does."""
+    """Check that DALI is installed and can use ``dali.device``, by default the device of the network."""
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
@@ -140,16 +140,16 @@ def _check_dali(cfg: DictConfig) -> None:
     default = "gpu" if gpu and cfg.accelerator in ("auto", "gpu", "cuda") else "cpu"
     cfg.dali = {"device": default, "encode_indexes_into_labels": False, **(cfg.get("dali") or {})}
     if cfg.dali.device == "gpu" and not gpu:
-        raise UserError("dali.device is gpu, but there is no GPU here; add ++dali.device=cpu")
+        raise UserError("dali.device is gpu, but this machine has no GPU; add ++dali.device=cpu")
     if cfg.get("auto_augment"):
-        raise UserError("auto_augment is not there in DALI; use data.format=image_folder")
+        raise UserError("auto_augment is not available with DALI; use data.format=image_folder")
 
 
 def device_list(given: Any) -> int | list[int]:
-    """How many devices, or which: ``devices`` as Lightning would read it; "auto" and -1 are all there are.
+    """Return ``devices`` as a number or a list of indexes; "auto" and -1 mean all devices.
 
     Raises:
-        UserError: it is neither a number nor a list.
+        UserError: the value is neither a number nor a list.
     """
     if given in ("auto", -1, "-1"):
         return max(torch.cuda.device_count(), 1)
@@ -185,12 +185,12 @@ def settle_devices(cfg: DictConfig, devices: int | list[int]) -> None:
 def _check_trainer(cfg: DictConfig) -> None:
     settle_devices(cfg, device_list(cfg.devices))
     if cfg.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError("accelerator is gpu, but there is no GPU here; add ++accelerator=cpu to train on the CPU")
+        raise UserError("accelerator is gpu, but this machine has no GPU; add ++accelerator=cpu to train on the CPU")
     if cfg.accelerator == "cpu" and str(cfg.precision).startswith("16"):
-        say("precision 16 needs a GPU: training in 32 bits on the CPU")
+        say("precision 16 needs a GPU; the CPU trains in 32 bits")
         cfg.precision = 32
     if cfg.resume_from_checkpoint is not None and not Path(cfg.resume_from_checkpoint).is_file():
-        raise UserError(f"resume_from_checkpoint is no file: {cfg.resume_from_checkpoint}")
+        raise UserError(f"resume_from_checkpoint is not a file: {cfg.resume_from_checkpoint}")
 
 
 def _check_optimizer(cfg: DictConfig) -> None:

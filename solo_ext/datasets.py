@@ -114,7 +114,7 @@ def _downloaded(dataset: str, path: str, split: str, transform: Any) -> Dataset:
             return cls(path, **choice, transform=transform, download=True)
     except (RuntimeError, OSError) as error:
         reason = f"{dataset} is not in {path} and could not be downloaded ({error})"
-        raise UserError(f"{reason}; put {cls.filename} there, or mend the network") from None
+        raise UserError(f"{reason}; put {cls.filename} there, or repair the network connection") from None
 
 
 @contextmanager
@@ -154,7 +154,7 @@ def _fraction(dataset: Dataset, fraction: float) -> list[int]:
     try:
         kept, _ = train_test_split(rows, train_size=fraction, stratify=labels, random_state=42)
     except ValueError as error:
-        raise UserError(f"data.fraction={fraction} cannot be taken of {len(rows)} images: {error}") from None
+        raise UserError(f"data.fraction={fraction} is not possible with {len(rows)} images: {error}") from None
     return kept
 
 
@@ -223,7 +223,7 @@ class H5Images(Dataset):
                     _check_link(file, name)
                 self.names = [(name, image) for name in self.classes for image in file[name]]
         except (OSError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is no HDF5 file with a group of images for each class: {error}") from None
+            raise UserError(f"{path} is not an HDF5 file with a group of images for each class: {error}") from None
         rank = {name: index for index, name in enumerate(self.classes)}
         self.targets = [rank[name] for name, _ in self.names]
 

@@ -63,11 +63,11 @@ def read_run(folder: Path) -> Run:
         folder: of the run.
 
     Raises:
-        UserError: it is no folder of a run.
+        UserError: it is not the folder of a run.
     """
     path = folder / ARGS
     if not path.is_file():
-        raise UserError(f"{folder} is no folder of a run: it has no {ARGS}")
+        raise UserError(f"{folder} is not the folder of a run: it has no {ARGS}")
     try:
         config = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
@@ -181,9 +181,9 @@ def open_images(args: argparse.Namespace, run: Run, *, need_labels: bool) -> dic
     for split, path in paths.items():
         if args.data_format == "h5" and not downloaded:
             if not Path(path).is_file():
-                raise UserError(f"--{split}_data_path is no file: {path}")
+                raise UserError(f"--{split}_data_path is not a file: {path}")
         elif not downloaded and not Path(path).is_dir():
-            raise UserError(f"--{split}_data_path is no folder: {path}{hint(args.dataset)}")
+            raise UserError(f"--{split}_data_path is not a folder: {path}{hint(args.dataset)}")
     flat_will_do = args.dataset == "custom" and args.data_format != "h5" and not need_labels
     found = {}
     for split, path in paths.items():

@@ -49,7 +49,7 @@ def check_hydra(folder: Path, name: str, words: Sequence[str]) -> None:
         with initialize_config_dir(str(folder), version_base="1.2"):
             section = compose(name, overrides=overrides, return_hydra_config=True).hydra
     except YAMLError as error:
-        raise UserError(f"{folder / name} is no plain YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{folder / name} is not plain YAML: {' '.join(str(error).split())}") from None
     except Exception:  # Hydra meets it too, before it acts, and the command reports it
         return
     finally:

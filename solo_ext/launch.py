@@ -46,7 +46,7 @@ def config_folder(given: str) -> Path:
     for place in places:
         if place.is_dir():
             return place.resolve()
-    raise UserError(f"--config-path is no folder: {given}")
+    raise UserError(f"--config-path is not a folder: {given}")
 
 
 def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> None:
@@ -130,15 +130,15 @@ def check_file(path: Path, *, whole: bool = True) -> None:
         content = yaml.safe_load(text)
         OmegaConf.create(content if isinstance(content, list) else text)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from None
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{path} is no valid YAML: {problem}{place}") from None
+        raise UserError(f"{path} is not valid YAML: {problem}{place}") from None
     except (OmegaConfBaseException, RecursionError, AssertionError) as error:
         problem = (str(error) or "it holds no entries").splitlines()[0][:200]
-        raise UserError(f"{path} is no configuration: {problem}") from None
+        raise UserError(f"{path} is not a configuration: {problem}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if whole and not isinstance(content, dict):
@@ -176,7 +176,7 @@ def refused(what: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, AssertionError, OmegaConfBaseException) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{what} refuses the configuration: {reason}") from error
+        raise UserError(f"{what} does not accept the configuration: {reason}") from error
 
 
 def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Any]) -> Any:
@@ -202,7 +202,7 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Any]) -> 
     try:
         return pl.Trainer(**given)
     except (TypeError, ValueError, ImportError, pl.utilities.exceptions.MisconfigurationException) as error:
-        raise UserError(f"the trainer refuses the configuration: {error}") from None
+        raise UserError(f"Lightning's Trainer does not accept the configuration: {error}") from None
 
 
 def seed_everything(seed: int) -> None:

@@ -69,7 +69,7 @@ def evaluate(cfg: DictConfig) -> Path:
     folder, resumed, images.start_epoch = resume_point(cfg, "linear", run_folder(cfg, "linear"), model)
     # a run that was killed before its summary has that yet to write
     if images.start_epoch == cfg.max_epochs and (folder / "linear.json").is_file():
-        say(f"{resumed} is of a finished run of {images.start_epoch} epochs: nothing to train")
+        say(f"{resumed} belongs to a finished run of {images.start_epoch} epochs: there is nothing left to train")
         return folder
     lock = claim_folder(folder, resumed)
     best, totals, checkpointer = BestAccuracy(), Totals(), Checkpointer(cfg, folder, resumed)

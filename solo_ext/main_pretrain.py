@@ -65,7 +65,7 @@ def pretrain(cfg: DictConfig) -> Path:
         folder, resumed, images.start_epoch = resume_point(cfg, cfg.method, folder, model)
         # a run that was killed before its summary has that yet to write
         if images.start_epoch == cfg.max_epochs and (folder / "pretrain.json").is_file():
-            say(f"{resumed} is of a finished run of {images.start_epoch} epochs: nothing to train")
+            say(f"{resumed} belongs to a finished run of {images.start_epoch} epochs: there is nothing left to train")
             return folder
     lock = claim_folder(folder, resumed)
 

@@ -82,7 +82,9 @@ def method_class(cfg: DictConfig) -> type:
                 )
         _check_native_crops(name, cfg)
         if cfg.get("accumulate", "mean") != "mean":
-            raise UserError(f"accumulate={cfg.accumulate} is for our methods, {name} is solo-learn's own; use mean")
+            raise UserError(
+                f"accumulate={cfg.accumulate} is not available for {name}, a method of solo-learn; use mean"
+            )
         return natives[name]
     try:
         plugins[name].spec.check_views(cfg.data.num_large_crops, cfg.data.num_small_crops)
@@ -98,7 +100,7 @@ def _check_native_crops(name: str, cfg: DictConfig) -> None:
         raise UserError(f"solo-learn's method {name} compares two large crops, the augmentations make {large}")
     if small and name not in MULTICROP:
         raise UserError(
-            f"method {name} of solo-learn {host_release()} takes no small crops, the augmentations make {small}"
+            f"method {name} of solo-learn {host_release()} does not accept small crops, the augmentations make {small}"
         )
 
 

@@ -499,7 +499,7 @@ def _sorted_out(value: Any, place: tuple[Any, ...], mistakes: list[str]) -> Any:
         kept = {}
         for key, entry in value.items():
             if isinstance(entry, str) and entry == "???":
-                mistakes.append(f"the configuration lacks {_path((*place, key))}")
+                mistakes.append(f"the configuration needs a value for {_path((*place, key))}")
             else:
                 kept[key] = None if entry == "None" else _sorted_out(entry, (*place, key), mistakes)
         return kept
@@ -583,7 +583,7 @@ def _sentence(model: type[Section], given: Any, error: Mapping[str, Any], furthe
     path = _path(place[:depth])
     assert field is not None, error
     if kind == "missing" or (field.is_required() and value in (None, "", [])):
-        return f"the configuration lacks {path}"
+        return f"the configuration needs a value for {path}"
     if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) > 2:
         return f"unknown {path} {value!r}; choose from {', '.join(get_args(field.annotation))}"
     return f"{path} must be {words(field)}, got {value!r}"

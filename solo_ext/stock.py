@@ -99,7 +99,7 @@ def _find_folders(data: DictConfig) -> None:
     for key, split in (("train_path", "train"), ("val_path", "val")):
         data[key] = split_path(data.dataset, str(data.get(key)), split)
         if not Path(data[key]).is_dir():
-            raise UserError(f"data.{key} is no folder: {data[key]}{hint(data.dataset)}")
+            raise UserError(f"data.{key} is not a folder: {data[key]}{hint(data.dataset)}")
 
 
 def _replace(module: ModuleType, name: str, instead: Callable) -> None:
@@ -128,7 +128,7 @@ def activate() -> None:
         UserError: solo-learn 1.0.2 is loaded, which has no such scripts.
     """
     if GENERATION != "main":
-        raise UserError(f"solo-learn 1.0.2 has no scripts to extend; let {CHECKOUT} name a checkout of its main branch")
+        raise UserError(f"solo-learn 1.0.2 has no scripts to extend; set {CHECKOUT} to a checkout of its main branch")
     import solo.args.linear
     import solo.args.pretrain
     import solo.data.classification_dataloader as classification

@@ -328,8 +328,8 @@ def unknown_backbone(name: str, known: list[str]) -> UserError:
 def needs_main(what: str, release: str) -> UserError:
     """What to raise for something that solo-learn's main branch has and this release has not."""
     return UserError(
-        f"{what} is one of solo-learn's main branch; this is solo-learn {release}. "
-        f"Let {CHECKOUT} name the folder of a checkout of main"
+        f"{what} needs solo-learn's main branch; this is solo-learn {release}. "
+        f"Set {CHECKOUT} to the folder of a checkout of main"
     )
 
 

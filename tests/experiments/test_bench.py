@@ -65,7 +65,7 @@ def test_command_leaves_out_what_does_not_fit(capsys):
         (["step", "--method", "isolos"], "no method matches 'isolos'; there are byol, cissl, directcopy"),
         (["step", "--method", "isoloss", "--backbone", "resnet1"], "there is no backbone 'resnet1'"),
         (["step", "--method", "isoloss", "optimizer"], "optimizer"),
-        (["step", "--configs", "nowhere"], "--config-path is no folder: nowhere"),
+        (["step", "--configs", "nowhere"], "--config-path is not a folder: nowhere"),
         (["everything"], "invalid choice"),
         ([], "required: COMMAND"),
     ],

@@ -340,7 +340,7 @@ def test_a_mistake_is_one_sentence(more, sentence, compose):
 
 def test_no_gpu_is_one_sentence(compose, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"dali.device is gpu, but there is no GPU here; add \+\+dali.device=cpu"):
+    with pytest.raises(UserError, match=r"dali.device is gpu, but this machine has no GPU; add \+\+dali.device=cpu"):
         parse_pretrain(compose("isoloss", "data.format=dali", "++dali.device=gpu"))
     assert parse_pretrain(compose("isoloss", "data.format=dali")).dali.device == "cpu"
 

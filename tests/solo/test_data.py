@@ -152,7 +152,7 @@ def test_the_steps_come_in_mains_order():
             {"color_jitter": {"prob": 1, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.6}},
             r"hue must be in \[0, 0.5\]",
         ),
-        ({"rrc": None}, r"lacks augmentations\[0\].rrc"),
+        ({"rrc": None}, r"needs a value for augmentations\[0\].rrc"),
         ({"rrc": {"enabled": True, "crop_min_scale": 0.5, "crop_max_scale": 0.2}}, "not above crop_max_scale"),
         ({"rrc": {"enabled": True, "crop_min_scale": 0.5}}, r"crop_max_scale must be in \[0, 1\], got None"),
         ({"crop_size": 0}, r"crop_size must be a whole number in \[1, 16384\], got 0"),
@@ -312,7 +312,7 @@ def test_the_common_folder_of_all_datasets_is_understood(tmp_path, compose):
         (("data.no_labels=true",), "data.no_labels is for data.dataset=custom"),
         (("data.num_workers=-1",), r"data.num_workers must be a whole number in \[0, 1024\], got -1"),
         (("data.format=h5", "data.dataset=cifar10"), "data.format=h5 needs image files, cifar10 has none"),
-        (("data.format=h5", "data.train_path=nowhere.h5"), "data.train_path is no file: nowhere.h5"),
+        (("data.format=h5", "data.train_path=nowhere.h5"), "data.train_path is not a file: nowhere.h5"),
         (
             ("data.dataset=tinyimagenet", "data.train_path=nowhere"),
             r"no folder: nowhere \(make it with: python -m plugins.tools.data tinyimagenet --archive",
@@ -342,7 +342,7 @@ def test_an_hdf5_file_is_a_folder_of_classes(tmp_path):
     found = image_dataset("custom", path, "train", lambda image: image, indexed=True, no_labels=False, data_format="h5")
     colours = [(index, label, image.getpixel((3, 3))) for index, image, label in (found[row] for row in range(8))]
     assert colours[0] == (0, 0, (20, 0, 0)) and colours[5] == (5, 1, (0, 10, 0))  # cat before dog
-    with pytest.raises(UserError, match=r"is no HDF5 file with a group of images for each class"):
+    with pytest.raises(UserError, match=r"is not an HDF5 file with a group of images for each class"):
         (tmp_path / "b.h5").write_text("no")
         image_dataset("custom", str(tmp_path / "b.h5"), "train", None, indexed=True, no_labels=False, data_format="h5")
 

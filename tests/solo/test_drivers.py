@@ -235,14 +235,14 @@ _REFUSED = {
     "unknown method": (["method=isolos"], "unknown method 'isolos'; choose from"),
     "misspelt option": (["+method_kwargs.alhpa=1"], "method isoloss has no option 'alhpa'; it knows"),
     "wrong value": (["+method_kwargs.mode=both"], "mode must be one of sequential, pooled, got 'both'"),
-    "missing data": (["data.train_path=nowhere/train"], "data.train_path is no folder: nowhere/train"),
+    "missing data": (["data.train_path=nowhere/train"], "data.train_path is not a folder: nowhere/train"),
     "batch of one": (["optimizer.batch_size=1"], "optimizer.batch_size must be a whole number, at least 2, got 1"),
     "too few images": (["optimizer.batch_size=512"], "holds 96 images, fewer than one batch of 512"),
     "unknown dataset": (["data.dataset=digit"], "unknown data.dataset 'digit'; choose from cifar10,"),
     "unknown backbone": (["backbone.name=resnet19"], "there is no backbone 'resnet19' in this solo-learn; it has "),
     "unknown optimizer": (["optimizer.name=lamb"], "unknown optimizer.name 'lamb'; choose from sgd,"),
     "misspelt optimizer option": (["+optimizer.kwargs.momentm=1"], "optimizer adamw has no option 'momentm'"),
-    "no checkpoint": (["+resume_from_checkpoint=a.ckpt"], "resume_from_checkpoint is no file: a.ckpt"),
+    "no checkpoint": (["+resume_from_checkpoint=a.ckpt"], "resume_from_checkpoint is not a file: a.ckpt"),
     "unknown format": (["data.format=lmdb"], "unknown data.format 'lmdb'; choose from image_folder, dali, h5"),
 }
 
@@ -259,14 +259,14 @@ def test_no_gpu_is_one_sentence(digits, tmp_path, monkeypatch, capfd):
     if torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = _refused(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", "accelerator=gpu"), monkeypatch, capfd)
-    assert "there is no GPU here; add ++accelerator=cpu" in said
+    assert "this machine has no GPU; add ++accelerator=cpu" in said
 
 
 def test_unknown_configuration_names_the_known(monkeypatch, capfd):
     argv = ["--config-path", str(ROOT / "configs/solo/digits"), "--config-name", "nothing"]
     assert "there is no configuration 'nothing'" in _refused(main_pretrain.main, argv, monkeypatch, capfd)
     argv = ["--config-path", "no/where", "--config-name", "nothing"]
-    assert "--config-path is no folder: no/where" in _refused(main_pretrain.main, argv, monkeypatch, capfd)
+    assert "--config-path is not a folder: no/where" in _refused(main_pretrain.main, argv, monkeypatch, capfd)
 
 
 def test_help(monkeypatch, capfd):
@@ -325,7 +325,7 @@ def test_knn_refuses_a_folder_that_is_no_run(tmp_path, monkeypatch, capfd):
         *("--pretrained_checkpoint_dir", str(tmp_path), "--dataset", "digits"),
         *("--train_data_path", "x", "--val_data_path", "x"),
     ]
-    assert "is no folder of a run: it has no args.json" in _refused(main_knn.main, argv, monkeypatch, capfd)
+    assert "is not the folder of a run: it has no args.json" in _refused(main_knn.main, argv, monkeypatch, capfd)
 
 
 # what users do
@@ -371,7 +371,7 @@ def test_a_run_can_be_made_longer_and_its_folder_is_safe(digits, tmp_path, monke
     checkpoint_copy = tmp_path / "copy.ckpt"
     checkpoint_copy.write_bytes(checkpoint.read_bytes())
     argv = _arguments(digits, tmp_path, "isoloss", "max_epochs=3", *common)
-    assert "holds a run already" in _refused(main_pretrain.main, argv, monkeypatch, capfd)
+    assert "already holds a run" in _refused(main_pretrain.main, argv, monkeypatch, capfd)
 
     resume = f"++resume_from_checkpoint='{checkpoint}'"
     said = _refused(main_pretrain.main, [*argv, resume, "optimizer.lr=0.5"], monkeypatch, capfd)
@@ -436,7 +436,7 @@ def test_a_checkpoint_is_fine_tuned_on_a_share_of_the_labels(untrained, digits, 
 _REFUSED_TOO = {
     "three views": (["augmentations.0.num_crops=3"], "compares 2 views of one size, the augmentations make 3 large"),
     "native option": (["method=vicreg", "+method_kwargs.sim_loss_wieght=3"], "vicreg has no option"),
-    "no path": (["data.train_path=null"], "the configuration lacks data.train_path"),
+    "no path": (["data.train_path=null"], "the configuration needs a value for data.train_path"),
     "a word for a number": (["optimizer.batch_size=many"], "optimizer.batch_size must be a whole number"),
     "negative power": (["+method_kwargs.alpha=-1.0"], "alpha must be in [0, inf), got -1.0"),
     "momentum above 1": (["momentum.base_tau=2"], "momentum.base_tau must be in [0, 1], got 2"),
@@ -446,7 +446,7 @@ _REFUSED_TOO = {
     "no section": (["scheduler=null"], "scheduler must be a section with entries of its own, got None"),
     "no section either": (["++auto_resume=true"], "auto_resume must be a section"),
     "a number for options": (["++optimizer.kwargs=3"], "optimizer.kwargs must be a section"),
-    "an option's kind": (["++optimizer.kwargs.betas=5"], "the optimizer refuses the configuration"),
+    "an option's kind": (["++optimizer.kwargs.betas=5"], "the optimizer does not accept the configuration"),
     "neither true nor false": (
         ["++momentum.classifier=maybe"],
         "momentum.classifier must be true or false, got 'maybe'",
@@ -465,7 +465,7 @@ _REFUSED_TOO = {
     ),
     "misspelt entry": (["max_epoch=3"], "Could not override 'max_epoch'. To append to your config use +max_epoch=3"),
     "no override": (["optimizer.lr=[1"], "optimizer.lr=[1: no viable alternative at input '[1'"),
-    "unwritable": (["++checkpoint.dir=/dev/null/x"], "checkpoint.dir: nothing can be written to /dev/null/x"),
+    "unwritable": (["++checkpoint.dir=/dev/null/x"], "checkpoint.dir: cannot write to /dev/null/x"),
 }
 
 

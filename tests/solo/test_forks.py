@@ -278,7 +278,7 @@ def test_learning_rates_grow_with_batch_devices_and_accumulation(composed):
 
 def test_a_machine_without_gpu_or_data_is_told_so_in_one_sentence(scripts, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    missing = "error: data.train_path is no folder: ./datasets"
+    missing = "error: data.train_path is not a folder: ./datasets"
     cases = [((), missing)]
     if not torch.cuda.is_available():
         (tmp_path / "here" / "0").mkdir(parents=True)

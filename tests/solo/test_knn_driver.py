@@ -241,7 +241,7 @@ def _without_checkpoint(run: Path, tmp_path: Path) -> None:
 
 _FOLDERS = {
     "there is no checkpoint in": _without_checkpoint,
-    "is no folder of a run: it has no args.json": lambda run, tmp_path: None,
+    "is not the folder of a run: it has no args.json": lambda run, tmp_path: None,
     "args.json is broken": lambda run, tmp_path: (tmp_path / "args.json").write_text("{"),
     "names no backbone and no data": lambda run, tmp_path: (tmp_path / "args.json").write_text('{"a": 1}'),
     "names no backbone": lambda run, tmp_path: (tmp_path / "args.json").write_text('{"dataset": "custom"}'),
@@ -256,10 +256,10 @@ def test_folders_that_are_no_runs(sentence, run, digits, tmp_path):
 
 
 _OPTIONS = {
-    "is no folder of a run": ("--pretrained_checkpoint_dir", "nowhere"),
+    "is not the folder of a run": ("--pretrained_checkpoint_dir", "nowhere"),
     "unknown --dataset 'digit'; choose from": ("--dataset", "digit"),
-    "--train_data_path is no folder: nowhere": ("--train_data_path", "nowhere"),
-    "--val_data_path is no file: nowhere": (
+    "--train_data_path is not a folder: nowhere": ("--train_data_path", "nowhere"),
+    "--val_data_path is not a file: nowhere": (
         "--data_format",
         "h5",
         "--train_data_path",

@@ -181,7 +181,7 @@ def test_native_method_of_1_0_2_trains_from_mains_file(file, of_1_0_2):
 def test_1_0_2_says_what_only_main_has(of_1_0_2):
     _, ended = of_1_0_2
     assert len(_OF_1_0_2) == 14
-    needs = "is one of solo-learn's main branch; this is solo-learn 1.0.2. Let SOLO_LEARN_CHECKOUT name"
+    needs = "needs solo-learn's main branch; this is solo-learn 1.0.2. Set SOLO_LEARN_CHECKOUT to"
     lacking = {file: f"method {_method(file)}" for file in FILES if _method(file) in MAIN_ONLY}
     lacking.update({name: f"backbone {name}" for name in ended if name not in FILES})
     for name, what in lacking.items():
@@ -189,4 +189,4 @@ def test_1_0_2_says_what_only_main_has(of_1_0_2):
         assert status == 2, said
         assert f"error: {what} {needs}" in said and "Traceback" not in said
     status, said = ended["cifar-multicrop/swav.yaml"]
-    assert status == 2 and "error: method swav of solo-learn 1.0.2 takes no small crops" in said
+    assert status == 2 and "error: method swav of solo-learn 1.0.2 does not accept small crops" in said

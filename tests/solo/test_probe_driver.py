@@ -90,7 +90,7 @@ def test_missing_paths_are_refused(run, digits, tmp_path):
     with pytest.raises(UserError, match="--config is no file"):
         main_probe.evaluate(_arguments(run, digits, tmp_path / "none.yaml"))
     file = _file(tmp_path, {**SHARED, "probes": [LINEAR]})
-    with pytest.raises(UserError, match="is no folder of a run"):
+    with pytest.raises(UserError, match="is not the folder of a run"):
         main_probe.evaluate(_arguments(tmp_path, digits, file))
-    with pytest.raises(UserError, match="--train_data_path is no folder"):
+    with pytest.raises(UserError, match="--train_data_path is not a folder"):
         main_probe.evaluate(_arguments(run, tmp_path, file))

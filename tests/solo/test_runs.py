@@ -107,7 +107,7 @@ def test_a_stopped_run_ends_with_a_status_and_says_how_to_go_on(number, status, 
     (error,) = run.said("stopped by ")
     newest = find_checkpoint(run.folder)
     assert error == (
-        f"stopped by {number.name} before the end; add \"++resume_from_checkpoint='{newest}'\" to the command to go on"
+        f"stopped by {number.name} before the end; add \"++resume_from_checkpoint='{newest}'\" to the command to resume"
     )
     done = int(newest.stem.rpartition("=")[2]) + 1
     more = (f"++resume_from_checkpoint='{newest}'", f"max_epochs={done + 1}")
@@ -128,7 +128,7 @@ def test_no_process_of_two_outlives_the_first(number, run):
     if number == signal.SIGTERM:
         (error,) = run.said("stopped by ")
         newest = find_checkpoint(run.folder)
-        assert error == f"stopped by SIGTERM before the end; run the command again to go on from {newest}"
+        assert error == f"stopped by SIGTERM before the end; run the same command again to resume from {newest}"
     deadline = time.monotonic() + 120
     while alive := [pid for pid in children if _runs(pid)]:
         assert time.monotonic() < deadline, f"{alive} still run"
@@ -185,7 +185,7 @@ def test_another_run_in_the_folder_is_named(run):
     run("max_epochs=2", "auto_resume.enabled=true", shares[1], status=2)
     assert "data.fraction is -1 there, 0.5 here" in run.log.read_text()
     assert "resuming after epoch 1 of 2" in run("max_epochs=2", "auto_resume.enabled=true")
-    assert "nothing to train" in run("max_epochs=2", "auto_resume.enabled=true")
+    assert "nothing left to train" in run("max_epochs=2", "auto_resume.enabled=true")
 
 
 def test_a_summary_counts_the_epochs_before(run):

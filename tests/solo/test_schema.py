@@ -43,7 +43,7 @@ def test_all_mistakes_are_named_at_once(compose):
     with pytest.raises(UserError) as refused:
         parse_pretrain(compose("isoloss", *more))
     said = [line.strip() for line in str(refused.value).splitlines()]
-    assert len(said) == 4 and "the configuration lacks method" in said
+    assert len(said) == 4 and "the configuration needs a value for method" in said
     assert "optimizer.lr must be a number, at least 0, got -1" in said
 
 
@@ -63,8 +63,8 @@ def test_every_entry_has_a_meaning_and_the_table_is_up_to_date():
 
 
 _BROKEN = {
-    "syntax": (b"a: [1\nb: }", "is no valid YAML: expected ',' or ']'"),
-    "bytes": (b"name: \xff", "is no text in UTF-8"),
+    "syntax": (b"a: [1\nb: }", "is not valid YAML: expected ',' or ']'"),
+    "bytes": (b"name: \xff", "is not UTF-8 text"),
     "empty": (b"# nothing\n", "is empty; a configuration has entries"),
     "list": (b"- 1\n", "holds a list; a configuration has entries"),
     "defaults": (b"defaults: 5\na: 1", "defaults must be a list"),

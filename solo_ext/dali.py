@@ -1,22 +1,22 @@
 """Training images through NVIDIA DALI (``data.format: dali``), the same for both generations of solo-learn.
 
-DALI does the work; the few lines that tell it what to do are ours and not the host's, for these reasons:
+The pipelines are ours and not the host's, for these reasons:
 
-* the host's pipelines need a GPU: ``device_id`` is a number in them, which on a CPU must be None;
-* the host's order of images is DALI's, which no seed changes, and starts anew when a run is resumed;
-* the host's iterator is reset at each epoch's end, after which Lightning skipped every second epoch;
-* 1.0.2 computes every random step for every image and then throws half of them away; both blur with a kernel of 23
-  pixels whatever the width of the blur. On a CPU that makes DALI slower than the ordinary loader.
+* the host's pipelines need a GPU: their ``device_id`` is a number, which must be None on a CPU;
+* the host uses DALI's order of images, which ignores the seed and restarts when a run is resumed;
+* the host's iterator is reset at the end of each epoch, after which Lightning skips every second epoch;
+* 1.0.2 computes every random step for every image and discards half of the results, and both generations blur with a
+  kernel of 23 pixels for every width. On a CPU that makes DALI slower than the ordinary loader.
 
-So each epoch gets a pipeline of its own, which reads just the files of that epoch, in the order in which the ordinary
-loader takes them, and draws from a seed made of (run's seed, epoch, process). Building one takes a tenth of a second,
-2 s for the 1.28 million files of ImageNet. What follows: the same images make a batch with either format; labels and
-indexes are always right, so that ``dali.encode_indexes_into_labels`` has nothing to add; and a resumed run on the CPU
-sees the very bytes that an uninterrupted one sees, with any ``data.num_workers``, as long as it has as many processes.
-On a GPU order, labels and random draws repeat, too, and the pixels as far as the GPU's decoder does.
+Each epoch has its own pipeline, which reads the files of that epoch in the order of the ordinary loader and uses a seed
+made from (seed of the run, epoch, rank). Building it takes 0.1 s, or 2 s for the 1.28 million files of ImageNet.
+Therefore both formats put the same images into a batch; labels and indexes are always correct, with or without
+``dali.encode_indexes_into_labels``; and a resumed run on the CPU reads the same bytes as an uninterrupted one, with any
+``data.num_workers`` and the same number of processes. On a GPU, order, labels and random draws are reproducible too,
+and the pixels if the GPU's decoder is.
 
-Each step draws from the same distribution as in the host. The pixels are not those of the ordinary loader, whose images
-come from Pillow: DALI's contrast turns about mid-grey, Pillow's about the image's mean.
+Each step draws from the same distribution as in the host. The pixels differ from those of the ordinary loader, which
+uses Pillow: DALI's contrast is relative to mid-grey, Pillow's to the mean of the image.
 
 Validation images are read by the ordinary loader, as in solo-learn's main branch.
 """
@@ -38,12 +38,12 @@ from solo_ext.transforms import LinearCrop, statistics
 
 
 def _cropped(images: Any, side: int, area: tuple[float, float]) -> Any:
-    """A random part of each image, of a random shape, resized to a square."""
+    """Take a random part of each image, with a random aspect ratio, and resize it to a square."""
     return fn.random_resized_crop(images, size=side, random_area=area, interp_type=types.INTERP_CUBIC)
 
 
 def _normalized(images: Any, side: int, flip: float, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """The last step of every view: flip, crop at the centre, normalise."""
+    """Flip, crop at the centre and normalise: the last step of every view."""
     return fn.crop_mirror_normalize(
         images,
         crop=(side, side),
@@ -56,8 +56,8 @@ def _normalized(images: Any, side: int, flip: float, mean: Sequence[float], std:
 
 
 def _sometimes(prob: float, change: Callable[[Any], Any], images: Any) -> Any:
-    """Change each image with this probability; DALI makes a branch of the ``if``."""
-    if fn.random.coin_flip(probability=prob, dtype=types.BOOL):  # noqa: SIM108  (DALI takes no other form)
+    """Apply a step to each image with a probability; DALI turns the ``if`` into a branch per image."""
+    if fn.random.coin_flip(probability=prob, dtype=types.BOOL):  # noqa: SIM108  (DALI needs this form)
         result = change(images)
     else:
         result = images
@@ -65,12 +65,12 @@ def _sometimes(prob: float, change: Callable[[Any], Any], images: Any) -> Any:
 
 
 def _uniform(low: float, high: float) -> Any:
-    """A number for each image; DALI refuses an empty range."""
+    """Draw a number for each image; DALI does not accept an empty range."""
     return fn.random.uniform(range=[low, high]) if low < high else low
 
 
 def _jitter(cfg: DictConfig) -> Callable[[Any], Any]:
-    """Change brightness, contrast, saturation and hue, as ``color_jitter`` says."""
+    """Return the step ``color_jitter``: brightness, contrast, saturation and hue."""
 
     def jitter(images: Any) -> Any:
         return fn.color_twist(
@@ -99,7 +99,7 @@ def _solarize(images: Any) -> Any:
 
 
 class View:
-    """One entry of ``augmentations`` in DALI: a batch of images → a batch of crops, steps in main's order.
+    """An entry of ``augmentations`` in DALI: a batch of images → a batch of crops, steps in main's order.
 
     Args:
         cfg: the entry, complete.
@@ -118,7 +118,7 @@ class View:
         self.steps = [(prob, change) for prob, change in steps if prob]
 
     def __call__(self, images: Any) -> Any:
-        """Add the view to the pipeline that is being defined."""
+        """Add the view to the pipeline under definition."""
         side, crop = self.cfg.crop_size, self.cfg.rrc
         if crop.enabled:
             images = _cropped(images, side, (crop.crop_min_scale, crop.crop_max_scale))
@@ -130,7 +130,7 @@ class View:
 
 
 def pretrain_views(cfg: DictConfig) -> list[View]:
-    """All views of ``cfg.augmentations``, each as often as it is wanted."""
+    """Return all views of ``cfg.augmentations``, each ``num_crops`` times."""
     views: list[View] = []
     for view in cfg.augmentations:
         views += [View(view, *statistics(cfg.data.dataset, view))] * view.num_crops
@@ -138,7 +138,7 @@ def pretrain_views(cfg: DictConfig) -> list[View]:
 
 
 def linear_view(crop: LinearCrop) -> Callable[[Any], Any]:
-    """The training augmentation of a linear evaluation: a batch of images → a batch of crops."""
+    """Return the training augmentation of a linear evaluation: a batch of images → a batch of crops."""
 
     def view(images: Any) -> Any:
         images = _cropped(images, crop.side, (crop.min_scale, 1.0))
@@ -156,17 +156,17 @@ def _epoch(files: list[str], rows: list[int], views: Sequence[Any], device: str)
 
 
 class DALILoader:
-    """Batches of one process, epoch after epoch; looks to Lightning like a DataLoader.
+    """The batches of one process, with the interface of a DataLoader that Lightning uses.
 
     Args:
-        sampler: the order of the images; Lightning tells it the epoch.
+        sampler: the order of the images; Lightning sets its epoch.
         dataset: a class folder or flat folder, or a subset of one.
-        views: each makes of a batch of images a batch of crops, in DALI.
+        views: functions in DALI from a batch of images to a batch of crops.
         cfg: the configuration.
         indexed: whether batches are ``[indexes, [crops], targets]``, else ``[crops of the first view, targets]``.
 
     Raises:
-        UserError: DALI cannot read one of the files; it is named.
+        UserError: DALI cannot read one of the files; the message names it.
     """
 
     def __init__(
@@ -180,15 +180,15 @@ class DALILoader:
         self.files, self.labels = files, torch.tensor(labels)
 
     def __len__(self) -> int:
-        """Batches in an epoch; as of an ordinary loader."""
+        """Return the number of batches in an epoch, the same as of the ordinary loader."""
         count = len(self.sampler)
         return count // self.batch_size if self.sampler.drop_last else -(-count // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Any]]:
-        """One epoch, the one that the sampler has been told.
+        """Yield the batches of the sampler's epoch.
 
         Raises:
-            UserError: an image is broken; it is named.
+            UserError: an image cannot be decoded; the message names it.
         """
         rows = [key % len(self.files) for key in self.sampler]
         rows = rows[: len(self) * self.batch_size]
@@ -201,18 +201,18 @@ class DALILoader:
                 yield [index, crops, self.labels[index]] if self.indexed else [crops[0], self.labels[index]]
                 done += self.batch_size
         except RuntimeError:
-            # DALI does not say which image it cannot read; it is at most a few batches ahead. Nothing helps where DALI
-            # 2.4 dies of one: its decoder may leave threads at work behind an error, which then read freed memory
+            # DALI does not name the image; it is at most a few batches ahead. (DALI 2.4 may crash instead: after an
+            # error, threads of its decoder may still read freed memory.)
             for row in rows[done : done + 4 * self.batch_size]:
                 open_image(self.files[row])
             raise
         finally:
-            # DALI's objects refer to each other: without this, memory of old epochs is freed late
+            # DALI's objects form reference cycles: without this, memory of old epochs is freed late
             del batches
             gc.collect()
 
     def _start(self, rows: list[int]) -> DALIGenericIterator:
-        """A pipeline over these rows, in this order."""
+        """Build a pipeline that reads these rows in this order."""
         device = self.cfg.dali.device
         pipeline = _epoch(
             *([self.files[row] for row in rows], rows, self.views, device),
@@ -228,7 +228,7 @@ class DALILoader:
 
 
 class DALIImages(Images):
-    """Training images through DALI, validation images through the ordinary loader.
+    """A data module with training images through DALI and validation images through the ordinary loader.
 
     Args:
         train: training images: a class folder or flat folder, or a subset of one.

@@ -16,17 +16,17 @@ from solo_ext.transforms import evaluation_transform, linear_crop, linear_transf
 
 
 def pretrain_images(cfg: DictConfig) -> Images:
-    """The data module of a pre-training; no validation images where there are none, or no labels.
+    """Build the data module of a pre-training; without labels or a path there are no validation images.
 
     Args:
-        cfg: the configuration, checked.
+        cfg: the validated configuration.
 
     Returns:
-        Batches ``[indexes, [views], targets]`` for training, ``[images, targets]`` for validation. A resumed run sets
-        ``start_epoch``.
+        A data module with batches ``[indexes, [views], targets]`` for training and ``[images, targets]`` for
+        validation. A resumed run sets its ``start_epoch``.
 
     Raises:
-        UserError: images are missing, or too few.
+        UserError: images are missing, or there are too few.
     """
     transform = pretrain_transform(cfg)
     if cfg.debug_augmentations:
@@ -43,13 +43,13 @@ def pretrain_images(cfg: DictConfig) -> Images:
 
 
 def linear_images(cfg: DictConfig) -> Images:
-    """The data module of a linear evaluation or fine-tuning.
+    """Build the data module of a linear evaluation or fine-tuning.
 
     Args:
-        cfg: the configuration, checked.
+        cfg: the validated configuration.
 
     Returns:
-        Batches ``[images, targets]``. A resumed run sets ``start_epoch``.
+        A data module with batches ``[images, targets]``. A resumed run sets its ``start_epoch``.
 
     Raises:
         UserError: images are missing.
@@ -70,7 +70,7 @@ def linear_images(cfg: DictConfig) -> Images:
 
 
 def _ends_in_one_image(cfg: DictConfig, images: int) -> bool:
-    """Whether batch norm is trained and an epoch's last batch has one image, of which there is no variance.
+    """Return whether batch norm is trained and the last batch of an epoch has one image, which has no variance.
 
     Raises:
         UserError: every batch has one image.

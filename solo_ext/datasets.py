@@ -20,29 +20,29 @@ from solo_ext.transforms import DATASETS
 
 _DOWNLOADS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}
 DOWNLOADED = tuple(_DOWNLOADS)
-"""Datasets that torchvision fetches; all others are folders with one folder of images for each class."""
+"""Datasets that torchvision downloads; all others are folders with a folder of images for each class."""
 DOWNLOAD_TIMEOUT = 15.0
-"""Seconds without an answer after which a download is given up."""
+"""Seconds without data after which a download fails."""
 PREPARE = {
     "digits": "python -m plugins.tools.data digits",
     "tinyimagenet": "python -m plugins.tools.data tinyimagenet --archive tiny-imagenet-200.zip",
 }
-"""The commands that make a dataset's folders."""
+"""The commands that create the folders of a dataset."""
 
 
 def hint(dataset: str) -> str:
-    """How to make the folders of a dataset, to be put behind a sentence; empty where we cannot."""
+    """Return how to create the folders of a dataset, for the end of an error message; empty if no command does."""
     return f" (make it with: {PREPARE[dataset]})" if dataset in PREPARE else ""
 
 
 def split_path(dataset: str, path: str, split: str) -> str:
-    """Where a split's images are: ``path``, or ``path/<dataset>/<split>`` if that is a folder.
+    """Return the folder of a split: ``path/<dataset>/<split>`` if that exists, else ``path``.
 
-    implicit-var-reg's ImageNet files give ``./datasets``, the common folder of all datasets, as their path.
+    The ImageNet files of implicit-var-reg give ``./datasets``, the common folder of all datasets.
 
     Args:
         dataset: a key of DATASETS.
-        path: what the configuration gives.
+        path: the path in the configuration.
         split: "train" or "val".
     """
     if dataset not in (*DOWNLOADED, "custom"):
@@ -67,13 +67,13 @@ def image_dataset(
 
     Args:
         dataset: a key of DATASETS.
-        path: its folder; CIFAR and STL-10 are downloaded into it where they are missing.
+        path: its folder; CIFAR and STL-10 are downloaded into it if they are missing.
         split: "pretrain", "train" or "val".
         transform: of a PIL image.
         indexed: whether an item starts with its index.
         no_labels: a flat folder of images (custom data); every label is -1.
-        data_format: "h5" if ``path`` is an HDF5 file, else folders.
-        fraction: of the images to take, the same of each class; all of them unless above 0.
+        data_format: "h5" if ``path`` is an HDF5 file; any other value means folders.
+        fraction: share of the images to use, in (0, 1), the same for each class; any other value means all.
 
     Raises:
         UserError: the folder holds no images, or a download fails.
@@ -97,7 +97,7 @@ def image_dataset(
 
 
 def _downloaded(dataset: str, path: str, split: str, transform: Any) -> Dataset:
-    """CIFAR or STL-10 from the disk, or else from the network."""
+    """Open CIFAR or STL-10; download it if it is missing."""
     cls = _DOWNLOADS[dataset]
     if dataset == "stl10":
         choice = {"split": {"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split]}
@@ -106,11 +106,11 @@ def _downloaded(dataset: str, path: str, split: str, transform: Any) -> Dataset:
     try:
         return cls(path, **choice, transform=transform)
     except RuntimeError:
-        pass  # it is not there
+        pass  # it is missing
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        # several processes may start at once, and one broken download would stop them all
-        with FileLock(Path(path) / f".{dataset}.lock"), _impatient_sockets():
+        # several processes may start at the same time: one of them downloads
+        with FileLock(Path(path) / f".{dataset}.lock"), _download_timeout():
             return cls(path, **choice, transform=transform, download=True)
     except (RuntimeError, OSError) as error:
         reason = f"{dataset} is not in {path} and could not be downloaded ({error})"
@@ -118,8 +118,8 @@ def _downloaded(dataset: str, path: str, split: str, transform: Any) -> Dataset:
 
 
 @contextmanager
-def _impatient_sockets() -> Iterator[None]:
-    """Give up a connection that does not answer: Python waits without end, the system for minutes."""
+def _download_timeout() -> Iterator[None]:
+    """Limit how long a connection may stay silent; by default Python waits without a limit."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
@@ -129,13 +129,13 @@ def _impatient_sockets() -> Iterator[None]:
 
 
 def _subset_classes(dataset: str) -> list[str] | None:
-    """The classes of ImageNet-100, which main takes from an HDF5 file of all ImageNet; 1.0.2 does not list them."""
+    """Return the classes of ImageNet-100, which main selects from an HDF5 file of ImageNet; 1.0.2 lacks the list."""
     names = Path(host_data.__file__).parent / "dataset_subset" / "imagenet100_classes.txt"
     return names.read_text().split() if dataset == "imagenet100" and names.is_file() else None
 
 
 def _check_classes(dataset: str, path: str, classes: list[str]) -> None:
-    """Refuse folders that are not the classes of the dataset."""
+    """Check that the folders are the classes of the dataset."""
     known = DATASETS[dataset].classes
     if known is not None and len(classes) > known:
         raise UserError(f"{path} holds {len(classes)} classes, {dataset} has {known}")
@@ -146,7 +146,7 @@ def _check_classes(dataset: str, path: str, classes: list[str]) -> None:
 
 
 def _fraction(dataset: Dataset, fraction: float) -> list[int]:
-    """The rows that main takes for ``data.fraction``, in its order."""
+    """Return the rows that main selects for ``data.fraction``, in main's order."""
     from sklearn.model_selection import train_test_split
 
     labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
@@ -159,10 +159,10 @@ def _fraction(dataset: Dataset, fraction: float) -> list[int]:
 
 
 class Indexed(Dataset):
-    """A dataset each item of which starts with its index.
+    """A dataset whose items start with their index.
 
     Args:
-        dataset: what is read.
+        dataset: the dataset without indexes.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -176,21 +176,21 @@ class Indexed(Dataset):
 
 
 class FlatFolder(Dataset):
-    """A folder of images without classes, in alphabetical order: solo-learn takes the order of the disk.
+    """A folder of images without classes, in alphabetical order; solo-learn uses the order on the disk.
 
     Args:
         path: the folder.
         transform: of a PIL image.
 
     Raises:
-        FileNotFoundError: it holds no images.
+        FileNotFoundError: the folder has no images.
     """
 
     def __init__(self, path: str, transform: Any) -> None:
         self.root, self.transform = Path(path), transform
         self.images = sorted(file.name for file in self.root.iterdir() if file.name.lower().endswith(IMG_EXTENSIONS))
         if not self.images:
-            raise FileNotFoundError("with data.no_labels the images lie in the folder itself")
+            raise FileNotFoundError("with data.no_labels the images must be in the folder itself")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -200,15 +200,15 @@ class FlatFolder(Dataset):
 
 
 class H5Images(Dataset):
-    """Images in an HDF5 file as solo-learn lays it out: a group for each class, in it the bytes of each image file.
+    """Images in an HDF5 file in solo-learn's layout: a group for each class, with the bytes of each image file.
 
     Args:
         path: the file.
         transform: of a PIL image.
-        subset: names of the classes to read, if the file has any of them; None: all.
+        subset: names of the classes to read, if the file has any of them; None: all classes.
 
     Raises:
-        UserError: it is no such file.
+        UserError: the file has another layout.
     """
 
     def __init__(self, path: str, transform: Any, subset: list[str] | None = None) -> None:
@@ -254,15 +254,15 @@ class H5Images(Dataset):
 
 
 def _check_link(group: Any, name: str) -> None:
-    """Refuse a link, which may lead to another file."""
+    """Check that an entry is not a link, which may point to another file."""
     import h5py
 
     if group.get(name, getclass=False, getlink=True).__class__ is not h5py.HardLink:
-        raise OSError(f"{name} is a link, which may lead to another file")
+        raise OSError(f"{name} is a link, which may point to another file")
 
 
 def listing(dataset: Dataset) -> tuple[list[str], list[int]]:
-    """Paths and labels of the images of a class folder, a flat folder, or a subset of one."""
+    """Return paths and labels of the images of a class folder, a flat folder, or a subset of one."""
     if isinstance(dataset, Subset):
         files, labels = listing(dataset.dataset)
         return [files[row] for row in dataset.indices], [labels[row] for row in dataset.indices]
@@ -272,10 +272,10 @@ def listing(dataset: Dataset) -> tuple[list[str], list[int]]:
 
 
 def check_same_classes(train: Dataset, val: Dataset | None) -> None:
-    """Refuse class folders that differ: the same number would stand for different classes.
+    """Check that both have the same class folders; otherwise one label would mean two classes.
 
     Raises:
-        UserError: it names folders that only one of the two has.
+        UserError: the class folders differ; the message names some that only one of the two has.
     """
     while isinstance(train, Indexed | Subset):
         train = train.dataset

@@ -18,7 +18,7 @@ from solo_ext.compat import pl
 
 
 class EpochSampler(DistributedSampler):
-    """A new order each epoch, from (seed, epoch) alone, that tells the dataset the epoch: yields epoch·n + index."""
+    """A new order in each epoch, from (seed, epoch) only; yields epoch·n + index, which tells the dataset the epoch."""
 
     def __iter__(self) -> Iterator[int]:
         size = len(self.dataset)
@@ -26,11 +26,11 @@ class EpochSampler(DistributedSampler):
 
 
 class EpochSeeded(Dataset):
-    """Draws the random numbers of an item's augmentation from (seed, epoch, index) alone.
+    """Seed the random numbers of an item's augmentation from (seed, epoch, index) only.
 
     Args:
-        dataset: what is read.
-        seed: of the run.
+        dataset: the dataset to read.
+        seed: the seed of the run.
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
@@ -43,7 +43,7 @@ class EpochSeeded(Dataset):
     def __getitem__(self, key: int) -> Any:
         epoch, index = divmod(key, len(self.dataset))
         seed = hash((self.seed, epoch, index)) & 0x7FFFFFFFFFFFFFFF
-        # not torch.manual_seed, which also prepares every GPU
+        # torch.manual_seed would also initialise every GPU
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
@@ -51,15 +51,15 @@ class EpochSeeded(Dataset):
 
 
 class Images(pl.LightningDataModule):
-    """Training and validation images of one run.
+    """Training and validation images of a run.
 
-    The loaders are made when Lightning asks, since only then is it known how many processes share the training images.
+    The loaders are built when Lightning asks for them: only then is the number of processes known.
 
     Args:
         train: training images.
         val: validation images, or None.
         cfg: the configuration.
-        drop_last: whether the last, smaller batch of an epoch is left out.
+        drop_last: whether the last, smaller batch of an epoch is dropped.
 
     Raises:
         UserError: there are fewer training images than one batch.
@@ -69,20 +69,20 @@ class Images(pl.LightningDataModule):
         super().__init__()
         self.train, self.val, self.cfg, self.drop_last = train, val, cfg, drop_last
         self.start_epoch = 0
-        """The epoch at which a resumed run begins: its loader fetches before Lightning tells it the epoch."""
+        """The first epoch of a resumed run: its loader starts to fetch before Lightning sets the epoch."""
         batch = cfg.optimizer.batch_size * process_count(cfg)
         if drop_last and len(train) < batch:
             raise UserError(f"{cfg.data.train_path} holds {len(train)} images, fewer than one batch of {batch}")
 
     def train_dataloader(self) -> Any:
-        """Batches in an order that repeats."""
+        """Return the training batches of this process, in a reproducible order."""
         world, rank = processes()
         sampler = EpochSampler(self.train, world, rank, shuffle=True, seed=self.cfg.seed, drop_last=self.drop_last)
         sampler.set_epoch(self.start_epoch)
         return self.loader(sampler)
 
     def loader(self, sampler: EpochSampler) -> Any:
-        """The batches of this process, in the sampler's order."""
+        """Return the batches of this process, in the sampler's order."""
         workers = self.cfg.data.num_workers
         return DataLoader(
             EpochSeeded(self.train, self.cfg.seed),
@@ -95,7 +95,7 @@ class Images(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader | list[Any]:
-        """All validation images, in order."""
+        """Return the validation batches of this process, in order."""
         if self.val is None:
             return []
         world, rank = processes()
@@ -104,18 +104,18 @@ class Images(pl.LightningDataModule):
 
 
 def process_count(cfg: DictConfig) -> int:
-    """How many processes will share the images, by a configuration whose ``devices`` have been checked."""
+    """Return how many processes will share the images; ``devices`` must be validated."""
     devices = cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
     return devices * cfg.get("num_nodes", 1)
 
 
 def processes() -> tuple[int, int]:
-    """How many processes share the images, and which this is."""
+    """Return the number of processes and the rank of this one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size(), torch.distributed.get_rank()
     return 1, 0
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int) -> DataLoader:
-    """A loader in order, the last batch as small as it comes."""
+    """Return a loader without shuffling that keeps the last, smaller batch."""
     return DataLoader(dataset, batch_size=batch_size, num_workers=workers, persistent_workers=workers > 0)

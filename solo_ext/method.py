@@ -1,6 +1,6 @@
-"""The generic adapter: any MethodSpec as a method of solo-learn.
+"""The generic adapter: a MethodSpec as a method of solo-learn.
 
-Checkpoints carry solo-learn's keys: backbone, projector, predictor, momentum_backbone, momentum_projector.
+Checkpoints have solo-learn's keys: backbone, projector, predictor, momentum_backbone, momentum_projector.
 """
 
 from typing import Any, ClassVar
@@ -23,27 +23,27 @@ from solo_ext.compat import BaseMethod, BaseMomentumMethod
 
 _PREDICTING = ("byol", "directcopy", "directpred", "isocopy", "isoloss", "simsiam")
 LOSS_NAMES = {**dict.fromkeys(_PREDICTING, "train_neg_cos_sim"), "dino": "dino_loss", "ssl_ey": "train_ssley_loss"}
-"""The name under which solo-learn, or the fork that a method comes from, logs the loss that we call train_ssl_loss."""
+"""The name that solo-learn, or the fork of a method, gives to the loss that is logged as train_ssl_loss."""
 
 
 class PluginMethod:
-    """The training step that all methods share; mixed into solo-learn's base classes below.
+    """The training step of all methods, a mixin for solo-learn's base classes.
 
-    It logs, each with ``_step`` and ``_epoch`` appended by Lightning:
+    Logged values, each with ``_step`` and ``_epoch`` appended by Lightning:
 
-    * ``train_ssl_loss``, and the same under the name of LOSS_NAMES. ``train_neg_cos_sim`` is a sum of distances
-      (2 - 2 cos, or squared Euclidean) over both orders of the views, as in solo-learn; also for IsoLoss.
+    * ``train_ssl_loss``, also under the name in LOSS_NAMES. ``train_neg_cos_sim`` is a sum of distances (2 - 2 cos, or
+      squared Euclidean) over both orders of the views, as in solo-learn, also for IsoLoss.
     * ``train_<term>`` of the loss's terms, such as the mean ``train_cosine`` of prediction and target in [-1, 1].
     * ``train_z_std``, the standard deviation of the normalised embedding: 1 / sqrt(D) when it is isotropic.
     * ``eigval_metrics/eigval_{min,max,mean,std}`` and ``eigval_metrics/part_ratio`` of the embedding's second moment,
-      at the steps that are written; ``_epoch`` is their mean over these and the last.
-    * solo-learn's own: ``train_class_loss`` (over labelled images), ``train_acc1``, ``train_acc5`` (an image without
+      at the logged steps and the last of an epoch; ``_epoch`` is the mean over these.
+    * those of solo-learn: ``train_class_loss`` (over labelled images), ``train_acc1``, ``train_acc5`` (an image without
       a label counts as wrong), ``tau``, ``val_loss``, ``val_acc1``, ``val_acc5``.
 
     With ``accumulate_grad_batches`` above 1, ``accumulate: mean`` trains on the mean of the micro-batches' losses, and
-    ``accumulate: joined`` on the loss of their joined rows, exactly but for batch norm, whose statistics are each
-    micro-batch's own. It costs one more forward pass and holds the images of all micro-batches, but the activations of
-    one at a time.
+    ``accumulate: joined`` on the loss of their joined rows. The latter is exact except for batch norm, whose
+    statistics are those of each micro-batch. It costs one more forward pass, and memory for the images of all
+    micro-batches and the activations of one.
     """
 
     spec: ClassVar[MethodSpec]
@@ -63,7 +63,7 @@ class PluginMethod:
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
-        """Parameter groups of the optimiser."""
+        """Return the parameter groups of the optimiser."""
         heads = {"projector": self.projector, "predictor": self.predictor}
         groups = [{"name": name, "params": list(head.parameters())} for name, head in heads.items() if head is not None]
         for group in groups:
@@ -76,16 +76,16 @@ class PluginMethod:
         return super().learnable_params + [group for group in groups if group["params"]]
 
     def forward(self, X: Tensor) -> dict[str, Tensor]:
-        """Images ``[B, 3, H, W]`` → ``feats``, ``logits`` and, in evaluation, the projections ``z``."""
+        """Compute ``feats``, ``logits`` and, in evaluation mode, the projections ``z`` of images ``[B, 3, H, W]``."""
         out = super().forward(X)
         if not self.training:
             out["z"] = self.projector(out["feats"])
         return out
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Classification loss of the online classifier plus the method's loss on the projections of the views.
+        """Return the classification loss of the online classifier plus the method's loss.
 
-        With joined losses 0 before the last micro-batch of a step, and there the loss of all.
+        With ``accumulate: joined`` it is 0 before the last micro-batch of a step, which returns the loss of all.
         """
         if self._joining:
             return self._joined_step(batch, batch_idx)
@@ -117,7 +117,7 @@ class PluginMethod:
         return joined.backward() * self.trainer.accumulate_grad_batches
 
     def on_train_start(self) -> None:
-        """Begin with a whole step."""
+        """Start with a complete step of the optimiser, also after a resume."""
         super().on_train_start()
         self.objective.after_step()
         set_clock(self.trainer, self.objective.clock)
@@ -127,7 +127,7 @@ class PluginMethod:
             check_joined(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Open a step of the optimiser; the batches that it accumulates are its micro-batches."""
+        """Begin a step of the optimiser; the batches that it accumulates are its micro-batches."""
         super().on_train_batch_start(batch, batch_idx)
         self.objective.before_step()
         self._joining = self.accumulate == "joined" and self.trainer.accumulate_grad_batches > 1
@@ -137,15 +137,15 @@ class PluginMethod:
         return super().training_step(batch, batch_idx)
 
     def _student_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """The host's step without the teacher."""
+        """Run the host's training step without the teacher."""
         return self._host_training_step(batch, batch_idx)
 
     def _joined_targets(self, views: list[Tensor]) -> list[Tensor] | None:
-        """The teacher's projections of the large views of a micro-batch, where there is one."""
+        """Return the teacher's projections of the large views of a micro-batch; None without a teacher."""
         return None
 
     def _targets(self, out: dict[str, Any]) -> list[Tensor] | None:
-        """The teacher's projections, where there is one."""
+        """Return the teacher's projections; None without a teacher."""
         return None
 
     def _log_step(self, terms: Terms, embeddings: Embeddings) -> None:
@@ -158,38 +158,38 @@ class PluginMethod:
 
     @property
     def moment(self) -> RunningMoment | None:
-        """What follows the embedding's second moment, if anything does."""
+        """The running second moment of the embedding, or None if the method does not track it."""
         return self.objective.followed(self.predictor)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """End the step of the optimiser, and log the statistics of the embedding's spectrum, under the names that
-        implicit-var-reg gave them.
+        """End the step of the optimiser, and log the statistics of the embedding's spectrum.
 
-        Only at the steps that Lightning writes and at the last of an epoch: each value logged takes time.
+        The names are those of implicit-var-reg. Only steps that Lightning writes and the last of an epoch are logged,
+        since each logged value takes time.
         """
         super().on_train_batch_end(outputs, batch, batch_idx)
         trainer = self.trainer
         if trainer.global_step > self._steps_done:
             self.objective.after_step()
             self._steps_done = trainer.global_step
-        written = trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0
-        if self.moment is None or not written:
+        due = trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0
+        if self.moment is None or not due:
             return
         known = isinstance(self.predictor, ClosedFormPredictor)
         spectrum = self.predictor.eigenvalues if known else self.moment.spectrum()
         metrics = {f"eigval_metrics/{name}": value for name, value in spectrum_statistics(spectrum).items()}
-        # the moment is the same on all processes: nothing to reduce
+        # the moment is the same on all processes, so there is no reduction
         self.log_dict(metrics, on_step=True, on_epoch=True)
 
 
 class TeacherlessMethod(PluginMethod, BaseMethod):
-    """A method whose targets are its own projections, or that has none."""
+    """A method without a teacher."""
 
 
 class TeacherMethod(PluginMethod, BaseMomentumMethod):
     """A method with an exponential-moving-average teacher.
 
-    With ``momentum.base_tau = momentum.final_tau = 0`` the teacher is the student itself: no second forward pass.
+    With ``momentum.base_tau = momentum.final_tau = 0`` the teacher is the student: there is no second forward pass.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -205,11 +205,11 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
 
     @property
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Student and teacher modules, of which the second follow the first."""
+        """Pairs of a student module and the teacher module that averages it."""
         return [*super().momentum_pairs, (self.projector, self.momentum_projector)]
 
     def move_teacher(self) -> None:
-        """θ_t ← τ θ_t + (1 − τ) θ in place, in a quarter of the time that new tensors take."""
+        """Update the teacher in place: θ_t ← τ θ_t + (1 − τ) θ; four times as fast as with new tensors."""
         students, teachers = zip(*self.momentum_pairs, strict=True)
         move_teacher(teachers, students, self.momentum_updater.cur_tau)
 
@@ -219,7 +219,7 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
         )
 
     def _student_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        # past BaseMomentumMethod, whose step makes the teacher's forward passes
+        # skips BaseMomentumMethod, whose step makes the teacher's forward passes
         return BaseMethod.training_step(self, batch, batch_idx)
 
     def _joined_targets(self, views: list[Tensor]) -> list[Tensor] | None:

@@ -1,7 +1,7 @@
-"""Which class trains a method: ours, one per MethodSpec, or solo-learn's own.
+"""Select the class that trains a method: one of ours, which are made from the MethodSpecs, or one of solo-learn.
 
-solo-learn keeps its names. Where both have a method (byol, dino, simsiam), ``method: byol`` is solo-learn's own, unless
-the configuration gives an option that only ours has, such as ``log_eigvals``.
+If both have a method of a name (byol, dino, simsiam), solo-learn's class is used, unless the configuration has an
+option that only ours knows, such as ``log_eigvals``.
 """
 
 from collections.abc import Iterable
@@ -20,12 +20,12 @@ from solo_ext.method import TeacherlessMethod, TeacherMethod
 ALIASES = {"ssley": "ssl_ey"}
 """The forks' names of methods."""
 MAIN_ONLY = ("all4one", "mae", "mocov3", "supcon", "vibcreg")
-"""Methods that solo-learn's main branch has, and 1.0.2 has not."""
+"""Methods of solo-learn's main branch that 1.0.2 does not have."""
 
 
 @lru_cache(maxsize=1)
 def plugin_methods() -> dict[str, type]:
-    """A solo-learn class for every MethodSpec, by name, and those that are there for solo-learn alone."""
+    """Return a solo-learn class for every MethodSpec, and those that exist only for solo-learn, by name."""
     return {**{name: _adapt(spec) for name, spec in METHODS.items()}, PublishedDINO.spec.name: PublishedDINO}
 
 
@@ -35,13 +35,13 @@ def _adapt(spec: MethodSpec) -> type:
 
 
 def register(methods: dict[str, type] | None = None) -> None:
-    """Put our methods into solo-learn's METHODS, beside its own. A second call changes nothing.
+    """Add our methods to solo-learn's METHODS. A second call changes nothing.
 
     Args:
-        methods: {name: class}; all of ours, without the names that solo-learn has itself, when None.
+        methods: {name: class}; None adds all of ours whose name solo-learn does not use.
 
     Raises:
-        ValueError: a name is taken by another class.
+        ValueError: another class has the name.
     """
     from solo.methods import METHODS as host
 
@@ -59,10 +59,10 @@ def register(methods: dict[str, type] | None = None) -> None:
 
 
 def method_class(cfg: DictConfig) -> type:
-    """The class that trains ``cfg.method``.
+    """Return the class that trains ``cfg.method``.
 
     Raises:
-        UserError: nobody has a method of that name, or it has no such option.
+        UserError: the method, one of its options or the number of views is not valid.
     """
     name = ALIASES.get(cfg.method, cfg.method)
     natives, plugins = native_methods(), plugin_methods()
@@ -72,11 +72,13 @@ def method_class(cfg: DictConfig) -> type:
     if name not in natives and name not in plugins:
         known = ", ".join(sorted({*natives, *plugins, *ALIASES}))
         raise UserError(f"unknown method {cfg.method!r}; choose from {known}")
-    if name in natives and not (name in plugins and _ours_alone(plugins[name].spec, given)):
+    if name in natives and not (name in plugins and _has_our_option(plugins[name].spec, given)):
         known = native_options(name)
         for key in given:
             if key not in known:
-                ours = f", and ours of that name {', '.join(plugins[name].spec.options)}" if name in plugins else ""
+                ours = (
+                    f", and our method of that name {', '.join(plugins[name].spec.options)}" if name in plugins else ""
+                )
                 raise UserError(
                     f"solo-learn's method {name} has no option {key!r}; it knows {', '.join(sorted(known))}{ours}"
                 )
@@ -104,7 +106,7 @@ def _check_native_crops(name: str, cfg: DictConfig) -> None:
         )
 
 
-def _ours_alone(spec: MethodSpec, given: Iterable[str]) -> bool:
-    """Whether one of the given options is known to our method of that name and not to solo-learn's."""
+def _has_our_option(spec: MethodSpec, given: Iterable[str]) -> bool:
+    """Return whether one of the options is known to our method and not to solo-learn's of that name."""
     ours = {*spec.options, *(alias for option in spec.options.values() for alias in option.aliases)}
     return any(key in ours - native_options(spec.name) for key in given)

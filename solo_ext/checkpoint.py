@@ -248,7 +248,7 @@ class Checkpointer(pl.Callback):
         """Add the run's identity to the checkpoint."""
         checkpoint[_MARK] = OmegaConf.to_container(self.cfg.identity)
 
-    def how_to_go_on(self) -> str:
+    def resume_hint(self) -> str:
         """Return how a user can resume this run after it was stopped."""
         # from the disk, since the signal may arrive right after a checkpoint was written
         saved = _newest_first(self.folder.glob("*-ep=*.ckpt")) if self.cfg.checkpoint.enabled else []

@@ -1,4 +1,4 @@
-"""What main_knn, main_probe and main_umap share: the network of a run, images, and its features of them."""
+"""Shared by main_knn, main_probe and main_umap: the network of a run, images, and features of the images."""
 
 import argparse
 import json
@@ -25,15 +25,15 @@ from solo_ext.registry import method_class
 from solo_ext.transforms import DATASETS, evaluation_transform
 
 Extractor = Callable[[Tensor], dict[str, Tensor]]
-"""Images ``[B, 3, H, W]`` → features ``[B, D]`` by name: "backbone", and "projector" where that was asked for."""
+"""Images ``[B, 3, H, W]`` → features ``[B, D]`` by name: "backbone", and "projector" on request."""
 
 _FLAT_DATA = {"num_classes": 2, "num_large_crops": 2, "num_small_crops": 0}
 _RENAMED = {"encoder.": "backbone.", "momentum_encoder.": "momentum_backbone."}
-"""Weights that 1.0.2 names otherwise than main."""
+"""Prefixes of weights in 1.0.2, and their names in main."""
 
 
 class Run(NamedTuple):
-    """A pre-training that was written to a folder.
+    """A pre-training in a folder.
 
     Args:
         checkpoint: its newest checkpoint.
@@ -45,25 +45,25 @@ class Run(NamedTuple):
 
     @property
     def view(self) -> dict[str, Any]:
-        """The first entry of its augmentations, where ``crop_size``, ``mean`` and ``std`` stand."""
+        """The first entry of its augmentations, with ``crop_size``, ``mean`` and ``std``."""
         views = self.config.get("augmentations") or self.config["data"].get("augmentations") or {}
         return dict(views[0] if isinstance(views, list) else views)
 
     @property
     def crop_size(self) -> int:
-        """Side of the images that it was trained on, in pixels."""
+        """Side of its training images, in pixels."""
         own = DATASETS.get(self.config["data"].get("dataset"))
         return self.view.get("crop_size", own.side if own else 224)
 
 
 def read_run(folder: Path) -> Run:
-    """Read the args.json of a run: ours, solo-learn main's, or the flat one of solo-learn until 1.0.5.
+    """Read the args.json of a run: ours, that of solo-learn's main, or the flat one of solo-learn until 1.0.5.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
 
     Raises:
-        UserError: it is not the folder of a run.
+        UserError: the folder has no valid args.json or no checkpoint.
     """
     path = folder / ARGS
     if not path.is_file():
@@ -71,16 +71,16 @@ def read_run(folder: Path) -> Run:
     try:
         config = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is broken: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     if isinstance(config, dict) and isinstance(config.get("dataset"), str):
         config = _nested(config)
     if not isinstance(config, dict) or not all(isinstance(config.get(key), dict) for key in ("backbone", "data")):
-        raise UserError(f"{path} is not of a run of solo-learn: it names no backbone and no data")
+        raise UserError(f"{path} was not written by solo-learn: it has no sections backbone and data")
     return Run(find_checkpoint(folder), config)
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """The flat args.json of solo-learn until 1.0.5 in main's format, as far as a network needs it."""
+    """Convert the flat args.json of solo-learn until 1.0.5 to main's format, as far as a network needs it."""
     name, method = flat.get("encoder", flat.get("backbone")), flat.get("method")
     if not isinstance(name, str):
         return {}
@@ -103,12 +103,12 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def extractor(run: Run, device: torch.device, *, projector: bool) -> Extractor:
-    """The network of a run's checkpoint, ready to be called.
+    """Load the network of a run's checkpoint.
 
     Args:
-        run: what :func:`read_run` returned.
-        device: where it computes.
-        projector: whether projections are wanted beside the backbone's features.
+        run: the run.
+        device: the device to compute on.
+        projector: whether to compute projections too.
 
     Raises:
         UserError: the checkpoint holds another network, or no projector.
@@ -131,7 +131,7 @@ def extractor(run: Run, device: torch.device, *, projector: bool) -> Extractor:
 
 
 def _load_method(run: Run) -> torch.nn.Module:
-    """The whole method of a checkpoint, for its projector."""
+    """Load the method of a checkpoint, with its projector."""
     cfg = OmegaConf.create(run.config)
     if not cfg.get("method"):
         raise UserError(f"{run.checkpoint} has no projector; use --feature_type backbone")
@@ -142,7 +142,7 @@ def _load_method(run: Run) -> torch.nn.Module:
         old = next((prefix for prefix in _RENAMED if name.startswith(prefix)), "")
         weights[_RENAMED.get(old, "") + name[len(old) :]] = value
     wanted = method.state_dict()
-    # what the checkpoint has beside the method's parts, such as an online classifier, is not used
+    # further parts of the checkpoint, such as an online classifier, are not used
     parts = {name.partition(".")[0] for name in wanted}
     weights = {name: value for name, value in weights.items() if name in wanted or name.partition(".")[0] in parts}
     if reason := mismatch(weights, wanted):
@@ -152,18 +152,18 @@ def _load_method(run: Run) -> torch.nn.Module:
 
 
 def open_images(args: argparse.Namespace, run: Run, *, need_labels: bool) -> dict[str, Dataset]:
-    """Training and validation images of the command line, as evaluation sees them.
+    """Open the training and validation images of the command line, with the transform of evaluation.
 
     Args:
         args: the options of ``main_knn.add_arguments``.
-        run: whose crop size, mean and standard deviation are taken for custom data.
-        need_labels: whether a folder without class folders is a mistake; else its images are unlabelled.
+        run: the run that gives the crop size, and for custom data mean and standard deviation.
+        need_labels: whether a folder without class folders is an error; else its images are unlabelled.
 
     Returns:
-        {"train": images, "val": images}, the second only where its path is given.
+        {"train": images, "val": images}; without a path there is no "val".
 
     Raises:
-        UserError: a path or the classes are wrong.
+        UserError: an option is invalid, a path is missing, or the classes differ.
     """
     if args.dataset not in DATASETS:
         raise UserError(f"unknown --dataset {args.dataset!r}; choose from {', '.join(sorted(DATASETS))}")
@@ -184,13 +184,13 @@ def open_images(args: argparse.Namespace, run: Run, *, need_labels: bool) -> dic
                 raise UserError(f"--{split}_data_path is not a file: {path}")
         elif not downloaded and not Path(path).is_dir():
             raise UserError(f"--{split}_data_path is not a folder: {path}{hint(args.dataset)}")
-    flat_will_do = args.dataset == "custom" and args.data_format != "h5" and not need_labels
+    labels_optional = args.dataset == "custom" and args.data_format != "h5" and not need_labels
     found = {}
     for split, path in paths.items():
         found[split] = image_dataset(
             *(args.dataset, path, split, transform),
             indexed=False,
-            no_labels=args.no_labels or (flat_will_do and not any(entry.is_dir() for entry in Path(path).iterdir())),
+            no_labels=args.no_labels or (labels_optional and not any(entry.is_dir() for entry in Path(path).iterdir())),
             data_format=args.data_format,
             fraction=args.data_fraction if split == "train" else -1,
         )
@@ -199,14 +199,14 @@ def open_images(args: argparse.Namespace, run: Run, *, need_labels: bool) -> dic
 
 
 def open_evaluation(args: argparse.Namespace, why: str) -> tuple[Run, torch.device, dict[str, Dataset]]:
-    """What an evaluation with labels starts from: the run, the device, and the images of both sides.
+    """Open the run, the device and the images of an evaluation with labels.
 
     Args:
-        args: of ``main_knn.add_arguments``, and ``output``.
-        why: what needs labels, and what for.
+        args: the options of ``main_knn.add_arguments``, and ``output``.
+        why: why the command needs labels, for the error message.
 
     Raises:
-        UserError: a path or a checkpoint is wrong, or there are no labels or no validation images.
+        UserError: an option is invalid, a path is missing, or there are no labels or no validation images.
     """
     if args.output is not None:
         check_writable(args.output.parent, "--output")
@@ -215,12 +215,12 @@ def open_evaluation(args: argparse.Namespace, why: str) -> tuple[Run, torch.devi
     run, device = read_run(Path(args.pretrained_checkpoint_dir)), usable_device(args.device)
     images = open_images(args, run, need_labels=True)
     if "val" not in images:
-        raise UserError("--val_data_path is missing")
+        raise UserError("--val_data_path is missing: give the folder of the validation images")
     return run, device, images
 
 
 def class_names(images: Dataset) -> list[str]:
-    """Names of the classes by label; empty where the images are not labelled."""
+    """Return the names of the classes by label; empty without labels."""
     while isinstance(images, Subset):
         images = images.dataset
     return list(getattr(images, "classes", []))
@@ -230,18 +230,18 @@ def class_names(images: Dataset) -> list[str]:
 def collect(
     images: Dataset, extract: Extractor, device: torch.device, *, batch_size: int, workers: int, title: str
 ) -> dict[str, Tensor]:
-    """Features and labels of all images, on the CPU, with a progress bar.
+    """Compute the features of all images, with a progress bar.
 
     Args:
         images: a dataset of (image, label).
-        extract: what makes features of a batch.
-        device: where it computes.
+        extract: the network.
+        device: the device to compute on.
         batch_size: images at a time.
-        workers: processes that read images.
-        title: of the progress bar.
+        workers: number of processes that read images.
+        title: title of the progress bar.
 
     Returns:
-        Features ``[N, D]`` by name, and "labels" ``[N]``.
+        Features ``[N, D]`` by name, and "labels" ``[N]``, on the CPU.
 
     Raises:
         UserError: an image cannot be read.

@@ -1,7 +1,7 @@
-"""Check that a configuration lets Hydra run nothing but Hydra.
+"""Check that the section ``hydra`` of a configuration runs no foreign code.
 
-The section ``hydra`` of a YAML file names classes and functions that Hydra calls: callbacks, launchers, sweepers and
-handlers of Python's logging. A file from another person could name ``os.system``.
+The section names classes and functions that Hydra calls: callbacks, launchers, sweepers and handlers of Python's
+logging. A file from another person could name ``os.system``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from yaml import YAMLError
 from plugins.tools.command import UserError
 
 _CALLED = ("_target_", "()", "class", "filename")
-"""Keys whose values Hydra and ``logging.config`` import and call, or write to."""
+"""Keys whose values Hydra and ``logging.config`` import and call, or open for writing."""
 _KNOWN = {
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
@@ -30,16 +30,16 @@ _KNOWN = {
 
 
 def check_hydra(folder: Path, name: str, words: Sequence[str]) -> None:
-    """Compose the section ``hydra`` without acting on it, and look for what it would call.
+    """Compose the section ``hydra`` without executing it, and check what it would call.
 
     Args:
-        folder: with the YAML files.
-        name: of the one to compose.
-        words: the command line's overrides; what they name themselves is the user's own wish.
+        folder: the folder of the YAML files.
+        name: the file to compose.
+        words: the overrides of the command line; values in them are trusted.
 
     Raises:
-        UserError: the section names something other than Hydra's own parts, or sets environment variables, or a
-            file has YAML's tags for Python objects.
+        UserError: the section names something that is not part of Hydra, or sets environment variables, or a file
+            has YAML tags for Python objects.
     """
     parser, overrides = OverridesParser.create(), []
     try:
@@ -50,7 +50,7 @@ def check_hydra(folder: Path, name: str, words: Sequence[str]) -> None:
             section = compose(name, overrides=overrides, return_hydra_config=True).hydra
     except YAMLError as error:
         raise UserError(f"{folder / name} is not plain YAML: {' '.join(str(error).split())}") from None
-    except Exception:  # Hydra meets it too, before it acts, and the command reports it
+    except Exception:  # Hydra raises the same error before it executes the section, and the command reports it
         return
     finally:
         GlobalHydra.instance().clear()
@@ -64,7 +64,7 @@ def check_hydra(folder: Path, name: str, words: Sequence[str]) -> None:
 
 
 def _calls(content: Any, place: str) -> Iterator[tuple[str, str]]:
-    """Each place below ``content`` that names something to import or call, and what it names."""
+    """Yield each entry below ``content`` that names something to import or call, and its value."""
     if isinstance(content, list):
         content = dict(enumerate(content))
     if isinstance(content, dict):

@@ -1,7 +1,7 @@
-"""solo-learn's k-nearest-neighbour classifier in bounded memory, on several processes.
+"""solo-learn's k-nearest-neighbour classifier with bounded memory, for several processes.
 
-solo-learn's own classifier keeps every feature on the GPU, forgets to normalise for the cosine, and counts the classes
-among the labels that happen to be present.
+solo-learn's own classifier keeps all features on the GPU, does not normalise them for the cosine, and takes the number
+of classes from the labels in the batch.
 """
 
 import torch
@@ -14,7 +14,7 @@ from plugins.tools.knn import MAX_ELEMENTS, knn_accuracy
 class WeightedKNNClassifier:
     """k-NN on features, weighted by similarity (Wu et al. 2018, arXiv:1805.01978, §3.4).
 
-    See :func:`plugins.tools.knn.knn_accuracy`. Features wait on the CPU; over several processes each counts all rows.
+    See :func:`plugins.tools.knn.knn_accuracy`. Features are stored on the CPU; each process counts the rows of all.
 
     Args:
         k: neighbours, >= 1.
@@ -22,7 +22,7 @@ class WeightedKNNClassifier:
         distance_fx: "cosine" or "euclidean".
         max_distance_matrix_size: elements.
         epsilon: > 0, for the Euclidean distance.
-        device: where distances are computed; where the features came from when None.
+        device: the device that computes distances; None: the device of the features.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class WeightedKNNClassifier:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all features."""
+        """Remove all features."""
         self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "test": []}
         self._features_from = torch.device("cpu")
 
@@ -58,7 +58,7 @@ class WeightedKNNClassifier:
         test_features: Tensor | None = None,
         test_targets: Tensor | None = None,
     ) -> None:
-        """Add a batch of labelled features ``[B, D]``, ``[B]`` to one side or both."""
+        """Add a batch of features ``[B, D]`` and labels ``[B]`` to the training side, the test side or both."""
         self._add("train", train_features, train_targets)
         self._add("test", test_features, test_targets)
 
@@ -73,7 +73,7 @@ class WeightedKNNClassifier:
         self._rows[side].append((features.detach().float().cpu(), targets.detach().cpu()))
 
     def compute(self) -> tuple[float, float]:
-        """Accuracy at 1 and at 5 in per cent; (-1, -1) while either side is empty. Forgets the features."""
+        """Return accuracy at 1 and at 5 in per cent, (-1, -1) while a side is empty; remove the features."""
         rows = (*self._joined("train"), *self._joined("test"))
         device = self.device or self._features_from
         self.reset()
@@ -88,7 +88,7 @@ class WeightedKNNClassifier:
         )
 
     def _joined(self, side: str) -> tuple[Tensor, Tensor]:
-        """All rows of one side, of all processes."""
+        """Return all rows of one side, of all processes."""
         rows = self._rows[side]
         features = torch.cat([f for f, _ in rows]) if rows else torch.empty(0, 0)
         targets = torch.cat([t for _, t in rows]) if rows else torch.empty(0, dtype=torch.int64)

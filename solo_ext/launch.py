@@ -1,4 +1,4 @@
-"""What the command-line drivers share: finding configurations, starting Hydra, building the trainer."""
+"""Shared by the commands: find configurations, start Hydra, build the trainer."""
 
 import inspect
 import logging
@@ -30,17 +30,17 @@ _HYDRAS = (
 )
 """Hydra's own options."""
 _OF_COMPOSING = (YAMLError, ValueError, TypeError, AttributeError, AssertionError, RecursionError, FileNotFoundError)
-"""What Hydra raises beside its own exceptions while it reads files and composes them."""
+"""Exceptions, beside Hydra's own, that Hydra raises while it reads and composes files."""
 
 
 def config_folder(given: str) -> Path:
-    """Where ``--config-path`` is: below the working directory, or among the configurations that we ship.
+    """Find ``--config-path`` below the working directory or among the configurations of this package.
 
     Raises:
-        UserError: it is in neither.
+        UserError: neither has such a folder.
     """
     path = Path(given).expanduser()
-    # an installed copy has configs/solo in the package, a checkout beside it
+    # an installed copy has configs/solo inside the package, a checkout beside it
     shipped = Path(*path.parts[2:]) if path.parts[:2] == ("configs", "solo") else path
     places = [path, _PACKAGE / "configs" / shipped, _PACKAGE.parent / "configs" / "solo" / shipped]
     for place in places:
@@ -50,11 +50,11 @@ def config_folder(given: str) -> Path:
 
 
 def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> None:
-    """Run a task with the configuration that the command line composes, as solo-learn's scripts do.
+    """Run a task with the configuration that the command line selects, as solo-learn's scripts do.
 
     Args:
-        task: what to run; a UserError of it ends the process with its sentence and status 2.
-        usage: printed for ``--help``, and when no configuration is named.
+        task: the function to run; a UserError in it ends the process with one line and status 2.
+        usage: printed for ``--help``, and when no configuration is given.
         command: a key of ``schema.COMMANDS``, for ``--help-config``.
     """
     with exit_on_user_error():
@@ -91,11 +91,11 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> N
             started = True
             try:
                 task(cfg)
-            except UserError as error:  # past Hydra, which would print the overrides first
+            except UserError as error:  # raised again outside of Hydra, which would print the overrides first
                 mistake = error
 
         quieten()
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own lines and ends the process with status 1
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # without it Hydra prints its own lines and exits with status 1
         try:
             hydra.main(version_base="1.2", config_path=None)(guarded)()
         except (HydraException, OmegaConfBaseException, *_OF_COMPOSING) as error:
@@ -105,9 +105,9 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> N
                 check_file(path, whole=False)
             if str(error).startswith("Ambiguous value"):
                 raise UserError(
-                    "an override holds a comma outside of quotes: use key='a,b' for a word, key=[a,b] for a list"
+                    "an override has a comma outside of quotes; use key='a,b' for a word or key=[a,b] for a list"
                 ) from None
-            # what is wrong with an override, and what would be right; the rest is about Hydra's innards
+            # the first two lines name the mistake and the remedy; the others are about Hydra's internals
             override = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
             raise UserError(override + " ".join(str(error).splitlines()[:2])[:300]) from None
         if mistake is not None:
@@ -115,15 +115,15 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> N
 
 
 def check_file(path: Path, *, whole: bool = True) -> None:
-    """Refuse a YAML file that Hydra could not use.
+    """Check that Hydra can use a YAML file.
 
     Args:
         path: the file.
-        whole: whether it is a configuration, which has entries; else it may be one of the files that a configuration
-            is composed of, which may be a list or empty.
+        whole: whether it is a configuration, which must have entries; else it is a part of one, which may be a list
+            or empty.
 
     Raises:
-        UserError: it cannot be read, is no YAML, or has no entries.
+        UserError: the file cannot be read, is not YAML, or has no entries.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -147,7 +147,7 @@ def check_file(path: Path, *, whole: bool = True) -> None:
 
 
 def quieten() -> None:
-    """Leave out advice that a user of this command cannot act on."""
+    """Hide warnings that a user of the command cannot act on."""
     for text in (
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",
@@ -167,10 +167,10 @@ def quieten() -> None:
 
 @contextmanager
 def refused(what: str) -> Iterator[None]:
-    """Turn what a constructor says of its arguments into a UserError.
+    """Turn errors of a constructor about its arguments into a UserError.
 
     Args:
-        what: is being made, for the sentence.
+        what: name of the object under construction, for the message.
     """
     try:
         yield
@@ -180,10 +180,10 @@ def refused(what: str) -> Iterator[None]:
 
 
 def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Any]) -> Any:
-    """A Lightning trainer from those entries of the configuration that its constructor takes.
+    """Build a Lightning Trainer from the entries of the configuration that its constructor accepts.
 
     Raises:
-        UserError: Lightning refuses one.
+        UserError: Lightning does not accept an entry.
     """
     from solo_ext.compat import pl
 
@@ -198,7 +198,7 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Any]) -> 
     given.setdefault("enable_progress_bar", sys.stderr.isatty())
     given.setdefault("enable_model_summary", False)
     given.setdefault("num_sanity_val_steps", 0)
-    given["use_distributed_sampler"] = False  # the loaders divide the images themselves, each image once
+    given["use_distributed_sampler"] = False  # our loaders divide the images, each image once
     try:
         return pl.Trainer(**given)
     except (TypeError, ValueError, ImportError, pl.utilities.exceptions.MisconfigurationException) as error:
@@ -206,7 +206,7 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Any]) -> 
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch, without Lightning's line about it."""
+    """Seed Python, NumPy and torch, without Lightning's message."""
     from solo_ext.compat import pl
 
     os.environ.setdefault("PL_GLOBAL_SEED", str(seed))

@@ -1,7 +1,7 @@
-"""What a run writes about itself: metrics, spectrum, progress, and a summary.
+"""Logging: metrics, spectrum, progress and summary of a run.
 
-In the run's folder: metrics.csv and TensorBoard events of everything that is logged, eigenvalues.csv when
-``log_eigvals`` is set, and one JSON summary. Weights & Biases joins them when ``wandb.enabled``.
+A run's folder has metrics.csv and TensorBoard events of all logged values, eigenvalues.csv with ``log_eigvals``, and a
+JSON summary. With ``wandb.enabled`` the values also go to Weights & Biases.
 """
 
 import csv
@@ -21,11 +21,11 @@ from solo_ext.compat import host_release, pl
 
 
 class AppendingCSVLogger(pl.loggers.CSVLogger):
-    """A CSVLogger that keeps the rows of an interrupted run, where Lightning's deletes the file.
+    """A CSVLogger that keeps the rows of an interrupted run; Lightning's deletes the file.
 
     Args:
         folder: the run's folder.
-        epochs: rows of this epoch and later are dropped, for they are trained again.
+        epochs: rows of this epoch and later are dropped, since these epochs are trained again.
     """
 
     def __init__(self, folder: Path, epochs: int) -> None:
@@ -34,7 +34,7 @@ class AppendingCSVLogger(pl.loggers.CSVLogger):
 
     @property
     def experiment(self) -> Any:
-        """The writer of the first process, made at the first use; the others have Lightning's dummy."""
+        """The writer in the first process, created on first use; other processes have Lightning's dummy."""
         if self._experiment is None and pl.utilities.rank_zero_only.rank == 0:
             rows = _rows_before(self._epochs, read_rows(self._path)) if self._epochs else []
             self._experiment = RowWriter(self._path, rows)
@@ -42,11 +42,11 @@ class AppendingCSVLogger(pl.loggers.CSVLogger):
 
 
 class RowWriter:
-    """Writes metrics.csv so that a kill at any time leaves all complete rows. Has of Lightning's what a logger calls.
+    """Write metrics.csv so that a kill at any time leaves all complete rows; the interface is Lightning's.
 
     Args:
-        path: of the file.
-        rows: that it begins with.
+        path: the file.
+        rows: its first rows.
     """
 
     def __init__(self, path: Path, rows: list[dict[str, Any]]) -> None:
@@ -64,10 +64,10 @@ class RowWriter:
         self.metrics.append({**values, "step": len(self.metrics) if step is None else step})
 
     def log_hparams(self, params: dict[str, Any]) -> None:
-        """Nothing: args.json has them."""
+        """Do nothing: args.json has the hyperparameters."""
 
     def save(self) -> None:
-        """Append the rows; where they bring new columns, replace the file."""
+        """Append the rows; rewrite the file if they have new columns."""
         if not self.metrics:
             return
         columns = sorted({*self._columns, *(key for row in self.metrics for key in row)})
@@ -82,18 +82,18 @@ class RowWriter:
 
 
 def _rows_before(epochs: int, rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows of the first epochs; one that names no epoch, such as a learning rate's, goes with its step."""
+    """Return the rows of the first epochs; a row without an epoch, such as a rate, is selected by its step."""
     last = max((int(row["step"]) for row in rows if row.get("epoch") and float(row["epoch"]) < epochs), default=-1)
     return [row for row in rows if (float(row["epoch"]) < epochs if row.get("epoch") else int(row["step"]) <= last)]
 
 
 def loggers(cfg: DictConfig, folder: Path, epochs: int) -> list[Any]:
-    """Lightning's loggers of a run.
+    """Build Lightning's loggers of a run.
 
     Args:
         cfg: the configuration.
         folder: the run's folder.
-        epochs: how many epochs a resumed run has behind it.
+        epochs: the number of epochs already trained, for a resumed run.
     """
     found: list[Any] = [
         AppendingCSVLogger(folder, epochs),
@@ -105,7 +105,7 @@ def loggers(cfg: DictConfig, folder: Path, epochs: int) -> list[Any]:
 
 
 def _wandb_logger(cfg: DictConfig, folder: Path) -> Any:
-    """Weights & Biases; offline where it was asked for, and where there is no account or no network."""
+    """Build the logger of Weights & Biases; offline on request, and without an account or a network."""
     import wandb
 
     def start(mode: str | None) -> Any:
@@ -113,7 +113,7 @@ def _wandb_logger(cfg: DictConfig, folder: Path) -> Any:
             name=cfg.name,
             project=cfg.wandb.project,
             entity=cfg.wandb.entity,
-            mode=mode,  # None: the environment says
+            mode=mode,  # None: the environment decides
             id=folder.name,
             resume="allow",
         )
@@ -124,12 +124,12 @@ def _wandb_logger(cfg: DictConfig, folder: Path) -> Any:
         return start("offline" if cfg.wandb.offline else None)
     except wandb.errors.Error as error:
         reason = str(error).strip().splitlines()[0]
-        say(f"wandb logs offline, into ./wandb; 'wandb sync' uploads that later. Why it cannot log online: {reason}")
+        say(f"wandb logs offline to ./wandb, 'wandb sync' uploads it later; it cannot log online: {reason}")
         return start("offline")
 
 
 def callbacks(cfg: DictConfig) -> list[pl.Callback]:
-    """Progress, random numbers, learning rate, CSV flush."""
+    """Build the callbacks of every run: progress, checks, seeds, learning rate, CSV flush."""
     shown = [pl.callbacks.TQDMProgressBar()] if sys.stderr.isatty() else [EpochLines()]
     return [
         *shown,
@@ -142,14 +142,14 @@ def callbacks(cfg: DictConfig) -> list[pl.Callback]:
 
 
 class RunGuard(Guard, pl.Callback):
-    """A run that does not finish ends with a status that is not 0, and leaves no process behind."""
+    """End an unfinished run with a non-zero status, and end all of its processes."""
 
 
 class EpochSeed(pl.Callback):
-    """Seeds torch anew each epoch, so that a resumed run draws what an uninterrupted one draws.
+    """Seed torch in each epoch, so that a resumed run draws the same numbers as an uninterrupted one.
 
     Args:
-        seed: of the run.
+        seed: the seed of the run.
     """
 
     def __init__(self, seed: int) -> None:
@@ -161,33 +161,33 @@ class EpochSeed(pl.Callback):
 
 
 class FlushMetrics(pl.Callback):
-    """Writes metrics.csv at every epoch's end, before the checkpoint that a resumed run goes on from."""
+    """Write metrics.csv at the end of each epoch, before the checkpoint."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Write what has been logged."""
+        """Write the logged rows."""
         for logger in trainer.loggers:
             logger.save()
 
 
 class StopWhenNotFinite(pl.Callback):
-    """Ends a run whose loss is inf or NaN, instead of training on to the last epoch.
+    """End a run whose loss is inf or NaN.
 
     Raises:
-        UserError: at the end of the first such epoch; the checkpoint of the epoch before is kept.
+        UserError: at the end of the first such epoch; the previous checkpoint is kept.
     """
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Look at the epoch's losses."""
+        """Check the losses of the epoch."""
         for name, value in trainer.callback_metrics.items():
             if name.startswith("train_") and "loss" in name and not torch.isfinite(value).all():
                 raise UserError(
                     f"{name} is {float(value)} in epoch {trainer.current_epoch + 1}: training diverged; "
-                    "lower optimizer.lr, or take optimizer.name=adam or lars"
+                    "lower optimizer.lr, or use optimizer.name=adam or lars"
                 )
 
 
 class EpochLines(pl.Callback):
-    """One line an epoch, where there is no terminal to draw a progress bar on."""
+    """Print one line per epoch, when there is no terminal for a progress bar."""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -195,7 +195,7 @@ class EpochLines(pl.Callback):
         self.first = trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Print the epoch, the time that is left and the losses and accuracies."""
+        """Print the epoch, the remaining time, and the losses and accuracies."""
         if not trainer.is_global_zero:
             return
         done = trainer.current_epoch + 1
@@ -208,11 +208,11 @@ class EpochLines(pl.Callback):
 
 
 class SpectrumWriter(pl.Callback):
-    """Writes the spectrum of the embedding's second moment at each epoch's end: CSV, TensorBoard, and wandb.
+    """Write the spectrum of the embedding's second moment at the end of each epoch: CSV, TensorBoard and wandb.
 
     Args:
-        folder: the run's folder; eigenvalues.csv gets the columns epoch, eigval_1 ≥ eigval_2 ≥ …
-        epochs: rows of this epoch and later, of an interrupted run, are dropped.
+        folder: the run's folder; eigenvalues.csv has the columns epoch, eigval_1 ≥ eigval_2 ≥ …
+        epochs: rows of this epoch and later, from an interrupted run, are dropped.
     """
 
     def __init__(self, folder: Path, epochs: int) -> None:
@@ -230,7 +230,7 @@ class SpectrumWriter(pl.Callback):
                 self.path.unlink()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Add this epoch's row."""
+        """Append the row of this epoch."""
         if not trainer.is_global_zero or module.moment is None:
             return
         spectrum = module.moment.spectrum().cpu()
@@ -249,7 +249,7 @@ class SpectrumWriter(pl.Callback):
                 logger.experiment.log({"eigenvalues": wandb.Histogram(spectrum.numpy())}, commit=False)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Give wandb the whole table, ``eigvals``: one row an epoch, those before a resumption included."""
+        """Log the table ``eigvals`` to wandb: one row per epoch, including those before a resume."""
         if not trainer.is_global_zero or not self.path.is_file():
             return
         for logger in trainer.loggers:
@@ -263,9 +263,9 @@ class SpectrumWriter(pl.Callback):
 
 
 class Totals(pl.Callback):
-    """What the summary says of the whole run; a resumed run goes on counting. After the callbacks that log.
+    """Totals of the run for its summary, continued after a resume; must come after the callbacks that log.
 
-    ``metrics`` has the last value of each metric, ``seconds`` the time in training and validation.
+    ``metrics`` has the last value of each metric, ``seconds`` the time of training and validation.
     """
 
     def __init__(self) -> None:
@@ -274,29 +274,29 @@ class Totals(pl.Callback):
 
     @property
     def seconds(self) -> float:
-        """Of this process and of those that it goes on from, up to their last checkpoint."""
+        """Time of this process, and of the resumed ones up to their last checkpoint."""
         return self._before + time.perf_counter() - self._began
 
     def update(self, trainer: pl.Trainer) -> None:
-        """Take what has been logged."""
+        """Store the logged values."""
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         self.metrics.update(found)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take what the epoch has logged."""
+        """Store the values that the epoch has logged."""
         self.update(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return the values for the checkpoint."""
         return {"metrics": dict(self.metrics), "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from it."""
+        """Continue from these values."""
         self.metrics, self._before = dict(state_dict["metrics"]), state_dict["seconds"]
 
 
 class Throughput(pl.Callback):
-    """Measures the training images per second, validation left out. ``images_per_second`` is None before a batch."""
+    """Measure the training images per second, without validation."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -304,7 +304,7 @@ class Throughput(pl.Callback):
 
     @property
     def images_per_second(self) -> float | None:
-        """Images of this process, each counted once whatever the number of views."""
+        """Images of this process per second, each counted once for any number of views; None before the first batch."""
         return self.images / self.seconds if self.images else None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -314,40 +314,40 @@ class Throughput(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch, and stop the clock at the epoch's last."""
+        """Count the batch, and stop the clock after the last of the epoch."""
         self.images += len(batch[-1])
         if trainer.is_last_batch and self._began is not None:
             self.seconds += time.perf_counter() - self._began
             self._began = None
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint: a resumed run goes on counting."""
+        """Return the counts for the checkpoint."""
         return {"images": self.images, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from it."""
+        """Continue from these values."""
         self.images, self.seconds = state_dict["images"], state_dict["seconds"]
 
 
 class BestAccuracy(pl.Callback):
-    """Remembers the best validation accuracy of all epochs, in ``acc1`` (per cent; -inf before the first)."""
+    """Store the best validation accuracy of all epochs in ``acc1`` (per cent; -inf before the first)."""
 
     acc1 = float("-inf")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Compare this epoch's."""
+        """Compare the accuracy of this epoch."""
         if "val_acc1" in trainer.callback_metrics:
             self.acc1 = max(self.acc1, float(trainer.callback_metrics["val_acc1"]))
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return the values for the checkpoint."""
         return {"acc1": self.acc1}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from it."""
+        """Continue from these values."""
         self.acc1 = state_dict["acc1"]
 
 
 def host_versions() -> dict[str, str | None]:
-    """Versions of what a result depends on."""
+    """Return the versions of the packages that a result depends on."""
     return {**versions("pytorch-lightning", "torchmetrics", "timm"), "solo-learn": host_release()}

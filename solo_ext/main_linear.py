@@ -11,30 +11,30 @@ from plugins.tools.process import end_with_first_process, exit_when_stopped
 
 USAGE = """usage: python -m solo_ext.main_linear --config-path FOLDER --config-name NAME [key=value ...]
 
-Trains a linear classifier on a frozen pre-trained backbone, or with finetune=True the backbone too.
-With normalized_classifier=True the features go through a BatchNorm without scale and shift first.
+Trains a linear classifier on a frozen pre-trained backbone; with finetune=True, trains the backbone too.
+With normalized_classifier=True a BatchNorm without scale and shift comes before the classifier.
 
-  --config-path FOLDER                where the YAML files are: configs/solo/digits, or a folder of your own
-  --config-name NAME                  which of them, such as linear.yaml
+  --config-path FOLDER                folder of the YAML files: configs/solo/digits, or one of your own
+  --config-name NAME                  one of its files, such as linear.yaml
   pretrained_feature_extractor=PLACE  a checkpoint, or the folder of a run
-  key=value                           changes an entry; +key=value adds one, ++key=value does either
-  --help-config                       lists all entries, with what each may be
+  key=value                           changes an entry; +key=value adds one, ++key=value adds or changes
+  --help-config                       lists all entries and their values
 
 The run's folder is <checkpoint.dir>/linear/<checkpoint.version>: args.json, a checkpoint, metrics.csv and
-linear.json with the accuracy at the end and the best."""
+linear.json with the final and the best accuracy."""
 
 
 def evaluate(cfg: DictConfig) -> Path:
-    """Train and evaluate a linear classifier as ``cfg`` says.
+    """Train and evaluate a linear classifier.
 
     Args:
-        cfg: a configuration in the format of solo-learn's main branch, as Hydra composed it.
+        cfg: the configuration that Hydra composed, in the format of solo-learn's main branch.
 
     Returns:
         The run's folder.
 
     Raises:
-        UserError: something is wrong with the configuration, the data or the checkpoint; nothing has been trained.
+        UserError: the configuration, the data or the checkpoint is invalid; raised before any training.
     """
     from plugins.tools.records import write_json
     from solo_ext.backbones import build_backbone
@@ -67,7 +67,7 @@ def evaluate(cfg: DictConfig) -> Path:
         model = model.to(memory_format=torch.channels_last)
     images = linear_images(cfg)
     folder, resumed, images.start_epoch = resume_point(cfg, "linear", run_folder(cfg, "linear"), model)
-    # a run that was killed before its summary has that yet to write
+    # a run that was killed before it wrote its summary still has to write it
     if images.start_epoch == cfg.max_epochs and (folder / "linear.json").is_file():
         say(f"{resumed} belongs to a finished run of {images.start_epoch} epochs: there is nothing left to train")
         return folder
@@ -75,7 +75,7 @@ def evaluate(cfg: DictConfig) -> Path:
     best, totals, checkpointer = BestAccuracy(), Totals(), Checkpointer(cfg, folder, resumed)
     hooks = [*callbacks(cfg), best, totals, *([checkpointer] if cfg.checkpoint.enabled else [])]
     trainer = build_trainer(cfg, loggers(cfg, folder, images.start_epoch), hooks)
-    with exit_when_stopped(checkpointer.how_to_go_on):
+    with exit_when_stopped(checkpointer.resume_hint):
         trainer.fit(model, datamodule=images, ckpt_path=resumed, weights_only=True if resumed else None)
         if cfg.max_epochs % cfg.check_val_every_n_epoch != 0:
             trainer.validate(model, dataloaders=images.val_dataloader(), verbose=False)
@@ -106,7 +106,7 @@ def evaluate(cfg: DictConfig) -> Path:
 
 
 def _mixing(cfg: DictConfig) -> tuple[Any, Any]:
-    """The training loss and what mixes a batch, from ``mixup``, ``cutmix``, ``label_smoothing``; None: the usual."""
+    """Return loss and mixing function for ``mixup``, ``cutmix`` and ``label_smoothing``; None for the defaults."""
     from timm.data.mixup import Mixup
     from timm.loss import SoftTargetCrossEntropy
 
@@ -118,7 +118,7 @@ def _mixing(cfg: DictConfig) -> tuple[Any, Any]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     from solo_ext.launch import run_hydra
 
     end_with_first_process()

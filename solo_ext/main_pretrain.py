@@ -1,6 +1,6 @@
 """Pre-train a method with solo-learn: ``python -m solo_ext.main_pretrain --config-path … --config-name …``.
 
-The options are those of solo-learn's main_pretrain.py: a folder of YAML files, the name of one, and overrides.
+The options are those of solo-learn's main_pretrain.py: a folder of YAML files, the name of one of them, and overrides.
 """
 
 from pathlib import Path
@@ -16,31 +16,31 @@ USAGE = """usage: python -m solo_ext.main_pretrain --config-path FOLDER --config
 
 Pre-trains a self-supervised method with solo-learn.
 
-  --config-path FOLDER   where the YAML files are: configs/solo/digits, or a folder of your own
-  --config-name NAME     which of them, such as isoloss.yaml
-  key=value              changes an entry of it; +key=value adds one, ++key=value does either
-  --help-config          lists all entries, with what each may be
+  --config-path FOLDER   folder of the YAML files: configs/solo/digits, or one of your own
+  --config-name NAME     one of its files, such as isoloss.yaml
+  key=value              changes an entry; +key=value adds one, ++key=value adds or changes
+  --help-config          lists all entries and their values
 
   example: python -m solo_ext.main_pretrain --config-path configs/solo/digits --config-name isoloss.yaml ++max_epochs=5
 
 The run's folder is <checkpoint.dir>/<method>/<checkpoint.version>: args.json, the newest checkpoint, metrics.csv,
 TensorBoard events, eigenvalues.csv with method_kwargs.log_eigvals, and pretrain.json at the end.
-resume_from_checkpoint=FILE goes on from a checkpoint, auto_resume.enabled=True from the newest of the same run.
-++auto_umap.enabled=True draws the validation images every ++auto_umap.frequency=1 epochs.
+resume_from_checkpoint=FILE resumes from a checkpoint, auto_resume.enabled=True from the newest one of the same run.
+++auto_umap.enabled=True draws the features of the validation images every ++auto_umap.frequency=1 epochs.
 max_epochs=0 writes the untrained weights."""
 
 
 def pretrain(cfg: DictConfig) -> Path:
-    """Pre-train as ``cfg`` says.
+    """Pre-train a method.
 
     Args:
-        cfg: a configuration in the format of solo-learn's main branch, as Hydra composed it.
+        cfg: the configuration that Hydra composed, in the format of solo-learn's main branch.
 
     Returns:
         The run's folder.
 
     Raises:
-        UserError: something is wrong with the configuration, the data or the checkpoint; nothing has been trained.
+        UserError: the configuration, the data or the checkpoint is invalid; raised before any training.
     """
     from plugins.tools.records import write_json
     from solo_ext.checkpoint import Checkpointer, claim_folder, resume_point, run_folder
@@ -63,7 +63,7 @@ def pretrain(cfg: DictConfig) -> Path:
     folder, resumed = run_folder(cfg, cfg.method), None
     if cfg.max_epochs > 0:
         folder, resumed, images.start_epoch = resume_point(cfg, cfg.method, folder, model)
-        # a run that was killed before its summary has that yet to write
+        # a run that was killed before it wrote its summary still has to write it
         if images.start_epoch == cfg.max_epochs and (folder / "pretrain.json").is_file():
             say(f"{resumed} belongs to a finished run of {images.start_epoch} epochs: there is nothing left to train")
             return folder
@@ -84,7 +84,7 @@ def pretrain(cfg: DictConfig) -> Path:
         checkpointer.write_args(trainer)
         checkpointer.save_weights(model)
     else:
-        with exit_when_stopped(checkpointer.how_to_go_on):
+        with exit_when_stopped(checkpointer.resume_hint):
             trainer.fit(model, datamodule=images, ckpt_path=resumed, weights_only=True if resumed else None)
     if trainer.is_global_zero:
         speed = throughput.images_per_second
@@ -108,7 +108,7 @@ def pretrain(cfg: DictConfig) -> Path:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     from solo_ext.launch import run_hydra
 
     end_with_first_process()

@@ -1,7 +1,7 @@
 """Probes of a checkpoint's features: ``python -m solo_ext.main_probe``.
 
-The features of all images are computed once. Which probes are fitted to them says a YAML file, such as
-configs/solo/tinyimagenet/probe.yaml; what it may say stands in plugins/tools/probe_file.py.
+The features of all images are computed once. A YAML file, such as configs/solo/tinyimagenet/probe.yaml, lists the
+probes to fit; plugins/tools/probe_file.py documents its entries.
 """
 
 import argparse
@@ -13,18 +13,23 @@ from solo_ext.main_knn import add_arguments
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: that of main_knn without its neighbours, and what is fitted and how it is chosen."""
+    """Build the command line: the run and the images, as of main_knn, and the options of the probes."""
     found = Parser(
         prog="python -m solo_ext.main_probe",
         description="Accuracy of probes, linear ones and MLPs, on the frozen features of a pre-trained backbone.",
     )
     add_arguments(found)
     add = found.add_argument
-    add("--config", type=Path, required=True, help="YAML file: configs/solo/tinyimagenet/probe.yaml, or one like it")
-    held = "what a setting is chosen on: a held-out part of the training labels, or, as published, the test images"
+    add(
+        "--config",
+        type=Path,
+        required=True,
+        help="YAML file of the probes, such as configs/solo/tinyimagenet/probe.yaml",
+    )
+    held = "data for choosing a setting: a held-out part of the training labels or, as published, the test images"
     add("--select", choices=["validation", "test"], default="validation", help=held)
-    add("--seed", type=number(int, zero=True), default=0, help="of the labels that are drawn and of each fit")
-    add("--output", type=Path, help="write the accuracies to this JSON file too")
+    add("--seed", type=number(int, zero=True), default=0, help="seed of the drawn labels and of each fit")
+    add("--output", type=Path, help="JSON file for the accuracies")
     return found
 
 
@@ -32,10 +37,10 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Fit every probe of the file.
 
     Returns:
-        What :func:`plugins.tools.probe.evaluate_probe` returns, for each.
+        For each probe, the result of :func:`plugins.tools.probe.evaluate_probe`.
 
     Raises:
-        UserError: a path, a checkpoint or an entry of the file is wrong.
+        UserError: a path, a checkpoint or an entry of the file is invalid.
     """
     from plugins.tools.probe import describe, evaluate_probe
     from plugins.tools.probe_file import read_probes
@@ -45,7 +50,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     from plugins.tools.records import write_json
     from solo_ext.features import collect, extractor, open_evaluation
 
-    run, device, images = open_evaluation(args, "probes learn labels")
+    run, device, images = open_evaluation(args, "probes need labels")
     extract = extractor(run, device, projector=False)
     sides = []
     for split in ("train", "val"):
@@ -72,7 +77,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     from solo_ext.launch import quieten
 
     quieten()

@@ -1,4 +1,4 @@
-"""UMAP pictures of a checkpoint's features: ``python -m solo_ext.main_umap``, options as solo-learn's."""
+"""UMAP pictures of a checkpoint's features: ``python -m solo_ext.main_umap``; the options are solo-learn's."""
 
 import argparse
 import time
@@ -9,19 +9,24 @@ from solo_ext.main_knn import add_arguments
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: solo-learn's options, and what says where, how many and how."""
+    """Build the command line: solo-learn's options, and those of the output and of UMAP."""
     found = Parser(
         prog="python -m solo_ext.main_umap",
         description="Draws the features of a pre-trained backbone in two dimensions, in the colours of the classes: "
-        "train_umap and val_umap, each as PDF, PNG and CSV. Images without class folders come out grey.",
+        "train_umap and val_umap, each as PDF, PNG and CSV. Images without class folders are grey.",
     )
     add_arguments(found)
     add = found.add_argument
-    add("--output", type=Path, help="folder to write to; umap in the run's folder unless given")
-    add("--seed", type=number(int, zero=True), default=0, help="of UMAP and of the choice of images")
-    most = "draw no more images of each split than this, chosen at random; 0: all"
+    add("--output", type=Path, help="output folder; default: umap in the run's folder")
+    add("--seed", type=number(int, zero=True), default=0, help="seed of UMAP and of the random choice of images")
+    most = "maximum number of images of each split, chosen at random; 0: all"
     add("--max_images", type=number(int, zero=True), default=20_000, help=most)
-    add("--n_neighbors", type=number(int), default=15, help="more show the whole, fewer the detail")
+    add(
+        "--n_neighbors",
+        type=number(int),
+        default=15,
+        help="neighbours of each point: large values show global structure, small values local structure",
+    )
     return found
 
 
@@ -29,13 +34,13 @@ _NAMES = {"train": "training", "val": "validation"}
 
 
 def draw(args: argparse.Namespace) -> Path:
-    """Draw the training images, and the validation images where they are given.
+    """Draw the training images and, if given, the validation images.
 
     Returns:
-        The folder that holds the pictures.
+        The folder of the pictures.
 
     Raises:
-        UserError: a path or a checkpoint is wrong, or there are too few images.
+        UserError: a path or a checkpoint is invalid, or there are too few images.
     """
     from plugins.tools.umap import check_installed, embed, plot, write_points
 
@@ -79,7 +84,7 @@ def draw(args: argparse.Namespace) -> Path:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     from solo_ext.launch import quieten
 
     quieten()

@@ -17,14 +17,14 @@ from solo_ext.loaders import evaluation_loader
 
 
 class AutoUMAP(pl.Callback):
-    """Draws the validation images every ``auto_umap.frequency`` epochs and after the last.
+    """Draw the validation images every ``auto_umap.frequency`` epochs and after the last.
 
-    Written to ``<auto_umap.dir>/<method>/<version>/<name>-<version>-ep=<epoch>.pdf``, where solo-learn writes them, as
-    PNG too, and to Weights & Biases where that is on. Training goes on as if it had not been there.
+    The pictures are ``<auto_umap.dir>/<method>/<version>/<name>-<version>-ep=<epoch>.pdf``, as in solo-learn, the same
+    as PNG, and an image in Weights & Biases if that is enabled. Training is not affected.
 
     Args:
         cfg: the configuration, with ``auto_umap.dir`` and ``auto_umap.frequency``.
-        folder: the run's folder, for its version.
+        folder: the run's folder, whose name is the version.
 
     Raises:
         UserError: umap-learn is not installed.
@@ -39,7 +39,7 @@ class AutoUMAP(pl.Callback):
         self.reading = (cfg.optimizer.batch_size, cfg.data.num_workers)
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Refuse to train where nothing could be drawn."""
+        """Check before training that the pictures can be drawn and written."""
         val = trainer.datamodule.val
         if val is None:
             raise UserError("auto_umap draws the labelled validation images: it needs data.val_path")
@@ -48,7 +48,7 @@ class AutoUMAP(pl.Callback):
         check_writable(self.folder, "auto_umap.dir")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Draw, if it is time to, on the first process; the others go on until they need it."""
+        """Draw a picture if one is due, in the first process."""
         epoch = trainer.current_epoch
         if (epoch + 1) % self.frequency != 0 and epoch + 1 != trainer.max_epochs:
             return
@@ -56,7 +56,7 @@ class AutoUMAP(pl.Callback):
             return
         features, labels = self._features(trainer, module)
         if not torch.isfinite(features).all():
-            print(f"auto_umap: no picture of epoch {epoch}: the features are not finite", flush=True)
+            print(f"auto_umap: no picture of epoch {epoch}, since the features are not finite", flush=True)
             return
         files = [self.folder / f"{self.stem}-ep={epoch}{ending}" for ending in (".pdf", ".png")]
         title = f"{self.stem}, epoch {epoch + 1}: {len(labels)} validation images"
@@ -68,10 +68,10 @@ class AutoUMAP(pl.Callback):
 
     @torch.no_grad()
     def _features(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[Tensor, Tensor]:
-        """Features and labels of all validation images."""
+        """Compute features and labels of all validation images."""
         parts, labels = [], []
         precision = trainer.precision_plugin
-        # a loader draws a random number when it starts, which training must not miss
+        # a loader draws a random number when it starts, which must not affect training
         with _evaluating(module), torch.random.fork_rng(devices=[]), precision.val_step_context():
             for images, targets in evaluation_loader(trainer.datamodule.val, *self.reading):
                 images = precision.convert_input(images.to(module.device))
@@ -82,7 +82,7 @@ class AutoUMAP(pl.Callback):
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; each submodule gets its own mode back."""
+    """Switch to evaluation mode, and restore the mode of each submodule at the end."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:

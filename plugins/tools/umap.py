@@ -20,51 +20,51 @@ from torch import Tensor
 from plugins.tools.command import UserError
 
 NEIGHBOURS = 15
-"""How many neighbours UMAP looks at unless told otherwise; its own default."""
+"""Default number of neighbours, the same as umap-learn's."""
 
 _LEGEND_ROWS = 25
-_LEGEND_MOST = 100  # classes; the names of more would not be read
+_LEGEND_MOST = 100  # classes; there is no legend for more
 
 
 def check_installed() -> None:
-    """Refuse to begin without umap-learn.
+    """Check that umap-learn is installed.
 
     Raises:
-        UserError: it is not installed.
+        UserError: umap-learn is not installed.
     """
     if find_spec("umap") is None:
         raise UserError("UMAP needs umap-learn; install it with: uv sync --extra solo, or: pip install umap-learn")
 
 
 def embed(features: Tensor, *, neighbours: int = NEIGHBOURS, seed: int = 0) -> np.ndarray:
-    """The features in two dimensions, the same each time.
+    """Embed features in two dimensions, reproducibly.
 
     Args:
         features: ``[N, D]``.
-        neighbours: of each point, >= 2.
-        seed: of UMAP's random numbers; the global ones, and torch's number of threads, are left alone.
+        neighbours: neighbours of each point, >= 2.
+        seed: seed of UMAP; global random states and torch's number of threads do not change.
 
     Returns:
         Coordinates ``[N, 2]``, float32.
 
     Raises:
-        UserError: there are not more rows than neighbours, or a feature is infinite or no number.
+        UserError: there are not more rows than neighbours, or a feature is inf or NaN.
     """
     if len(features) <= neighbours:
         raise UserError(f"UMAP with {neighbours} neighbours needs more than {neighbours} images, got {len(features)}")
     if not torch.isfinite(features).all():
-        raise UserError("the features hold infinite values or no numbers: the network has diverged")
-    with _undisturbed(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its dependencies, and that a seed means one thread
-        from umap import UMAP  # takes many seconds
+        raise UserError("the features contain inf or NaN: the network has diverged")
+    with _global_state_kept(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from its dependencies, and that a seed implies one thread
+        from umap import UMAP  # slow to import
 
         found = UMAP(n_components=2, n_neighbors=neighbours, random_state=seed).fit_transform(features.float().numpy())
     return np.asarray(found, dtype=np.float32)
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Undo what UMAP does to its process: numba sets the threads of torch too, an import draws from ``random``."""
+def _global_state_kept() -> Iterator[None]:
+    """Restore global state: numba changes torch's threads, and an import draws from ``random``."""
     threads, python, numpy = torch.get_num_threads(), random.getstate(), np.random.get_state()
     try:
         yield
@@ -81,35 +81,35 @@ def _colours(count: int) -> list[Any]:
         return list(colormaps["tab10"].colors)[:count]
     if count <= 20:
         return list(colormaps["tab20"].colors)[:count]
-    # around the circle of hues, three brightnesses by turns to tell neighbours apart
+    # around the circle of hues, with three brightnesses in turn
     return [colorsys.hls_to_rgb(index / count, (0.4, 0.55, 0.7)[index % 3], 0.75) for index in range(count)]
 
 
 def plot(points: np.ndarray, labels: Sequence[int], classes: Sequence[str], title: str, files: Iterable[Path]) -> None:
-    """Draw points in the colours of their classes; grey where they have none.
+    """Draw points in the colours of their classes; points without a label are grey.
 
     Args:
         points: ``[N, 2]``.
-        labels: ``[N]``; -1 where there is none.
-        classes: names by label; numbers are written where they are too few.
-        title: above the picture.
-        files: where to write it; the ending says in what format.
+        labels: ``[N]``; -1 means no label.
+        classes: names by label; a label without a name is shown as its number.
+        title: title of the picture.
+        files: files to write; the suffix selects the format.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     labels = np.asarray(labels)
     figure = Figure(figsize=(7, 7))
-    FigureCanvasAgg(figure)  # no window, whatever the user's matplotlib is set to
+    FigureCanvasAgg(figure)  # never opens a window
     axes = figure.add_subplot()
     size = float(np.clip(20000 / len(points), 2, 30))
-    order = np.random.default_rng(0).permutation(len(points))  # else the last class would lie on top
+    order = np.random.default_rng(0).permutation(len(points))  # in class order, the last class would cover the others
     present = [int(label) for label in np.unique(labels) if label >= 0]
     colours = dict(zip(present, _colours(len(present)), strict=True))
     shades = [colours.get(int(label), (0.6, 0.6, 0.6)) for label in labels[order]]
     axes.scatter(*points[order].T, s=size, c=shades, alpha=0.7, linewidths=0, rasterized=len(points) > 5000)
     axes.set(title=title, xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
-    axes.set_aspect("equal", adjustable="datalim")  # distances are what a UMAP shows
+    axes.set_aspect("equal", adjustable="datalim")  # the same scale on both axes
     if 0 < len(present) <= _LEGEND_MOST:
         names = {label: classes[label] if label < len(classes) else str(label) for label in present}
         handles = [axes.scatter([], [], s=40, color=colours[label], label=names[label]) for label in present]
@@ -121,7 +121,7 @@ def plot(points: np.ndarray, labels: Sequence[int], classes: Sequence[str], titl
 
 
 def write_points(points: np.ndarray, labels: Sequence[int], classes: Sequence[str], file: Path) -> None:
-    """Write the coordinates as CSV: x, y, label, class; both last are empty where there is no label."""
+    """Write the coordinates as CSV: x, y, label, class; label and class are empty without a label."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as out:
         writer = csv.writer(out)

@@ -63,6 +63,14 @@ class RowWriter:
         values = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in metrics.items()}
         self.metrics.append({**values, "step": len(self.metrics) if step is None else step})
 
+    def restore(self, row: dict[str, Any]) -> None:
+        """Add a row of means over an epoch, unless the file has one of that epoch."""
+        there = read_rows(self.path) if self.path.is_file() else []
+        means = [name for name in row if name.startswith("train_")]
+        if not any(old.get("epoch") == str(row["epoch"]) and any(old.get(name) for name in means) for old in there):
+            self.metrics.append(dict(row))
+            self.save()
+
     def log_hparams(self, params: dict[str, Any]) -> None:
         """Do nothing: args.json has the hyperparameters."""
 
@@ -161,10 +169,34 @@ class EpochSeed(pl.Callback):
 
 
 class FlushMetrics(pl.Callback):
-    """Write metrics.csv at the end of each epoch, before the checkpoint."""
+    """Write metrics.csv at the end of each epoch, before the checkpoint.
+
+    Lightning logs the means over an epoch after the checkpoint of that epoch. The checkpoint has them too, for a run
+    that was killed in between.
+    """
+
+    def __init__(self) -> None:
+        self._means: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the means over the last epoch for the checkpoint."""
+        return {"means": dict(self._means)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the means over the last epoch."""
+        self._means = dict(state_dict["means"])
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Add the means of the epoch before a resume to metrics.csv if they are missing."""
+        for logger in trainer.loggers:
+            if trainer.is_global_zero and self._means and isinstance(logger, AppendingCSVLogger):
+                logger.experiment.restore(self._means)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write the logged rows."""
+        means = {name: float(value) for name, value in trainer.logged_metrics.items() if value.numel() == 1}
+        means = {name: value for name, value in means.items() if "val_" not in name and not name.endswith("_step")}
+        self._means = {**means, "epoch": trainer.current_epoch, "step": trainer.global_step - 1}
         for logger in trainer.loggers:
             logger.save()
 

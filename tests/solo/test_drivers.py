@@ -16,7 +16,7 @@ from plugins.methods import METHODS
 from plugins.tools.command import UserError
 from plugins.tools.data import make_subset
 from solo_ext import main_knn, main_linear, main_pretrain
-from solo_ext.checkpoint import auto_resume, find_checkpoint
+from solo_ext.checkpoint import Checkpointer, auto_resume, find_checkpoint
 from solo_ext.config import parse_pretrain
 from solo_ext.logs import AppendingCSVLogger
 
@@ -216,6 +216,27 @@ def test_auto_resume_takes_the_same_run_only(compose, tmp_path):
         assert auto_resume(changed, "isoloss") is None, other
     os.utime(run / "a-ep=0.ckpt", (0, 0))
     assert auto_resume(cfg, "isoloss") is None  # older than max_hours
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_means_of_an_epoch_outlive_a_kill_after_its_checkpoint(epochs, digits, tmp_path, monkeypatch):
+    """Lightning logs them after the checkpoint; without a kill they are there once."""
+
+    def killed(self, trainer, epoch):
+        save(self, trainer, epoch)
+        if epoch == epochs - 1:
+            raise RuntimeError("killed")
+
+    save = Checkpointer.save
+    argv = _arguments(digits, tmp_path, "isoloss", "max_epochs=3", "auto_resume.enabled=true", "++checkpoint.version=v")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Checkpointer, "save", killed)
+        _run(main_pretrain.main, argv, monkeypatch)
+    _run(main_pretrain.main, argv, monkeypatch)
+    with (tmp_path / "isoloss" / "v" / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["train_ssl_loss_epoch"]]
+    assert [(row["epoch"], row["step"]) for row in rows] == [("0", "2"), ("1", "5"), ("2", "8")]
+    assert len({row["train_ssl_loss_epoch"] for row in rows}) == 3 and all(row["tau"] for row in rows)
 
 
 # refusals

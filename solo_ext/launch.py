@@ -105,7 +105,7 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> N
                 check_file(path, whole=False)
             if str(error).startswith("Ambiguous value"):
                 raise UserError(
-                    "an override has a comma outside of quotes; use key='a,b' for a word or key=[a,b] for a list"
+                    "an override has a comma outside of quotes; use key='a,b' for a string or key=[a,b] for a list"
                 ) from None
             # the first two lines name the mistake and the remedy; the others are about Hydra's internals
             override = f"{error.override}: " if isinstance(error, OverrideParseException) else ""

@@ -24,8 +24,8 @@ _UNKNOWN = {
     "warmup_epoch": "did you mean scheduler.warmup_epochs?",
     "lr": "did you mean optimizer.lr?",
     "gradient_clip": "did you mean gradient_clip_val?",
-    "finetune": "finetune is an entry of main_linear only: leave it out",
-    "logger": "logger is set by the command: leave it out",
+    "finetune": "finetune is an entry of main_linear only: remove it",
+    "logger": "logger is set by the command: remove it",
     "limit_train_batches": "limit_train_batches must be a whole number or a number or null, got 'x'",
 }
 

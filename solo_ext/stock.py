@@ -1,14 +1,13 @@
-"""solo-learn's own main_pretrain.py and main_linear.py with our methods, unedited.
+"""Our methods in solo-learn's own, unmodified main_pretrain.py and main_linear.py.
 
-``hydra_plugins`` calls ``activate`` when one of these scripts of the main branch runs, in every process of the run. For
-Hydra to find that folder, ssl-plugins is installed, or PYTHONPATH names its checkout. Changed are the loaded modules,
-never a file:
+``hydra_plugins`` calls ``activate`` in every process that runs one of these scripts of the main branch. Hydra finds
+that folder if ssl-plugins is installed or PYTHONPATH has its checkout. Only loaded modules are changed, never a file:
 
-* ``method`` may be one of ours; it is chosen as by our own command, and its options are checked
-  (``solo_ext.registry``). solo-learn's own methods are the mended ones (``solo_ext.compat``).
-* ``data.dataset`` may be one of ours, ``backbone.name`` too.
-* ``devices`` may be a number, also on a CPU; ``strategy`` may be left out.
-* the k-NN classifier works, and so does DALI without a GPU (``solo_ext.compat.solo_main``).
+* ``method`` may be one of ours. It is selected as in our command, and its options are validated
+  (``solo_ext.registry``). solo-learn's own methods are the patched ones (``solo_ext.compat``).
+* ``data.dataset`` and ``backbone.name`` may be ours.
+* ``devices`` may be a number, also on a CPU, and ``strategy`` is optional.
+* the k-NN classifier works, and DALI works without a GPU (``solo_ext.compat.solo_main``).
 """
 
 import sys
@@ -32,10 +31,10 @@ from solo_ext.transforms import DATASETS, evaluation_transform, linear_crop, lin
 
 
 class Scripts:
-    """What solo-learn's functions do instead, for the script of this process.
+    """Replacements for functions of solo-learn, for the script of this process.
 
     Args:
-        own: our data sets, by name.
+        own: our datasets by name.
     """
 
     def __init__(self, own: dict[str, Any]) -> None:
@@ -43,25 +42,25 @@ class Scripts:
         self.cfg: DictConfig | None = None
 
     def parse_pretrain(self, original: Callable, cfg: DictConfig) -> DictConfig:
-        """Main's checks and ours of the configuration of a pre-training; puts the class to train into METHODS."""
+        """Validate the configuration of a pre-training, and put the class to train into METHODS."""
         from solo.methods import METHODS
 
         cfg = self._parse(original, cfg)
         if cfg.data.dataset in self.own:
-            # main's transform takes from here what its own table lacks
+            # main's transform uses these for a dataset that is not in its own table
             info = self.own[cfg.data.dataset]
             for view in cfg.augmentations:
                 view.mean, view.std = list(info.mean), list(info.std)
         with exit_on_user_error():
             large_and_small(cfg.augmentations)
             METHODS[cfg.method] = method_class(cfg)
-        return complete(cfg)  # main's classes do so in place, the script relies on it; ours leave their argument alone
+        return complete(cfg)  # the script relies on main's classes, which complete their argument in place; ours do not
 
     def parse_linear(self, original: Callable, cfg: DictConfig) -> DictConfig:
-        """Main's checks and ours of the configuration of a linear evaluation."""
+        """Validate the configuration of a linear evaluation."""
         cfg = self._parse(original, cfg)
         if cfg.backbone.name in ARCHITECTURES:
-            # as in pre-training; the script itself only changes the stem of what is called resnet
+            # as in pre-training; the script changes the stem only if the name begins with resnet
             cfg.backbone.kwargs.setdefault("cifar", cfg.data.dataset in CIFAR_STEM)
         return cfg
 
@@ -82,11 +81,11 @@ class Scripts:
         return cfg
 
     def folders(self, original: Callable, dataset: str, *args: Any, **kwargs: Any) -> Any:
-        """Main's ``prepare_datasets``; our data sets are folders as its custom data are."""
+        """Call main's ``prepare_datasets``; our datasets are folders like its custom data."""
         return original("custom" if dataset in self.own else dataset, *args, **kwargs)
 
     def transforms(self, original: Callable, dataset: str) -> tuple[Any, Any]:
-        """Main's ``prepare_transforms``: of linear training and of evaluation."""
+        """Call main's ``prepare_transforms``: the transforms of linear training and of evaluation."""
         if dataset not in self.own:
             return original(dataset)
         cfg = self.cfg or OmegaConf.create({"data": {}})
@@ -103,12 +102,12 @@ def _find_folders(data: DictConfig) -> None:
 
 
 def _replace(module: ModuleType, name: str, instead: Callable) -> None:
-    """Put a function in another's place, in its module and in the script, which has imported it by name.
+    """Replace a function in its module and in the script, which has imported it by name.
 
     Args:
-        module: where the function is.
-        name: of the function.
-        instead: is called with the function first, then with what the function would be called with.
+        module: the module of the function.
+        name: the name of the function.
+        instead: the replacement; its first argument is the function, the others are those of the call.
     """
     original = getattr(module, name)
 
@@ -122,10 +121,10 @@ def _replace(module: ModuleType, name: str, instead: Callable) -> None:
 
 
 def activate() -> None:
-    """Change the loaded main branch as above.
+    """Change the loaded modules of the main branch as described above.
 
     Raises:
-        UserError: solo-learn 1.0.2 is loaded, which has no such scripts.
+        UserError: solo-learn 1.0.2 is loaded, which does not have these scripts.
     """
     if GENERATION != "main":
         raise UserError(f"solo-learn 1.0.2 has no scripts to extend; set {CHECKOUT} to a checkout of its main branch")
@@ -135,9 +134,9 @@ def activate() -> None:
     import solo.data.pretrain_dataloader as pretrain
     from solo.methods import METHODS
 
-    from solo_ext.compat.solo_main import mend_dali
+    from solo_ext.compat.solo_main import patch_dali
 
-    mend_dali()
+    patch_dali()
     natives = native_methods()  # read from METHODS once, before anything is put there
     register()
     METHODS.update({alias: plugin_methods()[name] for alias, name in ALIASES.items() if alias not in natives})

@@ -1,4 +1,4 @@
-"""Datasets, what is known of them, and the transforms of their images, as main's YAML writes them."""
+"""Properties of the datasets, and the transforms that main's YAML format describes."""
 
 from typing import Any, NamedTuple
 
@@ -12,14 +12,14 @@ from solo_ext.schema import Views, validate
 
 
 class DatasetInfo(NamedTuple):
-    """What is known about a dataset.
+    """Properties of a dataset.
 
     Args:
-        classes: number of classes; None where the folders say.
-        mean, std: of each channel, in [0, 1]; None where the augmentation's YAML or ImageNet's values say.
-        resize: (side to resize the shorter edge to, side of the centre crop) for evaluation, in pixels; None: as it is.
-        side: of the images that a linear evaluation trains on, in pixels.
-        flip: whether a mirrored image is still of its class, for the augmentation of a linear evaluation.
+        classes: number of classes; None: the number of class folders.
+        mean, std: of each channel, in [0, 1]; None: from the augmentation's YAML, or ImageNet's.
+        resize: (length of the shorter edge, side of the centre crop) for evaluation, in pixels; None: no resizing.
+        side: side of the training images of a linear evaluation, in pixels.
+        flip: whether a mirrored image has the same class, for the augmentation of a linear evaluation.
     """
 
     classes: int | None
@@ -45,20 +45,20 @@ CLASSES = {name: info.classes for name, info in DATASETS.items() if info.classes
 
 
 def complete_views(views: Any) -> list[dict[str, Any]]:
-    """Check the entries of ``augmentations``; a section that is left out is switched off.
+    """Validate the entries of ``augmentations``; a missing step is disabled.
 
     Returns:
-        The entries, each with every section.
+        The entries, each with every step.
 
     Raises:
-        UserError: something is missing, misspelt or out of range.
+        UserError: an entry is missing, unknown or out of range.
     """
     given = OmegaConf.to_container(views) if OmegaConf.is_config(views) else views
     return validate(Views, {"augmentations": given})["augmentations"]
 
 
 def statistics(dataset: str, cfg: Any = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, of the dataset or else of ``cfg.mean`` and ``cfg.std``."""
+    """Return mean and standard deviation of each channel: the dataset's, or else ``cfg.mean`` and ``cfg.std``."""
     info = DATASETS[dataset]
     if info.mean is not None and info.std is not None:
         return info.mean, info.std
@@ -67,14 +67,14 @@ def statistics(dataset: str, cfg: Any = None) -> tuple[tuple[float, ...], tuple[
 
 
 def view_transform(dataset: str, cfg: DictConfig) -> T.Compose:
-    """One complete entry of ``augmentations`` as a transform of a PIL image, in main's order."""
+    """Build the transform of a PIL image from a complete entry of ``augmentations``, in main's order."""
     steps: list[Any] = []
     bicubic = T.InterpolationMode.BICUBIC
     if cfg.rrc.enabled:
         scale = (cfg.rrc.crop_min_scale, cfg.rrc.crop_max_scale)
         steps.append(T.RandomResizedCrop(cfg.crop_size, scale=scale, interpolation=bicubic))
     else:
-        # a batch needs images of one shape: main's stops at the first that is no square
+        # the crop makes images square, as a batch needs; main fails on the first image that is not
         steps += [T.Resize(cfg.crop_size, interpolation=bicubic), T.CenterCrop(cfg.crop_size)]
     jitter = cfg.color_jitter
     if jitter.prob:
@@ -95,7 +95,7 @@ def view_transform(dataset: str, cfg: DictConfig) -> T.Compose:
 
 
 def pretrain_transform(cfg: DictConfig) -> host_data.FullTransformPipeline:
-    """All views of ``cfg.augmentations``, complete: a PIL image → a list of tensors."""
+    """Build the transform from a PIL image to the list of all views of ``cfg.augmentations``."""
     views = [
         host_data.NCropAugmentation(view_transform(cfg.data.dataset, view), view.num_crops)
         for view in cfg.augmentations
@@ -104,30 +104,29 @@ def pretrain_transform(cfg: DictConfig) -> host_data.FullTransformPipeline:
 
 
 def evaluation_transform(dataset: str, crop_size: int | None = None, cfg: Any = None) -> T.Compose:
-    """The fixed transform of evaluation: images come out at the size that the network is trained at.
+    """Build the transform of evaluation; its images have the size of the training images.
 
     Args:
-        dataset: its name.
-        crop_size: side of the images that the network is trained on, in pixels; the data set's own when None. An image
-            is resized by as much more than that as the data set's own evaluation does: 256/224 for ImageNet and custom
-            data, not at all for the others.
-        cfg: for custom data: where ``mean`` and ``std`` stand.
+        dataset: name of the dataset.
+        crop_size: side of the training images in pixels; None: that of the dataset. Images are resized to this size
+            times the dataset's ratio, which is 256/224 for ImageNet and custom data and 1 for the others, and cropped.
+        cfg: for custom data: a section with ``mean`` and ``std``.
     """
     info = DATASETS[dataset]
     side = crop_size or info.side
     margin = 256 / 224 if dataset == "custom" else info.resize[0] / info.resize[1] if info.resize else 1
-    # images of CIFAR and digits have their size
-    as_they_are = info.resize is None and dataset != "custom" and side == info.side
-    steps: list[Any] = [] if as_they_are else [T.Resize(round(side * margin)), T.CenterCrop(side)]
+    # images of CIFAR and digits already have this size
+    unchanged = info.resize is None and dataset != "custom" and side == info.side
+    steps: list[Any] = [] if unchanged else [T.Resize(round(side * margin)), T.CenterCrop(side)]
     return T.Compose([*steps, T.ToTensor(), T.Normalize(*statistics(dataset, cfg))])
 
 
 class LinearCrop(NamedTuple):
-    """The training augmentation of a linear evaluation: a random crop, and a flip where the classes bear one.
+    """The training augmentation of a linear evaluation: a random crop and, for some datasets, a flip.
 
     Args:
-        side: of the crop in pixels.
-        min_scale: smallest crop, as a fraction of the image's area.
+        side: side of the crop, in pixels.
+        min_scale: smallest crop, as a share of the image's area.
         flip: whether half of the images are mirrored.
         mean, std: of each channel.
     """
@@ -140,14 +139,14 @@ class LinearCrop(NamedTuple):
 
 
 def linear_crop(dataset: str, cfg: DictConfig) -> LinearCrop:
-    """What ``data.augmentations.crop_size`` (pixels) and ``.crop_min_scale`` (part of the area) say, or else main."""
+    """Read ``data.augmentations.crop_size`` (pixels) and ``.crop_min_scale`` (share of area); defaults as in main."""
     info, given = DATASETS[dataset], cfg.data.get("augmentations") or {}
     side, min_scale = given.get("crop_size", info.side), given.get("crop_min_scale", 0.08)
     return LinearCrop(side, min_scale, info.flip, *statistics(dataset, given))
 
 
 def linear_transform(dataset: str, cfg: DictConfig) -> Any:
-    """The training transform of a linear evaluation; with ``auto_augment`` timm's RandAugment and erasing, as main."""
+    """Build the training transform of a linear evaluation; ``auto_augment`` means timm's RandAugment and erasing."""
     crop = linear_crop(dataset, cfg)
     if cfg.get("auto_augment"):
         from timm.data import create_transform

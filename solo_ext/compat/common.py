@@ -1,16 +1,16 @@
-"""What both generations of solo-learn get: mixins over their base classes that mend, and make both behave alike.
+"""Mixins that correct faults of solo-learn's base classes and give both generations the same behaviour.
 
-Mended, with the place in main (m) and in 1.0.2 (o):
+Corrected faults, with their place in main (m) and in 1.0.2 (o):
 
 * ``configure_optimizers`` (m base.py, linear.py; o base.py): ``partial(static_lr)`` and, in 1.0.2, LARSWrapper cannot
-  be read back from a checkpoint safely: a schedule that keeps plain numbers.
-* ``on_train_start`` (m base.py:748; o base.py:744): a resumed run began the teacher's momentum anew.
-* ``_base_shared_step``: the loss of a batch without any label was NaN.
-* ``_shared_step_momentum``: fewer than five classes was a crash.
-* ``on_validation_epoch_end``: processes with unequal numbers of images were averaged as if equal.
-* ``on_train_start`` of SwAV and DeepClusterV2: it makes buffers, without which a checkpoint was refused at resumption.
-* ``LinearModel``: the same points.
-* ``methods/deepclusterv2.py``: the loss of the first epoch, before there are clusters, was NaN, its gradient zero.
+  be loaded safely from a checkpoint. Our schedule stores plain numbers.
+* ``on_train_start`` (m base.py:748; o base.py:744): a resumed run restarted the schedule of the teacher's momentum.
+* ``_base_shared_step``: the loss of a batch without labels was NaN.
+* ``_shared_step_momentum``: it failed with fewer than five classes.
+* ``on_validation_epoch_end``: the mean over processes ignored their numbers of images.
+* ``on_train_start`` of SwAV and DeepClusterV2: it creates buffers, so that a checkpoint with them could not be loaded.
+* ``LinearModel``: the same faults.
+* ``methods/deepclusterv2.py``: the loss of the first epoch, before there are clusters, was NaN with a zero gradient.
 """
 
 import math
@@ -35,68 +35,68 @@ _OF_A_METHOD = (
     *("method_kwargs", "momentum"),
 )
 METHOD_DEFAULTS: dict[str, Any] = {key: value for key, value in defaults(Pretrain).items() if key in _OF_A_METHOD}
-"""What a configuration of a method may leave out; the values are main's."""
+"""Optional entries of a method's configuration, with main's defaults."""
 
 CHECKOUT = "SOLO_LEARN_CHECKOUT"
 """Environment variable that names the folder of a checkout of solo-learn's main branch."""
 
 CIFAR_STEM = ("cifar10", "cifar100")
-"""Data sets for which solo-learn replaces the first layers of a ResNet."""
+"""Datasets for which solo-learn replaces the first layers of a ResNet."""
 
 IGNORED_OPTIONS = {
     "ressl": {"base_tau_momentum", "final_tau_momentum", "momentum_classifier"},
     "simsiam": {"temperature"},
 }
-"""Options that main's own YAML files give a native method, and main itself never reads."""
+"""Options of native methods in main's own YAML files that main never reads."""
 
 LATE_BUFFERS = ("queue", "local_memory_index", "local_memory_embeddings")
-"""Buffers of a checkpoint that SwAV and DeepClusterV2 make only when training starts."""
+"""Buffers of a checkpoint that SwAV and DeepClusterV2 create only when training starts."""
 
 
 def complete(cfg: DictConfig) -> DictConfig:
-    """Fill in what a configuration may leave out."""
+    """Fill in the defaults of a method's configuration."""
     cfg = OmegaConf.merge(METHOD_DEFAULTS, cfg)
     if cfg.backbone.name in ARCHITECTURES:
-        # solo-learn gives its own networks their stem, ours make it themselves
+        # solo-learn replaces the stem of its own networks; ours take an argument
         cfg.backbone.kwargs.setdefault("cifar", cfg.data.dataset in CIFAR_STEM)
     return cfg
 
 
 class MethodMixin:
-    """Mends solo-learn's BaseMethod; first in the order of resolution."""
+    """Correct solo-learn's BaseMethod; must be first in the method resolution order."""
 
     _late: ClassVar[dict[str, Tensor]] = {}
 
     def _base_shared_step(self, X: Tensor, targets: Tensor) -> dict[str, Any]:
-        """Classification of one view; the loss of a batch without any label is 0."""
+        """Classify one view; the loss of a batch without labels is 0."""
         out = super()._base_shared_step(X, targets)
         out["loss"] = _labelled_cross_entropy(out["logits"], targets)
         return out
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep back the buffers that are not there yet."""
+        """Set aside buffers that do not exist yet."""
         super().on_load_checkpoint(checkpoint)
         state, there = checkpoint["state_dict"], dict(self.named_buffers())
         self._late = {name: state.pop(name) for name in LATE_BUFFERS if name in state and name not in there}
 
     def on_train_start(self) -> None:
-        """Fill the buffers that were kept back, unless there are more or fewer processes now."""
+        """Fill the buffers that were set aside, unless the number of processes has changed."""
         super().on_train_start()
         for name, value in self._late.items():
             if self.get_buffer(name).shape == value.shape:
                 self.get_buffer(name).copy_(value)
 
     def on_train_epoch_start(self) -> None:
-        """Forget the k-NN features of an epoch after which nothing was validated."""
+        """Remove the k-NN features of an epoch without validation, and seed the start of clusters."""
         with torch.random.fork_rng(devices=[]):
-            # DeepClusterV2 starts its clusters at random: the same in a resumed run
+            # DeepClusterV2 draws its first clusters here; a resumed run must draw the same
             torch.default_generator.manual_seed(self.current_epoch)
             super().on_train_epoch_start()
         if self.knn_eval:
             self.knn.reset()
 
     def configure_optimizers(self) -> Any:
-        """Optimiser and schedule as main builds them from ``cfg.optimizer`` and ``cfg.scheduler``."""
+        """Build optimiser and schedule from ``cfg.optimizer`` and ``cfg.scheduler``, as main does."""
         groups = self.learnable_params
         if self.cfg.optimizer.exclude_bias_n_norm_wd:
             groups = _without_decay_of_vectors(groups)
@@ -107,7 +107,7 @@ class MethodMixin:
         )
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Classify one batch with the online classifiers, and hand its features to the k-NN classifier."""
+        """Classify a batch with the online classifiers, and pass its features to the k-NN classifier."""
         images, targets = batch
         out = self._base_shared_step(images, targets)
         if self.knn_eval and not self.trainer.sanity_checking:
@@ -129,16 +129,16 @@ class MethodMixin:
 
 
 class MomentumMixin(MethodMixin):
-    """Mends solo-learn's BaseMomentumMethod."""
+    """Correct solo-learn's BaseMomentumMethod."""
 
     def on_train_start(self) -> None:
-        """Take up the teacher's schedule where a resumed run stands."""
+        """Set the teacher's momentum to that of the current step, also after a resume."""
         super().on_train_start()
         self.last_step = self.trainer.global_step
         self._set_tau()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the teacher after each step of the optimiser; the first time with the base momentum."""
+        """Update the teacher after each step of the optimiser, the first time with the base momentum."""
         if self.trainer.global_step > self.last_step:
             self.move_teacher()
             self.log("tau", self.momentum_updater.cur_tau, on_step=False, on_epoch=True)
@@ -146,7 +146,7 @@ class MomentumMixin(MethodMixin):
         self.last_step = self.trainer.global_step
 
     def move_teacher(self) -> None:
-        """One step of the teacher towards the student, as solo-learn makes it."""
+        """Update the teacher as solo-learn does."""
         for online, momentum in self.momentum_pairs:
             self.momentum_updater.update(online, momentum)
 
@@ -157,7 +157,7 @@ class MomentumMixin(MethodMixin):
         updater.cur_tau = cosine_tau(step, total, updater.base_tau, updater.final_tau)
 
     def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Any]:
-        """The teacher's features of one view and, with ``momentum.classifier``, their classification."""
+        """Compute the teacher's features of one view and, with ``momentum.classifier``, classify them."""
         out = self.momentum_forward(X)
         if self.momentum_classifier is not None:
             logits = self.momentum_classifier(out["feats"])
@@ -174,9 +174,9 @@ class LinearMixin:
 
     Args:
         backbone: images → features, with ``inplanes`` or ``num_features``.
-        cfg: main's configuration of a linear evaluation, complete.
-        loss_func: of logits and targets, for training; the cross-entropy when None.
-        mixup_func: mixes a training batch: images, targets → images, soft targets.
+        cfg: the complete configuration of a linear evaluation.
+        loss_func: training loss of logits and targets; None: cross-entropy.
+        mixup_func: (images, targets) → (images, soft targets) of a training batch, or None.
     """
 
     def __init__(self, backbone: nn.Module, cfg: DictConfig, loss_func: Any = None, mixup_func: Any = None) -> None:
@@ -191,7 +191,7 @@ class LinearMixin:
         self.validation_step_outputs: list[dict[str, Any]] = []
 
     def configure_optimizers(self) -> Any:
-        """Optimiser and schedule as main builds them."""
+        """Build optimiser and schedule as main does."""
         if self.cfg.optimizer.get("layer_decay", 0.0) > 0:
             groups = self.layer_decay_groups()
         else:
@@ -203,13 +203,13 @@ class LinearMixin:
         return with_schedule(self, optimizer, self.cfg.scheduler, static={})
 
     def forward(self, X: Tensor) -> dict[str, Tensor]:
-        """Images ``[B, 3, H, W]`` → features and logits."""
+        """Compute features and logits of images ``[B, 3, H, W]``."""
         with torch.set_grad_enabled(self.finetune and torch.is_grad_enabled()):
             feats = self.backbone(X)
         return {"logits": self.classifier(feats), "feats": feats}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One step; a frozen backbone stays in evaluation mode."""
+        """Run one step; a frozen backbone stays in evaluation mode."""
         self.backbone.train(self.finetune)
         images, targets = batch
         if self.mixup_func is not None:
@@ -224,7 +224,7 @@ class LinearMixin:
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Classify one batch."""
+        """Classify a batch."""
         images, targets = batch
         logits = self(images)["logits"]
         acc1, acc5 = self.accuracies(logits, targets)
@@ -233,7 +233,7 @@ class LinearMixin:
         return metrics
 
     def accuracies(self, logits: Tensor, targets: Tensor) -> list[Tensor]:
-        """Accuracy at 1 and at 5, or at the number of classes where they are fewer; per cent."""
+        """Compute the accuracy at 1 and at 5, or at the number of classes if that is smaller; per cent."""
         return self.accuracy_at_k(logits, targets, top_k=(1, min(5, logits.shape[1])))
 
     def on_validation_epoch_end(self) -> None:
@@ -242,7 +242,7 @@ class LinearMixin:
 
 
 def mean_over_images(module: Any) -> dict[str, Tensor]:
-    """Means of what ``validation_step_outputs`` holds, over the images of all processes; empties it."""
+    """Return the means of ``validation_step_outputs`` over the images of all processes, and clear the list."""
     outputs = module.validation_step_outputs
     names = [name for name in outputs[0] if name != "batch_size"]
     rows = torch.tensor([out["batch_size"] for out in outputs], dtype=torch.float64, device=module.device)
@@ -254,13 +254,13 @@ def mean_over_images(module: Any) -> dict[str, Tensor]:
 
 
 def _labelled_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the labelled rows; 0 if there are none."""
+    """Return the mean cross-entropy over the labelled rows; 0 if there are none."""
     summed = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
     return summed / (targets != -1).sum().clamp(min=1)
 
 
 def _optimizer(module: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimiser that ``cfg.optimizer`` names; Adam in its fused form unless told otherwise."""
+    """Build the optimiser of ``cfg.optimizer``; Adam and AdamW are fused by default."""
     cfg = module.cfg.optimizer
     options = OmegaConf.to_container(cfg.kwargs)
     if cfg.name in ("adam", "adamw"):
@@ -269,13 +269,13 @@ def _optimizer(module: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimiz
 
 
 def with_schedule(module: Any, optimizer: torch.optim.Optimizer, cfg: DictConfig, static: dict[int, float]) -> Any:
-    """What ``configure_optimizers`` returns: the optimiser with the schedule that ``cfg`` names.
+    """Return optimiser and schedule in the form of ``configure_optimizers``.
 
     Args:
-        module: the module that trains, for the number of steps.
-        optimizer: what is scheduled.
+        module: the module to train, for the number of steps.
+        optimizer: the optimiser.
         cfg: ``cfg.scheduler``.
-        static: {index of a parameter group: its constant rate}.
+        static: {index of a parameter group: its constant learning rate}.
     """
     if cfg.name == "none":
         return optimizer
@@ -297,7 +297,7 @@ def with_schedule(module: Any, optimizer: torch.optim.Optimizer, cfg: DictConfig
 
 
 def _without_decay_of_vectors(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Split each group into matrices, which keep its weight decay, and vectors, which get none."""
+    """Split each group into matrices, which keep the weight decay, and vectors, which have none."""
     split = []
     for group in groups:
         rest = {key: value for key, value in group.items() if key != "params"}
@@ -321,12 +321,12 @@ def own_classes(cls: type) -> list[type]:
 
 
 def unknown_backbone(name: str, known: list[str]) -> UserError:
-    """What to raise for a backbone that nobody has."""
+    """Return the error for an unknown backbone."""
     return UserError(f"there is no backbone {name!r} in this solo-learn; it has {', '.join(sorted(known))}")
 
 
 def needs_main(what: str, release: str) -> UserError:
-    """What to raise for something that solo-learn's main branch has and this release has not."""
+    """Return the error for a feature of solo-learn's main branch that this release lacks."""
     return UserError(
         f"{what} needs solo-learn's main branch; this is solo-learn {release}. "
         f"Set {CHECKOUT} to the folder of a checkout of main"
@@ -334,11 +334,11 @@ def needs_main(what: str, release: str) -> UserError:
 
 
 def zero_before_clusters(loss: Any) -> Any:
-    """DeepClusterV2's loss function, 0 where no image is of a cluster yet: without gradient, as it is in the host."""
+    """Wrap DeepClusterV2's loss: 0 without a gradient while no image belongs to a cluster."""
 
     @wraps(loss)
-    def mended(outputs: Tensor, assignments: Tensor, temperature: float = 0.1) -> Tensor:
+    def corrected(outputs: Tensor, assignments: Tensor, temperature: float = 0.1) -> Tensor:
         value = loss(outputs, assignments, temperature)
         return value.where((assignments != -1).any(), torch.zeros_like(value))
 
-    return mended
+    return corrected

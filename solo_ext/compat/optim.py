@@ -1,7 +1,7 @@
-"""The optimiser and the learning-rate schedule of solo-learn's main branch, for the release that lacks them.
+"""The LARS optimiser and the learning-rate schedule of solo-learn's main branch.
 
-solo-learn 1.0.2 wraps SGD in a LARSWrapper that rescales the gradients *before* it runs the closure. Today's Lightning
-computes the gradients inside that closure, so the wrapper sees none and what trains is plain SGD without weight decay.
+solo-learn 1.0.2 wraps SGD in a LARSWrapper that rescales the gradients *before* it runs the closure. Current Lightning
+computes the gradients inside the closure, so that training would be plain SGD without weight decay.
 """
 
 import math
@@ -22,19 +22,19 @@ class LARS(Optimizer):
         r = eta |w| / (|g| + wd |w| + eps),   with clip_lr:  r = min(r / lr, 1)
         g ← r (g + wd w);   m ← momentum m + g;   w ← w − lr m
 
-    One-dimensional parameters (biases, normalisation) are taken with g as it is when ``exclude_bias_n_norm``: no rate
-    and no weight decay. Where |w| or |g| is 0 the gradient is taken as it is too.
+    With ``exclude_bias_n_norm``, one-dimensional parameters (biases, normalisation) use the plain gradient g, without
+    rate and weight decay. If |w| or |g| is 0, the plain gradient is used too.
 
     Args:
         params: parameters or groups of them.
         lr: learning rate, > 0.
         momentum: in [0, 1).
-        dampening: of the momentum, in [0, 1).
+        dampening: dampening of the momentum, in [0, 1).
         weight_decay: >= 0.
-        nesterov: Nesterov's momentum.
+        nesterov: whether to use Nesterov's momentum.
         eta: trust coefficient, > 0.
         eps: added to the denominator, > 0.
-        clip_lr: bound the rate so that no layer exceeds plain SGD's.
+        clip_lr: whether to limit the rate of each layer to that of plain SGD.
         exclude_bias_n_norm: see above.
     """
 
@@ -68,7 +68,7 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; the closure, which computes the gradients, runs first."""
+        """Run the closure, which computes the gradients, and take one step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -95,12 +95,12 @@ class LARS(Optimizer):
 
 
 def _scaled(parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-    """r (g + wd w), or g where a norm is 0; without a host sync."""
+    """Return r (g + wd w), or g if a norm is 0, without a host synchronisation."""
     decay = group["weight_decay"]
     weight_norm, gradient_norm = parameter.norm(), gradient.norm()
     rate = group["eta"] * weight_norm / (gradient_norm + decay * weight_norm + group["eps"])
     if group["clip_lr"]:
-        # lr is 0 at the very end of a cosine schedule
+        # lr is 0 at the end of a cosine schedule
         rate = (rate / max(group["lr"], torch.finfo(torch.float32).tiny)).clamp(max=1.0)
     adaptive = (weight_norm > 0) & (gradient_norm > 0)
     return torch.where(adaptive, gradient.add(parameter, alpha=decay) * rate, gradient)
@@ -112,7 +112,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
-"""What ``optimizer.name`` may be."""
+"""The optimisers by ``optimizer.name``."""
 
 
 class WarmupCosineLR(LRScheduler):
@@ -124,12 +124,12 @@ class WarmupCosineLR(LRScheduler):
         lr(t) = e + (b − e) (1 + cos(π (t − T_w) / (T − T_w))) / 2   else
 
     Args:
-        optimizer: what is scheduled.
+        optimizer: the optimiser.
         warmup_steps: T_w, >= 0.
         total_steps: T.
         start_lr: s.
         end_lr: e.
-        static: {index of a group: constant rate} for groups that keep theirs.
+        static: {index of a parameter group: its constant learning rate}.
     """
 
     def __init__(
@@ -149,11 +149,11 @@ class WarmupCosineLR(LRScheduler):
         super().__init__(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far it has come. The shape of the schedule is the configuration's, so that a run can be made longer."""
+        """Return the progress only: the shape comes from the configuration, so that a run can be made longer."""
         return {"last_epoch": self.last_epoch, "_step_count": self._step_count, "_last_lr": list(self._last_lr)}
 
     def get_lr(self) -> list[float]:
-        """The rates of this step, one a group."""
+        """Return the learning rate of each group in this step."""
         return [self.static.get(index, self._rate(base)) for index, base in enumerate(self.base_lrs)]
 
     def _rate(self, base: float) -> float:

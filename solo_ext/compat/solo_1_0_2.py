@@ -1,16 +1,16 @@
 """solo-learn 1.0.2 (2021) on today's PyTorch and Lightning, with the interface of solo-learn's main branch.
 
-No installed file is edited and no class of solo-learn is changed. What is mended beside ``common``, and where it broke:
+No installed file and no class of solo-learn is changed. Corrections in addition to ``common``, and the reasons:
 
-* ``methods/base.py:28`` imports pl_bolts, which no current Python can install: a module of that name has our schedule.
-* ``methods/base.py:519,806``: Lightning 2 refuses a module that has ``validation_epoch_end``: hidden, replaced.
-* ``methods/base.py:745``: ``on_train_batch_end`` wants an argument that Lightning 2 no longer gives: replaced.
-* ``methods/base.py:200``: the table of encoders is local to a constructor: ours are put in as they are looked up.
-* ``methods/dino.py:230``: ``clip_gradients`` hides Lightning's method of that name: whose it is, its argument tells.
-* ``utils/knn.py`` wants ``compute_on_step``, which torchmetrics dropped: ours is used.
-* ``utils/whitening.py:63`` calls ``torch.cholesky``, which torch dropped: ours is used.
-* every method takes keywords, and keeps its defaults in an argument parser: translated from ``cfg``.
-* ``encoder`` is stored as ``backbone``, so that checkpoints carry the keys of main.
+* ``methods/base.py:28`` imports pl_bolts, which no current Python can install. A module of that name has our schedule.
+* ``methods/base.py:519,806``: Lightning 2 does not accept a module with ``validation_epoch_end``. It is replaced.
+* ``methods/base.py:745``: ``on_train_batch_end`` has an argument that Lightning 2 does not pass. It is replaced.
+* ``methods/base.py:200``: the table of encoders is local to a constructor. Our networks are inserted at the lookup.
+* ``methods/dino.py:230``: ``clip_gradients`` hides Lightning's method of that name. The argument tells them apart.
+* ``utils/knn.py`` needs ``compute_on_step``, which torchmetrics removed. Our classifier is used.
+* ``utils/whitening.py:63`` calls ``torch.cholesky``, which torch removed. Our whitening is used.
+* The methods take keywords, with defaults in an argument parser. They are translated from ``cfg``.
+* ``encoder`` is stored as ``backbone``, so that checkpoints have the keys of main.
 """
 
 import inspect
@@ -39,7 +39,7 @@ from solo_ext.knn import WeightedKNNClassifier
 
 
 def _provide_pl_bolts() -> None:
-    """Put a module pl_bolts.optimizers.lr_scheduler where ``import`` finds it, unless one is loaded already."""
+    """Insert a module pl_bolts.optimizers.lr_scheduler into ``sys.modules``, unless one is loaded already."""
     if "pl_bolts" in sys.modules:
         return
     names = ("pl_bolts", "pl_bolts.optimizers", "pl_bolts.optimizers.lr_scheduler")
@@ -63,21 +63,21 @@ from solo.methods.linear import LinearModel as _HostLinear  # noqa: E402
 from solo.utils.metrics import accuracy_at_k  # noqa: E402
 
 RELEASE = "1.0.2"
-MULTICROP = ("byol", "simclr", "wmse")  # W-MSE leaves them out of its loss
+MULTICROP = ("byol", "simclr", "wmse")  # W-MSE ignores them in its loss
 _RENAMED = {"encoder": "backbone", "momentum_encoder": "momentum_backbone"}
-_MAIN_ONLY = ("convnext_", "poolformer_", "wide_resnet28w")  # how the names of backbones begin that main has alone
+_MAIN_ONLY = ("convnext_", "poolformer_", "wide_resnet28w")  # prefixes of backbones that only main has
 _MAINS_DEFAULTS = {"queue_size": 65536, "warmup_teacher_temperature_epochs": 0}  # of SwAV and of DINO; all others agree
-_STANDS_IN = "vit_tiny"  # an encoder that 1.0.2 takes as it is made, without changing its stem
+_STANDS_IN = "vit_tiny"  # an encoder whose stem 1.0.2 does not change
 
 
 _deepcluster.deepclusterv2_loss_func = zero_before_clusters(_deepcluster.deepclusterv2_loss_func)
 
 
 class _Whitening(_wmse.Whitening2d):
-    """W-MSE's whitening with today's linear algebra (Ermolov et al. 2021, arXiv:2007.06346, §3)."""
+    """W-MSE's whitening with torch.linalg (Ermolov et al. 2021, arXiv:2007.06346, §3)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, D]`` → L⁻¹ (x - mean), where L Lᵀ = (1 - eps) covariance + eps I; in 32 bits."""
+        """Compute L⁻¹ (x - mean) of rows ``[B, D]`` in float32, where L Lᵀ = (1 - eps) covariance + eps I."""
         with torch.autocast(x.device.type, enabled=False):
             centred = x.float() - x.float().mean(0)
             covariance = centred.T @ centred / (len(x) - 1)
@@ -90,9 +90,9 @@ _wmse.Whitening2d = _Whitening
 
 
 class MainInterface(MethodMixin):
-    """What main's BaseMethod offers, laid over a class of 1.0.2. First in the order of resolution."""
+    """The interface of main's BaseMethod for a class of 1.0.2; must be first in the method resolution order."""
 
-    validation_epoch_end = None  # Lightning 2 refuses a module on which this can be called
+    validation_epoch_end = None  # Lightning 2 does not accept a module with this method
     accuracy_at_k = staticmethod(accuracy_at_k)
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -100,7 +100,7 @@ class MainInterface(MethodMixin):
         architecture = ARCHITECTURES.get(cfg.backbone.name)
         if architecture is not None:
             architecture = partial(architecture, cfg.method, cifar=cfg.backbone.kwargs.cifar)
-        object.__setattr__(self, "_architecture", architecture)  # nn.Module's is not ready yet
+        object.__setattr__(self, "_architecture", architecture)  # before nn.Module.__init__
         super().__init__(**_keywords(cfg, type(self)))
         self.encoder_name = cfg.backbone.name
         self.cfg = cfg
@@ -130,15 +130,15 @@ class MainInterface(MethodMixin):
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
-        """Parameter groups of the optimiser, under main's names: the learning rates are logged by them."""
+        """Return the parameter groups of the optimiser with main's names, which the logged learning rates have."""
         groups = super().learnable_params
         for group in groups:
-            if "name" in group:  # the groups of its heads have none
+            if "name" in group:  # groups of heads have no name
                 group["name"] = _RENAMED.get(group["name"], group["name"])
         return groups
 
     def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's, or DINO's, which takes a number where Lightning's takes an optimiser."""
+        """Call Lightning's method if the first argument is an optimiser, else DINO's."""
         if args and not isinstance(args[0], torch.optim.Optimizer):
             super().clip_gradients(*args, **kwargs)
         else:
@@ -168,12 +168,12 @@ class Linear(_HostLinear):
         )
 
     def layer_decay_groups(self) -> list[dict[str, Any]]:
-        """Not in this generation."""
+        """Raise an error: 1.0.2 has no layer decay."""
         raise UserError("optimizer.layer_decay needs solo-learn's main branch; this is 1.0.2")
 
 
 def _keywords(cfg: DictConfig, cls: type) -> dict[str, Any]:
-    """Main's configuration as the keywords of a constructor of 1.0.2."""
+    """Translate main's configuration to keywords of a constructor of 1.0.2."""
     backbone = OmegaConf.to_container(cfg.backbone.kwargs)
     if cfg.backbone.name.startswith(_MAIN_ONLY):
         raise needs_main(f"backbone {cfg.backbone.name}", RELEASE)
@@ -189,7 +189,7 @@ def _keywords(cfg: DictConfig, cls: type) -> dict[str, Any]:
         "backbone_args": backbone,
         "max_epochs": cfg.max_epochs,
         "batch_size": cfg.optimizer.batch_size,
-        # optimiser and k-NN classifier are made by MainInterface, these only have to be accepted
+        # MainInterface builds optimiser and k-NN classifier; these values only have to be valid
         "optimizer": "sgd",
         "lars": False,
         "exclude_bias_n_norm": False,
@@ -219,7 +219,7 @@ def _keywords(cfg: DictConfig, cls: type) -> dict[str, Any]:
 
 
 def backbones() -> list[str]:
-    """Names of the backbones: solo-learn's and ours."""
+    """Return the names of the backbones: solo-learn's and ours."""
     return [*HostBase._SUPPORTED_ENCODERS, *ARCHITECTURES]
 
 
@@ -234,7 +234,7 @@ def method_options(cls: type) -> dict[str, Any]:
 
 
 def _parser_defaults(cls: type) -> dict[str, Any]:
-    """Defaults of a native method's own keywords: 1.0.2 keeps them in its argument parser; main's where they differ."""
+    """Return the defaults of a native method's keywords, from its argument parser; main's where both differ."""
     parser = cls.add_model_specific_args(ArgumentParser(add_help=False))
     defaults = {action.dest: action.default for action in parser._actions if action.dest in method_options(cls)}
     return {name: _MAINS_DEFAULTS.get(name, default) for name, default in defaults.items()}

@@ -1,14 +1,14 @@
 """solo-learn's main branch (1.0.6, commit 9187ea3) on today's PyTorch and Lightning.
 
-No file of the checkout is edited. What is mended beside ``common``, and where it broke:
+No file of the checkout is changed. Corrections in addition to ``common``, and the reasons:
 
-* ``utils/knn.py:53`` wants ``compute_on_step``, which torchmetrics dropped: ours is put in its place, for
+* ``utils/knn.py:53`` needs ``compute_on_step``, which torchmetrics removed. It is replaced by our classifier, for
   solo-learn's own scripts too.
 * ``utils/misc.py`` ``remove_bias_and_norm_from_weight_decay``, ``methods/base.py`` ``configure_optimizers``: replaced,
-  so that a checkpoint holds plain values and can be read with ``weights_only``.
+  so that a checkpoint has plain values and can be loaded with ``weights_only``.
 * ``methods/base.py:60`` ``_BACKBONES``: our architectures are added to the table.
-* ``data/dali_dataloader.py:280,568``: a pipeline for the CPU is built for a GPU; mended for solo-learn's own scripts
-  alone, since ours have their own.
+* ``data/dali_dataloader.py:280,568``: a pipeline for the CPU needs a GPU. Corrected for solo-learn's own scripts; our
+  commands have their own pipelines.
 """
 
 import inspect
@@ -36,7 +36,7 @@ from solo_ext.compat.common import MethodMixin, complete, own_classes, unknown_b
 from solo_ext.knn import WeightedKNNClassifier
 
 RELEASE = "1.0.6"
-MULTICROP = ("byol", "simclr", "supcon", "swav", "wmse")  # W-MSE leaves them out of its loss
+MULTICROP = ("byol", "simclr", "supcon", "swav", "wmse")  # W-MSE ignores them in its loss
 
 
 def backbones() -> list[str]:
@@ -46,8 +46,8 @@ def backbones() -> list[str]:
     return list(HostBase._BACKBONES)
 
 
-def mend() -> None:
-    """Put what is mended where solo-learn looks it up by name."""
+def _patch() -> None:
+    """Replace functions and classes that solo-learn looks up by name."""
     solo.utils.knn.WeightedKNNClassifier = WeightedKNNClassifier
     solo.methods.base.WeightedKNNClassifier = WeightedKNNClassifier
     backbones()
@@ -55,11 +55,11 @@ def mend() -> None:
     deepcluster.deepclusterv2_loss_func = zero_before_clusters(deepcluster.deepclusterv2_loss_func)
 
 
-mend()
+_patch()
 
 
-def mend_dali() -> None:
-    """Let main's DALI pipelines run without a GPU, where ``dali.device`` is "cpu". Without DALI nothing is done."""
+def patch_dali() -> None:
+    """Make main's DALI pipelines work without a GPU for ``dali.device=cpu``. Without DALI, do nothing."""
     try:
         from solo.data.dali_dataloader import NormalPipelineBuilder, PretrainPipelineBuilder
     except ImportError:
@@ -72,14 +72,14 @@ def _without_gpu(pipeline: Any) -> Any:
     @wraps(pipeline)
     def build(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.device == "cpu":
-            kwargs["device_id"] = None  # a number makes DALI look for a GPU
+            kwargs["device_id"] = None  # with a number DALI needs a GPU
         return pipeline(self, *args, **kwargs)
 
     return build
 
 
 class MainInterface(MethodMixin):
-    """Mends main's BaseMethod; first in the order of resolution."""
+    """Correct main's BaseMethod; must be first in the method resolution order."""
 
     accuracy_at_k = staticmethod(accuracy_at_k)
 
@@ -99,7 +99,7 @@ class Linear(_HostLinear):
     accuracy_at_k = staticmethod(accuracy_at_k)
 
     def layer_decay_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups whose learning rate shrinks by ``optimizer.layer_decay`` from layer to layer."""
+        """Return parameter groups whose learning rate decreases by ``optimizer.layer_decay`` per layer."""
         if not self.finetune or not hasattr(self.backbone, "no_weight_decay"):
             raise UserError("optimizer.layer_decay needs finetune=True and a ViT")
         groups = param_groups_layer_decay(

@@ -260,7 +260,7 @@ def test_a_fraction_takes_as_much_of_each_class(tmp_path):
         rows, _ = train_test_split(list(range(10)), train_size=fraction, stratify=labels, random_state=42)
         assert [image.getpixel((0, 0))[:2] for _, image, _ in items] == [(50 * (r // 5), 10 * (r % 5)) for r in rows]
     assert len(open_(indexed=False, fraction=-1)) == len(open_(indexed=False, fraction=1)) == 10
-    with pytest.raises(UserError, match=r"data.fraction=0.01 cannot be taken of 10 images"):
+    with pytest.raises(UserError, match=r"data.fraction=0.01 is not possible with 10 images"):
         open_(indexed=False, fraction=0.01)
 
 
@@ -272,7 +272,7 @@ def test_images_without_labels_come_in_alphabetical_order(tmp_path):
     assert [(index, label) for index, _, label in (found[row] for row in range(3))] == [(0, -1), (1, -1), (2, -1)]
     assert [path.rsplit("/", 1)[1] for path in listing(found.dataset)[0]] == ["a.JPG", "b.png", "c.jpeg"]
     _folder(tmp_path / "sub")
-    with pytest.raises(UserError, match=r"with data.no_labels the images lie in the folder itself"):
+    with pytest.raises(UserError, match=r"with data.no_labels the images must be in the folder itself"):
         image_dataset("custom", str(tmp_path / "sub"), "train", None, indexed=True, no_labels=True)
 
 
@@ -315,7 +315,7 @@ def test_the_common_folder_of_all_datasets_is_understood(tmp_path, compose):
         (("data.format=h5", "data.train_path=nowhere.h5"), "data.train_path is not a file: nowhere.h5"),
         (
             ("data.dataset=tinyimagenet", "data.train_path=nowhere"),
-            r"no folder: nowhere \(make it with: python -m plugins.tools.data tinyimagenet --archive",
+            r"not a folder: nowhere \(make it with: python -m plugins.tools.data tinyimagenet --archive",
         ),
     ],
 )

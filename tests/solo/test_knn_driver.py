@@ -242,9 +242,9 @@ def _without_checkpoint(run: Path, tmp_path: Path) -> None:
 _FOLDERS = {
     "there is no checkpoint in": _without_checkpoint,
     "is not the folder of a run: it has no args.json": lambda run, tmp_path: None,
-    "args.json is broken": lambda run, tmp_path: (tmp_path / "args.json").write_text("{"),
-    "names no backbone and no data": lambda run, tmp_path: (tmp_path / "args.json").write_text('{"a": 1}'),
-    "names no backbone": lambda run, tmp_path: (tmp_path / "args.json").write_text('{"dataset": "custom"}'),
+    "args.json is not valid JSON": lambda run, tmp_path: (tmp_path / "args.json").write_text("{"),
+    "it has no sections backbone and data": lambda run, tmp_path: (tmp_path / "args.json").write_text('{"a": 1}'),
+    "was not written by solo-learn": lambda run, tmp_path: (tmp_path / "args.json").write_text('{"dataset": "custom"}'),
 }
 
 
@@ -268,7 +268,7 @@ _OPTIONS = {
         "nowhere",
     ),
     "--k 97 is more than the 96 training images": ("--k", "5", "97"),
-    "vote with their labels: leave out --no_labels": ("--no_labels",),
+    "need labels: leave out --no_labels": ("--no_labels",),
     "--data_fraction must be in": ("--data_fraction", "1.5"),
     "--device nonsense cannot be used": ("--device", "nonsense"),
 }

@@ -157,7 +157,7 @@ def test_json_that_nests_without_end(tmp_path):
     from solo_ext.features import read_run
 
     (tmp_path / "args.json").write_text("[" * 200_000)
-    assert "args.json is broken" in refused(read_run, tmp_path, marker=tmp_path / "ran")
+    assert "args.json is not valid JSON" in refused(read_run, tmp_path, marker=tmp_path / "ran")
     (tmp_path / "manifest.json").write_text("[" * 200_000)
     refused(data.make_digits, tmp_path, marker=tmp_path / "ran")
 

@@ -348,17 +348,20 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
+class _Features(nn.Sequential):
+    num_features = 32
+
+
 def tiny_backbone(*names: Any, **options: Any) -> nn.Module:
     """A convolution, batch norm and a pooling: images ``[B, 3, H, W]`` → features ``[B, 32]``; arguments are ignored.
 
     >>> tiny_backbone()(torch.zeros(2, 3, 16, 16)).shape
     torch.Size([2, 32])
     """
-    network = nn.Sequential()
+    network = _Features()
     network.add_module("conv1", nn.Conv2d(3, 8, 3, stride=2, bias=False))
     network.add_module("bn1", nn.BatchNorm2d(8))
     network.add_module("relu", nn.ReLU())
     network.add_module("avgpool", nn.AdaptiveAvgPool2d(2))
     network.add_module("flatten", nn.Flatten())
-    network.num_features = 32
     return network

@@ -78,9 +78,9 @@ def _colours(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     if count <= 10:
-        return list(colormaps["tab10"].colors)[:count]
+        return [colormaps["tab10"](index)[:3] for index in range(count)]
     if count <= 20:
-        return list(colormaps["tab20"].colors)[:count]
+        return [colormaps["tab20"](index)[:3] for index in range(count)]
     # around the circle of hues, with three brightnesses in turn
     return [colorsys.hls_to_rgb(index / count, (0.4, 0.55, 0.7)[index % 3], 0.75) for index in range(count)]
 
@@ -98,15 +98,15 @@ def plot(points: np.ndarray, labels: Sequence[int], classes: Sequence[str], titl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    labels = np.asarray(labels)
+    numbers = np.asarray(labels)
     figure = Figure(figsize=(7, 7))
     FigureCanvasAgg(figure)  # never opens a window
     axes = figure.add_subplot()
     size = float(np.clip(20000 / len(points), 2, 30))
     order = np.random.default_rng(0).permutation(len(points))  # in class order, the last class would cover the others
-    present = [int(label) for label in np.unique(labels) if label >= 0]
+    present = [int(label) for label in np.unique(numbers) if label >= 0]
     colours = dict(zip(present, _colours(len(present)), strict=True))
-    shades = [colours.get(int(label), (0.6, 0.6, 0.6)) for label in labels[order]]
+    shades = [colours.get(int(label), (0.6, 0.6, 0.6)) for label in numbers[order]]
     axes.scatter(*points[order].T, s=size, c=shades, alpha=0.7, linewidths=0, rasterized=len(points) > 5000)
     axes.set(title=title, xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
     axes.set_aspect("equal", adjustable="datalim")  # the same scale on both axes

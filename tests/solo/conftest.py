@@ -47,14 +47,13 @@ def tiny() -> Iterator[str]:
 
 
 @pytest.fixture
-def compose(digits: Path, tiny: str, tmp_path: Path) -> Callable:
-    """compose(name, *overrides) → a configuration of configs/solo/digits on the thinned digits, with tiny networks."""
+def compose(digits: Path, tmp_path: Path) -> Callable:
+    """compose(name, *overrides) → a configuration of configs/solo/digits on the thinned digits, small and quick."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
     def build(name: str, *overrides: str):
         quick = [
-            tiny,
             f"data.train_path={digits / 'train'}",
             f"data.val_path={digits / 'val'}",
             f"checkpoint.dir={tmp_path / 'runs'}",

@@ -16,6 +16,12 @@ from solo_ext.registry import method_class, plugin_methods, register
 pytestmark = pytest.mark.solo
 
 
+@pytest.fixture
+def compose(compose, tiny):
+    """The same with a backbone of one convolution."""
+    return lambda name, *overrides: compose(name, tiny, *overrides)
+
+
 def _build(cfg, dtype=torch.float32):
     cfg = parse_pretrain(cfg)
     torch.manual_seed(0)

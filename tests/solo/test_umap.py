@@ -227,6 +227,12 @@ def test_all_of_solo_learns_options(checkout, monkeypatch):
 # while a method is trained
 
 
+@pytest.fixture
+def compose(compose, tiny):
+    """The same with a backbone of one convolution."""
+    return lambda name, *overrides: compose(name, tiny, *overrides)
+
+
 @pytest.mark.slow
 def test_callback_draws_and_leaves_the_training_as_it_was(compose, tmp_path):
     def train(version: str, *more: str) -> dict[str, torch.Tensor]:

@@ -283,7 +283,7 @@ def test_a_machine_without_gpu_or_data_is_told_so_in_one_sentence(scripts, tmp_p
     if not torch.cuda.is_available():
         (tmp_path / "here" / "0").mkdir(parents=True)
         here = ("data.train_path=here", "data.val_path=here")
-        cases.append((here, "error: accelerator is gpu, but there is no GPU here"))
+        cases.append((here, "error: accelerator is gpu, but this machine has no GPU"))
     for overrides, sentence in cases:
         argv = ["prog", "--config-path", str(scripts), "--config-name", "isoloss", *overrides]
         monkeypatch.setattr(sys, "argv", argv)

@@ -49,7 +49,7 @@ def test_command_prints_and_writes(jpegs, tmp_path, capsys):
     ("options", "sentence"),
     [
         (["--images", "none"], "error: data.train_path is not a folder"),
-        (["--images", "JPEGS", "--device", "gpu", "--batch-size", "4"], "there is no GPU here"),
+        (["--images", "JPEGS", "--device", "gpu", "--batch-size", "4"], "this machine has no GPU"),
         (["--images", "JPEGS", "--batch-size", "16"], "24 images are fewer than two batches of 16"),
         (["--rounds", "0"], "argument --rounds: must be a whole number, at least 1, got 0"),
     ],

@@ -150,7 +150,7 @@ share_cores() {
 }
 
 run_tests() {
-    local passed="" failed="" name status workers options=()
+    local passed="" failed="" name status workers site options=()
     if [[ ${1:-} == --fast ]]; then
         shift
         options=(-m "not slow and not ddp")
@@ -172,6 +172,9 @@ run_tests() {
     check "ruff format" ruff format --check .
     check "lint-imports" lint-imports
     check "pyright" pyright plugins
+    site="$(mktemp -d)"
+    check "mkdocs" env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$site"
+    rm -rf "$site"
     check "pytest" env -u SOLO_LEARN_CHECKOUT python -m pytest --numprocesses "$workers" --durations=10 ${options[@]+"${options[@]}"} "$@"
     # A process holds one solo-learn only: its tests run a second time, on the main branch.
     if [[ -n ${SOLO_LEARN_CHECKOUT:-} ]]; then

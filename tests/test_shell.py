@@ -16,7 +16,7 @@ if [[ $1 == --version ]]; then echo "uv 1.2.3"; exit 0; fi
 echo "uv $* | VIRTUAL_ENV=${VIRTUAL_ENV-} PYTHONPATH=${PYTHONPATH-} DOWNLOADS=$UV_PYTHON_DOWNLOADS" >> calls.txt
 if [[ -f broken ]]; then echo "no such package" >&2; exit 4; fi
 mkdir -p .venv/bin
-for tool in ruff lint-imports pyright; do
+for tool in ruff lint-imports pyright mkdocs; do
     printf '#!/bin/bash\\necho "%s $*" >> calls.txt\\n[[ ! -f broken-%s ]]\\n' $tool $tool > .venv/bin/$tool
     chmod +x .venv/bin/$tool
 done
@@ -163,14 +163,11 @@ def test_all_checks_run_even_when_some_fail(checkout):
     (checkout / "broken-ruff").touch()
     done = call(checkout, "test", "-k", "isoloss")
     assert done.returncode == 1
-    assert calls(checkout)[-5:] == [
-        "ruff check .",
-        "ruff format --check .",
-        "lint-imports ",
-        "pyright plugins",
-        "python -m pytest --numprocesses 1 --durations=10 -k isoloss",
-    ]
-    assert "passed: lint-imports, pyright, pytest" in done.stdout
+    *checks, site, pytest_call = calls(checkout)[-6:]
+    assert checks == ["ruff check .", "ruff format --check .", "lint-imports ", "pyright plugins"]
+    assert site.startswith("mkdocs build --strict --quiet --site-dir ")
+    assert pytest_call == "python -m pytest --numprocesses 1 --durations=10 -k isoloss"
+    assert "passed: lint-imports, pyright, mkdocs, pytest" in done.stdout
     assert "failed: ruff check (status 1), ruff format (status 1)" in done.stderr
 
 
@@ -187,7 +184,7 @@ def test_fast_leaves_out_the_slow_tests_and_says_so(checkout):
 def test_passing_checks_give_status_zero(checkout):
     done = call(checkout, "test")
     assert done.returncode == 0, done.stderr
-    assert "passed: ruff check, ruff format, lint-imports, pyright, pytest" in done.stdout
+    assert "passed: ruff check, ruff format, lint-imports, pyright, mkdocs, pytest" in done.stdout
 
 
 def test_lightlys_older_release_is_installed_once_and_for_the_tests_only(checkout):

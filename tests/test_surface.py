@@ -61,7 +61,7 @@ def test_readme_lists_every_method():
     assert method_table() in readme, "run: python -m plugins.experiments.methods_table --write README.md"
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -4,27 +4,48 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+
+from plugins.heads import TwoBranchHead
+from plugins.methods import METHODS
+from plugins.spec import MethodSpec
+
+ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- methods: made by python -m plugins.experiments.methods_table --write README.md -->"
 END = "<!-- end of methods -->"
 
 
+class Facts(NamedTuple):
+    """What a table says of a method."""
+
+    predictor: str
+    teacher: str
+    year: str
+    reference: str
+    """With the arXiv number as a link."""
+
+
+def facts(spec: MethodSpec) -> Facts:
+    """Read a method's facts from its SPEC."""
+    predictor = "none" if spec.predictor is None else "closed form" if "alpha" in spec.options else "MLP"
+    with torch.device("meta"):
+        branches = isinstance(spec.head(8, spec.resolve({})), TwoBranchHead)
+    teacher = "EMA" if spec.teacher else "second head" if branches else "none"
+    year = re.search(r"\b(?:19|20)\d\d\b", spec.reference)
+    link = re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", spec.reference)
+    return Facts(predictor, teacher, year.group() if year else "", link)
+
+
 def method_table() -> str:
-    """A markdown table, one row per method, between two marks."""
-    import torch
-
-    from plugins.heads import TwoBranchHead
-    from plugins.methods import METHODS
-
+    """A markdown table, one row per method, between two marks. The title links to the method's page, if it has one."""
     rows = ["| method | `method:` | predictor | teacher | reference |", "|---|---|---|---|---|"]
     for name, spec in METHODS.items():
-        closed_form = "alpha" in spec.options
-        predictor = "none" if spec.predictor is None else "closed form" if closed_form else "MLP"
-        link = re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", spec.reference)
-        with torch.device("meta"):
-            branches = isinstance(spec.head(8, spec.resolve({})), TwoBranchHead)
-        teacher = "EMA" if spec.teacher else "second head" if branches else "none"
-        rows.append(f"| {spec.title} | `{name}` | {predictor} | {teacher} | {link} |")
+        found = facts(spec)
+        page = f"docs/methods/{name}.md"
+        title = f"[{spec.title}]({page})" if (ROOT / page).is_file() else spec.title
+        rows.append(f"| {title} | `{name}` | {found.predictor} | {found.teacher} | {found.reference} |")
     return "\n".join([BEGIN, *rows, END])
 
 

@@ -43,3 +43,6 @@ PUBLISHED: dict[str, dict[str, Published]] = {
     "implicit_var_reg": {},
 }
 """suite → run, as ``<method>_<data set>`` → what was published of it."""
+
+MEASURED: dict[str, dict[str, float]] = {}
+"""suite → run → our top-1 accuracy (%), where the run was made to its end."""

@@ -1,0 +1,253 @@
+"""Make the documentation's generated pages: one page per method, the front page, the notebooks.
+
+``mkdocs build`` loads this file as a hook. ``python -m plugins.experiments.method_pages isoloss`` prints one page.
+
+The hand-written part of a method's page is docs/methods/<name>.md. Facts, options, commands and results are made when
+the site is built: from the method's SPEC, configs/, :mod:`plugins.experiments.published` and the tables of
+docs/experiments.md. Nothing that is made here is committed.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:  # mkdocs loads this file by its path
+    sys.path.insert(0, str(ROOT))
+
+from plugins.experiments.methods_table import facts  # noqa: E402
+from plugins.experiments.published import MEASURED, PUBLISHED  # noqa: E402
+from plugins.methods import METHODS  # noqa: E402
+from plugins.spec import MethodSpec  # noqa: E402
+
+NOT_MEASURED = "not measured"
+ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+"""Pages of the checkout's root → their names on the site."""
+OFF_SITE = ("LICENSE", "CITATION.cff")
+"""Files that pages link to and the site does not hold."""
+
+
+def method_page(name: str) -> str:
+    """Markdown of one method's page: the hand-written part, between a table of facts and the generated sections.
+
+    Args:
+        name: a key of METHODS. A method without a hand-written part gets a page too.
+
+    Raises:
+        KeyError: METHODS has no such method.
+    """
+    spec = METHODS[name]
+    written = ROOT / "docs" / "methods" / f"{name}.md"
+    text = written.read_text() if written.is_file() else f"# {spec.title}\n\nThis page has no hand-written part yet.\n"
+    title, _, judgement = text.partition("\n")
+    parts = [title, _facts(spec), judgement.strip(), _options(spec), _commands(spec), _results(spec)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(spec: MethodSpec) -> str:
+    found = facts(spec)
+    views = "two or more; small crops are accepted" if spec.views is None else f"{spec.views}, of one size"
+    return (
+        "| `method:` | predictor | teacher | views | reference |\n|---|---|---|---|---|\n"
+        f"| `{spec.name}` | {found.predictor} | {found.teacher} | {views} | {found.reference} |"
+    )
+
+
+def _options(spec: MethodSpec) -> str:
+    rows = [
+        "## Options",
+        "",
+        "| option | default | range or choices | meaning | other names |",
+        "|---|---|---|---|---|",
+    ]
+    for name, option in spec.options.items():
+        if option.choices is not None:
+            allowed = ", ".join(f"`{choice}`" for choice in option.choices)
+        elif isinstance(option.default, bool):
+            allowed = "`true`, `false`"
+        elif option.low is None:
+            allowed = ""
+        elif option.high < float("inf"):
+            allowed = f"{option.low:g} to {option.high:g}"
+        else:
+            allowed = f"at least {option.low:g}"
+        default = str(option.default).lower() if isinstance(option.default, bool) else option.default
+        aliases = ", ".join(f"`{alias}`" for alias in option.aliases)
+        rows.append(f"| `{name}` | `{default}` | {allowed} | {_cell(option.help)} | {aliases} |")
+    places = (
+        f"solo-learn: `method_kwargs.<option>`. VISSL: `config.LOSS.{spec.name}.<option>`. "
+        "lightly: a keyword argument of the model class, or `--option <option>=<value>`."
+    )
+    return "\n".join([*rows, "", places])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def commands(name: str) -> dict[str, str]:
+    """framework → the command that trains a method on the digits, where a configuration for it exists."""
+    found = {}
+    if (ROOT / f"configs/solo/digits/{name}.yaml").is_file():
+        found["solo-learn"] = (
+            f"python -m solo_ext.main_pretrain --config-path configs/solo/digits --config-name {name}.yaml"
+        )
+    found["lightly"] = (
+        f"python -m lightly_ext.benchmarks --methods {name} --train-dir datasets/digits/train \\\n"
+        "    --val-dir datasets/digits/val --backbone resnet18 --input-size 16 --batch-size-per-device 64 \\\n"
+        "    --num-workers 0 --warmup-epochs 2 --optimizer adamw --weight-decay 0.01 \\\n"
+        f"    --skip-finetune-eval {_lightly_settings(name)}"
+    )
+    if (ROOT / f"configs/vissl/config/pretrain/{name}/digits.yaml").is_file():
+        found["VISSL"] = f"python -m vissl_ext.launch config=pretrain/{name}/digits config.CHECKPOINT.DIR=runs/{name}"
+    return found
+
+
+def _lightly_settings(name: str) -> str:
+    """Learning rate, epochs and options of solo-learn's file for the digits, as lightly's arguments."""
+    file = ROOT / f"configs/solo/digits/{name}.yaml"
+    own: dict[str, Any] = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    options = {**own.get("method_kwargs", {}), **own.get("momentum", {})}
+    words = f"--lr {own.get('optimizer', {}).get('lr', 0.004)} --epochs {own.get('max_epochs', 20)}"
+    pairs = " ".join(f"{key}={value}" for key, value in options.items())
+    return f"{words} \\\n    --option {pairs}" if pairs else words
+
+
+def _commands(spec: MethodSpec) -> str:
+    parts = [
+        "## Commands",
+        "",
+        "`python -m plugins.tools.data digits` writes the images once. Then, in each framework:",
+    ]
+    for framework, command in commands(spec.name).items():
+        parts += ["", f"{framework}:", "", "```bash", command, "```"]
+    solo = sorted(path.parent.name for path in ROOT.glob(f"configs/solo/*/{spec.name}.yaml"))
+    vissl = sorted(path.stem for path in ROOT.glob(f"configs/vissl/config/pretrain/{spec.name}/*.yaml"))
+    listed = [f"`configs/solo/{folder}/{spec.name}.yaml`" for folder in solo]
+    listed += [f"`config=pretrain/{spec.name}/{stem}`" for stem in vissl]
+    if listed:
+        parts += ["", f"All configurations: {', '.join(listed)}."]
+    suite = f"./run_experiments.sh digits --framework lightly --only {spec.name} --dry-run"
+    parts += ["", f"`{suite}` prints lightly's command with the augmentations of the other two too."]
+    return "\n".join(parts)
+
+
+def _results(spec: MethodSpec) -> str:
+    """Published accuracies beside ours; on the digits ours alone."""
+    parts = ["## Results", ""]
+    rows = []
+    for suite, runs in PUBLISHED.items():
+        for run, number in runs.items():
+            if run.rpartition("_")[0].partition("-")[0] != spec.name:
+                continue
+            ours = MEASURED.get(suite, {}).get(run)
+            shown = NOT_MEASURED if ours is None else f"{ours:.1f}"
+            rows.append(f"| `{suite}`, `{run}` | {number.top1:g} | {shown} | {_cell(number.source)} |")
+    if rows:
+        parts += ["Top-1 accuracy (%) of a linear classifier on the frozen backbone:", ""]
+        parts += [
+            "| suite, run | published | ours | source of the published number |",
+            "|---|---:|---:|---|",
+            *rows,
+            "",
+        ]
+    else:
+        parts += ["Published numbers: none that could be read in its source.", ""]
+    digits = digits_row(spec.title)
+    parts += [
+        "Ours on the digits, kNN / linear accuracy (%), one entry per seed; nothing is published of them:",
+        "",
+    ]
+    parts += ["| solo-learn | VISSL | lightly |", "|---|---|---|", f"| {' | '.join(digits)} |"]
+    return "\n".join(parts)
+
+
+def digits_row(title: str) -> list[str]:
+    """A method's cells in the table of docs/experiments.md that has one column per framework.
+
+    Args:
+        title: the method's title, as in the table's first column.
+
+    Returns:
+        solo-learn's, VISSL's and lightly's cell; "not measured" where there is none.
+    """
+    inside = False
+    for line in (ROOT / "docs" / "experiments.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if cells[1:] == ["solo-learn", "VISSL", "lightly"]:
+            inside = True
+        elif not line.startswith("|"):
+            inside = False
+        elif inside and cells[0] == title:
+            return [cell or NOT_MEASURED for cell in cells[1:4]]
+    return [NOT_MEASURED] * 3
+
+
+def root_page(name: str) -> str:
+    """A page of the checkout's root with its links as the site has them: ``docs/x.md`` is ``x.md``."""
+    return _links((ROOT / name).read_text().replace("](docs/", "]("))
+
+
+def _links(text: str) -> str:
+    for source, target in ROOT_PAGES.items():
+        text = re.sub(rf"\]\((?:\.\./)*{re.escape(source)}(#[^)]*)?\)", rf"]({target}\1)", text)
+    for name in OFF_SITE:
+        text = re.sub(rf"\[([^]]+)\]\((?:\.\./)*{re.escape(name)}\)", r"\1", text)
+    return text
+
+
+def notebook_page(path: Path) -> str:
+    """Markdown of a notebook with its text and image outputs."""
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            text = "".join(output.get("text", data.get("text/plain", "")))
+            if "image/png" in data:
+                parts.append(f"![Output](data:image/png;base64,{''.join(data['image/png']).strip()})")
+            elif text:
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Hook of MkDocs: add the generated pages to those of docs/."""
+    from mkdocs.structure.files import File
+
+    made = {target: root_page(source) for source, target in ROOT_PAGES.items()}
+    made |= {f"methods/{name}.md": method_page(name) for name in METHODS}
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        made[f"notebooks/{path.stem}.md"] = notebook_page(path)
+    for place, text in made.items():
+        present = files.get_file_from_path(place)
+        if present is not None:
+            files.remove(present)
+        files.append(File.generated(config, place, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Hook of MkDocs: links from docs/ to the checkout's root stay on the site."""
+    return _links(markdown)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the page of one method."""
+    parser = argparse.ArgumentParser(prog="python -m plugins.experiments.method_pages", description=main.__doc__)
+    parser.add_argument("method", choices=sorted(METHODS))
+    print(method_page(parser.parse_args(argv).method), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The documentation's site: the generated pages and that it builds."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from plugins.experiments.method_pages import NOT_MEASURED, commands, digits_row, method_page, root_page
+from plugins.experiments.published import PUBLISHED
+from plugins.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+JUDGEMENT = ("## Objective", "## Collapse in the logs", "## Cost", "## When to choose it")
+GENERATED = ("## Options", "## Commands", "## Results")
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_page_of_a_method_has_every_section(name):
+    page = method_page(name)
+    assert page.startswith(f"# {METHODS[name].title}\n")
+    heads = re.findall(r"^## .*", page, re.MULTILINE)
+    assert [head for head in heads if head in JUDGEMENT] == list(JUDGEMENT)
+    assert heads[-3:] == list(GENERATED)
+    for option, spec in METHODS[name].options.items():
+        assert f"| `{option}` |" in page and spec.help.replace("|", "\\|") in page
+    assert all(command in page for command in commands(name).values())
+    assert set(commands(name)) == {"solo-learn", "lightly", "VISSL"}
+
+
+def test_page_without_a_hand_written_part_is_made(monkeypatch, tmp_path):
+    from plugins.experiments import method_pages
+
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "experiments.md").write_text("")
+    monkeypatch.setattr(method_pages, "ROOT", tmp_path)
+    page = method_pages.method_page("mec")
+    assert page.startswith("# MEC\n") and "no hand-written part" in page
+    assert page.rstrip().endswith(f"| {' | '.join([NOT_MEASURED] * 3)} |")
+
+
+def test_published_numbers_stand_beside_ours():
+    (number,) = PUBLISHED["matrix_ssl"].values()
+    assert f"| `matrix_ssl`, `mec-e100_imagenet` | {number.top1} | {NOT_MEASURED} | {number.source} |" in method_page(
+        "mec"
+    )
+    every = "\n".join(method_page(name) for name in METHODS)
+    baselines = ("simclr", "dino")
+    for suite, runs in PUBLISHED.items():
+        for run in runs:
+            if not run.startswith(baselines):
+                assert f"`{suite}`, `{run}`" in every
+
+
+def test_digits_are_those_of_the_page_of_experiments():
+    for spec in METHODS.values():
+        assert NOT_MEASURED not in digits_row(spec.title), spec.title
+    assert digits_row("no such method") == [NOT_MEASURED] * 3
+
+
+def test_methods_of_the_site_are_those_of_the_package():
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    (methods,) = [entry["Methods"] for entry in navigation if "Methods" in entry]
+    listed = {title: page for entry in methods for title, page in entry.items()}
+    assert {f"methods/{name}.md" for name in METHODS} == {
+        page for page in listed.values() if page.startswith("methods/")
+    }
+    assert all(listed[spec.title] == f"methods/{name}.md" for name, spec in METHODS.items())
+    assert {path.stem for path in (ROOT / "docs" / "methods").glob("*.md")} == set(METHODS)
+
+
+def test_front_page_links_within_the_site():
+    text = root_page("README.md")
+    assert "](docs/" not in text and "](LICENSE)" not in text and "](contributing.md)" in text

@@ -191,14 +191,15 @@ def digits_row(title: str) -> list[str]:
 
 def root_page(name: str) -> str:
     """A page of the checkout's root with its links as the site has them: ``docs/x.md`` is ``x.md``."""
-    return _links((ROOT / name).read_text().replace("](docs/", "]("))
+    text = (ROOT / name).read_text().replace("](docs/", "](")
+    return _links(re.sub(r"\]\((notebooks/\w+)\.ipynb\)", r"](\1.md)", text))
 
 
 def _links(text: str) -> str:
     for source, target in ROOT_PAGES.items():
         text = re.sub(rf"\]\((?:\.\./)*{re.escape(source)}(#[^)]*)?\)", rf"]({target}\1)", text)
     for name in OFF_SITE:
-        text = re.sub(rf"\[([^]]+)\]\((?:\.\./)*{re.escape(name)}\)", r"\1", text)
+        text = re.sub(rf"\[((?:!\[[^]]*\]\([^)]*\)|[^][])+)\]\((?:\.\./)*{re.escape(name)}\)", r"\1", text)
     return text
 
 

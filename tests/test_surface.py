@@ -1,5 +1,6 @@
 """METHODS, the README and the built wheel agree on what there is."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from plugins.methods import METHODS
 from plugins.spec import MethodSpec
@@ -91,6 +93,27 @@ def test_every_module_that_a_page_runs_is_there(page):
     for module in re.findall(ours, (ROOT / page).read_text()):
         place = ROOT.joinpath(*module.split("."))
         assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
+
+
+def test_workflow_runs_what_the_checks_are():
+    (file,) = (ROOT / ".github" / "workflows").glob("*.yml")
+    (job,) = yaml.safe_load(file.read_text())["jobs"].values()
+    assert job["strategy"]["matrix"]["python"] == ["3.10", "3.12"] and job["timeout-minutes"] <= 120
+    assert job["steps"][-1]["run"] == ".ci/run" and os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_badges_of_the_readme_are_true():
+    project = (ROOT / "pyproject.toml").read_text()
+    readme = (ROOT / "README.md").read_text()
+    badges = dict(re.findall(r"!\[([^]]+)\]\(https://img\.shields\.io/badge/([^)]+)\)", readme))
+    assert len(badges) == 3
+    wanted = {
+        "Python {} or newer": re.search(r'requires-python = ">=([\d.]+)"', project),
+        "PyTorch {} or newer": re.search(r'"torch>=([\d.]+)"', project),
+    }
+    for text, version in wanted.items():
+        assert version[1] in badges[text.format(version[1])]
+    assert 'license = "Apache-2.0"' in project and "Apache--2.0" in badges["Licence Apache 2.0"]
 
 
 def test_no_file_names_a_package_index_or_a_home():

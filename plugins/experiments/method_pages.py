@@ -191,11 +191,11 @@ def digits_row(title: str) -> list[str]:
 
 def root_page(name: str) -> str:
     """A page of the checkout's root with its links as the site has them: ``docs/x.md`` is ``x.md``."""
-    text = (ROOT / name).read_text().replace("](docs/", "](")
-    return _links(re.sub(r"\]\((notebooks/\w+)\.ipynb\)", r"](\1.md)", text))
+    return _links((ROOT / name).read_text().replace("](docs/", "]("))
 
 
 def _links(text: str) -> str:
+    text = re.sub(r"\]\((notebooks/\w+)\.ipynb\)", r"](\1.md)", text)
     for source, target in ROOT_PAGES.items():
         text = re.sub(rf"\]\((?:\.\./)*{re.escape(source)}(#[^)]*)?\)", rf"]({target}\1)", text)
     for name in OFF_SITE:

@@ -1,0 +1,216 @@
+"""Every shell command of the README and of docs/ does what the page says, in small.
+
+Commands of plugins.tools run. Suites are run with --dry-run. Commands that train are taken up to where
+training starts: options, configuration, method and folders are checked by the commands' own code. The trainings
+themselves are in tests/solo, tests/lightly and tests/vissl.
+"""
+
+import importlib
+import io
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from plugins.experiments.method_pages import commands as method_commands
+from plugins.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
+ELSEWHERE = {
+    r"\./run_experiments\.sh( test( -k \w+)?)?": "tests/test_shell.py",
+    r"\./run_experiments\.sh --help": "tests/test_shell.py",
+    r"python -m pytest [\w/.]+( .*)?": "tests/test_docs_example.py, and the suite itself",
+    r"python -m plugins\.experiments\.methods_table --write README\.md": "tests/test_docs_example.py",
+    r"source \.venv/bin/activate": "made by ./run_experiments.sh",
+    r"git clone .* && .*": "needs a network",
+    r"(uv )?pip install .*|uv sync .*": "needs a package index",
+    r"python main_pretrain\.py .*": "the fork's own command",
+    r"python configs/detectron2/train\.py .*": "tests/tools, where detectron2 is installed",
+    r"mkdocs \w+": "a check of ./run_experiments.sh test",
+}
+"""Pattern of a whole command → why it is not run here, or where it is."""
+
+
+def commands_of(text: str) -> list[str]:
+    """Commands in the fenced bash blocks of a page: continued lines joined, comments dropped, loops unrolled once."""
+    found = []
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        variables = {}
+        for line in block.replace("\\\n", " ").splitlines():
+            line = re.sub(r"(^|\s)#.*", "", line).strip()
+            if loop := re.fullmatch(r"for (\w+) in (\S+).*; do", line):
+                variables[loop[1]] = loop[2]
+            elif line and line != "done":
+                for name, value in variables.items():
+                    line = line.replace(f"${name}", value)
+                found.append(" ".join(line.split()))
+    return found
+
+
+CASES = [(page, command) for page in PAGES for command in commands_of((ROOT / page).read_text())]
+# The methods' pages differ in the name alone, but for lightly's options; tests/solo and tests/vissl compose every file.
+for _name in METHODS:
+    _made = method_commands(_name)
+    _kept = _made.values() if _name == "isoloss" else [_made["lightly"]]
+    CASES += [(f"page of {_name}", command.replace("\\\n", "")) for command in _kept]
+CASES = [case for case in dict.fromkeys(CASES) if not any(re.fullmatch(one, case[1]) for one in ELSEWHERE)]
+
+
+def _images(folder: Path, count: int) -> None:
+    """One image many times, in ten classes, which the digits have."""
+    image = io.BytesIO()
+    Image.effect_noise((16, 16), 50).convert("RGB").save(image, "PNG")
+    for index in range(count):
+        place = folder / str(index % 10) / f"{index}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(image.getvalue())
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the commands find what their pages speak of."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    for name in ("datasets/digits", "datasets/imagenet", "IMAGENET"):
+        for split, count in (("train", 1000), ("val", 200)):
+            _images(folder / name / split, count)
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    for name in ("", "_TEST"):
+        features = rng.normal(size=(60, 8)).astype("float32") + 3 * np.eye(8, dtype="float32")[labels]
+        np.save(folder / f"X{name}.npy", features)
+        np.save(folder / f"Y{name}.npy", labels)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fork_of_the_isoloss_paper(work: Path) -> Iterator[None]:
+    place = work / "implicit-var-reg" / "scripts" / "pretrain" / "cifar"
+    place.parent.mkdir(parents=True)
+    place.symlink_to(ROOT / "configs" / "solo" / "cifar")
+    yield
+
+
+def _solo(module: str, words: list[str], patch: pytest.MonkeyPatch) -> None:
+    from solo_ext import config
+    from solo_ext.registry import method_class, register
+
+    register()
+    driver = importlib.import_module(module)
+    seen = []
+
+    def check(given: object) -> None:
+        if module.endswith("pretrain"):
+            cfg = config.parse_pretrain(given)
+            cls = method_class(cfg)
+            seen.append(cls)
+        else:
+            seen.append(config.parse_linear(given) if module.endswith("linear") else given)
+
+    task = {"main_pretrain": "pretrain", "main_umap": "draw"}.get(module.rpartition(".")[2], "evaluate")
+    patch.setattr(driver, task, check)
+    on_cpu = ["++accelerator=cpu"] if "configs/solo/imagenet" in words else []  # the page's machine has GPUs
+    patch.setattr(sys, "argv", [module, *words, *on_cpu])
+    driver.main()
+    assert len(seen) == 1
+
+
+def _vissl(words: list[str], patch: pytest.MonkeyPatch) -> None:
+    from vissl_ext import launch
+
+    patch.setattr(launch, "_check_weights", lambda weights: None)  # of a run that an earlier command makes
+    seen = []
+    patch.setattr(launch, "run", lambda args, config: seen.append(config))
+    launch.main(words)
+    assert len(seen) == 1 or "--list" in words
+
+
+def _lightly(words: list[str], patch: pytest.MonkeyPatch) -> None:
+    from lightly_ext.benchmarks import run
+    from lightly_ext.benchmarks.__main__ import main
+
+    reached = []
+    check = run.check
+    patch.setattr(run, "check", lambda args: (_ready(args), check(args)))
+    patch.setattr(run, "benchmark", reached.append)
+    main(words)
+    assert reached
+
+
+def _ready(args: object) -> None:
+    args.accelerator, args.devices = "cpu", 1  # the page's machine has eight GPUs
+    args.batch_size_per_device = min(args.batch_size_per_device, 8)  # of few images
+    if args.ckpt_path is not None:
+        assert str(args.ckpt_path).startswith("RUN/")  # of a run that an earlier command makes
+        args.ckpt_path = None
+
+
+def _suite(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    from plugins.experiments import run
+
+    assert run.main([*words, "--dry-run"] if "--dry-run" not in words else words) in (0, None)
+    assert "python" in capsys.readouterr().out
+
+
+def _tool(module: str, words: list[str], work: Path, patch: pytest.MonkeyPatch) -> None:
+    name = module.rpartition(".")[2]
+    tool = importlib.import_module(module)
+    if name == "data" and words[0] == "digits":
+        words = [*words, "--out", str(work / "fresh" / "digits")]
+    if name == "export":
+        import torchvision
+
+        network = torchvision.models.resnet18()
+        network.fc = torch.nn.Identity()
+        torch.save(
+            {"state_dict": {f"backbone.{key}": value for key, value in network.state_dict().items()}}, "CHECKPOINT"
+        )
+    if name == "linear_eval":
+        options = tool.parser().parse_args(words)
+        tool._check(options)
+        if options.features is not None:
+            from plugins.tools.features import save_features
+
+            for split, ending in (("train", ""), ("test", "_TEST")):
+                arrays = [torch.from_numpy(np.load(f"{letter}{ending}.npy")) for letter in "XY"]
+                save_features(Path("FOLDER"), split, "backbone", *arrays)
+        if options.weights is not None:
+            from plugins.tools.weights import NAMES
+
+            assert options.weights in NAMES  # its download needs a network
+            return
+    if name == "report":
+        (work / words[0]).mkdir(parents=True, exist_ok=True)
+        patch.setattr(tool, "main", lambda argv=None: 0)
+    assert tool.main(words) in (0, None)
+
+
+@pytest.mark.parametrize(("page", "command"), CASES, ids=[f"{page}: {command[:70]}" for page, command in CASES])
+def test_command_of_a_page(page, command, work, fork_of_the_isoloss_paper, monkeypatch, capsys):
+    monkeypatch.chdir(work)
+    words = shlex.split(command)
+    if words[0] == "./run_experiments.sh":
+        return _suite(words[1:], capsys)
+    assert words[:2] == ["python", "-m"], f"{page}: no test knows how to run: {command}"
+    module, rest = words[2], words[3:]
+    if module.startswith("solo_ext."):
+        return _solo(module, rest, monkeypatch)
+    if module == "vissl_ext.launch":
+        return _vissl(rest, monkeypatch)
+    if module == "lightly_ext.benchmarks":
+        return _lightly(rest, monkeypatch)
+    assert module.startswith("plugins."), f"{page}: no test knows how to run: {command}"
+    return _tool(module, rest, work, monkeypatch)
+
+
+def test_every_exception_is_of_a_page():
+    every = [command for page in PAGES for command in commands_of((ROOT / page).read_text())]
+    unused = [pattern for pattern in ELSEWHERE if not any(re.fullmatch(pattern, command) for command in every)]
+    assert unused in ([], [r"mkdocs \w+"]), unused

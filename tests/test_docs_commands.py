@@ -23,11 +23,15 @@ from plugins.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
+OURS = r"(?:plugins|solo_ext|lightly_ext|vissl_ext)\."
 ELSEWHERE = {
     r"\./run_experiments\.sh( test( -k \w+)?)?": "tests/test_shell.py",
     r"\./run_experiments\.sh --help": "tests/test_shell.py",
     r"python -m pytest [\w/.]+( .*)?": "tests/test_docs_example.py, and the suite itself",
     r"python -m plugins\.experiments\.methods_table --write README\.md": "tests/test_docs_example.py",
+    r"python -m plugins\.experiments\.bench .*": "tests/experiments/test_bench.py",
+    r"python -m plugins\.experiments\.notebooks \w+": "tests/test_docs_notebooks.py",
+    r"python -m plugins\.tools\.data tinyimagenet .*": "tests/tools/test_data.py, which makes such an archive",
     r"source \.venv/bin/activate": "made by ./run_experiments.sh",
     r"git clone .* && .*": "needs a network",
     r"(uv )?pip install .*|uv sync .*": "needs a package index",
@@ -39,7 +43,11 @@ ELSEWHERE = {
 
 
 def commands_of(text: str) -> list[str]:
-    """Commands in the fenced bash blocks of a page: continued lines joined, comments dropped, loops unrolled once."""
+    """Commands of a page, in fenced bash blocks and inline.
+
+    Continued lines are joined, comments are dropped, a loop is taken once. Inline commands with a
+    placeholder are left out.
+    """
     found = []
     for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         variables = {}
@@ -51,7 +59,9 @@ def commands_of(text: str) -> list[str]:
                 for name, value in variables.items():
                     line = line.replace(f"${name}", value)
                 found.append(" ".join(line.split()))
-    return found
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    inline = re.findall(rf"`((?:python -m {OURS}[^\s`]*|\./run_experiments\.sh) [^`]+)`", prose)
+    return found + [command for command in inline if not re.search(r"…|[<>]|\b[A-Z]{3,}\b", command)]
 
 
 CASES = [(page, command) for page in PAGES for command in commands_of((ROOT / page).read_text())]
@@ -200,6 +210,13 @@ def test_command_of_a_page(page, command, work, fork_of_the_isoloss_paper, monke
         return _suite(words[1:], capsys)
     assert words[:2] == ["python", "-m"], f"{page}: no test knows how to run: {command}"
     module, rest = words[2], words[3:]
+    if rest[-1:] in (["--help"], ["--help-config"]):
+        monkeypatch.setattr(sys, "argv", [module, *rest])
+        name = f"{module}.__main__" if module.endswith("benchmarks") else module
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(name).main()
+        assert not ended.value.code and len(capsys.readouterr().out) > 500
+        return None
     if module.startswith("solo_ext."):
         return _solo(module, rest, monkeypatch)
     if module == "vissl_ext.launch":

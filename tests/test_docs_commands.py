@@ -70,7 +70,8 @@ for _name in METHODS:
     _made = method_commands(_name)
     _kept = _made.values() if _name == "isoloss" else [_made["lightly"]]
     CASES += [(f"page of {_name}", command.replace("\\\n", "")) for command in _kept]
-CASES = [case for case in dict.fromkeys(CASES) if not any(re.fullmatch(one, case[1]) for one in ELSEWHERE)]
+CASES = [(page, command) for command, page in {command: page for page, command in reversed(CASES)}.items()]  # each once
+CASES = [case for case in CASES[::-1] if not any(re.fullmatch(one, case[1]) for one in ELSEWHERE)]
 
 
 def _images(folder: Path, count: int) -> None:

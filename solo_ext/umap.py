@@ -8,7 +8,6 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from plugins.install import not_installed
 from plugins.tools.command import UserError
 from plugins.tools.umap import NEIGHBOURS, check_installed, embed, plot
 from solo_ext.checkpoint import check_writable

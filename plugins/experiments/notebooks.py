@@ -8,7 +8,7 @@ import argparse
 import asyncio
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,13 @@ def read(name: str) -> Any:
     return notebook
 
 
+def _wait(step: Awaitable[None]) -> None:
+    async def wait() -> None:
+        await step
+
+    asyncio.run(wait())
+
+
 @contextmanager
 def kernel() -> Iterator[Any]:
     """A kernel for several notebooks, which import torch once."""
@@ -38,11 +45,11 @@ def kernel() -> Iterator[Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         manager = AsyncKernelManager(kernel_name="python3")
-        asyncio.run(manager.start_kernel(env={**os.environ, **ENVIRONMENT, "IPYTHONDIR": folder}, cwd=folder))
+        _wait(manager.start_kernel(env={**os.environ, **ENVIRONMENT, "IPYTHONDIR": folder}, cwd=folder))
         try:
             yield manager
         finally:
-            asyncio.run(manager.shutdown_kernel(now=True))
+            _wait(manager.shutdown_kernel(now=True))
 
 
 def execute(notebook: Any, manager: Any, *, timeout: float = 600) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plugins.install import not_installed
 from plugins.tools.command import UserError
 
 NEIGHBOURS = 15
@@ -33,7 +34,7 @@ def check_installed() -> None:
         UserError: umap-learn is not installed.
     """
     if find_spec("umap") is None:
-        raise UserError("UMAP needs umap-learn; install it with: uv sync --extra solo, or: pip install umap-learn")
+        raise UserError(not_installed("umap"))
 
 
 def embed(features: Tensor, *, neighbours: int = NEIGHBOURS, seed: int = 0) -> np.ndarray:

@@ -43,7 +43,7 @@ def _generation() -> str:
             sys.path.insert(0, folder)
     host = find_spec("solo")
     if host is None:
-        raise UserError("solo-learn is not installed; run ./run_experiments.sh once, or: uv sync --extra solo")
+        raise UserError(f"{not_installed('solo')}; or let {CHECKOUT} name the folder of a checkout of its main branch")
     # importing the package would run code that the compat module has to patch first
     places = host.submodule_search_locations or ()
     return "main" if any((Path(place) / "backbones").is_dir() for place in places) else "1.0.2"

@@ -180,7 +180,7 @@ def _start(pids: Any) -> None:
 
 def _follow() -> None:
     end_with_parent()
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     os.kill(child, 0)
     parent.kill()
     parent.join()
-    for _ in range(500):
+    for _ in range(30_000):
         try:
             state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:
@@ -200,7 +200,7 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
             return
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
-    raise AssertionError("it outlived its parent by five seconds")
+    raise AssertionError("it outlived its parent by five minutes")
 
 
 @pytest.mark.slow

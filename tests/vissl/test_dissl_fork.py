@@ -739,7 +739,7 @@ def test_masked_patches_are_zero_in_all_channels() -> None:
         patches, kept[None, :, :, None] * torch.tensor([2.0, 2.0, 2.0, 1.0])[:, None, None, None] * torch.ones(64)
     )
     assert set(kept.unique().tolist()) == {0.0, 1.0}
-    assert abs(kept.mean().item() - 0.5) < 0.1  # 400 patches, four standard deviations
+    assert abs(kept.mean().item() - 0.5) < 0.15  # 400 patches, six standard deviations
     with pytest.raises(ValueError, match=r"patches of 8 pixels do not fill an image of \(9, 9\)"):
         ImgTensorMask([0.5], patch_size=8)(images[1:])
     with pytest.raises(ValueError, match="2 probabilities for 1 views"):

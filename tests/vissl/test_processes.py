@@ -111,7 +111,7 @@ def test_two_processes_step_as_one(method: str, two: RankPool) -> None:
         assert result.keys() == expected.keys()
         for name, value in result.items():
             # W is a root of eigenvalues that may be zero but for rounding
-            atol = 1e-6 if name.endswith(".W") else 1e-10
+            atol = 1e-5 if name.endswith(".W") else 1e-10
             rtol = 1e-6 if gpu else 1e-8
             torch.testing.assert_close(value, expected[name], rtol=rtol, atol=atol, msg=f"{name} {value}")
 

@@ -224,6 +224,13 @@ def test_command_of_a_page(page, command, work, fork_of_the_isoloss_paper, monke
         return _vissl(rest, monkeypatch)
     if module == "lightly_ext.benchmarks":
         return _lightly(rest, monkeypatch)
+    if module.startswith("lightly_ext.examples."):
+        steps = rest.index("--steps") + 1  # tests/lightly/test_examples.py trains all of them
+        (work / "example").mkdir(exist_ok=True)  # where it makes its own digits
+        monkeypatch.chdir(work / "example")
+        importlib.import_module(module).main([*rest[:steps], "1", *rest[steps + 1 :]])
+        assert "kNN trained" in capsys.readouterr().out
+        return None
     assert module.startswith("plugins."), f"{page}: no test knows how to run: {command}"
     return _tool(module, rest, work, monkeypatch)
 

@@ -15,8 +15,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "notebooks"
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DISSL_WEIGHTS": ""}
-"""Of the kernel: this checkout, the same numbers on every machine, no published weights."""
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "DISSL_WEIGHTS": "",
+    "PYTHONWARNINGS": "ignore:IProgress not found",
+}
+"""Environment of the kernel: this checkout, one thread, no published weights, no advice of tqdm on its widgets."""
 
 
 def read(name: str) -> Any:

@@ -226,7 +226,10 @@ def test_a_signal_ends_all_processes(few_digits: Path, tmp_path: Path, launches:
         if word:
             said_lines = [line for line in result["output"].splitlines() if line.startswith(word)]
             assert said_lines == [f"{word}; the same command goes on from the last checkpoint"], job
-        assert "Traceback" not in result["output"] and "resource_tracker" not in result["output"], job
+        # If the signal arrives while Python runs a finalizer, Python itself prints that; the run ends all the same.
+        ignored = result["output"].count("Exception ignored in")
+        assert result["output"].count("Traceback") <= ignored, (job, result["output"])
+        assert "resource_tracker" not in result["output"], job
         assert not result["left"], job
 
 

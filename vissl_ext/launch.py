@@ -299,7 +299,10 @@ def _interrupt(number: int, frame: Any) -> None:
         signal.setitimer(signal.ITIMER_REAL, _AGAIN)
         raise _Interrupted(number)
 
-    # Python drops what is raised within a finalizer, such as those of a loader's processes: raise it until it arrives
+    # Python prints and drops what is raised within a finalizer, such as those of a loader's processes: raise it until
+    # it arrives, and do not print it
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda dropped: None if isinstance(dropped.exc_value, _Interrupted) else show(dropped)
     signal.signal(signal.SIGALRM, again)
     again()
 

@@ -107,6 +107,6 @@ def first_process() -> bool:
 
 
 def say(text: str) -> None:
-    """Print a line, from the first process only."""
+    """Print a line, from the first process only, in one write: a process that is killed leaves no half line."""
     if first_process():
-        print(text, flush=True)
+        print(f"{text}\n", end="", flush=True)  # with PYTHONUNBUFFERED, print writes its end separately

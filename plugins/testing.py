@@ -365,3 +365,24 @@ def tiny_backbone(*names: Any, **options: Any) -> nn.Module:
     network.add_module("avgpool", nn.AdaptiveAvgPool2d(2))
     network.add_module("flatten", nn.Flatten())
     return network
+
+
+def composed(arguments: Sequence[str], module: str = "main_pretrain") -> Any:
+    """Compose the configuration that a command of a suite trains with in solo-learn.
+
+    Args:
+        arguments: of ``python``: ``-m solo_ext.MODULE --config-path FOLDER --config-name NAME OVERRIDE ...``.
+        module: the name that MODULE must have.
+
+    Returns:
+        Hydra's configuration, with interpolations resolved.
+    """
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    flag, command, path, folder, name, config, *overrides = arguments
+    assert (flag, command, path, name) == ("-m", f"solo_ext.{module}", "--config-path", "--config-name")
+    with initialize_config_dir(os.path.abspath(folder), version_base="1.2"):
+        cfg = compose(config, overrides)
+    OmegaConf.resolve(cfg)
+    return cfg

@@ -3,42 +3,18 @@
     python lightly_ext/examples/lightning_distributed.py --steps 200 --devices 2
 
 Needed: pip install "ssl-plugins[lightly]". The images are scikit-learn's digits unless --data names a folder.
-The losses join the rows of all processes. Batch norm does so with sync_batchnorm, which needs GPUs.
+The LightningModule is that of lightning_module.py. The losses join the rows of all processes. Batch norm does so with
+sync_batchnorm, which needs GPUs.
 """
 
 import pytorch_lightning as pl
 import torch
-from lightly.utils.scheduler import cosine_schedule
 
 from lightly_ext.examples import common
+from lightly_ext.examples.lightning_module import Module
 from plugins.tools.command import exit_on_user_error, number, say
 
 METHOD = "isoloss"
-
-
-class Module(pl.LightningModule):
-    """A method's model, its optimiser, and the movement of its teacher."""
-
-    def __init__(self, method: str) -> None:
-        super().__init__()
-        self.method = method
-        self.model = common.build(method)
-
-    def training_step(self, batch: list, batch_idx: int) -> torch.Tensor:
-        """Compute the method's loss."""
-        loss = self.model.loss(batch[0])
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
-
-    def optimizer_step(self, *args, **kwargs) -> None:
-        """Step, and move the teacher: once, however many batches the step accumulates."""
-        super().optimizer_step(*args, **kwargs)
-        steps = self.trainer.estimated_stepping_batches
-        self.model.update_momentum(cosine_schedule(self.global_step, steps, 0.99, 1))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Train all parameters except the teacher's."""
-        return common.optimizer(self.method, self.model.training_parameters())
 
 
 def main(given: list[str] | None = None) -> None:

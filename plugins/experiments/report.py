@@ -22,6 +22,7 @@ from plugins.experiments.results import (
     SECOND,
     Row,
     markdown_table,
+    notes,
     number,
     read_rows,
     score,
@@ -74,13 +75,7 @@ def make_table(rows: Sequence[Row]) -> str:
         "except in the supervised row. Accuracy of the last epoch on the validation images; in brackets the points",
         "above the untrained backbone. Seconds and images/s are those of training the backbone.",
     ]
-    seeds = max((len(row.results) for row in rows), default=0)
-    if seeds > 1:
-        lines.append(f"Mean ± sample standard deviation over up to {seeds} seeds.")
-    missing = [str(run) for row in rows for run in row.missing]
-    if missing:
-        lines += ["", "Missing (not finished or failed; each folder has a log.txt): " + ", ".join(missing)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *notes(rows)]) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------ figure

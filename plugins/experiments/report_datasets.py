@@ -16,6 +16,7 @@ from plugins.experiments.results import (
     SECOND,
     Row,
     markdown_table,
+    notes,
     number,
     read_rows,
     score,
@@ -103,13 +104,7 @@ def make_table(rows: Sequence[Row], published: dict[str, Published]) -> str:
     lines.append(
         f"Published: {'; '.join(sources)}." if sources else "Published: no number of these runs could be retrieved."
     )
-    seeds = max((len(row.results) for row in rows), default=0)
-    if seeds > 1:
-        lines.append(f"Mean ± sample standard deviation over up to {seeds} seeds.")
-    missing = [str(run) for row in rows for run in row.missing]
-    if missing:
-        lines += ["", "Missing (not finished or failed; each folder has a log.txt): " + ", ".join(missing)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *notes(rows)]) + "\n"
 
 
 def make_figure(rows: Sequence[Row], published: dict[str, Published], files: Sequence[Path]) -> None:

@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plugins.experiments.published import PUBLISHED
-from plugins.experiments.results import ACCENT, FAINT, INK, MISSING, SECOND, Row, markdown_table, number, read_rows
+from plugins.experiments.results import (
+    ACCENT,
+    FAINT,
+    INK,
+    MISSING,
+    SECOND,
+    Row,
+    markdown_table,
+    notes,
+    number,
+    read_rows,
+)
 from plugins.experiments.suites import dissl
 from plugins.tools.command import Parser, UserError, exit_on_user_error
 
@@ -144,7 +155,6 @@ def make_table(suite: str, rows: Sequence[tuple[Row, str]]) -> str:
             probe = f"{score.kind} {'/'.join(f'{value:.0e}' for value in score.weight_decay)}"
             numbers = [str(score.dim), probe, str(score.labels), accuracy, f"{score.best_on_test:.1f}"]
             body.append([*start, *numbers, *theirs, hours])
-    seeds = max((len(row.results) for row, _ in rows), default=0)
     lines = [
         *markdown_table(head, body, words=3),
         "",
@@ -157,11 +167,7 @@ def make_table(suite: str, rows: Sequence[tuple[Row, str]]) -> str:
     if known:
         lines.append(f"Published: {'; '.join(sorted({entry.source for entry in known.values()}))}.")
         lines += DIFFERENCES.splitlines()
-    if seeds > 1:
-        lines.append(f"Mean ± standard error over up to {seeds} seeds.")
-    missing = [str(run) for row, _ in rows for run in row.missing]
-    if missing:
-        lines += ["", "Missing (not finished or failed; each folder has a log.txt): " + ", ".join(missing)]
+    lines += notes([row for row, _ in rows], spread="standard error")
     return "\n".join(lines) + "\n"
 
 

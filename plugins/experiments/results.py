@@ -130,3 +130,20 @@ def untrained(rows: Sequence[Row], framework: str, key: str) -> float | None:
     found = [row for row in rows if row.method == "untrained" and row.mean(key) is not None]
     found.sort(key=lambda row: row.framework != framework)
     return found[0].mean(key) if found else None
+
+
+def notes(rows: Sequence[Row], *, spread: str = "sample standard deviation") -> list[str]:
+    """Return the lines below a table: how many seeds a mean is of, and which runs are missing.
+
+    Args:
+        rows: of the suite.
+        spread: what the table prints behind ±.
+    """
+    lines = []
+    seeds = max((len(row.results) for row in rows), default=0)
+    if seeds > 1:
+        lines.append(f"Mean ± {spread} over up to {seeds} seeds.")
+    missing = [str(run) for row in rows for run in row.missing]
+    if missing:
+        lines += ["", "Missing (not finished or failed; each folder has a log.txt): " + ", ".join(missing)]
+    return lines

@@ -10,6 +10,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
+def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test in the checkout, whose configs/ the suites look for."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
 def few_digits_here(all_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """few_digits_here(train) makes tmp_path a folder to run suites in: our YAML, ``train`` and 5 digits of a class."""
 

@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from plugins.experiments import run as experiments
 from plugins.experiments.suites import Request, dissl
+from plugins.testing import composed
 
+pytestmark = pytest.mark.usefixtures("in_checkout")
 ROOT = Path(__file__).parents[2]
 NAMES = {
     "dissl_table1_contrastive": ["simclr", "cissl", "cissl-dim", "cissl-epochs", "cissl-aug"],
@@ -20,24 +21,12 @@ NAMES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def in_checkout(monkeypatch):
-    monkeypatch.chdir(ROOT)
-
-
 def runs(suite, **options):
     return {run.method: run for run in dissl.lister(suite)(Request(**options))}
 
 
-def composed(run):
-    """The configuration that a run's first command trains with, as Hydra composes it."""
-    arguments = list(run.steps[0].arguments)
-    assert arguments[:3] == ["-m", "solo_ext.main_pretrain", "--config-path"]
-    assert arguments[4] == "--config-name"
-    with initialize_config_dir(str(ROOT / arguments[3]), version_base="1.2"):
-        cfg = compose(arguments[5], arguments[6:])
-    OmegaConf.resolve(cfg)
-    return cfg
+def training(run):
+    return composed(run.steps[0].arguments)
 
 
 @pytest.mark.parametrize("suite", NAMES)
@@ -47,7 +36,7 @@ def test_runs_and_their_folders(suite, dataset):
     assert [run.name for run in found] == [f"solo/{n}_{dataset}/seed{s}" for s in (0, 1) for n in NAMES[suite]]
     assert len({run.folder for run in found}) == len(found)
     for run in found:
-        cfg = composed(run)
+        cfg = training(run)
         assert Path(cfg.checkpoint.dir, cfg.checkpoint.group, cfg.checkpoint.version) == run.folder
         assert (cfg.data.dataset, cfg.seed, cfg.auto_resume.enabled) == (dataset, run.seed, True)
         probe = run.steps[1].arguments
@@ -89,7 +78,7 @@ def test_what_each_run_on_tinyimagenet_trains():
     for suite, names in NAMES.items():
         for name, run in runs(suite).items():
             assert name in names
-            cfg = composed(run)
+            cfg = training(run)
             method, dim, epochs, batch, s = table[name]
             assert (cfg.method, cfg.max_epochs, cfg.optimizer.batch_size) == (method, epochs, batch), name
             assert (cfg.backbone.name, cfg.backbone.kwargs.stem) == ("expanded_resnet18", "3x3")
@@ -105,21 +94,21 @@ def test_what_each_run_on_tinyimagenet_trains():
 
 def test_baselines_have_the_published_heads():
     for dataset in ("tinyimagenet", "digits"):
-        cfg = composed(runs("dissl_table1_contrastive", data=[dataset])["simclr"])
+        cfg = training(runs("dissl_table1_contrastive", data=[dataset])["simclr"])
         assert cfg.method == "cissl"
         assert (cfg.method_kwargs.heads, cfg.method_kwargs.positives) == ("simclr", "other")
-        cfg = composed(runs("dissl_table1_distillation", data=[dataset])["dino"])
+        cfg = training(runs("dissl_table1_distillation", data=[dataset])["dino"])
         assert cfg.method == "dino" and "n_classes" in cfg.method_kwargs, "solo-learn's own has num_prototypes"
 
 
 def test_clusters_heads_and_probes():
-    clusters = {name: composed(run).method_kwargs.n_classes for name, run in runs("dissl_fig7a").items()}
+    clusters = {name: training(run).method_kwargs.n_classes for name, run in runs("dissl_fig7a").items()}
     assert clusters == {"dissl-quarter": 24000, "dissl-half": 20000, "dissl-one": 16384}
     assert all(Path(_probe(run)).stem == "probe_subsets" for run in runs("dissl_fig7a").values())
-    assert composed(runs("dissl_table1_distillation")["dissl-aug"]).method_kwargs.n_classes == 16384
+    assert training(runs("dissl_table1_distillation")["dissl-aug"]).method_kwargs.n_classes == 16384
     for name, run in runs("dissl_fig7c").items():
         heads = name.split("-")[0]
-        assert composed(run).method_kwargs.heads == heads
+        assert training(run).method_kwargs.heads == heads
         assert Path(_probe(run)).stem == {"cissl": "probe", "cissl_mlp": "probe_mlp"}[heads]
 
 
@@ -130,7 +119,7 @@ def _probe(run):
 
 def test_epochs_shorten_the_training_and_the_warm_up_of_dino():
     found = {
-        name: composed(run)
+        name: training(run)
         for suite in ("dissl_table1_contrastive", "dissl_table1_distillation")
         for name, run in runs(suite, epochs=3, devices=2, data_folder=Path("/data")).items()
     }
@@ -138,8 +127,8 @@ def test_epochs_shorten_the_training_and_the_warm_up_of_dino():
     assert {cfg.data.train_path for cfg in found.values()} == {"/data/tinyimagenet/train"}
     warmup = "warmup_teacher_temperature_epochs"
     assert found["dino"].method_kwargs[warmup] == 3
-    assert composed(runs("dissl_table1_distillation")["dino"]).method_kwargs[warmup] == dissl.DINO_WARMUP
-    assert composed(runs("dissl_table1_distillation", epochs=200)["dino"]).method_kwargs[warmup] == dissl.DINO_WARMUP
+    assert training(runs("dissl_table1_distillation")["dino"]).method_kwargs[warmup] == dissl.DINO_WARMUP
+    assert training(runs("dissl_table1_distillation", epochs=200)["dino"]).method_kwargs[warmup] == dissl.DINO_WARMUP
 
 
 @pytest.mark.parametrize("suite", NAMES)

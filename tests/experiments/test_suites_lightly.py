@@ -17,23 +17,18 @@ pytestmark = pytest.mark.lightly
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def here(monkeypatch):
-    monkeypatch.chdir(ROOT)
-
-
 def parsed(step):
     """What the command of a step understands."""
     assert step.arguments[:2] == ("-m", "lightly_ext.benchmarks")
     return parser().parse_args(step.arguments[2:])
 
 
-def test_every_method_has_a_column(here):
+def test_every_method_has_a_column(in_checkout):
     assert [run.method for run in lightly.digits(Request())] == sorted(METHODS)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_settings_are_those_of_solo_learns_column(here, method):
+def test_settings_are_those_of_solo_learns_column(in_checkout, method):
     with initialize_config_dir(str(ROOT / "configs" / "solo" / "digits"), version_base="1.2"):
         theirs, linear, linear_5 = compose(method), compose("linear"), compose("linear_5")
     run = next(run for run in lightly.digits(Request()) if run.method == method)
@@ -53,7 +48,7 @@ def test_settings_are_those_of_solo_learns_column(here, method):
     assert {"min_scale=0.6", "cj_strength=1.0", "cj_bright=0.4", "cj_hue=0.5", "hf_prob=0.0"} <= set(train.transform)
 
 
-def test_commands_name_seed_folders_data_and_checkpoint(here):
+def test_commands_name_seed_folders_data_and_checkpoint(in_checkout):
     request = Request(seeds=[3], epochs=2, out=Path("my results"), data_folder=Path("images"))
     run = next(run for run in lightly.digits(request) if run.method == "byol")
     train, few = map(parsed, run.steps)
@@ -66,7 +61,7 @@ def test_commands_name_seed_folders_data_and_checkpoint(here):
     assert few.skip_knn_eval and not train.skip_knn_eval and train.skip_finetune_eval and few.skip_finetune_eval
 
 
-def test_neighbours_are_counted_as_in_solo_learns_column(here):
+def test_neighbours_are_counted_as_in_solo_learns_column(in_checkout):
     run = next(run for run in solo.digits(Request()) if run.method == "byol")
     words = run.steps[1].arguments
     train = parsed(lightly.digits(Request())[0].steps[0])
@@ -74,7 +69,7 @@ def test_neighbours_are_counted_as_in_solo_learns_column(here):
     assert float(words[words.index("--temperature") + 1]) == train.knn_t
 
 
-def test_progress_is_rows_of_all_epochs(here, tmp_path):
+def test_progress_is_rows_of_all_epochs(in_checkout, tmp_path):
     run = lightly.digits(Request(out=tmp_path))[0]
     assert run.steps[0].name == "pretrain"  # the step of which the runner shows the epochs
     assert run.progress(run.folder) is None
@@ -84,7 +79,7 @@ def test_progress_is_rows_of_all_epochs(here, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_method_runs_from_training_to_table(here, tmp_path, monkeypatch):
+def test_a_method_runs_from_training_to_table(in_checkout, tmp_path, monkeypatch):
     """On one epoch: the numbers are those that the evaluations wrote."""
     linear = lightly._linear
     monkeypatch.setattr(lightly, "_linear", lambda config: {**linear(config), "linear-epochs": 2})

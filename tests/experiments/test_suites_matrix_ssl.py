@@ -3,31 +3,16 @@
 import json
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from plugins.experiments import report_datasets
 from plugins.experiments import run as experiments
 from plugins.experiments.report import read_rows
 from plugins.experiments.suites import Request, matrix_ssl
+from plugins.testing import composed
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def in_checkout(monkeypatch):
-    monkeypatch.chdir(ROOT)
-
-
-def composed(arguments: tuple[str, ...]) -> Any:
-    """The configuration of a command for solo-learn."""
-    with initialize_config_dir(str(ROOT / arguments[3]), version_base="1.2"):
-        cfg = compose(arguments[5], list(arguments[6:]))
-    OmegaConf.resolve(cfg)
-    return cfg
 
 
 def test_both_methods_for_100_200_and_400_epochs(in_checkout):
@@ -41,7 +26,8 @@ def test_both_methods_for_100_200_and_400_epochs(in_checkout):
 
 def test_steps_hand_their_files_on_in_solo(in_checkout):
     for run in matrix_ssl.in_solo(Request(data_folder=Path("/data"))):
-        pretrain, linear = (composed(step.arguments) for step in run.steps[:2])
+        pretrain = composed(run.steps[0].arguments)
+        linear = composed(run.steps[1].arguments, "main_linear")
         assert (pretrain.method, pretrain.max_epochs, pretrain.backbone.name) == (run.method, run.epochs, "resnet50")
         assert Path(pretrain.checkpoint.dir, pretrain.checkpoint.group, pretrain.checkpoint.version) == run.folder
         assert Path(linear.pretrained_feature_extractor) == run.folder

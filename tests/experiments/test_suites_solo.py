@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from plugins.experiments import run as experiments
 from plugins.experiments.suites import Request, prepare, solo
+from plugins.testing import composed
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,22 +104,6 @@ def test_supervised_result_takes_its_own_accuracy_as_linear(digits):
 # ------------------------------------------------------------------------------------- implicit_var_reg and ssl_ey
 
 
-@pytest.fixture
-def in_checkout(monkeypatch):
-    monkeypatch.chdir(ROOT)
-
-
-def _composed(run):
-    """The configuration that a run's first command trains with, as Hydra composes it."""
-    arguments = list(run.steps[0].arguments)
-    assert arguments[:3] == ["-m", "solo_ext.main_pretrain", "--config-path"]
-    assert arguments[4] == "--config-name"
-    with initialize_config_dir(str(ROOT / arguments[3]), version_base="1.2"):
-        cfg = compose(arguments[5], arguments[6:])
-    OmegaConf.resolve(cfg)
-    return cfg
-
-
 def test_forty_runs_with_the_names_of_the_original_script(in_checkout):
     prefixes = [
         *("byol", "simsiam", "directpred", "directpred-noema", "isoloss", "isoloss-noema"),
@@ -147,7 +130,7 @@ def test_the_forty_commands_train_what_the_table_says(in_checkout):
         "directcopy-isocopy-noema": ("isocopy", 0.0, 1e-4, 0.5, 1.0, 0.25),
     }
     for run in solo.implicit_var_reg(Request()):
-        cfg = _composed(run)
+        cfg = composed(run.steps[0].arguments)
         kwargs = cfg.method_kwargs
         powers = (kwargs.get("rho"), kwargs.get("alpha"), kwargs.get("eps"))
         got = (cfg.method, cfg.momentum.base_tau, float(cfg.optimizer.weight_decay), *powers)
@@ -165,7 +148,7 @@ def test_ssl_ey_with_and_without_projector(in_checkout):
         for dataset in ("cifar10", "cifar100", "imagenet100")
     ]
     for run in runs.values():
-        cfg = _composed(run)
+        cfg = composed(run.steps[0].arguments)
         assert cfg.method == "ssl_ey"
         assert cfg.method_kwargs.get("projector", True) == (run.method == "ssl_ey")
         steps = ["pretrain", "knn", *(["linear"] if run.dataset == "imagenet100" else [])]
@@ -178,7 +161,7 @@ def test_options_reach_the_pretraining_only(in_checkout):
         for run in solo.ssl_ey(Request(epochs=3, devices=2, data=["imagenet100"], data_folder=Path("/data")))
         if run.method == "ssl_ey"
     ]
-    cfg = _composed(run)
+    cfg = composed(run.steps[0].arguments)
     assert (cfg.max_epochs, cfg.devices, cfg.check_val_every_n_epoch) == (3, 2, 1)
     assert cfg.data.train_path == "/data/imagenet100/train"
     for step in run.steps[1:]:

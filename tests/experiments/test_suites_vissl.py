@@ -10,20 +10,14 @@ from plugins.experiments.suites import Request, vissl
 from plugins.methods import METHODS
 
 pytestmark = pytest.mark.vissl
-ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def here(monkeypatch):
-    monkeypatch.chdir(ROOT)
-
-
-def test_every_method_has_a_column(here):
+def test_every_method_has_a_column(in_checkout):
     names = [run.method for run in vissl.digits(Request())]
     assert names == sorted(METHODS)
 
 
-def test_commands_name_configuration_seed_folder_and_data(here):
+def test_commands_name_configuration_seed_folder_and_data(in_checkout):
     request = Request(seeds=[3], epochs=2, out=Path("my results"))
     run = next(run for run in vissl.digits(request) if run.method == "byol")
     pretrain, knn, linear, few = (step.arguments for step in run.steps)
@@ -51,7 +45,7 @@ def test_progress_is_rows_of_all_epochs(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_method_runs_from_training_to_table(here, tmp_path, monkeypatch):
+def test_a_method_runs_from_training_to_table(in_checkout, tmp_path, monkeypatch):
     """On fewer epochs and labels: the numbers are those that the evaluations wrote."""
     monkeypatch.setattr(vissl, "FEW", {"batch": 50, "epochs": 2})
     out = tmp_path / "results"

@@ -141,17 +141,34 @@ def listen() -> None:
             os._exit(128 + number)
         if not received:  # a scheduler, a terminal and a parent process may each send one
             received = True
-            threading.Thread(target=_end_in_time, args=(number,), daemon=True).start()
+            speak = _speakers[-1] if _speakers else _say_stopped
+            threading.Thread(target=_end_in_time, args=(number, speak), daemon=True).start()
             raise Stopped(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _show_unraisable
 
 
-def _end_in_time(number: int) -> None:
+def _show_unraisable(dropped: Any) -> None:
+    """Python drops what is raised within a finalizer, and prints it; :func:`_end_in_time` ends such a run."""
+    if not isinstance(dropped.exc_value, Stopped):
+        sys.__unraisablehook__(dropped)
+
+
+def _say_stopped(number: int, advice: str = "") -> None:
+    say(f"stopped by {signal.Signals(number).name} before the end{advice and '; '}{advice}")
+
+
+_speakers: list[Callable[[int], None]] = []
+"""What says the last line of a stopped run, of the open blocks of :func:`exit_when_stopped`; inner ones last."""
+
+
+def _end_in_time(number: int, speak: Callable[[int], None]) -> None:
     """End this process if tidying up hangs, as it may when other processes of the run are gone."""
     time.sleep(GRACE_SECONDS)
-    say(f"stopped by {signal.Signals(number).name} before the end")
+    speak(number)
     os._exit(128 + number)
 
 
@@ -163,6 +180,13 @@ def exit_when_stopped(advice: str | Callable[[], str]) -> Iterator[None]:
         advice: how to go on with the run, for the line; or what returns it then.
     """
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    said = threading.Lock()
+
+    def speak(number: int) -> None:
+        if said.acquire(blocking=False):  # once: tidying up may end just when its time is over
+            _say_stopped(number, advice if isinstance(advice, str) else advice())
+
+    _speakers.append(speak)
     listen()
     try:
         yield
@@ -170,10 +194,10 @@ def exit_when_stopped(advice: str | Callable[[], str]) -> Iterator[None]:
         stopped = _origin(error)
         if stopped is None or isinstance(error, SystemExit):  # of an inner block, which has spoken
             raise
-        text = advice if isinstance(advice, str) else advice()
-        say(f"stopped by {signal.Signals(stopped.number).name} before the end; {text}")
+        speak(stopped.number)
         raise SystemExit(stopped.status) from None
     finally:
+        _speakers.remove(speak)
         if threading.current_thread() is threading.main_thread():
             for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,38 @@ def test_a_stopped_run_says_how_to_go_on_and_fails(number: int, status: int) -> 
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == status
     assert ended.stdout == f"stopped by {signal.Signals(number).name} before the end; run it again\n"
+    assert ended.stderr == ""
+
+
+def _in_a_finalizer(number: int) -> str:
+    return (
+        f"class Loader:\n    def __del__(self):\n        os.kill(os.getpid(), {number})\nLoader()\ntime.sleep(1000)\n"
+    )
+
+
+def _swallowed(number: int) -> str:
+    return f"try:\n    os.kill(os.getpid(), {number})\nexcept BaseException:\n    time.sleep(1000)\n"
+
+
+def _while_tidying_up(number: int) -> str:
+    return f"try:\n    os.kill(os.getpid(), {number})\n    time.sleep(1000)\nfinally:\n    time.sleep(1000)\n"
+
+
+def _just_in_time(number: int) -> str:
+    return f"try:\n    os.kill(os.getpid(), {number})\nfinally:\n    time.sleep(process.GRACE_SECONDS)\n"
+
+
+@pytest.mark.parametrize("code", [_in_a_finalizer, _swallowed, _while_tidying_up, _just_in_time])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_hangs_when_it_is_stopped_ends_with_the_same_line(
+    number: int, status: int, code: Callable[[int], str]
+) -> None:
+    start = "import os, time\nfrom plugins.tools import process\nprocess.GRACE_SECONDS = 0.3\n"
+    start += "with process.exit_when_stopped('start again'), process.exit_when_stopped('go on'):\n"
+    whole = start + textwrap.indent(code(int(number)), "    ")
+    ended = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, check=False)
+    assert ended.returncode == status
+    assert ended.stdout == f"stopped by {signal.Signals(number).name} before the end; go on\n"
     assert ended.stderr == ""
 
 

@@ -180,11 +180,16 @@ def exit_when_stopped(advice: str | Callable[[], str]) -> Iterator[None]:
         advice: how to go on with the run, for the line; or what returns it then.
     """
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    said = threading.Lock()
+    saying, said = threading.Lock(), False
 
     def speak(number: int) -> None:
-        if said.acquire(blocking=False):  # once: tidying up may end just when its time is over
+        nonlocal said
+        saying.acquire(timeout=2)  # tidying up may end just when its time is over: the other thread finishes its line
+        if not said:
             _say_stopped(number, advice if isinstance(advice, str) else advice())
+            said = True
+        if saying.locked():
+            saying.release()
 
     _speakers.append(speak)
     listen()

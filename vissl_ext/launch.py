@@ -12,6 +12,7 @@ from typing import Any
 
 from plugins.install import not_installed
 from plugins.tools.command import UserError, as_called, exit_on_user_error, say
+from plugins.tools.process import hide_dropped
 
 USAGE = """usage: python -m vissl_ext.launch config=NAME [OVERRIDE ...] [--config-dir FOLDER]
 
@@ -299,10 +300,8 @@ def _interrupt(number: int, frame: Any) -> None:
         signal.setitimer(signal.ITIMER_REAL, _AGAIN)
         raise _Interrupted(number)
 
-    # Python prints and drops what is raised within a finalizer, such as those of a loader's processes: raise it until
-    # it arrives, and do not print it
-    show = sys.unraisablehook
-    sys.unraisablehook = lambda dropped: None if isinstance(dropped.exc_value, _Interrupted) else show(dropped)
+    # Python drops what is raised within a finalizer, such as those of a loader's processes: raise it until it arrives
+    hide_dropped(_Interrupted)
     signal.signal(signal.SIGALRM, again)
     again()
 

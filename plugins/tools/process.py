@@ -147,14 +147,16 @@ def listen() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = _show_unraisable
 
 
-def _show_unraisable(dropped: Any) -> None:
-    """Python drops what is raised within a finalizer, and prints it; :func:`_end_in_time` ends such a run."""
-    if not isinstance(dropped.exc_value, Stopped):
-        sys.__unraisablehook__(dropped)
+def hide_dropped(kind: type[BaseException]) -> None:
+    """Do not print exceptions of one kind that Python drops: it drops, and prints, what is raised within a finalizer.
+
+    Args:
+        kind: what a signal handler raises. The caller takes care that the process ends all the same.
+    """
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda dropped: None if isinstance(dropped.exc_value, kind) else show(dropped)
 
 
 def _say_stopped(number: int, advice: str = "") -> None:
@@ -168,8 +170,10 @@ _speakers: list[Callable[[int], None]] = []
 def _end_in_time(number: int, speak: Callable[[int], None]) -> None:
     """End this process if tidying up hangs, as it may when other processes of the run are gone."""
     time.sleep(GRACE_SECONDS)
-    speak(number)
-    os._exit(128 + number)
+    try:
+        speak(number)
+    finally:  # also if the advice cannot be made, as on a disk that is gone
+        os._exit(128 + number)
 
 
 @contextmanager
@@ -180,18 +184,18 @@ def exit_when_stopped(advice: str | Callable[[], str]) -> Iterator[None]:
         advice: how to go on with the run, for the line; or what returns it then.
     """
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    saying, said = threading.Lock(), False
+    saying, said, show = threading.Lock(), False, sys.unraisablehook
 
     def speak(number: int) -> None:
         nonlocal said
-        saying.acquire(timeout=2)  # tidying up may end just when its time is over: the other thread finishes its line
-        if not said:
-            _say_stopped(number, advice if isinstance(advice, str) else advice())
+        text = advice if isinstance(advice, str) else advice()
+        with saying:  # tidying up may end just when its time is over: one line, and a whole one
+            if not said:
+                _say_stopped(number, text)
             said = True
-        if saying.locked():
-            saying.release()
 
     _speakers.append(speak)
+    hide_dropped(Stopped)  # _end_in_time ends such a run
     listen()
     try:
         yield
@@ -203,6 +207,7 @@ def exit_when_stopped(advice: str | Callable[[], str]) -> Iterator[None]:
         raise SystemExit(stopped.status) from None
     finally:
         _speakers.remove(speak)
+        sys.unraisablehook = show
         if threading.current_thread() is threading.main_thread():
             for number, handler in previous.items():
                 signal.signal(number, handler)

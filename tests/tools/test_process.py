@@ -133,8 +133,18 @@ def test_a_run_that_hangs_when_it_is_stopped_ends_with_the_same_line(
     assert ended.stderr == ""
 
 
+def test_a_hanging_run_ends_even_if_its_advice_fails() -> None:
+    code = (
+        "import os, time\nfrom plugins.tools import process\nprocess.GRACE_SECONDS = 0.3\n"
+        f"with process.exit_when_stopped(lambda: 1 / 0):\n{textwrap.indent(_swallowed(int(signal.SIGTERM)), '    ')}"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL, timeout=600, check=False)
+    assert ended.returncode == 143
+
+
 def test_handlers_are_restored() -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before, shown = (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)), sys.unraisablehook
     with exit_when_stopped("run it again"):
         assert signal.getsignal(signal.SIGTERM) is not before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert sys.unraisablehook is shown

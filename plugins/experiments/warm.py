@@ -1,11 +1,12 @@
 """Start ``python -m MODULE …`` without importing torch and the framework again for each command.
 
-A suite runs dozens of short commands, and the imports take ten seconds of processor time or more. One process (the fork
-server of ``multiprocessing``) imports the modules once, and each command is forked from it. A command has its own
-arguments, ``__main__``, log file, session and process group, as if ``python`` had started it.
+A suite runs dozens of short commands, and the imports take ten seconds of processor time or more. One process (a fork
+server) imports the modules once, and each command is forked from it. A command has its own arguments, ``__main__``, log
+file, session and process group, as if ``python`` had started it.
 """
 
 import multiprocessing
+import multiprocessing.context
 import os
 import runpy
 import sys
@@ -17,6 +18,7 @@ from typing import IO, Any
 
 PRELOADED = (
     "torch",
+    "torch.utils.tensorboard",
     "hydra",
     "solo_ext.backbones",
     "solo_ext.config",
@@ -24,6 +26,9 @@ PRELOADED = (
     "solo_ext.registry",
 )
 """Modules that the fork server imports. A missing module is ignored here; the command that needs it reports it."""
+
+_SERVER = forkserver.ForkServer()
+"""Not the one of ``multiprocessing``: other code may have started that one with its own modules, and without ours."""
 
 _FILTER = "ignore::FutureWarning:solo.utils.whitening"
 """Filter for a warning that importing solo-learn causes on a new PyTorch; it would appear on the suite's console."""
@@ -36,8 +41,8 @@ def start_server(environment: Mapping[str, str]) -> None:
         environment: variables that are set before anything is imported.
     """
     with _changed_environment(environment):
-        multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOADED])
-        forkserver.ensure_running()
+        _SERVER.set_forkserver_preload([*PRELOADED])
+        _SERVER.ensure_running()
 
 
 @contextmanager
@@ -54,7 +59,7 @@ def _changed_environment(environment: Mapping[str, str]) -> Iterator[dict[str, s
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
-class WarmProcess:
+class WarmProcess(multiprocessing.context.ForkServerProcess):
     """A command that runs in a fork, with those members of ``subprocess.Popen`` that a suite needs.
 
     Args:
@@ -68,24 +73,32 @@ class WarmProcess:
         if flag != "-m":
             raise ValueError(f"a warm process runs a module with -m, got {flag!r}")
         start_server(environment)
-        context = multiprocessing.get_context("forkserver")
         with _changed_environment(environment) as changed:
-            self._process = context.Process(target=_run, args=(module, rest, log.name, changed, os.getcwd()))
-            self._process.start()
+            super().__init__(target=_run, args=(module, rest, log.name, changed, os.getcwd()))
+            self.start()
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:
+        general = forkserver.connect_to_new_process
+        forkserver.connect_to_new_process = _SERVER.connect_to_new_process
+        try:
+            return multiprocessing.context.ForkServerProcess._Popen(process_obj)
+        finally:
+            forkserver.connect_to_new_process = general
 
     @property
     def pid(self) -> int:
         """Number of the process, and of its process group."""
-        return self._process.pid or 0
+        return super().pid or 0
 
     @property
     def returncode(self) -> int | None:
         """Exit status; -N after signal N, None while the process runs."""
-        return self._process.exitcode
+        return self.exitcode
 
     def poll(self) -> int | None:
         """Return the exit status, as ``returncode``."""
-        return self._process.exitcode
+        return self.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait until the process ends, and return its exit status.
@@ -93,10 +106,10 @@ class WarmProcess:
         Raises:
             TimeoutError: the process still runs.
         """
-        self._process.join(timeout)
-        if self._process.exitcode is None:
+        self.join(timeout)
+        if self.exitcode is None:
             raise TimeoutError(f"process {self.pid} still runs")
-        return self._process.exitcode
+        return self.exitcode
 
 
 def _run(module: str, arguments: list[str], log: str, environment: dict[str, str], folder: str) -> Any:

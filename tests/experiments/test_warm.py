@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from multiprocessing import forkserver
 
 import pytest
 
@@ -15,6 +16,7 @@ import multiprocessing, os, sys, time
 print("start method", multiprocessing.get_start_method())
 own = os.getsid(0) == os.getpid()
 print("argv", sys.argv[1:], "name", __name__, "threads", os.environ["OMP_NUM_THREADS"], "session", own)
+print("preloaded", "colorsys" in sys.modules)
 print("to stderr", file=sys.stderr)
 if "sleep" in sys.argv:
     time.sleep(1000)
@@ -28,7 +30,8 @@ sys.exit(7 if "seven" in sys.argv else 0)
 def run(tmp_path, monkeypatch):
     (tmp_path / "program_of_the_test.py").write_text(PROGRAM)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warm, "PRELOADED", ())
+    monkeypatch.setattr(warm, "PRELOADED", ("colorsys",))
+    monkeypatch.setattr(warm, "_SERVER", forkserver.ForkServer())
 
     def start(*arguments):
         with (tmp_path / "log").open("ab") as log:
@@ -58,6 +61,15 @@ def test_it_can_be_killed_with_its_group(run):
         except ProcessLookupError:
             time.sleep(0.05)
     assert process.wait(300) == -signal.SIGKILL
+
+
+def test_modules_are_preloaded_beside_a_fork_server_of_other_code(run, tmp_path):
+    """The fork server of ``multiprocessing`` keeps the modules that it started with."""
+    other = multiprocessing.get_context("forkserver").Process(target=os.getpid)
+    other.start()
+    other.join(300)
+    assert run().wait(300) == 0
+    assert "preloaded True" in (tmp_path / "log").read_text()
 
 
 def test_only_modules_are_run(tmp_path):

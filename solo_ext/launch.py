@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from plugins.tools.command import Parser, UserError, as_called, exit_on_user_error
+from plugins.tools.command import Parser, UserError, as_called, exit_on_user_error, nearest
 from plugins.tools.overrides import quoted
 from solo_ext.foreign_yaml import check_hydra
 from solo_ext.schema import help_text
@@ -73,10 +72,9 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> N
         file = next(filter(Path.is_file, (folder / f"{name}{suffix}" for suffix in (".yaml", ".yml"))), None)
         if file is None:
             have = sorted(path.stem for path in folder.glob("*.yaml"))
-            near = "".join(f"; did you mean {one}?" for one in get_close_matches(name, have, 1))
-            raise UserError(
-                f"there is no configuration {name!r} in {folder}{near or '; it has ' + (', '.join(have) or 'none')}"
-            )
+            near = nearest(name, have)
+            hint = f"did you mean {near}?" if near else f"it has {', '.join(have) or 'none'}"
+            raise UserError(f"there is no configuration {name!r} in {folder}; {hint}")
         check_file(file)
         for word in rest:
             if word.startswith("--") and word.partition("=")[0] not in _HYDRAS:

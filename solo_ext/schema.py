@@ -7,7 +7,6 @@ options. This module imports neither torch nor solo-learn.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -23,7 +22,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from plugins.tools.command import UserError
+from plugins.tools.command import UserError, nearest
 
 IGNORED = {
     "augmentations_cfg": "in main's scripts/pretrain/imagenet-100/simsiam.yaml; no version of solo-learn reads it",
@@ -625,8 +624,8 @@ def _unknown(model: type[Section], section: type[Section], place: Sequence[Any],
                 return f"{key} is an entry of {command} only: remove it"
     # the entries of this section, and those of other sections by their last name
     names = {**{row.path.rpartition(".")[2]: row.path for row in rows(model)}, **{name: name for name in known}}
-    near = next((names[name] for name in get_close_matches(key.lower(), names, 1, 0.65)), None)
-    guess = f"; did you mean {near}?" if near else ""
+    near = nearest(key.lower(), names, cutoff=0.65)
+    guess = f"; did you mean {names[near]}?" if near else ""
     if above:
         return f"{above} has no entry {key!r}; it knows {', '.join(known)}{guess}"
     return f"the configuration has no entry {key!r}{guess or '; --help-config lists all'}"

@@ -3,7 +3,6 @@
 What VISSL leaves to an assertion deep inside a rank, or does not notice at all, is one sentence here.
 """
 
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -12,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from plugins.tools.command import UserError
+from plugins.tools.command import UserError, nearest
 from vissl_ext.catalog import class_count
 from vissl_ext.compose import defaults
 from vissl_ext.labels import takes_classes
@@ -59,9 +58,9 @@ def check_sections(cfg: DictConfig) -> None:
 
 def _sections(above: str, given: dict[str, Any], default: dict[str, Any]) -> None:
     for key in given:
-        near = [] if key in default else difflib.get_close_matches(str(key), map(str, default), n=1, cutoff=0.8)
+        near = None if key in default else nearest(key, default, cutoff=0.8)
         if near:
-            raise UserError(f"VISSL does not read {above}.{key}; did you mean {near[0]}?")
+            raise UserError(f"VISSL does not read {above}.{key}; did you mean {near}?")
     for key, value in default.items():
         if key not in given:
             if above != "config.LOSS":

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from plugins.tools.command import UserError
+from plugins.tools.command import UserError, nearest
 from plugins.tools.overrides import quoted
 
 _PACKAGE = Path(__file__).parent
@@ -255,8 +255,8 @@ def _sentence(error: Exception) -> str:
         else:
             hint = f"write +{key}=VALUE to add one"
         beside = OmegaConf.select(defaults(), above) or {}
-        near = difflib.get_close_matches(last, [*ours, *map(str, beside)], n=1)
+        near = nearest(last, [*ours, *beside])
         if near:
-            hint = f"did you mean {near[0]}?" + (f" {above} knows {', '.join(sorted(ours))}" if len(ours) > 1 else "")
+            hint = f"did you mean {near}?" + (f" {above} knows {', '.join(sorted(ours))}" if len(ours) > 1 else "")
         return f"the configuration has no key {key}; {hint}"
     return text[0]

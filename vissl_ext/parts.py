@@ -4,7 +4,6 @@ Transforms, layers whose features are asked for, and the schedules of the optimi
 a mistake is a traceback.
 """
 
-import difflib
 import inspect
 import re
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from plugins.tools.command import UserError
+from plugins.tools.command import UserError, nearest
 
 _WORDS = {"name", "update_interval", "interval_scaling", "scaling_type", "wave_type"}
 _SWITCHES = {"auto_scale", "is_adaptive", "keep_warmup"}
@@ -43,8 +42,8 @@ def known(key: str, name: Any, names: Iterable[Any]) -> None:
 
 def meant(name: Any, names: Iterable[str]) -> str:
     """A guess at what was meant, to go into a sentence."""
-    near = difflib.get_close_matches(str(name), list(names), n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, names)
+    return f", did you mean {near!r}?" if near else ""
 
 
 def check_transforms(key: str, entries: Any) -> None:

@@ -1,7 +1,6 @@
 """What the three examples share: command line, images, a small network, optimiser settings and kNN accuracy."""
 
 import argparse
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torchvision import transforms as T
 from lightly_ext import models
 from lightly_ext.names import CLASS_NAMES
 from lightly_ext.transforms import TwoViewTransform
-from plugins.tools.command import Parser, UserError, number
+from plugins.tools.command import Parser, UserError, nearest, number
 from plugins.tools.data import DataError, make_digits
 from plugins.tools.folders import ImageFolder
 from plugins.tools.images import open_image
@@ -90,8 +89,8 @@ def arguments(description: str, method: str, given: list[str] | None = None, **m
         parser.add_argument(f"--{name}", **options)
     args = parser.parse_args(given)
     if args.method not in MODELS:
-        near = get_close_matches(args.method, MODELS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(MODELS)}"
+        near = nearest(args.method, MODELS)
+        hint = f"did you mean {near}?" if near else f"choose from {', '.join(MODELS)}"
         raise UserError(f"--method: unknown method {args.method!r}; {hint}")
     if args.data is None:
         args.data = Path("datasets/digits")

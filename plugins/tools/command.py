@@ -4,8 +4,9 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,6 +73,23 @@ def number(kind: type, *, zero: bool = False) -> Any:
 
     positive.__name__ = kind.__name__  # argparse names it when the text is no number
     return positive
+
+
+def nearest(name: Any, known: Iterable[Any], *, cutoff: float = 0.6) -> str | None:
+    """Find the known name that is most similar to a misspelt one, for an error message.
+
+    Args:
+        name: the name that the user gave.
+        known: the allowed names.
+        cutoff: least similarity, between 0 and 1, as defined by :func:`difflib.get_close_matches`.
+
+    Returns:
+        The name, or None if none is similar enough.
+
+    >>> nearest("isolos", ["byol", "isoloss"])
+    'isoloss'
+    """
+    return next(iter(get_close_matches(str(name), map(str, known), 1, cutoff)), None)
 
 
 @contextmanager

@@ -1,9 +1,26 @@
-"""Overrides of Hydra's command line: ``key=value``."""
+"""Overrides on Hydra's command line, ``key=value``: which of them Hydra can parse, and how values are quoted.
+
+Hydra is imported only to parse: the suites quote values before the environment exists.
+"""
 
 import re
+from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+
+def hydra_value(value: Any) -> str:
+    r"""Format a value so that Hydra reads it as one string, number or truth value.
+
+    Args:
+        value: any value; its text is put in quotes unless it is a plain word, number or path.
+
+    >>> hydra_value(0.1), hydra_value("runs/a.ckpt"), hydra_value("runs/a-ep=9.ckpt")
+    ('0.1', 'runs/a.ckpt', "'runs/a-ep=9.ckpt'")
+    """
+    text = str(value)
+    if re.fullmatch(r"[\w./+-]+", text, re.ASCII):
+        return text
+    # Hydra reads a backslash as an escape only before a quote
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", r"\'"), text) + "'"
 
 
 def quoted(word: str) -> str:
@@ -26,23 +43,21 @@ def quoted(word: str) -> str:
         return word
     if match := re.fullmatch(r"\[([^][{}()'\"$]*)\]", value):
         parts = [part.strip() for part in match[1].split(",")]
-        better = f"{key}=[{','.join(part if parses(f'key={part}') else _in_quotes(part) for part in parts)}]"
+        better = f"{key}=[{','.join(part if parses(f'key={part}') else hydra_value(part) for part in parts)}]"
     elif value.startswith(("'", '"', "[", "{")):
         return word
     else:
-        better = f"{key}={_in_quotes(value)}"
+        better = f"{key}={hydra_value(value)}"
     return better if parses(better) else word
 
 
 def parses(word: str) -> bool:
     """Return whether Hydra can parse an override."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     try:
         OverridesParser.create().parse_override(word)
     except HydraException:
         return False
     return True
-
-
-def _in_quotes(text: str) -> str:
-    # Hydra reads a backslash as an escape only in front of a quote
-    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", r"\'"), text) + "'"

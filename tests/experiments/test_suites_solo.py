@@ -63,11 +63,6 @@ def test_without_configurations_there_is_one_sentence(tmp_path, monkeypatch, cap
     assert capsys.readouterr().err.startswith("error: no folder configs/solo here")
 
 
-@pytest.mark.parametrize(("value", "text"), [("a/b-1.c", "a/b-1.c"), ("a=b", "'a=b'"), ("it's", r"'it\'s'"), (3, "3")])
-def test_override_values_are_quoted_for_hydra(value, text):
-    assert solo.hydra_value(value) == text
-
-
 def _write_outputs(folder, *, pretrain=True):
     for version, accuracy in (("all", 94.0), ("five", 86.0)):
         (folder / "linear" / version).mkdir(parents=True)

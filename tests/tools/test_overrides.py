@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("hydra")
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from plugins.tools.overrides import parses, quoted
+from plugins.tools.overrides import hydra_value, parses, quoted
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,12 @@ def test_a_path_comes_out_as_typed(value):
         assert word == f"key={value}", "quotes are for values that cannot be lists or sections"
     else:
         assert str(OverridesParser.create().parse_override(word).value()) == value
+
+
+@pytest.mark.parametrize("value", ["a/b-1.c", "a=b", "it's", r"back\slash", r"ends=\\", r"both\'=1", "[a]", "{a"])
+def test_a_formatted_value_is_one_string(value):
+    assert str(OverridesParser.create().parse_override(f"key={hydra_value(value)}").value()) == value
+    assert hydra_value(3) == "3" and hydra_value("a/b-1.c") == "a/b-1.c"
 
 
 @pytest.mark.parametrize(

@@ -140,10 +140,7 @@ def command(options: Mapping[str, Any]) -> tuple[str, ...]:
 
 def progress(folder: Path, *, method: str, epochs: int) -> Progress | None:
     """Read the state of the pre-training in a run's folder; None if it is not known yet."""
-    try:
-        return read_progress(folder / method, epochs)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return read_progress(folder / method, lambda: epochs)
 
 
 def collect(run: Run) -> dict[str, Any]:

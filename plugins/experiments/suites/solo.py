@@ -1,14 +1,14 @@
 """The suites that run in solo-learn: ``digits``, ``implicit_var_reg`` and ``ssl_ey``."""
 
 import importlib.util
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from plugins.experiments.results import LOSSES
 from plugins.experiments.suites import Progress, Request, Run, Step
 from plugins.tools.command import UserError
+from plugins.tools.overrides import hydra_value
 from plugins.tools.records import read_json, read_rows
 
 # ------------------------------------------------------------------------------------------------------ data sets
@@ -404,36 +404,28 @@ def knn_step(checkpoints: Path, folder: Path, dataset: str, request: Request) ->
     return Step("knn", ("-m", "solo_ext.main_knn", *flags))
 
 
-def read_progress(folder: Path, epochs: int) -> Progress:
+def read_progress(folder: Path, epochs: Callable[[], Any]) -> Progress | None:
     """Read the number of finished epochs and the loss of the last one from metrics.csv in a folder.
 
     Args:
-        folder: of the pre-training.
-        epochs: total number of epochs.
+        folder: folder of the pre-training.
+        epochs: returns the total number of epochs, or raises an error if its file is not complete yet.
 
-    Raises:
-        ValueError: the file does not exist, or holds no epoch yet.
+    Returns:
+        The state of the pre-training; None if a file does not exist yet, is incomplete, or holds no epoch.
     """
-    rows = [row for row in read_rows(folder / "metrics.csv") if row.get("epoch")]
-    finished = int(max(float(row["epoch"]) for row in rows)) + 1
-    losses = [float(row[name]) for row in rows for name in LOSSES if row.get(name)]
-    return Progress(finished, epochs, losses[-1] if losses else None)
-
-
-def progress(folder: Path) -> Progress | None:
-    """Read the state of the pre-training in a folder; None if it is not known yet."""
     try:
-        return read_progress(folder, int(read_json(folder / "args.json")["max_epochs"]))
+        rows = [row for row in read_rows(folder / "metrics.csv") if row.get("epoch")]
+        finished = int(max(float(row["epoch"]) for row in rows)) + 1
+        losses = [float(row[name]) for row in rows for name in LOSSES if row.get(name)]
+        return Progress(finished, int(epochs()), losses[-1] if losses else None)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def hydra_value(value: Any) -> str:
-    """Format a value for Hydra's override grammar: quoted unless it is a plain word, number or path."""
-    text = str(value)
-    if re.fullmatch(r"[\w./+-]+", text, re.ASCII):
-        return text
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def progress(folder: Path) -> Progress | None:
+    """Read the state of the pre-training in a folder; None if it is not known yet."""
+    return read_progress(folder, lambda: read_json(folder / "args.json")["max_epochs"])
 
 
 def of_training(training: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from plugins.experiments.suites import Progress, Request, Run, Step
-from plugins.experiments.suites.solo import hydra_value, installed_configs, read_progress
+from plugins.experiments.suites.solo import installed_configs, read_progress
 from plugins.tools.command import UserError
+from plugins.tools.overrides import hydra_value
 from plugins.tools.records import read_json
 
 LINEAR = "benchmark/linear_image_classification/digits/eval_resnet18_linear"
@@ -97,12 +98,9 @@ def command(config: str, overrides: Mapping[str, Any], engine: str = "train") ->
 
 def progress(folder: Path) -> Progress | None:
     """Read the state of the pre-training in a run's folder; None if it is not known yet."""
-    try:
-        text = (folder / "pretrain" / "train_config.yaml").read_text()
-        total = re.search(r"^ *num_epochs: (\d+)$", text, re.MULTILINE)
-        return read_progress(folder / "pretrain", int(total[1])) if total else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    config = folder / "pretrain" / "train_config.yaml"
+    pattern = re.compile(r"^ *num_epochs: (\d+)$", re.MULTILINE)
+    return read_progress(folder / "pretrain", lambda: "".join(pattern.findall(config.read_text())[:1]))
 
 
 def collect(run: Run) -> dict[str, Any]:

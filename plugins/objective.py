@@ -135,7 +135,7 @@ class Objective(nn.Module):
                 self.embedding_moment.update(view)
         return self.criterion(embeddings)
 
-    def followed(self, predictor: nn.Module | None) -> RunningMoment | None:
+    def tracked_moment(self, predictor: nn.Module | None) -> RunningMoment | None:
         """Return the running second moment of the projections, or None if the method does not track it."""
         return predictor if isinstance(predictor, RunningMoment) else self.embedding_moment
 

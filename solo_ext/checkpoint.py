@@ -23,7 +23,7 @@ from plugins.tools.command import UserError, first_process, say
 from plugins.tools.fitting import mismatch, plain_names
 from plugins.tools.process import locked_folder
 from plugins.tools.records import difference, write_json
-from plugins.tools.trainer import WholeFiles, save_whole
+from plugins.tools.trainer import AtomicCheckpointIO, save_atomically
 from plugins.tools.unpickle import load_inert
 from solo_ext.compat import pl
 from solo_ext.compat.common import LATE_BUFFERS
@@ -177,7 +177,7 @@ def claim_folder(folder: Path, resumed: Path | None) -> ExitStack:
         return lock.pop_all()
 
 
-class _WholeFiles(WholeFiles, pl.plugins.io.TorchCheckpointIO):
+class _CheckpointIO(AtomicCheckpointIO, pl.plugins.io.TorchCheckpointIO):
     """Lightning's checkpoint format, written atomically."""
 
 
@@ -206,7 +206,7 @@ class Checkpointer(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Make the trainer write checkpoints atomically."""
-        trainer.strategy.checkpoint_io = _WholeFiles()
+        trainer.strategy.checkpoint_io = _CheckpointIO()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write args.json."""
@@ -231,7 +231,7 @@ class Checkpointer(pl.Callback):
     def save_weights(self, model: torch.nn.Module) -> None:
         """Write the weights of an untrained network, with the run's identity."""
         content = {"state_dict": model.state_dict(), _MARK: OmegaConf.to_container(self.cfg.identity)}
-        save_whole(content, self._path(0))
+        save_atomically(content, self._path(0))
 
     def save(self, trainer: pl.Trainer, epoch: int) -> None:
         """Save a checkpoint and, unless ``checkpoint.keep_prev``, remove the previous one; call it in all processes."""

@@ -22,7 +22,7 @@ from solo_ext.compat import pl
 from solo_ext.compat.common import complete
 from solo_ext.compat.optim import OPTIMIZERS
 from solo_ext.datasets import DOWNLOADED, H5Images, hint, split_path
-from solo_ext.launch import refused
+from solo_ext.launch import as_user_error
 from solo_ext.loaders import process_count
 from solo_ext.schema import Linear, Pretrain, Run, together, validate
 from solo_ext.transforms import CLASSES
@@ -202,7 +202,7 @@ def _check_optimizer(cfg: DictConfig) -> None:
         if key not in known:
             raise UserError(f"optimizer {optimizer.name} has no option {key!r}; it knows {', '.join(sorted(known))}")
     rates = {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
-    with refused("the optimizer"):
+    with as_user_error("the optimizer"):
         OPTIMIZERS[optimizer.name](
             [torch.zeros(1, requires_grad=True)], **rates, **OmegaConf.to_container(optimizer.kwargs)
         )

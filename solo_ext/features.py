@@ -19,7 +19,7 @@ from solo_ext.backbones import build_backbone
 from solo_ext.checkpoint import ARGS, check_writable, find_checkpoint, load_backbone, read_checkpoint
 from solo_ext.compat import native_methods, native_options
 from solo_ext.datasets import DOWNLOADED, check_same_classes, hint, image_dataset
-from solo_ext.launch import refused
+from solo_ext.launch import as_user_error
 from solo_ext.loaders import evaluation_loader
 from solo_ext.registry import method_class
 from solo_ext.transforms import DATASETS, evaluation_transform
@@ -135,7 +135,7 @@ def _load_method(run: Run) -> torch.nn.Module:
     cfg = OmegaConf.create(run.config)
     if not cfg.get("method"):
         raise UserError(f"{run.checkpoint} has no projector; use --feature_type backbone")
-    with refused("the method"):
+    with as_user_error("the method"):
         method = method_class(cfg)(cfg)
     weights = {}
     for name, value in plain_names(read_checkpoint(run.checkpoint)["state_dict"]).items():

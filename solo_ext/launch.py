@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from plugins.tools.command import Parser, UserError, as_called, exit_on_user_error, nearest
+from plugins.tools.command import Parser, UserError, exit_on_user_error, nearest, with_command_name
 from plugins.tools.overrides import quoted
 from solo_ext.foreign_yaml import check_hydra
 from solo_ext.schema import help_text
@@ -61,7 +61,7 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> N
             print(help_text(command))
             raise SystemExit(0)
         if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
-            print(as_called(usage, task.__module__))
+            print(with_command_name(usage, task.__module__))
             raise SystemExit(0 if sys.argv[1:] else 2)
         parser = Parser(add_help=False, allow_abbrev=False)
         parser.add_argument("--config-path", "-cp", required=True)
@@ -92,7 +92,7 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> N
             except UserError as error:  # raised again outside of Hydra, which would print the overrides first
                 mistake = error
 
-        quieten()
+        hide_warnings()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # without it Hydra prints its own lines and exits with status 1
         try:
             hydra.main(version_base="1.2", config_path=None)(guarded)()
@@ -144,7 +144,7 @@ def check_file(path: Path, *, whole: bool = True) -> None:
         raise UserError(f"{path} {held}; a configuration has entries, such as max_epochs: 100")
 
 
-def quieten() -> None:
+def hide_warnings() -> None:
     """Hide warnings that a user of the command cannot act on."""
     for text in (
         ".*does not have many workers.*",
@@ -164,7 +164,7 @@ def quieten() -> None:
 
 
 @contextmanager
-def refused(what: str) -> Iterator[None]:
+def as_user_error(what: str) -> Iterator[None]:
     """Turn errors of a constructor about its arguments into a UserError.
 
     Args:

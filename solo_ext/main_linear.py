@@ -49,7 +49,7 @@ def evaluate(cfg: DictConfig) -> Path:
     from solo_ext.compat import LinearModel
     from solo_ext.config import parse_linear
     from solo_ext.data import linear_images
-    from solo_ext.launch import build_trainer, refused, seed_everything
+    from solo_ext.launch import as_user_error, build_trainer, seed_everything
     from solo_ext.logs import BestAccuracy, Totals, callbacks, host_versions, loggers
     from solo_ext.transforms import linear_crop
 
@@ -61,7 +61,7 @@ def evaluate(cfg: DictConfig) -> Path:
     backbone = build_backbone(cfg.backbone.name, OmegaConf.to_container(cfg.backbone.kwargs), data.dataset, crop_size)
     source = find_checkpoint(cfg.pretrained_feature_extractor)
     load_backbone(source, backbone)
-    with refused("the linear model"):
+    with as_user_error("the linear model"):
         model = LinearModel(backbone, cfg, *_mixing(cfg))
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)

@@ -46,7 +46,7 @@ def pretrain(cfg: DictConfig) -> Path:
     from solo_ext.checkpoint import Checkpointer, claim_folder, resume_point, run_folder
     from solo_ext.config import parse_pretrain
     from solo_ext.data import pretrain_images
-    from solo_ext.launch import build_trainer, refused, seed_everything
+    from solo_ext.launch import as_user_error, build_trainer, seed_everything
     from solo_ext.logs import SpectrumWriter, Throughput, Totals, callbacks, host_versions, loggers
     from solo_ext.registry import method_class, register
 
@@ -55,7 +55,7 @@ def pretrain(cfg: DictConfig) -> Path:
     given = OmegaConf.to_container(cfg, resolve=True)
     cls = method_class(cfg)
     seed_everything(cfg.seed)
-    with refused("the method"):
+    with as_user_error("the method"):
         model = cls(cfg)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)

@@ -78,9 +78,9 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the command."""
-    from solo_ext.launch import quieten
+    from solo_ext.launch import hide_warnings
 
-    quieten()
+    hide_warnings()
     with exit_on_user_error():
         evaluate(parser().parse_args())
 

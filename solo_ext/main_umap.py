@@ -85,9 +85,9 @@ def draw(args: argparse.Namespace) -> Path:
 
 def main() -> None:
     """Run the command."""
-    from solo_ext.launch import quieten
+    from solo_ext.launch import hide_warnings
 
-    quieten()
+    hide_warnings()
     with exit_on_user_error():
         draw(parser().parse_args())
 

@@ -18,7 +18,7 @@ from plugins.predictors import ClosedFormPredictor, RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
 from plugins.targets import move_teacher, needs_teacher
 from plugins.tools.command import UserError
-from plugins.tools.trainer import check_joined, ends_step, loss_scale, nothing_yet, set_clock
+from plugins.tools.trainer import check_joined, ends_step, loss_scale, placeholder_loss, set_clock
 from solo_ext.compat import BaseMethod, BaseMomentumMethod
 
 _PREDICTING = ("byol", "directcopy", "directpred", "isocopy", "isoloss", "simsiam")
@@ -108,7 +108,7 @@ class PluginMethod:
             self._joined = JoinedBatch(encode, [self.backbone, self.projector])
         self._joined.add(batch, lambda: self._joined_targets(batch[1][: self.num_large_crops]))
         if not self._last:
-            return nothing_yet(self.device)
+            return placeholder_loss(self.device)
         joined, self._joined = self._joined, None
         predict = self.predictor.predict if self.predictor is not None else None
         terms, embeddings = joined.terms(self.objective, predict, self.predictor, scale=loss_scale(self.trainer))
@@ -159,7 +159,7 @@ class PluginMethod:
     @property
     def moment(self) -> RunningMoment | None:
         """The running second moment of the embedding, or None if the method does not track it."""
-        return self.objective.followed(self.predictor)
+        return self.objective.tracked_moment(self.predictor)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End the step of the optimiser, and log the statistics of the embedding's spectrum.

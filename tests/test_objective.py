@@ -134,12 +134,12 @@ def test_the_spectrum_is_followed_once_in_training_only():
     objective = Objective(spec, options)
     z = [torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[2.0, 0.0], [0.0, 1.0]])]
     objective.eval()(Embeddings(z, z, z))
-    assert not objective.followed(None).C.any()
+    assert not objective.tracked_moment(None).C.any()
     objective.train()(Embeddings(z, z, z))
     # 0.01 of the first view's moment, decayed by the second's
     expected = 0.99 * 0.01 * torch.diag(torch.tensor([0.5, 4.5])) + 0.01 * torch.diag(torch.tensor([2.0, 0.5]))
-    torch.testing.assert_close(objective.followed(None).C, expected)
-    assert Objective(spec, spec.resolve({})).followed(None) is None
+    torch.testing.assert_close(objective.tracked_moment(None).C, expected)
+    assert Objective(spec, spec.resolve({})).tracked_moment(None) is None
 
 
 def test_a_closed_form_predictor_follows_it_itself():
@@ -147,7 +147,7 @@ def test_a_closed_form_predictor_follows_it_itself():
     options = spec.resolve({"proj_output_dim": 2, "log_eigvals": True})
     predictor = spec.predictor(options, LOCAL)
     objective = Objective(spec, options, LOCAL, predictor)
-    assert objective.followed(predictor) is predictor
+    assert objective.tracked_moment(predictor) is predictor
     assert not list(objective.state_dict()), "the predictor is the caller's"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.install import not_installed
-from plugins.tools.command import UserError, as_called, exit_on_user_error, say
+from plugins.tools.command import UserError, exit_on_user_error, say, with_command_name
 from plugins.tools.process import hide_dropped
 
 USAGE = """usage: python -m vissl_ext.launch config=NAME [OVERRIDE ...] [--config-dir FOLDER]
@@ -117,7 +117,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     from vissl_ext.identity import check_same, claim, identity
     from vissl_ext.locks import lock
 
-    ranks.quieten()
+    ranks.hide_warnings()
     cfg, given = compose(overrides, folders)
     check_sections(cfg)
     changed, slurm = adapt(cfg, given), without_slurm(cfg.config, given)
@@ -230,7 +230,7 @@ def run(args: Any, config: Any) -> None:
     from vissl.utils.checkpoint import get_checkpoint_folder, is_training_finished
 
     from vissl_ext import catalog, ranks
-    from vissl_ext.compat.checkpoints import how_to_go_on, trained_epochs
+    from vissl_ext.compat.checkpoints import resume_hint, trained_epochs
 
     distributed_launcher._distributed_worker = ranks.worker
     distributed_launcher._ResumableSlurmJob = ranks.SlurmJob
@@ -265,7 +265,7 @@ def run(args: Any, config: Any) -> None:
         if number is not None:  # a signal to all processes may reach the others first
             raise _unfinished(folder, number) from None
         how = f"was killed by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
-        say(f"process {error.error_index} of the training {how}; {how_to_go_on(Path(folder))}")
+        say(f"process {error.error_index} of the training {how}; {resume_hint(Path(folder))}")
         raise SystemExit(128 - error.exit_code if error.exit_code < 0 else error.exit_code or 1) from None
     except ProcessRaisedException as error:
         if "UserError: " not in str(error):
@@ -308,9 +308,9 @@ def _interrupt(number: int, frame: Any) -> None:
 
 def _unfinished(folder: str, number: int) -> SystemExit:
     """Say what a signal ended and how the training goes on; the exit status of a process that it ends."""
-    from vissl_ext.compat.checkpoints import how_to_go_on
+    from vissl_ext.compat.checkpoints import resume_hint
 
-    say(f"{_ENDED[signal.Signals(number)]}; {how_to_go_on(Path(folder))}")
+    say(f"{_ENDED[signal.Signals(number)]}; {resume_hint(Path(folder))}")
     return SystemExit(128 + number)
 
 
@@ -328,7 +328,7 @@ def command() -> None:
     """The command."""
     with exit_on_user_error():
         if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
-            print(as_called(USAGE, "vissl_ext.launch"))
+            print(with_command_name(USAGE, "vissl_ext.launch"))
             raise SystemExit(0 if sys.argv[1:] else 2)
         try:
             main(sys.argv[1:])

@@ -146,13 +146,13 @@ class TeacherLoss(ClassyLoss):
         self.teacher_output: Any = None
 
     def attach(self, model: nn.Module) -> None:
-        """Make the teacher of a model: the whole of it, unless ``followed`` says otherwise."""
+        """Make the teacher of a model: a copy of the whole model, unless ``teacher_pair`` selects a part."""
         if needs_teacher(self.base_tau, self.final_tau):
-            student, copied = self.followed(model)
+            student, copied = self.teacher_pair(model)
             self.teacher = EMATeacher(student, copied, base=self.base_tau, final=self.final_tau)
 
-    def followed(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """What the teacher follows, and the copy that becomes the teacher."""
+    def teacher_pair(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """Return the modules whose weights the teacher averages, and the copy that becomes the teacher."""
         return model, copy_model(model)
 
 
@@ -212,11 +212,11 @@ class MethodLoss(TeacherLoss):
 
     @property
     def moment(self) -> RunningMoment | None:
-        """What follows the embedding's second moment, if anything does."""
-        return self.objective.followed(self.predictor[0])
+        """The running second moment of the embedding, or None if the method does not track it."""
+        return self.objective.tracked_moment(self.predictor[0])
 
-    def followed(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """Trunk and projector. The predictor has no teacher."""
+    def teacher_pair(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """Return the trunk and the projector. The predictor has no teacher."""
         copied = copy_model(model)
         for head in copied.heads:
             head.predictor = None

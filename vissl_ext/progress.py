@@ -22,7 +22,7 @@ _PERIOD = 0.3  # seconds between two refreshments of the bar
 _FIRST, _LONGEST = 5.0, 60.0  # seconds until the second plain line; each wait is 1.5 times the one before
 
 
-def quieten() -> None:
+def hide_warnings() -> None:
     """Keep VISSL's log, and Python's warnings, out of the console; both go to log.txt.
 
     vissl/utils/logger.py:44 writes to ``sys.stdout`` by that name, which means nothing in that module from here on.

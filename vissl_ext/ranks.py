@@ -26,7 +26,7 @@ from vissl_ext.compat.cuda_calls import stay_on_cpu
 from vissl_ext.compat.restored_losses import RestoreLoss
 from vissl_ext.hooks import extra_hooks
 from vissl_ext.locks import end_with_parent, lock
-from vissl_ext.progress import Progress, quieten
+from vissl_ext.progress import Progress, hide_warnings
 from vissl_ext.registry import register
 from vissl_ext.silent_hook import SilentHook
 from vissl_ext.summary import Summary
@@ -79,7 +79,7 @@ def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:
         UserError: the loss, or the output of the network, is inf or NaN; there are fewer images than a batch, or one
             cannot be read; the disk is full.
     """
-    quieten()
+    hide_warnings()
     if multiprocessing.parent_process() is not None:
         end_with_parent()
         for number in (signal.SIGINT, signal.SIGTERM):  # forked, it would have the launcher's

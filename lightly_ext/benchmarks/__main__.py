@@ -13,14 +13,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from plugins.tools.command import Parser, as_called, exit_on_user_error
+from plugins.tools.command import Parser, exit_on_user_error, with_command_name
 from plugins.tools.process import end_with_first_process, exit_when_stopped
 
 
 def parser() -> Parser:
     """The command line."""
     name = "lightly_ext.benchmarks"
-    text = as_called(__doc__ or "", name)
+    text = with_command_name(__doc__ or "", name)
     result = Parser(f"python -m {name}", description=text, formatter_class=_Formatter)
     add = result.add_argument
     add("--methods", nargs="+", metavar="NAME", help="default: all of ours")

@@ -39,7 +39,7 @@ from plugins.tools.folders import ImageFolder, walk
 from plugins.tools.images import open_image
 from plugins.tools.process import exit_when_stopped, locked_folder
 from plugins.tools.records import difference, versions, write_json, write_row
-from plugins.tools.trainer import Guard, WholeFiles
+from plugins.tools.trainer import AtomicCheckpointIO, Guard
 
 _LARGE = 64  # below this many pixels images are evaluated as they are, without cutting their margin off
 
@@ -262,13 +262,13 @@ def _pretrain(args: argparse.Namespace, name: str, model: LightningModule, folde
     # the record first: its state is in the checkpoint of the same epoch
     trainer = _trainer(args, folder, "pretrain", args.epochs, [record, stop, save], precision=args.precision)
 
-    def how_to_go_on() -> str:
+    def resume_hint() -> str:
         last = folder / "checkpoint.ckpt"
         if record.epochs == 0 or not last.is_file():
             return "there is no checkpoint yet; run the command again"
         return f"run the command with --methods {name} --ckpt-path {last} to go on"
 
-    with exit_when_stopped(how_to_go_on):
+    with exit_when_stopped(resume_hint):
         trainer.fit(model, train, held_out, ckpt_path=None if args.ckpt_path is None else str(args.ckpt_path))
     loss = record.metrics.get("train_loss")  # None: nothing was left to train, of a run of an earlier release
     if loss is not None and not math.isfinite(loss):
@@ -401,7 +401,7 @@ class RunGuard(Guard, Callback):
     """A run that does not finish ends with a status that is not 0, and leaves no process behind."""
 
 
-class _WholeFiles(WholeFiles, TorchCheckpointIO):
+class _CheckpointIO(AtomicCheckpointIO, TorchCheckpointIO):
     """Lightning's way to write checkpoints, with ours of making files."""
 
 
@@ -414,7 +414,7 @@ def _trainer(
         devices=args.devices,
         strategy=args.strategy,
         callbacks=[RunGuard(), *callbacks],
-        plugins=[_WholeFiles()],
+        plugins=[_CheckpointIO()],
         logger=CSVLogger(str(folder), name=name, version=""),
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         enable_progress_bar=sys.stderr.isatty(),

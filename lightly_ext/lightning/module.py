@@ -17,7 +17,7 @@ from plugins.linalg import spectrum_statistics
 from plugins.spec import Embeddings
 from plugins.targets import cosine_tau
 from plugins.tools.command import UserError
-from plugins.tools.trainer import check_joined, ends_step, loss_scale, nothing_yet, run_steps, set_clock
+from plugins.tools.trainer import check_joined, ends_step, loss_scale, placeholder_loss, run_steps, set_clock
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
 
@@ -137,7 +137,7 @@ class TrainingSteps:
             self._joined = JoinedBatch(encode, [self.backbone, self.projection_head])
         self._add(self._joined, batch, batch[0])
         if not self._last:
-            return nothing_yet(self.device)
+            return placeholder_loss(self.device)
         joined, self._joined = self._joined, None
         terms, embeddings = self._joined_terms(joined, loss_scale(self.trainer))
         statistics = {f"train_{name}": value for name, value in self.objective.statistics(terms, embeddings).items()}

@@ -138,7 +138,7 @@ class MethodModel(nn.Module):
 
         Its eigenvalues are ``moment.spectrum()``.
         """
-        return self.objective.followed(self.prediction_head)
+        return self.objective.tracked_moment(self.prediction_head)
 
     def forward(self, x: Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]) -> Tensor:
         """Features of images; or, of a list of views, the loss; or, of a list of such lists, the joined loss.

@@ -184,9 +184,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any
     Raises:
         SystemExit: there is nothing to time; its sentence is printed.
     """
-    from solo_ext.launch import quieten
+    from solo_ext.launch import hide_warnings
 
-    quieten()
+    hide_warnings()
     with exit_on_user_error():
         result = bench_data(
             options.images,

@@ -241,9 +241,9 @@ def _reference(cfg: Any) -> Any:
 
 
 def _contestant(cls: type, cfg: Any, setting: Setting) -> Contestant:
-    from solo_ext.launch import refused
+    from solo_ext.launch import as_user_error
 
-    with refused(f"method {cfg.method}"):
+    with as_user_error(f"method {cfg.method}"):
         model = cls(cfg)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
@@ -311,9 +311,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any
     Raises:
         SystemExit: an option is wrong; its sentence is printed.
     """
-    from solo_ext.launch import quieten
+    from solo_ext.launch import hide_warnings
 
-    quieten()
+    hide_warnings()
     warnings.filterwarnings("ignore", message=".*no `val_dataloader`.*")
     from solo_ext.compat import host_release
 

@@ -84,7 +84,7 @@ def scores(row: Row, title: str) -> list[Score]:
         UserError: its seeds have been probed in different ways.
     """
     method, _, dataset = row.method.rpartition("_")
-    ways = [[_way(probe) for probe in result["probes"]] for result in row.results]
+    ways = [[_probe_settings(probe) for probe in result["probes"]] for result in row.results]
     if any(way != ways[0] for way in ways):
         places = ", ".join(map(str, row.folders))
         raise UserError(
@@ -109,7 +109,7 @@ def scores(row: Row, title: str) -> list[Score]:
     return found
 
 
-def _way(probe: dict[str, Any]) -> tuple[Any, ...]:
+def _probe_settings(probe: dict[str, Any]) -> tuple[Any, ...]:
     """What makes the probes of two seeds comparable."""
     described = (probe[key] for key in ("kind", "dim", "fraction", "labels", "select"))
     return (*described, *(entry["weight_decay"] for entry in probe["grid"]))

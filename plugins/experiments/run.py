@@ -69,7 +69,7 @@ SUITES: dict[str, Suite] = {
         name: Suite(
             title=title,
             folder=name,
-            frameworks={"solo": dissl.lister(name)},
+            frameworks={"solo": dissl.run_lister(name)},
             options=("seeds", "epochs", "devices", "data"),
             datasets=tuple(dissl.SWEEPS),
             prepare=solo.prepare,

@@ -36,14 +36,14 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, prog: str | None = None, **options: Any) -> None:
-        super().__init__(prog and as_called(prog, prog.removeprefix("python -m ")), **options)
+        super().__init__(prog and with_command_name(prog, prog.removeprefix("python -m ")), **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise the UserError."""
         raise UserError(f"{message}; see --help")
 
 
-def as_called(text: str, module: str) -> str:
+def with_command_name(text: str, module: str) -> str:
     """Name a command as it was called.
 
     Args:

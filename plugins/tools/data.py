@@ -43,7 +43,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plugins.tools.command import as_called
+from plugins.tools.command import with_command_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -480,7 +480,7 @@ def _named(images: dict[str, list[str]], names: Path) -> dict[str, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
-    program = as_called("python -m plugins.tools.data", "plugins.tools.data")
+    program = with_command_name("python -m plugins.tools.data", "plugins.tools.data")
     parser = argparse.ArgumentParser(prog=program, description="Make a data set.")
     commands = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
     digits = commands.add_parser("digits", help="1797 real handwritten digits, each placed once at random")

@@ -80,7 +80,7 @@ def check_joined(trainer: Any) -> None:
         raise UserError(f"accumulate=joined needs one device or the strategy ddp, got {strategy.__name__}")
 
 
-def nothing_yet(device: torch.device) -> Tensor:
+def placeholder_loss(device: torch.device) -> Tensor:
     """A loss of 0 whose backward reaches no parameter, for a step's earlier micro-batches.
 
     A ``training_step`` that gives None is refused under several processes.
@@ -88,7 +88,7 @@ def nothing_yet(device: torch.device) -> Tensor:
     return torch.zeros((), device=device, requires_grad=True)
 
 
-def save_whole(content: Any, path: Path) -> None:
+def save_atomically(content: Any, path: Path) -> None:
     """Save with torch.save so that ``path`` holds the old or the new file, whatever happens.
 
     Lightning writes to the system's temporary folder and, on another file system, copies from there.
@@ -106,15 +106,15 @@ def save_whole(content: Any, path: Path) -> None:
         file.write(buffer.getbuffer())
 
 
-class WholeFiles:
-    """Mixin for TorchCheckpointIO: saves with :func:`save_whole`."""
+class AtomicCheckpointIO:
+    """Mixin for TorchCheckpointIO: saves with :func:`save_atomically`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Save a checkpoint; a place that is no local path is left to Lightning."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)  # type: ignore[misc]
         else:
-            save_whole(checkpoint, Path(path))
+            save_atomically(checkpoint, Path(path))
 
 
 class Guard:

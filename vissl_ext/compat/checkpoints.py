@@ -78,10 +78,10 @@ def _save(self: Any, name: str, content: Any) -> None:
 
 def room(folder: Path) -> str:
     """What to do when a run's folder cannot be written to, as the end of a sentence."""
-    return f"make room there, then {how_to_go_on(folder)}"
+    return f"make room there, then {resume_hint(folder)}"
 
 
-def how_to_go_on(folder: Path) -> str:
+def resume_hint(folder: Path) -> str:
     """What the same command does in the folder of a run that did not finish."""
     return GOES_ON if checkpoints(folder) else "the same command begins anew, as there is no checkpoint yet"
 

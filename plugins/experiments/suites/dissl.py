@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from plugins.experiments.suites import Request, Run, Step
 from plugins.experiments.suites.solo import (
     DATA,
-    asked_epochs,
     command,
     config_folder,
-    of_training,
     pretraining,
     progress,
+    requested_epochs,
+    training_entries,
 )
 from plugins.tools.records import read_json
 
@@ -142,7 +142,7 @@ TITLES = {
 }
 
 
-def lister(suite: str) -> Callable[[Request], list[Run]]:
+def run_lister(suite: str) -> Callable[[Request], list[Run]]:
     """The function that lists a suite's runs."""
 
     def runs(request: Request) -> list[Run]:
@@ -163,7 +163,7 @@ def _run(suite: str, variant: Variant, dataset: str, seed: int, request: Request
     train, val = request.data_folder / data.train, request.data_folder / data.val
     overrides = pretraining(base, label, seed, {"data.train_path": train, "data.val_path": val}, request)
     if request.epochs is not None:
-        overrides.update(asked_epochs(request.epochs))
+        overrides.update(requested_epochs(request.epochs))
         if variant.config == "dino" and request.epochs < DINO_WARMUP:
             overrides["method_kwargs.warmup_teacher_temperature_epochs"] = request.epochs
     elif variant.long:
@@ -212,5 +212,5 @@ def collect(run: Run) -> dict[str, Any]:
         "online": training["metrics"]["val_acc1"],
         "linear": linear[0] if linear else None,
         "probes": probes,
-        **of_training(training),
+        **training_entries(training),
     }

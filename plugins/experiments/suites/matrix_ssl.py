@@ -117,7 +117,7 @@ def collect_solo(run: Run) -> dict[str, Any]:
         "linear_top5": linear["acc5"],
         "linear_best": linear["best_acc1"],
         "epochs": training["epochs"],
-        **solo.of_training(training),
+        **solo.training_entries(training),
     }
 
 

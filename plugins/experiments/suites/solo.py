@@ -175,7 +175,7 @@ def collect_digits(run: Run) -> dict[str, Any]:
         "knn": read_json(run.folder / "knn.json")[0]["acc1"],
         "linear": linear["acc1"],
         "linear_5": read_json(run.folder / "linear" / "five" / "linear.json")["acc1"],
-        **of_training(training),
+        **training_entries(training),
     }
 
 
@@ -246,7 +246,7 @@ def _table_run(suite: str, variant: Variant, dataset: str, seed: int, request: R
     }
     overrides = pretraining(base, label, seed, places, request)
     if request.epochs is not None:
-        overrides.update(asked_epochs(request.epochs))
+        overrides.update(requested_epochs(request.epochs))
     steps = [
         Step("pretrain", command("main_pretrain", configs, variant.config, overrides, variant.overrides)),
         knn_step(folder, folder, dataset, request),
@@ -287,7 +287,7 @@ def collect_table(run: Run) -> dict[str, Any]:
         "knn": read_json(run.folder / "knn.json")[0]["acc1"],
         "linear": evaluated.get("acc1"),
         "linear_top5": evaluated.get("acc5"),
-        **of_training(training),
+        **training_entries(training),
     }
 
 
@@ -369,7 +369,7 @@ def pretraining(base: Path, label: str, seed: int, places: Mapping[str, Any], re
     return overrides
 
 
-def asked_epochs(epochs: int) -> dict[str, int]:
+def requested_epochs(epochs: int) -> dict[str, int]:
     """Overrides for a number of epochs that the user asked for: every epoch is validated, so that the last one is."""
     return {"max_epochs": epochs, "check_val_every_n_epoch": 1}
 
@@ -428,6 +428,6 @@ def progress(folder: Path) -> Progress | None:
     return read_progress(folder, lambda: read_json(folder / "args.json")["max_epochs"])
 
 
-def of_training(training: Mapping[str, Any]) -> dict[str, Any]:
+def training_entries(training: Mapping[str, Any]) -> dict[str, Any]:
     """Select the entries of result.json that describe the pre-training."""
     return {key: training.get(key) for key in ("images_per_second", "seconds", "versions", "config")}

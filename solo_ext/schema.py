@@ -6,23 +6,32 @@ from the schema. The format is that of solo-learn's main branch. :func:`validate
 options. This module imports neither torch nor solo-learn.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import NoneType
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
 
 from plugins.tools.command import UserError, nearest
+from plugins.tools.schema import (
+    SECTION,
+    Allowed,
+    Positive,
+    Section,
+    Share,
+    Switch,
+    Word,
+    entry,
+    is_optional,
+    number,
+    rows,
+    section_of,
+    table,
+    three,
+    together,
+    whole,
+    words,
+)
 
 IGNORED = {
     "augmentations_cfg": "in main's scripts/pretrain/imagenet-100/simsiam.yaml; no version of solo-learn reads it",
@@ -40,76 +49,15 @@ OURS = {
 """Arguments of Lightning's Trainer that the commands set, and the alternative."""
 
 
-class Allowed(NamedTuple):
-    """The allowed values of an entry, in words.
-
-    Args:
-        words: the text after "must be".
-    """
-
-    words: str
-
-
-def _from_word(value: Any) -> Any:
-    """Convert a string to a number: YAML reads 1e-5 as a string."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _to_word(value: Any) -> Any:
-    """Convert a number to a string: YAML reads the names 3 and 2024 as numbers."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
 def _no_slash(value: Any) -> Any:
     if isinstance(value, str) and "/" in value:
         raise ValueError(f" is part of a file name and must not contain a slash, got {value!r}")
     return value
 
 
-def _whole(least: int, most: int | None = None) -> Any:
-    words = f"a whole number, at least {least}" if most is None else f"a whole number in [{least}, {most}]"
-    return Annotated[int, Strict(), Field(ge=least, le=most), Allowed(words)]
-
-
-def _number(allowed: str, **limits: float) -> Any:
-    return Annotated[
-        float, BeforeValidator(_from_word), Strict(), Field(allow_inf_nan=False, **limits), Allowed(allowed)
-    ]
-
-
-def _three(least: float) -> Any:
-    element = Annotated[float, Strict(), Field(allow_inf_nan=False, ge=least)]
-    return Annotated[list[element], Field(min_length=3, max_length=3), Allowed(f"three numbers, at least {least:g}")]
-
-
-_Switch = Annotated[bool, Strict(), Allowed("true or false")]
-_Positive = _number("a number, at least 0", ge=0)
-_Share = _number("in [0, 1]", ge=0, le=1)
-_Word = Annotated[str, BeforeValidator(_to_word), Strict(), Field(min_length=1), Allowed("a string")]
-_FileName = Annotated[_Word, BeforeValidator(_no_slash), Allowed("a string without a slash")]
-_Side = _whole(1, 16384)
-_SECTION = "a section with entries of its own"
-_Free = Annotated[dict[str, Any], Allowed(_SECTION)]
-
-
-class Section(BaseModel):
-    """A section of a configuration; an unknown entry is an error."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-def _entry(meaning: str, default: Any = ..., *, optional: bool = False) -> Any:
-    """Define an entry.
-
-    Args:
-        meaning: meaning and unit.
-        default: default value; Ellipsis means that the entry is required.
-        optional: whether a missing entry stays missing in the validated configuration.
-    """
-    return Field(None if optional else default, description=meaning, json_schema_extra={"optional": optional})
+_FileName = Annotated[Word, BeforeValidator(_no_slash), Allowed("a string without a slash")]
+_Side = whole(1, 16384)
+_Free = Annotated[dict[str, Any], Allowed(SECTION)]
 
 
 def _section(cls: type[Section], meaning: str) -> Any:
@@ -126,22 +74,22 @@ def _needs(section: Section, *names: str) -> None:
 class Backbone(Section):
     """The network."""
 
-    name: _Word = _entry("network, such as resnet18 or vit_tiny; an unknown name is an error that lists all names")
-    kwargs: _Free = _entry("arguments of the network's constructor", {})
+    name: Word = entry("network, such as resnet18 or vit_tiny; an unknown name is an error that lists all names")
+    kwargs: _Free = entry("arguments of the network's constructor", {})
 
 
 class Data(Section):
     """The images."""
 
     dataset: Literal["cifar10", "cifar100", "stl10", "tinyimagenet", "imagenet100", "imagenet", "custom", "digits"] = (
-        _entry("data set; custom: your own folder, with a folder of images for each class")
+        entry("data set; custom: your own folder, with a folder of images for each class")
     )
-    train_path: _Word = _entry("folder of the training images; h5: the file; CIFAR and STL-10: the download folder")
-    val_path: _Word | None = _entry("the same for the validation images; null: no validation", None)
-    format: Literal["image_folder", "dali", "h5"] = _entry("reader of the images", "image_folder")
-    num_workers: _whole(0, 1024) = _entry("number of processes that read images; 0: the training process reads them", 4)
-    no_labels: _Switch = _entry("whether custom images are in the folder itself, without classes", False)
-    fraction: _number("above 0 and at most 1, or -1 for all images", ge=-1, le=1) = _entry(
+    train_path: Word = entry("folder of the training images; h5: the file; CIFAR and STL-10: the download folder")
+    val_path: Word | None = entry("the same for the validation images; null: no validation", None)
+    format: Literal["image_folder", "dali", "h5"] = entry("reader of the images", "image_folder")
+    num_workers: whole(0, 1024) = entry("number of processes that read images; 0: the training process reads them", 4)
+    no_labels: Switch = entry("whether custom images are in the folder itself, without classes", False)
+    fraction: number("above 0 and at most 1, or -1 for all images", ge=-1, le=1) = entry(
         "share of the training images to use, the same for each class; -1: all", -1
     )
 
@@ -155,30 +103,34 @@ class Data(Section):
 class LinearAugmentations(Section):
     """Crops and normalisation of a linear evaluation."""
 
-    crop_size: _Side = _entry(
+    crop_size: _Side = entry(
         "side of training and validation images in pixels; default: that of the data set", optional=True
     )
-    crop_min_scale: _number("in (0, 1]", gt=0, le=1) = _entry(
+    crop_min_scale: number("in (0, 1]", gt=0, le=1) = entry(
         "smallest crop as a share of the image's area; default: 0.08", optional=True
     )
-    mean: _three(0) = _entry("for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True)
-    std: _three(1e-6) = _entry("for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True)
+    mean: three("at least 0", ge=0) = entry(
+        "for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True
+    )
+    std: three("at least 1e-06", ge=1e-6) = entry(
+        "for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True
+    )
 
 
 class LinearData(Data):
     """The images of a linear evaluation."""
 
-    val_path: _Word = _entry("the same for the validation images")
-    augmentations: LinearAugmentations = _entry("crops and normalisation", optional=True)
+    val_path: Word = entry("the same for the validation images")
+    augmentations: LinearAugmentations = entry("crops and normalisation", optional=True)
 
 
 class Dali(Section):
     """NVIDIA DALI, for ``data.format=dali``."""
 
-    device: Literal["cpu", "gpu"] = _entry(
+    device: Literal["cpu", "gpu"] = entry(
         "device that decodes images; default: the device of the network", optional=True
     )
-    encode_indexes_into_labels: _Switch = _entry(
+    encode_indexes_into_labels: Switch = entry(
         "an entry of solo-learn without effect: indexes are always correct", False
     )
 
@@ -186,9 +138,9 @@ class Dali(Section):
 class Crop(Section):
     """A random resized crop."""
 
-    enabled: _Switch = _entry("true: a random part; false: the centre of the resized image")
-    crop_min_scale: _Share = _entry("smallest share of the image's area, above 0", optional=True)
-    crop_max_scale: _Share = _entry("largest share of the image's area", optional=True)
+    enabled: Switch = entry("true: a random part; false: the centre of the resized image")
+    crop_min_scale: Share = entry("smallest share of the image's area, above 0", optional=True)
+    crop_max_scale: Share = entry("largest share of the image's area", optional=True)
 
     @model_validator(mode="after")
     def _check(self) -> "Crop":
@@ -202,8 +154,8 @@ class Crop(Section):
 class Step(Section):
     """A step of an augmentation, with its probability."""
 
-    enabled: _Switch = _entry("false disables the step for any prob", optional=True)
-    prob: _Share = _entry("probability")
+    enabled: Switch = entry("false disables the step for any prob", optional=True)
+    prob: Share = entry("probability")
 
     @model_validator(mode="after")
     def _switch(self) -> "Step":
@@ -215,10 +167,10 @@ class Step(Section):
 class Jitter(Step):
     """Random changes of colour with the parameters of torchvision's ColorJitter, required if prob is above 0."""
 
-    brightness: _Positive = _entry("x of a factor in [1 - x, 1 + x]", optional=True)
-    contrast: _Positive = _entry("x of a factor in [1 - x, 1 + x]", optional=True)
-    saturation: _Positive = _entry("x of a factor in [1 - x, 1 + x]", optional=True)
-    hue: _number("in [0, 0.5]", ge=0, le=0.5) = _entry("x of a turn in [-x, x] of the circle", optional=True)
+    brightness: Positive = entry("x of a factor in [1 - x, 1 + x]", optional=True)
+    contrast: Positive = entry("x of a factor in [1 - x, 1 + x]", optional=True)
+    saturation: Positive = entry("x of a factor in [1 - x, 1 + x]", optional=True)
+    hue: number("in [0, 0.5]", ge=0, le=0.5) = entry("x of a turn in [-x, x] of the circle", optional=True)
 
     @model_validator(mode="after")
     def _check(self) -> "Jitter":
@@ -237,19 +189,23 @@ def _step(cls: type[Step], meaning: str) -> Any:
 class View(Section):
     """Crops of an image with the same augmentation. A step that is missing is disabled."""
 
-    rrc: Crop = _entry("random resized crop")
+    rrc: Crop = entry("random resized crop")
     color_jitter: Jitter = _step(Jitter, "changes of colour")
     grayscale: Step = _step(Step, "conversion to grey")
     gaussian_blur: Step = _step(Step, "blur with a width of 0.1 to 2 pixels")
     solarization: Step = _step(Step, "inversion of values above one half")
     equalization: Step = _step(Step, "histogram equalisation")
     horizontal_flip: Step = _step(Step, "horizontal flip")
-    crop_size: _Side = _entry(
+    crop_size: _Side = entry(
         "side in pixels; views with the size of the first entry are large crops, others are small crops"
     )
-    num_crops: _whole(1, 1024) = _entry("number of crops of each image")
-    mean: _three(0) = _entry("for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True)
-    std: _three(1e-6) = _entry("for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True)
+    num_crops: whole(1, 1024) = entry("number of crops of each image")
+    mean: three("at least 0", ge=0) = entry(
+        "for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True
+    )
+    std: three("at least 1e-06", ge=1e-6) = entry(
+        "for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -267,31 +223,31 @@ _Views = Annotated[
 class Views(Section):
     """Only the views."""
 
-    augmentations: _Views = _entry("the views of an image that a method compares")
+    augmentations: _Views = entry("the views of an image that a method compares")
 
 
 class Optimizer(Section):
     """The optimiser."""
 
-    name: Literal["sgd", "lars", "adam", "adamw"] = _entry("optimiser")
-    batch_size: _whole(1) = _entry("images in a batch, on each device")
-    lr: _Positive = _entry("learning rate for 256 images: multiplied by batch size x devices x nodes / 256")
-    weight_decay: _Positive = _entry("weight decay")
-    exclude_bias_n_norm_wd: _Switch = _entry("whether biases and normalisation layers have no weight decay", False)
-    kwargs: _Free = _entry("further arguments of the optimiser, such as momentum", {})
+    name: Literal["sgd", "lars", "adam", "adamw"] = entry("optimiser")
+    batch_size: whole(1) = entry("images in a batch, on each device")
+    lr: Positive = entry("learning rate for 256 images: multiplied by batch size x devices x nodes / 256")
+    weight_decay: Positive = entry("weight decay")
+    exclude_bias_n_norm_wd: Switch = entry("whether biases and normalisation layers have no weight decay", False)
+    kwargs: _Free = entry("further arguments of the optimiser, such as momentum", {})
 
 
 class PretrainOptimizer(Optimizer):
     """The optimiser of a pre-training."""
 
-    batch_size: _whole(2) = _entry("images in a batch, on each device")
-    classifier_lr: _Positive = _entry("learning rate of the online classifier, multiplied in the same way as lr")
+    batch_size: whole(2) = entry("images in a batch, on each device")
+    classifier_lr: Positive = entry("learning rate of the online classifier, multiplied in the same way as lr")
 
 
 class LinearOptimizer(Optimizer):
     """The optimiser of a linear evaluation."""
 
-    layer_decay: _Positive = _entry(
+    layer_decay: Positive = entry(
         "factor of the learning rate from layer to layer; only with finetune and a ViT", optional=True
     )
 
@@ -299,14 +255,14 @@ class LinearOptimizer(Optimizer):
 class Scheduler(Section):
     """The schedule of the learning rate."""
 
-    name: Literal["warmup_cosine", "step", "none"] = _entry("type of the schedule", "warmup_cosine")
-    lr_decay_steps: Annotated[list[_whole(0)] | None, Allowed("a list of epochs")] = _entry(
+    name: Literal["warmup_cosine", "step", "none"] = entry("type of the schedule", "warmup_cosine")
+    lr_decay_steps: Annotated[list[whole(0)] | None, Allowed("a list of epochs")] = entry(
         "step: epochs at which the learning rate is divided by 10", None
     )
-    min_lr: _Positive = _entry("warmup_cosine: final learning rate", 0.0)
-    warmup_start_lr: _Positive = _entry("warmup_cosine: initial learning rate", 3e-5)
-    warmup_epochs: _Positive = _entry("warmup_cosine: epochs of linear warm-up", 10)
-    interval: Literal["step", "epoch"] = _entry(
+    min_lr: Positive = entry("warmup_cosine: final learning rate", 0.0)
+    warmup_start_lr: Positive = entry("warmup_cosine: initial learning rate", 3e-5)
+    warmup_epochs: Positive = entry("warmup_cosine: epochs of linear warm-up", 10)
+    interval: Literal["step", "epoch"] = entry(
         "warmup_cosine: whether the learning rate changes in each step or each epoch", "step"
     )
 
@@ -320,9 +276,9 @@ class Scheduler(Section):
 class Momentum(Section):
     """The teacher, for methods that have one."""
 
-    base_tau: _Share = _entry("initial momentum", 0.99)
-    final_tau: _Share = _entry("final momentum; if both are 0, the teacher is the student", 1.0)
-    classifier: _Switch = _entry("whether to train a second online classifier on the teacher's features", False)
+    base_tau: Share = entry("initial momentum", 0.99)
+    final_tau: Share = entry("final momentum; if both are 0, the teacher is the student", 1.0)
+    classifier: Switch = entry("whether to train a second online classifier on the teacher's features", False)
 
     @model_validator(mode="after")
     def _check(self) -> "Momentum":
@@ -334,81 +290,79 @@ class Momentum(Section):
 class KNNEval(Section):
     """The k-nearest-neighbour accuracy after each validation."""
 
-    enabled: _Switch = _entry("whether it is computed", False)
-    k: _whole(1) = _entry("neighbours", 20)
-    distance_func: Literal["cosine", "euclidean"] = _entry("distance between features", "euclidean")
+    enabled: Switch = entry("whether it is computed", False)
+    k: whole(1) = entry("neighbours", 20)
+    distance_func: Literal["cosine", "euclidean"] = entry("distance between features", "euclidean")
 
 
 class Checkpoint(Section):
     """The folder and the checkpoints of a run."""
 
-    enabled: _Switch = _entry("whether to write checkpoints", True)
-    dir: _Word = _entry("folder; a run is written to <dir>/<method>/<version>", "trained_models")
-    frequency: _whole(1) = _entry("epochs between checkpoints", 1)
-    keep_prev: _Switch = _entry("whether to keep older checkpoints of the run", False)
-    version: _FileName | None = _entry("name of the run's folder; null: a random name", None)
-    group: _Word | None = _entry("name of its parent folder; null: the name of the method, or linear", None)
+    enabled: Switch = entry("whether to write checkpoints", True)
+    dir: Word = entry("folder; a run is written to <dir>/<method>/<version>", "trained_models")
+    frequency: whole(1) = entry("epochs between checkpoints", 1)
+    keep_prev: Switch = entry("whether to keep older checkpoints of the run", False)
+    version: _FileName | None = entry("name of the run's folder; null: a random name", None)
+    group: Word | None = entry("name of its parent folder; null: the name of the method, or linear", None)
 
 
 class AutoResume(Section):
     """Resuming from the newest checkpoint of the same run."""
 
-    enabled: _Switch = _entry("whether to look for such a checkpoint", False)
-    max_hours: _Positive = _entry("maximum age of that checkpoint in hours", 36)
+    enabled: Switch = entry("whether to look for such a checkpoint", False)
+    max_hours: Positive = entry("maximum age of that checkpoint in hours", 36)
 
 
 class AutoUMAP(Section):
     """Pictures of the validation images' features during training."""
 
-    enabled: _Switch = _entry("whether to draw them", False)
-    dir: _Word = _entry("folder; pictures are written to <dir>/<method>/<version>", "auto_umap")
-    frequency: _whole(1) = _entry("epochs between pictures", 1)
+    enabled: Switch = entry("whether to draw them", False)
+    dir: Word = entry("folder; pictures are written to <dir>/<method>/<version>", "auto_umap")
+    frequency: whole(1) = entry("epochs between pictures", 1)
 
 
 class Wandb(Section):
     """Weights & Biases."""
 
-    enabled: _Switch = _entry("whether to log to it; without an account to ./wandb", False)
-    entity: _Word | None = _entry("account; null: the account of the login", None)
-    project: _Word | None = _entry("project", "solo-learn")
-    offline: _Switch = _entry("whether to log only to ./wandb", False)
+    enabled: Switch = entry("whether to log to it; without an account to ./wandb", False)
+    entity: Word | None = entry("account; null: the account of the login", None)
+    project: Word | None = entry("project", "solo-learn")
+    offline: Switch = entry("whether to log only to ./wandb", False)
 
 
 class Performance(Section):
     """Speed."""
 
-    disable_channel_last: _Switch = _entry(
-        "whether to use torch's default memory format instead of channels_last", False
-    )
+    disable_channel_last: Switch = entry("whether to use torch's default memory format instead of channels_last", False)
 
 
 class Run(Section):
     """The entries of both commands."""
 
-    name: _FileName = _entry("name of the run, part of the names of its checkpoints", "run")
-    backbone: Backbone = _entry("the network")
-    max_epochs: _whole(0, 10**9) = _entry("epochs; 0: write the untrained weights")
+    name: _FileName = entry("name of the run, part of the names of its checkpoints", "run")
+    backbone: Backbone = entry("the network")
+    max_epochs: whole(0, 10**9) = entry("epochs; 0: write the untrained weights")
     scheduler: Scheduler = _section(Scheduler, "schedule of the learning rate")
-    accumulate_grad_batches: _whole(1) = _entry("number of batches of a step of the optimiser", 1)
-    dali: Dali = _entry("NVIDIA DALI, for data.format=dali", optional=True)
+    accumulate_grad_batches: whole(1) = entry("number of batches of a step of the optimiser", 1)
+    dali: Dali = entry("NVIDIA DALI, for data.format=dali", optional=True)
     checkpoint: Checkpoint = _section(Checkpoint, "folder and checkpoints")
     auto_resume: AutoResume = _section(AutoResume, "resuming from the newest checkpoint of the same run")
-    resume_from_checkpoint: _Word | None = _entry("checkpoint to resume from", None)
+    resume_from_checkpoint: Word | None = entry("checkpoint to resume from", None)
     wandb: Wandb = _section(Wandb, "Weights & Biases")
     performance: Performance = _section(Performance, "speed")
-    seed: _whole(0, 2**32 - 1) = _entry("seed of all random numbers", 5)
-    devices: Annotated[Any, Allowed("a number above 0 or a list of indexes")] = _entry(
+    seed: whole(0, 2**32 - 1) = entry("seed of all random numbers", 5)
+    devices: Annotated[Any, Allowed("a number above 0 or a list of indexes")] = entry(
         "number or indexes of the devices, or auto: 2, [0, 1], auto", 1
     )
-    num_nodes: _whole(1, 10**6) = _entry("number of machines", 1)
-    accelerator: _Word = _entry("auto, cpu, gpu, or another that Lightning knows", "auto")
-    strategy: _Word | None = _entry("auto, ddp, or another that Lightning knows", "auto")
+    num_nodes: whole(1, 10**6) = entry("number of machines", 1)
+    accelerator: Word = entry("auto, cpu, gpu, or another that Lightning knows", "auto")
+    strategy: Word | None = entry("auto, ddp, or another that Lightning knows", "auto")
     precision: Annotated[
         str | Annotated[int, Strict()] | None, Allowed("a precision that Lightning knows, such as 32 or 16-mixed")
-    ] = _entry("floating-point precision: 32, 16-mixed, bf16-mixed, ...", 32)
-    sync_batchnorm: _Switch = _entry("whether batch statistics are those of all devices", False)
-    variables: _Free = _entry("your own values, for use in other entries as ${variables.NAME}", optional=True)
-    log_every_n_steps: _whole(1) | None = _entry(
+    ] = entry("floating-point precision: 32, 16-mixed, bf16-mixed, ...", 32)
+    sync_batchnorm: Switch = entry("whether batch statistics are those of all devices", False)
+    variables: _Free = entry("your own values, for use in other entries as ${variables.NAME}", optional=True)
+    log_every_n_steps: whole(1) | None = entry(
         "steps between rows of metrics.csv; default: that of Lightning", optional=True
     )
 
@@ -416,20 +370,20 @@ class Run(Section):
 class Pretrain(Run):
     """A configuration of main_pretrain."""
 
-    accumulate: Literal["mean", "joined"] = _entry(
+    accumulate: Literal["mean", "joined"] = entry(
         "loss of accumulated batches; mean: the mean of their losses; joined: the loss of their joined rows",
         "mean",
     )
-    method: _Word = _entry("method; an unknown name is an error that lists all names")
-    method_kwargs: _Free = _entry("options of the method; an unknown one is an error that lists all of them", {})
-    data: Data = _entry("the images")
-    augmentations: _Views = _entry("the views of an image that a method compares")
-    optimizer: PretrainOptimizer = _entry("the optimiser")
+    method: Word = entry("method; an unknown name is an error that lists all names")
+    method_kwargs: _Free = entry("options of the method; an unknown one is an error that lists all of them", {})
+    data: Data = entry("the images")
+    augmentations: _Views = entry("the views of an image that a method compares")
+    optimizer: PretrainOptimizer = entry("the optimiser")
     momentum: Momentum = _section(Momentum, "the teacher, for methods that have one")
     knn_eval: KNNEval = _section(KNNEval, "k-nearest-neighbour accuracy after each validation")
     auto_umap: AutoUMAP = _section(AutoUMAP, "pictures of the features during training")
-    debug_augmentations: _Switch = _entry("whether to print the transforms of the views", False)
-    check_val_every_n_epoch: _whole(1) | None = _entry(
+    debug_augmentations: Switch = entry("whether to print the transforms of the views", False)
+    check_val_every_n_epoch: whole(1) | None = entry(
         "epochs between validations; default: that of Lightning", optional=True
     )
 
@@ -442,24 +396,20 @@ class Pretrain(Run):
 class Linear(Run):
     """A configuration of main_linear."""
 
-    data: LinearData = _entry("the images")
-    optimizer: LinearOptimizer = _entry("the optimiser")
-    max_epochs: _whole(1, 10**9) = _entry("epochs")
-    pretrained_feature_extractor: _Word = _entry("checkpoint, or folder of a run, of the backbone to evaluate")
-    pretrain_method: _Word | None = _entry(
-        "an entry of solo-learn without effect: the checkpoint has it", optional=True
-    )
-    finetune: _Switch = _entry("whether to train the backbone too", False)
-    normalized_classifier: _Switch = _entry(
+    data: LinearData = entry("the images")
+    optimizer: LinearOptimizer = entry("the optimiser")
+    max_epochs: whole(1, 10**9) = entry("epochs")
+    pretrained_feature_extractor: Word = entry("checkpoint, or folder of a run, of the backbone to evaluate")
+    pretrain_method: Word | None = entry("an entry of solo-learn without effect: the checkpoint has it", optional=True)
+    finetune: Switch = entry("whether to train the backbone too", False)
+    normalized_classifier: Switch = entry(
         "whether a BatchNorm without scale and shift comes before the classifier", False
     )
-    check_val_every_n_epoch: _whole(1) = _entry("epochs between validations", 1)
-    auto_augment: _Switch = _entry(
-        "whether to augment training images with timm's RandAugment and random erasing", False
-    )
-    mixup: _Positive = _entry("alpha of Mixup; 0: no Mixup", 0.0)
-    cutmix: _Positive = _entry("alpha of CutMix; 0: no CutMix", 0.0)
-    label_smoothing: _number("a number, at least 0 and below 1", ge=0, lt=1) = _entry("label smoothing", 0.0)
+    check_val_every_n_epoch: whole(1) = entry("epochs between validations", 1)
+    auto_augment: Switch = entry("whether to augment training images with timm's RandAugment and random erasing", False)
+    mixup: Positive = entry("alpha of Mixup; 0: no Mixup", 0.0)
+    cutmix: Positive = entry("alpha of CutMix; 0: no CutMix", 0.0)
+    label_smoothing: number("a number, at least 0 and below 1", ge=0, lt=1) = entry("label smoothing", 0.0)
 
     @model_validator(mode="after")
     def _check(self) -> "Linear":
@@ -513,11 +463,6 @@ def validate(
     return {**_plain(checked), **passed}
 
 
-def together(mistakes: Sequence[str]) -> str:
-    """Join several messages, one per line, aligned after "error: "."""
-    return "\n       ".join(dict.fromkeys(mistakes))
-
-
 def _normalised(value: Any, place: tuple[Any, ...], mistakes: list[str]) -> Any:
     """Remove entries with the value ???, which are mistakes, and read None as null, as solo-learn's files mean it."""
     if isinstance(value, Mapping):
@@ -562,27 +507,6 @@ def _path(place: Sequence[Any]) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).removeprefix(".")
 
 
-def _sections(annotation: Any) -> type[Section] | None:
-    """Return the section class in an annotation, also inside a list; None if there is none."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next(filter(None, map(_sections, get_args(annotation))), None)
-
-
-def words(field: Any) -> str:
-    """Return the allowed values of a field, as the text after "must be"."""
-    if isinstance(field, FieldInfo):
-        found = [one.words for one in field.metadata if isinstance(one, Allowed)]
-        return found[-1] if found else words(field.annotation)
-    if get_origin(field) is Literal:
-        return " or ".join(get_args(field))
-    if found := [one.words for one in getattr(field, "__metadata__", ()) if isinstance(one, Allowed)]:
-        return found[-1]
-    if _sections(field):
-        return _SECTION
-    return next((words(part) for part in get_args(field)), str(field))
-
-
 def _sentence(model: type[Section], given: Any, error: Mapping[str, Any], further: Sequence[str]) -> str:
     """One error of pydantic as a sentence: what was given, what is allowed."""
     place, kind = error["loc"], error["type"]
@@ -597,11 +521,11 @@ def _sentence(model: type[Section], given: Any, error: Mapping[str, Any], furthe
         if step not in section.model_fields:
             break
         field, depth = section.model_fields[step], index + 1
-        section = _sections(field.annotation)
+        section = section_of(field.annotation)
     if kind in ("extra_forbidden", "invalid_key"):
         return _unknown(model, section or model, place, further)
     if kind == "model_type" and not (error["input"] is None and field and field.is_required()):
-        return f"{_path(place)} must be {_SECTION}, got {error['input']!r}"
+        return f"{_path(place)} must be {SECTION}, got {error['input']!r}"
     value = given
     for step in place[:depth]:
         value = value.get(step) if isinstance(value, Mapping) else value[step]
@@ -636,7 +560,7 @@ def _plain(section: Section) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in section:
         field = type(section).model_fields[name]
-        if _optional(field) and value is None:
+        if is_optional(field) and value is None:
             if name in section.model_fields_set:
                 found[name] = None
         elif isinstance(value, Section):
@@ -648,57 +572,16 @@ def _plain(section: Section) -> dict[str, Any]:
     return found
 
 
-def _optional(field: FieldInfo) -> bool:
-    return bool((field.json_schema_extra or {}).get("optional"))
-
-
 def defaults(section: type[Section]) -> dict[str, Any]:
     """Return the defaults of a section, without required and optional entries."""
     found: dict[str, Any] = {}
     for name, field in section.model_fields.items():
-        inner = _sections(field.annotation)
-        if inner is not None and not _optional(field) and get_origin(field.annotation) is not list:
+        inner = section_of(field.annotation)
+        if inner is not None and not is_optional(field) and get_origin(field.annotation) is not list:
             found[name] = defaults(inner)
-        elif not field.is_required() and not _optional(field):
+        elif not field.is_required() and not is_optional(field):
             found[name] = field.get_default(call_default_factory=True)
     return found
-
-
-class Row(NamedTuple):
-    """A row of the tables.
-
-    Args:
-        path: the entry, such as ``augmentations[].rrc.enabled``.
-        words: its allowed values.
-        default: its default; "needed" if it is required, "-" if it is optional.
-        meaning: its meaning.
-    """
-
-    path: str
-    words: str
-    default: str
-    meaning: str
-
-
-def rows(section: type[Section], above: str = "") -> Iterator[Row]:
-    """Yield the entries of a section, then those of its subsections."""
-    inner = []
-    for name, field in section.model_fields.items():
-        below = _sections(field.annotation)
-        if below is not None:
-            brackets = "[]" if get_origin(field.annotation) is list else ""
-            inner.append((below, f"{above}{name}{brackets}."))
-            continue
-        if field.is_required():
-            default = "needed"
-        elif _optional(field):
-            default = "-"
-        else:
-            default = str(field.get_default(call_default_factory=True))
-            default = {"None": "null", "True": "true", "False": "false"}.get(default, default)
-        yield Row(above + name, words(field), default, field.description or "")
-    for below, path in inner:
-        yield from rows(below, path)
 
 
 def help_text(command: str) -> str:
@@ -723,20 +606,25 @@ def markdown() -> str:
         "defaults, needed means that the entry is required, and - that it is optional.",
         "`python -m solo_ext.main_pretrain --help-config` prints the same.",
     ]
-    for command, table in tables.items():
-        lines += ["", f"## {command}", "", "| entry | values | default | meaning |", "|---|---|---|---|"]
+    for command, found in tables.items():
+        lines += ["", f"## {command}", ""]
         if command == "main_linear":
             shared = set(tables["main_pretrain"])
-            lines[-3:-3] = ["", "In addition to the entries of main_pretrain marked ¹:"]
-            table = [row for row in table if row not in shared]
+            lines += ["In addition to the entries of main_pretrain marked ¹:", ""]
+            found = [row for row in found if row not in shared]
         else:
             both = set(tables["main_linear"])
-            table = [row._replace(path=row.path + ("¹" if row in both else "")) for row in table]
-        lines += [f"| {row.path} | {row.words} | {row.default} | {row.meaning} |".replace("<", r"\<") for row in table]
-    lines += ["", "¹ also an entry of main_linear.", "", "## Without effect", "", "| entry | why |", "|---|---|"]
-    lines += [f"| {key} | {reason} |" for key, reason in IGNORED.items()]
-    lines += ["", "## Set by the commands", "", "| entry | instead |", "|---|---|"]
-    lines += [f"| {key} | {reason} |" for key, reason in OURS.items()]
+            found = [row._replace(path=row.path + ("¹" if row in both else "")) for row in found]
+        lines += table(("entry", "values", "default", "meaning"), found)
+    lines += [
+        "",
+        "¹ also an entry of main_linear.",
+        "",
+        "## Without effect",
+        "",
+        *table(("entry", "why"), IGNORED.items()),
+    ]
+    lines += ["", "## Set by the commands", "", *table(("entry", "instead"), OURS.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -182,7 +182,7 @@ def _vissl_list(folder: Path) -> list[np.ndarray]:
 
 
 def _lightly(folder: Path) -> list[np.ndarray]:
-    from lightly_ext.benchmarks.run import image_folder
+    from lightly_ext.benchmarks.setup import image_folder
 
     return [image for image, *_ in image_folder(folder, np.asarray)]
 

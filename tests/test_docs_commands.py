@@ -148,19 +148,20 @@ def _lightly(words: list[str], patch: pytest.MonkeyPatch) -> None:
     from lightly_ext.benchmarks.__main__ import main
 
     reached = []
-    check = run.check
-    patch.setattr(run, "check", lambda args: (_ready(args), check(args)))
+    prepare = run.prepare
+    patch.setattr(run, "prepare", lambda options: prepare(_ready(options)))
     patch.setattr(run, "benchmark", reached.append)
     main(words)
     assert reached
 
 
-def _ready(args: object) -> None:
+def _ready(args):
     args.accelerator, args.devices = "cpu", 1  # the page's machine has eight GPUs
     args.batch_size_per_device = min(args.batch_size_per_device, 8)  # of few images
     if args.ckpt_path is not None:
         assert str(args.ckpt_path).startswith("RUN/")  # of a run that an earlier command makes
         args.ckpt_path = None
+    return args
 
 
 def _suite(words: list[str], capsys: pytest.CaptureFixture) -> None:

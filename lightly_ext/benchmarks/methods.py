@@ -1,4 +1,4 @@
-"""METHODS, which needs lightly and Lightning; ``--help`` does not."""
+"""METHODS, which needs lightly and Lightning; the schema of the command line does not."""
 
 from typing import Any
 

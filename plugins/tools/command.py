@@ -38,6 +38,21 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str | None = None, **options: Any) -> None:
         super().__init__(prog and with_command_name(prog, prog.removeprefix("python -m ")), **options)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the words; the message about an unknown option names the nearest known one.
+
+        Raises:
+            UserError: the words are no command line of this parser.
+        """
+        found, left = self.parse_known_args(args, namespace)
+        if left:
+            near = nearest(left[0].partition("=")[0], self._option_string_actions)
+            message = f"unrecognized arguments: {' '.join(left)}"
+            if near:
+                raise UserError(f"{message}; did you mean {near}?")
+            self.error(message)
+        return found
+
     def error(self, message: str) -> NoReturn:
         """Raise the UserError."""
         raise UserError(f"{message}; see --help")

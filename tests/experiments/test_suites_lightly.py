@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from lightly_ext.benchmarks.__main__ import parser
+from lightly_ext.benchmarks.schema import parser, validate
 from plugins.experiments import run as experiments
 from plugins.experiments.report import read_losses, read_spectrum
 from plugins.experiments.suites import Request, lightly, solo
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def parsed(step):
     """What the command of a step understands."""
     assert step.arguments[:2] == ("-m", "lightly_ext.benchmarks")
-    return parser().parse_args(step.arguments[2:])
+    return validate(vars(parser().parse_args(step.arguments[2:])))
 
 
 def test_every_method_has_a_column(in_checkout):
@@ -38,14 +38,14 @@ def test_settings_are_those_of_solo_learns_column(in_checkout, method):
     for name in ("lr", "weight_decay"):
         assert getattr(train, name) == float(theirs.optimizer[name])
     assert (train.batch_size_per_device, train.optimizer) == (theirs.optimizer.batch_size, theirs.optimizer.name)
-    options = dict(word.split("=") for word in train.option)
-    assert options == {key: str(value) for key, value in {**theirs.method_kwargs, **theirs.momentum}.items()}
+    assert train.option == {**theirs.method_kwargs, **theirs.momentum}
     assert train.option == few.option, "the checkpoint is of the same model"
     assert (tuple(train.mean), tuple(train.std)) == DATASETS["digits"][1:3]
     assert train.input_size == DATASETS["digits"].side and train.eval_hf_prob == float(DATASETS["digits"].flip)
     assert (train.linear_epochs, train.linear_lr) == (linear.max_epochs, linear.optimizer.lr)
     assert (few.linear_epochs, few.batch_size_per_device) == (linear_5.max_epochs, linear_5.optimizer.batch_size)
-    assert {"min_scale=0.6", "cj_strength=1.0", "cj_bright=0.4", "cj_hue=0.5", "hf_prob=0.0"} <= set(train.transform)
+    expected = {"min_scale": 0.6, "cj_strength": 1.0, "cj_bright": 0.4, "cj_hue": 0.5, "hf_prob": 0.0}
+    assert {key: train.transform[key] for key in expected} == expected
 
 
 def test_commands_name_seed_folders_data_and_checkpoint(in_checkout):

@@ -94,7 +94,7 @@ def test_loss_is_that_of_the_model() -> None:
 
 
 def test_an_epochs_row_is_the_mean_of_its_losses(tmp_path: Path) -> None:
-    from lightly_ext.benchmarks.run import EpochRecord
+    from lightly_ext.benchmarks.trainer import EpochRecord
 
     module = built("ssl_ey", log_eigvals=True)
     losses: list[float] = []
@@ -333,7 +333,7 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
         (["--train-dir", str(tmp_path / "gone")], f"--train-dir: there is no folder {tmp_path / 'gone'}"),
         (["--val-dir", str(empty)], f"--val-dir: there are no images in class folders of {empty}"),
         (["--batch-size-per-device", "128"], "one batch of 128 is more than the 80 training images"),
-        (["--batch-size-per-device", "1"], "--batch-size-per-device must be at least 2, got 1"),
+        (["--batch-size-per-device", "1"], "--batch-size-per-device must be a whole number, at least 2, got 1"),
         (["--knn-k", "100"], "--knn-k 100 is more than the 80 training images"),
         (["--backbone", "resnet81"], "--backbone: torchvision has no model 'resnet81'; it has alexnet, "),
         (["--backbone", "vgg11", "--small-images"], "--small-images is for ResNets, got --backbone vgg11"),
@@ -355,15 +355,18 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
         (["--transform", "min_scale=big"], "--transform: '>' not supported"),
         (["--transform", "min_scale=2"], "--transform: uniform_ expects"),
         (["--transform", "cj_prob=7"], "--transform: `p` should be a floating point value"),
-        (["--mean", "0", "0", "0", "--std", "1", "1", "0"], "--std must be a number above 0, got 0.0"),
+        (
+            ["--mean", "0", "0", "0", "--std", "1", "1", "0"],
+            "--std must be three numbers, above 0, got [1.0",
+        ),
         (["--knn-t", "0"], "--knn-t must be a number above 0, got 0.0"),
         (["--linear-lr", "nan"], "--linear-lr must be a number above 0, got nan"),
-        (["--seed", "-1"], "--seed must be in [0, 4294967295], got -1"),
+        (["--seed", "-1"], "--seed must be a whole number in [0, 4294967295], got -1"),
         (["--log-dir", str(tmp_path / "none.py" / "logs")], f"--log-dir: {tmp_path / 'none.py'} is no folder"),
         (["--precision", "17"], "Lightning refuses --accelerator cpu --devices 1 --strategy auto --precision 17: "),
         (["--accelerator", "abacus"], "Lightning refuses --accelerator abacus "),
         (["--strategy", "nonsense"], "Lightning refuses --accelerator cpu --devices 1 --strategy nonsense "),
-        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'; see --help"),
+        (["--epochs", "many"], "--epochs must be a whole number, at least 0, got 'many'"),
     ]
     for more, sentence in cases:
         with pytest.raises(SystemExit) as stopped:

@@ -1,0 +1,115 @@
+"""Checks of the options that depend on files, on torchvision or on Lightning, before anything starts."""
+
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from pytorch_lightning import Trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from lightly_ext.benchmarks.checkpoints import check_same_run, load
+from lightly_ext.benchmarks.methods import METHODS
+from lightly_ext.benchmarks.schema import Options, flag
+from lightly_ext.benchmarks.setup import Setup, first_line
+from plugins.tools.command import UserError
+from plugins.tools.data import SUFFIXES
+from plugins.tools.folders import walk
+
+
+def prepare(options: Options) -> Setup:
+    """Check the options and find what they name.
+
+    Raises:
+        UserError: something cannot run.
+    """
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    table = {**METHODS, **(_added(options.add) if options.add else {})}
+    for name in options.methods or ():
+        if name not in table:
+            raise UserError(f"--methods: there is no method {name!r}; there are {', '.join(sorted(table))}")
+    setup = Setup(options, table, _classes(options))
+    for folder in (options.log_dir, *options.log_dir.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--log-dir: {folder} is no folder")
+    path, number = options.ckpt_path, len(setup.methods)
+    if path is not None and (number != 1 or not path.is_file()):
+        raise UserError(f"--ckpt-path needs a file and one method, got {path} and {number} methods")
+    for name in setup.methods:  # a misspelt option or backbone shows before the first method has trained
+        if setup.is_ours(name):
+            _check_transform(setup, name)
+            setup.model(name)
+    if path is not None:
+        (name,) = setup.methods
+        check_same_run(setup, name, load(path, name, setup.model(name)))
+    _check_trainer(options)
+    return setup
+
+
+def _added(path: Path) -> dict[str, dict[str, Any]]:
+    """Import the METHODS dictionary of a Python file, which may import its neighbours."""
+    if not path.is_file():
+        raise UserError(f"--add: there is no file {path}")
+    sys.path.insert(0, str(path.resolve().parent))
+    spec = importlib.util.spec_from_file_location(f"added_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--add: {path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    table = vars(module).get("METHODS")
+    form = "{name: {'model': class, 'transform': transform}}"
+    if not isinstance(table, dict) or not all(
+        isinstance(entry, dict) and {"model", "transform"} <= set(entry) for entry in table.values()
+    ):
+        raise UserError(f"--add: {path} has no METHODS of the form {form}")
+    return table
+
+
+def _classes(options: Options) -> list[str]:
+    """Check the images; return the classes of the training images."""
+    train, held_out = (_images(name, getattr(options, name)) for name in ("train_dir", "val_dir"))
+    classes, images = sorted(train), sum(train.values())
+    if unknown := sorted(set(held_out) - set(classes)):
+        raise UserError(f"--val-dir has the class {unknown[0]!r}, which --train-dir lacks")
+    if len(classes) < 2:
+        raise UserError(f"--train-dir must have at least two classes, got {len(classes)}: {options.train_dir}")
+    batch = options.batch_size_per_device * options.devices
+    if batch > images:
+        raise UserError(f"--batch-size-per-device: one batch of {batch} is more than the {images} training images")
+    if options.knn_k > images and not options.skip_knn_eval:
+        raise UserError(f"--knn-k {options.knn_k} is more than the {images} training images")
+    return classes
+
+
+def _images(name: str, folder: Path) -> dict[str, int]:
+    """Count the images of each class."""
+    if not folder.is_dir():
+        raise UserError(f"{flag(name)}: there is no folder {folder}")
+    counts = {
+        path.name: sum(name.lower().endswith(tuple(SUFFIXES)) for _, names in walk(path) for name in names)
+        for path in sorted(folder.iterdir())
+        if path.is_dir()
+    }
+    if not sum(counts.values()):
+        raise UserError(f"{flag(name)}: there are no images in class folders of {folder}")
+    return counts
+
+
+def _check_transform(setup: Setup, name: str) -> None:
+    """Make two views of a black image: what an argument's value does shows when it is used."""
+    try:
+        setup.transform(name)(Image.new("RGB", (setup.options.input_size, setup.options.input_size)))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"--transform: {first_line(error)}") from None
+
+
+def _check_trainer(options: Options) -> None:
+    """Let Lightning check which accelerators, strategies and precisions there are here."""
+    chosen = options.model_dump(include={"accelerator", "devices", "strategy", "precision"})
+    try:
+        Trainer(**chosen, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+        given = " ".join(f"{flag(name)} {chosen[name]}" for name in ("accelerator", "devices", "strategy", "precision"))
+        raise UserError(f"Lightning refuses {given}: {first_line(error)}") from None

@@ -1,0 +1,70 @@
+"""The evaluations of a backbone with lightly's classifiers: kNN, linear and fine-tuning."""
+
+from pathlib import Path
+
+from lightly.utils.benchmarking import FinetuneClassifier, KNNClassifier, LinearClassifier, MetricCallback
+from pytorch_lightning import LightningModule
+
+from lightly_ext.benchmarks.setup import Setup
+from lightly_ext.benchmarks.trainer import trainer
+from plugins.tools.command import say
+
+
+def evaluate(setup: Setup, model: LightningModule, folder: Path) -> dict[str, dict[str, float]]:
+    """Evaluate a model.
+
+    Args:
+        setup: says which evaluations are skipped.
+        model: with a trained backbone; fine-tuning, the last evaluation, changes it.
+        folder: of the method.
+
+    Returns:
+        {"knn", "linear", "finetune": {"top1", "top5": accuracy in [0, 1]}}, after the last epoch.
+    """
+    options, found = setup.options, {}
+    if not options.skip_knn_eval:
+        found["knn"] = _knn(setup, model, folder)
+    if not options.skip_linear_eval:
+        how = options.linear_epochs, options.linear_lr
+        found["linear"] = _classify(setup, LinearClassifier, model, folder, "linear", *how)
+    if not options.skip_finetune_eval:
+        how = options.finetune_epochs, options.finetune_lr
+        found["finetune"] = _classify(setup, FinetuneClassifier, model, folder, "finetune", *how)
+    return found
+
+
+def _knn(setup: Setup, model: LightningModule, folder: Path) -> dict[str, float]:
+    options, metrics = setup.options, MetricCallback()
+    classifier = KNNClassifier(
+        model,
+        num_classes=len(setup.classes),
+        knn_k=options.knn_k,
+        knn_t=options.knn_t,
+        train_dataloader_idx=0,
+        val_dataloader_idx=1,
+        topk=setup.topk,
+    )
+    loaders = [setup.loader(path, setup.plain()) for path in (options.train_dir, options.val_dir)]
+    trainer(options, folder, "knn", 1, [metrics]).validate(classifier, loaders, verbose=False)
+    values = {name.partition("/")[0]: history[-1] for name, history in metrics.val_metrics.items()}
+    return {f"top{k}": values[f"val_knn_top{k}"] for k in setup.topk}
+
+
+def _classify(
+    setup: Setup, kind: type, model: LightningModule, folder: Path, name: str, epochs: int, lr: float
+) -> dict[str, float]:
+    say(f"{folder.name}: {name} evaluation for {epochs} epochs")
+    options, metrics = setup.options, MetricCallback()
+    classifier = kind(
+        model,
+        batch_size_per_device=options.batch_size_per_device,
+        lr=lr,
+        feature_dim=model.online_classifier.feature_dim,
+        num_classes=len(setup.classes),
+        topk=setup.topk,
+    )
+    model.train()  # a linear evaluation leaves it in evaluation mode, in which fine-tuning would train it
+    train = setup.loader(options.train_dir, setup.augmented(), shuffle=True)
+    held_out = setup.loader(options.val_dir, setup.plain())
+    trainer(options, folder, name, epochs, [metrics], precision=options.precision).fit(classifier, train, held_out)
+    return {f"top{k}": metrics.val_metrics[f"val_top{k}"][-1] for k in setup.topk}

@@ -1,0 +1,222 @@
+"""The schema of ``python -m lightly_ext.benchmarks``: meaning, type, range and default of every option.
+
+The command line, its checks and docs/lightly_options.md, which ``python -m lightly_ext.benchmarks.schema`` prints, are
+made from it. :mod:`lightly_ext.benchmarks.checks` checks what depends on files and on other packages; each method
+checks its own options. This module imports neither torch nor lightly.
+"""
+
+import argparse
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BeforeValidator, ValidationError, model_validator
+
+from plugins.tools.command import Parser, UserError
+from plugins.tools.schema import (
+    Allowed,
+    Positive,
+    Section,
+    Share,
+    Switch,
+    Word,
+    entry,
+    number,
+    rows,
+    table,
+    three,
+    together,
+    whole,
+    words,
+)
+
+
+def _pairs(given: Any) -> Any:
+    """Convert ``key=value`` words; a value that is no Python literal is a word."""
+    if not isinstance(given, list):
+        return given
+    pairs = {}
+    for word in given:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise ValueError(f" takes KEY=VALUE, got {word!r}")
+        try:
+            pairs[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            pairs[key] = {"true": True, "false": False}.get(text.lower(), text)
+    return pairs
+
+
+_Folder = Annotated[Path, Allowed("a folder")]
+_File = Annotated[Path, Allowed("a file")]
+_Names = Annotated[list[Word], Allowed("names of methods")]
+_Pairs = Annotated[dict[str, Any], BeforeValidator(_pairs), Allowed("KEY=VALUE ...")]
+_Above0 = number("a number above 0", gt=0)
+
+
+class Options(Section):
+    """The options of the command line."""
+
+    methods: _Names | None = entry("methods to train; default: all of ours", None)
+    add: _File | None = entry("Python file with a METHODS dictionary of further methods", None)
+    train_dir: _Folder = entry("folder of training images, one subfolder for each class")
+    val_dir: _Folder = entry("folder of validation images, of the same classes")
+    log_dir: _Folder = entry("where everything goes", Path("benchmark_logs"))
+    epochs: whole(0) = entry("epochs of pre-training; 0 evaluates an untrained backbone", 100)
+    batch_size_per_device: whole(2) = entry("images in a batch, on each device", 128)
+    num_workers: whole(0) = entry("number of processes that read images; 0: the training process reads them", 8)
+    accelerator: Word = entry("auto, cpu, gpu, or another that Lightning knows", "auto")
+    devices: whole(1) = entry("number of devices", 1)
+    precision: Word = entry("floating-point precision, such as 16-mixed or bf16-mixed", "32-true")
+    strategy: Word | None = entry(
+        "strategy of the Trainer; default: auto, or ddp_find_unused_parameters_true with several devices", None
+    )
+    ckpt_path: _File | None = entry("checkpoint of the one method named, to go on from", None)
+    seed: whole(0, 2**32 - 1) | None = entry("seed of all random numbers; default: none", None)
+    backbone: Word = entry("a model of torchvision, for our methods", "resnet50")
+    small_images: Switch = entry("ResNet with a 3x3 stem of stride 1 and without max-pool", False)
+    input_size: whole(1) = entry("side of the images in pixels", 224)
+    optimizer: Literal["lars", "sgd", "adamw"] = entry("optimiser, for our methods", "lars")
+    lr: Positive = entry("learning rate for 256 images over all devices, for our methods", 0.45)
+    weight_decay: Positive = entry("weight decay, for our methods", 1e-6)
+    decay_all: Switch = entry("decay biases and normalisation too, for our methods", False)
+    warmup_epochs: Positive = entry("epochs of linear warm-up, for our methods", 10)
+    option: _Pairs = entry("options of our methods, such as rho=0.99", {})
+    transform: _Pairs = entry("arguments of our transforms, such as min_scale=0.6", {})
+    mean: three("one for each channel") | None = entry("mean of the images' channels; default: ImageNet's", None)
+    std: three("above 0", gt=0) | None = entry("standard deviation of the channels; default: ImageNet's", None)
+    knn_k: whole(1) = entry("neighbours of the kNN evaluation", 200)
+    knn_t: _Above0 = entry("temperature of the kNN evaluation", 0.1)
+    linear_epochs: whole(1) = entry("epochs of the linear evaluation", 90)
+    linear_lr: _Above0 = entry("its learning rate for 256 images over all devices", 0.1)
+    finetune_epochs: whole(1) = entry("epochs of fine-tuning", 30)
+    finetune_lr: _Above0 = entry("its learning rate for 256 images over all devices", 0.05)
+    eval_min_scale: number("in [1e-06, 1]", ge=1e-6, le=1) = entry(
+        "smallest crop that a classifier trains on, as a share of the image's area", 0.08
+    )
+    eval_hf_prob: Share = entry("probability of a flip of the images that a classifier trains on", 0.5)
+    skip_knn_eval: Switch = entry("no kNN evaluation", False)
+    skip_linear_eval: Switch = entry("no linear evaluation", False)
+    skip_finetune_eval: Switch = entry("no fine-tuning", False)
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Options":
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("--mean and --std belong together")
+        if self.strategy is None:
+            self.strategy = "auto" if self.devices == 1 else "ddp_find_unused_parameters_true"
+        return self
+
+
+def flag(name: str) -> str:
+    """Return the flag of an option.
+
+    >>> flag("train_dir")
+    '--train-dir'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def parser(prog: str | None = None, description: str = "") -> Parser:
+    """Return the parser of the command line; it does not check the values.
+
+    Args:
+        prog: name of the command.
+        description: text above the list of options.
+    """
+    result = Parser(
+        prog,
+        usage="%(prog)s --train-dir PATH --val-dir PATH [options]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    for name, field in Options.model_fields.items():
+        text, (kind, several) = (field.description or "").replace("%", "%%"), _kind(field.annotation)
+        if kind is bool:
+            result.add_argument(flag(name), action="store_true", help=text)
+            continue
+        if not field.is_required() and field.default not in (None, {}):
+            text += f" (default: {field.default})"
+        metavar = {int: "N", float: "X", dict: "KEY=VALUE", Path: "PATH"}.get(kind, "NAME")
+        if get_origin(field.annotation) is Literal:
+            metavar = f"{{{','.join(get_args(field.annotation))}}}"
+        nargs = "+" if several else None
+        result.add_argument(flag(name), type=_reader(kind), nargs=nargs, metavar=metavar, help=text)
+    return result
+
+
+def _kind(annotation: Any) -> tuple[type, bool]:
+    """Return the class of the values in an annotation, and whether there are several values."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return str, False
+    if origin is dict:
+        return dict, True
+    if origin is list:
+        return _kind(parts[0])[0], True
+    return _kind(parts[0]) if parts else (annotation, False)
+
+
+def _reader(kind: type) -> Any:
+    """Return a type for argparse that leaves a word that is no number to the schema, which has the better message."""
+
+    def read(text: str) -> Any:
+        try:
+            return kind(text) if kind in (int, float, Path) else text
+        except ValueError:
+            return text
+
+    return read
+
+
+def validate(given: Mapping[str, Any]) -> Options:
+    """Validate options and fill in the defaults.
+
+    Args:
+        given: name of the option → value.
+
+    Raises:
+        UserError: the message lists all mistakes, one per line.
+    """
+    try:
+        return Options.model_validate(given)
+    except ValidationError as error:
+        raise UserError(together([_sentence(given, one) for one in error.errors(include_url=False)])) from None
+
+
+def _sentence(given: Mapping[str, Any], error: Mapping[str, Any]) -> str:
+    """Convert an error of pydantic to a sentence: what was given, what is allowed."""
+    name = str(error["loc"][0]) if error["loc"] else ""
+    if error["type"] == "value_error":
+        return (flag(name) if name else "") + str(error["ctx"]["error"])
+    field = Options.model_fields[name]
+    if error["type"] == "missing":
+        return f"{flag(name)} is needed: {field.description}"
+    return f"{flag(name)} must be {words(field)}, got {given[name]!r}"
+
+
+def markdown() -> str:
+    """Return the text of docs/lightly_options.md."""
+    found = [row._replace(path=flag(row.path), default=_shown(row.default)) for row in rows(Options)]
+    lines = [
+        "# Options of the lightly command",
+        "",
+        "Generated by `python -m lightly_ext.benchmarks.schema > docs/lightly_options.md`; edit",
+        "lightly_ext/benchmarks/schema.py, not this file.",
+        "",
+        "These are the options of `python -m lightly_ext.benchmarks`. In the column of defaults, needed means that the",
+        "option is required. An option with the values true or false is a flag without a value.",
+        "",
+        *table(("option", "values", "default", "meaning"), found),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(default: str) -> str:
+    return {"null": "-", "{}": "-"}.get(default, default)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

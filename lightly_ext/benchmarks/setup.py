@@ -1,0 +1,196 @@
+"""What the runs are made of: models, backbones, transforms and data loaders, as the options describe them."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torchvision
+from lightly.data import LightlyDataset
+from lightly.transforms.utils import IMAGENET_NORMALIZE
+from pytorch_lightning import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms as T
+
+from lightly_ext.benchmarks.methods import METHODS
+from lightly_ext.benchmarks.schema import Options
+from lightly_ext.models import MethodModel
+from lightly_ext.transforms import TwoViewTransform
+from plugins.tools.command import UserError
+from plugins.tools.folders import ImageFolder
+from plugins.tools.images import open_image
+
+_LARGE = 64  # below this many pixels images are evaluated as they are, without cutting their margin off
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The options, and what they name.
+
+    Args:
+        options: of the command line.
+        table: {method: {"model": LightningModule class, "transform": transform}}, of ours and of --add.
+        classes: names of the class folders of --train-dir, sorted.
+    """
+
+    options: Options
+    table: Mapping[str, Mapping[str, Any]]
+    classes: Sequence[str]
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods to train, each once."""
+        return list(dict.fromkeys(self.options.methods or METHODS))
+
+    @property
+    def topk(self) -> tuple[int, ...]:
+        """The k of the accuracies."""
+        return (1, 5) if len(self.classes) >= 5 else (1,)
+
+    @property
+    def normalize(self) -> dict[str, list[float]]:
+        """Mean and standard deviation of the channels."""
+        mean, std = self.options.mean, self.options.std
+        return IMAGENET_NORMALIZE if mean is None or std is None else {"mean": mean, "std": std}
+
+    def config(self) -> dict[str, Any]:
+        """Return the resolved options as JSON can hold them."""
+        resolved = {"methods": self.methods, "classes": list(self.classes), "normalize": self.normalize}
+        return {**self.options.model_dump(mode="json"), **resolved}
+
+    def is_ours(self, name: str) -> bool:
+        """Return whether a method is one of this package; ours take more options."""
+        return issubclass(self.table[name]["model"], MethodModel)
+
+    def wants_knn(self, name: str) -> bool:
+        """Return whether a method follows kNN while it trains, as lightly's newest models do."""
+        return {"knn_k", "knn_t"} <= set(inspect.signature(self.table[name]["model"].__init__).parameters)
+
+    def model(self, name: str) -> LightningModule:
+        """Build a model of a method; ours with the backbone and the options of the command line.
+
+        Raises:
+            UserError: the model refuses an option or the backbone.
+        """
+        options, cls = self.options, self.table[name]["model"]
+        given: dict[str, Any] = {
+            "batch_size_per_device": options.batch_size_per_device,
+            "num_classes": len(self.classes),
+        }
+        if self.wants_knn(name):
+            given.update(knn_k=options.knn_k, knn_t=options.knn_t)
+        if self.is_ours(name):
+            shared = ("optimizer", "lr", "weight_decay", "warmup_epochs", "decay_all")
+            # an option that only others of the methods have is left out
+            others = {key for other in self.methods if self.is_ours(other) for key in self._spec(other).options}
+            own = self._spec(name).options
+            given.update({key: value for key, value in options.option.items() if key in own or key not in others})
+            given.update({key: getattr(options, key) for key in shared}, backbone=backbone(options))
+        try:
+            return cls(**given)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{name}: {error}") from None
+
+    def _spec(self, name: str) -> Any:
+        return self.table[name]["model"].spec
+
+    def transform(self, name: str) -> Any:
+        """Return the transform of a method; ours take the arguments of the command line.
+
+        Raises:
+            UserError: it has no such argument.
+        """
+        transform = self.table[name]["transform"]
+        if not self.is_ours(name):
+            return transform
+        flat = type(transform)
+        if "view_1_transform" in inspect.signature(flat).parameters:
+            flat = TwoViewTransform  # BYOL's of lightly has no arguments of its own
+        known = sorted(inspect.signature(flat).parameters)
+        given = {"input_size": self.options.input_size, "normalize": self.normalize, **self.options.transform}
+        if "solarization_prob" in given and "solarization_prob" not in known:
+            # lightly's transforms have two spellings of it, and those that never solarize have none
+            probability = given.pop("solarization_prob")
+            if "solarize_prob" in known:
+                given.setdefault("solarize_prob", probability)
+            elif probability != 0:
+                given["solarization_prob"] = probability
+        for key in given:
+            if key not in known:
+                raise UserError(f"--transform: {flat.__name__} has no argument {key!r}; it knows {', '.join(known)}")
+        return flat(**given)
+
+    def plain(self) -> Any:
+        """Return the transform of images that are evaluated."""
+        size = self.options.input_size
+        resize = T.Resize(size if size <= _LARGE else size * 256 // 224)
+        return T.Compose([resize, T.CenterCrop(size), T.ToTensor(), T.Normalize(**self.normalize)])
+
+    def augmented(self) -> Any:
+        """Return the transform of images that a classifier trains on."""
+        options = self.options
+        crop = T.RandomResizedCrop(options.input_size, scale=(options.eval_min_scale, 1.0))
+        flip = T.RandomHorizontalFlip(options.eval_hf_prob)
+        return T.Compose([crop, flip, T.ToTensor(), T.Normalize(**self.normalize)])
+
+    def loader(self, folder: Path, transform: Any, *, shuffle: bool = False) -> DataLoader:
+        """Return the batches of a folder.
+
+        Args:
+            folder: with one folder for each class.
+            transform: of a PIL image.
+            shuffle: whether they are for training: shuffled, and all of the same size.
+        """
+        options = self.options
+        return DataLoader(
+            image_folder(folder, transform),
+            batch_size=options.batch_size_per_device,
+            shuffle=shuffle,
+            drop_last=shuffle,
+            num_workers=options.num_workers,
+            persistent_workers=shuffle and options.num_workers > 0,
+        )
+
+
+def backbone(options: Options) -> nn.Module:
+    """Build a network of torchvision without its classifier.
+
+    Raises:
+        UserError: torchvision has no such network, or it does not take images of this size.
+    """
+    name, known = options.backbone, torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise UserError(f"--backbone: torchvision has no model {name!r}; it has {', '.join(known)}")
+    # a ViT takes images of the one size that it is made for
+    sized = {"image_size": options.input_size} if name.startswith("vit_") else {}
+    try:
+        network = torchvision.models.get_model(name, weights=None, **sized)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        size = options.input_size
+        raise UserError(f"--backbone {name} refuses --input-size {size}: {first_line(error)}") from None
+    for part in ("fc", "classifier", "heads", "head"):
+        if part in network._modules:
+            network._modules[part] = nn.Identity()
+    if options.small_images:
+        if not isinstance(network, torchvision.models.ResNet):
+            raise UserError(f"--small-images is for ResNets, got --backbone {name}")
+        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    return network
+
+
+def image_folder(folder: Path, transform: Any) -> LightlyDataset:
+    """Open class folders as lightly's data set; the images are decoded as in the other frameworks.
+
+    Args:
+        folder: with one folder for each class.
+        transform: of a PIL image in RGB.
+    """
+    return LightlyDataset.from_torch_dataset(ImageFolder(str(folder), loader=open_image), transform=transform)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -52,17 +52,20 @@ def load(path: Path, name: str, model: LightningModule) -> dict[str, Any]:
     return checkpoint
 
 
-def check_same_run(setup: Setup, name: str, checkpoint: Mapping[str, Any]) -> None:
+def check_same_run(setup: Setup, name: str, checkpoint: Mapping[str, Any]) -> int:
     """Check that a pre-training continues from a checkpoint of the same run.
 
     A checkpoint of an earlier release has no identity. With --epochs 0 the checkpoint is evaluated, not continued.
+
+    Returns:
+        The number of epochs that are done; 0 if the checkpoint is evaluated.
 
     Raises:
         UserError: it is of another run, or has more epochs.
     """
     path, epochs = setup.options.ckpt_path, setup.options.epochs
     if epochs == 0:
-        return
+        return 0
     if (behind := checkpoint.get("epoch", -1) + 1) > epochs:
         raise UserError(f"--ckpt-path: {path} has {behind} epochs behind it, more than --epochs {epochs}")
     theirs = checkpoint.get("callbacks", {}).get("EpochRecord", {}).get("identity", {})
@@ -74,3 +77,4 @@ def check_same_run(setup: Setup, name: str, checkpoint: Mapping[str, Any]) -> No
                 f"--ckpt-path: {path} is of another run: {where} is {there} there, {here} here; "
                 "give that run's settings, or begin anew without --ckpt-path"
             )
+    return behind

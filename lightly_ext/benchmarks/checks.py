@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def prepare(options: Options) -> Setup:
             setup.model(name)
     if path is not None:
         (name,) = setup.methods
-        check_same_run(setup, name, load(path, name, setup.model(name)))
+        checkpoint = load(path, name, setup.model(name))
+        setup = replace(setup, epochs_before=check_same_run(setup, name, checkpoint))
     _check_trainer(options)
     return setup
 

@@ -45,7 +45,7 @@ def _knn(setup: Setup, model: LightningModule, folder: Path) -> dict[str, float]
         topk=setup.topk,
     )
     loaders = [setup.loader(path, setup.plain()) for path in (options.train_dir, options.val_dir)]
-    trainer(options, folder, "knn", 1, [metrics]).validate(classifier, loaders, verbose=False)
+    trainer(options, folder / "knn", 1, [metrics]).validate(classifier, loaders, verbose=False)
     values = {name.partition("/")[0]: history[-1] for name, history in metrics.val_metrics.items()}
     return {f"top{k}": values[f"val_knn_top{k}"] for k in setup.topk}
 
@@ -66,5 +66,6 @@ def _classify(
     model.train()  # a linear evaluation leaves it in evaluation mode, in which fine-tuning would train it
     train = setup.loader(options.train_dir, setup.augmented(), shuffle=True)
     held_out = setup.loader(options.val_dir, setup.plain())
-    trainer(options, folder, name, epochs, [metrics], precision=options.precision).fit(classifier, train, held_out)
+    host = trainer(options, folder / name, epochs, [metrics], precision=options.precision)
+    host.fit(classifier, train, held_out)
     return {f"top{k}": metrics.val_metrics[f"val_top{k}"][-1] for k in setup.topk}

@@ -104,7 +104,15 @@ def _pretrain(setup: Setup, name: str, model: LightningModule, folder: Path) -> 
     save = ModelCheckpoint(folder, filename="checkpoint", enable_version_counter=False, save_on_train_epoch_end=True)
     record = EpochRecord(folder, identity(setup, name))
     # the record first: its state is in the checkpoint of the same epoch
-    host = trainer(options, folder, "pretrain", options.epochs, [record, stop, save], precision=options.precision)
+    host = trainer(
+        options,
+        folder / "pretrain",
+        options.epochs,
+        [record, stop, save],
+        precision=options.precision,
+        sync_batchnorm=True,
+        epochs_before=setup.epochs_before,
+    )
 
     def how_to_go_on() -> str:
         last = folder / "checkpoint.ckpt"

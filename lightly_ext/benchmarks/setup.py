@@ -33,11 +33,13 @@ class Setup:
         options: of the command line.
         table: {method: {"model": LightningModule class, "transform": transform}}, of ours and of --add.
         classes: names of the class folders of --train-dir, sorted.
+        epochs_before: epochs of the pre-training that --ckpt-path continues.
     """
 
     options: Options
     table: Mapping[str, Mapping[str, Any]]
     classes: Sequence[str]
+    epochs_before: int = 0
 
     @property
     def methods(self) -> list[str]:

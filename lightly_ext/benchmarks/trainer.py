@@ -14,22 +14,31 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from lightly_ext.benchmarks.schema import Options
 from lightly_ext.models import MethodModel
+from plugins.tools.metrics import AppendingRows
 from plugins.tools.records import write_row
 from plugins.tools.trainer import AtomicCheckpointIO, Guard
 
 
 def trainer(
-    options: Options, folder: Path, name: str, epochs: int, callbacks: list[Callback], *, precision: str | None = None
+    options: Options,
+    folder: Path,
+    epochs: int,
+    callbacks: list[Callback],
+    *,
+    precision: str | None = None,
+    sync_batchnorm: bool = False,
+    epochs_before: int = 0,
 ) -> Trainer:
     """Make the Trainer of a training or an evaluation.
 
     Args:
         options: of the command line.
-        folder: of the method.
-        name: subfolder for Lightning's own metrics.csv.
+        folder: for Lightning's own metrics.csv.
         epochs: of the training.
         callbacks: besides RunGuard.
         precision: None: that of Lightning.
+        sync_batchnorm: whether batch statistics are those of all devices; this needs GPUs.
+        epochs_before: epochs of a run that is resumed; the rows of these stay in metrics.csv.
     """
     return Trainer(
         max_epochs=epochs,
@@ -39,15 +48,14 @@ def trainer(
         precision=precision,
         callbacks=[RunGuard(), *callbacks],
         plugins=[_CheckpointIO()],
-        logger=CSVLogger(str(folder), name=name, version=""),
+        logger=_AppendingCSVLogger(folder, epochs_before),
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         enable_progress_bar=sys.stderr.isatty(),
         enable_model_summary=False,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=validation_period(epochs),
         log_every_n_steps=10,
-        # batch norm over processes needs a GPU
-        sync_batchnorm=name == "pretrain" and options.devices > 1 and torch.cuda.is_available(),
+        sync_batchnorm=sync_batchnorm and options.devices > 1 and torch.cuda.is_available(),
     )
 
 
@@ -128,6 +136,10 @@ class EpochRecord(Callback):
 
 class RunGuard(Guard, Callback):
     """A run that does not finish ends with a status that is not 0, and leaves no process behind."""
+
+
+class _AppendingCSVLogger(AppendingRows, CSVLogger):
+    """A CSVLogger that keeps the rows of an interrupted run."""
 
 
 class _CheckpointIO(AtomicCheckpointIO, TorchCheckpointIO):

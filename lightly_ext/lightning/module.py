@@ -184,9 +184,18 @@ class TrainingSteps:
         self.log("tau", tau, batch_size=1)
 
     def on_train_epoch_end(self) -> None:
-        """Log the statistics of the embedding's spectrum, the same on all processes."""
+        """Log the statistics of the embedding's spectrum, the same on all processes.
+
+        The loggers get them here: Lightning itself logs an epoch's values after its checkpoint, and a run that is
+        killed in between would lose them.
+        """
         if self.moment is not None:
-            self.log_dict(spectrum_statistics(self.moment.spectrum()))
+            values = spectrum_statistics(self.moment.spectrum())
+            self.log_dict(values, logger=False)
+            for logger in self.trainer.loggers:
+                row = {name: float(value) for name, value in values.items()}
+                logger.log_metrics({**row, "epoch": self.current_epoch}, step=self.global_step - 1)
+                logger.save()
 
     def configure_optimizers(self) -> tuple[list[Any], list[dict[str, Any]]]:
         """The optimizer and its schedule over the whole run."""

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from lightly_ext.benchmarks import __main__ as command
-from lightly_ext.benchmarks import run  # noqa: F401  (the forks need not import it)
+from lightly_ext.benchmarks import run, trainer  # noqa: F401  (the forks need not import them)
 from plugins.tools.process import listen, locked_folder
+from plugins.tools.records import read_rows
 
 pytestmark = [pytest.mark.lightly, pytest.mark.slow]
 
@@ -75,7 +76,8 @@ class Runs:
             *("--skip-finetune-eval", "--skip-knn-eval"),
         ]
 
-    def start(self, *more: str, largest: int | None = None) -> int:
+    def start(self, *more: str, largest: int | None = None, kill_at: int | None = None) -> int:
+        """Start the command; a disk of ``largest`` bytes, or a kill right after the checkpoint of an epoch."""
         child = os.fork()
         if child:
             return child
@@ -84,6 +86,8 @@ class Runs:
             log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
             torch.set_num_threads(1)
+            if kill_at is not None:
+                _kill_after_checkpoint(kill_at)
             if largest is not None:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
@@ -111,6 +115,17 @@ class Runs:
         return ("--ckpt-path", str(self.checkpoint)) if self.checkpoint.is_file() else ()
 
 
+def _kill_after_checkpoint(epoch: int) -> None:
+    save = trainer._WholeFiles.save_checkpoint
+
+    def save_and_die(self: object, checkpoint: dict, path: str, storage_options: object = None) -> None:
+        save(self, checkpoint, path, storage_options)
+        if checkpoint["epoch"] == epoch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer._WholeFiles.save_checkpoint = save_and_die
+
+
 @pytest.fixture
 def runs(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # as Lightning does: restored after the test
@@ -133,6 +148,20 @@ def test_twenty_kills_lose_no_run(runs):
     rows = (runs.folder / "metrics.csv").read_text().splitlines()[1:]
     assert [int(row.split(",")[0]) for row in rows] == list(range(reached + 2))
     assert [path.name for path in runs.folder.glob(".*")] == [".lock"]
+
+
+def test_a_kill_right_after_the_checkpoint_loses_no_row(runs):
+    """Neither of our metrics.csv and eigenvalues.csv, nor of what the module gave Lightning's logger."""
+    ours = ("--methods", "ssl_ey", "--backbone", "resnet18", "--option", "proj_hidden_dim=8", "proj_output_dim=8")
+    folder = runs.folder.parent / "ssl_ey"
+    words = (*ours, "log_eigvals=true", "--optimizer", "adamw", "--lr", "0.001")
+    runs("--epochs", "3", *words, kill_at=1, status=-signal.SIGKILL)
+    runs("--epochs", "3", *words, "--ckpt-path", str(folder / "checkpoint.ckpt"))
+    for name in ("metrics.csv", "eigenvalues.csv"):
+        assert [row["epoch"] for row in read_rows(folder / name)] == ["0", "1", "2"]
+    logged = read_rows(folder / "pretrain" / "metrics.csv")
+    for name in ("part_ratio", "val_online_cls_top1"):
+        assert [row["epoch"] for row in logged if row.get(name)] == ["0", "1", "2"], name
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -1,4 +1,5 @@
-"""Backbones that solo-learn lacks: deeper and wider ResNets, ResNeXts and RegNets of torchvision, untrained.
+"""Backbones that solo-learn lacks: ResNet-8 for small images, and from torchvision deeper and wider ResNets, ResNeXts
+and RegNets, all untrained.
 
 The classifier is removed, and ``num_features`` is the width of the features. On CIFAR a ResNet gets the stem of
 solo-learn's own ResNets: a 3×3 convolution of stride 1 and padding 2 (32 pixels become 34) and no max-pool. A RegNet
@@ -21,8 +22,10 @@ from torch import nn
 from torchvision.models import regnet, resnet
 
 from plugins.heads import expand_resnet_dim, issl_init_
+from plugins.tools.resnet8 import resnet8
 
 _RESNETS = {
+    "resnet8": resnet8,
     "resnet34": resnet.resnet34,
     "resnet101": resnet.resnet101,
     "resnet152": resnet.resnet152,
@@ -108,10 +111,10 @@ def _build(name: str, method: str, *, cifar: bool = False, **kwargs: Any) -> nn.
     network = build(weights=None, **kwargs)
     network.num_features = network.fc.in_features
     network.fc = nn.Identity()
-    if cifar and name in _RESNETS:
+    if cifar and name in _RESNETS and name != "resnet8":
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, stride=1, padding=2, bias=False)
         network.maxpool = nn.Identity()
-    elif cifar:
+    elif cifar and name in _REGNETS:
         network.stem[0].stride = (1, 1)
     return network
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
-from torchvision.models import resnet18
 
 from lightly_ext import models
 from lightly_ext.names import CLASS_NAMES
@@ -17,6 +16,7 @@ from plugins.distributed import LOCAL
 from plugins.heads import SharedHead, TwoBranchHead
 from plugins.methods import METHODS
 from plugins.spec import Embeddings
+from plugins.tools.resnet8 import resnet8
 from solo_ext.config import parse_pretrain
 from solo_ext.registry import method_class
 from vissl_ext.registry import register
@@ -65,14 +65,14 @@ def options_of(case: Case) -> dict[str, Any]:
 
 
 def in_plugins(case: Case) -> tuple[Parts, Step]:
-    """The SPEC alone, around torchvision's ResNet-18."""
+    """The SPEC alone, around ResNet-8."""
     spec = METHODS[case.method]
     options = options_of(case)
 
     def encoder() -> tuple[nn.Module, nn.Module]:
-        backbone = resnet18()
+        backbone = resnet8()
         backbone.fc = nn.Identity()
-        return backbone, spec.head(512, options)
+        return backbone, spec.head(64, options)
 
     predictor = spec.predictor(options, LOCAL) if spec.predictor else None
     parts = Parts(*encoder(), predictor, *(encoder() if spec.teacher else (None, None)))
@@ -126,7 +126,7 @@ def in_solo(case: Case) -> tuple[Parts, Step]:
 
 def in_lightly(case: Case) -> tuple[Parts, Step]:
     """lightly's manner: a model class around a backbone."""
-    backbone = resnet18()
+    backbone = resnet8()
     backbone.fc = nn.Identity()
     (title,) = (title for title, spec in CLASS_NAMES.items() if spec.name == case.method)
     options = options_of(case)

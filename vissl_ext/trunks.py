@@ -1,9 +1,9 @@
 """Trunks that VISSL 0.1.6 lacks: small and widened ResNets, and ConvNeXt.
 
-- ``plain_resnet``: ``TRUNK: {NAME: plain_resnet, RESNETS: {DEPTH: 18, CIFAR_STEM: true}}``, torchvision's ResNet-18 to
-  ResNet-152. Of RESNETS it also takes ZERO_INIT_RESIDUAL, and ``Z_DIM_OLD_TMP_NEW: [512, 512, 2048]``, the name that
-  DISSL (arXiv:2209.06235) has for: from 512 features through 512 to 2048. Its state dict has the keys of VISSL's
-  ``resnet``, so a checkpoint of one fits the other.
+- ``plain_resnet``: ``TRUNK: {NAME: plain_resnet, RESNETS: {DEPTH: 18, CIFAR_STEM: true}}``. DEPTH 8 is the ResNet-8 of
+  ``plugins.tools.resnet8``, 18 to 152 are torchvision's ResNets. Of RESNETS it also takes ZERO_INIT_RESIDUAL, and
+  ``Z_DIM_OLD_TMP_NEW: [512, 512, 2048]``, the name that DISSL (arXiv:2209.06235) has for: from 512 features through 512
+  to 2048. Its state dict has the keys of VISSL's ``resnet``, so a checkpoint of one fits the other.
 - ``resnet``: VISSL's own, with the settings of DISSL's fork, see :class:`WideResNeXt`.
 - ``convnext``: ``TRUNK: {NAME: convnext, CONVNEXT: {DEPTH: [3, 3, 27, 3], DIMS: [96, 192, 384, 768]}}``, with
   ``DROP_PATH_RATE`` in [0, 1).
@@ -21,9 +21,17 @@ from vissl.models.trunks.resnext import ResNeXt
 
 from plugins.heads import ExpandDim
 from plugins.tools.command import UserError
+from plugins.tools.resnet8 import resnet8
 
-DEPTHS = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50, 101: resnet.resnet101, 152: resnet.resnet152}
-_WIDTH = {18: 512, 34: 512, 50: 2048, 101: 2048, 152: 2048}
+DEPTHS = {
+    8: resnet8,
+    18: resnet.resnet18,
+    34: resnet.resnet34,
+    50: resnet.resnet50,
+    101: resnet.resnet101,
+    152: resnet.resnet152,
+}
+_WIDTH = {8: 64, 18: 512, 34: 512, 50: 2048, 101: 2048, 152: 2048}
 _NAMES = {
     "conv1": "conv1_relu",
     "res1": "maxpool",
@@ -135,7 +143,7 @@ class PlainResNet(nn.Module):
         network = DEPTHS[config.DEPTH](weights=None, zero_init_residual=config.ZERO_INIT_RESIDUAL)
         self.num_features = network.fc.in_features
         if config.get("CIFAR_STEM", False):
-            network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=2, bias=False)
+            network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, stride=1, padding=2, bias=False)
             network.maxpool = nn.Identity()
         resizer = {}
         if config.get("Z_DIM_OLD_TMP_NEW"):

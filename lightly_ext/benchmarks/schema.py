@@ -74,7 +74,7 @@ class Options(Section):
     )
     ckpt_path: _File | None = entry("checkpoint of the one method named, to go on from", None)
     seed: whole(0, 2**32 - 1) | None = entry("seed of all random numbers; default: none", None)
-    backbone: Word = entry("a model of torchvision, for our methods", "resnet50")
+    backbone: Word = entry("resnet8 or a model of torchvision, for our methods", "resnet50")
     small_images: Switch = entry("ResNet with a 3x3 stem of stride 1 and without max-pool", False)
     input_size: whole(1) = entry("side of the images in pixels", 224)
     optimizer: Literal["lars", "sgd", "adamw"] = entry("optimiser, for our methods", "lars")

@@ -21,6 +21,7 @@ from lightly_ext.transforms import TwoViewTransform
 from plugins.tools.command import UserError
 from plugins.tools.folders import ImageFolder
 from plugins.tools.images import open_image
+from plugins.tools.resnet8 import resnet8
 
 _LARGE = 64  # below this many pixels images are evaluated as they are, without cutting their margin off
 
@@ -157,18 +158,18 @@ class Setup:
 
 
 def backbone(options: Options) -> nn.Module:
-    """Build a network of torchvision without its classifier.
+    """Build a network of torchvision, or resnet8, without its classifier.
 
     Raises:
-        UserError: torchvision has no such network, or it does not take images of this size.
+        UserError: there is no such network, or it does not take images of this size.
     """
-    name, known = options.backbone, torchvision.models.list_models(module=torchvision.models)
+    name, known = options.backbone, ["resnet8", *torchvision.models.list_models(module=torchvision.models)]
     if name not in known:
-        raise UserError(f"--backbone: torchvision has no model {name!r}; it has {', '.join(known)}")
+        raise UserError(f"--backbone: there is no model {name!r}; known are {', '.join(known)}")
     # a ViT takes images of the one size that it is made for
     sized = {"image_size": options.input_size} if name.startswith("vit_") else {}
     try:
-        network = torchvision.models.get_model(name, weights=None, **sized)
+        network = resnet8() if name == "resnet8" else torchvision.models.get_model(name, weights=None, **sized)
     except (AssertionError, RuntimeError, ValueError) as error:
         size = options.input_size
         raise UserError(f"--backbone {name} refuses --input-size {size}: {first_line(error)}") from None

@@ -335,7 +335,7 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
         (["--batch-size-per-device", "128"], "one batch of 128 is more than the 80 training images"),
         (["--batch-size-per-device", "1"], "--batch-size-per-device must be a whole number, at least 2, got 1"),
         (["--knn-k", "100"], "--knn-k 100 is more than the 80 training images"),
-        (["--backbone", "resnet81"], "--backbone: torchvision has no model 'resnet81'; it has alexnet, "),
+        (["--backbone", "resnet81"], "--backbone: there is no model 'resnet81'; known are resnet8, alexnet, "),
         (["--backbone", "vgg11", "--small-images"], "--small-images is for ResNets, got --backbone vgg11"),
         (["--option", "alhpa=1.0"], "isoloss: method isoloss has no option 'alhpa'; it knows alpha, "),
         (["--option", "rho"], "--option takes KEY=VALUE, got 'rho'"),

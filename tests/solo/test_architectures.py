@@ -53,7 +53,7 @@ def _count(network: nn.Module) -> int:
 
 
 def test_all_names():
-    assert set(ARCHITECTURES) == {*PUBLISHED, *EXPANDED}
+    assert set(ARCHITECTURES) == {"resnet8", *PUBLISHED, *EXPANDED}
 
 
 # parameters without classifier: ResNet-18 11,176,512; its block to 2048 3,676,160; ResNet-50 23,508,032; to 8192

@@ -145,7 +145,7 @@ def test_linear_evaluation_trains_the_classifier_alone(
 ) -> None:
     """VISSL's own configuration: the trunk stays the checkpoint's; the accuracy is that of the trained classifier."""
     launch(
-        "config=benchmark/linear_image_classification/digits/eval_resnet18_linear",
+        "config=benchmark/linear_image_classification/digits/eval_resnet8_linear",
         "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=32",
         "config.OPTIMIZER.num_epochs=3",
         f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={trained}",

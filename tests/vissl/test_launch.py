@@ -361,8 +361,8 @@ def test_the_home_folder_may_be_written_as_a_tilde(few_digits: Path, tmp_path: P
 
 def test_more_classes_than_outputs_are_a_sentence(few_digits: Path, tmp_path: Path, no_gpu):
     data = [f"config.DATA.{split}.DATA_PATHS=[{few_digits / 'train'}]" for split in ("TRAIN", "TEST")]
-    words = ["config=benchmark/linear_image_classification/digits/eval_resnet18_linear", *data]
-    head = "config.MODEL.HEAD.PARAMS=[[eval_mlp,{in_channels:512,dims:[512,5]}]]"
+    words = ["config=benchmark/linear_image_classification/digits/eval_resnet8_linear", *data]
+    head = "config.MODEL.HEAD.PARAMS=[[eval_mlp,{in_channels:64,dims:[64,5]}]]"
     with pytest.raises(UserError, match=r"config\.MODEL\.HEAD\.PARAMS is empty: the loss needs a head"):
         prepare([*words, "config.MODEL.HEAD.PARAMS=[]", f"config.CHECKPOINT.DIR={tmp_path}"], [])
     with pytest.raises(UserError, match=r"DATA.TRAIN has 10 classes, but the head in .* has 5 outputs"):

@@ -180,7 +180,7 @@ def test_evaluation_leaves_the_predictor_and_gives_projections() -> None:
     task = built("isoloss")
     head = task.base_model.heads[0].eval()
     state = copy.deepcopy(head.state_dict())
-    features = torch.randn(5, 512)
+    features = torch.randn(5, 64)
     (z,) = head(features)
     torch.testing.assert_close(z, head.projector(features))
     assert all(torch.equal(value, state[name]) for name, value in head.state_dict().items())
@@ -255,13 +255,13 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
             "LOSS.isoloss: method isoloss: base_tau must be a float, got True",
         ),
         (
-            ["config.MODEL.HEAD.PARAMS=[[mlp,{dims:[512,128]}]]"],
+            ["config.MODEL.HEAD.PARAMS=[[mlp,{dims:[64,128]}]]"],
             "LOSS.name=isoloss needs config.MODEL.HEAD.PARAMS",
         ),
         (["config.MODEL.HEAD.PARAMS=[[method_head,{}]]"], "method_head takes in_dim and nothing else"),
-        (["config.MODEL.HEAD.PARAMS=[[method_head,{in_dim:512,foo:3}]]"], "method_head takes in_dim and nothing else"),
+        (["config.MODEL.HEAD.PARAMS=[[method_head,{in_dim:64,foo:3}]]"], "method_head takes in_dim and nothing else"),
         (["config.MODEL.HEAD.PARAMS=[[method_head]]"], "method_head takes in_dim and nothing else"),
-        (["config.MODEL.HEAD.PARAMS=[[method_head,{in_dim:2048}]]"], "the trunk's features, 512, got 2048"),
+        (["config.MODEL.HEAD.PARAMS=[[method_head,{in_dim:2048}]]"], "the trunk's features, 64, got 2048"),
         (["config.LOSS.isoloss.proj_output_dim=0"], "config.LOSS.isoloss: "),
         (["config.LOSS.isoloss.rho=2.0"], "config.LOSS.isoloss: method isoloss: rho must be in [0, 1]"),
         (["config.LOSS.isoloss.rho=1.0"], "config.LOSS.isoloss: rho must be in [0, 1]"),
@@ -315,5 +315,5 @@ def test_a_number_out_of_range_is_a_sentence(method: str, given: str, sentence: 
 
 
 def test_width_of_the_trunk_is_checked() -> None:
-    with pytest.raises(ValueError, match="in_dim=512, but the trunk's features have 100"):
+    with pytest.raises(ValueError, match="in_dim=64, but the trunk's features have 100"):
         built("isoloss").base_model.heads[0](torch.randn(4, 100))

@@ -21,6 +21,7 @@ from plugins.heads import expand_resnet_dim
 from plugins.tools.command import UserError
 from plugins.tools.export import export, read_backbone
 from plugins.tools.library_names import library_names
+from plugins.tools.resnet8 import resnet8
 from vissl_ext.compose import compose
 from vissl_ext.defaults import adapt
 from vissl_ext.parts import check_layers
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.vissl
 
 
 def model_config(*overrides: str) -> Any:
-    words = ["config=pretrain/isoloss/digits", *overrides]
+    words = ["config=pretrain/isoloss/digits", "config.MODEL.TRUNK.RESNETS.DEPTH=18", *overrides]
     return convert_to_attrdict(compose_hydra_configuration(words), dump_config=False)[1].MODEL
 
 
@@ -50,6 +51,17 @@ def test_computes_what_torchvision_computes(depth: int, width: int) -> None:
     (features,) = ours(images, [])
     assert features.shape == (2, width) == (2, ours.num_features)
     torch.testing.assert_close(features, theirs(images), rtol=1e-4, atol=1e-4)
+
+
+def test_resnet8_is_that_of_the_other_frameworks() -> None:
+    ours = trunk("config.MODEL.TRUNK.RESNETS.DEPTH=8").eval()
+    torch.manual_seed(0)
+    theirs = resnet8().eval()
+    theirs.fc = torch.nn.Identity()
+    images = torch.randn(2, 3, 16, 16)
+    res2, res4, features = ours(images, ["res2", "res4", "flatten"])
+    assert (res2.shape, res4.shape, ours.num_features) == ((2, 16, 16, 16), (2, 64, 4, 4), 64)
+    torch.testing.assert_close(features, theirs(images))
 
 
 def test_cifar_stem_is_that_of_solo_learn() -> None:
@@ -85,7 +97,7 @@ def test_weights_of_vissls_own_trunk_fit() -> None:
 
 
 def test_what_it_cannot_be_is_a_sentence() -> None:
-    with pytest.raises(UserError, match=r"RESNETS.DEPTH of plain_resnet is one of 18, 34, 50, 101, 152, got 20"):
+    with pytest.raises(UserError, match=r"RESNETS.DEPTH of plain_resnet is one of 8, 18, 34, 50, 101, 152, got 20"):
         trunk("config.MODEL.TRUNK.RESNETS.DEPTH=20")
     with pytest.raises(UserError, match=r"RESNETS.WIDTH_MULTIPLIER of plain_resnet is 1, got 2"):
         trunk("config.MODEL.TRUNK.RESNETS.WIDTH_MULTIPLIER=2")

@@ -12,7 +12,7 @@ from plugins.tools.command import UserError
 from plugins.tools.overrides import hydra_value
 from plugins.tools.records import read_json
 
-LINEAR = "benchmark/linear_image_classification/digits/eval_resnet18_linear"
+LINEAR = "benchmark/linear_image_classification/digits/eval_resnet8_linear"
 KNN = "benchmark/nearest_neighbor/digits/knn"
 FEW = {"batch": 50, "epochs": 100}
 """Linear evaluation with five labels a class: all 50 images are a batch."""

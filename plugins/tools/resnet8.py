@@ -11,9 +11,9 @@ def resnet8(*, weights: None = None, num_classes: int = 1000, zero_init_residual
     """Build the ResNet-8 for small images.
 
     It is the CIFAR network of He et al. with n = 1, which MLPerf Tiny uses too: a 3×3 convolution of stride 1, three
-    stages of one basic block with 16, 32 and 64 channels, average pooling. The shortcuts that change the width are
-    1×1 convolutions. It has 77 thousand parameters without the classifier. A 16-pixel image enters the last stage with
-    8 pixels, where the ImageNet stem of ResNet-18 leaves a single pixel to half of the network.
+    stages of one basic block with 16, 32 and 64 channels, and average pooling. The shortcuts that change the width are
+    1×1 convolutions. Without its classifier it has 77 thousand parameters. A 16-pixel image has 16, 8 and 4 pixels a
+    side in the three stages; in a ResNet-18 half of the layers see a single pixel of it.
 
     Args:
         weights: None; there are no published weights.

@@ -232,7 +232,7 @@ def test_the_digits_are_trained_with_the_same_settings(method: str) -> None:
     if spec.teacher:
         taus = {"base_tau": solo.momentum.base_tau, "final_tau": solo.momentum.final_tau}
         assert {key: vissl.LOSS[method].get(key, 1.0) for key in taus} == taus
-    assert vissl.DATA.TRAIN.BATCHSIZE_PER_REPLICA == solo.optimizer.batch_size
+    assert solo.optimizer.batch_size == vissl.DATA.TRAIN.BATCHSIZE_PER_REPLICA
     theirs, rate = vissl.OPTIMIZER, vissl.OPTIMIZER.param_schedulers.lr
     assert (theirs.name, theirs.num_epochs) == (solo.optimizer.name, solo.max_epochs)
     assert theirs.weight_decay == pytest.approx(float(solo.optimizer.weight_decay))

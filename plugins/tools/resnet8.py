@@ -21,7 +21,7 @@ def resnet8(*, weights: None = None, num_classes: int = 1000, zero_init_residual
         zero_init_residual: whether each block starts as the identity.
 
     Returns:
-        torchvision's class, with the names of its parts; ``maxpool`` and ``layer4`` do nothing.
+        torchvision's class, with the names of its parts; ``maxpool`` and ``layer4`` return their input.
 
     Raises:
         ValueError: weights are asked for.
@@ -38,16 +38,17 @@ def resnet8(*, weights: None = None, num_classes: int = 1000, zero_init_residual
     network = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
     network.conv1 = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)
     network.bn1 = nn.BatchNorm2d(WIDTHS[0])
-    network.maxpool = nn.Identity()
+    network.maxpool = nn.MaxPool2d(1)  # returns its input
     network.layer1 = _stage(WIDTHS[0], WIDTHS[0], stride=1)
     network.layer2 = _stage(WIDTHS[0], WIDTHS[1], stride=2)
     network.layer3 = _stage(WIDTHS[1], WIDTHS[2], stride=2)
-    network.layer4 = nn.Identity()
+    network.layer4 = nn.Sequential()  # so does this
     network.fc = nn.Linear(WIDTHS[2], num_classes)
     for part in network.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
         elif zero_init_residual and isinstance(part, BasicBlock):
+            assert isinstance(part.bn2, nn.BatchNorm2d)
             nn.init.zeros_(part.bn2.weight)
     return network
 

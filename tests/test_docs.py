@@ -31,6 +31,7 @@ def test_page_of_a_method_has_every_section(name):
 def test_page_without_a_hand_written_part_is_made(monkeypatch, tmp_path):
     from plugins.experiments import method_pages
 
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "experiments.md").write_text("")
     monkeypatch.setattr(method_pages, "ROOT", tmp_path)

@@ -130,7 +130,7 @@ def in_lightly(case: Case) -> tuple[Parts, Step]:
     backbone.fc = nn.Identity()
     (title,) = (title for title, spec in CLASS_NAMES.items() if spec.name == case.method)
     options = options_of(case)
-    head = METHODS[case.method].head(512, options)  # lightly's default for SSL-EY scales the last layer
+    head = METHODS[case.method].head(64, options)  # lightly's default for SSL-EY scales the last layer
     model = getattr(models, title)(backbone, projection_head=head, **options)
     parts = Parts(
         model.backbone,

@@ -98,25 +98,50 @@ def commands(name: str) -> dict[str, str]:
         found["solo-learn"] = (
             f"python -m solo_ext.main_pretrain --config-path configs/solo/digits --config-name {name}.yaml"
         )
-    found["lightly"] = (
-        f"python -m lightly_ext.benchmarks --methods {name} --train-dir datasets/digits/train \\\n"
-        "    --val-dir datasets/digits/val --backbone resnet18 --input-size 16 --batch-size-per-device 64 \\\n"
-        "    --num-workers 0 --warmup-epochs 2 --optimizer adamw --weight-decay 0.01 \\\n"
-        f"    --skip-finetune-eval {_lightly_settings(name)}"
-    )
+    found["lightly"] = _lightly_command(name)
     if (ROOT / f"configs/vissl/config/pretrain/{name}/digits.yaml").is_file():
         found["VISSL"] = f"python -m vissl_ext.launch config=pretrain/{name}/digits config.CHECKPOINT.DIR=runs/{name}"
     return found
 
 
-def _lightly_settings(name: str) -> str:
-    """Learning rate, epochs and options of solo-learn's file for the digits, as lightly's arguments."""
-    file = ROOT / f"configs/solo/digits/{name}.yaml"
-    own: dict[str, Any] = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    options = {**own.get("method_kwargs", {}), **own.get("momentum", {})}
-    words = f"--lr {own.get('optimizer', {}).get('lr', 0.004)} --epochs {own.get('max_epochs', 20)}"
-    pairs = " ".join(f"{key}={value}" for key, value in options.items())
-    return f"{words} \\\n    --option {pairs}" if pairs else words
+def _lightly_command(name: str) -> str:
+    """Compose lightly's command from solo-learn's files for the digits; a method without a file takes base.yaml."""
+    folder = ROOT / "configs/solo/digits"
+    settings: dict[str, Any] = {}
+    for file in ("base", "teacher/ema", name):
+        path = folder / f"{file}.yaml"
+        _merge(settings, yaml.safe_load(path.read_text()) if path.is_file() else {})
+    optimizer, (view,) = settings["optimizer"], settings["augmentations"]
+    options = {**settings.get("method_kwargs", {}), **settings["momentum"]}
+    words = {
+        "val-dir": "datasets/digits/val",
+        "backbone": settings["backbone"]["name"],
+        "input-size": view["crop_size"],
+        "num-workers": settings["data"]["num_workers"],
+        "epochs": settings["max_epochs"],
+        "warmup-epochs": settings["scheduler"]["warmup_epochs"],
+        "batch-size-per-device": optimizer["batch_size"],
+        "optimizer": optimizer["name"],
+        "lr": optimizer["lr"],
+        "weight-decay": optimizer["weight_decay"],
+    }
+    lines = [f"python -m lightly_ext.benchmarks --methods {name} --train-dir datasets/digits/train"]
+    for word in [*(f"--{key} {value}" for key, value in words.items()), "--skip-finetune-eval"]:
+        if len(lines[-1]) + len(word) < 100:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"    {word}")
+    lines.append("    --option " + " ".join(f"{key}={value}" for key, value in options.items()))
+    return " \\\n".join(lines)
+
+
+def _merge(settings: dict[str, Any], other: dict[str, Any]) -> None:
+    """Overwrite entries, at every depth of nested dictionaries."""
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(settings.get(key), dict):
+            _merge(settings[key], value)
+        else:
+            settings[key] = value
 
 
 def _commands(spec: MethodSpec) -> str:

@@ -44,6 +44,7 @@ def resnet8(*, weights: None = None, num_classes: int = 1000, zero_init_residual
     network.layer3 = _stage(WIDTHS[1], WIDTHS[2], stride=2)
     network.layer4 = nn.Sequential()  # so does this
     network.fc = nn.Linear(WIDTHS[2], num_classes)
+    network.inplanes = WIDTHS[2]  # solo-learn and lightly read the width of the features here
     for part in network.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")

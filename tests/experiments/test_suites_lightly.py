@@ -1,6 +1,7 @@
 """The lightly column of the digits: its runs, their exact commands, what their results hold; one for real."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hydra import compose, initialize_config_dir
 
 from lightly_ext.benchmarks.schema import parser, validate
 from plugins.experiments import run as experiments
+from plugins.experiments.method_pages import commands as page_commands
 from plugins.experiments.report import read_losses, read_spectrum
 from plugins.experiments.suites import Request, lightly, solo
 from plugins.methods import METHODS
@@ -46,6 +48,11 @@ def test_settings_are_those_of_solo_learns_column(in_checkout, method):
     assert (few.linear_epochs, few.batch_size_per_device) == (linear_5.max_epochs, linear_5.optimizer.batch_size)
     expected = {"min_scale": 0.6, "cj_strength": 1.0, "cj_bright": 0.4, "cj_hue": 0.5, "hf_prob": 0.0}
     assert {key: train.transform[key] for key in expected} == expected
+    words = shlex.split(page_commands(method)["lightly"].replace("\\\n", ""))[3:]
+    page = validate(vars(parser().parse_args(words)))
+    for name in ("backbone", "input_size", "epochs", "warmup_epochs", "batch_size_per_device", "optimizer", "lr"):
+        assert getattr(page, name) == getattr(train, name), f"{name} on the method's page"
+    assert (page.weight_decay, page.option, page.num_workers) == (train.weight_decay, train.option, train.num_workers)
 
 
 def test_commands_name_seed_folders_data_and_checkpoint(in_checkout):
@@ -92,7 +99,7 @@ def test_a_method_runs_from_training_to_table(in_checkout, tmp_path, monkeypatch
     train, few = (json.loads((f / "ssl_ey" / "result.json").read_text()) for f in (folder, folder / "linear_5"))
     assert result["knn"] == 100 * train["knn"]["top1"] and result["linear"] == 100 * train["linear"]["top1"]
     assert result["linear_5"] == 100 * few["linear"]["top1"]
-    assert result["knn"] > 30 and result["linear"] > 30 and 0 < result["linear_5"] <= 100  # chance is 10
+    assert result["knn"] > 20 and result["linear"] > 20 and 0 < result["linear_5"] <= 100  # chance is 10
     assert result["images_per_second"] > 0 and result["versions"]["lightly"]
     assert result["config"]["methods"] == ["ssl_ey"] and result["config"]["lr"] == 0.008
     (epochs, losses), (_, (spectrum,)) = read_losses(folder), read_spectrum(folder)

@@ -58,7 +58,7 @@ def test_a_method_runs_from_training_to_table(in_checkout, tmp_path, monkeypatch
     lines = (folder / "linear" / "all" / "metrics.json").read_text().splitlines()
     last = [json.loads(line) for line in lines if "test_accuracy" in line][-1]
     assert result["linear"] == last["test_accuracy_list_meter"]["top_1"]["res5avg"]
-    assert result["knn"] > 30 and result["linear"] > 30 and 0 < result["linear_5"] <= 100  # chance is 10
+    assert result["knn"] > 20 and result["linear"] > 20 and 0 < result["linear_5"] <= 100  # chance is 10
     assert result["images_per_second"] > 0 and result["versions"]["vissl"] == "0.1.6"
     assert result["config"]["LOSS"]["name"] == "ssl_ey"
     assert "| SSL-EY |" in (out / "digits" / "table.md").read_text()

@@ -145,6 +145,12 @@ def test_come_out_right_of_the_hosts_own_surgery(name):
     assert isinstance(network.maxpool, nn.Identity)
 
 
+def test_hosts_read_the_width_of_resnet8_where_they_look_first():
+    """solo-learn's linear evaluation takes ``inplanes`` before ``num_features``."""
+    network = _build("resnet8")
+    assert network.inplanes == network.num_features == 64
+
+
 def test_options_reach_the_network():
     network = ARCHITECTURES["resnet34"]("byol", zero_init_residual=True)
     assert all((block.bn2.weight == 0).all() for block in network.layer3)

@@ -155,7 +155,7 @@ def test_no_projector_without_its_width_is_refused(images):
     cfg = parse_pretrain(
         load(Path("cifar/ssl_ey_no_projector.yaml"), *local(images), "++method_kwargs.proj_output_dim=8")
     )
-    with pytest.raises(ValueError, match="without a projector proj_output_dim is that of the features, 64, got 8"):
+    with pytest.raises(ValueError, match="without a projector proj_output_dim is that of the features, 512, got 8"):
         method_class(cfg)(cfg)
 
 

@@ -488,7 +488,7 @@ def test_images_that_cannot_be_trained_on_are_sentences(few_digits: Path, tmp_pa
         "config.DATA.TRAIN has the label ": [  # from no file: the numbers of the images
             *(f"config.DATA.TRAIN.DATA_PATHS=[{few_digits / 'train'}]", "config.DATA.TRAIN.LABEL_TYPE=sample_index"),
             *("config.LOSS.name=CrossEntropyLoss", "+config.LOSS.CrossEntropyLoss={reduction:mean}"),
-            *("config.MODEL.HEAD.PARAMS=[[mlp,{dims:[512,5]}]]", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16"),
+            *("config.MODEL.HEAD.PARAMS=[[mlp,{dims:[64,5]}]]", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16"),
             *("config.DATA.TRAIN.TRANSFORMS=[{name:Resize,size:[8,8]},{name:ToTensor}]", "config.METERS.name=''"),
             "config.DATA.TRAIN.COLLATE_FUNCTION=default_collate",
         ],

@@ -102,7 +102,7 @@ def test_loss_and_gradients_are_those_of_plugins(method: str, dtype: torch.dtype
             continue
         torch.testing.assert_close(ours.grad, theirs.grad, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
         moved += float(ours.grad.abs().sum()) > 0
-    assert moved > 60, "most parameters of a ResNet-18 and its head have a gradient"
+    assert moved > 27, "most parameters of a ResNet-8 and its head have a gradient"
     assert all(parameter.grad is None for parameter in task.base_loss.parameters())
     for (name, ours), theirs in zip(task.base_model.named_buffers(), alone.buffers(), strict=True):
         if "embedding_moment" not in name:
@@ -153,7 +153,7 @@ def test_small_crops_are_students_alone(method: str) -> None:
 
 
 def test_without_momentum_the_student_is_the_teacher() -> None:
-    task = built("isoloss", "+config.LOSS.isoloss.base_tau=0.0", "+config.LOSS.isoloss.final_tau=0.0")
+    task = built("isoloss", "++config.LOSS.isoloss.base_tau=0.0", "+config.LOSS.isoloss.final_tau=0.0")
     assert task.base_loss.teacher is None
     assert not task.base_loss.state_dict()
     views = [torch.randn(6, 3, 16, 16) for _ in range(2)]
@@ -164,7 +164,7 @@ def test_without_momentum_the_student_is_the_teacher() -> None:
 
 def test_teacher_follows_the_schedule() -> None:
     """θ_t ← τ θ_t + (1 − τ) θ, τ from 0.5 to 1 over ten steps: τ_5 = 0.75."""
-    task = built("byol", "+config.LOSS.byol.base_tau=0.5")
+    task = built("byol", "++config.LOSS.byol.base_tau=0.5")
     teacher, model = task.base_loss.teacher, task.base_model
     before = [parameter.clone() for parameter in teacher.parameters()]
     shake(model)
@@ -212,11 +212,11 @@ def test_every_parameter_is_trained_once(method: str) -> None:
 
 
 def test_learning_rate_of_a_predictor() -> None:
-    """BYOL's follows the schedule, ten times as high; SimSiam's stays at its peak: 0.002 · 64 / 256, ten times."""
-    cosine = (1 + math.cos(math.pi * (0.5 - 0.0556) / (1 - 0.0556))) / 2
+    """BYOL's follows the schedule, ten times as high; SimSiam's stays at its peak: 0.008 · 32 / 256, ten times."""
+    cosine = (1 + math.cos(math.pi * (0.5 - 0.1) / (1 - 0.1))) / 2
     for method, at_start, at_half in (
-        ("byol", 0.0, 10 * 0.0028 / 4 * cosine),
-        ("simsiam", 10 * 0.002 / 4, 10 * 0.002 / 4),
+        ("byol", 0.0, 10 * 0.008 / 8 * cosine),
+        ("simsiam", 10 * 0.008 / 8, 10 * 0.008 / 8),
     ):
         task = built(method)
         task.optimizer = task._build_optimizer()
@@ -247,11 +247,11 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
         ),
         (["config.LOSS.isoloss.rho=high"], "config.LOSS.isoloss: method isoloss: rho must be a float, got 'high'"),
         (
-            ["+config.LOSS.isoloss.base_tau=1.5"],
+            ["++config.LOSS.isoloss.base_tau=1.5"],
             "config.LOSS.isoloss: method isoloss: base_tau, final_tau: base must be",
         ),
         (
-            ["+config.LOSS.isoloss.base_tau=true"],
+            ["++config.LOSS.isoloss.base_tau=true"],
             "LOSS.isoloss: method isoloss: base_tau must be a float, got True",
         ),
         (

@@ -109,8 +109,8 @@ def test_killed_training_ends_the_same(method: str, ended: dict[str, list[Path]]
     assert one["iteration"] == other["iteration"] == EPOCHS * 3
     assert assert_same(one["loss"], other["loss"], "teacher") > 60
     state, others = one["classy_state_dict"], other["classy_state_dict"]
-    assert assert_same(state["base_model"]["model"], others["base_model"]["model"], "model") > 120
-    assert assert_same(state["optimizer"]["optim"]["state"], others["optimizer"]["optim"]["state"], "optimiser") > 120
+    assert assert_same(state["base_model"]["model"], others["base_model"]["model"], "model") > 60
+    assert assert_same(state["optimizer"]["optim"]["state"], others["optimizer"]["optim"]["state"], "optimiser") > 60
     heads = state["base_model"]["model"]["heads"]
     if method == "isoloss":
         assert int(heads["0.predictor.steps"]) == 2 * EPOCHS * 3

@@ -162,7 +162,7 @@ TINY = {
 """Trunk → a small one, and names of features. alexnet_bvlc cannot run in VISSL; alexnet_colorization takes LAB."""
 _OF_LIBRARY = {
     "resnet": ("torchvision", resnet.resnet50),
-    "plain_resnet": ("torchvision", resnet.resnet18),
+    "plain_resnet": ("torchvision", resnet8),
     "regnet": (
         "torchvision",
         lambda: regnet.RegNet(regnet.BlockParams.from_init_params(4, 8, 8.0, 2.0, 8, se_ratio=0.25)),

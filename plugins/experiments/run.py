@@ -24,7 +24,7 @@ from plugins.tools.command import Parser, UserError
 from plugins.tools.records import read_json
 
 DIGITS_SAMPLE = (
-    ("solo", "dissl"),
+    ("solo", "cissl"),
     ("solo", "untrained"),
     ("solo", "isoloss"),
     ("lightly", "isoloss"),

@@ -1,4 +1,4 @@
 """Suites of experiments, their reports, published numbers, theory and benchmarks.
 
-The top floor: these modules may import everything, and no other package imports them.
+The top layer: these modules may import all other packages, and no other package imports them.
 """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 STYLES = {"waiting": "dim", "finished": "green", "failed": "red"}
 """State → style of its row."""
 FRAME_LINES = 5
-"""Lines of the table that are not runs: title, head and frame."""
+"""Number of lines besides the runs: title, header and frame."""
 
 
 class LiveTable:
@@ -96,14 +96,14 @@ def _visible(statuses: Sequence[Status], rows: int) -> list[Status]:
 
 @contextmanager
 def live_table(console: "Console | None" = None) -> Iterator[LiveTable | None]:
-    """Open the live table for the length of the ``with`` block.
+    """Open the live table during the ``with`` block.
 
     Args:
-        console: of rich; None uses standard output.
+        console: a console of rich; None uses standard output.
 
-    Returns:
-        The table. None if the output is not a terminal, if ``NO_COLOR`` is set, if ``TERM`` is ``dumb``, or if rich is
-        not installed: print plain lines then.
+    Yields:
+        The table, or None if the output is not a terminal, if ``NO_COLOR`` is set, if ``TERM`` is ``dumb``, or if rich
+        is not installed. In these cases the caller prints plain lines.
     """
     if console is None:
         if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):

@@ -1,4 +1,4 @@
-"""Make the README's table of methods: ``python -m plugins.experiments.methods_table --write README.md``."""
+"""Generate the README's table of methods: ``python -m plugins.experiments.methods_table --write README.md``."""
 
 import argparse
 import re
@@ -18,17 +18,17 @@ END = "<!-- end of methods -->"
 
 
 class Facts(NamedTuple):
-    """What a table says of a method."""
+    """The cells of a method in the tables."""
 
     predictor: str
     teacher: str
     year: str
     reference: str
-    """With the arXiv number as a link."""
+    """The reference, with the arXiv number as a link."""
 
 
 def facts(spec: MethodSpec) -> Facts:
-    """Read a method's facts from its SPEC."""
+    """Derive the cells of a method from its SPEC."""
     predictor = "none" if spec.predictor is None else "closed form" if "alpha" in spec.options else "MLP"
     with torch.device("meta"):
         branches = isinstance(spec.head(8, spec.resolve({})), TwoBranchHead)
@@ -39,7 +39,10 @@ def facts(spec: MethodSpec) -> Facts:
 
 
 def method_table() -> str:
-    """A markdown table, one row per method, between two marks. The title links to the method's page, if it has one."""
+    """Return a Markdown table with one row per method, between the lines BEGIN and END.
+
+    The title links to the method's page, if it has one.
+    """
     rows = ["| method | `method:` | predictor | teacher | reference |", "|---|---|---|---|---|"]
     for name, spec in METHODS.items():
         found = facts(spec)
@@ -50,7 +53,7 @@ def method_table() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table, or put it in its place in a file."""
+    """Print the table, or replace it in a file."""
     parser = argparse.ArgumentParser(prog="python -m plugins.experiments.methods_table", description=__doc__)
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the table in this file")
     options = parser.parse_args(argv)
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     before, _, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        parser.error(f"{options.write} has no line {BEGIN!r} with {END!r} after it")
+        parser.error(f"{options.write} must contain the line {BEGIN!r} and, after it, {END!r}")
     options.write.write_text(before + method_table() + after)
 
 

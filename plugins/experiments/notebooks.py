@@ -1,7 +1,7 @@
 """Run the notebooks of docs/notebooks and write their .ipynb: ``python -m plugins.experiments.notebooks``.
 
-The text beside each notebook (``NAME.py``, jupytext's percent format) is the source; edit that.
-Needs the extra ``docs``.
+The source of each notebook is ``NAME.py`` in the same folder (jupytext's percent format); edit that file. The command
+needs the extra ``docs``.
 """
 
 import argparse
@@ -21,11 +21,11 @@ ENVIRONMENT = {
     "DISSL_WEIGHTS": "",
     "PYTHONWARNINGS": "ignore:IProgress not found",
 }
-"""Environment of the kernel: this checkout, one thread, no published weights, no advice of tqdm on its widgets."""
+"""Environment of the kernel: this checkout, one thread, no published weights, no warning of tqdm about widgets."""
 
 
 def read(name: str) -> Any:
-    """The notebook that docs/notebooks/NAME.py is the text of, without outputs, with the same ids at each call."""
+    """Read the notebook of docs/notebooks/NAME.py, without outputs and with reproducible cell ids."""
     import jupytext
 
     notebook = jupytext.read(FOLDER / f"{name}.py")
@@ -45,7 +45,7 @@ def _wait(step: Awaitable[None]) -> None:
 
 @contextmanager
 def kernel() -> Iterator[Any]:
-    """A kernel for several notebooks, which import torch once."""
+    """Start a kernel that several notebooks share, so that torch is imported once."""
     from jupyter_client.manager import AsyncKernelManager
 
     with tempfile.TemporaryDirectory() as folder:
@@ -58,10 +58,10 @@ def kernel() -> Iterator[Any]:
 
 
 def execute(notebook: Any, manager: Any, *, timeout: float = 600) -> None:
-    """Run a notebook in an empty namespace and put the outputs into it.
+    """Run a notebook in an empty namespace and store the outputs in it.
 
     Raises:
-        nbclient.exceptions.CellExecutionError: a cell raised.
+        nbclient.exceptions.CellExecutionError: a cell raised an exception.
     """
     import nbclient
     import nbformat
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("notebook", nargs="*", metavar="NAME", help=f"default: all of {', '.join(names)}")
     chosen = parser.parse_args(argv).notebook or names
     if unknown := sorted(set(chosen) - set(names)):
-        parser.error(f"no notebook {', '.join(unknown)}; there are {', '.join(names)}")
+        parser.error(f"unknown notebook {', '.join(unknown)}; the notebooks are {', '.join(names)}")
     with kernel() as manager:
         for name in chosen:
             notebook = read(name)

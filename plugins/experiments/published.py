@@ -1,4 +1,4 @@
-"""Published accuracies, for the tables of the suites. What could not be read in its source is not here."""
+"""Published accuracies, for the tables of the suites. Numbers that could not be found in their source are omitted."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,8 @@ class Published(NamedTuple):
     """Accuracies in per cent.
 
     Args:
-        top1, top5: of a linear classifier on the frozen backbone.
-        source: where they stand.
+        top1, top5: accuracy of a linear classifier on the frozen backbone.
+        source: where the numbers were published.
     """
 
     top1: float
@@ -42,7 +42,7 @@ PUBLISHED: dict[str, dict[str, Published]] = {
     # the table of arXiv:2212.04858 could not be retrieved
     "implicit_var_reg": {},
 }
-"""suite → run, as ``<method>_<data set>`` → what was published of it."""
+"""Suite → run, as ``<method>_<data set>`` → its published accuracy."""
 
 MEASURED: dict[str, dict[str, float]] = {}
-"""suite → run → our top-1 accuracy (%), where the run was made to its end."""
+"""Suite → run → our top-1 accuracy (%), for runs with the full number of epochs."""

@@ -1,6 +1,7 @@
 """Table and figure of a suite on several data sets: ``python -m plugins.experiments.report --by-dataset FOLDER``.
 
-Runs lie in ``<framework>/<method>_<data set>/seed<n>/``. A line is a method on a data set, beside what was published.
+The folder of a run is ``<framework>/<method>_<data set>/seed<n>/``. A row of the table is a method on a data set, with
+its published accuracy.
 """
 
 from collections.abc import Sequence
@@ -30,23 +31,23 @@ SCORES = {
     "linear": "linear",
     "linear_top5": "top-5",
 }
-"""number in result.json → its column."""
+"""Key in result.json → title of the column."""
 
 
 def split_label(row: Row) -> tuple[str, str]:
-    """Method and data set of a row."""
+    """Return the method and the data set of a row."""
     method, _, dataset = row.method.rpartition("_")
     return method, dataset
 
 
 def names(rows: Sequence[Row]) -> list[str]:
-    """The method of each row, with the framework where there is more than one."""
+    """Return the method of each row, followed by the framework if there is more than one."""
     several = len({row.framework for row in rows}) > 1
     return [split_label(row)[0] + (f" ({row.framework})" if several else "") for row in rows]
 
 
 def ordered_rows(folder: Path) -> list[Row]:
-    """The rows of a suite: by data set, then by method, both in the order of the suite."""
+    """Return the rows of a suite, sorted by data set, then by method, both in the order of the suite."""
     methods = [variant.name for variant in (*solo.IMPLICIT_VAR_REG, *solo.SSL_EY)]
     datasets = list(solo.DATA)
 
@@ -62,11 +63,11 @@ def ordered_rows(folder: Path) -> list[Row]:
 
 
 def make_table(rows: Sequence[Row], published: dict[str, Published]) -> str:
-    """The table in Markdown, with what one has to know to read it.
+    """Return the table in Markdown, with an explanation of its columns.
 
     Args:
-        rows: of the suite.
-        published: run → what was published of it.
+        rows: the rows of the suite.
+        published: run → published accuracy.
 
     Returns:
         Text that ends with a newline.
@@ -97,23 +98,23 @@ def make_table(rows: Sequence[Row], published: dict[str, Published]) -> str:
         *markdown_table(head, body, words=2),
         "",
         "Accuracy after the last epoch on test images (TinyImageNet, ImageNet, ImageNet-100, digits: validation).",
-        "Online: of a linear classifier trained beside the backbone, without influence on it; kNN: 20 neighbours;",
-        "linear: of a linear classifier trained afterwards on the frozen backbone. Hours are those of pre-training.",
+        "Online: a linear classifier on detached features, trained during pre-training. kNN: 20 neighbours.",
+        "Linear: a linear classifier on the frozen backbone, trained afterwards. Hours: duration of pre-training.",
     ]
     sources = sorted({known.source for known in published.values()})
     lines.append(
-        f"Published: {'; '.join(sources)}." if sources else "Published: no number of these runs could be retrieved."
+        f"Published: {'; '.join(sources)}." if sources else "Published: no numbers are available for these runs."
     )
     return "\n".join([*lines, *notes(rows)]) + "\n"
 
 
 def make_figure(rows: Sequence[Row], published: dict[str, Published], files: Sequence[Path]) -> None:
-    """A panel for each data set, a line for each method.
+    """Draw a panel for each data set, with a line for each method.
 
     Args:
-        rows: of the suite.
-        published: run → what was published of it.
-        files: where to save it; the suffix determines the format.
+        rows: the rows of the suite.
+        published: run → published accuracy.
+        files: files to write; the suffix selects the format.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -165,10 +166,10 @@ def write(folder: Path) -> str | None:
     """Write table.md, figure.png and figure.pdf of a suite.
 
     Args:
-        folder: its results; its name selects the published numbers.
+        folder: folder of the results; its name selects the published numbers.
 
     Returns:
-        The table, or None where there are no runs.
+        The table, or None if there are no runs.
     """
     rows = ordered_rows(folder) if folder.is_dir() else []
     if not rows:

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 BASELINES = ("untrained", "supervised")
-"""Rows that are no self-supervised method: the first goes to the top of the table, the second to its end."""
+"""Rows of baselines: the first is at the top of the table, the second at the bottom."""
 MISSING = "–"
-"""The cell of a number that no run has."""
+"""The cell of a missing number."""
 LOSSES = ("train_ssl_loss_epoch", "loss")
-"""Column of metrics.csv with the mean loss of an epoch: in solo-learn; in lightly and VISSL."""
+"""Columns of metrics.csv with the mean loss of an epoch: in solo-learn, and in lightly and VISSL."""
 INK, FAINT, ACCENT, SECOND = "#222222", "#9a9a9a", "#1f6fb4", "#c8553d"
 
 
 @dataclass
 class Row:
-    """One method in one framework: its finished runs, and the folders of the others."""
+    """One method in one framework: its results, the folders of its finished runs, and those of its missing runs."""
 
     framework: str
     method: str
@@ -30,21 +30,21 @@ class Row:
 
     @property
     def baseline(self) -> bool:
-        """Whether it is there for comparison only."""
+        """Whether the row is a baseline."""
         return self.method in BASELINES
 
     def values(self, key: str) -> list[float]:
-        """The finite numbers that its runs have under a key."""
+        """Return the finite numbers of the runs under a key."""
         found = [result.get(key) for result in self.results]
         return [float(value) for value in found if isinstance(value, int | float) and math.isfinite(value)]
 
     def mean(self, key: str) -> float | None:
-        """Mean over seeds, None where no run has the number."""
+        """Return the mean over seeds, or None if no run has the number."""
         values = self.values(key)
         return statistics.fmean(values) if values else None
 
     def deviation(self, key: str) -> float | None:
-        """Sample standard deviation over seeds, None with fewer than two."""
+        """Return the sample standard deviation over seeds, or None for fewer than two."""
         values = self.values(key)
         return statistics.stdev(values) if len(values) > 1 else None
 
@@ -53,11 +53,11 @@ def read_rows(folder: Path) -> list[Row]:
     """Collect the runs of a suite.
 
     Args:
-        folder: results of the suite.
+        folder: folder of the results of the suite.
 
     Returns:
-        A row for each framework and method that has a folder of runs there: by framework, the untrained backbone first,
-        the supervised one last.
+        A row for each framework and method that has a folder of runs. The rows are sorted by framework, with the
+        untrained backbone first and the supervised one last.
     """
     rows: dict[tuple[str, str], Row] = {}
     for run in sorted(folder.glob("*/*/seed*"), key=lambda path: (path.parts[:-1], _natural(path.name))):
@@ -91,12 +91,12 @@ def _read_result(file: Path) -> dict[str, Any] | None:
 
 
 def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, words: int = 1) -> list[str]:
-    """The lines of a table whose columns are of one width each.
+    """Return the lines of a Markdown table with padded cells.
 
     Args:
         head: titles of the columns.
-        body: cells, line by line.
-        words: how many columns, from the left, hold words; the others are aligned to the right.
+        body: rows of cells.
+        words: number of left-aligned columns, from the left; the others are right-aligned.
     """
     widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
 
@@ -112,7 +112,7 @@ def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, words:
 
 
 def score(row: Row, key: str, reference: float | None) -> str:
-    """Mean, deviation and points above a reference, as a cell."""
+    """Format the mean, the standard deviation and the difference to a reference as a cell."""
     mean, deviation = row.mean(key), row.deviation(key)
     if mean is None:
         return MISSING
@@ -121,23 +121,26 @@ def score(row: Row, key: str, reference: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """A whole number as a cell."""
+    """Format a number, rounded to an integer, as a cell."""
     return MISSING if value is None else f"{value:.0f}"
 
 
 def untrained(rows: Sequence[Row], framework: str, key: str) -> float | None:
-    """Of the untrained backbone: it is the same network in every framework, and need not have been run in each."""
+    """Return the mean of the untrained backbone under a key, preferably in the given framework.
+
+    The backbone is the same network in every framework, so one run is enough for all.
+    """
     found = [row for row in rows if row.method == "untrained" and row.mean(key) is not None]
     found.sort(key=lambda row: row.framework != framework)
     return found[0].mean(key) if found else None
 
 
 def notes(rows: Sequence[Row], *, spread: str = "sample standard deviation") -> list[str]:
-    """Return the lines below a table: how many seeds a mean is of, and which runs are missing.
+    """Return the lines below a table: the number of seeds, and the missing runs.
 
     Args:
-        rows: of the suite.
-        spread: what the table prints behind ±.
+        rows: the rows of the suite.
+        spread: name of the number after ±.
     """
     lines = []
     seeds = max((len(row.results) for row in rows), default=0)

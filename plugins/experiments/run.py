@@ -33,8 +33,8 @@ DIGITS_SAMPLE = (
     ("solo", "matrix_ssl"),
     ("solo", "supervised"),
 )
-"""Default runs of the digits. The fastest method starts first, so that a result appears early; the untrained backbone,
-which the supervised run needs, is evaluated beside it."""
+"""Default runs of the suite ``digits``. The fastest method starts first, so that a result appears early. The untrained
+backbone, which the supervised run needs, is evaluated at the same time."""
 
 SUITES: dict[str, Suite] = {
     "digits": Suite(
@@ -89,7 +89,7 @@ SUITES: dict[str, Suite] = {
         jobs=solo.one_at_a_time,
     ),
     "toy_dynamics": Suite(
-        title="eigenvalue dynamics of the linear toy model, theory against simulation: figures in a minute",
+        title="eigenvalue dynamics of the linear toy model, theory and simulation: figures within a minute",
         folder="toy_dynamics",
         frameworks={"numpy": toy.toy_dynamics},
         options=(),
@@ -102,8 +102,8 @@ def select(runs: Sequence[Run], pattern: str | None) -> list[Run]:
     """Select the runs whose name contains a pattern, and the runs that they need.
 
     Args:
-        runs: of the suite.
-        pattern: part of a name, with ``*`` and ``?`` as in a shell; None selects all.
+        runs: the runs of the suite.
+        pattern: part of a name, with the wildcards ``*`` and ``?``; None selects all.
 
     Returns:
         The selected runs in their order.
@@ -115,7 +115,7 @@ def select(runs: Sequence[Run], pattern: str | None) -> list[Run]:
         return list(runs)
     chosen = {run.name for run in runs if _matches(run, pattern)}
     if not chosen:
-        raise UserError(f"--only {pattern} matches none of the runs: {', '.join(run.name for run in runs)}")
+        raise UserError(f"--only {pattern} matches no run; the runs are: {', '.join(run.name for run in runs)}")
     needed = {name for run in runs if run.name in chosen and not run.result.is_file() for name in run.needs}
     return [run for run in runs if run.name in chosen | needed]
 
@@ -140,18 +140,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("suite", metavar="SUITE", help=f"one of {', '.join(SUITES)}")
     add("--all", action="store_true", help="all methods in all frameworks (digits: instead of a sample)")
-    add("--framework", metavar="NAME", help="all methods in this framework; all is the same as --all")
-    add("--only", metavar="PATTERN", help="only runs with this in their name; * and ? as in a shell")
+    add("--framework", metavar="NAME", help="all methods in this framework (all: the same as --all)")
+    add("--only", metavar="PATTERN", help="only runs whose name contains this pattern; * and ? are wildcards")
     add("--seeds", type=_positive, metavar="N", help="seeds 0 to N-1 (default: 1)")
-    add("--epochs", type=_positive, metavar="N", help="epochs of pre-training instead of the YAML's")
-    add("--devices", type=_positive, metavar="N", help="GPUs of each pre-training, each with the YAML's batch size")
-    add("--data", metavar="NAME,...", help="data sets instead of all of the suite; digits are there for a trial")
-    add("--data-folder", type=Path, default=Path("datasets"), metavar="FOLDER", help="where they are (datasets)")
-    add("--jobs", type=_positive, metavar="N", help="runs at a time (default: cores; 1 for suites that need a GPU)")
-    add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="(default: results)")
-    add("--list", action="store_true", help="name the runs and stop")
-    add("--dry-run", action="store_true", help="print the exact commands and stop")
-    add("--check", action="store_true", help="check this command line and stop")
+    add("--epochs", type=_positive, metavar="N", help="pre-training epochs (default: those of the YAML file)")
+    add("--devices", type=_positive, metavar="N", help="GPUs per pre-training, each with the YAML file's batch size")
+    add("--data", metavar="NAME,...", help="data sets (default: all of the suite); digits is for a quick trial")
+    add("--data-folder", type=Path, default=Path("datasets"), metavar="FOLDER", help="data sets (default: datasets)")
+    add("--jobs", type=_positive, metavar="N", help="concurrent runs (default: one per core; 1 if runs need a GPU)")
+    add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="results (default: results)")
+    add("--list", action="store_true", help="list the runs and exit")
+    add("--dry-run", action="store_true", help="print the commands and exit")
+    add("--check", action="store_true", help="check the command line and exit")
     options = parser.parse_args(argv)
     if options.suite not in SUITES:
         raise UserError(f"unknown suite {options.suite!r}; the suites are: {', '.join(SUITES)}")
@@ -222,13 +222,13 @@ def run_suite(options: argparse.Namespace) -> int:
     status = 0
     if to_do:
         if any(is_warm(step.arguments) for run in to_do for step in run.steps):
-            start_server(ENVIRONMENT)  # its imports take place while the data are prepared
+            start_server(ENVIRONMENT)  # it imports the frameworks while the data sets are prepared
         for arguments in preparation:
             failed = _call(arguments)
             if failed == 2:  # the command has reported what is missing
                 return 2
             if failed != 0:
-                print(f"error: preparation failed, nothing was run: {shell(arguments)}", file=sys.stderr)
+                print(f"error: the preparation failed, no run was started: {shell(arguments)}", file=sys.stderr)
                 return 1
         jobs = min(options.jobs or suite.jobs(request) or _cores(), len(to_do))
         print(f"{len(to_do)} runs, {jobs} at a time; logs in {results}/<framework>/<run>/seed<n>/log.txt", flush=True)
@@ -247,7 +247,8 @@ def run_suite(options: argparse.Namespace) -> int:
 def _of_frameworks(suite: Suite, framework: str | None, only: str | None, request: Request) -> list[Run]:
     """List the runs of the selected frameworks; the sample of the suite if neither framework nor pattern is given.
 
-    A pattern applies to the first framework, and to all if it matches nothing there: ``--only isoloss`` is one run.
+    A pattern is applied to the first framework, and to all frameworks if it matches no run there, so that ``--only
+    isoloss`` selects one run.
     """
     names = list(suite.frameworks) if framework is None or framework == "all" else [framework]
     runs = [run for name in names for run in suite.frameworks[name](request)]
@@ -285,9 +286,7 @@ def _print_commands(preparation: Sequence[Sequence[str]], runs: Sequence[Run], r
 def _skipped(run: Run) -> str:
     epochs = read_json(run.result).get("epochs")
     if run.epochs is not None and epochs != run.epochs:
-        return (
-            f"{run.name}: skipped, finished with {epochs} epochs, not {run.epochs}; delete {run.folder} to run it again"
-        )
+        return f"{run.name}: skipped, finished with {epochs} epochs, not {run.epochs}; delete {run.folder} to repeat it"
     return f"{run.name}: skipped, finished before ({run.result})"
 
 

@@ -1,4 +1,4 @@
-"""What all commands share: a user's mistake is one sentence and exit status 2, and one process of a run speaks."""
+"""Helpers of all commands: one-line errors with exit status 2, option parsing, and output from rank 0 only."""
 
 import argparse
 import errno
@@ -13,14 +13,15 @@ from typing import Any, NoReturn
 from plugins.install import not_installed
 
 _OURS = ("plugins", "solo_ext", "lightly_ext", "vissl_ext", "hydra_plugins")
-_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, of Lightning's children, of SLURM
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # set by torchrun, by Lightning for its child processes, by SLURM
 
 
 class UserError(Exception):
-    """Something the user can mend: an unknown name, a missing path, a wrong checkpoint. The message says how.
+    """An error that the user can correct: an unknown name, a missing path, a wrong checkpoint.
 
     Args:
-        sentence: what is wrong. A data loader hands over its worker's whole traceback, of which it is the last line.
+        sentence: what was given, what is allowed and what to do. If an error is raised in a worker of a data loader,
+            torch passes the whole traceback as the message; only its last line is kept.
     """
 
     def __init__(self, sentence: str) -> None:
@@ -28,21 +29,21 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are a UserError, without the usage that argparse prints before.
+    """An argument parser that raises a UserError for invalid arguments, without argparse's usage lines.
 
     Args:
-        prog: ``python -m MODULE``; a console script puts its own name in its place.
-        options: of argparse's parser.
+        prog: ``python -m MODULE``; replaced by the name of the console script if the command was started by one.
+        options: further arguments of :class:`argparse.ArgumentParser`.
     """
 
     def __init__(self, prog: str | None = None, **options: Any) -> None:
         super().__init__(prog and with_command_name(prog, prog.removeprefix("python -m ")), **options)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the words; the message about an unknown option names the nearest known one.
+        """Parse the arguments; the error for an unknown option names the most similar known option.
 
         Raises:
-            UserError: the words are no command line of this parser.
+            UserError: the arguments are invalid.
         """
         found, left = self.parse_known_args(args, namespace)
         if left:
@@ -59,25 +60,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def with_command_name(text: str, module: str) -> str:
-    """Name a command as it was called.
+    """Replace ``python -m MODULE`` in a help text by the name of the console script that was started, if any.
 
     Args:
-        text: of its help, which has ``python -m MODULE``.
-        module: the command's.
+        text: the help text, which contains ``python -m MODULE``.
+        module: the module of the command.
 
     Returns:
-        The text, with the name of the console script where that was called.
+        The text, unchanged if the command was started by ``python -m``.
     """
     script = Path(sys.argv[0]).name
     return text.replace(f"python -m {module}", script) if script.startswith("ssl-") else text
 
 
 def number(kind: type, *, zero: bool = False) -> Any:
-    """A type for argparse: a number above 0.
+    """Return a type for argparse that accepts positive numbers.
 
     Args:
         kind: int or float.
-        zero: whether 0 will do.
+        zero: whether 0 is allowed too.
     """
 
     def positive(text: str) -> Any:
@@ -86,7 +87,7 @@ def number(kind: type, *, zero: bool = False) -> Any:
             raise argparse.ArgumentTypeError(f"must be {'at least' if zero else 'above'} 0, got {text}")
         return value
 
-    positive.__name__ = kind.__name__  # argparse names it when the text is no number
+    positive.__name__ = kind.__name__  # argparse prints this name if the text is not a number
     return positive
 
 
@@ -109,9 +110,9 @@ def nearest(name: Any, known: Iterable[Any], *, cutoff: float = 0.6) -> str | No
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a mistake of the user's into a one-line error and exit status 2.
+    """Print a one-line error and exit with status 2 if the block raises an error that the user can correct.
 
-    These are a UserError, a package that is not installed, a full disk, and a file that may not be read or written.
+    Such errors are a UserError, a package that is not installed, a full disk, and missing permissions for a file.
     """
     try:
         yield
@@ -135,11 +136,11 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def first_process() -> bool:
-    """Whether this is the process of a run that speaks."""
+    """Return whether this is rank 0, the only process of a run that prints."""
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 def say(text: str) -> None:
-    """Print a line, from the first process only, in one write: a process that is killed leaves no half line."""
+    """Print a line on rank 0, in a single write, so that a killed process never leaves part of a line."""
     if first_process():
-        print(f"{text}\n", end="", flush=True)  # with PYTHONUNBUFFERED, print writes its end separately
+        print(f"{text}\n", end="", flush=True)  # with PYTHONUNBUFFERED, print writes the newline separately

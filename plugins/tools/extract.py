@@ -1,4 +1,4 @@
-"""Features of images in class folders, by a file of DISSL's weights."""
+"""Extract the features of images in class folders with a DISSL model."""
 
 from pathlib import Path
 
@@ -11,10 +11,17 @@ from plugins.tools.weights import preprocessor
 
 
 def open_folders(train: Path, val: Path) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset]:
-    """The images of two folders with a folder for each class, as DISSL's models are evaluated on them.
+    """Open the training and validation images with the preprocessing of DISSL's evaluation.
+
+    Args:
+        train: folder with one subfolder per class.
+        val: folder with the same subfolders.
+
+    Returns:
+        The two data sets.
 
     Raises:
-        UserError: a folder is missing or empty, or the two have other classes.
+        UserError: a folder is missing or empty, or the class folders differ.
     """
     from plugins.tools.folders import ImageFolder
 
@@ -37,15 +44,18 @@ def open_folders(train: Path, val: Path) -> tuple[torch.utils.data.Dataset, torc
 def extract(
     model: nn.Module, images: torch.utils.data.Dataset, device: torch.device, *, batch: int, workers: int, title: str
 ) -> tuple[Tensor, Tensor]:
-    """Features and labels of all images, in their order, on the CPU, with a progress bar.
+    """Compute the features of all images, in their order, with a progress bar.
 
     Args:
-        model: gives ``[B, D]``, in evaluation mode.
-        images: of (image, label).
-        device: where the model computes.
-        batch: images at a time.
-        workers: processes that read images.
-        title: of the progress bar.
+        model: a backbone in evaluation mode that returns ``[B, D]``.
+        images: a data set of (image, label).
+        device: device of the model.
+        batch: batch size.
+        workers: number of worker processes of the data loader.
+        title: title of the progress bar.
+
+    Returns:
+        Features ``[N, D]`` and labels ``[N]`` on the CPU.
 
     Raises:
         UserError: an image cannot be read.

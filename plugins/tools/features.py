@@ -1,6 +1,6 @@
-"""Features that were computed once: files of numpy, and folders as VISSL's ``extract_features`` writes them.
+"""Read and write precomputed features: .npy files, and folders in the format of VISSL's ``extract_features``.
 
-Such a folder has ``rank{R}_chunk{C}_{train|test}_{layer}_{features,targets,inds}.npy``.
+Such a folder contains ``rank{R}_chunk{C}_{train|test}_{layer}_{features,targets,inds}.npy``.
 """
 
 import re
@@ -15,10 +15,10 @@ from plugins.tools.files import atomic
 
 
 def usable_device(name: str | None) -> torch.device:
-    """The device of that name; a GPU if there is one when None.
+    """Return the device with a name; None means the GPU if one is available, else the CPU.
 
     Raises:
-        UserError: it cannot be used.
+        UserError: the device cannot be used.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -29,34 +29,35 @@ def usable_device(name: str | None) -> torch.device:
 
 
 def load_arrays(features: Path, labels: Path) -> tuple[Tensor, Tensor]:
-    """Features and classes of two files.
+    """Load features and classes from two files.
 
     Args:
         features: a .npy file of floating-point numbers, ``[N, ...]``.
-        labels: a .npy file of whole numbers, at least 0, ``[N]`` or ``[N, 1]``.
+        labels: a .npy file of integers of at least 0, ``[N]`` or ``[N, 1]``.
 
     Returns:
         Features ``[N, D]`` in single precision and classes ``[N]``.
 
     Raises:
-        UserError: a file is missing or holds something else.
+        UserError: a file is missing, or its shape or type is wrong.
     """
     return _checked(_load(features), _load(labels), str(features), str(labels))
 
 
 def load_features(folder: Path, split: str, layer: str | None = None) -> tuple[Tensor, Tensor]:
-    """The features of a folder, each image once, in the order of the images.
+    """Load the features of a folder, one row per image, in the order of the image indices.
 
     Args:
-        folder: what VISSL's ``extract_features`` or :func:`save_features` wrote.
+        folder: a folder that VISSL's ``extract_features`` or :func:`save_features` wrote.
         split: "train" or "test".
-        layer: name of the features; None takes the only ones.
+        layer: name of the layer; None is allowed if the folder has features of one layer only.
 
     Returns:
         Features ``[N, D]`` in single precision and classes ``[N]``.
 
     Raises:
-        UserError: there are none, or of several layers, or a file is missing or holds something else.
+        UserError: the folder has no such features, ``layer`` is None for several layers, a file is missing, or its
+            shape or type is wrong.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
@@ -84,14 +85,14 @@ def load_features(folder: Path, split: str, layer: str | None = None) -> tuple[T
     if not len(indices) == len(features) == len(labels):
         counts = f"{len(indices)} indices, {len(features)} features, {len(labels)} targets"
         raise UserError(f"{folder} holds unequal numbers of the {split} images: {counts}")
-    # the sampler of several processes repeats images to make their numbers equal
+    # the distributed sampler repeats images, so that all ranks have the same number
     _, first = np.unique(indices, return_index=True)
     what = f"the {split} images in {folder}"
     return _checked(features[first], labels[first], f"the features of {what}", f"the targets of {what}")
 
 
 def save_features(folder: Path, split: str, layer: str, features: Tensor, labels: Tensor) -> None:
-    """Write features so that :func:`load_features` and VISSL's own tools read them."""
+    """Write features in the format that :func:`load_features` and VISSL read."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"features": features, "targets": labels.reshape(-1, 1), "inds": torch.arange(len(labels))}
     for kind, array in content.items():
@@ -104,9 +105,9 @@ def _load(path: Path) -> np.ndarray:
         raise UserError(f"there is no file {path}")
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError, MemoryError) as error:  # a header may claim any shape
+    except (ValueError, OSError, EOFError, MemoryError) as error:  # a corrupt header may give a very large shape
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} is no .npy file that can be read: {reason}") from None
+        raise UserError(f"{path} is not a readable .npy file: {reason}") from None
     if not isinstance(array, np.ndarray) or not array.ndim:
         raise UserError(f"{path} holds no array of rows")
     return array

@@ -1,4 +1,4 @@
-"""Write files that are complete or absent, whatever happens meanwhile."""
+"""Write files atomically: after an interruption, a file has its old or its new content, never a part of it."""
 
 import os
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def atomic(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
 
     Args:
         path: the file to write. Its folder is created if it does not exist.
-        mode: of ``open``: "wb" or "w".
+        mode: mode of ``open``: "wb" or "w".
         options: further arguments of ``open``, such as ``newline``.
 
     Yields:
@@ -41,7 +41,7 @@ def atomic(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        # torch.save raises a RuntimeError of its own while it handles the OSError of a full disk
+        # torch.save raises a RuntimeError while it handles the OSError of a full disk
         reason = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(reason, OSError):
             raise UserError(f"{path} cannot be written: {reason.strerror or reason}") from error
@@ -49,7 +49,7 @@ def atomic(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk, where the operating system can."""
+    """Flush a folder's entries to the disk, if the operating system supports it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,7 @@
-"""Whether weights fit a network. Every loader compares both sides: a backbone that is loaded in part is noise."""
+"""Compare the weights of a file with those of a network.
+
+Every loader reports missing and unexpected weights, since a partially loaded backbone gives random features.
+"""
 
 import re
 from collections.abc import Mapping
@@ -6,17 +9,17 @@ from collections.abc import Mapping
 from torch import Tensor
 
 _WRAPPER = re.compile(r"(?:^|(?<=\.))_orig_mod\.")
-"""What torch.compile puts before the names of a module, at any depth."""
+"""Matches the prefix that torch.compile adds to the names of a module, at any depth."""
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo what torch.compile and DistributedDataParallel do to the names of a state dict.
+    """Remove the prefixes that torch.compile and DistributedDataParallel add to the names of a state dict.
 
     Args:
         state: name → tensor.
 
     Returns:
-        The tensors without ``_orig_mod.`` at any depth and without a leading ``module.`` that all of them have.
+        The state dict without ``_orig_mod.`` at any depth, and without ``module.`` if every name starts with it.
 
     >>> sorted(plain_names({"module._orig_mod.fc.weight": 0, "module._orig_mod.fc.bias": 1}))
     ['fc.bias', 'fc.weight']
@@ -35,7 +38,7 @@ def differences(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
         wanted: name → tensor of the network.
 
     Returns:
-        "missing", "left over" and "of another shape" → names; without the kinds that have none.
+        "missing", "left over" and "of another shape" → names; a kind without names is omitted.
     """
     found = {
         "missing": [name for name in wanted if name not in given],
@@ -53,7 +56,7 @@ def mismatch(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
         wanted: name → tensor of the network.
 
     Returns:
-        Some of the names, and the likely reason; empty if every tensor fits.
+        The first name of each kind, and the likely reason; an empty string if every tensor fits.
 
     >>> import torch
     >>> one, two = torch.zeros(1), torch.zeros(2)

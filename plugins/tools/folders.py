@@ -1,4 +1,4 @@
-"""Folders of images, each real folder once: a symbolic link may lead back to a folder above it."""
+"""List image folders. Each real folder is visited once, since a symbolic link may lead to one of its parents."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,10 +9,10 @@ from torchvision.datasets.folder import has_file_allowed_extension
 
 
 def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
-    """List a folder and those below it, through symbolic links too.
+    """List a folder and its subfolders, and follow symbolic links.
 
     Args:
-        folder: where to begin.
+        folder: the top folder.
 
     Yields:
         The path of each real folder, once, and the sorted names of the files in it.
@@ -29,7 +29,7 @@ def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
 
 
 class ImageFolder(_ImageFolder):
-    """torchvision's ImageFolder, which lists an image 41 times in a folder with a link to itself."""
+    """torchvision's ImageFolder with each image once; torchvision lists it 41 times if a folder links to itself."""
 
     @staticmethod
     def make_dataset(

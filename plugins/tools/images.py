@@ -1,14 +1,14 @@
-"""Decode an image file to 8-bit RGB, in the same way for every framework and close to DALI.
+"""Decode an image file to 8-bit RGB, identically in every framework and close to DALI.
 
-Pillow's ``convert("RGB")`` clips 16-bit images to white and floating-point images to black. The rules here:
+Pillow's ``convert("RGB")`` clips 16-bit images to white and floating-point images to black. This module decodes:
 
 =========================  ==========================================================================================
 file                       pixels
 =========================  ==========================================================================================
-8-bit grey, RGB, palette   as they are; grey becomes three equal channels
-alpha, transparent colour  ignored: the colour channels are used, as torchvision, VISSL, lightly and DALI do
+8-bit grey, RGB, palette   unchanged; grey becomes three equal channels
+alpha, transparent colour  ignored: the colour channels are used, as in torchvision, VISSL, lightly and DALI
 1-bit                      0 and 255
-16-bit grey                value / 257, rounded: 65535 becomes 255. 12-bit data in 16-bit files stays dark
+16-bit grey                value / 257, rounded: 65535 becomes 255. 12-bit data in a 16-bit file stay dark
 32-bit integer grey        as 16-bit; a value outside 0…65535 is an error
 floating-point grey        value · 255, rounded; a value outside [0, 1] is an error
 CMYK, YCbCr                Pillow's conversion
@@ -26,36 +26,36 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 from plugins.tools.command import UserError
 
 _DALI_MODES = ("L", "LA", "RGB", "RGBA", "P", "I;16", "I;16B", "I;16L", "I;16N")
-"""Modes of TIFF files that DALI decodes to the same pixels; tested."""
+"""Modes of TIFF files that DALI decodes to the same pixels, as a test checks."""
 
 
 def open_image(source: Any, name: str | None = None) -> Image.Image:
-    """Read an image in RGB, by the rules of this module.
+    """Read an image and convert it to RGB, as described in this module.
 
     Args:
         source: a path, or an open binary file.
-        name: what to call it in the error; its path if None.
+        name: name of the image in error messages; None means its path.
 
     Raises:
-        UserError: it cannot be decoded, or its values are outside the range of its kind.
+        UserError: the image cannot be decoded, or its values are out of range.
     """
     try:
         with Image.open(source) as file:
             return _rgb(_upright(file))
-    except Exception as error:  # a broken file makes Pillow raise nearly anything
+    except Exception as error:  # Pillow raises many kinds of exceptions for a corrupt file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name or source} cannot be read as an image: {reason}") from None
 
 
 def check_dali_reads(path: str) -> None:
-    """Check that DALI decodes a file to the pixels of ``open_image``. Only TIFF and WebP files are opened; others pass.
+    """Check that DALI decodes a file to the pixels of ``open_image``. Only TIFF and WebP files are checked.
 
     Args:
-        path: of the image file.
+        path: the image file.
 
     Raises:
-        UserError: it is a TIFF file of a mode that DALI does not read or reads differently, or a WebP file with EXIF
-            data, whose chunks DALI 2.4 miscounts.
+        UserError: the file is a TIFF file of a mode that DALI cannot read or reads differently, or a WebP file with
+            EXIF data, whose chunks DALI 2.4 counts incorrectly.
     """
     if not path.lower().endswith((".tif", ".tiff", ".webp")):
         return
@@ -75,7 +75,7 @@ def check_dali_reads(path: str) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the orientation of the EXIF data; Pillow itself does so when it loads a TIFF file."""
+    """Apply the orientation of the EXIF data, except for TIFF files, for which Pillow applies it on loading."""
     if image.format == "TIFF" or image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
         return image
     return ImageOps.exif_transpose(image)
@@ -88,21 +88,21 @@ def _rgb(image: Image.Image) -> Image.Image:
         return _grey(_in_range(image, 1) * 255)
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        exact = ImageCms.Flags.NOOPTIMIZE  # else LittleCMS interpolates a table, up to 31 levels off
+        exact = ImageCms.Flags.NOOPTIMIZE  # otherwise LittleCMS interpolates in a table, with errors of up to 31 levels
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB", flags=exact)
-        assert converted is not None  # it is None only if the image is changed in place
+        assert converted is not None  # None is returned only for conversion in place
         return converted
     if isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # the same colours; Pillow warns on the direct way
+        image = image.convert("RGBA")  # the same colours; Pillow warns if it converts directly to RGB
     return image.convert("RGB")
 
 
 def _in_range(image: Image.Image, high: int) -> Any:
-    """The values in float64."""
+    """Return the values in float64 after a check of their range."""
     values = np.asarray(image).astype(np.float64)
     least, largest = values.min(), values.max()
     if not (least >= 0 and largest <= high):
-        raise ValueError(f"its values are from {least:g} to {largest:g}, allowed are 0 to {high}; rescale the image")
+        raise ValueError(f"its values range from {least:g} to {largest:g}, allowed are 0 to {high}; rescale the image")
     return values
 
 

@@ -1,11 +1,11 @@
-"""Weighted k-nearest-neighbour accuracy in bounded memory, the same for all frameworks."""
+"""Weighted k-nearest-neighbour accuracy in bounded memory, shared by all frameworks."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 MAX_ELEMENTS = 5_000_000
-"""Elements of a distance matrix; the features of ImageNet against one another would be 6e10."""
+"""Largest number of elements of a distance matrix; validation against training images of ImageNet would give 6e10."""
 
 
 @torch.no_grad()
@@ -22,30 +22,29 @@ def knn_accuracy(
     max_elements: int = MAX_ELEMENTS,
     device: torch.device | None = None,
 ) -> tuple[float, float]:
-    """Accuracy of a vote of the k nearest training rows (Wu et al. 2018, arXiv:1805.01978, §3.4).
+    """Compute the accuracy of weighted k-nearest-neighbour classification (Wu et al. 2018, arXiv:1805.01978, §3.4).
 
-    The weight of a neighbour at cosine s is ``exp(s / temperature)``; at Euclidean distance d it is
-    ``1 / (d + epsilon)``. Rows labelled -1 (unlabelled) are left out. Where there are fewer than k training rows, all
-    of them vote.
+    The weight of a neighbour with cosine similarity s is ``exp(s / temperature)``; with Euclidean distance d it is
+    ``1 / (d + epsilon)``. Unlabelled rows (label -1) are ignored. If there are fewer than k training rows, all of them
+    are used.
 
     Args:
-        train: features ``[N, D]`` that vote.
-        train_labels: their classes ``[N]``, whole numbers, at least 0, or -1.
-        test: features ``[M, D]`` that are classified.
+        train: features of the training images, ``[N, D]``.
+        train_labels: their classes ``[N]``: integers of at least 0, or -1.
+        test: features of the test images, ``[M, D]``.
         test_labels: their classes ``[M]``.
-        k: neighbours, >= 1.
-        temperature: > 0, for the cosine.
+        k: number of neighbours, >= 1.
+        temperature: temperature of the cosine weights, > 0.
         distance: "cosine" or "euclidean".
-        epsilon: > 0, for the Euclidean distance.
-        max_elements: of a distance matrix, unless k alone makes it larger.
-        device: where distances are computed; where each tensor lies when None.
+        epsilon: constant in the Euclidean weights, > 0.
+        max_elements: largest number of elements of a distance matrix; exceeded only if k requires it.
+        device: device of the computation; None means the device of the training features.
 
     Returns:
-        Per cent of the test rows whose class is the first, and among the first five, of the vote; (-1, -1) where there
-        are no rows.
+        Top-1 and top-5 accuracy in per cent; (-1, -1) if there are no labelled training or test rows.
 
     Raises:
-        ValueError: an unknown distance, or k below 1.
+        ValueError: the distance is unknown, or k is below 1.
 
     Example:
         >>> train, labels = torch.eye(3), torch.arange(3)
@@ -63,7 +62,7 @@ def knn_accuracy(
     device = device or train.device
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     hits = torch.zeros(2, dtype=torch.int64)
-    # a block of test rows against a block of training rows at a time
+    # compare one block of test rows with one block of training rows at a time
     test_block = min(len(test), 1024)
     train_block = max(k, max_elements // test_block)
     for start in range(0, len(test), test_block):

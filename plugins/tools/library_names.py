@@ -1,4 +1,4 @@
-"""Names under which torchvision and timm keep the weights of VISSL's trunks.
+"""Rename the weights of VISSL's trunks to the names in torchvision and timm.
 
 A ResNet has the same names everywhere. VISSL's RegNet is torchvision's under other names, its vision transformer has
 timm's names, and its XCiT and ConViT are timm's with some tensors joined or in another form.
@@ -40,14 +40,14 @@ _CONVIT = {
 
 
 def library_names(state: Mapping[str, Tensor], target: str) -> dict[str, Tensor]:
-    """Rename the weights of a trunk of VISSL as a library does; others are returned as they are.
+    """Rename the weights of a VISSL trunk to the names of a library; other weights are returned unchanged.
 
     Args:
-        state: of a backbone, name → tensor.
+        state: state dict of a backbone, name → tensor.
         target: "torchvision" or "timm".
 
     Returns:
-        Name in the library → tensor.
+        The state dict with the names of the library.
 
     >>> import torch
     >>> list(library_names({"res2.block1-0.f.c.weight": torch.zeros(1)}, "torchvision"))
@@ -74,7 +74,7 @@ def _renamed(state: Mapping[str, Tensor], rules: Mapping[str, str]) -> dict[str,
 
 
 def _xcit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Queries, keys and values of the class attention are three layers in timm."""
+    """Split the joint query-key-value layer of the class attention into timm's three layers."""
     renamed = {}
     for name, value in state.items():
         name = name.replace("pos_embeder.", "pos_embed.")

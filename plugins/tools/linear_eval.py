@@ -1,7 +1,7 @@
-"""Probes of features, without any framework: ``python -m plugins.tools.linear_eval``.
+"""Evaluate features with probes, without any framework: ``python -m plugins.tools.linear_eval``.
 
-The features are those of two pairs of .npy files, of a folder that VISSL's ``extract_features`` wrote, or of images, by
-DISSL's published weights or a file of their format::
+The features come from two pairs of .npy files, from a folder of VISSL's ``extract_features``, or from images and a
+DISSL model (published weights or a file in their format)::
 
     python -m plugins.tools.linear_eval --train X.npy Y.npy --test X_TEST.npy Y_TEST.npy
     python -m plugins.tools.linear_eval --features FOLDER --config dissl_transfer
@@ -24,37 +24,37 @@ _OF_WEIGHTS = ("train_dir", "val_dir", "save", "batch_size", "num_workers")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the argument parser of the command."""
     found = Parser(
         prog="python -m plugins.tools.linear_eval",
-        description="Accuracy of probes on features that were computed once; needs none of the frameworks.",
+        description="Fit probes to precomputed features and print their accuracies. No framework is needed.",
     )
-    source = found.add_argument_group("features, one of these three")
+    source = found.add_argument_group("features: exactly one of --train, --features and --weights")
     add = source.add_argument
     files = ("X.npy", "Y.npy")
-    add("--train", type=Path, nargs=2, metavar=files, help="features [N, D] and classes [N] that probes learn")
-    add("--test", type=Path, nargs=2, metavar=files, help="with --train: those that they are tested on")
-    add("--features", type=Path, metavar="FOLDER", help="of VISSL's extract_features, or of --save")
-    add("--layer", metavar="NAME", help="with --features: which, where the folder has those of several layers")
-    add("--weights", metavar="NAME|FILE", help="of DISSL, or a file of that format (plugins.tools.export --to dissl)")
-    add("--train-dir", type=Path, metavar="FOLDER", help="with --weights: training images, a folder for each class")
-    add("--val-dir", type=Path, metavar="FOLDER", help="with --weights: the images to test on")
-    add("--save", type=Path, metavar="FOLDER", help="with --weights: keep the features, for --features")
-    add("--batch-size", type=number(int), help="with --weights: images at a time (128)")
-    add("--num-workers", type=number(int, zero=True), help="with --weights: processes that read images (2)")
+    add("--train", type=Path, nargs=2, metavar=files, help="training features [N, D] and classes [N]")
+    add("--test", type=Path, nargs=2, metavar=files, help="with --train: test features and classes")
+    add("--features", type=Path, metavar="FOLDER", help="output folder of VISSL's extract_features or of --save")
+    add("--layer", metavar="NAME", help="with --features: the layer, if the folder has several")
+    add("--weights", metavar="NAME|FILE", help="a DISSL model: its name or a file (plugins.tools.export --to dissl)")
+    add("--train-dir", type=Path, metavar="FOLDER", help="with --weights: training images, one folder per class")
+    add("--val-dir", type=Path, metavar="FOLDER", help="with --weights: test images, one folder per class")
+    add("--save", type=Path, metavar="FOLDER", help="with --weights: save the features here, for --features")
+    add("--batch-size", type=number(int), help="with --weights: batch size (default: 128)")
+    add("--num-workers", type=number(int, zero=True), help="with --weights: data loader workers (default: 2)")
     add = found.add_argument
     shipped = "dissl_linear (default), dissl_transfer, or a YAML file such as configs/probes/dissl_linear.yaml"
-    add("--config", type=Path, default=Path("dissl_linear"), help=f"what is fitted: {shipped}")
-    held = "what a setting is chosen on: a held-out part of the training labels, or, as published, the test images"
+    add("--config", type=Path, default=Path("dissl_linear"), help=f"the probes to fit: {shipped}")
+    held = "images for the choice of a setting: held-out training images or, as published, the test images"
     add("--select", choices=["validation", "test"], default="validation", help=held)
-    add("--seed", type=number(int, zero=True), default=0, help="of the labels that are drawn and of each fit")
-    add("--device", help="cpu, cuda, ...; a GPU if there is one")
-    add("--output", type=Path, help="write the accuracies to this JSON file too")
+    add("--seed", type=number(int, zero=True), default=0, help="seed of the drawn labels and of each fit")
+    add("--device", help="cpu, cuda, ... (default: a GPU if one is available)")
+    add("--output", type=Path, help="also write the accuracies to this JSON file")
     return found
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise a UserError where options are missing or do not go together."""
+    """Raise a UserError if options are missing or exclude each other."""
     sources = {"--train": args.train, "--features": args.features, "--weights": args.weights}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
@@ -71,14 +71,16 @@ def _check(args: argparse.Namespace) -> None:
         if path is not None and path.exists() and path.is_dir() == (path is args.output):
             raise UserError(f"{path} is a {'folder' if path.is_dir() else 'file'}")
     if args.save is not None and args.save.is_dir() and any(args.save.iterdir()):
-        raise UserError(f"--save {args.save} is not empty; --features {args.save} reads features that are there")
+        raise UserError(
+            f"--save {args.save} is not empty; give another folder, or --features {args.save} to evaluate it"
+        )
 
 
 def read_sides(args: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
-    """Features and classes of the training and of the test images, on the CPU.
+    """Return features and classes of the training and of the test images, on the CPU.
 
     Raises:
-        UserError: a file, a folder or the weights are wrong.
+        UserError: a file, a folder or the weights are missing or invalid.
     """
     from plugins.tools.features import load_arrays, load_features, save_features, usable_device
 
@@ -103,12 +105,12 @@ def read_sides(args: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
                 save_features(args.save, split, "backbone", *side)
     widths = [features.shape[1] for features, _ in sides]
     if widths[0] != widths[1]:
-        raise UserError(f"the training features have {widths[0]} dimensions, those of the test images {widths[1]}")
+        raise UserError(f"the training features have {widths[0]} dimensions, the test features {widths[1]}")
     return sides
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """What was tried, a line each: accuracies in per cent, and a star behind what was chosen."""
+    """Return a table with one line per setting: accuracies in per cent, and a star after the chosen setting."""
     from plugins.tools.probe import describe
 
     lines = [f"{'probe':<9} {'setting':<52} {'top-1':>7} {'top-5':>7} {'held-out top-1':>15}"]
@@ -122,13 +124,13 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Fit every probe of the file, print a table.
+    """Fit every probe of the file and print a table.
 
     Returns:
-        What :func:`plugins.tools.probe.evaluate_probe` returns, for each.
+        The result of :func:`plugins.tools.probe.evaluate_probe` for each probe.
 
     Raises:
-        UserError: an option, a path, the weights or an entry of the file is wrong, or a package is missing.
+        UserError: an option, a path, the weights or an entry of the file is invalid, or a package is missing.
     """
     _check(args)
     try:
@@ -160,7 +162,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     with exit_on_user_error():
         evaluate(parser().parse_args(arguments))
 

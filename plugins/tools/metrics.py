@@ -1,4 +1,4 @@
-"""Lightning's metrics.csv, whose rows outlive an interruption."""
+"""Lightning's metrics.csv with rows that are kept when a run is interrupted and resumed."""
 
 import csv
 import io
@@ -11,11 +11,13 @@ from plugins.tools.records import read_rows, write_rows
 
 
 class AppendingRows:
-    """Mixin for Lightning's CSVLogger, of either flavour: keeps the rows of an interrupted run. Lightning deletes them.
+    """Mixin for the CSVLogger of lightning or pytorch_lightning: keep the rows of an interrupted run.
+
+    Lightning's logger deletes them.
 
     Args:
-        folder: of metrics.csv.
-        epochs: rows of this epoch and later are dropped, since these epochs are trained again.
+        folder: the folder of metrics.csv.
+        epochs: number of completed epochs. Later rows are deleted, since these epochs are trained again.
     """
 
     def __init__(self, folder: Path, epochs: int) -> None:
@@ -24,7 +26,7 @@ class AppendingRows:
 
     @property
     def experiment(self) -> Any:
-        """The writer in the first process, created on first use; other processes have Lightning's dummy."""
+        """Return the writer on rank 0, created on first use, and Lightning's dummy on other ranks."""
         from lightning_utilities.core.rank_zero import rank_zero_only
 
         if self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0:
@@ -34,11 +36,11 @@ class AppendingRows:
 
 
 class RowWriter:
-    """Write metrics.csv so that a kill at any time leaves all complete rows; the interface is Lightning's.
+    """Write metrics.csv with the interface of Lightning's writer; if the process is killed, all complete rows remain.
 
     Args:
         path: the file.
-        rows: its first rows.
+        rows: the first rows of the file.
     """
 
     def __init__(self, path: Path, rows: list[dict[str, Any]]) -> None:
@@ -51,12 +53,12 @@ class RowWriter:
             path.unlink(missing_ok=True)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Keep a row until the next :meth:`save`."""
+        """Buffer a row until the next :meth:`save`."""
         values = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in metrics.items()}
         self.metrics.append({**values, "step": len(self.metrics) if step is None else step})
 
     def restore(self, row: dict[str, Any]) -> None:
-        """Add a row of means over an epoch, unless the file has one of that epoch."""
+        """Append a row of epoch means, unless the file has one for that epoch."""
         there = read_rows(self.path) if self.path.is_file() else []
         means = [name for name in row if name.startswith("train_")]
         if not any(old.get("epoch") == str(row["epoch"]) and any(old.get(name) for name in means) for old in there):
@@ -64,10 +66,10 @@ class RowWriter:
             self.save()
 
     def log_hparams(self, params: dict[str, Any]) -> None:
-        """Do nothing: args.json has the hyperparameters."""
+        """Do nothing: args.json contains the hyperparameters."""
 
     def save(self) -> None:
-        """Append the rows; rewrite the file if they have new columns."""
+        """Append the buffered rows; rewrite the file if they have new columns."""
         if not self.metrics:
             return
         columns = sorted({*self._columns, *(key for row in self.metrics for key in row)})
@@ -82,6 +84,6 @@ class RowWriter:
 
 
 def rows_before(epochs: int, rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Return the rows of the first epochs; a row without an epoch, such as a rate, is selected by its step."""
+    """Return the rows of the first epochs; a row without an epoch, such as a learning rate, is selected by its step."""
     last = max((int(row["step"]) for row in rows if row.get("epoch") and float(row["epoch"]) < epochs), default=-1)
     return [row for row in rows if (float(row["epoch"]) < epochs if row.get("epoch") else int(row["step"]) <= last)]

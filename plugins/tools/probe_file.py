@@ -1,27 +1,27 @@
-"""Which probes are fitted, as a YAML file says it::
+"""Read the YAML file that defines the probes to fit::
 
     probes:
       - kind: linear            # or mlp
-        fraction: 1.0           # of the training labels; 1 unless given
-        epochs: 100             # in place of the file's
-        optimizer: sgd          # or lars, adamw; sgd unless given
-        lr: [0.3, 0.1]          # a number or several, times batch size / 256; the file's unless given
+        fraction: 1.0           # fraction of the training labels; default 1
+        epochs: 100             # overrides the file's value
+        optimizer: sgd          # or lars, adamw; default sgd
+        lr: [0.3, 0.1]          # a number or a list, multiplied by batch size / 256; default: the file's value
         weight_decay: [1e-5, 1e-6]
-        normalized: false       # true: a BatchNorm without scale and shift comes first
-      - kind: linear            # what is chosen from may be several such groups
+        normalized: false       # true: add a BatchNorm without scale and shift before the probe
+      - kind: linear            # a grid may combine several groups of settings
         grid:
           - {weight_decay: 1e-6, lr: 0.1}
           - {weight_decay: 0, lr: 0.01, optimizer: lars}
-      - kind: logistic          # or svc: scikit-learn's, on features between 0 and 1
-        search: 10              # draws of C; or C: a number or several
-    hidden_dim: 2048            # of an MLP's two hidden layers
-    holdout: 0.1                # part of the labels on which a setting is chosen
+      - kind: logistic          # or svc: scikit-learn's classifiers on features scaled to [0, 1]
+        search: 10              # number of random values of C; or C: a number or a list
+    hidden_dim: 2048            # width of an MLP's two hidden layers
+    holdout: 0.1                # held-out fraction of the labels for the choice of a setting
     batch_size: 512
     lr: 0.3
     epochs: 100
 
-Of the lower entries those that are left out have these values. A setting is chosen among all learning rates and, within
-each, all weight decays, in their order.
+The values shown for the last five entries are their defaults. The grid contains every combination of a learning rate
+and a weight decay, ordered by learning rate.
 """
 
 from pathlib import Path
@@ -46,13 +46,16 @@ _WORDS = {
 
 
 def read_probes(path: Path) -> list[Probe]:
-    """The probes of a YAML file.
+    """Read the probes of a YAML file.
 
     Args:
-        path: of the file, or the name of one in configs/probes.
+        path: path of a file, or name of a file in configs/probes.
+
+    Returns:
+        The probes, in the order of the file.
 
     Raises:
-        UserError: the file is missing, or an entry is missing, unknown, of another kind or out of its range.
+        UserError: the file is missing, or an entry is missing, unknown, of the wrong type or out of range.
     """
     import yaml
     from omegaconf import OmegaConf
@@ -61,10 +64,10 @@ def read_probes(path: Path) -> list[Probe]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML file: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not a valid YAML file: {' '.join(str(error).split())}") from None
     shared = _entries(content, {"probes": (list,), **_SHARED}, str(path), needed=("probes",))
     if not shared["probes"]:
-        raise UserError(f"{path}: probes must name at least one")
+        raise UserError(f"{path}: probes must contain at least one probe")
     probes = []
     for index, given in enumerate(shared.pop("probes")):
         place = f"{path}: probes[{index}]"
@@ -79,16 +82,16 @@ def read_probes(path: Path) -> list[Probe]:
 
 def _found(path: Path) -> Path:
     package = Path(__file__).parents[1]
-    # an installed copy has configs/probes in the package, a checkout beside it
+    # configs/probes is inside the package in an installed copy, and beside it in a checkout
     places = [path, *(folder / f"{path.name}.yaml" for folder in shipped_folders(package) if len(path.parts) == 1)]
     for place in places:
         if place.is_file():
             return place
-    raise UserError(f"--config is no file: {path}")
+    raise UserError(f"--config must be a YAML file or the name of one in configs/probes, got {path}")
 
 
 def shipped_folders(package: Path) -> tuple[Path, Path]:
-    """Where the files that we ship may be, for the folder of the package ``plugins``."""
+    """Return the two possible locations of configs/probes, given the folder of the package ``plugins``."""
     return package / "configs" / "probes", package.parent / "configs" / "probes"
 
 

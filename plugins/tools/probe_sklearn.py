@@ -1,6 +1,6 @@
-"""scikit-learn's linear classifiers as probes of frozen features, as DISSL's transfer has them.
+"""scikit-learn's linear classifiers as probes of frozen features, as in DISSL's transfer evaluation.
 
-Features are scaled to [0, 1], each by its least and greatest value among the rows that are fitted.
+Each feature is scaled to [0, 1] by its minimum and maximum over the training rows.
 """
 
 from collections.abc import Callable
@@ -13,27 +13,28 @@ from torch import Tensor
 
 CLASSIFIERS = {
     "logistic": "logistic regression over all classes, by L-BFGS",
-    "svc": "a linear support vector machine for each class against the others, in its primal form",
+    "svc": "a linear one-versus-rest support vector machine, in its primal form",
 }
 MAX_ITERATIONS = 1000
-_PRIMAL: Any = False  # scikit-learn's docstring, which type checkers read, has a word only
+_PRIMAL: Any = False  # typed Any, since type checkers derive from scikit-learn's docstring that only a string is valid
 
 
 def fit_classifier(
     kind: str, features: Float[Tensor, "N D"], labels: Int[Tensor, " N"], classes: int, *, C: float, seed: int
 ) -> Callable[[Tensor], Tensor]:
-    """Fit a classifier, on the CPU.
+    """Fit a classifier on the CPU.
 
     Args:
         kind: a key of CLASSIFIERS.
-        features: of the frozen backbone.
-        labels: their classes, in [0, classes), of which not all need occur.
-        classes: how many there are.
+        features: features of the frozen backbone.
+        labels: their classes, in [0, classes); some classes may be absent.
+        classes: number of classes.
         C: inverse strength of the regularisation, > 0.
-        seed: of what is random in it.
+        seed: seed of the classifier.
 
     Returns:
-        Features ``[M, D]`` → scores ``[M, classes]`` on their device; -inf for a class that did not occur.
+        A function from features ``[M, D]`` to scores ``[M, classes]`` on the same device; the score of a class without
+        training rows is -inf.
 
     Raises:
         ValueError: all labels are of one class.
@@ -50,7 +51,7 @@ def fit_classifier(
 
     def scores(rows: Tensor) -> Tensor:
         found = torch.from_numpy(np.asarray(pipeline.decision_function(rows.cpu().numpy()), dtype=np.float64))
-        if found.ndim == 1:  # of two classes scikit-learn scores the second only
+        if found.ndim == 1:  # for two classes, scikit-learn returns only the score of the second
             found = torch.stack([-found, found], dim=1)
         every = torch.full((len(found), classes), -torch.inf, dtype=found.dtype)
         every[:, known] = found
@@ -60,6 +61,6 @@ def fit_classifier(
 
 
 def draw_strengths(count: int, seed: int) -> list[float]:
-    """``count`` values of C, log-uniform in [1e-4, 100]."""
+    """Draw ``count`` values of C, log-uniform in [1e-4, 100]."""
     low, high = np.log([1e-4, 100.0])
     return np.exp(np.random.default_rng(seed).uniform(low, high, count)).tolist()

@@ -1,4 +1,4 @@
-"""Processes of a run: one run per folder, no orphans, and a clear end when the run is told to stop."""
+"""Processes of a run: a lock per folder, no orphaned processes, and a defined exit after SIGTERM or SIGINT."""
 
 import ctypes
 import errno
@@ -19,14 +19,14 @@ from plugins.tools.command import UserError, first_process, say
 _PR_SET_PDEATHSIG = 1
 _FIRST = "SSL_PLUGINS_FIRST_PROCESS"
 GRACE_SECONDS = 8.0
-"""How long a run may take to end after SIGTERM or SIGINT; less than a scheduler waits before SIGKILL."""
+"""Seconds that a run may take to exit after SIGTERM or SIGINT; less than a scheduler waits before SIGKILL."""
 LOCK = ".lock"
 """The file in a run's folder that a running command holds locked."""
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder of a run for the length of the ``with`` block; a second run in it is an error.
+    """Lock the folder of a run during the ``with`` block; a second run in the folder is an error.
 
     The operating system releases the lock when the process ends, also after SIGKILL. On a file system without locks the
     block runs unlocked.
@@ -35,7 +35,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         folder: the run's folder; created if it does not exist.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock.
     """
     with hold_folder(folder):
         yield
@@ -49,7 +49,7 @@ def hold_folder(folder: Path, name: str = LOCK) -> IO[str]:
 
     Args:
         folder: the run's folder; created if it does not exist.
-        name: of the file to lock; machines that share the folder of one run lock a file each.
+        name: name of the file to lock. If several machines run in the same folder, each locks a separate file.
 
     Returns:
         The open file. Keep a reference to it.
@@ -65,7 +65,7 @@ def hold_folder(folder: Path, name: str = LOCK) -> IO[str]:
     except UserError:
         file.close()
         raise
-    if name == LOCK:  # other machines of the same run may be writing
+    if name == LOCK:  # with another name, other machines of the same run may be writing their temporary files
         for left in folder.glob(".*.tmp"):
             left.unlink(missing_ok=True)
     return file
@@ -81,9 +81,9 @@ def _lock(file: IO[str], folder: Path) -> None:
         owner = file.read().strip()
         who = f" ({owner})" if owner else ""
         raise UserError(
-            f"another run{who} writes into {folder}; wait until it has ended, or give this run another folder"
+            f"another run{who} writes into {folder}; wait until it has ended, or choose another folder for this run"
         ) from None
-    with suppress(OSError):  # a full disk: the number is for the message of others alone
+    with suppress(OSError):  # full disk: the text is only used in the error message of other processes
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -92,11 +92,11 @@ def _lock(file: IO[str], folder: Path) -> None:
 def end_with_parent(parent: int) -> None:
     """Ask Linux to kill this process when its parent dies, however the parent dies.
 
-    Call it at the start of a child process. Other systems have no such call; there the function does nothing.
+    Call it at the start of a child process. On systems other than Linux the function does nothing.
 
     Args:
-        parent: process number of the parent, as the parent read it. If the parent has ended already, this process ends
-            at once.
+        parent: process id of the parent, read in the parent. If the parent has already exited, this process is killed
+            immediately.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -106,10 +106,10 @@ def end_with_parent(parent: int) -> None:
 
 
 class Stopped(BaseException):
-    """The run was told to stop. A BaseException, so that no handler for errors takes it for one.
+    """Raised when the run receives SIGTERM or SIGINT. It is a BaseException, so that ``except Exception`` ignores it.
 
     Args:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -118,16 +118,16 @@ class Stopped(BaseException):
 
     @property
     def status(self) -> int:
-        """Exit status by the convention of shells: 128 + the signal's number."""
+        """Return the exit status that shells use: 128 + the number of the signal."""
         return 128 + self.number
 
 
 def listen() -> None:
-    """Let SIGTERM and SIGINT raise :class:`Stopped` in this process; no-op outside of the main thread.
+    """Install handlers that raise :class:`Stopped` on SIGTERM and SIGINT; no-op outside of the main thread.
 
-    Lightning replaces signal handlers when it starts to train, so a callback calls this function again. A process that
-    does not speak for its run ends at once. A forked child, such as a data loader's worker, leaves SIGINT, which a
-    terminal sends to all processes, to its parent.
+    Lightning replaces signal handlers when training starts, so a callback calls this function again. Processes of other
+    ranks than 0 exit immediately. A forked child, such as a worker of a data loader, ignores SIGINT: a terminal sends
+    it to all processes, and the parent handles it.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -139,7 +139,7 @@ def listen() -> None:
             return
         if os.getpid() != owner or not first_process():
             os._exit(128 + number)
-        if not received:  # a scheduler, a terminal and a parent process may each send one
+        if not received:  # a scheduler, a terminal and a parent process may each send a signal
             received = True
             speak = _speakers[-1] if _speakers else _say_stopped
             threading.Thread(target=_end_in_time, args=(number, speak), daemon=True).start()
@@ -150,10 +150,10 @@ def listen() -> None:
 
 
 def hide_dropped(kind: type[BaseException]) -> None:
-    """Do not print exceptions of one kind that Python drops: it drops, and prints, what is raised within a finalizer.
+    """Do not print an exception of a given class that is raised in a finalizer, where Python ignores exceptions.
 
     Args:
-        kind: what a signal handler raises. The caller takes care that the process ends all the same.
+        kind: the class that a signal handler raises. The caller must ensure that the process exits nevertheless.
     """
     show = sys.unraisablehook
     sys.unraisablehook = lambda dropped: None if isinstance(dropped.exc_value, kind) else show(dropped)
@@ -164,24 +164,25 @@ def _say_stopped(number: int, advice: str = "") -> None:
 
 
 _speakers: list[Callable[[int], None]] = []
-"""What says the last line of a stopped run, of the open blocks of :func:`exit_when_stopped`; inner ones last."""
+"""The functions that print the last line of a stopped run, one per open block of :func:`exit_when_stopped`, innermost
+last."""
 
 
 def _end_in_time(number: int, speak: Callable[[int], None]) -> None:
-    """End this process if tidying up hangs, as it may when other processes of the run are gone."""
+    """Exit if the clean-up hangs, which happens if other processes of the run have already exited."""
     time.sleep(GRACE_SECONDS)
     try:
         speak(number)
-    finally:  # also if the advice cannot be made, as on a disk that is gone
+    finally:  # also if the advice function raises, for example because the disk is no longer available
         os._exit(128 + number)
 
 
 @contextmanager
 def exit_when_stopped(advice: str | Callable[[], str]) -> Iterator[None]:
-    """Turn SIGTERM and SIGINT within the block into one line and exit status 143 or 130.
+    """On SIGTERM or SIGINT within the block, print one line and exit with status 143 or 130.
 
     Args:
-        advice: how to go on with the run, for the line; or what returns it then.
+        advice: how to resume the run, added to the line; or a function that returns this text, called at the end.
     """
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     saying, said, show = threading.Lock(), False, sys.unraisablehook
@@ -189,19 +190,19 @@ def exit_when_stopped(advice: str | Callable[[], str]) -> Iterator[None]:
     def speak(number: int) -> None:
         nonlocal said
         text = advice if isinstance(advice, str) else advice()
-        with saying:  # tidying up may end just when its time is over: one line, and a whole one
+        with saying:  # the clean-up and _end_in_time may call this at the same moment: print one complete line
             if not said:
                 _say_stopped(number, text)
             said = True
 
     _speakers.append(speak)
-    hide_dropped(Stopped)  # _end_in_time ends such a run
+    hide_dropped(Stopped)  # if a finalizer ignores the exception, _end_in_time exits
     listen()
     try:
         yield
     except BaseException as error:
         stopped = _origin(error)
-        if stopped is None or isinstance(error, SystemExit):  # of an inner block, which has spoken
+        if stopped is None or isinstance(error, SystemExit):  # an inner block raises SystemExit after it has printed
             raise
         speak(stopped.number)
         raise SystemExit(stopped.status) from None
@@ -214,14 +215,14 @@ def exit_when_stopped(advice: str | Callable[[], str]) -> Iterator[None]:
 
 
 def _origin(error: BaseException | None) -> Stopped | None:
-    """The signal that an exception comes from, also where tidying up raised another exception."""
+    """Return the Stopped exception in the context chain of an exception, or None; clean-up code may raise others."""
     while error is not None and not isinstance(error, Stopped):
         error = error.__context__
     return error
 
 
 def end_with_first_process() -> None:
-    """Let the processes that Lightning starts end when the first one, which started them, ends, however it ends."""
+    """Kill the processes that Lightning starts when the first process, their parent, exits for any reason."""
     if first_process():
         os.environ[_FIRST] = str(os.getpid())
     elif os.environ.get(_FIRST) == str(os.getppid()):

@@ -1,4 +1,7 @@
-"""What commands leave behind: JSON and CSV files, whole or not at all, and the versions that a result depends on."""
+"""Read and write the JSON and CSV files of commands, and collect the package versions that a result depends on.
+
+Files are written atomically: an interrupted call keeps the previous content of the file.
+"""
 
 import csv
 import json
@@ -14,24 +17,24 @@ _PACKAGES = ("ssl-plugins", "torch", "torchvision", "numpy")
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
+    """Return the content of a JSON file."""
     return json.loads(path.read_text())
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, and its folder where there is none; an interrupted call leaves the file that was there."""
+    """Write a JSON file atomically; its folder is created if it does not exist."""
     with atomic(path, "w") as file:
         file.write(json.dumps(content, indent=1) + "\n")
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read the complete rows of a CSV file; a last line that a killed process cut short is left out.
+    """Read the complete rows of a CSV file; an incomplete last line of a killed process is skipped.
 
     Args:
-        path: of the file.
+        path: the file.
 
     Returns:
-        A dictionary column → text for each row; empty if there is no file.
+        A dictionary column → text for each row; an empty list if the file does not exist.
     """
     if not path.is_file():
         return []
@@ -41,12 +44,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a CSV file; an interrupted call leaves the file that was there.
+    """Write a CSV file atomically.
 
     Args:
-        path: of the file.
-        columns: in order; what else a row holds is left out, what it lacks is empty.
-        rows: column → value.
+        path: the file.
+        columns: names of the columns, in order. Other keys of a row are ignored; a missing key gives an empty cell.
+        rows: dictionaries column → value.
     """
     with atomic(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -55,11 +58,11 @@ def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, A
 
 
 def write_row(path: Path, epoch: int, row: Mapping[str, float]) -> None:
-    """Put an epoch's row into a CSV file, in place of rows of this epoch and later.
+    """Append the row of an epoch to a CSV file; existing rows of this epoch and of later ones are deleted.
 
     Args:
-        path: of the file; its columns become ``epoch`` and those of the row.
-        epoch: counted from 0.
+        path: the file. Its columns become ``epoch`` and the keys of the row.
+        epoch: number of the epoch, from 0.
         row: column → value.
     """
     kept = [line for line in read_rows(path) if int(line["epoch"]) < epoch]
@@ -67,7 +70,10 @@ def write_row(path: Path, epoch: int, row: Mapping[str, float]) -> None:
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Versions of Python, of what every result depends on, and of further packages; None where one is missing."""
+    """Return the versions of Python, of ssl-plugins, torch, torchvision and numpy, and of further packages.
+
+    The version of a package that is not installed is None.
+    """
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in (*_PACKAGES, *packages):
         try:
@@ -78,7 +84,7 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def difference(name: str, theirs: Any, ours: Any) -> tuple[str, Any, Any]:
-    """The first entry in which two values differ: its full name, and both."""
+    """Return the first entry in which two nested values differ: its full name and both values."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in sorted(theirs.keys() | ours.keys()):
             if theirs.get(key) != ours.get(key):

@@ -1,7 +1,7 @@
-"""What the adapters ask and give a Trainer of Lightning, of either flavour: its steps, whole files, a clear end.
+"""Helpers for Lightning's Trainer: number of steps, atomic checkpoints, and a defined exit after a signal.
 
-The classes are mixins, since there are two Lightnings: solo-learn's main branch derives from ``lightning``, its release
-and lightly from ``pytorch_lightning``.
+The classes are mixins, since Lightning has two packages: solo-learn's main branch uses ``lightning``; its release and
+lightly use ``pytorch_lightning``.
 """
 
 import contextlib
@@ -20,15 +20,16 @@ from plugins.tools.process import listen
 
 
 def run_steps(trainer: Any) -> tuple[int, int | None]:
-    """Optimiser steps of the run and of one epoch, as ``configure_optimizers`` needs them for a schedule.
+    """Return the number of optimiser steps of the run and of one epoch, for schedules in ``configure_optimizers``.
 
-    They follow ``max_epochs``, ``max_steps``, ``limit_train_batches`` and ``accumulate_grad_batches``.
+    The numbers respect ``max_epochs``, ``max_steps``, ``limit_train_batches`` and ``accumulate_grad_batches``.
 
     Returns:
-        The steps of the run, at least 1, and those of an epoch, or None where the data have no length.
+        The steps of the run, at least 1, and the steps of an epoch, or None if the data loader has no length.
 
     Raises:
-        UserError: the run has no known end: ``max_time`` alone, or data without a length and no ``max_steps``.
+        UserError: the length of the run is unknown: only ``max_time`` is set, or the data loader has no length and
+            ``max_steps`` is not set.
     """
     total = trainer.estimated_stepping_batches
     if not 0 <= total < math.inf:
@@ -36,7 +37,7 @@ def run_steps(trainer: Any) -> tuple[int, int | None]:
             "the schedule needs the number of steps of the run, which max_epochs and max_time do not give here; "
             "set max_steps of the Trainer"
         )
-    if trainer.train_dataloader is None:  # with max_epochs=-1 nothing has asked for it yet
+    if trainer.train_dataloader is None:  # with max_epochs=-1 Lightning has not created it yet
         trainer.fit_loop.setup_data()
     return max(int(total), 1), _steps_of_epoch(trainer)
 
@@ -47,16 +48,16 @@ def _steps_of_epoch(trainer: Any) -> int | None:
 
 
 def set_clock(trainer: Any, clock: Clock) -> None:
-    """Tell the clock how long the run and an epoch are, where that is known."""
+    """Set the number of steps of the run and of an epoch in the clock; None if it is unknown."""
     total = trainer.estimated_stepping_batches
     clock.total = int(total) if 0 <= total < math.inf else None
     clock.steps_per_epoch = _steps_of_epoch(trainer)
 
 
 def ends_step(trainer: Any, batch_idx: int) -> bool:
-    """Whether a Trainer of Lightning, of either flavour, makes its optimiser's step after a batch.
+    """Return whether Lightning's Trainer makes an optimiser step after a batch.
 
-    An epoch's last step has the micro-batches that are left.
+    The last step of an epoch uses the remaining micro-batches.
     """
     if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
         return True
@@ -64,16 +65,16 @@ def ends_step(trainer: Any, batch_idx: int) -> bool:
 
 
 def loss_scale(trainer: Any) -> float:
-    """What a Trainer multiplies losses with before backward, in 16-bit precision; 1 elsewhere."""
+    """Return the loss scale of a Trainer with 16-bit precision, and 1 for other precisions."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def check_joined(trainer: Any) -> None:
-    """Refuse a Trainer under which a module cannot make backward passes of its own.
+    """Check that the Trainer's strategy allows backward passes inside ``training_step``.
 
     Raises:
-        UserError: its strategy is neither a single device nor DistributedDataParallel.
+        UserError: the strategy is neither a single device nor DistributedDataParallel.
     """
     strategy = type(trainer.strategy)
     if not {"SingleDeviceStrategy", "DDPStrategy"} & {base.__name__ for base in strategy.__mro__}:
@@ -81,24 +82,24 @@ def check_joined(trainer: Any) -> None:
 
 
 def placeholder_loss(device: torch.device) -> Tensor:
-    """A loss of 0 whose backward reaches no parameter, for a step's earlier micro-batches.
+    """Return a loss of 0 that depends on no parameter, for all micro-batches of a step except the last.
 
-    A ``training_step`` that gives None is refused under several processes.
+    Lightning rejects a ``training_step`` that returns None if there are several processes.
     """
     return torch.zeros((), device=device, requires_grad=True)
 
 
 def save_atomically(content: Any, path: Path) -> None:
-    """Save with torch.save so that ``path`` holds the old or the new file, whatever happens.
+    """Save with torch.save so that after an interruption ``path`` is either the old or the new file.
 
-    Lightning writes to the system's temporary folder and, on another file system, copies from there.
+    Lightning writes to the temporary folder of the system and copies the file if that is another file system.
 
     Args:
-        content: what torch.save takes.
-        path: of the file.
+        content: any object that torch.save accepts.
+        path: the file.
 
     Raises:
-        UserError: the disk is full; the file that was there is kept.
+        UserError: the disk is full; the old file is kept.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -107,10 +108,10 @@ def save_atomically(content: Any, path: Path) -> None:
 
 
 class AtomicCheckpointIO:
-    """Mixin for TorchCheckpointIO: saves with :func:`save_atomically`."""
+    """Mixin for TorchCheckpointIO that saves with :func:`save_atomically`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Save a checkpoint; a place that is no local path is left to Lightning."""
+        """Save a checkpoint atomically; Lightning saves to URLs."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)  # type: ignore[misc]
         else:
@@ -118,22 +119,22 @@ class AtomicCheckpointIO:
 
 
 class Guard:
-    """Mixin for Callback: SIGTERM ends a run with a status that is not 0, and no process of it is left behind.
+    """Mixin for Callback: on SIGTERM the run exits with a non-zero status, and all of its processes end.
 
-    Lightning ends it with status 0 after the batch, and before that sends a collective in the signal's handler, which
-    other processes may never answer.
+    Lightning exits with status 0 after the current batch. Its signal handler first starts a collective, which blocks if
+    other ranks have already exited.
     """
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Replace the handlers that Lightning has just set; it restores those of before at the end."""
+        """Replace the signal handlers that Lightning has just installed; Lightning restores the previous ones."""
         listen()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Do the same for a validation alone."""
+        """Replace the signal handlers for a validation without training."""
         listen()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """End the processes that Lightning started: they would wait for this one."""
+        """Kill the processes that Lightning started, which would otherwise wait for this one."""
         for process in getattr(trainer.strategy.launcher, "procs", ()):
             with contextlib.suppress(OSError):
                 process.kill()

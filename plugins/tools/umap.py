@@ -82,7 +82,7 @@ def _colours(count: int) -> list[Any]:
         return [colormaps["tab10"](index)[:3] for index in range(count)]
     if count <= 20:
         return [colormaps["tab20"](index)[:3] for index in range(count)]
-    # around the circle of hues, with three brightnesses in turn
+    # equally spaced hues with three alternating values of lightness
     return [colorsys.hls_to_rgb(index / count, (0.4, 0.55, 0.7)[index % 3], 0.75) for index in range(count)]
 
 

@@ -1,8 +1,9 @@
-"""Read checkpoints that hold code, without running it.
+"""Load checkpoints that contain functions and classes, without importing or calling them.
 
-Stock solo-learn puts ``functools.partial(static_lr, …)`` into the schedule of a checkpoint, which torch rightly refuses
-to read with ``weights_only=True``: a pickle may call any function. Here torch's restricted reader reads the file, and
-whatever it does not know is replaced by a stand-in that does nothing. Weights and plain values come out as they are.
+Stock solo-learn stores ``functools.partial(static_lr, …)`` in the scheduler state of a checkpoint. torch rejects such a
+file with ``weights_only=True``, since a pickle may call any function. This module loads the file with torch's
+restricted unpickler and replaces every unknown class or function by a placeholder without behaviour. Weights and plain
+values are loaded unchanged.
 """
 
 from collections import OrderedDict
@@ -13,7 +14,7 @@ import torch
 
 
 class Inert:
-    """Stands in for a class or function that a checkpoint names: takes any arguments and any state, keeps nothing."""
+    """Placeholder for a class or function in a checkpoint: accepts any arguments and any state and ignores them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -26,7 +27,7 @@ class Inert:
 
 
 def _mapping(*args: Any) -> dict[Any, Any]:
-    """Stands in for a mapping that is filled after it was made: torch's reader fills this kind only."""
+    """Return an empty OrderedDict in place of another mapping, since torch's unpickler can only fill this class."""
     return OrderedDict()
 
 
@@ -34,23 +35,24 @@ _MAPPINGS = ("collections.defaultdict",)
 
 
 def load_inert(path: Path) -> tuple[Any, list[str]]:
-    """Load a file of torch.save onto the CPU; nothing that it names is imported or called.
+    """Load a file of torch.save onto the CPU, without importing or calling the functions and classes in it.
 
-    Functions of the modules os and sys, and files in torch's format of before 1.6 that hold code, are refused.
+    Functions of the modules os and sys raise an error, and so do files in torch's format before 1.6 that contain
+    functions or classes.
 
     Args:
         path: the file.
 
     Returns:
-        What the file holds, and the sorted names of what was replaced by an :class:`Inert`.
+        The content of the file, and the sorted names that were replaced by an :class:`Inert`.
 
     Raises:
-        Exception: what torch.load raises of a file that it cannot read or refuses.
+        Exception: the exception of torch.load for a file that it cannot read or rejects.
     """
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except ValueError:
-        names = []  # not a zip file: torch.load will say what it thinks of it
+        names = []  # not a zip file: torch.load raises the error
     stand_ins: list[Any] = [(_mapping if name in _MAPPINGS else Inert, name) for name in names]
     with torch.serialization.safe_globals(stand_ins):
         return torch.load(path, map_location="cpu", weights_only=True), names

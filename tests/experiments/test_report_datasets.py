@@ -61,7 +61,7 @@ def test_cells_without_a_published_number_are_empty(tmp_path):
     add_run(out, "isoloss_cifar10", **SCORES)
     text = report_datasets.write(out)
     assert cells(text)["cifar10", "isoloss"][4:6] == ["", ""]
-    assert "no number of these runs could be retrieved" in text
+    assert "no numbers are available for these runs" in text
 
 
 def test_seeds_and_missing_runs(results):

@@ -178,7 +178,10 @@ def test_only_selects_by_part_of_the_name(suite, capsys, pattern, names):
             ["ssl_ey", "--data", "cifar10,stl10"],
             "suite ssl_ey has no data set 'stl10'; it has: cifar10, cifar100, imagenet100, digits",
         ),
-        (["toy", "--only", "nothing"], "--only nothing matches none of the runs: solo/good/seed0, solo/better/seed0"),
+        (
+            ["toy", "--only", "nothing"],
+            "--only nothing matches no run; the runs are: solo/good/seed0, solo/better/seed0",
+        ),
         (["toy", "--framework", "keras"], "suite toy has no framework 'keras'; it has: solo, all"),
         (["toy", "--all", "--framework", "solo"], "--all and --framework solo exclude each other; give one of them"),
         (["toy", "--seeds", "0"], "argument --seeds: must be a whole number of at least 1, got '0'"),

@@ -138,7 +138,7 @@ def test_without_the_data_there_is_one_sentence_and_nothing_is_trained(suite, tm
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert experiments.main([suite]) == 2
     error = capfd.readouterr().err
-    assert error.startswith("error: tinyimagenet is not in datasets/tinyimagenet: make it of its archive with: ")
+    assert error.startswith("error: tinyimagenet is not in datasets/tinyimagenet: create it from its archive with: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "results").exists()
 

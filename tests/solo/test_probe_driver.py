@@ -82,12 +82,12 @@ def test_too_few_labels_are_one_sentence(run, digits, tmp_path):
 
 def test_a_wrong_file_is_refused_before_anything_is_read(tmp_path):
     args = _arguments(tmp_path / "no run", tmp_path, _file(tmp_path, {**SHARED, "probes": []}))
-    with pytest.raises(UserError, match="probes must name at least one"):
+    with pytest.raises(UserError, match="probes must contain at least one probe"):
         main_probe.evaluate(args)
 
 
 def test_missing_paths_are_refused(run, digits, tmp_path):
-    with pytest.raises(UserError, match="--config is no file"):
+    with pytest.raises(UserError, match="--config must be a YAML file"):
         main_probe.evaluate(_arguments(run, digits, tmp_path / "none.yaml"))
     file = _file(tmp_path, {**SHARED, "probes": [LINEAR]})
     with pytest.raises(UserError, match="is not the folder of a run"):

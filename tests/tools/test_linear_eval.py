@@ -163,7 +163,9 @@ def test_images_by_a_file_of_weights(images, tmp_path):
         wanted = load_dissl(images / "file.torch")(preprocessor()(image)[None])[0]
     torch.testing.assert_close(features[10], wanted, atol=1e-4, rtol=1e-4)
     assert run("--features", str(saved), *common) == found
-    with pytest.raises(UserError, match=r"--save .* is not empty; --features .*saved reads features that are there"):
+    with pytest.raises(
+        UserError, match=r"--save .* is not empty; give another folder, or --features .*saved to evaluate it"
+    ):
         run(*_of_images(images), "--save", str(saved), *common)
 
 
@@ -196,7 +198,10 @@ def test_wrong_images_are_named(images, tmp_path, quick):
         (["--features", "a", "--save", "b"], "--save goes with --weights, not with --features"),
         (["--train", "a", "b", "--test", "a", "b", "--layer", "c"], "--layer goes with --features, not with --train"),
         (["--features", "nowhere"], "there is no folder nowhere"),
-        (["--features", "a", "--config", "nothing"], "--config is no file: nothing"),
+        (
+            ["--features", "a", "--config", "nothing"],
+            "--config must be a YAML file or the name of one in configs/probes, got nothing",
+        ),
         (["--features", "a", "--device", "nothing"], "--device nothing cannot be used"),
     ],
 )
@@ -218,7 +223,7 @@ def test_options_that_do_not_go_together(options, message):
         (np.zeros((3, 2)), np.zeros(4, int), r"y.npy must be 3 whole numbers, one .*, got int64 \[4\]"),
         (np.zeros((3, 2)), np.zeros(3), r"y.npy must be 3 whole numbers, one .*, got float64 \[3\]"),
         (np.zeros((3, 2)), np.array([0, -1, 1]), "y.npy must be classes of at least 0, got -1"),
-        (np.array([object()]), np.zeros(3, int), "x.npy is no .npy file that can be read: Object arrays cannot be"),
+        (np.array([object()]), np.zeros(3, int), "x.npy is not a readable .npy file: Object arrays cannot be"),
     ],
 )
 def test_wrong_files_are_named(features, labels, message, tmp_path):
@@ -230,7 +235,7 @@ def test_wrong_files_are_named(features, labels, message, tmp_path):
 
 def test_sides_of_unequal_width_and_too_few_labels(files, quick, tmp_path):
     np.save(tmp_path / "test_x.npy", blobs(60, dim=4)[0])
-    with pytest.raises(UserError, match="the training features have 5 dimensions, those of the test images 4"):
+    with pytest.raises(UserError, match="the training features have 5 dimensions, the test features 4"):
         run(*files, *quick)
     np.save(tmp_path / "test_x.npy", blobs(60)[0])
     np.save(tmp_path / "train_y.npy", np.arange(90))
@@ -251,4 +256,8 @@ def test_command_needs_no_framework_and_ends_in_one_sentence(files, quick, tmp_p
     assert done.returncode == 0, done.stderr
     assert "linear probe, 90 labels: top-1" in done.stdout
     done = subprocess.run([*command, *files, "--config", str(tmp_path)], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: --config is no file: {tmp_path}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        f"error: --config must be a YAML file or the name of one in configs/probes, got {tmp_path}\n",
+    )

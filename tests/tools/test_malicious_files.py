@@ -54,9 +54,9 @@ def test_arrays(tmp_path):
     path, labels, marker = tmp_path / "a.npy", tmp_path / "labels.npy", tmp_path / "ran"
     np.save(path, np.array([[Touch(marker)]], dtype=object), allow_pickle=True)
     np.save(labels, np.zeros(1, dtype=int))
-    assert refused(load_arrays, path, labels, marker=marker).startswith(f"{path} is no .npy file")
+    assert refused(load_arrays, path, labels, marker=marker).startswith(f"{path} is not a readable .npy file")
     path.write_bytes(pickle.dumps(Touch(marker)))
-    assert refused(load_arrays, path, labels, marker=marker).startswith(f"{path} is no .npy file")
+    assert refused(load_arrays, path, labels, marker=marker).startswith(f"{path} is not a readable .npy file")
     np.savez(tmp_path / "b.npz", a=np.array([Touch(marker)], dtype=object))
     assert "no array" in refused(load_arrays, tmp_path / "b.npz", labels, marker=marker)
 
@@ -66,13 +66,13 @@ def test_an_array_that_claims_more_than_the_memory(tmp_path):
     np.save(labels, np.zeros(1, dtype=int))
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (2**50, 8)})
-    assert refused(load_arrays, path, labels, marker=tmp_path / "ran").startswith(f"{path} is no .npy file")
+    assert refused(load_arrays, path, labels, marker=tmp_path / "ran").startswith(f"{path} is not a readable .npy file")
 
 
 def test_yaml(tmp_path):
     path, marker = tmp_path / "probe.yaml", tmp_path / "ran"
     path.write_text(f"probes: !!python/object/apply:os.system ['touch {marker}']\n")
-    assert refused(read_probes, path, marker=marker).startswith(f"{path} is no YAML file")
+    assert refused(read_probes, path, marker=marker).startswith(f"{path} is not a valid YAML file")
 
 
 def archive(path, files):

@@ -81,10 +81,10 @@ def test_what_is_left_out_has_the_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: [", "is no YAML file"),
+        ("a: [", "is not a valid YAML file"),
         ("- 1", "must have the entries probes, and may have hidden_dim, .*, epochs, got"),
         ({**SHARED}, "must have the entries probes, and may have .*, got hidden_dim"),
-        ({**SHARED, "probes": []}, "probes must name at least one"),
+        ({**SHARED, "probes": []}, "probes must contain at least one probe"),
         ({**SHARED, "epochs": 1.5, "probes": [LINEAR]}, "epochs must be a whole number, got 1.5"),
         ({**SHARED, "probes": [3]}, r"probes\[0\] must have the entries kind, weight_decay, and may have .*, got 3"),
         ({**SHARED, "probes": [LINEAR, {**LINEAR, "wd": 1}]}, r"probes\[1\] must have the entries .*, wd"),
@@ -113,5 +113,5 @@ def test_a_wrong_file_is_refused(tmp_path, content, message):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--config is no file: .*none\.yaml"):
+    with pytest.raises(UserError, match=r"--config must be a YAML file .*, got .*none\.yaml"):
         read_probes(tmp_path / "none.yaml")

@@ -1,9 +1,9 @@
 """Definitions of a run and of a suite of experiments.
 
 A suite is a list of runs. A run is one method in one framework with one seed: a sequence of commands (pre-training,
-kNN, linear evaluation), each in a process of its own, and a function that collects the numbers that they write.
+kNN, linear evaluation), each in a separate process, and a function that collects the numbers that they write.
 
-The suites hold no hyperparameters: those are in the YAML files that the commands name. This package imports only the
+The suites contain no hyperparameters: those are in the YAML files that the commands name. This package imports only the
 standard library, so that the command line can be checked before the environment exists.
 """
 
@@ -23,7 +23,7 @@ class Request:
         epochs: number of pre-training epochs; None uses the value of the YAML file.
         devices: number of GPUs of each pre-training; None uses the value of the YAML file.
         data: names of the data sets to run on; None selects all data sets of the suite.
-        data_folder: folder of the data sets, each in a subfolder of its usual name.
+        data_folder: folder of the data sets, one subfolder each.
     """
 
     out: Path = Path("results")

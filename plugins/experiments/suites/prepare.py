@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 30.0
-"""How long a server may be silent."""
+"""Timeout of the connection to a server."""
 DOWNLOADED: dict[str, tuple[str, dict[str, str]]] = {
     "cifar10": ("CIFAR10", {}),
     "cifar100": ("CIFAR100", {}),
@@ -22,29 +22,29 @@ DOWNLOADED: dict[str, tuple[str, dict[str, str]]] = {
 }
 """data set → (class in torchvision.datasets, its options)."""
 FOLDERS = {
-    "tinyimagenet": "make it of its archive with: "
+    "tinyimagenet": "create it from its archive with: "
     "python -m plugins.tools.data tinyimagenet --archive tiny-imagenet-200.zip --out {place}",
-    "imagenet": "it has to be downloaded by hand and needs class folders in {place}/train and {place}/val",
-    "imagenet100": "it is made from ImageNet and needs class folders in {place}/train and {place}/val",
+    "imagenet": "download it manually, with one folder per class in {place}/train and {place}/val",
+    "imagenet100": "create it from ImageNet, with one folder per class in {place}/train and {place}/val",
 }
-"""data set → how one gets it."""
+"""Data set → instructions to obtain it."""
 CLASSES = {"tinyimagenet": 200, "imagenet": 1000, "imagenet100": 100}
-"""data set → how many folders of classes it has."""
+"""Data set → number of class folders."""
 
 
 class DataError(Exception):
-    """A data set is missing and cannot be downloaded. The message is one sentence."""
+    """Raised if a data set is missing and cannot be downloaded; the message is one line."""
 
 
 def prepare(datasets: Sequence[str], folder: Path) -> None:
-    """Make sure that data sets are there.
+    """Check that data sets exist; download those that torchvision can download.
 
     Args:
         datasets: keys of DOWNLOADED and FOLDERS.
-        folder: where they are, or go.
+        folder: folder of the data sets.
 
     Raises:
-        DataError: one is missing and cannot be downloaded.
+        DataError: a data set is missing or incomplete and cannot be downloaded.
     """
     missing = []
     for name in datasets:
@@ -57,8 +57,8 @@ def prepare(datasets: Sequence[str], folder: Path) -> None:
         elif len(classes[0]) != CLASSES[name] or classes[0] != classes[1]:
             found = "{} and {}".format(*map(len, classes))
             missing.append(
-                f"{place} is not {name}, which has {CLASSES[name]} folders of classes, the same in train and val, but "
-                f"{found} here: {FOLDERS[name].format(place=place)}"
+                f"{place} must have the {CLASSES[name]} class folders of {name} in train and in val, got "
+                f"{found}: {FOLDERS[name].format(place=place)}"
             )
     if missing:
         raise DataError("; ".join(missing) + "; or choose other data sets with --data")
@@ -68,7 +68,7 @@ def prepare(datasets: Sequence[str], folder: Path) -> None:
 
 
 def _classes(folder: Path) -> set[str]:
-    """Names of the folders of classes that hold something."""
+    """Return the names of the class folders that are not empty."""
     if not folder.is_dir():
         return set()
     return {entry.name for entry in folder.iterdir() if entry.is_dir() and any(entry.iterdir())}
@@ -100,12 +100,14 @@ def _download(name: str, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m plugins.experiments.suites.prepare", description="Check or fetch data."
     )
     parser.add_argument("datasets", nargs="+", choices=[*DOWNLOADED, *FOLDERS], metavar="DATASET")
-    parser.add_argument("--folder", type=Path, default=Path("datasets"), help="where they are (default: datasets)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("datasets"), help="folder of the data sets (default: datasets)"
+    )
     options = parser.parse_args(argv)
     try:
         prepare(options.datasets, options.folder)
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        print("no GPU here: training for the full number of epochs will take weeks; --epochs N makes it short")
+        print("no GPU is available: full training takes weeks on a CPU; shorten it with --epochs N")
     return 0
 
 

@@ -66,10 +66,10 @@ class Status:
     """State of a run, as a row of the live table shows it.
 
     Args:
-        name: of the run.
+        name: name of the run.
         state: ``waiting``, ``finished``, ``failed``, or the name of the active step.
-        progress: of the pre-training; None if it is not known.
-        seconds: since the run started; None if it has not started.
+        progress: progress of the pre-training; None if it is not known.
+        seconds: seconds since the start of the run; None if it has not started.
         eta: remaining seconds of the pre-training; None if they are not known.
         detail: scores of a finished run, reason and log of a failed one.
     """
@@ -112,14 +112,14 @@ class Runner:
         self.began = time.monotonic()
 
     def go(self) -> Outcome:
-        """Execute all runs. On an interrupt, end the processes, then raise it again."""
+        """Execute all runs. On an interrupt, terminate the processes and raise the interrupt again."""
         reported = time.monotonic()
         try:
             while self.waiting or self.active:
                 self._start()
                 self._advance()
                 now = time.monotonic()
-                # a plain line every 15 seconds would be too many for runs that take days
+                # for runs that take days, a plain line every 15 seconds would be too many
                 interval = TABLE_SECONDS if self.show else max(PROGRESS_SECONDS, (now - self.began) / 60)
                 if now - reported >= interval and self.active:
                     reported = now
@@ -195,7 +195,7 @@ class Runner:
                 "step_seconds": {name: step["seconds"] for name, step in _read_steps(run).items()},
             }
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            self._fail(run, f"its commands succeeded, but their output is not as expected: {error!r}", log=True)
+            self._fail(run, f"the commands succeeded, but their output files are invalid: {error!r}", log=True)
             return
         write_json(run.result, result)
         self.outcome.finished.append(run.name)
@@ -219,7 +219,7 @@ class Runner:
         self.statuses[run.name] = replace(self.statuses[run.name], state="failed", eta=None, detail=detail)
         self.report_line(f"{self._elapsed()}  {run.name}: FAILED: {why}")
         if log:
-            self.report_line(f"    log: {run.log}; it ends with")
+            self.report_line(f"    log: {run.log}; last lines:")
             for line in _last_lines(run.log):
                 self.report_line(f"    | {line}")
 
@@ -311,14 +311,14 @@ class Runner:
 
 
 def is_warm(arguments: Sequence[str]) -> bool:
-    """Whether a command is forked from the process that has imported its framework."""
+    """Return whether a command is forked from the server process that has already imported its framework."""
     return arguments[0] == "-m" and arguments[1].startswith(("solo_ext.", "lightly_ext.", "vissl_ext."))
 
 
 def _start(arguments: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes] | WarmProcess":
-    """Start a ``python`` command in its own session, so that a signal reaches all its children, such as data loaders.
+    """Start a ``python`` command in a new session, so that a signal reaches all its children, such as data loaders.
 
-    Commands of the adapters are forked from a process that has imported torch and the framework already.
+    Commands of the adapters are forked from a process that has already imported torch and the framework.
     """
     if is_warm(arguments):
         return WarmProcess(arguments, log, ENVIRONMENT)
@@ -355,13 +355,13 @@ def _remaining_steps(run: Run) -> list[Step]:
     """List the commands that have not succeeded yet.
 
     Raises:
-        UserError: the folder holds an unfinished run with other arguments.
+        UserError: the folder contains an unfinished run with other arguments.
     """
     notes = _read_steps(run)
     first = run.steps[0]
     if first.name in notes and tuple(notes[first.name]["arguments"]) != first.arguments:
         raise UserError(
-            f"{run.folder} holds an unfinished run that was started with other settings; delete it to start again"
+            f"{run.folder} contains an unfinished run that was started with other settings; delete it to start again"
         )
     for index, step in enumerate(run.steps):
         note = notes.get(step.name, {"arguments": (), "seconds": None})

@@ -1,31 +1,31 @@
-"""Writes image folders to train on: ``python -m plugins.tools.data digits``, ``tinyimagenet`` or ``subset``.
+"""Create image folders for training: ``python -m plugins.tools.data digits``, ``tinyimagenet`` or ``subset``.
 
-``digits`` are the 1797 real handwritten digits that ship inside scikit-learn (8x8 pixels, test part of the UCI set
-"Optical Recognition of Handwritten Digits"). As they are, they prove nothing: the features of an untrained ResNet-18
-already separate them. So each digit is placed once, by its own fixed random shift, scale and rotation, on a larger
-canvas, in a colour of its own on a dim background of another colour, with sensor noise. These are nuisances to which
-the usual augmentations (random crop, colour jitter, grey scale, blur) teach a network to be blind.
+``digits`` writes the 1797 real handwritten digits of scikit-learn (8x8 pixels, test part of the UCI data set "Optical
+Recognition of Handwritten Digits"). The original images are too easy: the features of an untrained ResNet-18 already
+separate the classes. Each digit is therefore rendered once on a larger canvas, with a fixed random shift, scale,
+rotation and colour, on a dark background of another random colour, with sensor noise. The usual augmentations (random
+crop, colour jitter, grey scale, blur) make a network invariant to these nuisances.
 
-Layout, readable by torchvision's ImageFolder and everything like it::
+The layout can be read by torchvision's ImageFolder::
 
     datasets/digits/train/<0-9>/<row>.png      1297 images
     datasets/digits/val/<0-9>/<row>.png         500 images, 50 of each class
     datasets/digits/train_5/<0-9>/<row>.png      50 images of train, 5 of each class
     datasets/digits/manifest.json              settings, counts, mean and standard deviation of train
 
-where ``<row>`` is the digit's row in ``sklearn.datasets.load_digits()``.
+``<row>`` is the row of the digit in ``sklearn.datasets.load_digits()``.
 
-``tinyimagenet`` is Stanford's archive tiny-imagenet-200.zip (200 classes, 64x64 pixels), which everyone has to download
-on their own. In it the validation images lie in one folder, beside a list of their classes; they are sorted into class
-folders here, and the files are copied as they are::
+``tinyimagenet`` sorts the images of Stanford's archive tiny-imagenet-200.zip (200 classes, 64x64 pixels) into class
+folders. Download the archive first. Its validation images are in a single folder with a list of their classes. The
+files are copied unchanged::
 
     datasets/tinyimagenet/train/<class>/*.JPEG  500 images of each class
     datasets/tinyimagenet/val/<class>/*.JPEG     50 images of each class
     datasets/tinyimagenet/manifest.json         counts
 
-``subset`` takes a share of the labels of any folder of classes, for semi-supervised fine-tuning: as many images of each
-class, drawn at random, or those that a published list names. The files are linked (copied, where the disk has no hard
-links)::
+``subset`` selects a fraction of the images of any data set with class folders, for semi-supervised fine-tuning: the
+same number of random images per class, or the images in a published list. The files are hard links, or copies if the
+file system has no hard links::
 
     datasets/imagenet/train_1/<class>/*.JPEG
     datasets/imagenet/train_1/manifest.json     settings, counts
@@ -52,37 +52,37 @@ CLASSES = 10
 VAL_PER_CLASS = 50
 FEW_PER_CLASS = 5
 SCALE = (0.85, 1.0)
-"""Side of the digit's 8x8 box, as a fraction of the canvas."""
+"""Range of the side of the digit's 8x8 box, as a fraction of the canvas."""
 SHIFT = 0.03
 """Largest shift of the digit's centre along each axis, as a fraction of the canvas."""
 ROTATION = 6.0
 """Largest rotation, in degrees."""
 TINT = 0.45
-"""Largest darkening of each colour channel of the digit; each of the background reaches 60 % of it in brightness."""
+"""Largest darkening of each colour channel of the digit. The channels of the background are at most 60 % of it."""
 FADE = 0.3
-"""Largest loss of the digit's brightness, all channels alike."""
+"""Largest reduction of the digit's brightness, the same for all channels."""
 NOISE = 0.02
 """Standard deviation of the noise of each pixel."""
 OVERSAMPLING = 2
-"""Samples per pixel along each axis; their mean is the pixel."""
+"""Number of samples per pixel along each axis; the pixel is their mean."""
 
 
 class DataError(Exception):
-    """A user's mistake, told in one sentence."""
+    """An error that the user can correct; the message is one sentence."""
 
 
 def place_digit(digit: "np.ndarray", *, size: int, scale: float, shift: tuple[float, float], angle: float) -> Any:
-    """Draw a digit on a square canvas: rotated about its centre, scaled, then shifted; bilinear, black outside.
+    """Rotate a digit about its centre, scale it and shift it on a black square canvas, with bilinear interpolation.
 
     Args:
-        digit: ``[8, 8]``, ink in [0, 1].
+        digit: intensities ``[8, 8]`` in [0, 1].
         size: side of the canvas in pixels.
-        scale: side of the digit's box over side of the canvas.
-        shift: of the centre to the right and downwards, in sides of the canvas.
-        angle: clockwise as displayed, radians.
+        scale: side of the digit's box divided by the side of the canvas.
+        shift: shift of the centre to the right and downwards, as fractions of the side of the canvas.
+        angle: clockwise rotation in radians.
 
     Returns:
-        Ink ``[size, size]`` in [0, 1].
+        Intensities ``[size, size]`` in [0, 1].
     """
     import numpy as np
 
@@ -91,7 +91,7 @@ def place_digit(digit: "np.ndarray", *, size: int, scale: float, shift: tuple[fl
     y, x = np.meshgrid(position - shift[1], position - shift[0], indexing="ij")
     cos, sin = np.cos(angle), np.sin(angle)
     side = digit.shape[0]
-    # Canvas → pixel index in the digit padded by two black pixels, so that all beyond its edge reads black.
+    # Map the canvas to pixel indices of the digit, padded by two black pixels, so that everything outside is black.
     column = np.clip((cos * x + sin * y) * side / scale + side / 2 + 1.5, 0, side + 2.5)
     row = np.clip((cos * y - sin * x) * side / scale + side / 2 + 1.5, 0, side + 2.5)
     padded = np.pad(digit, 2)
@@ -103,15 +103,15 @@ def place_digit(digit: "np.ndarray", *, size: int, scale: float, shift: tuple[fl
 
 
 def render_digit(digit: "np.ndarray", *, size: int, rng: "np.random.Generator") -> Any:
-    """Place a digit at random and add the nuisances.
+    """Render a digit with random position, colours and noise.
 
     Args:
-        digit: ``[8, 8]``, ink in [0, 1].
+        digit: intensities ``[8, 8]`` in [0, 1].
         size: side of the canvas in pixels.
-        rng: source of everything random.
+        rng: random generator.
 
     Returns:
-        An RGB image ``[size, size, 3]`` of bytes.
+        An RGB image ``[size, size, 3]``, uint8.
     """
     import numpy as np
 
@@ -129,14 +129,14 @@ def render_digit(digit: "np.ndarray", *, size: int, rng: "np.random.Generator") 
 
 
 def split_rows(labels: "np.ndarray", *, seed: int) -> dict[str, list[int]]:
-    """Divide the rows at random: 50 of each class for validation, the others for training, 5 a class of those labelled.
+    """Split the rows at random: 50 per class for validation, the others for training, and 5 per class of the latter.
 
     Args:
         labels: class of each row.
-        seed: of the shuffling.
+        seed: seed of the split.
 
     Returns:
-        Rows of ``train``, ``val`` and ``train_5``, ascending; the last is a part of the first.
+        Rows of ``train``, ``val`` and ``train_5``, ascending; ``train_5`` is a subset of ``train``.
     """
     import numpy as np
 
@@ -150,18 +150,18 @@ def split_rows(labels: "np.ndarray", *, seed: int) -> dict[str, list[int]]:
 
 
 def make_digits(out: str | os.PathLike[str] = "datasets/digits", *, size: int = 16, seed: int = 0) -> bool:
-    """Write the digits, unless they are there already.
+    """Write the digits, unless the folder already contains them.
 
     Args:
-        out: the folder to make. It appears when complete, never in part.
-        size: side of the images in pixels, 8 or more.
-        seed: of the placement, the nuisances and the split.
+        out: the folder to create. It is renamed into place when it is complete.
+        size: side of the images in pixels, >= 8.
+        seed: seed of the rendering and of the split.
 
     Returns:
-        Whether it wrote anything.
+        Whether files were written.
 
     Raises:
-        DataError: the folder holds something else, or a setting is out of range.
+        DataError: the folder contains other files, or a setting is out of range.
     """
     if size < 8:
         raise DataError(f"size must be at least 8 pixels, got {size}")
@@ -171,10 +171,10 @@ def make_digits(out: str | os.PathLike[str] = "datasets/digits", *, size: int = 
 
 
 def _make(out: Path, settings: dict[str, Any], write: Callable[[Path, dict[str, Any]], None]) -> bool:
-    """Let ``write(folder, settings)`` fill a folder, and put it in its place when it is complete.
+    """Fill a temporary folder with ``write(folder, settings)`` and rename it to ``out`` when it is complete.
 
     Returns:
-        Whether anything was written: not if ``out`` was made with the same settings before.
+        Whether files were written; False if ``out`` was created with the same settings before.
     """
     if _holds(out, settings):
         return False
@@ -186,7 +186,7 @@ def _make(out: Path, settings: dict[str, Any], write: Callable[[Path, dict[str, 
         try:
             scratch.rename(out)
         except OSError:
-            # Another process may have been faster; then its folder is as good as ours.
+            # Another process may have created the same folder in the meantime.
             if not _holds(out, settings):
                 raise
             return False
@@ -196,7 +196,7 @@ def _make(out: Path, settings: dict[str, Any], write: Callable[[Path, dict[str, 
 
 
 def _settings(*, size: int, seed: int) -> dict[str, Any]:
-    """Everything that the bytes depend on."""
+    """Return all settings that determine the images."""
     recipe = {
         "scale": list(SCALE),
         "shift": SHIFT,
@@ -210,7 +210,11 @@ def _settings(*, size: int, seed: int) -> dict[str, Any]:
 
 
 def _holds(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether the folder was made with these settings; false where there is none or an empty one."""
+    """Return whether the folder was created with these settings; False if it does not exist or is empty.
+
+    Raises:
+        DataError: the folder was created with other settings, or contains other files.
+    """
     found = _read_manifest(out)
     if found is not None:
         differing = [name for name in settings if found.get(name) != settings[name]]
@@ -266,7 +270,7 @@ def _write_digits(folder: Path, settings: dict[str, Any]) -> None:
 
 
 class _Archive:
-    """The files of a zip archive, or of the folder that it was unpacked into, below the folder that holds wnids.txt."""
+    """The files of a zip archive or of the unpacked folder, relative to the folder that contains wnids.txt."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -279,7 +283,7 @@ class _Archive:
             else:
                 raise DataError(f"there is no {place}; download tiny-imagenet-200.zip and give its path with --archive")
         except zipfile.BadZipFile as error:
-            raise DataError(f"{place} is no complete zip archive ({error}); download it again") from None
+            raise DataError(f"{place} is not a complete zip archive ({error}); download it again") from None
         lists = sorted((name for name in names if Path(name).name == "wnids.txt"), key=len)
         if not lists:
             raise DataError(f"{place} is not tiny-imagenet-200: it has no wnids.txt")
@@ -287,10 +291,10 @@ class _Archive:
         self.names = {name.removeprefix(self.root) for name in names if name.startswith(self.root)}
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file.
+        """Return the bytes of a file.
 
         Raises:
-            DataError: it is missing, or broken.
+            DataError: the file is missing or corrupt.
         """
         if name not in self.names:
             raise DataError(f"{self.place} is incomplete: it has no {self.root}{name}; download it again")
@@ -301,33 +305,33 @@ class _Archive:
             if size > LARGEST_FILE:
                 raise DataError(f"{self.place} is not tiny-imagenet-200: {name} would unpack to {size} bytes")
             return self.zip.read(self.root + name)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # the last: encrypted
-            raise DataError(f"{self.place} is broken ({error}); download it again") from None
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # RuntimeError: encrypted
+            raise DataError(f"{self.place} is corrupt ({error}); download it again") from None
 
     def rows(self, name: str) -> list[list[str]]:
-        """The words of each line of a text file.
+        """Return the words of each line of a text file.
 
         Raises:
-            DataError: it is missing, or no text.
+            DataError: the file is missing or not a text file.
         """
         try:
             return [line.split() for line in self.read(name).decode().splitlines() if line.strip()]
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.place} is broken ({name}: {error}); download it again") from None
+            raise DataError(f"{self.place} is corrupt ({name}: {error}); download it again") from None
 
 
 def make_tinyimagenet(archive: str | os.PathLike[str], out: str | os.PathLike[str] = "datasets/tinyimagenet") -> bool:
-    """Sort the images of Tiny ImageNet into class folders, unless that has been done already.
+    """Sort the images of Tiny ImageNet into class folders, unless the folder already contains them.
 
     Args:
-        archive: tiny-imagenet-200.zip, or the folder that it was unpacked into.
-        out: the folder to make. It appears when complete, never in part.
+        archive: tiny-imagenet-200.zip, or the unpacked folder.
+        out: the folder to create. It is renamed into place when it is complete.
 
     Returns:
-        Whether it wrote anything.
+        Whether files were written.
 
     Raises:
-        DataError: the archive is missing, broken or incomplete, or the folder holds something else.
+        DataError: the archive is missing, corrupt or incomplete, or the folder contains other files.
     """
 
     def write(folder: Path, settings: dict[str, Any]) -> None:
@@ -340,9 +344,9 @@ def _write_tinyimagenet(folder: Path, settings: dict[str, Any], archive: _Archiv
     from tqdm import tqdm
 
     classes = [row[0] for row in archive.rows("wnids.txt")]
-    for name in classes:  # an archive comes from outside: it must not write elsewhere
+    for name in classes:  # the archive is not trusted: it must not write outside of the folder
         if Path(name).parts != (name,) or name == "..":
-            raise DataError(f"{archive.place} names a class that is none: {name}")
+            raise DataError(f"{archive.place} contains an invalid class name: {name}")
     images = [
         (f"train/{name}/images/{row[0]}", f"train/{name}/{row[0]}")
         for name in classes
@@ -351,14 +355,14 @@ def _write_tinyimagenet(folder: Path, settings: dict[str, Any], archive: _Archiv
     counts = {"train": len(images)}
     for row in archive.rows("val/val_annotations.txt"):
         if len(row) < 2 or row[1] not in classes:
-            raise DataError(f"val_annotations.txt names a class that wnids.txt does not: {' '.join(row[1:2])}")
+            raise DataError(f"val_annotations.txt has a class that is not in wnids.txt: {' '.join(row[1:2])}")
         images.append((f"val/images/{row[0]}", f"val/{row[1]}/{row[0]}"))
     counts["val"] = len(images) - counts["train"]
     for _, target in images:
         if len(Path(target).parts) != 3 or ".." in Path(target).parts:
-            raise DataError(f"{archive.place} names an image that is none: {target}")
+            raise DataError(f"{archive.place} contains an invalid image name: {target}")
     if 0 in counts.values():
-        raise DataError(f"{archive.place} lists no images of {min(counts, key=lambda split: counts[split])}")
+        raise DataError(f"{archive.place} lists no {min(counts, key=lambda split: counts[split])} images")
     for split in counts:
         for name in classes:
             (folder / split / name).mkdir(parents=True)
@@ -369,10 +373,10 @@ def _write_tinyimagenet(folder: Path, settings: dict[str, Any], archive: _Archiv
 
 
 LARGEST_FILE = 2**26
-"""Bytes of the largest file that is unpacked; those of Tiny ImageNet have at most a few hundred thousand."""
+"""Size in bytes of the largest file that is unpacked; files of Tiny ImageNet have at most a few hundred kilobytes."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Names of images end so, as torchvision's ImageFolder has it."""
+"""File extensions of images, as in torchvision's ImageFolder, and .webp."""
 
 
 def make_subset(
@@ -383,22 +387,22 @@ def make_subset(
     names: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> bool:
-    """Make a folder of a part of the labelled images, unless that has been done already.
+    """Create a folder with a subset of the labelled images, unless it already exists.
 
     Args:
-        source: class folders with images.
-        out: the folder to make. It appears when complete, never in part.
-        fraction: share of all images, in (0, 1]; as many of each class, at least one. With one seed the smaller
-            shares are parts of the larger ones.
-        names: a text file that names the images instead, one a line, with their class folder or without.
-        seed: of the draw, not negative.
+        source: folder with one subfolder of images per class.
+        out: the folder to create. It is renamed into place when it is complete.
+        fraction: fraction of all images, in (0, 1], with the same number per class, at least one. With the same seed,
+            a smaller subset is contained in a larger one.
+        names: a text file that lists the images instead, one per line, with or without their class folder.
+        seed: seed of the random selection, >= 0.
 
     Returns:
-        Whether it wrote anything.
+        Whether files were written.
 
     Raises:
-        DataError: there are no such images, a class has too few, a setting is out of range, or the folder holds
-            something else.
+        DataError: an image is missing, a class has too few images, a setting is out of range, or the folder contains
+            other files.
     """
     if (fraction is None) == (names is None):
         raise DataError("a subset needs either --fraction or --names")
@@ -434,7 +438,7 @@ def make_subset(
 
 
 def _images(source: Path) -> dict[str, list[str]]:
-    """class → names of its images, both sorted."""
+    """Return class → names of its images, both sorted."""
     if not source.is_dir():
         raise DataError(f"there is no folder {source}")
     found = {
@@ -454,7 +458,7 @@ def _drawn(images: dict[str, list[str]], fraction: float, seed: int) -> dict[str
     drawn = {}
     for index, (label, files) in enumerate(images.items()):
         if len(files) < each:
-            raise DataError(f"class {label} has {len(files)} images, but {each} of each class are wanted")
+            raise DataError(f"class {label} has {len(files)} images, but the fraction needs {each} per class")
         order = np.random.default_rng([seed, index]).permutation(len(files))
         drawn[label] = sorted(files[place] for place in order[:each])
     return drawn
@@ -464,7 +468,7 @@ def _named(images: dict[str, list[str]], names: Path) -> dict[str, list[str]]:
     try:
         wanted = [Path(line.strip()) for line in names.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{names} is no list of images that can be read: {error}") from None
+        raise DataError(f"{names} is not a readable list of images: {error}") from None
     labels: dict[str, list[str]] = {}
     for label, files in images.items():
         for name in files:
@@ -473,29 +477,29 @@ def _named(images: dict[str, list[str]], names: Path) -> dict[str, list[str]]:
     for path in wanted:
         known = [label for label in labels.get(path.name, []) if len(path.parts) == 1 or path.parent.name == label]
         if len(known) != 1:
-            raise DataError(f"{names} names {path}, of which there are {len(known)} in the source, not one")
+            raise DataError(f"{names} lists {path}, which must exist once in the source, got {len(known)} files")
         chosen[known[0]].add(path.name)
     return {label: sorted(files) for label, files in chosen.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command and return the exit status."""
     program = with_command_name("python -m plugins.tools.data", "plugins.tools.data")
-    parser = argparse.ArgumentParser(prog=program, description="Make a data set.")
+    parser = argparse.ArgumentParser(prog=program, description="Create a data set in class folders.")
     commands = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
-    digits = commands.add_parser("digits", help="1797 real handwritten digits, each placed once at random")
-    digits.add_argument("--out", default="datasets/digits", help="folder to make (default: %(default)s)")
+    digits = commands.add_parser("digits", help="1797 real handwritten digits, rendered with random placement")
+    digits.add_argument("--out", default="datasets/digits", help="folder to create (default: %(default)s)")
     digits.add_argument("--size", type=int, default=16, help="side of the images in pixels (default: %(default)s)")
-    digits.add_argument("--seed", type=int, default=0, help="of placement, nuisances and split (default: %(default)s)")
+    digits.add_argument("--seed", type=int, default=0, help="seed of rendering and split (default: %(default)s)")
     tiny = commands.add_parser("tinyimagenet", help="Tiny ImageNet, sorted into class folders")
-    tiny.add_argument("--archive", required=True, help="tiny-imagenet-200.zip, or the folder it was unpacked into")
-    tiny.add_argument("--out", default="datasets/tinyimagenet", help="folder to make (default: %(default)s)")
-    part = commands.add_parser("subset", help="a share of the labels of a folder of classes, such as 1 %% or 10 %%")
-    part.add_argument("--source", required=True, help="class folders with images: datasets/imagenet/train")
-    part.add_argument("--out", required=True, help="folder to make: datasets/imagenet/train_1")
-    part.add_argument("--fraction", type=float, help="share of all images, as many of each class: 0.01")
-    part.add_argument("--names", help="instead: a text file that names the images, one a line")
-    part.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
+    tiny.add_argument("--archive", required=True, help="tiny-imagenet-200.zip, or the unpacked folder")
+    tiny.add_argument("--out", default="datasets/tinyimagenet", help="folder to create (default: %(default)s)")
+    part = commands.add_parser("subset", help="a fraction of the images of class folders, such as 1 %% or 10 %%")
+    part.add_argument("--source", required=True, help="class folders with images, such as datasets/imagenet/train")
+    part.add_argument("--out", required=True, help="folder to create, such as datasets/imagenet/train_1")
+    part.add_argument("--fraction", type=float, help="fraction of all images, balanced over classes, such as 0.01")
+    part.add_argument("--names", help="text file that lists the images, one per line; replaces --fraction")
+    part.add_argument("--seed", type=int, default=0, help="seed of the random selection (default: %(default)s)")
     options = parser.parse_args(argv)
     try:
         if options.dataset == "digits":

@@ -1,10 +1,10 @@
-"""Probes of frozen features, as the code of DISSL fits them (Dubois et al. 2022, arXiv:2209.06235).
+"""Probes of frozen features, as in the code of DISSL (Dubois et al. 2022, arXiv:2209.06235).
 
-A probe is a linear classifier or an MLP, trained by gradient on features that were computed once, or one of
-scikit-learn's linear classifiers. The published code tries several settings of each and reports the best accuracy on
-the test images. Here a part of the training labels is held out, the setting is chosen there, and what is reported is
-the accuracy on the test images of a probe with that setting, fitted to all training labels; the published way is an
-option, and every result names which way was taken.
+A probe is a linear classifier or an MLP that is trained by gradient descent on precomputed features, or one of
+scikit-learn's linear classifiers. The published code fits several settings and reports the best accuracy on the test
+images. By default, this module chooses the setting on a held-out part of the training labels, fits a probe with it to
+all training labels, and reports the accuracy of that probe on the test images. The published selection is an option.
+Every result names the selection that was used.
 """
 
 import math
@@ -22,20 +22,20 @@ from plugins.install import not_installed
 from plugins.tools.probe_sklearn import CLASSIFIERS, draw_strengths, fit_classifier
 
 HIDDEN_LAYERS = {"linear": 0, "mlp": 2}
-"""Kinds of probes that are trained by gradient, and their hidden layers (Linear, BatchNorm, ReLU)."""
+"""Kinds of probes that are trained by gradient descent, and their number of hidden layers (Linear, BatchNorm, ReLU)."""
 KINDS = (*HIDDEN_LAYERS, *CLASSIFIERS)
 OPTIMIZERS = ("sgd", "lars", "adamw")
 SELECT = ("validation", "test")
-"""What a setting is chosen on: a held-out part of the training labels, or, as published, the test images."""
+"""Images for the choice of a setting: a held-out part of the training images or, as published, the test images."""
 
 
 class Setting(NamedTuple):
-    """How a linear probe or an MLP is trained.
+    """Hyperparameters of a linear probe or an MLP.
 
     Args:
-        weight_decay: >= 0; L2 on everything with "sgd", on matrices with "lars", decoupled with "adamw".
-        lr: learning rate of the first epoch, > 0; a cosine schedule takes it to 0.
-        optimizer: "sgd" and "lars" with momentum 0.9, or "adamw".
+        weight_decay: >= 0; L2 on all parameters with "sgd", on matrices with "lars", decoupled with "adamw".
+        lr: learning rate of the first epoch, > 0; a cosine schedule decreases it to 0.
+        optimizer: "sgd" or "lars", both with momentum 0.9, or "adamw".
         normalized: whether a BatchNorm without scale and shift comes before the probe.
     """
 
@@ -45,25 +45,25 @@ class Setting(NamedTuple):
     normalized: bool = False
 
     def check(self) -> None:
-        """Raise ValueError where a value is out of its range."""
+        """Raise a ValueError if a value is out of range."""
         check_range("weight_decay", self.weight_decay, low=0)
         _check_within("lr", self.lr)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
 
 
 class Probe(NamedTuple):
-    """What is fitted and how.
+    """A probe and the settings to choose from.
 
     Args:
-        kind: "linear" or "mlp", or "logistic" or "svc" for scikit-learn's on features between 0 and 1.
-        grid: of a linear probe or an MLP, the settings to choose from; of one nothing is chosen.
-        C: of scikit-learn's, the inverse strengths of regularisation to choose from, each > 0.
-        search: of scikit-learn's, how many C to draw instead, log-uniform in [1e-4, 100].
-        fraction: part of the training labels that are used, in (0, 1]; of each class its share.
+        kind: "linear", "mlp", or one of scikit-learn's classifiers, "logistic" and "svc", on features in [0, 1].
+        grid: settings of a linear probe or an MLP to choose from; a single setting is used without a choice.
+        C: inverse regularisation strengths of scikit-learn's classifiers to choose from, each > 0.
+        search: number of random values of C to use instead, log-uniform in [1e-4, 100].
+        fraction: fraction of the training labels to use, in (0, 1], stratified by class.
         hidden_dim: width of the MLP's two hidden layers.
-        holdout: part of these labels on which a setting is chosen, in (0, 1).
-        epochs: >= 1.
-        batch_size: >= 2; there may be fewer rows.
+        holdout: fraction of these labels that is held out for the choice of a setting, in (0, 1).
+        epochs: number of epochs, >= 1.
+        batch_size: batch size, >= 2; may exceed the number of rows.
     """
 
     kind: str = "linear"
@@ -77,7 +77,7 @@ class Probe(NamedTuple):
     batch_size: int = 512
 
     def check(self) -> None:
-        """Raise ValueError where a value is out of its range."""
+        """Raise a ValueError if a value is out of range."""
         check_choice("kind", self.kind, KINDS)
         check_range("search", self.search, low=0)
         if self.kind in HIDDEN_LAYERS and (not self.grid or self.C or self.search):
@@ -95,7 +95,7 @@ class Probe(NamedTuple):
         check_range("batch_size", self.batch_size, low=2)
 
     def settings(self, seed: int) -> list[dict[str, Any]]:
-        """What is tried, in order; ``seed`` is that of drawn ones."""
+        """Return the settings to fit, in order; random values of C are drawn with ``seed``."""
         if self.kind in HIDDEN_LAYERS:
             return [setting._asdict() for setting in self.grid]
         return [{"C": value} for value in self.C or draw_strengths(self.search, seed)]
@@ -111,26 +111,26 @@ def _check_within(name: str, value: float) -> None:
 
 
 def stratified(labels: Int[Tensor, " N"], count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows drawn at random, as many of each class as its share, and the rows that remain.
+    """Split rows at random into two parts with the class proportions of all rows.
 
     Args:
         labels: classes of all rows.
-        count: rows to draw.
-        seed: of the draw.
+        count: number of rows in the first part.
+        seed: seed of the split.
 
     Returns:
-        Numbers of the drawn rows and of the others, both ascending.
+        Indices of the rows of the two parts, both ascending.
 
     Raises:
-        ValueError: there are fewer rows than classes on either side, or a class has a single row.
+        ValueError: a part has fewer rows than there are classes, or a class has a single row.
     """
     from sklearn.model_selection import train_test_split
 
     sizes = labels.unique(return_counts=True)[1]
     if min(count, len(labels) - count) < len(sizes) or sizes.min() < 2:
         raise ValueError(
-            f"{count} of {len(labels)} labels cannot be drawn with a label of each of the {len(sizes)} classes "
-            "among them and among the others"
+            f"{count} of {len(labels)} labels cannot be split off with a label of each of the {len(sizes)} classes "
+            "in both parts; use a larger fraction"
         )
     rows = torch.arange(len(labels)).numpy()
     drawn, others = train_test_split(rows, train_size=count, stratify=labels.cpu().numpy(), random_state=seed)
@@ -149,12 +149,12 @@ def fit_probe(
     """Train a linear probe or an MLP on the device of the features.
 
     Args:
-        features: of the frozen backbone.
+        features: features of the frozen backbone.
         labels: their classes, in [0, classes).
-        classes: how many there are.
-        probe: kind, epochs and batches; of its grid nothing is used.
-        setting: of the training.
-        seed: of its first weights and of the order of the rows.
+        classes: number of classes.
+        probe: kind, number of epochs and batch size; its grid is ignored.
+        setting: hyperparameters of the training.
+        seed: seed of the initial weights and of the order of the rows.
 
     Returns:
         The probe, in evaluation mode: ``[N, D]`` → ``[N, classes]``.
@@ -174,7 +174,7 @@ def fit_probe(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, probe.epochs)
         for _ in range(probe.epochs):
             batches = torch.randperm(len(features)).to(features.device).split(probe.batch_size)
-            # one row alone has no batch statistics
+            # a batch of one row has no batch statistics
             for rows in batches if len(batches) == 1 or len(batches[-1]) > 1 else batches[:-1]:
                 optimizer.zero_grad(set_to_none=True)
                 F.cross_entropy(model(features[rows]), labels[rows]).backward()
@@ -196,7 +196,7 @@ def _optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
         raise ValueError(f"the optimizer lars needs timm: {not_installed(error.name or 'timm')}") from None
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    # without weight decay too the step of a matrix is in proportion to its norm; biases and norms take plain steps
+    # always_adapt: LARS scales the step of a matrix also without weight decay; biases and norms are not scaled
     groups = [{"params": matrices, "always_adapt": True}, {"params": others, "weight_decay": 0.0}]
     return Lars([group for group in groups if group["params"]], trust_coeff=0.001, **shared)
 
@@ -205,7 +205,7 @@ def _optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
 def accuracy(
     model: Callable[[Tensor], Tensor], features: Float[Tensor, "N D"], labels: Int[Tensor, " N"]
 ) -> tuple[float, float]:
-    """Per cent of the rows whose class is the first, and among the first five, of the model's scores."""
+    """Return the top-1 and top-5 accuracy of a model in per cent."""
     hits = torch.zeros(2, dtype=torch.int64)
     for rows, wanted in zip(features.split(8192), labels.split(8192), strict=True):
         scores = model(rows)
@@ -227,22 +227,22 @@ def evaluate_probe(
     """Fit a probe with each setting to a part of the training labels, choose one, and report its test accuracy.
 
     Args:
-        train: features ``[N, D]`` and classes ``[N]``.
-        test: the same of the test images.
-        probe: what is fitted and how.
-        select: "validation": on a held-out part of the labels; "test": the best test accuracy, as published, which is
-            no estimate of the accuracy on further images.
-        seed: of the draws and of each fit.
-        track: goes through the settings; a progress bar.
+        train: features ``[N, D]`` and classes ``[N]`` of the training images.
+        test: features and classes of the test images.
+        probe: the probe and its settings.
+        select: "validation" chooses on a held-out part of the labels. "test" chooses the best test accuracy, as
+            published; that accuracy overestimates the accuracy on new images.
+        seed: seed of the splits and of each fit.
+        track: iterates over the settings, for example with a progress bar.
 
     Returns:
-        ``kind``, ``dim`` (D), ``fraction``, ``labels`` (how many were used), ``select`` ("nothing" for one setting);
-        the chosen setting, which is ``C`` or the entries of :class:`Setting`, with ``acc1`` and ``acc5``; ``grid``: for
-        each setting also ``acc1`` and ``acc5`` on the test images and ``validation_acc1`` (None where none was held
-        out). Accuracies in per cent.
+        ``kind``, ``dim`` (D), ``fraction``, ``labels`` (number of labels used), ``select`` ("nothing" for a single
+        setting); the chosen setting (``C`` or the entries of :class:`Setting`) with ``acc1`` and ``acc5``; ``grid``:
+        each setting with ``acc1`` and ``acc5`` on the test images and ``validation_acc1`` (None without held-out
+        labels). Accuracies are in per cent.
 
     Raises:
-        ValueError: a value out of its range, too few labels to draw or to hold out, or a missing package.
+        ValueError: a value is out of range, there are too few labels for a split, or a package is missing.
     """
     check_choice("select", select, SELECT)
     probe.check()
@@ -282,7 +282,7 @@ def evaluate_probe(
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A setting in words, of a result of :func:`evaluate_probe` or of an entry of its grid.
+    """Describe the setting in a result of :func:`evaluate_probe`, or in an entry of its grid.
 
     >>> describe({**Setting(lr=0.1, normalized=True)._asdict(), "acc1": 93.0})
     'sgd, lr 0.1, weight decay 1e-06, normalized'

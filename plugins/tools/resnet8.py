@@ -21,10 +21,10 @@ def resnet8(*, weights: None = None, num_classes: int = 1000, zero_init_residual
         zero_init_residual: whether each block starts as the identity.
 
     Returns:
-        torchvision's class, with the names of its parts; ``maxpool`` and ``layer4`` return their input.
+        An instance of torchvision's ``ResNet`` with the same attributes; ``maxpool`` and ``layer4`` return their input.
 
     Raises:
-        ValueError: weights are asked for.
+        ValueError: ``weights`` is not None.
 
     Reference:
         He et al. 2016, arXiv:1512.03385, section 4.2. Banbury et al. 2021, arXiv:2106.07597.
@@ -42,7 +42,7 @@ def resnet8(*, weights: None = None, num_classes: int = 1000, zero_init_residual
     network.layer1 = _stage(WIDTHS[0], WIDTHS[0], stride=1)
     network.layer2 = _stage(WIDTHS[0], WIDTHS[1], stride=2)
     network.layer3 = _stage(WIDTHS[1], WIDTHS[2], stride=2)
-    network.layer4 = nn.Sequential()  # so does this
+    network.layer4 = nn.Sequential()  # returns its input
     network.fc = nn.Linear(WIDTHS[2], num_classes)
     network.inplanes = WIDTHS[2]  # solo-learn and lightly read the width of the features here
     for part in network.modules():
@@ -55,7 +55,7 @@ def resnet8(*, weights: None = None, num_classes: int = 1000, zero_init_residual
 
 
 def _stage(inner: int, outer: int, *, stride: int) -> nn.Sequential:
-    """One basic block, with a 1×1 convolution on the shortcut where the shape changes."""
+    """Build one basic block, with a 1×1 convolution on the shortcut if the shape changes."""
     shortcut = None
     if (inner, stride) != (outer, 1):
         shortcut = nn.Sequential(nn.Conv2d(inner, outer, 1, stride=stride, bias=False), nn.BatchNorm2d(outer))

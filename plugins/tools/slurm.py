@@ -1,12 +1,12 @@
-"""Submits a training to SLURM: ``python -m plugins.tools.slurm --nodes 2 --gpus-per-node 8 -- COMMAND``.
+"""Submit a training to SLURM: ``python -m plugins.tools.slurm --nodes 2 --gpus-per-node 8 -- COMMAND``.
 
-COMMAND are the arguments of ``python``, any that there are, such as ``-m solo_ext.main_pretrain …``. submitit starts it
-once for each GPU, as ``srun`` does, so that Lightning finds its place in SLURM's variables; torch's own (RANK,
-WORLD_SIZE, MASTER_ADDR, …) are set as well, for everything else. A job that reaches its time limit or is preempted is
-put into the queue again and starts with the same command: the training must go on from its own checkpoints. For
-solo_ext's commands ``devices``, ``num_nodes`` and ``auto_resume.enabled`` are filled in.
+COMMAND is any list of arguments of ``python``, such as ``-m solo_ext.main_pretrain …``. submitit starts one process per
+GPU, as ``srun`` does. Lightning reads its rank from SLURM's variables. torch's variables (RANK, WORLD_SIZE,
+MASTER_ADDR, …) are also set, for other programs. A job that reaches its time limit or is preempted is requeued with the
+same command, so the training must resume from its checkpoints. For solo_ext's commands, ``devices``, ``num_nodes`` and
+``auto_resume.enabled`` are added.
 
-``--dry-run`` prints the sbatch script and submits nothing. ``--cluster local`` runs the processes on this machine.
+``--dry-run`` prints the sbatch script without submitting it. ``--cluster local`` runs the processes on this machine.
 """
 
 import argparse
@@ -27,17 +27,17 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from plugins.tools.command import Parser, UserError
 
 REQUEUES = 1000
-"""How often a job may reach its time limit."""
+"""Maximal number of times that a job is requeued after it has reached its time limit."""
 END_SECONDS = 20
-"""How long a command may take to end when its job is over."""
+"""Seconds between SIGTERM and SIGKILL at the end of a job."""
 
 
 class Command:
-    """What each process of a job does: it runs ``python`` and ends as that does.
+    """The function that each process of a job executes: run ``python`` and fail if it fails.
 
     Args:
-        arguments: of ``python``.
-        port: where the processes meet, if they are all on this machine; else it follows from the job's number.
+        arguments: arguments of ``python``.
+        port: port of torch's rendezvous if all processes are on this machine; None derives it from the job id.
     """
 
     def __init__(self, arguments: Sequence[str], port: int | None = None) -> None:
@@ -45,15 +45,15 @@ class Command:
         self.port = port
 
     def __call__(self) -> None:
-        """Run it.
+        """Run the command.
 
         Raises:
-            RuntimeError: its exit status is not 0.
+            RuntimeError: the exit status is not 0.
         """
         environment = {**os.environ, **torch_variables()}
         if self.port is not None:
             environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port))
-        # the signal that announces the end of the job is for this process, not for the command
+        # submitit handles the signal that announces the time limit in this process; the command must ignore it
         process = subprocess.Popen([sys.executable, *self.arguments], env=environment, preexec_fn=_ignore_announcement)
         try:
             status = process.wait()
@@ -68,7 +68,7 @@ class Command:
             raise RuntimeError(f"python {shlex.join(self.arguments)} ended with status {status}")
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit puts into the queue again: the same."""
+        """Return the job that submitit requeues: the same command."""
         return DelayedSubmission(self)
 
 
@@ -77,14 +77,14 @@ def _ignore_announcement() -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Return an unused port of this machine."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
 
 
 def torch_variables() -> dict[str, str]:
-    """torch.distributed's variables in the process of a job; none where it is the only one."""
+    """Return the environment variables of torch.distributed for this process of a job; none for a single process."""
     here = JobEnvironment()
     if here.num_tasks == 1:
         return {}
@@ -99,7 +99,7 @@ def torch_variables() -> dict[str, str]:
         "NODE_RANK": here.node,
         "GROUP_RANK": here.node,
     }
-    if here.cluster == "local":  # where torchrun would say so
+    if here.cluster == "local":  # as torchrun does
         variables["TORCHELASTIC_RUN_ID"] = here.job_id
     return {name: str(value) for name, value in variables.items()}
 
@@ -108,14 +108,14 @@ def torch_variables() -> dict[str, str]:
 
 
 def complete(arguments: Sequence[str], *, nodes: int, tasks_per_node: int) -> list[str]:
-    """The command with what the framework must know of the job.
+    """Add the overrides for the number of devices and nodes, and for resuming, to a command of solo_ext.
 
     Args:
-        arguments: of ``python``.
-        nodes, tasks_per_node: of the job.
+        arguments: arguments of ``python``; another module than solo_ext's commands is returned unchanged.
+        nodes, tasks_per_node: number of machines, and of processes on each.
 
     Raises:
-        UserError: the command says something else than the job.
+        UserError: the command sets another number of devices or nodes.
     """
     if len(arguments) < 2 or arguments[0] != "-m" or arguments[1] not in _SOLO:
         return list(arguments)
@@ -125,7 +125,7 @@ def complete(arguments: Sequence[str], *, nodes: int, tasks_per_node: int) -> li
         if given is None:
             added.append(f"++{key}={value}")
         elif _count(given) != value:
-            raise UserError(f"the command has {key}={given}, the job has {value}")
+            raise UserError(f"{key}={given} of the command must equal that of the job, {value}; leave it out")
     if _override(arguments, "auto_resume.enabled") is None:
         added.append("++auto_resume.enabled=True")
     return [*arguments, *added]
@@ -135,13 +135,13 @@ _SOLO = ("solo_ext.main_pretrain", "solo_ext.main_linear")
 
 
 def _override(arguments: Sequence[str], key: str) -> str | None:
-    """The last value that Hydra overrides give an entry."""
+    """Return the last value of an entry among the Hydra overrides, or None."""
     found = [re.fullmatch(rf"\+{{0,2}}{re.escape(key)}=(.*)", argument) for argument in arguments]
     return next((match.group(1).strip("'\"") for match in reversed(found) if match), None)
 
 
 def _count(devices: str) -> int | None:
-    """How many devices ``4``, ``[0,1]`` or ``0,1`` are."""
+    """Return the number of devices in ``4``, ``[0,1]`` or ``0,1``; None for another form."""
     if devices.isdecimal():
         return int(devices)
     indexes = [part for part in devices.strip("[]").split(",") if part.strip()]
@@ -152,7 +152,7 @@ def _count(devices: str) -> int | None:
 
 
 class _Sketch(SlurmExecutor):
-    """Writes sbatch scripts on a machine that has no SLURM."""
+    """Executor that writes sbatch scripts on a machine without SLURM."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -163,10 +163,10 @@ class _Sketch(SlurmExecutor):
 
 
 def make_executor(options: argparse.Namespace) -> SlurmExecutor | LocalExecutor:
-    """submitit's executor for a command line.
+    """Create submitit's executor for the options of the command line.
 
     Raises:
-        UserError: there is no SLURM here.
+        UserError: SLURM is not installed.
     """
     folder = options.folder.absolute()
     if options.cluster == "local":
@@ -182,7 +182,7 @@ def make_executor(options: argparse.Namespace) -> SlurmExecutor | LocalExecutor:
             slurm = SlurmExecutor(folder, max_num_timeout=REQUEUES)
         except RuntimeError:
             raise UserError(
-                "there is no srun here: submit from a node of the cluster, or use --cluster local"
+                "srun is not installed; submit from a node of the cluster, or use --cluster local"
             ) from None
     parameters: dict[str, Any] = {
         "job_name": options.name,
@@ -200,7 +200,7 @@ def make_executor(options: argparse.Namespace) -> SlurmExecutor | LocalExecutor:
 
 
 def submit(options: argparse.Namespace, command: Command) -> int:
-    """Submit the job. Returns the exit status; a local job is waited for."""
+    """Submit the job and return the exit status; with ``--cluster local``, wait until the job has ended."""
     executor = make_executor(options)
     if isinstance(executor, _Sketch):
         print(executor.script())
@@ -209,7 +209,7 @@ def submit(options: argparse.Namespace, command: Command) -> int:
     job = executor.submit(command)
     log = job.paths.stdout
     if options.cluster == "slurm":
-        print(f"job {job.job_id} is in the queue; its output goes to {log}")
+        print(f"job {job.job_id} is submitted; its output is written to {log}")
         return 0
     failed = job.exception()
     print(log.read_text(errors="replace") if log.is_file() else "", end="")
@@ -223,40 +223,44 @@ def submit(options: argparse.Namespace, command: Command) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line.
+    """Parse the command line.
 
     Raises:
-        UserError: it is wrong.
+        UserError: the command line is invalid.
     """
     parser = Parser(
         prog="python -m plugins.tools.slurm",
         usage="%(prog)s [OPTIONS] -- ARGUMENTS OF PYTHON",
-        description="Submit a training to SLURM, one process for each GPU.",
+        description="Submit a training to SLURM, one process per GPU.",
         epilog="example: %(prog)s --nodes 2 --gpus-per-node 8 --time 24:00:00 --partition gpu -- "
         "-m solo_ext.main_pretrain --config-path configs/solo/imagenet --config-name isoloss.yaml",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--nodes", type=_positive, default=1, metavar="N", help="machines (default: 1)")
-    add("--gpus-per-node", type=_whole, default=0, metavar="N", help="GPUs of each (default: 0)")
-    add("--tasks-per-node", type=_positive, metavar="N", help="processes on each (default: one a GPU)")
-    add("--cpus-per-task", type=_positive, metavar="N", help="cores of each process")
-    add("--mem", metavar="SIZE", help="memory of each machine, such as 128GB")
+    add("--nodes", type=_positive, default=1, metavar="N", help="number of machines (default: 1)")
+    add("--gpus-per-node", type=_whole, default=0, metavar="N", help="GPUs per machine (default: 0)")
+    add("--tasks-per-node", type=_positive, metavar="N", help="processes per machine (default: one per GPU)")
+    add("--cpus-per-task", type=_positive, metavar="N", help="CPU cores per process")
+    add("--mem", metavar="SIZE", help="memory per machine, such as 128GB")
     add(
-        "--time", type=_minutes, default=24 * 60, metavar="TIME", help="limit: [D-]HH:MM:SS or minutes (default: 1 day)"
+        "--time",
+        type=_minutes,
+        default=24 * 60,
+        metavar="TIME",
+        help="time limit: [D-]HH:MM:SS or minutes (default: 1 day)",
     )
-    add("--partition", metavar="NAME", help="of the cluster")
+    add("--partition", metavar="NAME", help="partition of the cluster")
     add("--sbatch", type=_pair, action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch")
-    add("--name", default="ssl-plugins", metavar="NAME", help="of the job (default: %(default)s)")
+    add("--name", default="ssl-plugins", metavar="NAME", help="name of the job (default: %(default)s)")
     add(
         "--folder",
         type=Path,
         default=Path("slurm"),
         metavar="FOLDER",
-        help="for logs; on a shared disk (default: slurm)",
+        help="folder of the logs, on a shared file system (default: slurm)",
     )
-    add("--cluster", choices=("slurm", "local"), default="slurm", help="local: processes on this machine, waited for")
-    add("--dry-run", action="store_true", help="print the sbatch script and submit nothing")
+    add("--cluster", choices=("slurm", "local"), default="slurm", help="local: run on this machine and wait")
+    add("--dry-run", action="store_true", help="print the sbatch script and exit")
     before = argv[: argv.index("--")] if "--" in argv else argv
     options = parser.parse_args(before)
     options.command = list(argv[len(before) + 1 :])
@@ -265,9 +269,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.tasks_per_node is None:
         options.tasks_per_node = max(options.gpus_per_node, 1)
     if options.cluster == "local" and options.nodes > 1:
-        raise UserError("--cluster local has one machine, --nodes must be 1")
+        raise UserError(f"--cluster local runs on one machine: --nodes must be 1, got {options.nodes}")
     if options.cluster == "local" and options.dry_run:
-        raise UserError("--dry-run prints an sbatch script, --cluster local has none")
+        raise UserError("--dry-run prints an sbatch script, which --cluster local does not use; give one of them")
     return options
 
 
@@ -302,7 +306,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command and return the exit status."""
     try:
         options = parse(list(sys.argv[1:] if argv is None else argv))
         arguments = complete(options.command, nodes=options.nodes, tasks_per_node=options.tasks_per_node)
@@ -313,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # the processes of the job unpickle the command: it must have a module that they can import
+    # the processes of the job unpickle Command, so its module must not be __main__
     from plugins.tools.slurm import main as imported
 
     sys.exit(imported())

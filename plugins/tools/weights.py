@@ -1,13 +1,13 @@
-"""Published DISSL weights, and files of their format.
+"""Load the published DISSL weights, and files in their format.
 
-The authors of arXiv:2209.06235 publish ResNet-50 trunks trained on ImageNet as files of torch.save: a flat dictionary
-under torchvision's names, without classifier, whose ``resizer.*`` are the block that widens the representation (318
-tensors for 2048 dimensions, 336 for 8192)::
+The authors of arXiv:2209.06235 publish ResNet-50 trunks trained on ImageNet as files of torch.save. A file contains a
+flat state dict with torchvision's names, without the classifier. The names ``resizer.*`` belong to the block that
+changes the width of the representation (318 tensors for 2048 dimensions, 336 for 8192)::
 
-    model = load_dissl("dissl_resnet50_d8192_e400_m6")  # downloads once
-    model = load_dissl("checkpoints/model_final_checkpoint_phase99.torch")  # a checkpoint of VISSL, or a local copy
+    model = load_dissl("dissl_resnet50_d8192_e400_m6")  # downloaded once
+    model = load_dissl("checkpoints/model_final_checkpoint_phase99.torch")  # a VISSL checkpoint or a local copy
 
-``python -m plugins.tools.export CKPT --to dissl OUT`` makes such a file of a checkpoint.
+``python -m plugins.tools.export CKPT --to dissl OUT`` converts a checkpoint to such a file.
 """
 
 import hashlib
@@ -33,31 +33,31 @@ NAMES = (
     "dissl_resnet50_d8192_e400_m6",
     "dissl_resnet50_d8192_e800_m8",
 )
-"""Width of the representation (None: 2048), epochs, number of crops."""
+"""Published weights. The parts of a name are: width of the representation (None: 2048), epochs, number of crops."""
 ARCHITECTURES = ("resnet50", "resnet18", "resnet34", "resnet101", "resnet152")
 _FILE_BLOCK, _MODEL_BLOCK = "resizer.", "avgpool.0."
 
 
 def load_dissl(source: str | Path, *, sha256: str | None = None) -> nn.Module:
-    """A torchvision ResNet with the weights of a file; it returns representations.
+    """Load a torchvision ResNet that returns representations.
 
     Args:
-        source: one of NAMES, or the path of a file: the published flat dictionary, a whole checkpoint of VISSL, or a
-            dictionary under the prefixes ``trunk.`` or ``_feature_blocks.``.
-        sha256: of the file, in hexadecimal. What is downloaded without it is remembered, in a file beside it, and must
-            be the same later.
+        source: one of NAMES, or the path of a file: the published state dict, a complete VISSL checkpoint, or a state
+            dict with the prefix ``trunk.`` or ``_feature_blocks.``.
+        sha256: hexadecimal SHA-256 of the file. If it is None, the hash of the first download is stored next to the
+            file and checked at each later call.
 
     Returns:
         The model in evaluation mode, on the CPU.
 
     Raises:
-        UserError: no such file or name, no network, another sha256, not such a file, or weights that do not fit; all of
-            them have to.
+        UserError: the file or name does not exist, the download fails, the hash differs, the file has another format,
+            or a tensor is missing, unexpected or of another shape.
     """
     path = Path(source)
     if not path.is_file():
         if str(source) not in NAMES:
-            raise UserError(f"there is no file {source}, and no weights of that name; there are {', '.join(NAMES)}")
+            raise UserError(f"there is no file {source}, and no published weights of that name: {', '.join(NAMES)}")
         path = _downloaded(str(source), sha256)
     elif sha256 is not None:
         _check_digest(path, sha256)
@@ -65,17 +65,17 @@ def load_dissl(source: str | Path, *, sha256: str | None = None) -> nn.Module:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} is no file of weights that can be read: {reason}") from error
+        raise UserError(f"{path} is not a readable file of weights: {reason}") from error
     return build(trunk_of(content, str(path)), str(path)).eval()
 
 
 def dissl_resnet50(name: str, *, pretrained: bool = True, **options: Any) -> nn.Module:
-    """The ResNet-50 of one of NAMES, with its published weights or untrained.
+    """Build the ResNet-50 of one of NAMES, with its published weights or untrained.
 
     Args:
         name: one of NAMES.
-        pretrained: whether to load the weights; then the model is in evaluation mode.
-        options: of torchvision's ``resnet50``, which must not change its tensors where weights are loaded.
+        pretrained: whether to load the weights and set the model to evaluation mode.
+        options: options of torchvision's ``resnet50``. If weights are loaded, they must not change its tensors.
 
     Raises:
         UserError: see ``load_dissl``.
@@ -93,7 +93,7 @@ def dissl_resnet50(name: str, *, pretrained: bool = True, **options: Any) -> nn.
 
 
 def preprocessor() -> Any:
-    """What an image goes through before any of these models: 256, the central 224, ImageNet's mean and deviation."""
+    """Return the preprocessing of these models: resize to 256, centre crop of 224, ImageNet's mean and deviation."""
     from torchvision import transforms
 
     return transforms.Compose(
@@ -107,10 +107,14 @@ def preprocessor() -> Any:
 
 
 def trunk_of(content: Any, what: str) -> dict[str, Tensor]:
-    """The backbone in what a file holds, under the published names.
+    """Extract the state dict of the backbone from the content of a file, with the published names.
+
+    Args:
+        content: the loaded file.
+        what: name of the file, for error messages.
 
     Raises:
-        UserError: there is none.
+        UserError: the file contains no ResNet.
     """
     if isinstance(content, Mapping) and "classy_state_dict" in content:
         content = vissl_parts(content, what)["trunk"]
@@ -124,31 +128,31 @@ def trunk_of(content: Any, what: str) -> dict[str, Tensor]:
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if not any(key.startswith("conv1.") for key in state):
-        raise UserError(f"{what} holds no ResNet: it has no conv1.weight")
+        raise UserError(f"{what} contains no ResNet: it has no conv1.weight")
     return published_names(state)
 
 
 def vissl_parts(checkpoint: Mapping[str, Any], what: str) -> Mapping[str, Any]:
-    """Trunk and heads of a checkpoint of VISSL.
+    """Return the state dicts of trunk and heads in a VISSL checkpoint.
 
     Args:
-        checkpoint: has a ``classy_state_dict``.
-        what: names the file to the user.
+        checkpoint: a checkpoint with ``classy_state_dict``.
+        what: name of the file, for error messages.
 
     Raises:
-        UserError: it has no trunk.
+        UserError: the checkpoint has no trunk.
     """
     found, done = checkpoint["classy_state_dict"], []
     for key in ("base_model", "model", "trunk"):
         done.append(key)
         if not isinstance(found, Mapping) or not isinstance(found.get(key), Mapping):
-            raise UserError(f"{what} is no whole checkpoint of VISSL: it has no {'.'.join(done)}")
+            raise UserError(f"{what} is not a complete VISSL checkpoint: it has no {'.'.join(done)}")
         parts, found = found, found[key]
     return parts
 
 
 def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``avgpool.0.*`` of our model is ``resizer.*`` in a file."""
+    """Rename ``avgpool.0.*`` of the model to ``resizer.*``, as in the published files."""
     return {
         _FILE_BLOCK + key.removeprefix(_MODEL_BLOCK) if key.startswith(_MODEL_BLOCK) else key: value
         for key, value in state.items()
@@ -156,10 +160,14 @@ def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build(state: Mapping[str, Tensor], what: str) -> nn.Module:
-    """The ResNet that weights under published names fit in every tensor, with them loaded, in single precision.
+    """Build the ResNet whose tensors all match the weights, and load them in single precision.
+
+    Args:
+        state: weights with the published names, dense and of a floating-point type.
+        what: name of the file, for error messages.
 
     Raises:
-        UserError: none does; what differs from the nearest is named. Weights are dense and of a floating-point type.
+        UserError: no ResNet matches; the message lists the differences from the most similar one.
     """
     import torchvision
 
@@ -184,13 +192,13 @@ def build(state: Mapping[str, Tensor], what: str) -> nn.Module:
 
 
 def _expanded(model: Any, last: Tensor | None) -> nn.Module:
-    """With the block whose last convolution this is, where it can have it; without classifier."""
+    """Remove the classifier, and add the block with the given last convolution if its shape is possible."""
     model.fc = nn.Identity()
     if last is None or last.ndim != 4:
         return model
     try:
         return expand_resnet_dim(model, last.shape[0], bottleneck=last.shape[1])
-    except ValueError:  # no multiple of this ResNet's width
+    except ValueError:  # not a multiple of the width of this ResNet
         return model
 
 
@@ -200,7 +208,7 @@ def _difference(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
 
 
 def _castable(value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a tensor is dense and there, and floating-point where that is wanted; counts may be of any type."""
+    """Return whether a tensor is dense and has data, and is floating-point if ``dtype`` is."""
     if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_complex():
         return False
     return value.is_floating_point() or not dtype.is_floating_point
@@ -219,7 +227,7 @@ def _downloaded(name: str, sha256: str | None) -> Path:
             reason = getattr(error, "reason", error)
             raise UserError(f"cannot download {url} ({reason}); put the file at {path}, or give its path") from error
         except RuntimeError as error:
-            raise UserError(f"{url} is not what was expected: {error}") from error
+            raise UserError(f"{url} is not the expected file: {error}") from error
     recorded = record.read_text().strip() if record.is_file() else None
     digest = _check_digest(path, sha256 or recorded)
     if recorded is None:
@@ -231,7 +239,7 @@ def _check_digest(path: Path, expected: str | None) -> str:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
     if expected is not None and digest != expected.lower():
-        raise UserError(f"{path} has the sha256 {digest}, not {expected}; delete it if it is damaged")
+        raise UserError(f"{path} has the sha256 {digest}, not {expected}; if the file is damaged, delete it")
     return digest
 
 

@@ -236,17 +236,17 @@ def test_a_broken_tinyimagenet_is_refused(tmp_path, capsys):
     whole = archive.read_bytes()
     archive.write_bytes(whole[: len(whole) // 2])  # a download that stopped
     assert data.main(["tinyimagenet", "--archive", str(archive), "--out", out]) == 2
-    assert "is no complete zip archive" in capsys.readouterr().err
+    assert "is not a complete zip archive" in capsys.readouterr().err
     spoiled = bytearray(whole)
     spoiled[whole.index(b"\xff\xd8") + 30] ^= 0xFF  # in the first image
     archive.write_bytes(spoiled)
     assert data.main(["tinyimagenet", "--archive", str(archive), "--out", out]) == 2
-    assert "is broken" in capsys.readouterr().err
+    assert "is corrupt" in capsys.readouterr().err
     files = _tiny_files()
     files["train/n01/n01_boxes.txt"] += b"../../../../evil.JPEG\t0\n"
     _zip(archive, files)
     assert data.main(["tinyimagenet", "--archive", str(archive), "--out", out]) == 2
-    assert "names an image that is none" in capsys.readouterr().err
+    assert "contains an invalid image name" in capsys.readouterr().err
     assert data.main(["tinyimagenet", "--archive", str(tmp_path / "none.zip"), "--out", out]) == 2
     assert "download tiny-imagenet-200.zip and give its path with --archive" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.zip"]
@@ -290,8 +290,8 @@ def test_a_published_list_names_the_images(digits, tmp_path, capsys):
     [
         (["--fraction", "0"], "fraction must be above 0 and at most 1, got 0.0"),
         ([], "a subset needs either --fraction or --names"),
-        (["--fraction", "1"], " images, but 130 of each class are wanted"),
-        (["--names", "gone.txt"], "gone.txt is no list of images that can be read"),
+        (["--fraction", "1"], " images, but the fraction needs 130 per class"),
+        (["--names", "gone.txt"], "gone.txt is not a readable list of images"),
         (["--fraction", "0.1", "--seed", "-1"], "seed must not be negative, got -1"),
         (["--fraction", "0.1", "--source", "nowhere"], "there is no folder nowhere"),
     ],
@@ -310,7 +310,9 @@ def test_a_name_that_is_not_there_or_in_two_classes_is_refused(tmp_path, capsys)
         Image.new("RGB", (8, 8)).save(tmp_path / "train" / label / "1.png")
     for text, count in (("2.png", 0), ("1.png", 2)):
         (tmp_path / "list.txt").write_text(text)
-        with pytest.raises(data.DataError, match=f"names {text}, of which there are {count} in the source"):
+        with pytest.raises(
+            data.DataError, match=f"lists {text}, which must exist once in the source, got {count} files"
+        ):
             data.make_subset(tmp_path / "train", tmp_path / "few", names=tmp_path / "list.txt")
     (tmp_path / "list.txt").write_text("dog/1.png")
     data.make_subset(tmp_path / "train", tmp_path / "few", names=tmp_path / "list.txt")

@@ -184,7 +184,7 @@ def test_wrong_images_are_named(images, tmp_path, quick):
             run(*base, "--train-dir", folder, "--val-dir", str(tmp_path / val))
     with pytest.raises(UserError, match=r"0\.png cannot be read as an image"):
         run(*base, "--train-dir", str(tmp_path / "other"), "--val-dir", str(tmp_path / "other"))
-    with pytest.raises(UserError, match="there is no file nothing, and no weights of that name"):
+    with pytest.raises(UserError, match="there is no file nothing, and no published weights of that name"):
         run("--weights", "nothing", "--train-dir", folder, "--val-dir", folder, *quick)
 
 
@@ -239,7 +239,7 @@ def test_sides_of_unequal_width_and_too_few_labels(files, quick, tmp_path):
         run(*files, *quick)
     np.save(tmp_path / "test_x.npy", blobs(60)[0])
     np.save(tmp_path / "train_y.npy", np.arange(90))
-    with pytest.raises(UserError, match=r"quick.yaml: 81 of 90 labels cannot be drawn"):
+    with pytest.raises(UserError, match=r"quick.yaml: 81 of 90 labels cannot be split off"):
         run(*files, *quick)
 
 

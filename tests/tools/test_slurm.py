@@ -133,10 +133,13 @@ def test_resuming_can_be_switched_off():
         (["--time", "0", "--", "x"], "argument --time: must be at least a minute, got '0'"),
         (["--nodes", "0", "--", "x"], "argument --nodes: must be a whole number of at least 1, got '0'"),
         (["--sbatch", "account", "--", "x"], "argument --sbatch: must be KEY=VALUE, got 'account'"),
-        (["--cluster", "local", "--nodes", "2", "--", "x"], "--cluster local has one machine, --nodes must be 1"),
-        (["--gpus-per-node", "8", "--", *PRETRAIN, "devices=4"], "the command has devices=4, the job has 8"),
-        (["--nodes", "2", "--", *PRETRAIN, "++num_nodes=3"], "the command has num_nodes=3, the job has 2"),
-        (["--", "x"], "there is no srun here: submit from a node of the cluster, or use --cluster local"),
+        (
+            ["--cluster", "local", "--nodes", "2", "--", "x"],
+            "--cluster local runs on one machine: --nodes must be 1, got 2",
+        ),
+        (["--gpus-per-node", "8", "--", *PRETRAIN, "devices=4"], "devices=4 of the command must equal that of the job, 8"),
+        (["--nodes", "2", "--", *PRETRAIN, "++num_nodes=3"], "num_nodes=3 of the command must equal that of the job, 2"),
+        (["--", "x"], "srun is not installed; submit from a node of the cluster, or use --cluster local"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
@@ -182,7 +185,7 @@ def test_a_failing_local_command_sets_the_status(tmp_path, monkeypatch, capsys):
 
 def test_two_nodes_find_each_other(cluster, capsys):
     assert slurm.main(["--nodes", "2", "--time", "10", "--", "-c", SUM]) == 0
-    assert "job 4242 is in the queue" in capsys.readouterr().out
+    assert "job 4242 is submitted" in capsys.readouterr().out
     wait_for(lambda: logs(cluster / "slurm").count("sum 3.0 of 2") == 2)
 
 

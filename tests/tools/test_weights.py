@@ -80,7 +80,7 @@ def test_resnet50_of_the_published_sizes(dim, tensors, tmp_path):
             "1 of another shape, first resizer.bn3",
         ),
         (lambda s: s.update({"resizer.conv3.weight": torch.zeros(700, 16, 1, 1)}), "fits no ResNet"),
-        (lambda s: s.pop("conv1.weight"), "holds no ResNet: it has no conv1.weight"),
+        (lambda s: s.pop("conv1.weight"), "contains no ResNet: it has no conv1.weight"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message, model, tmp_path):
@@ -92,21 +92,24 @@ def test_what_does_not_fit_is_named(change, message, model, tmp_path):
 
 
 def test_files_that_are_none_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"there is no file nowhere\.torch, and no weights of that name; there are"):
+    with pytest.raises(UserError, match=r"there is no file nowhere\.torch, and no published weights of that name: "):
         load_dissl("nowhere.torch")
     (tmp_path / "text.torch").write_text("hello")
-    with pytest.raises(UserError, match="is no file of weights that can be read"):
+    with pytest.raises(UserError, match="is not a readable file of weights"):
         load_dissl(tmp_path / "text.torch")
     torch.save({"model": nn.Linear(2, 2)}, tmp_path / "code.torch")
-    with pytest.raises(UserError, match="is no file of weights that can be read"):
+    with pytest.raises(UserError, match="is not a readable file of weights"):
         load_dissl(tmp_path / "code.torch")
     torch.save([1, 2], tmp_path / "list.torch")
-    with pytest.raises(UserError, match="holds no ResNet"):
+    with pytest.raises(UserError, match="contains no ResNet"):
         load_dissl(tmp_path / "list.torch")
 
 
 BROKEN = {
-    "empty checkpoint": (lambda s: {"classy_state_dict": {}}, "is no whole checkpoint of VISSL: it has no base_model"),
+    "empty checkpoint": (
+        lambda s: {"classy_state_dict": {}},
+        "is not a complete VISSL checkpoint: it has no base_model",
+    ),
     "no model": (lambda s: {"classy_state_dict": {"base_model": {}}}, "has no base_model.model"),
     "no trunk": (lambda s: {"classy_state_dict": {"base_model": {"model": {"heads": {}}}}}, "model.trunk"),
     "a list": (lambda s: {"classy_state_dict": [1]}, "has no base_model"),
@@ -182,7 +185,7 @@ def test_download_is_kept_and_remembered(release, model, tmp_path):
     state = published(model)
     state["conv1.weight"] = state["conv1.weight"] + 1
     torch.save(state, file)
-    with pytest.raises(UserError, match=f"not {digest}; delete it if it is damaged"):
+    with pytest.raises(UserError, match=f"not {digest}; if the file is damaged, delete it"):
         load_dissl(name)
     file.unlink()  # a new download is another file, as the first was
     load_dissl(name)

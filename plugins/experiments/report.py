@@ -1,8 +1,8 @@
 """Table and figure of a suite: ``python -m plugins.experiments.report results/digits``.
 
-Reads ``<framework>/<method>/seed<n>/`` under the folder: ``result.json``, and for the curves ``metrics.csv`` and
-``eigenvalues.csv``. Writes ``table.md``, ``figure.png`` and ``figure.pdf`` beside them. A run without a result is shown
-as missing.
+The command reads ``result.json`` in the folders ``<framework>/<method>/seed<n>/``, and ``metrics.csv`` and
+``eigenvalues.csv`` for the curves. It writes ``table.md``, ``figure.png`` and ``figure.pdf`` into the given folder. A
+run without a result is shown as missing.
 """
 
 import argparse
@@ -33,11 +33,11 @@ SCORES = {"knn": "kNN", "linear": "linear", "linear_5": "5 labels"}
 SMALLEST = 1e-8
 """Eigenvalues below this fraction of the largest are rounding noise and not drawn."""
 COLUMNS = 7
-"""Panels side by side in the figure."""
+"""Largest number of columns of panels in the figure."""
 
 
 def titles(rows: Sequence[Row]) -> list[str]:
-    """Names for table and figure, with the framework where there is more than one."""
+    """Return the titles for table and figure, followed by the framework if there is more than one."""
     from plugins.methods import METHODS
 
     several = len({row.framework for row in rows}) > 1
@@ -49,10 +49,10 @@ def titles(rows: Sequence[Row]) -> list[str]:
 
 
 def make_table(rows: Sequence[Row]) -> str:
-    """The table in Markdown, with what one has to know to read it.
+    """Return the table in Markdown, with an explanation of its columns.
 
     Args:
-        rows: of the suite.
+        rows: the rows of the suite.
 
     Returns:
         Text that ends with a newline.
@@ -71,9 +71,9 @@ def make_table(rows: Sequence[Row]) -> str:
     lines = [
         *markdown_table(head, body),
         "",
-        "kNN and linear evaluation use all training labels, the third column 5 labels a class; the backbone is frozen,",
-        "except in the supervised row. Accuracy of the last epoch on the validation images; in brackets the points",
-        "above the untrained backbone. Seconds and images/s are those of training the backbone.",
+        "kNN and linear evaluation use all training labels, the third column 5 per class. The backbone is frozen,",
+        "except in the supervised row. Accuracies are those of the last epoch on the validation images, with the",
+        "difference to the untrained backbone in brackets. Seconds and images/s: training of the backbone.",
     ]
     return "\n".join([*lines, *notes(rows)]) + "\n"
 
@@ -82,13 +82,13 @@ def make_table(rows: Sequence[Row]) -> str:
 
 
 def read_losses(run: Path) -> tuple[list[float], list[float]]:
-    """Training loss of each epoch, from metrics.csv.
+    """Read the training loss of each epoch from metrics.csv.
 
     Args:
         run: folder of the run.
 
     Returns:
-        Epochs, from 1, and losses; empty where there are none.
+        Epochs, from 1, and losses; two empty lists if there are none.
     """
     epochs, losses = [], []
     for line in _read_csv(run, "metrics.csv"):
@@ -101,13 +101,13 @@ def read_losses(run: Path) -> tuple[list[float], list[float]]:
 
 
 def read_spectrum(run: Path) -> tuple[list[float], list[list[float]]]:
-    """Eigenvalues of the covariance of the representation, epoch by epoch, from eigenvalues.csv.
+    """Read the eigenvalues of the covariance of the representation after each epoch from eigenvalues.csv.
 
     Args:
         run: folder of the run.
 
     Returns:
-        Epochs, from 1, and for each epoch its eigenvalues, largest first; empty where there are none.
+        Epochs, from 1, and the eigenvalues of each epoch, largest first; two empty lists if there are none.
     """
     epochs, spectra = [], []
     for line in _read_csv(run, "eigenvalues.csv"):
@@ -120,7 +120,7 @@ def read_spectrum(run: Path) -> tuple[list[float], list[list[float]]]:
 
 
 def _read_csv(run: Path, name: str) -> list[dict[str, Any]]:
-    """Rows of a file that pre-training wrote: into the run's folder, or into one below it (VISSL, lightly)."""
+    """Read the rows of a file of the pre-training, in the run's folder or in a subfolder (VISSL, lightly)."""
     places = (run / name, run / "pretrain" / name, run / run.parent.name / name)
     file = next((file for file in places if file.is_file()), run / name)
     try:
@@ -142,8 +142,8 @@ def make_figure(rows: Sequence[Row], files: Sequence[Path]) -> None:
     """Draw accuracy, loss and spectrum.
 
     Args:
-        rows: of the suite.
-        files: where to save it; the suffix determines the format.
+        rows: the rows of the suite.
+        files: files to write; the suffix selects the format.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -172,13 +172,13 @@ def make_figure(rows: Sequence[Row], files: Sequence[Path]) -> None:
         _draw_losses(middle, methods, bands, columns)
         _draw_spectra(bottom, methods, bands, columns)
         for file in files:
-            # No date in the file: the same results give the same bytes.
+            # Without a date in the file, the same results give the same bytes.
             stamp = {"CreationDate": None} if file.suffix == ".pdf" else None
             figure.savefig(file, dpi=150, metadata=stamp)
 
 
 def _draw_accuracy(figure: Any, methods: Sequence[tuple[str, Row]], rows: Sequence[Row]) -> None:
-    """A panel for each evaluation: a dot a method, from the untrained backbone's line."""
+    """Draw a panel for each evaluation, with a point for each method and lines for the baselines."""
     axes = figure.subplots(1, len(SCORES), sharey=True)
     figure.suptitle("Accuracy on the validation images (%)", x=0.01, ha="left", fontweight="bold")
     frameworks = sorted({row.framework for row in rows})
@@ -220,7 +220,7 @@ def _draw_accuracy(figure: Any, methods: Sequence[tuple[str, Row]], rows: Sequen
 
 
 def _panels(figure: Any, count: int, bands: int, columns: int) -> list[Any]:
-    """One pair of axes for each method; those that are left over are hidden."""
+    """Create one panel for each method and hide the remaining ones."""
     axes = figure.subplots(bands, columns, squeeze=False, sharex=True).ravel().tolist()
     for ax in axes[count:]:
         ax.set_visible(False)
@@ -228,7 +228,7 @@ def _panels(figure: Any, count: int, bands: int, columns: int) -> list[Any]:
 
 
 def _draw_losses(figure: Any, methods: Sequence[tuple[str, Row]], bands: int, columns: int) -> None:
-    """A panel for each method, for the losses have no common scale; a line for each seed."""
+    """Draw a panel for each method, since the losses have different scales, with a line for each seed."""
     figure.suptitle("Training loss per epoch (each method has its own scale)", x=0.01, ha="left", fontweight="bold")
     for ax, (name, row) in zip(_panels(figure, len(methods), bands, columns), methods, strict=True):
         curves = [read_losses(run) for run in [*row.folders, *row.missing]]
@@ -238,7 +238,7 @@ def _draw_losses(figure: Any, methods: Sequence[tuple[str, Row]], bands: int, co
 
 
 def _draw_spectra(figure: Any, methods: Sequence[tuple[str, Row]], bands: int, columns: int) -> None:
-    """A panel for each method: eigenvalues 1, 2, 4, 8, ... of its first seed, epoch by epoch."""
+    """Draw a panel for each method: the eigenvalues number 1, 2, 4, 8, … of its first seed over the epochs."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
@@ -268,7 +268,7 @@ def _draw_spectra(figure: Any, methods: Sequence[tuple[str, Row]], bands: int, c
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(LogLocator(numticks=5))
             ax.yaxis.set_minor_locator(NullLocator())
-        # DISSL and CISSL finish without one
+        # DISSL and CISSL do not track a spectrum
         _finish_panel(ax, name, "" if largest is not None else "not tracked" if row.results else "missing")
     for ax in panels[-columns:]:
         ax.set_xlabel("epoch")
@@ -282,7 +282,7 @@ def _draw_spectra(figure: Any, methods: Sequence[tuple[str, Row]], bands: int, c
 
 
 def _finish_panel(ax: Any, name: str, instead: str) -> None:
-    """Title and ticks; where there is no curve, a word in its place."""
+    """Set the title and the ticks of a panel; if it has no curve, show the text ``instead``."""
     ax.set_title(name, loc="left")
     ax.tick_params(labelsize=7.5, length=2)
     if instead:
@@ -294,12 +294,14 @@ def _finish_panel(ax: Any, name: str, instead: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m plugins.experiments.report", description="Table and figure of a suite."
     )
     parser.add_argument("folder", type=Path, help="results of a suite, such as results/digits")
-    parser.add_argument("--by-dataset", action="store_true", help="of a suite that runs on several data sets")
+    parser.add_argument(
+        "--by-dataset", action="store_true", help="for a suite with several data sets: one row per data set and method"
+    )
     options = parser.parse_args(argv)
     table = report_datasets.write(options.folder) if options.by_dataset else _write(options.folder)
     if table is None:

@@ -1,7 +1,7 @@
 """Tables and figures of DISSL's and CISSL's suites: ``python -m plugins.experiments.report_dissl results/dissl_fig7a``.
 
-Writes ``table.md`` and ``summary.csv`` (every probe's mean and standard error over seeds) and, for the suites of
-figures, ``fig7a`` or ``fig7c`` as PDF and PNG. The suite is known by the folder's name.
+The command writes ``table.md`` and ``summary.csv`` (mean and standard error of each probe over seeds) and, for the
+suites of figures, ``fig7a`` or ``fig7c`` as PDF and PNG. The name of the folder selects the suite.
 """
 
 import csv
@@ -29,27 +29,28 @@ from plugins.experiments.suites import dissl
 from plugins.tools.command import Parser, UserError, exit_on_user_error
 
 FIGURES = {"dissl_fig7a": "fig7a", "dissl_fig7c": "fig7c"}
-"""suite → name of its figure."""
+"""Suite → name of its figure."""
 FIGURE_WEIGHT_DECAY = 1e-6
-"""The probe of figure 7a, as published: the smallest fraction has one label a class, too few to choose by."""
+"""Weight decay of the probes of figure 7a, as published. The smallest fraction, with one label per class, is too small
+to choose one."""
 
 DIFFERENCES = """\
-Unlike in the published runs, each view goes through the backbone by itself, and through the heads of DISSL and CISSL,
-with batch statistics of its own; and the images of an epoch that fill no batch are left out."""
-"""What solo-learn does otherwise; for a table beside published numbers."""
+Differences to the published runs: backbone and heads of DISSL and CISSL process each view separately, so that each view
+has separate batch statistics; the incomplete last batch of an epoch is dropped."""
+"""Differences between solo-learn and the published code, for tables with published numbers."""
 
 
 class Score(NamedTuple):
-    """A probe of a run, over the run's seeds.
+    """A probe of a run, aggregated over seeds.
 
     Args:
-        dataset, method, title, epochs: of the run; title as its authors call it.
-        kind, dim, fraction, labels: of the probe; dim is the width of the representation.
-        select: what the weight decay was chosen on: "validation", "test" or "nothing".
-        weight_decay: those that were chosen, in ascending order.
-        seeds: how many.
-        mean, sem: test accuracy in per cent, and its standard error; None with one seed.
-        best_on_test: the best over weight decays of the mean over seeds, as published.
+        dataset, method, title, epochs: data set, method, published name and number of epochs of the run.
+        kind, dim, fraction, labels: kind of the probe, width of the representation, fraction and number of labels.
+        select: images for the choice of the weight decay: "validation", "test", or "nothing" without a choice.
+        weight_decay: the chosen values over seeds, in ascending order.
+        seeds: number of seeds.
+        mean, sem: test accuracy in per cent and its standard error, which is None for one seed.
+        best_on_test: largest mean test accuracy over weight decays, as published.
     """
 
     dataset: str
@@ -69,7 +70,7 @@ class Score(NamedTuple):
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Sample standard deviation divided by the root of the number of values; None with fewer than two."""
+    """Return the sample standard deviation divided by the root of the number of values; None for fewer than two."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
@@ -77,19 +78,19 @@ def scores(row: Row, title: str) -> list[Score]:
     """Aggregate the probes of a run over its seeds.
 
     Args:
-        row: the run, its name as ``<method>_<data set>``.
-        title: as its authors call it.
+        row: the run, with the name ``<method>_<data set>``.
+        title: name in the publication.
 
     Raises:
-        UserError: its seeds have been probed in different ways.
+        UserError: the seeds have different probes.
     """
     method, _, dataset = row.method.rpartition("_")
     ways = [[_probe_settings(probe) for probe in result["probes"]] for result in row.results]
     if any(way != ways[0] for way in ways):
         places = ", ".join(map(str, row.folders))
         raise UserError(
-            f"the seeds of {row.method} were not probed alike: delete result.json in {places}, run their "
-            "probe commands again, which --dry-run prints, then the suite"
+            f"the seeds of {row.method} have different probes; delete result.json in {places}, repeat their "
+            "probe commands, which --dry-run prints, and then the suite"
         )
     found = []
     for probes in zip(*(result["probes"] for result in row.results), strict=True):
@@ -110,13 +111,13 @@ def scores(row: Row, title: str) -> list[Score]:
 
 
 def _probe_settings(probe: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes the probes of two seeds comparable."""
+    """Return the settings that must be equal for all seeds."""
     described = (probe[key] for key in ("kind", "dim", "fraction", "labels", "select"))
     return (*described, *(entry["weight_decay"] for entry in probe["grid"]))
 
 
 def ordered(folder: Path, suite: str) -> list[tuple[Row, str]]:
-    """The rows of a suite that have a folder, with their titles: by data set, in the suite's order."""
+    """Return the rows of a suite that have a folder, with their titles, by data set in the order of the suite."""
     rows = {row.method: row for row in read_rows(folder)}
     return [
         (rows[label], variant.title)
@@ -130,11 +131,11 @@ def ordered(folder: Path, suite: str) -> list[tuple[Row, str]]:
 
 
 def make_table(suite: str, rows: Sequence[tuple[Row, str]]) -> str:
-    """The table in Markdown, with what one has to know to read it.
+    """Return the table in Markdown, with an explanation of its columns.
 
     Args:
-        suite: its name.
-        rows: what :func:`ordered` returned.
+        suite: name of the suite.
+        rows: the result of :func:`ordered`.
 
     Returns:
         Text that ends with a newline.
@@ -158,11 +159,10 @@ def make_table(suite: str, rows: Sequence[tuple[Row, str]]) -> str:
     lines = [
         *markdown_table(head, body, words=3),
         "",
-        "Accuracy of probes of the frozen backbone on the validation images, which play the part of the test; z is the",
-        "width of the representation. Behind a probe's kind stands its weight decay: where several were tried, the one",
-        "that was best on a held-out part of the training labels. Best on test: the one that was best on the images of",
-        "the test themselves, as in the published numbers.",
-        "Hours are those of pre-training.",
+        "Accuracy: probes of the frozen backbone on the validation images, which are the test images here. z: width",
+        "of the representation. Probe: kind and weight decay; one of several was chosen on a held-out part of the",
+        "training labels. Best on test: the weight decay was chosen on the test images, as in the published numbers.",
+        "Hours: duration of pre-training.",
     ]
     if known:
         lines.append(f"Published: {'; '.join(sorted({entry.source for entry in known.values()}))}.")
@@ -172,7 +172,7 @@ def make_table(suite: str, rows: Sequence[tuple[Row, str]]) -> str:
 
 
 def write_summary(found: Sequence[Score], file: Path) -> None:
-    """Write every score as a line of a CSV file."""
+    """Write every score as a row of a CSV file."""
     with file.open("w", newline="") as out:
         writer = csv.DictWriter(out, Score._fields)
         writer.writeheader()
@@ -184,23 +184,23 @@ def write_summary(found: Sequence[Score], file: Path) -> None:
 
 
 class Curve(NamedTuple):
-    """A line of a figure: its name, and its points as (x, accuracy, standard error)."""
+    """A curve of a figure: its name, and its points as (x, accuracy, standard error)."""
 
     name: str
     points: list[tuple[float, float, float]]
 
 
 def curves(suite: str, found: Sequence[Score], select: str) -> dict[str, list[Curve]]:
-    """The lines of a suite's figure.
+    """Return the curves of the figure of a suite.
 
     Args:
         suite: a key of FIGURES.
         found: the scores of its runs.
-        select: "validation" takes the accuracies that the probes report, "test" the best on the test images.
+        select: "validation" selects the accuracies that the probes report, "test" the best on the test images.
 
     Returns:
-        For each data set its lines: figure 7a a strength of views each, by number of labels; figure 7c a kind of heads
-        and probes each, by width of the representation.
+        The curves of each data set. Figure 7a has a curve for each augmentation strength, over the number of labels;
+        figure 7c has a curve for each kind of heads and probes, over the width of the representation.
     """
     lines: dict[str, dict[str, Curve]] = {}
     for score in found:
@@ -216,12 +216,12 @@ def curves(suite: str, found: Sequence[Score], select: str) -> dict[str, list[Cu
 
 
 def make_figure(suite: str, lines: dict[str, list[Curve]], files: Sequence[Path]) -> None:
-    """Draw a suite's figure, a panel for each data set.
+    """Draw the figure of a suite, with a panel for each data set.
 
     Args:
         suite: a key of FIGURES.
-        lines: what :func:`curves` returned.
-        files: where to save it; the suffix determines the format.
+        lines: the result of :func:`curves`.
+        files: files to write; the suffix selects the format.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -261,18 +261,18 @@ def write(folder: Path, select: str = "validation") -> list[Path]:
     """Write the table, the summary and the figure of a suite.
 
     Args:
-        folder: its results, named as the suite.
-        select: which accuracies the figure shows: see :func:`curves`.
+        folder: folder of the results, with the name of the suite.
+        select: accuracies that the figure shows: see :func:`curves`.
 
     Returns:
         The files that were written.
 
     Raises:
-        UserError: there are no runs of one of these suites.
+        UserError: the folder has the name of another suite, or contains no runs.
     """
     suite = folder.resolve().name
     if suite not in dissl.VARIANTS:
-        raise UserError(f"{folder} is of none of the suites {', '.join(dissl.VARIANTS)}: it must be named as one")
+        raise UserError(f"{folder} must be a folder with the name of one of the suites {', '.join(dissl.VARIANTS)}")
     rows = ordered(folder, suite) if folder.is_dir() else []
     if not rows:
         raise UserError(f"no runs in {folder}; expected folders solo/<method>_<data set>/seed<n> there")
@@ -288,12 +288,12 @@ def write(folder: Path, select: str = "validation") -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command and return the exit status."""
     parser = Parser(
         prog="python -m plugins.experiments.report_dissl", description="Tables and figures of DISSL's suites."
     )
     parser.add_argument("folder", type=Path, help="results of a suite, such as results/dissl_fig7a")
-    held = "what the figure shows: accuracies whose weight decay was chosen on a held-out part, or the best on the test"
+    held = "accuracies in the figure: weight decay chosen on held-out training images, or on the test images"
     parser.add_argument("--select", choices=["validation", "test"], default="validation", help=held)
     with exit_on_user_error():
         options = parser.parse_args(argv)

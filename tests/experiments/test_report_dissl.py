@@ -66,7 +66,7 @@ def test_mean_over_seeds_and_the_best_of_the_means(table1):
 
 def test_seeds_that_were_probed_in_different_ways_are_not_averaged(table1):
     add_run(table1, "simclr_tinyimagenet", 1, probe(41.0, select="test"))
-    with pytest.raises(UserError, match="the seeds of simclr_tinyimagenet were not probed alike: delete"):
+    with pytest.raises(UserError, match="the seeds of simclr_tinyimagenet have different probes; delete"):
         report_dissl.write(table1)
 
 
@@ -151,7 +151,7 @@ def test_figure_is_drawn_as_pdf_and_png(fig7a, capsys):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("digits", "is of none of the suites dissl_table1_contrastive,"), ("dissl_fig7c", "no runs in")],
+    [("digits", "name of one of the suites dissl_table1_contrastive,"), ("dissl_fig7c", "no runs in")],
 )
 def test_folders_of_something_else_are_one_sentence(tmp_path, capsys, name, message):
     with pytest.raises(SystemExit, match="2"):

@@ -250,7 +250,7 @@ def test_selecting_a_run_selects_what_it_needs(tmp_path):
 def test_unexpected_output_is_a_failure_of_that_run(tmp_path, lines):
     run = fake_run(tmp_path, "method", steps=(Step("score", ("-c", "pass")),))
     outcome = Runner([run], jobs=1, report_line=lines.append).go()
-    assert "not as expected" in outcome.failed[run.name]
+    assert "output files are invalid" in outcome.failed[run.name]
     assert not run.result.exists()
 
 

@@ -22,7 +22,7 @@ NAMES = {
 
 
 def runs(suite, **options):
-    return {run.method: run for run in dissl.lister(suite)(Request(**options))}
+    return {run.method: run for run in dissl.run_lister(suite)(Request(**options))}
 
 
 def training(run):
@@ -32,7 +32,7 @@ def training(run):
 @pytest.mark.parametrize("suite", NAMES)
 @pytest.mark.parametrize("dataset", ["tinyimagenet", "digits"])
 def test_runs_and_their_folders(suite, dataset):
-    found = dissl.lister(suite)(Request(data=[dataset], seeds=range(2), out=Path("out")))
+    found = dissl.run_lister(suite)(Request(data=[dataset], seeds=range(2), out=Path("out")))
     assert [run.name for run in found] == [f"solo/{n}_{dataset}/seed{s}" for s in (0, 1) for n in NAMES[suite]]
     assert len({run.folder for run in found}) == len(found)
     for run in found:

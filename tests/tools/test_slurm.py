@@ -137,8 +137,14 @@ def test_resuming_can_be_switched_off():
             ["--cluster", "local", "--nodes", "2", "--", "x"],
             "--cluster local runs on one machine: --nodes must be 1, got 2",
         ),
-        (["--gpus-per-node", "8", "--", *PRETRAIN, "devices=4"], "devices=4 of the command must equal that of the job, 8"),
-        (["--nodes", "2", "--", *PRETRAIN, "++num_nodes=3"], "num_nodes=3 of the command must equal that of the job, 2"),
+        (
+            ["--gpus-per-node", "8", "--", *PRETRAIN, "devices=4"],
+            "devices=4 of the command must equal that of the job, 8",
+        ),
+        (
+            ["--nodes", "2", "--", *PRETRAIN, "++num_nodes=3"],
+            "num_nodes=3 of the command must equal that of the job, 2",
+        ),
         (["--", "x"], "srun is not installed; submit from a node of the cluster, or use --cluster local"),
     ],
 )

@@ -1,7 +1,8 @@
-"""The TinyImageNet suites of DISSL and CISSL (Dubois et al. 2022, arXiv:2209.06235), which can be tried on the digits.
+"""The TinyImageNet suites of DISSL and CISSL (Dubois et al. 2022, arXiv:2209.06235), with a trial on the digits.
 
-A run is a pre-training and probes of its frozen backbone. Its YAML has the settings; what the published scripts sweep
-(strength of the views, width of the representation, number of clusters, length) stands here, as overrides.
+A run consists of a pre-training and of probes of the frozen backbone. The settings are in the YAML files. The values
+that the published scripts sweep (strength of the augmentations, width of the representation, number of clusters, number
+of epochs) are overrides in this module.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +26,10 @@ class Sweep(NamedTuple):
 
     Args:
         configs: folder of its YAML files in configs/solo.
-        long: epochs of the longer runs.
+        long: number of epochs of the longer runs.
         wide: width of the wider representations.
-        clusters: C at views of strength 1/4, 1/2 and 1.
-        strengths: what all runs of figure 7a change besides.
+        clusters: number of clusters C for augmentations of strength 1/4, 1/2 and 1.
+        strengths: further overrides of all runs of figure 7a.
     """
 
     configs: str
@@ -51,21 +52,21 @@ SWEEPS = {
 DIMS = (128, 512, 2048, 8192)
 """Widths of the representation in figure 7c."""
 STRENGTHS = {"quarter": 0.25, "half": 0.5, "one": 1.0}
-"""Views of figure 7a: name of their YAML → strength."""
+"""Augmentations of figure 7a: name of the YAML file → strength."""
 
 
 DINO_WARMUP = 50
-"""Epochs of its teacher's temperature, which cannot be more than those of the training."""
+"""Warm-up epochs of DINO's teacher temperature; reduced for shorter trainings, since it must not exceed them."""
 
 
 class Variant(NamedTuple):
-    """A line of a table, or of a figure a curve or a point.
+    """A row of a table, or a curve or a point of a figure.
 
     Args:
         name: first part of the run's name.
-        title: as its authors call it.
+        title: name in the publication.
         config: name of the YAML file.
-        overrides: what it changes there.
+        overrides: Hydra overrides of the YAML file.
         long: whether it trains for ``Sweep.long`` epochs.
         probe: name of the YAML file of its probes.
     """
@@ -79,7 +80,7 @@ class Variant(NamedTuple):
 
 
 def _table(baseline: Variant, ours: str, title: str, sweep: Sweep) -> list[Variant]:
-    """A baseline, a method, and that with one change more each time."""
+    """Return a baseline, a method, and the method with one, two and three cumulative changes."""
     wide = (f"++backbone.kwargs.dim={sweep.wide}",)
     return [
         baseline,
@@ -133,17 +134,17 @@ VARIANTS: dict[str, Callable[[Sweep], list[Variant]]] = {
     "dissl_fig7a": _augmentations,
     "dissl_fig7c": _dimensions,
 }
-"""suite → its runs on a data set."""
+"""Suite → function that returns its runs on a data set."""
 TITLES = {
-    "dissl_table1_contrastive": "table 1 of arXiv:2209.06235, contrastive: SimCLR, CISSL, and what each change adds",
-    "dissl_table1_distillation": "the same of distillation: DINO, DISSL, and what each change adds",
-    "dissl_fig7a": "its figure 7a: DISSL with three strengths of views, probed with ever fewer labels",
-    "dissl_fig7c": "its figure 7c: CISSL by width of the representation, with linear and with MLP heads and probes",
+    "dissl_table1_contrastive": "arXiv:2209.06235, table 1, contrastive: SimCLR, CISSL and the effect of each change",
+    "dissl_table1_distillation": "arXiv:2209.06235, table 1, distillation: DINO, DISSL and the effect of each change",
+    "dissl_fig7a": "arXiv:2209.06235, figure 7a: DISSL, three augmentation strengths, probes with fewer labels",
+    "dissl_fig7c": "arXiv:2209.06235, figure 7c: CISSL by representation width, linear and MLP heads and probes",
 }
 
 
 def run_lister(suite: str) -> Callable[[Request], list[Run]]:
-    """The function that lists a suite's runs."""
+    """Return the function that lists the runs of a suite."""
 
     def runs(request: Request) -> list[Run]:
         return [
@@ -197,13 +198,13 @@ def _run(suite: str, variant: Variant, dataset: str, seed: int, request: Request
 
 
 def collect(run: Run) -> dict[str, Any]:
-    """The numbers of a run, from pretrain.json and probe.json.
+    """Collect the numbers of a run from pretrain.json and probe.json.
 
     Args:
         run: a run whose commands have all succeeded.
 
     Returns:
-        Entries of result.json, without the identity of the run; ``linear`` is the first linear probe's accuracy.
+        Entries of result.json, without the identity of the run; ``linear`` is the accuracy of the first linear probe.
     """
     training, probes = read_json(run.folder / "pretrain.json"), read_json(run.folder / "probe.json")
     linear: Sequence[float] = [probe["acc1"] for probe in probes if probe["kind"] == "linear"]

@@ -1,7 +1,7 @@
-"""The lightly column of the suite ``digits``.
+"""The lightly runs of the suite ``digits``.
 
-lightly is a library: its settings are arguments. They are taken from the YAML files of solo-learn's column, so that
-both train alike.
+lightly has no configuration files. The command-line arguments are derived from solo-learn's YAML files, so that both
+frameworks train with the same settings.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ CHANNELS = {"mean": (0.2692, 0.2715, 0.2712), "std": (0.1796, 0.1785, 0.1798)}
 
 
 def digits(request: Request) -> list[Run]:
-    """List a run for each method that has a YAML file for the digits in solo-learn's column.
+    """List a run for each method that has a YAML file for the digits in solo-learn.
 
-    The untrained and the supervised backbone are there too: they are the same network and training here.
+    The untrained and the supervised backbone are run in solo-learn only, since network and training are the same.
 
     Args:
-        request: folder, seeds, epochs.
+        request: folder, seeds and epochs.
 
     Returns:
         The runs, in the order in which they should start.
@@ -42,7 +42,7 @@ def digits(request: Request) -> list[Run]:
 
 
 def _run(method: str, seed: int, config: Any, linear: Any, linear_5: Any, request: Request) -> Run:
-    """Pre-train and evaluate the frozen backbone; then the linear evaluation with five labels a class."""
+    """Pre-train and evaluate the frozen backbone; then run the linear evaluation with five labels per class."""
     folder = request.out / "digits" / "lightly" / method / f"seed{seed}"
     data = request.data_folder / "digits"
     (view,) = config.augmentations
@@ -99,7 +99,7 @@ def _run(method: str, seed: int, config: Any, linear: Any, linear_5: Any, reques
 
 
 def _transform(view: Any) -> dict[str, float]:
-    """An entry of ``augmentations`` as arguments of lightly's transforms."""
+    """Convert an entry of ``augmentations`` to arguments of lightly's transforms."""
     jitter = view.color_jitter
     return {
         "min_scale": view.rrc.crop_min_scale,
@@ -124,7 +124,7 @@ def command(options: Mapping[str, Any]) -> tuple[str, ...]:
     """Compose a command of lightly_ext.
 
     Args:
-        options: option → value, without the dashes; a dictionary becomes key=value words, True an option without value.
+        options: option without dashes → value. A dictionary becomes key=value arguments; True gives a flag.
     """
     words: list[str] = []
     for name, value in options.items():

@@ -1,8 +1,8 @@
 """The suite ``matrix_ssl``: Matrix-SSL and MEC on ImageNet, in solo-learn and in VISSL.
 
-A run pre-trains a ResNet-50, trains a linear classifier on it by the protocol of the two papers (LARC, features
-normalised), and writes the backbone for detectron2, whose training on COCO is started by hand: configs/detectron2. On
-the digits the same commands run in minutes, to try them.
+A run pre-trains a ResNet-50, trains a linear classifier on it by the protocol of the two papers (LARC, normalised
+features), and exports the backbone to detectron2. The training on COCO is started manually: see configs/detectron2. On
+the digits, the same commands run within minutes, as a trial.
 """
 
 from pathlib import Path
@@ -13,32 +13,32 @@ from plugins.tools.records import read_json
 
 METHODS = ("matrix_ssl", "mec")
 EPOCHS = (100, 200, 400)
-"""Lengths of the published pre-trainings."""
+"""Numbers of epochs of the published pre-trainings."""
 DATA = ("imagenet",)
 _RESNET50 = 2048
-"""Width of its features."""
+"""Width of the features of a ResNet-50."""
 
 
 def in_solo(request: Request) -> list[Run]:
-    """The runs in solo-learn.
+    """List the runs in solo-learn.
 
     Args:
-        request: folder, seeds, epochs, devices, data. Epochs replace the three lengths by one.
+        request: folder, seeds, epochs, devices and data. ``epochs`` replaces the three published numbers of epochs.
     """
     return [_solo_run(*which, request) for which in _table(request)]
 
 
 def in_vissl(request: Request) -> list[Run]:
-    """The runs in VISSL.
+    """List the runs in VISSL.
 
     Args:
-        request: as of :func:`in_solo`.
+        request: as in :func:`in_solo`.
     """
     return [_vissl_run(*which, request) for which in _table(request)]
 
 
 def _table(request: Request) -> list[tuple[str, str, int | None, int]]:
-    """Method, data set, epochs (None: as the YAML has it) and seed of each run."""
+    """Return method, data set, epochs (None: the value of the YAML file) and seed of each run."""
     return [
         (method, dataset, epochs, seed)
         for seed in request.seeds
@@ -49,7 +49,7 @@ def _table(request: Request) -> list[tuple[str, str, int | None, int]]:
 
 
 def label(method: str, dataset: str, epochs: int | None) -> str:
-    """A run's name among those of the suite.
+    """Return the name of a run within the suite.
 
     >>> label("mec", "imagenet", 200), label("mec", "digits", None)
     ('mec-e200_imagenet', 'mec_digits')
@@ -100,14 +100,14 @@ def _solo_run(method: str, dataset: str, epochs: int | None, seed: int, request:
 
 
 def collect_solo(run: Run) -> dict[str, Any]:
-    """The numbers of a run, from pretrain.json and linear.json.
+    """Collect the numbers of a run from pretrain.json and linear.json.
 
     Args:
         run: a run whose commands have all succeeded.
 
     Returns:
-        Entries of result.json, without the identity of the run. ``linear`` is of the last epoch, as in every suite;
-        ``linear_best`` is of the best, which is what the papers report.
+        Entries of result.json, without the identity of the run. ``linear`` is the accuracy of the last epoch, as in
+        every suite; ``linear_best`` is that of the best epoch, as the papers report.
     """
     training = read_json(run.folder / "pretrain.json")
     linear = read_json(run.folder / "linear" / "all" / "linear.json")
@@ -139,7 +139,7 @@ def _vissl_run(method: str, dataset: str, epochs: int | None, seed: int, request
             config += f"_e{epochs}"
     if request.epochs is not None:
         pretrain["OPTIMIZER.num_epochs"] = request.epochs
-    checkpoint = folder / "pretrain" / "checkpoint.torch"  # a link that VISSL keeps at the newest one
+    checkpoint = folder / "pretrain" / "checkpoint.torch"  # VISSL updates this link to the latest one
     linear = {
         **common,
         "DATA.TEST.DATA_PATHS": [data / "val"],
@@ -166,13 +166,13 @@ def _vissl_run(method: str, dataset: str, epochs: int | None, seed: int, request
 
 
 def collect_vissl(run: Run) -> dict[str, Any]:
-    """The numbers of a run, from summary.json and the metrics.json of the linear evaluation.
+    """Collect the numbers of a run from summary.json and the metrics.json of the linear evaluation.
 
     Args:
         run: a run whose commands have all succeeded.
 
     Returns:
-        As :func:`collect_solo`, without the online classifier.
+        The entries of :func:`collect_solo`, without the online classifier.
     """
     training = read_json(run.folder / "pretrain" / "summary.json")
     found = vissl.evaluations(run.folder / "linear")

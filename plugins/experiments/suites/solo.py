@@ -15,13 +15,13 @@ from plugins.tools.records import read_json, read_rows
 
 
 class Data(NamedTuple):
-    """A data set as the suites use it.
+    """Settings of a data set in the suites.
 
     Args:
         configs: folder of its YAML files in configs/solo.
-        train, val: where its images are, below the folder of data sets.
-        workers: processes that load images for kNN.
-        linear: whether its runs end with a linear evaluation; elsewhere accuracy is that of the online classifier.
+        train, val: paths of its images, relative to the folder of data sets.
+        workers: number of data loader workers for kNN.
+        linear: whether its runs end with a linear evaluation. Without it, the online classifier gives the accuracy.
     """
 
     configs: str
@@ -43,15 +43,15 @@ DATA = {
 
 
 KNN: dict[str, float] = {"k": 20, "temperature": 0.07}
-"""Neighbours, and the temperature of their votes."""
+"""Number of neighbours, and temperature of their weights."""
 
 
 def prepare(runs: Sequence[Run], request: Request) -> list[tuple[str, ...]]:
-    """List the commands that make or check the data sets of some runs.
+    """List the commands that create or check the data sets of the runs.
 
     Args:
-        runs: those that are to do.
-        request: where data sets are.
+        runs: the runs that are not finished.
+        request: the folder of the data sets.
     """
     wanted = dict.fromkeys(run.dataset for run in runs)
     others = [name for name in wanted if name != "digits"]
@@ -73,10 +73,10 @@ def one_at_a_time(request: Request) -> int | None:
 
 
 def digits(request: Request) -> list[Run]:
-    """List a run for each method that has a YAML file for the digits, beside an untrained and a supervised backbone.
+    """List a run for each method that has a YAML file for the digits, and for an untrained and a supervised backbone.
 
     Args:
-        request: folder, seeds, epochs.
+        request: folder, seeds and epochs.
 
     Returns:
         The runs, in the order in which they should start.
@@ -164,8 +164,8 @@ def collect_digits(run: Run) -> dict[str, Any]:
         run: a run whose commands have all succeeded.
 
     Returns:
-        Entries of result.json, without the identity of the run. Accuracies are those of the last epoch: taking the best
-        epoch would be choosing on the validation labels.
+        Entries of result.json, without the identity of the run. Accuracies are those of the last epoch, since choosing
+        the best epoch would use the validation labels.
     """
     linear = read_json(run.folder / "linear" / "all" / "linear.json")
     pretrain = run.folder / "pretrain.json"
@@ -186,9 +186,9 @@ class Variant(NamedTuple):
     """A row of a published table.
 
     Args:
-        name: as its authors call it, first part of the run's name.
+        name: name in the publication, the first part of the run's name.
         config: name of the YAML file.
-        overrides: what it changes there.
+        overrides: Hydra overrides of the YAML file.
     """
 
     name: str
@@ -209,7 +209,7 @@ IMPLICIT_VAR_REG = (
     Variant("directcopy-isocopy", "isocopy"),
     Variant("directcopy-isocopy-noema", "isocopy", _NO_TEACHER),
 )
-"""The runs of arXiv:2212.04858's table, named as its script names them. Its SimSiam is BYOL without the teacher."""
+"""The runs of the table in arXiv:2212.04858, with the names of its script. Its SimSiam is BYOL without the teacher."""
 IMPLICIT_VAR_REG_DATA = ("cifar10", "cifar100", "stl10", "tinyimagenet")
 
 SSL_EY = (Variant("ssl_ey", "ssl_ey"), Variant("ssl_ey-no-projector", "ssl_ey_no_projector"))
@@ -217,12 +217,12 @@ SSL_EY_DATA = ("cifar10", "cifar100", "imagenet100")
 
 
 def implicit_var_reg(request: Request) -> list[Run]:
-    """Ten methods on four data sets."""
+    """List the runs of ten methods on four data sets."""
     return _table("implicit_var_reg", IMPLICIT_VAR_REG, request.data or IMPLICIT_VAR_REG_DATA, request)
 
 
 def ssl_ey(request: Request) -> list[Run]:
-    """SSL-EY with and without projector on three data sets."""
+    """List the runs of SSL-EY with and without projector on three data sets."""
     return _table("ssl_ey", SSL_EY, request.data or SSL_EY_DATA, request)
 
 
@@ -236,7 +236,7 @@ def _table(suite: str, variants: Sequence[Variant], datasets: Sequence[str], req
 
 
 def _table_run(suite: str, variant: Variant, dataset: str, seed: int, request: Request) -> Run:
-    """Pre-train with an online classifier, then kNN and, where the data set asks for it, a linear evaluation."""
+    """Pre-train with an online classifier; then kNN and, for some data sets, a linear evaluation."""
     base, label, data = request.out / suite / "solo", f"{variant.name}_{dataset}", DATA[dataset]
     configs, folder = config_folder(data.configs), base / label / f"seed{seed}"
     places = {
@@ -269,13 +269,13 @@ def _table_run(suite: str, variant: Variant, dataset: str, seed: int, request: R
 
 
 def collect_table(run: Run) -> dict[str, Any]:
-    """Collect the numbers of a run of a table from pretrain.json, knn.json and, where there is one, linear.json.
+    """Collect the numbers of a run of a table from pretrain.json, knn.json and, if it exists, linear.json.
 
     Args:
         run: a run whose commands have all succeeded.
 
     Returns:
-        Entries of result.json, without the identity of the run; accuracies after the last epoch, never of the best.
+        Entries of result.json, without the identity of the run. Accuracies are those of the last epoch.
     """
     training = read_json(run.folder / "pretrain.json")
     linear = run.folder / "linear" / "all" / "linear.json"
@@ -295,10 +295,10 @@ def collect_table(run: Run) -> dict[str, Any]:
 
 
 def config_folder(dataset: str) -> Path:
-    """Our YAML files for a data set in solo-learn.
+    """Return the folder of our YAML files for a data set in solo-learn.
 
     Raises:
-        UserError: there are none.
+        UserError: the configurations are not installed.
     """
     return installed_configs("solo") / dataset
 
@@ -311,10 +311,13 @@ def methods_of(configs: Path) -> list[str]:
 
 
 def installed_configs(framework: str) -> Path:
-    """Our configurations for a framework: those of the working directory, else those installed with its adapter.
+    """Return the folder of our configurations for a framework.
+
+    It is ``configs/<framework>`` in the working directory or, if that does not exist, the folder installed with the
+    adapter.
 
     Raises:
-        UserError: there are neither.
+        UserError: neither folder exists.
     """
     here = Path("configs") / framework
     if here.is_dir():
@@ -323,7 +326,7 @@ def installed_configs(framework: str) -> Path:
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (Path(folder) / "configs").is_dir():
             return Path(folder) / "configs"
-    raise UserError(f"no folder {here} here and none installed with {framework}_ext; run this from the checkout")
+    raise UserError(f"there is no folder {here}, nor is one installed with {framework}_ext; run this from the checkout")
 
 
 def command(
@@ -332,11 +335,11 @@ def command(
     """Compose a command of solo_ext.
 
     Args:
-        module: of solo_ext.
+        module: name of the module in solo_ext.
         configs: folder of YAML files.
-        name: of one, without suffix.
+        name: name of a file in it, without suffix.
         overrides: entry → value.
-        more: overrides that are written out.
+        more: further overrides, as Hydra's command line takes them.
     """
     return (
         *("-m", f"solo_ext.{module}", "--config-path", str(configs), "--config-name", f"{name}.yaml"),
@@ -346,14 +349,14 @@ def command(
 
 
 def pretraining(base: Path, label: str, seed: int, places: Mapping[str, Any], request: Request) -> dict[str, Any]:
-    """Overrides of a pre-training in ``base/label/seed<n>``, which continues after an interruption.
+    """Return the overrides of a pre-training in ``base/label/seed<n>`` that resumes after an interruption.
 
     Args:
         base: folder of the suite's runs.
-        label: the run's name there.
-        seed: its seed.
-        places: overrides that say where its images are.
-        request: devices.
+        label: name of the run in this folder.
+        seed: seed of the run.
+        places: overrides with the paths of the images.
+        request: number of devices.
     """
     overrides = {
         "name": label,
@@ -370,23 +373,26 @@ def pretraining(base: Path, label: str, seed: int, places: Mapping[str, Any], re
 
 
 def requested_epochs(epochs: int) -> dict[str, int]:
-    """Overrides for a number of epochs that the user asked for: every epoch is validated, so that the last one is."""
+    """Return the overrides for a number of epochs from the command line.
+
+    Every epoch is validated, so that the last one is.
+    """
     return {"max_epochs": epochs, "check_val_every_n_epoch": 1}
 
 
 def linear_step(step: str, configs: Path, name: str, overrides: Mapping[str, Any]) -> Step:
-    """Linear evaluation, or training with labels."""
+    """Return the step of a linear evaluation or of a supervised training."""
     return Step(step, command("main_linear", configs, name, overrides))
 
 
 def knn_step(checkpoints: Path, folder: Path, dataset: str, request: Request) -> Step:
-    """kNN on the backbone's features, 20 neighbours.
+    """Return the step of the kNN evaluation of the backbone's features with 20 neighbours.
 
     Args:
         checkpoints: folder of the checkpoint.
-        folder: where knn.json goes.
-        dataset: its name.
-        request: where data sets are.
+        folder: folder of knn.json.
+        dataset: name of the data set.
+        request: the folder of the data sets.
     """
     data = DATA[dataset]
     options = {
@@ -412,7 +418,7 @@ def read_progress(folder: Path, epochs: Callable[[], Any]) -> Progress | None:
         epochs: returns the total number of epochs, or raises an error if its file is not complete yet.
 
     Returns:
-        The state of the pre-training; None if a file does not exist yet, is incomplete, or holds no epoch.
+        The state of the pre-training; None if a file does not exist yet, is incomplete, or contains no epoch.
     """
     try:
         rows = [row for row in read_rows(folder / "metrics.csv") if row.get("epoch")]

@@ -1,4 +1,4 @@
-"""The suite ``toy_dynamics``: figures of the linear toy model, theory against simulation."""
+"""The suite ``toy_dynamics``: figures of the linear toy model, theory and simulation."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,11 @@ from plugins.experiments.suites import Request, Run, Step
 from plugins.tools.records import read_json
 
 FIGURES = ("eigenvalues", "weight_decay", "early_growth", "two_neurons")
-"""As :mod:`plugins.experiments.toy_dynamics` draws them."""
+"""The figures of :mod:`plugins.experiments.toy_dynamics`."""
 
 
 def toy_dynamics(request: Request) -> list[Run]:
-    """A run for each figure."""
+    """List a run for each figure."""
     return [_figure_run(name, request.out / "toy_dynamics") for name in FIGURES]
 
 

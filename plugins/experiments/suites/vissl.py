@@ -1,4 +1,4 @@
-"""The VISSL column of the suite ``digits``."""
+"""The VISSL runs of the suite ``digits``."""
 
 import json
 import re
@@ -15,16 +15,16 @@ from plugins.tools.records import read_json
 LINEAR = "benchmark/linear_image_classification/digits/eval_resnet8_linear"
 KNN = "benchmark/nearest_neighbor/digits/knn"
 FEW = {"batch": 50, "epochs": 100}
-"""Linear evaluation with five labels a class: all 50 images are a batch."""
+"""Settings of the linear evaluation with five labels per class: one batch of all 50 images."""
 
 
 def digits(request: Request) -> list[Run]:
     """List a run for each method that has a configuration for the digits.
 
-    The untrained and the supervised backbone are in solo-learn's column: they are the same network and training here.
+    The untrained and the supervised backbone are run in solo-learn only, since network and training are the same.
 
     Args:
-        request: folder, seeds, epochs.
+        request: folder, seeds and epochs.
 
     Returns:
         The runs, in the order in which they should start.
@@ -48,7 +48,7 @@ def _run(method: str, seed: int, request: Request) -> Run:
     evaluated = {
         **common,
         "DATA.TEST.DATA_PATHS": [data / "val"],
-        # a link that VISSL keeps at the newest checkpoint
+        # VISSL updates this link to the latest checkpoint
         "MODEL.WEIGHTS_INIT.PARAMS_FILE": folder / "pretrain" / "checkpoint.torch",
     }
     few = {

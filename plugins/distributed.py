@@ -26,7 +26,7 @@ class Collective:
 
     Args:
         group: a ``torch.distributed`` process group; None is the default group.
-        enabled: False makes a Collective of this process alone.
+        enabled: False creates a Collective of this process alone.
     """
 
     def __init__(self, group: Any = None, *, enabled: bool = True) -> None:
@@ -77,7 +77,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, comm: Collective) -> Tensor:
         ctx.size = comm.size
-        total = tensor.detach().clone(memory_format=torch.contiguous_format)  # NCCL refuses other layouts
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)  # NCCL supports no other layout
         dist.all_reduce(total, group=comm.group)
         return total
 
@@ -94,7 +94,7 @@ class _GatherRows(torch.autograd.Function):
         ctx.size = comm.size
         ctx.start = sum(counts[: comm.rank])
         ctx.rows = tensor.shape[0]
-        # gloo gathers equal shapes only: pad to the longest, cut afterwards
+        # gloo gathers equal shapes only: pad to the largest number of rows, and remove the padding afterwards
         padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
         padded[: ctx.rows] = tensor.detach()
         parts = [torch.empty_like(padded) for _ in counts]

@@ -1,6 +1,6 @@
-"""The commands that install what is missing: the only place that names them.
+"""Messages with the command that installs a missing package. All such commands are defined here.
 
-The standard library alone is imported here, because the packages ``*_ext`` need the sentences before anything else.
+This module imports only the standard library, because the packages ``*_ext`` use it before any other import.
 """
 
 import sys
@@ -31,17 +31,17 @@ REQUIRED = {
         *("timm", "torchvision", "vissl", "yaml"),
     ),
 }
-"""The modules that the files of each adapter import at their top, and that its extra installs.
+"""Modules that each adapter imports at module level and that its extra installs.
 
-``solo`` is not among them: it may lie in the checkout that SOLO_LEARN_CHECKOUT names.
+``solo`` is not listed, because it may be in the checkout that SOLO_LEARN_CHECKOUT names.
 """
 
 
 def not_installed(module: str) -> str:
-    """Say that a package is missing, and how to install it.
+    """Return the message for a missing package, with the command that installs it.
 
     Args:
-        module: its import name, such as ``solo``, ``nvidia.dali`` or ``sklearn``.
+        module: import name of the package, such as ``solo``, ``nvidia.dali`` or ``sklearn``.
 
     Returns:
         One sentence.
@@ -61,13 +61,13 @@ def not_installed(module: str) -> str:
 
 
 def missing(package: str) -> str | None:
-    """Look for what an adapter needs, without importing it.
+    """Check that the requirements of an adapter are installed, without importing them.
 
     Args:
         package: ``solo_ext``, ``lightly_ext`` or ``vissl_ext``.
 
     Returns:
-        The sentence that names a missing package and the commands of the framework, or None if everything is there.
+        One sentence with the first missing package and the commands that install it, or None if all are installed.
     """
     framework = package.removesuffix("_ext")
     absent = next((name for name in REQUIRED[package] if name not in sys.modules and find_spec(name) is None), None)

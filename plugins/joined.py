@@ -1,9 +1,9 @@
 """Compute the loss of the joined rows of several micro-batches, with the activations of one micro-batch at a time.
 
-The mean of the losses of micro-batches differs from the loss of their joined rows, because the losses here are not
-means over rows. Gradients through cached embeddings (Gao et al. 2021, arXiv:2101.06983) give the joined one exactly:
-embed every micro-batch without gradient, take the loss of all rows and its gradient in the embeddings, then embed each
-micro-batch again and pass its rows of that gradient on.
+The mean of the losses of micro-batches differs from the loss of their joined rows, because the losses in this package
+are not means over rows. Gradient caching (Gao et al. 2021, arXiv:2101.06983) computes the joined loss exactly: embed
+every micro-batch without gradient, compute the loss of all rows and its gradient with respect to the embeddings, then
+embed each micro-batch a second time and backpropagate its rows of that gradient.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -199,5 +199,5 @@ def _statistics_kept(encoder: nn.Module) -> Iterator[None]:
         if buffer._version != before.get(name, buffer._version):
             raise ValueError(
                 f"the joined loss embeds each micro-batch twice, but the network changes {name} each time; "
-                "accumulate the mean of the losses, or take the module out"
+                "accumulate the mean of the losses, or remove the module"
             )

@@ -1,6 +1,7 @@
 """Linear algebra shared by losses and logging.
 
-Joined centring, covariance or Gram by cost, spectra, functions of matrices and their derivatives, analytic gradients.
+Centring over all processes, covariance or Gram matrix by cost, spectra, matrix functions and their derivatives, and
+analytic gradients.
 """
 
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ def gram_is_cheaper(rows: int, width: int) -> bool:
     """Return whether ``S S^T`` (rows x rows) needs less computation and communication than ``S^T S`` (width x width).
 
     Args:
-        rows: rows of S, over all processes and both views where views are stacked.
-        width: columns of S.
+        rows: number of rows of S over all processes, and over both views if views are stacked.
+        width: number of columns of S.
 
     >>> gram_is_cheaper(rows=512, width=2048), gram_is_cheaper(rows=512, width=512)
     (True, False)
@@ -42,7 +43,8 @@ def squared_norm(matrix: Float[Tensor, "..."]) -> Float[Tensor, ""]:
 def joined_mean(values: Float[Tensor, " B"], comm: Collective = LOCAL) -> Float[Tensor, ""]:
     """Average one number per row over the rows of all processes; the numbers of rows may differ.
 
-    Differentiable by the rule of :mod:`plugins.distributed`; sends two floats and never waits for the device.
+    Differentiable by the rule of :mod:`plugins.distributed`. It communicates two floats and does not synchronise with
+    the device.
 
     Args:
         values: one number per row of this process.
@@ -58,7 +60,7 @@ def joined_mean(values: Float[Tensor, " B"], comm: Collective = LOCAL) -> Float[
         check_count(values.shape[0], least=1, what="a batch mean")
         return values.mean()
     total = comm.sum(torch.stack([values.sum(), values.new_tensor(values.shape[0])]))
-    if values.shape[0] == 0:  # only then can the joined batch be empty, and only then is the wait worth it
+    if values.shape[0] == 0:  # the joined batch can be empty only in this case, so only this case synchronises
         check_count(int(total[1].item()), least=1, what="a batch mean")
     return total[0] / total[1]
 
@@ -71,21 +73,21 @@ def standardized_rows(
     overwrite: bool = False,
     unbiased: bool = True,
 ) -> tuple[Float[Tensor, "*V B D"], float | Float[Tensor, ""]]:
-    """Rows minus the joined column means, times ``1 / sqrt(N - 1)``: S, of which ``S^T S`` is the unbiased covariance.
+    """Return S, the rows minus the joined column means times ``1 / sqrt(N - 1)``: ``S^T S`` is the unbiased covariance.
 
-    Scaling comes before any product, so that no sum over rows grows with N. The mean is subtracted before squaring,
-    which keeps a small variance beside a large mean. The result carries no gradient: a joined mean used on local rows
-    would break the rule of :mod:`plugins.distributed`.
+    The rows are scaled before any product, so that no sum over rows grows with N. The mean is subtracted before
+    squaring, which preserves a small variance next to a large mean. The result has no gradient: a joined mean applied
+    to local rows would break the rule of :mod:`plugins.distributed`.
 
     Args:
         z: rows of this process, for each view.
         comm: the processes that share the batch.
         what: the quantity that needs two rows, for the error message.
-        overwrite: write S into z, which then must be the caller's own: fresh memory costs more time than the sums.
+        overwrite: write S into z, which no other code may use then. Allocating memory takes longer than the sums.
         unbiased: False divides by N instead of N - 1.
 
     Returns:
-        S and the factor ``1 / sqrt(N - 1)``; the factor is a tensor where only the device knows N.
+        S and the factor ``1 / sqrt(N - 1)``, which is a tensor if there are several processes.
 
     Raises:
         ValueError: there are fewer than two rows over all processes.
@@ -102,7 +104,7 @@ def standardized_rows(
         mean = z.mean(-2, keepdim=True)
         return (z.sub_(mean) if overwrite else z - mean).mul_(factor), factor
     total = comm.sum(torch.cat([z.sum(-2).flatten(), z.new_tensor([rows])]))
-    if rows < 2:  # only then can the joined batch be too small, and only then is waiting for the device worth it
+    if rows < 2:  # the joined batch can be too small only in this case, so only this case synchronises
         check_count(int(total[-1].item()), least=2, what=what)
     mean = (total[:-1] / total[-1]).unflatten(0, z.shape[:-2] + z.shape[-1:]).unsqueeze(-2)
     factor = (total[-1] - int(unbiased)).rsqrt()
@@ -110,13 +112,13 @@ def standardized_rows(
 
 
 def split_square(z: Float[Tensor, "V N D"], *, form: str = "auto") -> Float[Tensor, ""]:
-    """Estimate of ``||V||_F^2``, V the sum of the views' covariances, unbiased: tr(V_a V_b) of two half batches.
+    """Estimate ``||V||_F^2`` without bias as tr(V_a V_b) of two half batches; V is the sum of the views' covariances.
 
-    The halves are the rows of even and of odd index; each has its own mean and divisor.
+    The halves are the rows with even and with odd index. Mean and divisor are computed separately for each half.
 
     Args:
-        z: all rows, the same samples in each view.
-        form: "covariance", "gram" or "auto", the cheaper one. The value is the same.
+        z: rows of all processes, with the same samples in each view.
+        form: "covariance", "gram", or "auto" for the cheaper one. The value is the same.
 
     Raises:
         ValueError: there are fewer than four rows.
@@ -134,15 +136,15 @@ def split_square(z: Float[Tensor, "V N D"], *, form: str = "auto") -> Float[Tens
 
 
 def ustat_square(z: Float[Tensor, "V N D"], *, form: str = "auto") -> Float[Tensor, ""]:
-    """Estimate of ``||V||_F^2``, V the sum of the views' covariances, unbiased: the U-statistic of order four.
+    """Estimate ``||V||_F^2`` without bias by the U-statistic of order four; V is the sum of the views' covariances.
 
-    The mean, over all ordered quadruples of distinct rows i, j, k, l, of sum_uv ((u_i - u_j) . (v_k - v_l))^2 / 4 where
-    u and v run over the views. Centring turns it into power sums of the blocks G_uv = u v^T, at the cost of the biased
-    estimate.
+    It is the mean, over all ordered quadruples of distinct rows i, j, k, l, of
+    sum_uv ((u_i - u_j) . (v_k - v_l))^2 / 4, where u and v run over the views. After centring it is computed from power
+    sums of the blocks G_uv = u v^T, at the cost of the biased estimate.
 
     Args:
-        z: all rows, the same samples in each view.
-        form: "covariance", "gram" or "auto", the cheaper one. The value is the same.
+        z: rows of all processes, with the same samples in each view.
+        form: "covariance", "gram", or "auto" for the cheaper one. The value is the same.
 
     Raises:
         ValueError: there are fewer than four rows.
@@ -173,21 +175,22 @@ def ustat_square(z: Float[Tensor, "V N D"], *, form: str = "auto") -> Float[Tens
 
 @torch.no_grad()
 def covariance_eigenvalues(z: Float[Tensor, "B D"], comm: Collective = LOCAL) -> Float[Tensor, " R"]:
-    """Eigenvalues of the covariance of the joined rows, ascending, for logging; without gradient.
+    """Compute the eigenvalues of the covariance of the joined rows, ascending, for logging; without gradient.
 
-    Found from the smaller of covariance and Gram matrix: D values, or N of them where N < D (the rest are zero).
+    They are computed from the smaller of covariance and Gram matrix. The result has D values, or N values if N < D
+    (the others are zero).
 
     Args:
         z: rows of this process.
         comm: the processes that share the batch.
 
     Raises:
-        ValueError: there are fewer than two rows over all processes; z holds NaN or inf.
+        ValueError: there are fewer than two rows over all processes, or z contains NaN or inf.
 
     >>> covariance_eigenvalues(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 3.0], [0.0, -3.0]]))
     tensor([0.6667, 6.0000])
     """
-    check_finite("a spectrum", z=z)  # a wait for the device, as the solver's own
+    check_finite("a spectrum", z=z)  # synchronises with the device, as the solver does
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
         counts = comm.row_counts(z.shape[0], z.device)
@@ -256,7 +259,7 @@ def unit_rows(z: Float[Tensor, "*V B D"]) -> tuple[Float[Tensor, "*V B D"], Floa
     """Return rows of unit length and the inverse norms; both are 0 for a row with a norm of at most 1e-12.
 
     Args:
-        z: rows, detached here; :func:`tangent` is the way back.
+        z: rows; they are detached. :func:`tangent` converts the gradient.
 
     >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))[0]
     tensor([[0.6000, 0.8000],
@@ -271,12 +274,12 @@ def unit_rows(z: Float[Tensor, "*V B D"]) -> tuple[Float[Tensor, "*V B D"], Floa
 def tangent(
     gradient: Float[Tensor, "*V B D"], unit: Float[Tensor, "*V B D"], inverse: Float[Tensor, "*V B 1"]
 ) -> Float[Tensor, "*V B D"]:
-    """Convert the gradient by unit rows u into that by the rows z: ``(g - (g . u) u) / |z|``.
+    """Convert the gradient with respect to unit rows u into that with respect to z: ``(g - (g . u) u) / |z|``.
 
     Args:
-        gradient: by the unit rows; it is overwritten.
+        gradient: gradient with respect to the unit rows; it is overwritten.
         unit: first result of :func:`unit_rows`.
-        inverse: its second.
+        inverse: second result of :func:`unit_rows`.
 
     >>> unit, inverse = unit_rows(torch.tensor([[2.0, 0.0]]))
     >>> tangent(torch.tensor([[5.0, 1.0]]), unit, inverse)
@@ -307,13 +310,13 @@ def unpack_symmetric(packed: Float[Tensor, "*V E D"]) -> tuple[Float[Tensor, "*V
 def power_traces(
     x: Float[Tensor, "*V n n"], coefficients: Sequence[float]
 ) -> tuple[Float[Tensor, "*V"], Float[Tensor, "*V n n"]]:
-    """``tr f(X)`` and ``f'(X)`` of a polynomial ``f(X) = a_1 X + ... + a_K X^K``, X of any kind, in K - 2 products.
+    """Compute ``tr f(X)`` and ``f'(X)`` of ``f(X) = a_1 X + ... + a_K X^K`` in K - 2 matrix products.
 
-    The derivative of tr f(X) by X is ``f'(X)^T``. With X = S_t^T S_p, that by S_p is ``S_t f'(X)^T``; the traces are
-    those of the Gram form X = S_p S_t^T, whose derivative by S_p is ``f'(X)^T S_t``.
+    The derivative of tr f(X) with respect to X is ``f'(X)^T``. With X = S_t^T S_p, the derivative with respect to S_p
+    is ``S_t f'(X)^T``. The Gram form X = S_p S_t^T has the same traces and the derivative ``f'(X)^T S_t``.
 
     Args:
-        x: square matrices.
+        x: square matrices, not necessarily symmetric.
         coefficients: a_1 to a_K.
 
     >>> x = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
@@ -336,10 +339,10 @@ def power_traces(
 def polynomial(
     b: Float[Tensor, "*V n n"], direction: Float[Tensor, "*V n n"], coefficients: Sequence[float]
 ) -> tuple[Float[Tensor, "*V n n"], Float[Tensor, "*V n n"]]:
-    """``f(B) = c_0 I + c_1 B + ... + c_m B^m`` and its derivative along P, for symmetric B and P.
+    """Compute ``f(B) = c_0 I + c_1 B + ... + c_m B^m`` and its derivative along P, for symmetric B and P.
 
-    The derivative, ``sum_k c_k sum_(i+j=k-1) B^i P B^j``, is also that of tr(P f(B)) by B. Both follow Horner's scheme
-    in B^2: five products for m = 4, where powers and sums one by one would take a dozen.
+    The derivative ``sum_k c_k sum_(i+j=k-1) B^i P B^j`` is also the derivative of tr(P f(B)) with respect to B. Both
+    are computed by Horner's scheme in B^2, with five matrix products for m = 4 instead of twelve.
 
     Args:
         b: symmetric matrices.
@@ -358,7 +361,7 @@ def polynomial(
         return value, slope
     square, half = b @ b, b @ direction
     square_slope = half + half.mT
-    if odd == 0:  # so far the value is a multiple of the identity
+    if odd == 0:  # the value is a multiple of the identity at this point
         value, slope = square * even, square_slope * even
     else:
         value, slope = value @ square, slope @ square + value @ square_slope
@@ -372,7 +375,7 @@ def polynomial(
 
 
 def eigh(matrix: Float[Tensor, "*V n n"]) -> tuple[Float[Tensor, "*V n"], Float[Tensor, "*V n n"]]:
-    """Eigenvalues, ascending, and orthogonal eigenvectors of symmetric positive semidefinite matrices.
+    """Compute eigenvalues, ascending, and orthogonal eigenvectors of symmetric positive semidefinite matrices.
 
     The largest diagonal entry is added to the diagonal and subtracted from the eigenvalues afterwards. Without the
     shift LAPACK's float32 solver raises, or returns NaN, for some matrices of rank one (a batch of equal rows, or of
@@ -392,7 +395,7 @@ def eigh(matrix: Float[Tensor, "*V n n"]) -> tuple[Float[Tensor, "*V n"], Float[
 
 
 def eigvalsh(matrix: Float[Tensor, "*V n n"]) -> Float[Tensor, "*V n"]:
-    """Eigenvalues of :func:`eigh`, at half its cost."""
+    """Compute only the eigenvalues of :func:`eigh`, at half its cost."""
     shifted, shift = _shifted(matrix)
     try:
         values = torch.linalg.eigvalsh(shifted)
@@ -410,29 +413,29 @@ def _shifted(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def logarithm(
     b: Float[Tensor, "*V n n"], direction: Float[Tensor, "*V n n"], mu: float, *, divided: bool = False
 ) -> tuple[Float[Tensor, "*V n n"], Float[Tensor, "*V n n"]]:
-    """``log(I + B / mu)`` of symmetric positive semidefinite B, and its derivative along a symmetric P.
+    """Compute ``log(I + B / mu)`` of symmetric positive semidefinite B, and its derivative along a symmetric P.
 
-    By Daleckii and Krein the derivative is ``V (G o V^T P V) V^T`` with B = V diag(w) V^T and G the divided differences
-    of the function at pairs of eigenvalues. They are written without cancellation, so that equal eigenvalues, of which
-    a batch of fewer rows than columns has many, do no harm; autograd through ``eigh`` divides by zero there.
+    By Daleckii and Krein the derivative is ``V (G o V^T P V) V^T`` with B = V diag(w) V^T, where G are the divided
+    differences of the function at pairs of eigenvalues. They are computed without cancellation, so equal eigenvalues
+    are allowed; a batch with fewer rows than columns has many. Autograd through ``eigh`` divides by zero for them.
 
     Args:
         b: B.
         direction: P.
         mu: > 0.
-        divided: take ``log(1 + x / mu) / x`` (1 / mu at 0) instead, which is what the Gram form needs.
+        divided: use ``log(1 + x / mu) / x`` (1 / mu at 0) instead, for the Gram form.
 
     >>> value, slope = logarithm(torch.zeros(2, 2), torch.eye(2), 0.5)
     >>> value.sum().item(), slope.diagonal()  # the derivative of log(1 + 2 x) at 0, twice
     (0.0, tensor([2., 2.]))
     """
     values, vectors = eigh(b)
-    x = values.clamp_min(0).double() / mu  # numbers only: the products stay in their own precision
+    x = values.clamp_min(0).double() / mu  # float64 for the eigenvalues only; the matrix products keep their precision
     one, other = torch.maximum(x.unsqueeze(-1), x.unsqueeze(-2)), torch.minimum(x.unsqueeze(-1), x.unsqueeze(-2))
     differences = _log1p_ratio((one - other) / (1 + other)) / (1 + other) / mu
     of_values = x.log1p()
     if divided:
-        # of second order, at one, other and 0; what cancels near 0 is replaced by its expansion
+        # second-order divided differences at one, other and 0; near 0 a series avoids the cancellation
         series = -1 / 2 + (one + other) / 3 - (one.square() + one * other + other.square()) / 4
         near = one < 1e-4
         safe = torch.where(near, 1, one)
@@ -444,7 +447,7 @@ def logarithm(
 
 
 def _log1p_ratio(x: Tensor) -> Tensor:
-    """log(1 + x) / x, 1 at 0."""
+    """Compute log(1 + x) / x, which is 1 at 0."""
     return torch.where(x == 0, 1, x.log1p() / torch.where(x == 0, 1, x))
 
 
@@ -452,12 +455,12 @@ def _log1p_ratio(x: Tensor) -> Tensor:
 def spectral_radius(x: Float[Tensor, "*V n n"], *, shift: float = 0.0, steps: int = 12) -> Float[Tensor, "*V"]:
     """Estimate the largest absolute eigenvalue of ``X + shift I`` by power iteration, without synchronisation.
 
-    The growth is averaged over the last half of the steps, for complex pairs make it oscillate.
+    The growth is averaged over the last half of the steps, because it oscillates for complex pairs of eigenvalues.
 
     Args:
-        x: square matrices of any kind.
-        shift: what is added to the diagonal.
-        steps: products with a vector.
+        x: square matrices, not necessarily symmetric.
+        shift: number added to the diagonal.
+        steps: number of matrix-vector products.
 
     >>> round(spectral_radius(torch.tensor([[0.0, 2.0], [2.0, 3.0]]), shift=1.0).item(), 3)
     5.0
@@ -474,14 +477,14 @@ def spectral_radius(x: Float[Tensor, "*V n n"], *, shift: float = 0.0, steps: in
 def attach_gradient(
     value: Float[Tensor, ""], inputs: Sequence[Float[Tensor, "..."]], gradients: Sequence[Float[Tensor, "..."]]
 ) -> Float[Tensor, ""]:
-    """Attach analytic gradients to ``value``. Its backward only scales them.
+    """Attach analytic gradients to ``value``; its backward multiplies them by the incoming gradient.
 
-    A second derivative is refused, since it would silently lack the derivative of the gradients.
+    A second derivative raises an error, since it would lack the derivative of the gradients.
 
     Args:
         value: a scalar computed without a graph.
-        inputs: what it is a function of.
-        gradients: its derivative by each of the inputs.
+        inputs: the tensors that it is a function of.
+        gradients: its derivative with respect to each of the inputs.
 
     >>> x = torch.tensor([3.0], requires_grad=True)
     >>> attach_gradient(torch.tensor(9.0), [x], [torch.tensor([6.0])]).backward()

@@ -84,11 +84,11 @@ class Objective(nn.Module):
         self.embedding_moment: RunningMoment | None = None
         if options.get("log_eigvals", False) and not isinstance(predictor, RunningMoment):
             self.embedding_moment = RunningMoment(options[spec.width], rho=0.99, comm=comm)
-        # the loss's own, whose count is in the checkpoint, or one for the adapters
+        # the clock of the loss, whose count is in the checkpoint, or a new one for the adapters
         clocks = [module for module in self.criterion.modules() if isinstance(module, Clock)]
         self._own_clock = None if clocks else Clock(persistent=False)
         roots = [self] if predictor is None else [self, predictor]
-        # in a list: the predictor is the caller's
+        # in a list: the predictor must not be registered as a submodule
         self._stepped = [part for root in roots for part in root.modules() if isinstance(part, Stepped)]
         self._micro_batches = 0
 
@@ -123,8 +123,8 @@ class Objective(nn.Module):
             self._micro_batches += 1
             if self._micro_batches == PATIENCE:
                 warnings.warn(
-                    f"{PATIENCE} batches belong to one optimizer step so far, so that warm-ups and the running second "
-                    "moment stand still; call after_step (update_momentum in lightly_ext) after each optimizer step",
+                    f"{PATIENCE} batches belong to one optimizer step so far, so warm-ups and the running second "
+                    "moment do not advance; call after_step (update_momentum in lightly_ext) after each optimizer step",
                     stacklevel=3,
                 )
         if self._own_clock is not None:

@@ -1,7 +1,7 @@
 """Check that ``import plugins`` finds this package.
 
-``python -m`` looks into the working directory first, and many repositories have a folder ``plugins`` of their own. The
-packages ``*_ext`` run this file by its path, for ``import plugins.shadow`` would find the other folder.
+``python -m`` searches the working directory first, and many repositories have another folder named ``plugins``. The
+packages ``*_ext`` run this file by its path, because ``import plugins.shadow`` would find the other folder.
 """
 
 import sys
@@ -44,9 +44,9 @@ def sentence(other: Path, package: str) -> str:
         One sentence that says which folder or file hides this package, and what to do.
     """
     if other.parent == Path.cwd().resolve():
-        way = f"run the command from another folder, or run {_COMMANDS[package]}, which does not look into this one"
+        way = f"run the command in another folder, or run {_COMMANDS[package]}, which does not search this folder"
     else:
-        way = f"rename it, or take {other.parent} out of Python's search path (PYTHONPATH, or the script's folder)"
+        way = f"rename it, or remove {other.parent} from Python's search path (PYTHONPATH, or the script's folder)"
     return f"{other} hides the package 'plugins' that {package} needs; {way}"
 
 
@@ -63,7 +63,7 @@ def check(package: str) -> None:
             script, and another package ``plugins`` hides this one or a required package is not installed.
         ImportError: if another package ``plugins`` hides this one, in any other program.
     """
-    # "-m" is Python's own mark while it looks for the module to run
+    # sys.argv[0] is "-m" while Python locates the module to run
     command = sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).name.startswith("ssl-")
     other = other_plugins()
     if other is not None:

@@ -7,7 +7,7 @@ An adapter builds any method from its SPEC alone::
     predictor = spec.predictor(options, comm)           # an nn.Module with predict(list of z) → list of p
     objective = Objective(spec, options, comm, predictor, projector)
     ...
-    e = embed(features, projector, predictor.predict, target)   # one matrix of features per view; a teacher's output
+    e = embed(features, projector, predictor.predict, target)   # features: one matrix per view; target: of the teacher
     terms = objective(e);  terms.loss.backward()
 
 If an optimiser step accumulates the gradients of several micro-batches, call ``objective.before_step()`` before the
@@ -56,7 +56,7 @@ def large_views(sizes: Sequence[int | tuple[int, int]]) -> int:
     2
     """
     if not sizes:
-        raise ValueError("a list of views must hold some, got none")
+        raise ValueError("the list of views must have at least one entry, got none")
     areas = [size**2 if isinstance(size, int) else size[0] * size[1] for size in sizes]
     large = next((index for index, size in enumerate(sizes) if size != sizes[0]), len(sizes))
     if any(area >= areas[0] for area in areas[large:]):
@@ -134,7 +134,7 @@ class MethodSpec:
 
     @property
     def title(self) -> str:
-        """Its name in tables and figures."""
+        """Name of the method in tables and figures."""
         return self.paper.title
 
     @property
@@ -182,7 +182,7 @@ class MethodSpec:
                 raise ValueError(f"method {self.name} has no option {key!r}; it knows {', '.join(sorted(names))}")
             name, translate = names[key]
             if name in origin:
-                raise ValueError(f"method {self.name}: {origin[name]!r} and {key!r} are two names of one option")
+                raise ValueError(f"method {self.name}: {origin[name]!r} and {key!r} are names of the same option")
             origin[name] = key
             resolved[name] = self._checked(name, key, value if translate is None else translate(value))
         return MappingProxyType(resolved)

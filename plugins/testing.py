@@ -1,7 +1,7 @@
-"""What tests share: a pool of ranks, the comparison with the joined batch, toy batches.
+"""Helpers of the tests: a pool of ranks, the comparison with the joined batch, and toy batches.
 
-A test of several processes takes the fixture ``ranks`` (a RankPool, started once per session) and carries the marker
-``ddp``. What runs on the ranks are functions at the top level of the test file; they get the Collective first::
+A test with several processes uses the fixture ``ranks`` (a RankPool, started once per session) and the marker ``ddp``.
+The functions that run on the ranks are at the top level of the test file; their first argument is the Collective::
 
     def _doubled(comm, rows):
         return comm.sum(rows) * 2
@@ -10,7 +10,7 @@ A test of several processes takes the fixture ``ranks`` (a RankPool, started onc
     def test_sum(ranks):
         first, second = ranks.run(_doubled, [(torch.ones(3),), (torch.zeros(3),)])  # ranks 0 and 1; three tuples: all
 
-The distributed convention of a loss is checked by :func:`assert_joined`::
+:func:`assert_joined` checks the distributed convention of a loss::
 
     def _step(comm, model, x0, x1):
         return ssl_ey_loss(model(x0), model(x1), comm=comm)
@@ -19,8 +19,8 @@ The distributed convention of a loss is checked by :func:`assert_joined`::
     def test_ranks(ranks):
         assert_joined(ranks, _step, toy_views(9, 5), counts=(4, 5))
 
-A failure on a rank is raised in the test, with the rank's traceback. Keep imports of frameworks out of such test files,
-or inside their functions: each rank imports the file once.
+A failure on a rank is raised in the test, with the traceback of the rank. Each rank imports the test file once, so
+import frameworks inside functions.
 """
 
 import importlib.util
@@ -49,18 +49,18 @@ POOL_SIZE = 3
 
 
 class RankError(AssertionError):
-    """A function failed on a rank, or did not come back. The message holds the rank's traceback."""
+    """A function failed on a rank, or did not return in time. The message contains the traceback of the rank."""
 
 
 class RankPool:
-    """Processes joined in one group, which wait for functions to run.
+    """Processes of one process group that wait for functions to run.
 
-    They start on first use, from a fork server that has imported torch once, and start anew after a function that hung.
+    They are started on first use by a fork server that has imported torch, and restarted after a timeout.
 
     Args:
-        size: how many.
-        timeout: seconds that a call may take.
-        backend: "gloo", or "nccl", with which rank r has the GPU of index r as its current device.
+        size: number of processes.
+        timeout: timeout of a call in seconds.
+        backend: "gloo" or "nccl". With "nccl" the current device of rank r is GPU r.
     """
 
     def __init__(self, size: int = POOL_SIZE, *, timeout: float = 120, backend: str = "gloo") -> None:
@@ -75,14 +75,14 @@ class RankPool:
         """Call ``function(comm, *arguments[r])`` on rank r, for as many ranks as there are arguments.
 
         Args:
-            function: at the top level of its file.
-            arguments: one tuple per rank; what they hold is copied. Functions in them are at the top level, too.
+            function: a function at the top level of its file.
+            arguments: one tuple per rank; the objects are copied. Functions in them must be at the top level, too.
 
         Returns:
-            What each rank returned, in order of rank.
+            The result of each rank, in rank order.
 
         Raises:
-            RankError: it raised on some rank, or a rank did not come back in time.
+            RankError: the function raised on a rank, or a rank did not return in time.
         """
         if not 1 <= len(arguments) <= self.size:
             raise ValueError(f"arguments must be for 1 to {self.size} ranks, got {len(arguments)}")
@@ -103,13 +103,13 @@ class RankPool:
                 except EOFError:
                     replies[rank] = ("the process died", None)
                 if replies[rank][0] is not None:
-                    patience = 5  # the others may now wait for this one in vain
+                    patience = 5  # the other ranks may be blocked in a collective with this one
             if not ready:
                 break
         failures = [f"rank {rank}: {error}" for rank, (error, _) in sorted(replies.items()) if error is not None]
         missing = [rank for rank in range(len(pipes)) if rank not in replies]
         if missing or any(error == "the process died" for error, _ in replies.values()):
-            failures.append(f"ranks {missing} did not come back")
+            failures.append(f"ranks {missing} did not return")
             self.close(kill=True)
         if failures:
             raise RankError("\n".join(failures))
@@ -161,7 +161,7 @@ class RankPool:
 def _serve(pipe: connection.Connection, rank: int, size: int, rendezvous: str, timeout: float, backend: str) -> None:
     """Main function of a rank: join the group, then run functions until the pool closes."""
     if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks the host's name up, which can take long
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # otherwise gloo resolves the host name, which can be slow
     torch.set_num_threads(1)
     limit = timedelta(seconds=timeout)
     if backend == "nccl":
@@ -173,7 +173,7 @@ def _serve(pipe: connection.Connection, rank: int, size: int, rendezvous: str, t
         try:
             message = pipe.recv_bytes()
         except EOFError:
-            return  # the session is gone; so is any peer to say goodbye to
+            return  # the session has ended, and with it the other ranks: the group cannot be destroyed
         if not message:
             break
         try:
@@ -244,15 +244,15 @@ def assert_joined(
     rtol: float = 1e-10,
     atol: float = 1e-12,
 ) -> None:
-    """Assert that each rank has the loss of the joined batch, and that the mean of the gradients is its gradient.
+    """Assert that the loss of each rank and the mean of the gradients equal those of the joined batch.
 
     Args:
-        ranks: the pool.
+        ranks: the pool of processes.
         step: ``(comm, model, *inputs) → loss``, at the top level of its file.
-        inputs: the joined batch, rows first.
-        counts: rows for each rank; they may differ.
-        build: ``() → model``, the same at each call, at the top level of its file; None is a small float64 MLP that
-            takes rows as wide as the first input's.
+        inputs: the joined batch; the first axis of each tensor are the rows.
+        counts: number of rows of each rank; they may differ.
+        build: ``() → model``, the same at each call, at the top level of its file; None builds a small float64 MLP for
+            the width of the first input.
         rtol: relative tolerance.
         atol: absolute tolerance.
     """
@@ -353,7 +353,7 @@ class _Features(nn.Sequential):
 
 
 def tiny_backbone(*names: Any, **options: Any) -> nn.Module:
-    """A convolution, batch norm and a pooling: images ``[B, 3, H, W]`` → features ``[B, 32]``; arguments are ignored.
+    """Build a convolution, batch norm and pooling: ``[B, 3, H, W]`` → ``[B, 32]``; all arguments are ignored.
 
     >>> tiny_backbone()(torch.zeros(2, 3, 16, 16)).shape
     torch.Size([2, 32])

@@ -101,7 +101,7 @@ def test_imports_raise_the_sentence(tmp_path, monkeypatch):
 
     other = tmp_path / "plugins"
     monkeypatch.setattr(shadow, "other_plugins", lambda: other)
-    with pytest.raises(ImportError, match=f"{other} hides .* rename it, or take {tmp_path} out of"):
+    with pytest.raises(ImportError, match=f"{other} hides .* rename it, or remove {tmp_path} from"):
         shadow.check("lightly_ext")
 
 

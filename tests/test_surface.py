@@ -41,7 +41,7 @@ def test_every_option_is_explained_and_its_default_allowed(name):
         ({"alpha": True}, "alpha must be a float, got True"),
         ({"normalize": 1}, "normalize must be a bool, got 1"),
         ({"mode": "both"}, "mode must be one of sequential, pooled, got 'both'"),
-        ({"alpha": 1.0, "dp_alpha": 1.0}, "'alpha' and 'dp_alpha' are two names of one option"),
+        ({"alpha": 1.0, "dp_alpha": 1.0}, "'alpha' and 'dp_alpha' are names of the same option"),
         ({"use_l2": "yes"}, "use_l2 must be one of cosine, euclidean, got 'yes'"),
     ],
 )

@@ -1,11 +1,11 @@
-"""Benchmarks: losses and predictors beside the straightforward formula, training steps beside solo-learn's.
+"""Benchmark losses and predictors against plain implementations, training steps against solo-learn, and data loading.
 
-``losses`` and ``predictors`` run forward and backward of two functions of the same inputs in one process, interleaved:
-"plain", our rendering of the formula as published, left to autograd (for the predictor: the general eigensolver); and
-"ours". Printed are medians of the times, the median of their ratio in each round, and the floor that arithmetic alone
-sets: the ratio of the numbers of operations. The two results are compared as well, so that no ratio is of different
-things. ``step`` runs whole training steps, ``data`` reads images: see :mod:`plugins.experiments.bench_step` and
-:mod:`plugins.experiments.bench_data`.
+``losses`` and ``predictors`` run forward and backward of two functions of the same inputs in one process, interleaved.
+"plain" is a direct implementation of the published formula with autograd (for the predictor: with the general
+eigensolver). "ours" is the implementation of this package. The table has the median times, the median ratio over
+rounds, and the ratio of the operation counts ("floor"), which is the speed-up that the arithmetic alone explains. The
+results of the two functions are compared as well. ``step`` measures complete training steps, ``data`` the loading of
+images: see :mod:`plugins.experiments.bench_step` and :mod:`plugins.experiments.bench_data`.
 
     python -m plugins.experiments.bench losses --sizes 256x512 256x2048
     python -m plugins.experiments.bench predictors --device cuda
@@ -43,26 +43,26 @@ SIZES = (*QUICK_SIZES, (1024, 2048), (2048, 2048), (2048, 8192))
 WIDE_AND_TALL = ((256, 512), (256, 1024), (1024, 256), (1024, 512))
 PREDICTOR_SIZES = ((256, 128), (256, 256), (256, 512))
 GENERAL_EIG, SYMMETRIC_EIG = 25, 9
-"""Operations over D^3 of an eigendecomposition with vectors, by textbook count: general (QR algorithm), symmetric."""
+"""Operations of an eigendecomposition with eigenvectors, in units of D^3, for a general and a symmetric matrix."""
 MEC_EPS = 1 / 8
 
 
 class Case(NamedTuple):
-    """``make(rows, width, device)`` gives the inputs, of which both functions make the same result."""
+    """A benchmark. ``make(rows, width, device)`` returns the inputs; both functions return the same result."""
 
     make: Callable[[int, int, str], list[Tensor]]
     plain: Callable[..., Any]
     ours: Callable[..., Any]
     extra_flops: Callable[[int], tuple[float, float]] = lambda width: (0, 0)
-    """Operations that are not matrix products, of plain and of ours."""
+    """Number of operations that are not matrix products, of plain and of ours."""
     sizes: tuple[tuple[int, int], ...] = ()
-    """What is run unless sizes are asked for, the first alone where it has to be quick; () is what the others run."""
+    """Default sizes, of which ``--quick`` runs the first only; () means the sizes that all cases share."""
     work: Callable[[int, int], float] = lambda rows, width: rows * width**2 + width**3
-    """What the time grows with."""
+    """A quantity to which the time is proportional."""
 
 
 class Result(NamedTuple):
-    """One row of the table: seconds and bytes are of forward and backward together."""
+    """One row of the table. Seconds and bytes are those of forward and backward together."""
 
     case: str
     rows: int
@@ -84,20 +84,20 @@ def _views(rows: int, width: int, device: str) -> list[Tensor]:
 
 
 def _predicted_views(rows: int, width: int, device: str) -> list[Tensor]:
-    """z, target, W and its square root."""
+    """Return z, target, W and the square root of W."""
     z, target = _views(rows, width, device)
     values = torch.linspace(0.1, 1, width, device=device)
     return [z, target.detach(), values.diag(), values.sqrt().diag()]
 
 
 def _four_views(rows: int, width: int, device: str) -> list[Tensor]:
-    """Predictions of two views, and the targets of both."""
+    """Return the predictions and the targets of two views."""
     views = _views(rows, width, device)
     return [*views, *((view + 0.5 * view.roll(1, 1)).detach() for view in views)]
 
 
 def _moments(rows: int, width: int, device: str) -> list[Tensor]:
-    """Rows whose second moment has a decaying spectrum."""
+    """Return rows whose second moment has a decaying spectrum."""
     scale = torch.arange(1, width + 1, device=device) ** -0.5
     return [_views(rows, width, device)[0].detach() * scale]
 
@@ -136,7 +136,7 @@ def _ours_isoloss(z: Tensor, target: Tensor, w: Tensor, _root: Tensor) -> Tensor
 
 
 def _plain_matrix_ssl(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
-    """With the N x N centring matrix, each power by a product and the last one unused, as its code runs."""
+    """Compute the loss as the published code: with the N x N centring matrix and one unused matrix power."""
     n, width = z0.shape
     eye = torch.eye(width, device=z0.device)
     loss = z0.new_zeros(())
@@ -159,7 +159,7 @@ def _ours_matrix_ssl(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
 
 
 def _plain_mec(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
-    """The N x N matrix and its powers, one product each."""
+    """Compute the loss from the N x N matrix and its powers, with one product per power."""
     n = z0.shape[0]
     loss = z0.new_zeros(())
     for z, p in ((z0, p1), (z1, p0)):
@@ -178,7 +178,7 @@ def _ours_mec(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _plain_predictor(z: Tensor) -> Tensor:
-    """One update from an empty moment, then W; and its root, which the published loss needs."""
+    """Update a zero moment once and compute W, and its square root, which the published loss needs."""
     scaled = z / z.shape[0] ** 0.5
     moment = 0.998 * torch.zeros(z.shape[1], z.shape[1], device=z.device) + 0.002 * scaled.T @ scaled
     values, vectors = torch.linalg.eig(moment)
@@ -196,14 +196,14 @@ def _ours_predictor(z: Tensor) -> Tensor:
 
 
 def _heads(views: tuple[int, int], rows: int, width: int, device: str) -> list[Tensor]:
-    """Outputs of a teacher's and a student's head, the views one below the other."""
+    """Return the outputs of a teacher head and of a student head, with the rows of all views concatenated."""
     generator = torch.Generator().manual_seed(0)
     outputs = (torch.randn(count * rows, width, generator=generator) for count in views)
     return [output.to(device).requires_grad_() for output in outputs]
 
 
 def _plain_dissl(views: tuple[int, int], teacher: Tensor, student: Tensor) -> tuple[Tensor, ...]:
-    """With what the authors' own code logs at every step: the same view's cross-entropy, each assignment's entropy."""
+    """Compute the loss with the statistics that the published code logs at every step."""
     scaled = teacher.float() / 0.5
     every_p, every_log_p = (f(scaled, dim=-1).chunk(views[0]) for f in (F.softmax, F.log_softmax))
     every_log_q = F.log_softmax(student.float() / 1.0, dim=-1).chunk(views[1])
@@ -242,7 +242,10 @@ def _ours_cissl(views: int, teacher: Tensor, student: Tensor) -> tuple[Tensor, .
 
 
 def _view_cases() -> dict[str, Case]:
-    """DISSL with 2 teacher views, CISSL with as many as of the student; the number in the name is the student's."""
+    """Return the cases of DISSL (2 teacher views) and CISSL (as many teacher views as student views).
+
+    The number in the name is the number of student views.
+    """
     cases = {}
     for count in (2, 8):
         cases[f"dissl_{count}"] = Case(
@@ -285,8 +288,8 @@ def compare(name: str, rows: int, width: int, *, device: str = "cpu", repeat: in
         rows: N.
         width: D.
         device: "cpu" or "cuda".
-        repeat: timed rounds of both functions, interleaved, after one untimed round that warms up and counts.
-        budget: seconds after which no further timed round begins; the first always runs.
+        repeat: number of timed, interleaved rounds, after one untimed round that warms up and counts operations.
+        budget: seconds after which no further timed round starts; the first round always runs.
     """
     case = CASES[name]
     inputs = case.make(rows, width, device)
@@ -324,7 +327,7 @@ def compare(name: str, rows: int, width: int, *, device: str = "cpu", repeat: in
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows the storages that operators return until they are freed: ``peak`` is the most alive at once."""
+    """Track the storages that operators return until they are freed; ``peak`` is the largest total size in bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -333,7 +336,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = func(*args, **(kwargs or {}))
-        # what was given is not new; what a view or an in-place operator returns is known already
+        # the storages of inputs are not new, and those of views and in-place operators are already tracked
         given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(returned):
             if isinstance(leaf, Tensor):
@@ -355,7 +358,7 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def _counted(function: Callable[..., Any], inputs: Sequence[Tensor], device: str) -> tuple[Any, int, int]:
-    """The result, the operations in matrix products, and the most bytes alive at once beyond the inputs."""
+    """Return the result, the operations in matrix products, and the peak memory in bytes without the inputs."""
     live = _LiveBytes()
     with live, FlopCounterMode(display=False) as flops:
         result = function(*inputs)
@@ -397,35 +400,35 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m plugins.experiments.bench",
         description=(__doc__ or "").split("\n\n")[0],
-        epilog="COMMAND --help lists the options of each.",
+        epilog="COMMAND --help lists the options of a command.",
     )
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
     for name, text in {
-        "losses": "each loss beside the formula as published",
-        "predictors": "the closed-form predictor beside the general eigensolver",
-        "all": "both",
+        "losses": "each loss and the plain published formula",
+        "predictors": "the closed-form predictor and the general eigensolver",
+        "all": "losses and predictors",
     }.items():
         command = commands.add_parser(name, help=text, description=f"Time and memory of {text}.")
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-        command.add_argument("--sizes", nargs="+", type=_size, metavar="NxD", help="rows x width, like 256x512")
+        command.add_argument("--sizes", nargs="+", type=_size, metavar="NxD", help="rows x width, such as 256x512")
         least = bench_step.at_least(1)
-        command.add_argument("--repeat", type=least, default=7, help="timed rounds, of which the median is printed")
-        command.add_argument("--quick", action="store_true", help="only sizes that take seconds")
-        command.add_argument("--budget", type=float, default=600, help="seconds in all; what does not fit is left out")
-    text = "a whole training step of each method beside one of solo-learn's own"
+        command.add_argument("--repeat", type=least, default=7, help="number of timed rounds (default: %(default)s)")
+        command.add_argument("--quick", action="store_true", help="only sizes that take a few seconds")
+        command.add_argument("--budget", type=float, default=600, help="seconds for all cases (default: %(default)s)")
+    text = "a complete training step of each method and of solo-learn's methods"
     first, *_, last = (bench_step.__doc__ or "").split("\n\n")
     bench_step.add_options(commands.add_parser("step", help=text, description=f"{first} {last}"))
-    text = "images per second of DALI and of the ordinary loader"
+    text = "images per second of DALI and of the standard loader"
     bench_data.add_options(commands.add_parser("data", help=text, description=f"{text.capitalize()}."))
     for command in commands.choices.values():
         command.add_argument(
-            "--json", type=Path, metavar="FILE", help="write the results and the environment here, too"
+            "--json", type=Path, metavar="FILE", help="also write the results and the environment to this file"
         )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command and return the exit status."""
     parser = _parser()
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -440,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Print the table of losses and predictors; what it was measured on, and the results."""
+    """Print the table of losses and predictors, and return the environment and the results."""
     jobs = []
     if options.what in ("losses", "all"):
         sizes = options.sizes or (QUICK_SIZES if options.quick else SIZES)
@@ -461,7 +464,7 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, An
         needed = _expected_seconds(name, rows, width, results)
         if needed > left:
             print(
-                f"{name:<22}{rows:>6}{width:>6}   left out: about {needed:.0f} s, {max(left, 0):.0f} s of --budget left"
+                f"{name:<22}{rows:>6}{width:>6}   skipped: needs {needed:.0f} s, {max(left, 0):.0f} s of --budget left"
             )
             continue
         result = compare(name, rows, width, device=options.device, repeat=options.repeat, budget=left / 4)
@@ -471,7 +474,7 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, An
 
 
 def _expected_seconds(name: str, rows: int, width: int, results: Sequence[Result]) -> float:
-    """Two rounds of both functions, scaled up from the last result of the case by its work; 0 without one."""
+    """Estimate the seconds of two rounds from the last result of the case; 0 if there is none."""
     last = next((r for r in reversed(results) if r.case == name), None)
     if last is None:
         return 0

@@ -1,11 +1,11 @@
-"""Images per second of the two image readers of solo_ext: ``python -m plugins.experiments.bench data``.
+"""Images per second of the two data loaders of solo_ext: ``python -m plugins.experiments.bench data``.
 
-"loader" is the ordinary one (Pillow in worker processes), "DALI" is ``data.format: dali``. Both make the same two
-views of the same files with the same augmentation (random crop, colour jitter, grey scale, blur, flip), with as many
-worker processes as threads. They take turns in one process; printed are the medians of the rounds, and the median of
-the ratio in each round.
+"loader" is the standard loader (Pillow in worker processes), "DALI" is ``data.format: dali``. Both compute the same two
+views of the same files with the same augmentations (random crop, colour jitter, grey scale, blur, flip). The number of
+worker processes equals the number of DALI threads. The loaders run alternately in one process. The command prints the
+medians over rounds, and the median ratio.
 
-    python -m plugins.experiments.bench data                                    # 256 px JPEGs made for it
+    python -m plugins.experiments.bench data                                    # synthetic JPEGs of 256 px
     python -m plugins.experiments.bench data --images datasets/imagenet/train --device gpu --workers 16
 """
 
@@ -24,7 +24,7 @@ from plugins.experiments.bench_step import at_least
 from plugins.tools.command import UserError, exit_on_user_error
 
 SYNTHETIC = 512
-"""Images that are made when none are given."""
+"""Number of synthetic images if no folder is given."""
 
 
 class DataResult(NamedTuple):
@@ -39,7 +39,7 @@ class DataResult(NamedTuple):
     loader: float
     dali: float
     ratio: float
-    """DALI over loader: the median of the ratio in each round."""
+    """Median over rounds of the ratio DALI / loader."""
     rounds: list[tuple[float, float]]
 
 
@@ -53,16 +53,16 @@ def bench_data(
     batches: int = 8,
     rounds: int = 3,
 ) -> DataResult:
-    """Compare DALI with the ordinary loader.
+    """Compare DALI with the standard loader.
 
     Args:
-        images: a folder of class folders; JPEGs of 256 px are made for the purpose when None.
-        device: where DALI runs, "cpu" or "gpu".
-        batch_size: images in a batch.
-        workers: processes of the loader, and threads of DALI.
-        crop: side of the views, in pixels.
-        batches: in a round, timed after one more that fills the queues.
-        rounds: how often both are timed.
+        images: a folder of class folders; None creates synthetic JPEGs of 256 px.
+        device: device of DALI, "cpu" or "gpu".
+        batch_size: number of images per batch.
+        workers: number of processes of the loader, and of threads of DALI.
+        crop: side of the views in pixels.
+        batches: number of timed batches per round, after one that fills the queues.
+        rounds: number of rounds.
 
     Raises:
         UserError: DALI or the GPU is missing, or there are no images.
@@ -73,7 +73,7 @@ def bench_data(
         readers = {form: _images(folder, form, device, batch_size, workers, crop) for form in ("image_folder", "dali")}
         count, speeds = len(readers["dali"].train), []
         if count < 2 * batch_size:
-            raise UserError(f"{count} images are fewer than two batches of {batch_size}: nothing to time")
+            raise UserError(f"the benchmark needs at least two batches of {batch_size}, got {count} images")
         for epoch in range(rounds):
             pair = [_speed(reader.train_dataloader(), epoch, batches) for reader in readers.values()]
             speeds.append((pair[0], pair[1]))
@@ -88,7 +88,7 @@ def bench_data(
 
 @contextmanager
 def _folder(images: str | Path | None) -> Iterator[Path]:
-    """The folder of images, or one that is made and removed again."""
+    """Yield the folder of images, or a temporary one with synthetic images."""
     if images is not None:
         yield Path(images)
         return
@@ -98,12 +98,12 @@ def _folder(images: str | Path | None) -> Iterator[Path]:
 
 
 def make_jpegs(folder: Path, count: int, side: int = 256) -> None:
-    """Write JPEGs about as large as ImageNet's in two class folders: noise on several scales, as photographs have.
+    """Write synthetic JPEGs into two class folders: noise on several scales, with file sizes similar to ImageNet's.
 
     Args:
-        folder: where.
-        count: how many.
-        side: in pixels.
+        folder: the folder to write into.
+        count: number of images.
+        side: side of the images in pixels.
     """
     import numpy as np
     from PIL import Image
@@ -121,7 +121,7 @@ def make_jpegs(folder: Path, count: int, side: int = 256) -> None:
 
 
 def _images(folder: Path, form: str, device: str, batch_size: int, workers: int, crop: int) -> Any:
-    """The data module of a pre-training on these images."""
+    """Build the data module of a pre-training on these images."""
     from omegaconf import OmegaConf
 
     from solo_ext.config import check_data
@@ -148,7 +148,7 @@ def _images(folder: Path, form: str, device: str, batch_size: int, workers: int,
 
 
 def _speed(loader: Any, epoch: int, batches: int) -> float:
-    """Images per second of ``batches`` batches, after a first one; if the epoch is shorter, of what it has."""
+    """Return the images per second over ``batches`` batches, or the rest of the epoch, after a first batch."""
     loader.sampler.set_epoch(epoch)
     source = iter(loader)
     next(source)
@@ -164,25 +164,25 @@ def _speed(loader: Any, epoch: int, batches: int) -> float:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench data``."""
+    """Add the options of ``bench data``."""
     add = parser.add_argument
-    add("--images", type=Path, help=f"folder of class folders (default: {SYNTHETIC} JPEGs of 256 px, made for it)")
-    add("--device", choices=("cpu", "gpu"), default="cpu", help="where DALI runs (default: %(default)s)")
-    add("--batch-size", type=at_least(1), default=64, help="images in a batch (default: %(default)s)")
+    add("--images", type=Path, help=f"folder of class folders (default: {SYNTHETIC} synthetic JPEGs of 256 px)")
+    add("--device", choices=("cpu", "gpu"), default="cpu", help="device of DALI (default: %(default)s)")
+    add("--batch-size", type=at_least(1), default=64, help="images per batch (default: %(default)s)")
     add("--workers", type=at_least(1), default=2, help="loader processes, DALI threads (default: %(default)s)")
     add("--crop", type=at_least(1), default=224, help="side of the two views in pixels (default: %(default)s)")
-    add("--batches", type=at_least(1), default=8, help="timed in each round (default: %(default)s)")
-    add("--rounds", type=at_least(1), default=3, help="medians are over these (default: %(default)s)")
+    add("--batches", type=at_least(1), default=8, help="timed batches per round (default: %(default)s)")
+    add("--rounds", type=at_least(1), default=3, help="number of rounds (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Print the table that the options ask for.
+    """Run the benchmark and print the table.
 
     Returns:
-        What it was measured with, and the one result.
+        The environment, and a list with the result.
 
     Raises:
-        SystemExit: there is nothing to time; its sentence is printed.
+        SystemExit: with status 2, after a one-line error, if the images or DALI are missing.
     """
     from solo_ext.launch import hide_warnings
 

@@ -1,13 +1,13 @@
-"""A whole training step of each method beside one of solo-learn's own: ``python -m plugins.experiments.bench step``.
+"""Training step of each method, compared with solo-learn's methods: ``python -m plugins.experiments.bench step``.
 
-A step is all that Lightning does for one batch: both views forward, the teacher's forward passes, loss, backward, the
-optimiser, the teacher's update, what is logged. A method and its reference have the same configuration (its YAML file),
-backbone, head widths, optimiser and batch, and take turns in one process: some steps each, round after round. Printed
-are the medians of the rounds, the median and range of their ratio, and the ratio of the fastest steps of all. Below 1 a
-step is faster than the reference's.
+A step includes everything that Lightning does for one batch: the forward passes of student and teacher, loss, backward,
+optimiser step, update of the teacher, and logging. A method and its reference have the same configuration (its YAML
+file), backbone, head widths, optimiser and batch. They run alternately in one process, a few steps per round. The table
+has the median times over rounds, the median and range of the ratio, and the ratio of the fastest steps. A ratio below 1
+means that the step is faster than that of the reference.
 
-The reference is solo-learn's method of the same name, else its BYOL for methods with a teacher and its VICReg for the
-others. Methods with a teacher run a second time at momentum τ = 0, where the teacher is the student itself.
+The reference is solo-learn's method of the same name; if there is none, it is BYOL for methods with a teacher and
+VICReg for the others. Methods with a teacher are also measured with momentum τ = 0, where no teacher is needed.
 """
 
 import argparse
@@ -26,34 +26,34 @@ from plugins.tools.command import UserError, exit_on_user_error
 
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-"""The second one stands still while other programs run: for one thread of a shared machine."""
+"""Clocks. Processor time excludes other programs; it is for single-threaded measurements on a shared machine."""
 WARM_UP = 1
-"""Untimed steps at the start of each turn: the optimiser makes its state."""
+"""Untimed steps at the start of each turn, in which the optimiser allocates its state."""
 _WIDTHS = {"proj_hidden_dim", "proj_output_dim"}
-"""What a method needs for a projector of the shape that solo-learn's methods have."""
+"""Options of methods with a projector of the same form as in solo-learn."""
 _VICREG = {"sim_loss_weight": 25.0, "var_loss_weight": 25.0, "cov_loss_weight": 1.0}
 
 
 class Setting(NamedTuple):
-    """What all methods of one comparison share."""
+    """The settings that all methods of a comparison share."""
 
     configs: str = "configs/solo/digits"
-    """Folder with one YAML file a method."""
+    """Folder with one YAML file per method."""
     backbone: str | None = None
-    """As in ``backbone.name``; None takes it from the YAML file, as with the following ones."""
+    """Value of ``backbone.name``; None uses the value of the YAML file."""
     size: int = 32
     """Height and width of the images, in pixels."""
     batch: int = 64
-    """Images, of which a step sees two views."""
+    """Batch size; a step processes two views of each image."""
     hidden: int | None = None
-    """Width of the hidden layers of projector and predictor; None takes the file's."""
+    """Width of the hidden layers of projector and predictor; None uses the value of the YAML file."""
     width: int | None = None
-    """Width of the embedding; None takes the file's."""
+    """Width of the embedding; None uses the value of the YAML file."""
     device: str = "cpu"
     precision: str = "32"
     clock: str = "wall"
     overrides: tuple[str, ...] = ()
-    """Hydra's, for every method alike: ``optimizer.name=lars``."""
+    """Hydra overrides for all methods, such as ``optimizer.name=lars``."""
 
 
 class StepResult(NamedTuple):
@@ -68,19 +68,19 @@ class StepResult(NamedTuple):
     seconds: float
     reference_seconds: float
     ratio: float
-    """Median over the rounds of a step's time over the reference's."""
+    """Median over rounds of the ratio of the step times, method / reference."""
     fastest: float
-    """The same of the fastest steps of all: nearest to a quiet machine, where others share it."""
+    """Ratio of the fastest steps; the least affected by other programs on the machine."""
     ratios: list[float]
-    """Of each round."""
+    """Ratio of the median step times in each round."""
 
 
 class Contestant:
-    """A method that takes its turn in Lightning's trainer.
+    """A method, and a batch to run it with in Lightning's trainer.
 
     Args:
         model: the method.
-        setting: batch, device and precision.
+        setting: batch size, device and precision.
     """
 
     def __init__(self, model: Any, setting: Setting) -> None:
@@ -92,7 +92,7 @@ class Contestant:
         self.batch = (index, views, index % model.num_classes)
 
     def turn(self, steps: int) -> list[float]:
-        """Take so many steps, after the first untimed ones; their times in seconds."""
+        """Run a number of steps after the untimed ones, and return their times in seconds."""
         from omegaconf import OmegaConf
         from torch.utils.data import DataLoader
 
@@ -118,7 +118,7 @@ class Contestant:
             "enable_progress_bar": False,
         }
         trainer = build_trainer(OmegaConf.create(options), [], [Clock()])
-        # the beginning of one batch more ends the last step
+        # the start of an additional batch marks the end of the last step
         batches: Any = [self.batch] * (WARM_UP + steps + 1)
         trainer.fit(self.model, DataLoader(batches, batch_size=None))
         self.model.zero_grad(set_to_none=True)
@@ -128,20 +128,20 @@ class Contestant:
 def bench_step(
     setting: Setting, *, methods: str = "*", repeat: int = 5, steps: int = 3
 ) -> tuple[list[StepResult], list[str]]:
-    """Compare the methods whose name matches with their references.
+    """Compare the methods whose name matches a pattern with their references.
 
     Args:
         setting: shapes, device and options.
-        methods: pattern of names, as of files: ``iso*``.
-        repeat: rounds, >= 1.
-        steps: timed steps of each method in each round, >= 1.
+        methods: pattern of method names with the wildcards ``*`` and ``?``, such as ``iso*``.
+        repeat: number of rounds, >= 1.
+        steps: number of timed steps of each method per round, >= 1.
 
     Returns:
-        A row per method and teacher, and the names of methods that the folder has no file for, or that have no
-        projector of the shape that solo-learn's methods have.
+        A row per method and teacher, and the names of skipped methods: those without a file in the folder, and those
+        whose projector has another form than in solo-learn.
 
     Raises:
-        UserError: no such folder, method, backbone or option.
+        UserError: the folder, method, backbone or option does not exist.
     """
     from plugins.methods import METHODS
     from solo_ext.compat import native_methods
@@ -151,7 +151,7 @@ def bench_step(
     folder = config_folder(setting.configs)
     names = [name for name in METHODS if fnmatch(name, methods)]
     if not names:
-        raise UserError(f"no method matches {methods!r}; there are {', '.join(METHODS)}")
+        raise UserError(f"no method matches {methods!r}; the methods are {', '.join(METHODS)}")
     left_out = [
         name for name in names if not (folder / f"{name}.yaml").is_file() or not set(METHODS[name].options) >= _WIDTHS
     ]
@@ -174,7 +174,7 @@ def bench_step(
 
     rounds: dict[tuple, list[list[float]]] = {key: [] for key in contestants}
     for number in range(repeat):
-        # turned round each time, so that nobody always runs after the same one
+        # reverse the order in every second round, so that no method always runs after the same one
         order = list(contestants) if number % 2 == 0 else list(contestants)[::-1]
         for key in order:
             rounds[key].append(contestants[key].turn(steps))
@@ -194,7 +194,7 @@ def bench_step(
 
 
 def _configuration(folder: Path, name: str, setting: Setting) -> Any:
-    """The method's file, with what the setting says otherwise."""
+    """Compose the YAML file of a method and apply the setting."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
@@ -204,7 +204,7 @@ def _configuration(folder: Path, name: str, setting: Setting) -> Any:
         try:
             cfg = compose(name, list(setting.overrides))
             OmegaConf.resolve(cfg)
-        except Exception as error:  # Hydra has many kinds, each with one good first line
+        except Exception as error:  # Hydra raises many kinds; the first line of each is enough
             raise UserError(f"{folder / name}.yaml: {str(error).splitlines()[0]}") from None
     OmegaConf.set_struct(cfg, False)
     kwargs = cfg.setdefault("method_kwargs", {})
@@ -224,7 +224,7 @@ def _configuration(folder: Path, name: str, setting: Setting) -> Any:
 
 
 def _reference(cfg: Any) -> Any:
-    """The same configuration for solo-learn's own method; a predictor of its own is as wide as the projector."""
+    """Return the same configuration for solo-learn's method; its predictor is as wide as the projector."""
     from plugins.methods import METHODS
     from solo_ext.compat import native_methods, native_options
 
@@ -251,7 +251,7 @@ def _contestant(cls: type, cfg: Any, setting: Setting) -> Contestant:
 
 
 def table(results: Iterable[StepResult]) -> str:
-    """The results in Markdown."""
+    """Return the results as a Markdown table."""
     lines = [
         "| method | teacher | solo-learn's | hidden, width | ms a step | solo-learn's ms | ratio | rounds | fastest |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
@@ -266,7 +266,7 @@ def table(results: Iterable[StepResult]) -> str:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number from there."""
+    """Return a type for argparse that accepts integers of at least ``least``."""
 
     def whole(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -277,39 +277,42 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench step``."""
+    """Add the options of ``bench step``."""
     default = Setting()
     add = parser.add_argument
-    add("--method", default="*", metavar="PATTERN", help="only methods whose name matches, like 'iso*'")
-    add("--configs", default=default.configs, metavar="FOLDER", help="one YAML file a method (default: %(default)s)")
-    add("--backbone", metavar="NAME", help="backbone.name (default: the file's)")
+    add("--method", default="*", metavar="PATTERN", help="methods whose name matches, such as 'iso*'")
+    add("--configs", default=default.configs, metavar="FOLDER", help="folder of YAML files (default: %(default)s)")
+    add("--backbone", metavar="NAME", help="backbone.name (default: as in the YAML file)")
     add("--size", type=at_least(1), default=default.size, help="height and width of the images (default: %(default)s)")
-    add("--batch", type=at_least(2), default=default.batch, help="images of two views each (default: %(default)s)")
-    add(
-        "--hidden", type=at_least(1), help="width of the hidden layers of projector and predictor (default: the file's)"
-    )
-    add("--width", type=at_least(1), help="width of the embedding (default: the file's)")
+    add("--batch", type=at_least(2), default=default.batch, help="batch size, two views each (default: %(default)s)")
+    add("--hidden", type=at_least(1), help="hidden width of projector and predictor (default: as in the YAML file)")
+    add("--width", type=at_least(1), help="width of the embedding (default: as in the YAML file)")
     add("--device", choices=("cpu", "cuda"), default=default.device)
     add("--precision", choices=tuple(PRECISIONS), default=default.precision, help="16 and bf16 are mixed precision")
-    add("--clock", choices=tuple(CLOCKS), default=default.clock, help="processor: for one thread of a shared machine")
+    add(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default=default.clock,
+        help="processor: excludes other programs; for one thread",
+    )
     add(
         "--repeat",
         type=at_least(1),
         default=5,
-        help="rounds, of whose ratios the median is printed (default: %(default)s)",
+        help="number of rounds (default: %(default)s)",
     )
-    add("--steps", type=at_least(1), default=3, help="timed steps of each method in a round (default: %(default)s)")
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration, for all alike: data.dataset=cifar10")
+    add("--steps", type=at_least(1), default=3, help="timed steps per method and round (default: %(default)s)")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of all methods, as data.dataset=cifar10")
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Print the table that the options ask for.
+    """Run the benchmark and print the table.
 
     Returns:
-        What it was measured on and with, and the results.
+        The environment and the results.
 
     Raises:
-        SystemExit: an option is wrong; its sentence is printed.
+        SystemExit: with status 2, after a one-line error, if an option is invalid.
     """
     from solo_ext.launch import hide_warnings
 
@@ -329,6 +332,6 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any
         results, left_out = bench_step(setting, methods=options.method, repeat=options.repeat, steps=options.steps)
     print(table(results))
     if left_out:
-        print(f"left out, without a file in {setting.configs} or such a projector: {', '.join(left_out)}")
+        print(f"skipped, without a file in {setting.configs} or solo-learn's projector: {', '.join(left_out)}")
     environment = {"solo-learn": host_release(), "torch": torch.__version__, "device": device, **setting._asdict()}
     return environment, [result._asdict() for result in results]

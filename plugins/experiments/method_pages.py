@@ -1,10 +1,10 @@
-"""Make the documentation's generated pages: one page per method, the front page, the notebooks.
+"""Generate pages of the documentation: one page per method, the front page, and the notebooks.
 
 ``mkdocs build`` loads this file as a hook. ``python -m plugins.experiments.method_pages isoloss`` prints one page.
 
-The hand-written part of a method's page is docs/methods/<name>.md. Facts, options, commands and results are made when
-the site is built: from the method's SPEC, configs/, :mod:`plugins.experiments.published` and the tables of
-docs/experiments.md. Nothing that is made here is committed.
+The hand-written part of a method's page is docs/methods/<name>.md. Facts, options, commands and results are generated
+when the site is built, from the method's SPEC, configs/, :mod:`plugins.experiments.published` and the tables of
+docs/experiments.md. The generated pages are not committed.
 """
 
 import argparse
@@ -28,16 +28,16 @@ from plugins.spec import MethodSpec  # noqa: E402
 
 NOT_MEASURED = "not measured"
 ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-"""Pages of the checkout's root → their names on the site."""
+"""Pages in the root of the checkout → their names on the site."""
 OFF_SITE = ("LICENSE", "CITATION.cff")
-"""Files that pages link to and the site does not hold."""
+"""Files that pages link to but that are not part of the site."""
 
 
 def method_page(name: str) -> str:
-    """Markdown of one method's page: the hand-written part, between a table of facts and the generated sections.
+    """Return the Markdown of a method's page: a table of facts, the hand-written part and the generated sections.
 
     Args:
-        name: a key of METHODS. A method without a hand-written part gets a page too.
+        name: a key of METHODS. A method without a hand-written part also has a page.
 
     Raises:
         KeyError: METHODS has no such method.
@@ -92,7 +92,7 @@ def _cell(text: str) -> str:
 
 
 def commands(name: str) -> dict[str, str]:
-    """framework → the command that trains a method on the digits, where a configuration for it exists."""
+    """Return framework → command that trains a method on the digits, for frameworks with a configuration."""
     found = {}
     if (ROOT / f"configs/solo/digits/{name}.yaml").is_file():
         found["solo-learn"] = (
@@ -105,7 +105,7 @@ def commands(name: str) -> dict[str, str]:
 
 
 def _lightly_command(name: str) -> str:
-    """Compose lightly's command from solo-learn's files for the digits; a method without a file takes base.yaml."""
+    """Compose lightly's command from solo-learn's files for the digits; a method without a file uses base.yaml."""
     folder = ROOT / "configs/solo/digits"
     settings: dict[str, Any] = {}
     for file in ("base", "teacher/ema", name):
@@ -164,7 +164,7 @@ def _commands(spec: MethodSpec) -> str:
 
 
 def _results(spec: MethodSpec) -> str:
-    """Published accuracies beside ours; on the digits ours alone."""
+    """Return the section with published accuracies and ours, and our results on the digits."""
     parts = ["## Results", ""]
     rows = []
     for suite, runs in PUBLISHED.items():
@@ -183,10 +183,10 @@ def _results(spec: MethodSpec) -> str:
             "",
         ]
     else:
-        parts += ["Published numbers: none that could be read in its source.", ""]
+        parts += ["Published numbers: none are available.", ""]
     digits = digits_row(spec.title)
     parts += [
-        "Ours on the digits, kNN / linear accuracy (%), one entry per seed; nothing is published of them:",
+        "Our results on the digits, kNN / linear accuracy (%), one entry per seed; there are no published results:",
         "",
     ]
     parts += ["| solo-learn | VISSL | lightly |", "|---|---|---|", f"| {' | '.join(digits)} |"]
@@ -194,13 +194,13 @@ def _results(spec: MethodSpec) -> str:
 
 
 def digits_row(title: str) -> list[str]:
-    """A method's cells in the table of docs/experiments.md that has one column per framework.
+    """Return the cells of a method in the table of docs/experiments.md that has one column per framework.
 
     Args:
-        title: the method's title, as in the table's first column.
+        title: title of the method, as in the first column of the table.
 
     Returns:
-        solo-learn's, VISSL's and lightly's cell; "not measured" where there is none.
+        The cells of solo-learn, VISSL and lightly; "not measured" for a missing one.
     """
     inside = False
     for line in (ROOT / "docs" / "experiments.md").read_text().splitlines():
@@ -215,7 +215,7 @@ def digits_row(title: str) -> list[str]:
 
 
 def root_page(name: str) -> str:
-    """A page of the checkout's root with its links as the site has them: ``docs/x.md`` is ``x.md``."""
+    """Return a page in the root of the checkout with links converted for the site: ``docs/x.md`` becomes ``x.md``."""
     return _links((ROOT / name).read_text().replace("](docs/", "]("))
 
 
@@ -229,7 +229,7 @@ def _links(text: str) -> str:
 
 
 def notebook_page(path: Path) -> str:
-    """Markdown of a notebook with its text and image outputs."""
+    """Return the Markdown of a notebook with its text and image outputs."""
     parts = []
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
@@ -248,7 +248,7 @@ def notebook_page(path: Path) -> str:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Hook of MkDocs: add the generated pages to those of docs/."""
+    """Add the generated pages to those of docs/ (hook of MkDocs)."""
     from mkdocs.structure.files import File
 
     made = {target: root_page(source) for source, target in ROOT_PAGES.items()}
@@ -264,7 +264,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Hook of MkDocs: links from docs/ to the checkout's root stay on the site."""
+    """Convert links from docs/ to the root of the checkout into links within the site (hook of MkDocs)."""
     return _links(markdown)
 
 

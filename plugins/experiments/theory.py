@@ -1,14 +1,15 @@
 """Eigenvalue dynamics of non-contrastive learning in the linear toy model (2212.04858, Sections 3 and 4).
 
-The model: ``z = W x`` with ``x ~ N(0, I)``, two views ``x + σ ξ``, closed-form predictor ``W_P = (W Wᵀ)^α``, held
-constant by the gradient, plain gradient descent on ``½‖p − z'‖²`` (Euclidean) or ``−cos(p, z')`` (cosine) in one
-direction. λ are the eigenvalues of ``W Wᵀ``, ``d = λ^α`` those of ``W_P``, ``c = 1 + σ²``; time is learning rate times
-steps. The deployed losses (two directions, and a factor of two in each) run four times as fast.
+The model is ``z = W x`` with ``x ~ N(0, I)``, two views ``x + σ ξ``, and the closed-form predictor ``W_P = (W Wᵀ)^α``,
+which is constant in the gradient. Plain gradient descent minimises ``½‖p − z'‖²`` (Euclidean) or ``−cos(p, z')``
+(cosine) in one direction. λ are the eigenvalues of ``W Wᵀ``, ``d = λ^α`` those of ``W_P``, and ``c = 1 + σ²``. Time is
+learning rate times steps. The losses in this package have two directions and a factor of two in each; their dynamics
+are four times as fast.
 
-Rules, everywhere below:
+The functions have an argument ``rule``:
 
 ``"direct"``            gradient through the predictor (DirectPred, DirectCopy).
-``"iso"``               gradient of the prediction handed to z (IsoLoss, IsoCopy).
+``"iso"``               gradient of the prediction, applied to z (IsoLoss, IsoCopy).
 ``"no_stop_gradient"``  the target is differentiated as well: collapse.
 ``"no_predictor"``      W_P = I.
 """
@@ -26,7 +27,7 @@ Rule = Literal["direct", "iso", "no_stop_gradient", "no_predictor"]
 def predictor_spectrum(
     eigenvalues: Float[ndarray, " M"], *, alpha: float = 1.0, eps: float = 0.0, normalize: bool = False
 ) -> Float[ndarray, " M"]:
-    """Eigenvalues d of the predictor: ``(λ + ε)^α``, or ``(λ/λmax + ε)^α``.
+    """Compute the eigenvalues d of the predictor: ``(λ + ε)^α``, or ``(λ/λmax + ε)^α``.
 
     Example:
         >>> predictor_spectrum(np.array([1.0, 4.0]), alpha=0.5, normalize=True)
@@ -47,17 +48,17 @@ def euclidean_rate(
     eps: float = 0.0,
     normalize: bool = False,
 ) -> Float[ndarray, " M"]:
-    """dλ/dt with the Euclidean metric, where each mode goes its own way.
+    """Compute dλ/dt for the Euclidean metric, where the modes are independent.
 
     direct ``2 λ d (1 − c d)``, iso ``2 λ (1 − c d)``, no_predictor ``2 λ (1 − c)``,
-    no_stop_gradient ``−2 λ (c d² − 2 d + c')``; and ``−2 γ λ`` of weight decay.
+    no_stop_gradient ``−2 λ (c d² − 2 d + c')``; weight decay adds ``−2 γ λ``.
 
     Args:
         eigenvalues: λ > 0.
         rule: see the module.
         alpha: α ≥ 0, power of the predictor.
-        noise: σ ≥ 0, of the view that is predicted from (c = 1 + σ²).
-        target_noise: σ' of the other view (c' = 1 + σ'²), None for the same.
+        noise: σ ≥ 0 of the input view of the predictor (c = 1 + σ²).
+        target_noise: σ' of the target view (c' = 1 + σ'²); None means σ.
         weight_decay: γ ≥ 0.
         eps: ε ≥ 0, inside the power.
         normalize: divide the spectrum by its largest value.
@@ -84,11 +85,11 @@ def euclidean_rate(
 def cosine_rate(
     eigenvalues: Float[ndarray, " M"], squares: Float[ndarray, "N M"], *, rule: Rule = "direct", alpha: float = 1.0
 ) -> Float[ndarray, " M"]:
-    """dλ/dt with the cosine metric and σ → 0, the expectation taken over a given sample. It couples the modes.
+    """Compute dλ/dt for the cosine metric and σ → 0, with the expectation over a given sample. The modes are coupled.
 
     With ``z_m² = λ_m x_m²``, ``D = diag(d)`` and ``S = Σ_k d_k z_k²``:
 
-    direct ``2 E[z_m² d_m Σ_k d_k (d_k − d_m) z_k² / (‖Dz‖³ ‖z‖)]``; iso: the same without the factor d_m;
+    direct ``2 E[z_m² d_m Σ_k d_k (d_k − d_m) z_k² / (‖Dz‖³ ‖z‖)]``; iso: without the factor d_m;
     no_predictor: 0;
     no_stop_gradient ``2 E[z_m² (2 d_m / (‖Dz‖ ‖z‖) − d_m² S / (‖Dz‖³ ‖z‖) − S / (‖Dz‖ ‖z‖³))]``.
 
@@ -96,7 +97,7 @@ def cosine_rate(
 
     Args:
         eigenvalues: λ > 0.
-        squares: the sample of x², one row each.
+        squares: sample of x², one row per draw.
         rule: see the module.
         alpha: α ≥ 0, power of the predictor.
 
@@ -132,13 +133,13 @@ def integrate(
     step: float,
     steps: int,
 ) -> Float[ndarray, "T M"]:
-    """Euler's method: the trajectory of ``steps + 1`` points, the start included.
+    """Integrate with Euler's method and return the trajectory of ``steps + 1`` points, including the start.
 
     Args:
-        rate: dλ/dt of λ, one of the functions above with its arguments filled in.
+        rate: function from λ to dλ/dt, such as :func:`euclidean_rate` with fixed arguments.
         start: λ at time 0.
         step: time per step (learning rate), > 0.
-        steps: how many, ≥ 0.
+        steps: number of steps, ≥ 0.
 
     Example:
         >>> integrate(lambda x: -x, np.array([1.0]), step=0.5, steps=2)[:, 0]
@@ -151,7 +152,7 @@ def integrate(
 
 
 def gram_eigenvalues(weight: Float[ndarray, "M K"]) -> Float[ndarray, " M"]:
-    """Eigenvalues λ of ``W Wᵀ``, ascending.
+    """Compute the eigenvalues λ of ``W Wᵀ``, ascending.
 
     Example:
         >>> gram_eigenvalues(np.array([[2.0, 0.0], [0.0, 1.0]]))
@@ -171,10 +172,10 @@ def euclidean_matrix_step(
     eps: float = 0.0,
     normalize: bool = False,
 ) -> Float[ndarray, "M K"]:
-    """One step of gradient descent on W with the exact expectation over the data, Euclidean metric.
+    """Make one step of gradient descent on W, with the Euclidean metric and the exact expectation over the data.
 
     With ``A = c W_P W − W``: direct ``W − η W_P A``, iso ``W − η A``, no_predictor ``W − η (c − 1) W``,
-    no_stop_gradient ``W − η (W_P A − (W_P W − c W))``; and ``− η γ W`` of weight decay.
+    no_stop_gradient ``W − η (W_P A − (W_P W − c W))``; weight decay adds ``− η γ W``.
 
     Args:
         weight: W.
@@ -212,16 +213,16 @@ def cosine_matrix_step(
     rule: Rule = "direct",
     alpha: float = 1.0,
 ) -> Float[ndarray, "M K"]:
-    """One step of gradient descent on W over a sample of two views, cosine metric.
+    """Make one step of gradient descent on W, with the cosine metric and a sample of two views.
 
     The loss is ``−mean cos(p, z')`` with ``p = W_P W x_1`` (no_predictor: ``W x_1``) and ``z' = W x_2``. Its gradient
-    by p is ``(cos(p, z') p/‖p‖ − z'/‖z'‖) / ‖p‖``, by z' the same with the roles exchanged; the latter counts for
-    no_stop_gradient alone.
+    with respect to p is ``(cos(p, z') p/‖p‖ − z'/‖z'‖) / ‖p‖``. The gradient with respect to z' has p and z' exchanged
+    and is used by no_stop_gradient only.
 
     Args:
         weight: W.
-        first: x_1, the view that is predicted from.
-        second: x_2, the view that is the target.
+        first: x_1, the input view of the predictor.
+        second: x_2, the target view.
         step: η > 0, the learning rate.
         rule, alpha: as in cosine_rate.
 
@@ -259,9 +260,10 @@ def iso_solution(
     noise: float = 0.0,
     weight_decay: float = 0.0,
 ) -> Float[ndarray, " T"]:
-    """λ(t) of the Euclidean iso rule in closed form: ``u = λ^α`` is logistic.
+    """Compute λ(t) of the Euclidean iso rule in closed form: ``u = λ^α`` is logistic.
 
-    ``u(t) = u* / (1 + (u*/u_0 − 1) exp(−2 α (1 − γ) t))`` with ``u* = (1 − γ) / c``: every small mode grows alike.
+    ``u(t) = u* / (1 + (u*/u_0 − 1) exp(−2 α (1 − γ) t))`` with ``u* = (1 − γ) / c``. All small modes grow at the same
+    rate.
 
     Args:
         time: t ≥ 0, learning rate × steps.
@@ -281,9 +283,9 @@ def iso_solution(
 
 
 def direct_time(eigenvalue: float | Float[ndarray, " T"], start: float, *, noise: float = 0.0) -> Float[ndarray, " T"]:
-    """When the Euclidean direct rule with α = 1 gets from one eigenvalue to another (its solution is implicit).
+    """Compute the time at which an eigenvalue is reached by the Euclidean direct rule with α = 1.
 
-    ``t = ½ [c ln(λ (1 − c λ_0) / (λ_0 (1 − c λ))) − 1/λ + 1/λ_0]``: a small mode takes 1/(2 λ_0) to escape.
+    ``t = ½ [c ln(λ (1 − c λ_0) / (λ_0 (1 − c λ))) − 1/λ + 1/λ_0]``. A small mode needs a time of about 1/(2 λ_0).
 
     Args:
         eigenvalue: λ reached, on the same side of 1/c as the start.
@@ -307,10 +309,11 @@ def fixed_points(
     noise: float = 0.0,
     weight_decay: float = 0.0,
 ) -> tuple[float, float]:
-    """Threshold and attractor, Euclidean metric: modes that start below the first die, others end at the second.
+    """Return threshold and attractor for the Euclidean metric.
 
-    iso: ``(0, ((1 − γ)/c)^(1/α))``. direct: the roots ``d = (1 ∓ √(1 − 4 c γ)) / (2 c)``, as ``λ = d^(1/α)``.
-    Where every mode dies (direct with γ > 1/(4c), iso with γ ≥ 1): ``(inf, 0)``.
+    Modes that start below the threshold decay to 0; the others converge to the attractor. iso:
+    ``(0, ((1 − γ)/c)^(1/α))``. direct: the roots ``d = (1 ∓ √(1 − 4 c γ)) / (2 c)``, as ``λ = d^(1/α)``. If every mode
+    decays (direct with γ > 1/(4c), iso with γ ≥ 1): ``(inf, 0)``.
 
     Args:
         rule: ``"direct"`` or ``"iso"``.
@@ -332,7 +335,7 @@ def fixed_points(
 
 
 def participation_ratio(eigenvalues: Float[ndarray, "... M"]) -> Float[ndarray, "..."]:
-    """How many eigenvalues take part: ``(Σ λ)² / Σ λ²``, from 1 to M.
+    """Compute the participation ratio ``(Σ λ)² / Σ λ²``, an effective number of eigenvalues from 1 to M.
 
     Example:
         >>> float(participation_ratio(np.array([1.0, 1.0, 0.0])))

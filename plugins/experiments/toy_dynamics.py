@@ -1,17 +1,16 @@
 """Simulate the eigenvalue dynamics of the linear toy model: ``python -m plugins.experiments.toy_dynamics``.
 
 The theory is that of :mod:`plugins.experiments.theory`: differential equations for the eigenvalues λ of W Wᵀ. The
-simulation descends the gradient on the whole matrix W: with the exact expectation over the data where the metric is
-Euclidean, on 2048 fresh samples a step where it is the cosine. Every gradient is that of the loss, checked against
-autograd in the tests; in particular the cosine loss without stop-gradient loses dimensions and keeps Σ λ, it does not
-diverge.
+simulation is gradient descent on the matrix W. The Euclidean metric uses the exact expectation over the data, the
+cosine metric 2048 new samples per step. The tests check every gradient against autograd. The cosine loss without
+stop-gradient loses dimensions but conserves Σ λ; it does not diverge.
 
 ``eigenvalues``   λ over training: two metrics × DirectPred, IsoLoss, no predictor, no stop-gradient
 ``weight_decay``  with weight decay DirectPred loses every mode below a threshold, IsoLoss none
 ``early_growth``  initial growth rate of each mode: equal with IsoLoss, proportional to λ with DirectPred
-``two_neurons``   two eigenvalues from three starts, in their plane
+``two_neurons``   trajectories of two eigenvalues from three starts
 
-Writes <figure>.pdf, <figure>.png and <figure>.json for each, and table.md of all.
+The command writes <figure>.pdf, <figure>.png and <figure>.json for each figure, and table.md for all.
 """
 
 import argparse
@@ -53,10 +52,10 @@ class Row(NamedTuple):
     """One line of the table.
 
     Args:
-        figure, case: what it is.
+        figure, case: name of the figure, and metric and method of the trajectory.
         step, steps: learning rate and number of steps.
         simulated, theory: smallest and largest value at the end.
-        deviation: largest difference of the two at any time, over the largest value of the theory at that time.
+        deviation: largest difference of the two at any time, relative to the largest value of the theory at that time.
     """
 
     figure: str
@@ -81,7 +80,7 @@ def compare(
 
 
 def starts(outputs: int, inputs: int, *scales: float, seed: int = 2) -> list[Float[ndarray, "M K"]]:
-    """Gaussian W of some scales, drawn by torch in single precision one after the other."""
+    """Draw a Gaussian W for each scale, with torch in single precision."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -91,7 +90,7 @@ def starts(outputs: int, inputs: int, *scales: float, seed: int = 2) -> list[Flo
 def simulate(
     weight: Float[ndarray, "M K"], steps: int, update: Callable[[Float[ndarray, "M K"]], Float[ndarray, "M K"]]
 ) -> Float[ndarray, "T M"]:
-    """Eigenvalues before and after each step of an update of W."""
+    """Compute the eigenvalues before and after each update of W."""
     points = [gram_eigenvalues(weight)]
     for _ in range(steps):
         weight = update(weight)
@@ -102,7 +101,10 @@ def simulate(
 def euclidean_paths(
     weight: Float[ndarray, "M K"], *, rule: Rule, step: float, steps: int, weight_decay: float = 0.0, finer: int = 20
 ) -> tuple[Float[ndarray, "T M"], Float[ndarray, "T M"]]:
-    """Simulated and theoretical trajectory, Euclidean metric. The theory takes ``finer`` steps for one."""
+    """Compute the simulated and the theoretical trajectory for the Euclidean metric.
+
+    The theory is integrated with ``finer`` steps per step of the simulation.
+    """
     options: dict[str, Any] = {"rule": rule, "noise": NOISE, "weight_decay": weight_decay}
     simulated = simulate(weight, steps, partial(euclidean_matrix_step, step=step, **options))
     fine = integrate(partial(euclidean_rate, **options), simulated[0], step=step / finer, steps=finer * steps)
@@ -112,7 +114,10 @@ def euclidean_paths(
 def cosine_paths(
     weight: Float[ndarray, "M K"], *, rule: Rule, step: float, steps: int, noise: float = NOISE
 ) -> tuple[Float[ndarray, "T M"], Float[ndarray, "T M"]]:
-    """Simulated and theoretical trajectory, cosine metric. Both draw fresh samples; the theory is that of σ → 0."""
+    """Compute the simulated and the theoretical trajectory for the cosine metric.
+
+    Both draw new samples in each step. The theory is that of σ → 0.
+    """
     rng = np.random.default_rng(0)
 
     def update(weight: Float[ndarray, "M K"]) -> Float[ndarray, "M K"]:
@@ -132,7 +137,7 @@ def cosine_paths(
 
 
 def eigenvalues(fraction: float) -> tuple[Any, list[Row]]:
-    """λ over training, ten modes; learning rate 0.1, and 0.01 where the Euclidean gradient is large."""
+    """Draw λ over training for ten modes; the learning rate is 0.1, or 0.01 where the Euclidean gradient is large."""
     from matplotlib import colormaps
     from matplotlib.lines import Line2D
 
@@ -169,7 +174,7 @@ def eigenvalues(fraction: float) -> tuple[Any, list[Row]]:
 
 
 def weight_decay(fraction: float) -> tuple[Any, list[Row]]:
-    """λ at the end against λ at the start, and trajectories with γ = 0.2; Euclidean metric."""
+    """Draw λ at the end over λ at the start, and trajectories with γ = 0.2, for the Euclidean metric."""
     (weight,), steps, step = starts(10, 15, 0.25), _few(6000, fraction), 0.01
     figure, rows = _figure(11, 3.4), []
     time_axis, *ends = figure.subplots(1, 3)
@@ -202,7 +207,7 @@ def weight_decay(fraction: float) -> tuple[Any, list[Row]]:
 
 
 def early_growth(fraction: float) -> tuple[Any, list[Row]]:
-    """d ln λ / dt at the start against λ, from the theory and from one small step on W."""
+    """Draw d ln λ / dt at the start over λ, from the theory and from one small step on W."""
     (weight,), step = starts(10, 15, 0.25), 1e-3
     samples = _few(200_000, fraction)
     rng = np.random.default_rng(0)
@@ -238,7 +243,7 @@ def early_growth(fraction: float) -> tuple[Any, list[Row]]:
 
 
 def two_neurons(fraction: float) -> tuple[Any, list[Row]]:
-    """Two eigenvalues in their plane, from three starts."""
+    """Draw the trajectories of two eigenvalues from three starts."""
     small, other = starts(2, 6, 0.25, 0.5)
     figure, rows, step = _figure(11, 3.2), [], 0.01
     cases: list[tuple[str, Rule]] = [(m, r) for m in ("Euclidean", "cosine") for r in ("direct", "iso")]
@@ -283,15 +288,15 @@ def _figure(width: float, height: float) -> Any:
 
 
 def draw(name: str, out: Path, *, fraction: float = 1.0) -> list[Row]:
-    """Compute and draw a figure; writes its PDF, PNG and JSON.
+    """Compute and draw a figure, and write its PDF, PNG and JSON files.
 
     Args:
         name: a key of FIGURES.
-        out: folder.
-        fraction: of the steps that are taken; 1 is the whole figure.
+        out: the folder to write into.
+        fraction: fraction of the steps and samples to compute; 1 gives the complete figure.
 
     Returns:
-        Its lines of the table.
+        The rows of the table for this figure.
     """
     from matplotlib import rc_context
 
@@ -306,7 +311,7 @@ def draw(name: str, out: Path, *, fraction: float = 1.0) -> list[Row]:
         figure, rows = FIGURES[name](fraction)
         out.mkdir(parents=True, exist_ok=True)
         figure.savefig(out / f"{name}.png", dpi=150)
-        # no date in the file: the same numbers give the same bytes
+        # without a date in the file, the same numbers give the same bytes
         figure.savefig(out / f"{name}.pdf", metadata={"CreationDate": None})
     (out / f"{name}.json").write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
     return rows
@@ -316,7 +321,7 @@ def draw(name: str, out: Path, *, fraction: float = 1.0) -> list[Row]:
 
 
 def make_table(rows: Sequence[Row]) -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     lines = [
         "| figure | case | η | steps | simulation, at the end | theory, at the end | largest deviation |",
         "|---|---|--:|--:|--:|--:|--:|",
@@ -328,14 +333,14 @@ def make_table(rows: Sequence[Row]) -> str:
     lines += [
         "",
         "Smallest and largest eigenvalue of W Wᵀ (early_growth: growth rate). Deviation: largest difference at any",
-        "time, over the largest value of the theory at that time. It comes from finite steps and samples. With the",
-        "cosine the theory is that of σ → 0: the lines with σ = 0 show how much of the deviation is due to the noise.",
+        "time, relative to the largest value of the theory at that time. It is due to finite steps and samples. The",
+        "theory of the cosine metric is that of σ → 0: the rows with σ = 0 show the effect of the noise on it.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def read_rows(out: Path) -> list[Row]:
-    """The lines of all figures that are in a folder."""
+    """Read the rows of all figures in a folder."""
     rows = []
     for name in FIGURES:
         file = out / f"{name}.json"
@@ -355,15 +360,19 @@ def _fraction(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """Run the command and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m plugins.experiments.toy_dynamics",
-        description="Theory against simulation of the linear toy model.",
+        description="Compare theory and simulation of the linear toy model.",
     )
-    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(FIGURES)} (default: all)")
+    parser.add_argument(
+        "figures", nargs="*", metavar="FIGURE", help=f"figures to draw: {', '.join(FIGURES)} (default: all)"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/toy_dynamics"), metavar="FOLDER")
-    parser.add_argument("--fraction", type=_fraction, default=1.0, help="of the steps, for a quick look (default: 1)")
-    parser.add_argument("--table", type=Path, metavar="FOLDER", help="only write table.md, from the figures there")
+    parser.add_argument(
+        "--fraction", type=_fraction, default=1.0, help="fraction of the steps, for a quick trial (default: 1)"
+    )
+    parser.add_argument("--table", type=Path, metavar="FOLDER", help="only write table.md, from the figures in FOLDER")
     options = parser.parse_args(argv)
     for name in options.figures:
         if name not in FIGURES:

@@ -72,11 +72,11 @@ def expand_resnet_dim(resnet: nn.Module, dim: int, *, bottleneck: int | None = 5
     """
     if not all(hasattr(resnet, name) for name in ("layer4", "avgpool", "fc")):
         kind = f"{type(resnet).__module__}.{type(resnet).__qualname__}"
-        raise ValueError(f"need a ResNet of torchvision, or one with its layer4, avgpool and fc, got a {kind}")
+        raise ValueError(f"resnet must be a torchvision ResNet, or have its layer4, avgpool and fc, got a {kind}")
     check_range("dim", dim, low=1)
     if isinstance(resnet.avgpool, nn.Sequential):
-        raise ValueError("the ResNet's dimension is expanded already")
-    # the convolution through which a block's output goes is the last of its own, not that of its shortcut
+        raise ValueError("the width of the ResNet has already been changed; pass a new ResNet")
+    # the last convolution of a block gives the width of its output; those of the shortcut are in a submodule
     *_, last = resnet.layer4.children()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     own = [part for part in last.children() if isinstance(part, nn.Conv2d)]
     width = own[-1].out_channels

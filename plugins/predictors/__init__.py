@@ -1,4 +1,4 @@
-"""Predictors: what the online branch applies to its projections before it is compared with a target."""
+"""Predictors: maps that the online branch applies to its projections before the comparison with a target."""
 
 from plugins.predictors.closed_form import ClosedFormPredictor
 from plugins.predictors.mlp import MLPPredictor

@@ -81,7 +81,7 @@ class ClosedFormPredictor(RunningMoment):
         isotropic = (float(normalize) + eps) ** alpha
         self.register_buffer("W", isotropic * torch.eye(dim, dtype=torch.float32))
         self.register_buffer("eigenvalues", torch.zeros(dim, dtype=torch.float32))
-        self._phase = 0  # steps modulo every, known without asking the device; constant for every=1: compiles once
+        self._phase = 0  # steps modulo every, known without synchronisation; constant for every=1, so it compiles once
 
     @torch.no_grad()
     def update(self, z: Float[Tensor, "B D"]) -> None:
@@ -91,9 +91,9 @@ class ClosedFormPredictor(RunningMoment):
             z: rows of this process; detached. A batch with inf or NaN changes neither C nor W.
 
         Raises:
-            ValueError: z is no floating-point matrix of D columns.
+            ValueError: z is not a floating-point matrix with D columns.
         """
-        again = len(self._seen) - self._place  # > 0: an earlier micro-batch has made this update
+        again = len(self._seen) - self._place  # > 0: an earlier micro-batch of this step has already made this update
         due = (self._phase - again) % self.every == 0
         super().update(z)
         if not again:
@@ -106,12 +106,12 @@ class ClosedFormPredictor(RunningMoment):
         """Return ``z W`` with the W of the last update, in float32 (float64 for float64 input). Only z gets a gradient.
 
         Raises:
-            ValueError: z is no floating-point matrix of D columns.
+            ValueError: z is not a floating-point matrix with D columns.
         """
         self._check(z)
         dtype = compute_dtype(z.dtype)
         with torch.autocast(z.device.type, enabled=False):
-            # a copy: autograd keeps it for backward, while the next view's update writes into the buffer
+            # a copy: autograd stores it for backward, while the update of the next view overwrites the buffer
             return z.to(dtype) @ self.W.to(dtype, copy=True)
 
     def predict(self, views: list[Float[Tensor, "_ D"]]) -> list[Float[Tensor, "_ D"]]:
@@ -150,7 +150,7 @@ class ClosedFormPredictor(RunningMoment):
         largest = values[-1] if self.normalize else torch.ones_like(values[-1])
         energy = largest > torch.finfo(moment.dtype).tiny
         scale = torch.where(energy, largest, 1)
-        lift = self.eps + (~energy).to(moment)  # without energy the spectrum counts as ones
+        lift = self.eps + (~energy).to(moment)  # a zero moment is treated as isotropic
         if vectors is None:
             weight = moment / scale
             weight.diagonal().add_(lift)

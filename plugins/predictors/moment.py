@@ -58,8 +58,8 @@ class RunningMoment(Stepped, nn.Module):
             self.register_buffer("mean", torch.zeros(dim, dtype=torch.float32))
             self.register_buffer("mass", torch.zeros((), dtype=torch.float32))
         self._before: list[Tensor] = []  # the averages before the open step
-        self._seen: list[RowMeans] = []  # of the open step, one per update of a micro-batch
-        self._place = 0  # of the next update in its micro-batch
+        self._seen: list[RowMeans] = []  # means over the rows of the open step, one per update of a micro-batch
+        self._place = 0  # index of the next update within its micro-batch
 
     def micro_batch(self) -> None:
         """Mark the start of a micro-batch. Only needed between ``before_step`` and ``after_step``."""
@@ -82,12 +82,12 @@ class RunningMoment(Stepped, nn.Module):
             z: this process's rows of one or more views, of any floating dtype; not differentiated.
 
         Raises:
-            ValueError: z is no floating-point matrix of D columns.
+            ValueError: z is not a floating-point matrix with D columns.
         """
         self._check(z)
         with torch.autocast(z.device.type, enabled=False):
             z = z.detach().to(self.C.dtype)
-            # no entry of any product below exceeds the sum of all squares; nothing here waits for the device
+            # no entry of any product below exceeds the sum of all squares; this check does not synchronise
             usable = squared_norm(z) < torch.finfo(z.dtype).max / self.comm.size
             z = torch.where(usable, z, 0)
             second, first, rows, bad = self._joined([z.T @ z, z.sum(0), z.new_full((), z.shape[0]), (~usable).to(z)])
@@ -109,7 +109,7 @@ class RunningMoment(Stepped, nn.Module):
             means, rows = self._seen[self._place].add(means, rows)
             self._place += 1
         weight = (rows > 0).to(rows.dtype) * (1 - self.rho)
-        # in place: DistributedDataParallel and compiled graphs hold on to the buffer itself
+        # in place: DistributedDataParallel and compiled graphs keep references to the buffers
         self.C.lerp_(means[0], weight)
         if self.center:
             self.mean.lerp_(means[1], weight)

@@ -64,10 +64,10 @@ def move_teacher(teacher: Iterable[nn.Module], student: Iterable[nn.Module], tau
         ValueError: τ is out of range.
     """
     check_range("tau", tau, low=0.0, high=1.0)
-    followers: list[Tensor] = [parameter for module in teacher for parameter in module.parameters()]
-    followed: list[Tensor] = [parameter for module in student for parameter in module.parameters()]
-    if followers:
-        get_ema_multi_avg_fn(tau)(followers, followed, 0)
+    averages: list[Tensor] = [parameter for module in teacher for parameter in module.parameters()]
+    parameters: list[Tensor] = [parameter for module in student for parameter in module.parameters()]
+    if averages:
+        get_ema_multi_avg_fn(tau)(averages, parameters, 0)
 
 
 class EMATeacher(nn.Module):
@@ -104,9 +104,9 @@ class EMATeacher(nn.Module):
         self, student: nn.Module, teacher: nn.Module | None = None, *, base: float = 0.99, final: float = 1.0
     ) -> None:
         super().__init__()
-        cosine_tau(0, 1, base, final)  # the ranges
+        cosine_tau(0, 1, base, final)  # checks the ranges
         self.base, self.final = base, final
-        self._student = [student]  # in a list: it is not ours to move, save or train
+        self._student = [student]  # in a list: the student must not be registered as a submodule
         self.module = copy.deepcopy(student) if teacher is None else teacher
         ours, theirs = list(self.module.parameters()), list(student.parameters())
         if [p.shape for p in ours] != [p.shape for p in theirs]:

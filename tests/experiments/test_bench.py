@@ -52,7 +52,7 @@ def test_command_prints_and_writes(tmp_path, capsys):
 
 def test_command_leaves_out_what_does_not_fit(capsys):
     assert main(["losses", "--sizes", "32x8", "8192x8192", "--repeat", "1", "--budget", "60"]) == 0
-    assert capsys.readouterr().out.count("left out") == len(LOSSES)
+    assert capsys.readouterr().out.count("skipped") == len(LOSSES)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_command_leaves_out_what_does_not_fit(capsys):
         (["losses", "--sizes", "1x8"], "at least 2 rows"),
         (["predictors", "--repeat", "0"], "--repeat: must be a whole number, at least 1, got 0"),
         (["step", "--batch", "1"], "--batch: must be a whole number, at least 2, got 1"),
-        (["step", "--method", "isolos"], "no method matches 'isolos'; there are byol, cissl, directcopy"),
+        (["step", "--method", "isolos"], "no method matches 'isolos'; the methods are byol, cissl, directcopy"),
         (["step", "--method", "isoloss", "--backbone", "resnet1"], "there is no backbone 'resnet1'"),
         (["step", "--method", "isoloss", "optimizer"], "optimizer"),
         (["step", "--configs", "nowhere"], "--config-path is not a folder: nowhere"),
@@ -93,7 +93,7 @@ def test_step_compares_each_method_with_one_of_solo_learns(one_thread, tmp_path,
         main(["step", "--method", "[!di]*", *_TINY, "--json", str(tmp_path / "step.json"), "optimizer.name=sgd"]) == 0
     )
     header, titles, rule, *rows, left_out = (line for line in capsys.readouterr().out.splitlines() if line)
-    assert left_out.endswith("such a projector: cissl")
+    assert left_out.endswith("solo-learn's projector: cissl")
     assert "4 images of 16 px" in header and "CPU threads" in header
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (titles, rule, *rows)]
     assert {len(row) for row in cells} == {9}

@@ -99,9 +99,9 @@ def test_wrong_widths_are_refused():
         resnet("resnet18", 700)
     with pytest.raises(ValueError, match="dim must be in"):
         resnet("resnet18", 0)
-    with pytest.raises(ValueError, match="expanded already"):
+    with pytest.raises(ValueError, match="has already been changed"):
         expand_resnet_dim(resnet("resnet18", 1024), 2048)
-    needed = "need a ResNet of torchvision, or one with its layer4, avgpool and fc, got a "
+    needed = "resnet must be a torchvision ResNet, or have its layer4, avgpool and fc, got a "
     with pytest.raises(ValueError, match=f"{needed}torch.nn.modules.linear.Linear"):
         expand_resnet_dim(nn.Linear(2, 2), 8)
     with pytest.raises(ValueError, match=rf"{needed}timm\.models\.resnet\.ResNet$"):  # whose pooling has another name

@@ -38,11 +38,11 @@ def differences(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
         wanted: name → tensor of the network.
 
     Returns:
-        "missing", "left over" and "of another shape" → names; a kind without names is omitted.
+        "missing", "unexpected" and "of another shape" → names; a kind without names is omitted.
     """
     found = {
         "missing": [name for name in wanted if name not in given],
-        "left over": [name for name in given if name not in wanted],
+        "unexpected": [name for name in given if name not in wanted],
         "of another shape": [name for name in wanted if name in given and wanted[name].shape != given[name].shape],
     }
     return {kind: names for kind, names in found.items() if names}
@@ -61,9 +61,9 @@ def mismatch(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     >>> import torch
     >>> one, two = torch.zeros(1), torch.zeros(2)
     >>> mismatch({"a": one, "b": one}, {"a": two, "c": one})
-    'missing c; left over b; of another shape a (1 in the file, 2 here). It is probably another architecture'
+    'missing c; unexpected b; of another shape a (1 in the file, 2 here). It is probably another architecture'
     >>> mismatch({"layer1.0.w": one, "layer1.1.w": one}, {"layer1.0.w": one})
-    'left over layer1.1.w. It is probably a network of another depth'
+    'unexpected layer1.1.w. It is probably a network of another depth'
     """
     found = differences(given, wanted)
     if not found:

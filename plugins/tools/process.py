@@ -141,8 +141,8 @@ def listen() -> None:
             os._exit(128 + number)
         if not received:  # a scheduler, a terminal and a parent process may each send a signal
             received = True
-            speak = _speakers[-1] if _speakers else _say_stopped
-            threading.Thread(target=_end_in_time, args=(number, speak), daemon=True).start()
+            report = _reporters[-1] if _reporters else _print_stopped
+            threading.Thread(target=_end_in_time, args=(number, report), daemon=True).start()
             raise Stopped(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -159,20 +159,20 @@ def hide_dropped(kind: type[BaseException]) -> None:
     sys.unraisablehook = lambda dropped: None if isinstance(dropped.exc_value, kind) else show(dropped)
 
 
-def _say_stopped(number: int, advice: str = "") -> None:
+def _print_stopped(number: int, advice: str = "") -> None:
     say(f"stopped by {signal.Signals(number).name} before the end{advice and '; '}{advice}")
 
 
-_speakers: list[Callable[[int], None]] = []
+_reporters: list[Callable[[int], None]] = []
 """The functions that print the last line of a stopped run, one per open block of :func:`exit_when_stopped`, innermost
 last."""
 
 
-def _end_in_time(number: int, speak: Callable[[int], None]) -> None:
+def _end_in_time(number: int, report: Callable[[int], None]) -> None:
     """Exit if the clean-up hangs, which happens if other processes of the run have already exited."""
     time.sleep(GRACE_SECONDS)
     try:
-        speak(number)
+        report(number)
     finally:  # also if the advice function raises, for example because the disk is no longer available
         os._exit(128 + number)
 
@@ -185,17 +185,17 @@ def exit_when_stopped(advice: str | Callable[[], str]) -> Iterator[None]:
         advice: how to resume the run, added to the line; or a function that returns this text, called at the end.
     """
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    saying, said, show = threading.Lock(), False, sys.unraisablehook
+    lock, printed, show = threading.Lock(), False, sys.unraisablehook
 
-    def speak(number: int) -> None:
-        nonlocal said
+    def report(number: int) -> None:
+        nonlocal printed
         text = advice if isinstance(advice, str) else advice()
-        with saying:  # the clean-up and _end_in_time may call this at the same moment: print one complete line
-            if not said:
-                _say_stopped(number, text)
-            said = True
+        with lock:  # the clean-up and _end_in_time may call this at the same moment: print one complete line
+            if not printed:
+                _print_stopped(number, text)
+            printed = True
 
-    _speakers.append(speak)
+    _reporters.append(report)
     hide_dropped(Stopped)  # if a finalizer ignores the exception, _end_in_time exits
     listen()
     try:
@@ -204,10 +204,10 @@ def exit_when_stopped(advice: str | Callable[[], str]) -> Iterator[None]:
         stopped = _origin(error)
         if stopped is None or isinstance(error, SystemExit):  # an inner block raises SystemExit after it has printed
             raise
-        speak(stopped.number)
+        report(stopped.number)
         raise SystemExit(stopped.status) from None
     finally:
-        _speakers.remove(speak)
+        _reporters.remove(report)
         sys.unraisablehook = show
         if threading.current_thread() is threading.main_thread():
             for number, handler in previous.items():

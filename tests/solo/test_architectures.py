@@ -232,5 +232,5 @@ def test_a_compiled_backbone_is_loaded_and_another_one_is_refused(tmp_path: Path
     load_backbone(path, again)
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in one.state_dict().items())
     torch.save({"state_dict": {f"backbone.{key}": value for key, value in other.state_dict().items()}}, path)
-    with pytest.raises(UserError, match=r"left over layer1\.2\.conv1\.weight and 95 more.* of another depth"):
+    with pytest.raises(UserError, match=r"unexpected layer1\.2\.conv1\.weight and 95 more.* of another depth"):
         load_backbone(path, one)

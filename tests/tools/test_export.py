@@ -322,7 +322,7 @@ def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture) -
         ([none], f"{none} holds no backbone"),
         ([lacking, "--arch", "resnet18"], "the backbone is no resnet18 of torchvision: missing bn1.bias"),
         ([lacking], "the backbone is no ResNet"),
-        ([more, "--arch", "resnet18"], "the backbone is no resnet18 of torchvision: left over fc.weight"),
+        ([more, "--arch", "resnet18"], "the backbone is no resnet18 of torchvision: unexpected fc.weight"),
         ([run, "--arch", "resnet34"], "the backbone is no resnet34 of torchvision: missing layer1.2.conv1.weight and "),
         ([run, "--arch", "resnet81"], "torchvision has no model 'resnet81'"),
         ([vit], "name its architecture with --arch"),

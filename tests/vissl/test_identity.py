@@ -168,7 +168,7 @@ def test_a_checkpoint_of_another_trunk_is_refused(tmp_path: Path) -> None:
     other = r"weights\.torch is a checkpoint of another trunk .*: "
     with pytest.raises(UserError, match=other + r"missing b\.weight and 1 more\. It is probably"):
         load(config, large, checkpoint(small), **how)
-    with pytest.raises(UserError, match=other + r"left over b\.weight and 1 more\. It is probably"):
+    with pytest.raises(UserError, match=other + r"unexpected b\.weight and 1 more\. It is probably"):
         load(config, small, checkpoint(large), **how)
     with pytest.raises(UserError, match=r"of another shape a\.weight \(3x2 in the file, 3x3 here\)"):
         load(config, Model(a=torch.nn.Linear(3, 3)), checkpoint(small), **how)

@@ -146,9 +146,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=_positive, metavar="N", help="pre-training epochs (default: those of the YAML file)")
     add("--devices", type=_positive, metavar="N", help="GPUs per pre-training, each with the YAML file's batch size")
     add("--data", metavar="NAME,...", help="data sets (default: all of the suite); digits is for a quick trial")
-    add("--data-folder", type=Path, default=Path("datasets"), metavar="FOLDER", help="data sets (default: datasets)")
+    add(
+        "--data-folder",
+        type=Path,
+        default=Path("datasets"),
+        metavar="FOLDER",
+        help="folder of the data sets (default: datasets)",
+    )
     add("--jobs", type=_positive, metavar="N", help="concurrent runs (default: one per core; 1 if runs need a GPU)")
-    add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="results (default: results)")
+    add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="folder of the results (default: results)")
     add("--list", action="store_true", help="list the runs and exit")
     add("--dry-run", action="store_true", help="print the commands and exit")
     add("--check", action="store_true", help="check the command line and exit")

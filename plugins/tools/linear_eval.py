@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m plugins.tools.linear_eval",
         description="Fit probes to precomputed features and print their accuracies. No framework is needed.",
     )
-    source = found.add_argument_group("features: exactly one of --train, --features and --weights")
+    source = found.add_argument_group("features (give one of --train, --features and --weights)")
     add = source.add_argument
     files = ("X.npy", "Y.npy")
     add("--train", type=Path, nargs=2, metavar=files, help="training features [N, D] and classes [N]")

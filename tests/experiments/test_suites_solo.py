@@ -60,7 +60,7 @@ def test_without_configurations_there_is_one_sentence(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(solo.importlib.util, "find_spec", lambda name: None)
     assert experiments.main(["digits", "--list"]) == 2
-    assert capsys.readouterr().err.startswith("error: no folder configs/solo here")
+    assert capsys.readouterr().err.startswith("error: there is no folder configs/solo, nor")
 
 
 def _write_outputs(folder, *, pretrain=True):

@@ -38,7 +38,7 @@ _PROBE = {"kind": (str,), "fraction": (int, float)}
 _WORDS = {
     (int,): "a whole number",
     (int, float): "a number",
-    (str,): "a word",
+    (str,): "a string",
     (bool,): "true or false",
     (list,): "a list",
     _NUMBERS: "a number or a list of numbers",

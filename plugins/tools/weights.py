@@ -204,7 +204,7 @@ def _expanded(model: Any, last: Tensor | None) -> nn.Module:
 
 def _difference(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
     odd = [key for key in wanted if key in state and not _castable(state[key], wanted[key].dtype)]
-    return {**differences(state, wanted), **({"of another kind": odd} if odd else {})}
+    return {**differences(state, wanted), **({"of another type": odd} if odd else {})}
 
 
 def _castable(value: Tensor, dtype: torch.dtype) -> bool:

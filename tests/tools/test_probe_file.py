@@ -92,7 +92,7 @@ def test_what_is_left_out_has_the_defaults(tmp_path):
             {**SHARED, "probes": [{**LINEAR, "kind": "knn"}]},
             r"kind must be one of linear, mlp, logistic, svc, got 'knn'",
         ),
-        ({**SHARED, "probes": [{**LINEAR, "kind": ["mlp"]}]}, "kind must be a word, got"),
+        ({**SHARED, "probes": [{**LINEAR, "kind": ["mlp"]}]}, "kind must be a string, got"),
         ({**SHARED, "probes": [{**LINEAR, "weight_decay": ["x"]}]}, "weight_decay must be a number or a list of numb"),
         ({**SHARED, "probes": [{**LINEAR, "weight_decay": []}]}, "weight_decay must be a number or a list of numbers"),
         ({**SHARED, "probes": [{**LINEAR, "normalized": 1}]}, "normalized must be true or false, got 1"),

@@ -143,12 +143,12 @@ class Objective(nn.Module):
     def statistics(self, terms: Terms, embeddings: Embeddings) -> dict[str, Tensor]:
         """Return what every framework logs per step: the detached terms of the loss, and statistics of the embeddings.
 
-        ``z_std`` is the standard deviation of the normalised projections over rows, averaged over columns and views:
-        1 / sqrt(D) if they are isotropic, 0 if they have collapsed. Heads with two branches add ``cosine_pos``,
+        ``z_std`` is the standard deviation of the normalised projections over rows, averaged over columns and large
+        views: 1 / sqrt(D) if they are isotropic, 0 if they have collapsed. Heads with two branches add ``cosine_pos``,
         ``cosine_neg`` and ``dist_to_etf`` of the features, see :class:`plugins.losses.ETFMonitor`.
         """
         found = {name: value.detach() for name, value in terms._asdict().items()}
-        found["z_std"] = F.normalize(torch.stack(embeddings.z), dim=-1).std(dim=1).mean()
+        found["z_std"] = F.normalize(torch.stack(embeddings.z[: len(embeddings.target)]), dim=-1).std(dim=1).mean()
         if self.etf is not None and len(embeddings.features) > 1:
             found.update(self.etf(*embeddings.features[:2])._asdict())
         return found

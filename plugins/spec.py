@@ -116,7 +116,8 @@ class MethodSpec:
             if a second branch computes the targets.
         predictor: (options, comm) → predictor, an nn.Module with ``predict``; None if p = z.
         teacher: whether an exponential moving average of backbone and head computes the targets.
-        views: number of views that the loss compares; None means two or more large views and any number of small crops.
+        views: number of views that the loss compares, all of one size; None means two or more views of any size.
+        large: least number of large views, which have targets; only used if ``views`` is None.
         options: all options of the method.
         paper: title and reference.
         width: name of the option that is the output width of the head.
@@ -131,6 +132,7 @@ class MethodSpec:
     options: Mapping[str, Option]
     paper: Paper
     width: str = "proj_output_dim"
+    large: int = 1
 
     @property
     def title(self) -> str:
@@ -154,8 +156,11 @@ class MethodSpec:
         """
         made = f"the augmentations make {large} large and {small} small ones"
         if self.views is None:
-            if large < 2:
-                raise ValueError(f"method {self.name} compares two or more large views, {made}")
+            if large < self.large or large + small < 2:
+                least = (
+                    "two or more views, one of them large" if self.large == 1 else f"{self.large} or more large views"
+                )
+                raise ValueError(f"method {self.name} compares {least}, {made}")
         elif (large, small) != (self.views, 0):
             raise ValueError(f"method {self.name} compares {self.views} views of one size, {made}")
 

@@ -34,14 +34,20 @@ SMALL = {"proj_hidden_dim": 24, "proj_output_dim": 12, "pred_hidden_dim": 20, "n
 
 
 class Case(NamedTuple):
-    """A method, and options of it that are not the default."""
+    """A method, options of it that are not the default, and the sides of the views; the first two are large."""
 
     method: str
     options: dict[str, Any]
+    sides: tuple[int, ...] = (16, 16)
+
+    @property
+    def large(self) -> int:
+        return self.sides.count(16)
 
 
 CASES = {name: Case(name, {}) for name in METHODS}
 CASES["simclr"] = Case("cissl", {"heads": "simclr", "positives": "other"})
+CROPS = {f"{name} with small crops": case._replace(sides=(16, 16, 8, 8)) for name, case in CASES.items()}
 
 
 class Parts(NamedTuple):
@@ -85,12 +91,12 @@ def in_plugins(case: Case) -> tuple[Parts, Step]:
             z = [parts.projector(h) for h in features]
         p = z if predictor is None else predictor.predict(z)
         if isinstance(parts.projector, TwoBranchHead):
-            target = [parts.projector.teacher(h) for h in features]
+            target = [parts.projector.teacher(h) for h in features[: case.large]]
         else:
-            target = [view.detach() for view in z]
+            target = [view.detach() for view in z[: case.large]]
         if spec.teacher:
             with torch.no_grad():
-                target = [parts.teacher_projector(parts.teacher_backbone(view)) for view in views]
+                target = [parts.teacher_projector(parts.teacher_backbone(view)) for view in views[: case.large]]
         return spec.loss(options, LOCAL)(Embeddings(z, p, target)).loss
 
     return parts, step
@@ -99,6 +105,9 @@ def in_plugins(case: Case) -> tuple[Parts, Step]:
 def in_solo(case: Case) -> tuple[Parts, Step]:
     """solo-learn's training step, of whichever generation is loaded; its online classifier has a loss of its own."""
     options = [f"++method_kwargs.{key}={value}" for key, value in options_of(case).items()]
+    if len(case.sides) > case.large:
+        crop = "{rrc:{enabled:true,crop_min_scale:0.1,crop_max_scale:1.0},crop_size:%d,num_crops:%d}"
+        options.append(f"augmentations=[{crop % (16, case.large)},{crop % (8, len(case.sides) - case.large)}]")
     with initialize_config_dir(str(CONFIGS), version_base="1.2"):
         cfg = compose(case.method, [f"data.train_path={CONFIGS}", "data.val_path=null", *options])
     cfg = parse_pretrain(cfg)
@@ -145,6 +154,10 @@ def in_lightly(case: Case) -> tuple[Parts, Step]:
 def in_vissl(case: Case) -> tuple[Parts, Step]:
     """VISSL's model, loss and hook, as its task builds them."""
     options = [f"++config.LOSS.{case.method}.{key}={value}" for key, value in options_of(case).items()]
+    if small := len(case.sides) - case.large:
+        crops = f"size_crops:[16,8],num_crops:[{case.large},{small}],crop_scales:[[0.1,1],[0.1,1]]"
+        crops = f"{{name:ImgPilToMultiCrop,total_num_crops:{len(case.sides)},{crops}}}"
+        options.append(f"config.DATA.TRAIN.TRANSFORMS=[{crops},{{name:ToTensor}}]")
     composed = compose_hydra_configuration([f"config=pretrain/{case.method}/digits", *options])
     task = PluginTask.from_config(convert_to_attrdict(composed, dump_config=False)[1])
     task.base_model = task._build_model()
@@ -190,7 +203,8 @@ def run(build: Callable[[Case], tuple[Parts, Step]], case: Case, dtype: torch.dt
             if module is not None:
                 module.load_state_dict(state, strict=True)
     generator = torch.Generator().manual_seed(2)
-    views = [torch.randn(8, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)]
+    draws = [torch.randn(8, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype) for _ in case.sides]
+    views = [view[..., :side, :side] for view, side in zip(draws, case.sides, strict=True)]
     loss = step(views)
     names = {
         (part, key): parameter
@@ -206,11 +220,21 @@ def run(build: Callable[[Case], tuple[Parts, Step]], case: Case, dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_every_framework_computes_the_same(name: str, dtype: torch.dtype) -> None:
+    compare(CASES[name], dtype)
+
+
+@pytest.mark.parametrize("name", sorted(CROPS))
+def test_every_framework_computes_the_same_with_small_crops(name: str) -> None:
+    compare(CROPS[name], torch.float64)
+
+
+def compare(case: Case, dtype: torch.dtype) -> None:
+    """Assert that loss and gradients of a method are equal in all frameworks."""
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
-    loss, gradients, weights = run(in_plugins, CASES[name], dtype, None)
+    loss, gradients, weights = run(in_plugins, case, dtype, None)
     assert len(gradients) > 27 and loss.dtype == dtype
     for build in (in_solo, in_lightly, in_vissl):
-        their_loss, their_gradients, _ = run(build, CASES[name], dtype, weights)
+        their_loss, their_gradients, _ = run(build, case, dtype, weights)
         assert abs(their_loss - loss) <= tolerance * abs(loss), build.__name__
         assert their_gradients.keys() == gradients.keys(), build.__name__
         for key, gradient in gradients.items():

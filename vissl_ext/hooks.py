@@ -35,7 +35,7 @@ class EMATeacherHook(SilentHook):
         """The teacher's output for the batch, without gradient, where the loss looks for it."""
         loss = task.base_loss
         if isinstance(loss, TeacherLoss) and loss.teacher is not None:
-            output = loss.teacher(task.last_batch.sample["input"])
+            output = loss.teacher(loss.teacher_input(task.last_batch.sample["input"]))
             # VISSL unwraps the outputs of a model of one head alike
             loss.teacher_output = output[0] if len(output) == 1 else output
 

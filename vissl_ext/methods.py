@@ -155,6 +155,10 @@ class TeacherLoss(ClassyLoss):
         """Return the modules whose weights the teacher averages, and the copy that becomes the teacher."""
         return model, copy_model(model)
 
+    def teacher_input(self, images: Any) -> Any:
+        """Select the part of a batch's input that the teacher sees: all of it."""
+        return images
+
 
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy that shares the process groups of SyncBatchNorm, which cannot be copied."""
@@ -178,6 +182,7 @@ class MethodLoss(TeacherLoss):
         self.options, taus = method_options(self.spec.name, config)
         super().__init__(*taus)
         self.objective = Objective(self.spec, self.options, WORLD)
+        self.large = 2
         self.own_targets = 0
         self.predictor: list[nn.Module | None] = [None]  # in a list: the model's, not ours to save
         self.metrics: dict[str, Tensor] = {}
@@ -201,6 +206,7 @@ class MethodLoss(TeacherLoss):
         """Learn what the head gives, and make the teacher."""
         (head,) = model.heads
         self.predictor = [head.predictor]
+        self.large = head.large
         self.own_targets = head.large if isinstance(head.projector, TwoBranchHead) else 0
         self.objective = Objective(self.spec, self.options, WORLD, head.predictor, head.projector)
         super().attach(model)
@@ -219,8 +225,12 @@ class MethodLoss(TeacherLoss):
         """Return the trunk and the projector. The predictor has no teacher."""
         copied = copy_model(model)
         for head in copied.heads:
-            head.predictor = None
+            head.predictor, head.views = None, head.large
         return nn.ModuleList([model.trunk, *(head.projector for head in model.heads)]), copied
+
+    def teacher_input(self, images: Any) -> Any:
+        """Select the large views. A collator that gives one tensor has views of one size, which are all large."""
+        return images[: self.large] if isinstance(images, list) else images
 
     def forward(self, output: list[Tensor], target: Tensor) -> Tensor:
         """Loss of the joined batch.
@@ -236,7 +246,7 @@ class MethodLoss(TeacherLoss):
         else:
             half = len(output) if self.spec.predictor is None else len(output) // 2
             z, p = output[:half], output[-half:]
-            detached = [view.detach() for view in z]
+            detached = [view.detach() for view in z[: self.large]]
             embeddings = Embeddings(z, p, detached if self.teacher is None else self.teacher_output)
         terms = self.objective(embeddings)
         self.metrics = self.objective.statistics(terms, embeddings)

@@ -52,7 +52,8 @@ def method_page(name: str) -> str:
 
 def _facts(spec: MethodSpec) -> str:
     found = facts(spec)
-    views = "two or more; small crops are accepted" if spec.views is None else f"{spec.views}, of one size"
+    least = {1: "two or more, at least one of them large", 2: "two or more large ones"}.get(spec.large)
+    views = f"{least}; small crops are accepted" if spec.views is None else f"{spec.views}, of one size"
     return (
         "| `method:` | predictor | teacher | views | reference |\n|---|---|---|---|---|\n"
         f"| `{spec.name}` | {found.predictor} | {found.teacher} | {views} | {found.reference} |"

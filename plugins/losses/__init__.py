@@ -6,8 +6,14 @@ from plugins.losses.dino import DINOTerms, dino_loss, dino_terms
 from plugins.losses.dissl import DISSLLoss, DISSLTerms, dissl_loss, dissl_terms
 from plugins.losses.dissl_monitor import DISSLWeights, ETFMonitor, ETFTerms, StallAlarm, dissl_warmup
 from plugins.losses.isoloss import IsoLoss, IsoLossTerms, isoloss, isoloss_terms
-from plugins.losses.matrix_ssl import MatrixSSLLoss, MatrixSSLTerms, matrix_ssl_loss, matrix_ssl_terms
-from plugins.losses.mec import MECLoss, MECTerms, mec_loss, mec_terms, mec_warmup
+from plugins.losses.matrix_ssl import (
+    MatrixSSLLoss,
+    MatrixSSLTerms,
+    matrix_ssl_loss,
+    matrix_ssl_pair_terms,
+    matrix_ssl_terms,
+)
+from plugins.losses.mec import MECLoss, MECTerms, mec_loss, mec_pair_terms, mec_terms, mec_warmup
 from plugins.losses.ssl_ey import SSLEYLoss, SSLEYLossTerms, ssl_ey_loss, ssl_ey_terms
 
 __all__ = [
@@ -42,8 +48,10 @@ __all__ = [
     "isoloss",
     "isoloss_terms",
     "matrix_ssl_loss",
+    "matrix_ssl_pair_terms",
     "matrix_ssl_terms",
     "mec_loss",
+    "mec_pair_terms",
     "mec_terms",
     "mec_warmup",
     "ssl_ey_loss",

@@ -6,6 +6,8 @@ weights are multiples of the identity instead of I / D, and the trace of the mat
 """
 
 import warnings
+from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -30,7 +32,7 @@ from plugins.losses.old_names import takes_old_names
 
 
 class MatrixSSLTerms(NamedTuple):
-    """Only ``loss`` has a gradient. The two parts, averaged over both pairs of views, are 0 for a constant batch.
+    """Only ``loss`` has a gradient. The two parts, averaged over the pairs of views, are 0 for a constant batch.
 
     ``loss = uniformity + gamma * alignment + constant``; the constant is 0 at mu = 1, large and the same at every step
     otherwise.
@@ -98,7 +100,7 @@ def matrix_ssl_loss(
     -1.75
     """
     weights = _weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
-    return _matrix_ssl(p0, p1, target0, target1, weights, form, comm)[0]
+    return _matrix_ssl(_named(p0, p1, target0, target1), weights, form, comm)[0]
 
 
 @takes_old_names
@@ -119,30 +121,68 @@ def matrix_ssl_terms(
 ) -> MatrixSSLTerms:
     """Return :func:`matrix_ssl_loss` and its parts."""
     weights = _weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
-    loss, pairs = _matrix_ssl(p0, p1, target0, target1, weights, form, comm)
-    with torch.autocast(p0.device.type, enabled=False):
+    return _terms(*_matrix_ssl(_named(p0, p1, target0, target1), weights, form, comm), mce_mu)
+
+
+def matrix_ssl_pair_terms(
+    pairs: Sequence[tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]],
+    *,
+    mce_lambd: float = 1.0,
+    mce_mu: float = 1.0,
+    gamma: float = 1.0,
+    mce_order: int = 4,
+    logarithm: str = "series",
+    trace_term: bool = False,
+    form: str = "auto",
+    comm: Collective = LOCAL,
+) -> MatrixSSLTerms:
+    """Return the mean of ``U(t, p) + gamma A(t, p)`` over any pairs (p, t), for more than two views.
+
+    Args:
+        pairs: each a view's predictions and the targets of another view. The pairs (p0, target1) and (p1, target0) give
+            :func:`matrix_ssl_terms`. A matrix may be part of several pairs.
+
+    The other arguments, the result and the errors are those of :func:`matrix_ssl_loss`.
+
+    >>> v = torch.tensor([[3.0, 0.0], [-1.0, 0.0]])
+    >>> round(matrix_ssl_pair_terms([(v, v)]).loss.item(), 4)
+    -1.75
+    """
+    weights = _weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
+    named = {f"pairs[{i}][{j}]": rows for i, pair in enumerate(pairs) for j, rows in enumerate(pair)}
+    return _terms(*_matrix_ssl(named, weights, form, comm), mce_mu)
+
+
+def _named(p0: Tensor, p1: Tensor, target0: Tensor, target1: Tensor) -> dict[str, Tensor]:
+    """Return the tensors pair after pair, the prediction first, under the names of the caller's arguments."""
+    return {"p0": p0, "target1": target1, "p1": p1, "target0": target0}
+
+
+def _terms(loss: Tensor, pairs: list[Entropies], mce_mu: float) -> MatrixSSLTerms:
+    with torch.autocast(loss.device.type, enabled=False):
         uniformity = torch.stack([pair.uniformity for pair in pairs]).mean()
         alignment = torch.stack([pair.alignment for pair in pairs]).mean()
         own = torch.stack([pair.own for pair in pairs])
         trace = own.diagonal(dim1=-2, dim2=-1).sum()
-        rank = trace.square() / (2 * squared_norm(own)).clamp_min(torch.finfo(own.dtype).tiny)
+        rank = trace.square() / (len(pairs) * squared_norm(own)).clamp_min(torch.finfo(own.dtype).tiny)
         return MatrixSSLTerms(loss, uniformity, alignment, rank, _radius(pairs, mce_mu))
 
 
 def _matrix_ssl(
-    p0: Tensor, p1: Tensor, target0: Tensor, target1: Tensor, weights: Weights, form: str, comm: Collective
+    named: dict[str, Tensor], weights: Weights, form: str, comm: Collective
 ) -> tuple[Tensor, list[Entropies]]:
-    """The loss, and what it is made of for both pairs of views, one after the other to hold less at once."""
-    check_rows(p0=p0, p1=p1, target0=target0, target1=target1)
+    """Return the loss and the entropies of each pair. One pair after the other is computed, to use less memory."""
+    check_rows(**named)
     check_choice("form", form, FORMS)
+    tensors = list(named.values())
     try:
-        loss, pairs = _value_and_pairs(p0, p1, target0, target1, weights, form, comm)
+        loss, pairs = _value_and_pairs(tensors[::2], tensors[1::2], weights, form, comm)
     except LinAlgError:
-        _check_finite(comm, p0=p0, p1=p1, target0=target0, target1=target1)
+        _check_finite(comm, **named)
         raise
     # the solvers of the exact logarithm have waited for the device, so that one look more is free
     if weights.logarithm == "exact" and not torch.compiler.is_compiling() and not bool(loss.isfinite()):
-        _check_finite(comm, p0=p0, p1=p1, target0=target0, target1=target1)
+        _check_finite(comm, **named)
     return loss, pairs
 
 
@@ -154,21 +194,22 @@ def _check_finite(comm: Collective, **tensors: Tensor) -> None:
 
 
 def _value_and_pairs(
-    p0: Tensor, p1: Tensor, target0: Tensor, target1: Tensor, weights: Weights, form: str, comm: Collective
+    predictions: list[Tensor], targets: list[Tensor], weights: Weights, form: str, comm: Collective
 ) -> tuple[Tensor, list[Entropies]]:
-    dtype = compute_dtype(torch.promote_types(torch.promote_types(p0.dtype, p1.dtype), target0.dtype))
-    with torch.autocast(p0.device.type, enabled=False):
-        views = [p0.to(dtype), p1.to(dtype)]
-        counts = comm.row_counts(p0.shape[0], p0.device)
-        gram = form == "gram" or (form == "auto" and gram_is_cheaper(sum(counts), p0.shape[1]))
+    dtype = compute_dtype(reduce(torch.promote_types, [rows.dtype for rows in (*predictions, *targets)]))
+    (rows, width), device = predictions[0].shape, predictions[0].device
+    with torch.autocast(device.type, enabled=False):
+        views = [p.to(dtype) for p in predictions]
+        counts = comm.row_counts(rows, device)
+        gram = form == "gram" or (form == "auto" and gram_is_cheaper(sum(counts), width))
         pairs, gradients = [], []
-        for p, target in zip(views, (target1, target0), strict=True):
+        for p, target in zip(views, targets, strict=True):
             unit, inverse = unit_rows(p)
             pair = torch.stack([unit, unit_rows(target.to(dtype))[0]])
             pairs.append(from_grams(pair, comm, weights, counts) if gram else from_covariances(pair, comm, weights))
-            gradients.append(tangent(pairs[-1].gradient, unit, inverse).div_(2))
+            gradients.append(tangent(pairs[-1].gradient, unit, inverse).div_(len(views)))
         loss = torch.stack([pair.uniformity + weights.gamma * pair.alignment for pair in pairs]).mean()
-        loss = loss + weights.constant(p0.shape[1])
+        loss = loss + weights.constant(width)
         if torch.is_grad_enabled() and any(view.requires_grad for view in views):
             loss = attach_gradient(loss, views, gradients)
     return loss, pairs
@@ -222,7 +263,7 @@ class MatrixSSLLoss(nn.Module):
         target0: Float[Tensor, "B D"],
         target1: Float[Tensor, "B D"],
     ) -> Float[Tensor, ""]:
-        loss, pairs = _matrix_ssl(p0, p1, target0, target1, self.weights, self.form, self.comm)
+        loss, pairs = _matrix_ssl(_named(p0, p1, target0, target1), self.weights, self.form, self.comm)
         if self.training and self.weights.logarithm == "series":
             self.watch(lambda: _radius(pairs, self.weights.mce_mu))
         return loss

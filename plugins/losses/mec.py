@@ -6,6 +6,8 @@ such that its first-order term is minus the mean cosine. A re-implementation tha
 gradient mu N / lambda_inv = mu / eps_d times as large.
 """
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -82,7 +84,7 @@ def mec_loss(
     >>> round(mec_loss(z, z, z, z, eps_d=0.5).item(), 4)  # four eigenvalues 1 / 2: -2 (1/2 - 1/8 + 1/24 - 1/64)
     -0.8021
     """
-    return _mec(p0, p1, target0, target1, eps_d, order, form, comm)[0]
+    return _mec(_named(p0, p1, target0, target1), eps_d, order, form, comm)[0]
 
 
 @takes_old_names
@@ -98,42 +100,71 @@ def mec_terms(
     comm: Collective = LOCAL,
 ) -> MECTerms:
     """Return :func:`mec_loss` and quantities to log; it computes one more product of the rows."""
-    loss, pairs, joined = _mec(p0, p1, target0, target1, eps_d, order, form, comm)
-    with torch.autocast(p0.device.type, enabled=False):
+    return _terms(*_mec(_named(p0, p1, target0, target1), eps_d, order, form, comm), eps_d, comm)
+
+
+def mec_pair_terms(
+    pairs: Sequence[tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]],
+    *,
+    eps_d: float | Float[Tensor, ""],
+    order: int = 4,
+    form: str = "auto",
+    comm: Collective = LOCAL,
+) -> MECTerms:
+    """Return the mean of ``-eps_d tr sum_(k=1)^K (-1)^(k+1) / k C^k`` over any pairs (p, t), for more than two views.
+
+    Args:
+        pairs: each a view's predictions and the targets of another view. The pairs (p0, target1) and (p1, target0) give
+            :func:`mec_terms`. A matrix may be part of several pairs.
+
+    The other arguments, the result and the errors are those of :func:`mec_loss`.
+
+    >>> z = torch.eye(4)
+    >>> round(mec_pair_terms([(z, z)], eps_d=0.5).loss.item(), 4)
+    -0.8021
+    """
+    named = {f"pairs[{i}][{j}]": rows for i, pair in enumerate(pairs) for j, rows in enumerate(pair)}
+    return _terms(*_mec(named, eps_d, order, form, comm), eps_d, comm)
+
+
+def _named(p0: Tensor, p1: Tensor, target0: Tensor, target1: Tensor) -> dict[str, Tensor]:
+    """Return the tensors pair after pair, the prediction first, under the names of the caller's arguments."""
+    return {"p0": p0, "target1": target1, "p1": p1, "target0": target0}
+
+
+def _terms(
+    loss: Tensor, pairs: list[tuple[Tensor, Tensor]], joined: bool, eps_d: float | Tensor, comm: Collective
+) -> MECTerms:
+    with torch.autocast(loss.device.type, enabled=False):
         similarity = torch.stack([cross.trace() for cross, _ in pairs]).mean() * eps_d
         unit = torch.stack([rows for _, rows in pairs])
         small = joined and gram_is_cheaper(unit.shape[1], unit.shape[2])
         moments = unit @ unit.mT if small else unit.mT @ unit
         moments = moments if joined else comm.sum(moments)
         trace = moments.diagonal(dim1=-2, dim2=-1).sum()
-        rank = trace.square() / (2 * squared_norm(moments)).clamp_min(torch.finfo(moments.dtype).tiny)
+        rank = trace.square() / (len(pairs) * squared_norm(moments)).clamp_min(torch.finfo(moments.dtype).tiny)
         return MECTerms(loss, similarity, rank, _radius(pairs))
 
 
 def _mec(
-    p0: Tensor,
-    p1: Tensor,
-    target0: Tensor,
-    target1: Tensor,
-    eps_d: float | Tensor,
-    order: int,
-    form: str,
-    comm: Collective,
+    named: dict[str, Tensor], eps_d: float | Tensor, order: int, form: str, comm: Collective
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], bool]:
-    """The loss, C and unit rows of p for both pairs, and whether these are all rows, not only this process's."""
-    check_rows(p0=p0, p1=p1, target0=target0, target1=target1)
+    """Return the loss, C and unit rows of p for each pair, and whether these are all rows or only this process's."""
+    check_rows(**named)
     _check(eps_d, order, form)
     _, coefficients = log_series(order)
-    dtype = compute_dtype(torch.promote_types(torch.promote_types(p0.dtype, p1.dtype), target0.dtype))
-    with torch.autocast(p0.device.type, enabled=False):
-        views = [p0.to(dtype), p1.to(dtype)]
-        counts = comm.row_counts(p0.shape[0], p0.device)
+    dtype = compute_dtype(reduce(torch.promote_types, [matrix.dtype for matrix in named.values()]))
+    predictions, targets = list(named.values())[::2], list(named.values())[1::2]
+    (own_rows, width), device = predictions[0].shape, predictions[0].device
+    with torch.autocast(device.type, enabled=False):
+        views = [p.to(dtype) for p in predictions]
+        counts = comm.row_counts(own_rows, device)
         rows, first = sum(counts), sum(counts[: comm.rank])
         check_count(rows, least=1, what="the MEC loss")
-        gram = form == "gram" or (form == "auto" and gram_is_cheaper(rows * (1 if comm.size == 1 else 2), p0.shape[1]))
-        here = slice(first, first + p0.shape[0])
+        gram = form == "gram" or (form == "auto" and gram_is_cheaper(rows * (1 if comm.size == 1 else 2), width))
+        here = slice(first, first + own_rows)
         pairs, gradients, traces = [], [], []
-        for p, t in zip(views, (target1, target0), strict=True):
+        for p, t in zip(views, targets, strict=True):
             unit, inverse = unit_rows(p)
             every, target = unit, unit_rows(t.to(dtype))[0]
             if gram and comm.size > 1:
@@ -141,11 +172,11 @@ def _mec(
             cross = (every @ target.T if gram else comm.sum(target.T @ unit)) / (rows * eps_d)
             trace, slope = power_traces(cross, coefficients)
             gradient = slope.T[here] @ target if gram else target @ slope.T
-            gradients.append(tangent(gradient.mul_(-comm.size / (2 * rows)), unit, inverse))
+            gradients.append(tangent(gradient.mul_(-comm.size / (len(views) * rows)), unit, inverse))
             traces.append(trace)
             pairs.append((cross, every))
             del slope, target
-        loss = -eps_d * (traces[0] + traces[1]) / 2
+        loss = -eps_d * sum(traces[1:], traces[0]) / len(traces)
         if torch.is_grad_enabled() and any(view.requires_grad for view in views):
             loss = attach_gradient(loss, views, gradients)
     return loss, pairs, gram or comm.size == 1
@@ -206,7 +237,7 @@ class MECLoss(nn.Module):
         warmup: float | Float[Tensor, ""] = 1.0,
     ) -> Float[Tensor, ""]:
         """Compute the loss; ``warmup`` multiplies eps_d, see :func:`mec_warmup`."""
-        loss, pairs, _ = _mec(p0, p1, target0, target1, self.eps_d * warmup, self.order, self.form, self.comm)
+        loss, pairs, _ = _mec(_named(p0, p1, target0, target1), self.eps_d * warmup, self.order, self.form, self.comm)
         if self.training:
             self.watch(lambda: _radius(pairs))
         return loss

@@ -17,7 +17,7 @@ SPEC = MethodSpec(
     head=two_layer_head,
     predictor=two_layer_predictor,
     teacher=True,
-    views=2,
+    views=None,
     options={
         **projector_options(hidden=4096, output=256),
         **predictor_options(hidden=4096),

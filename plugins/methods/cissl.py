@@ -44,6 +44,7 @@ SPEC = MethodSpec(
     predictor=None,
     teacher=False,
     views=None,
+    large=2,
     options={
         "proj_output_dim": Option(128, "width D of the embedding, > 0", low=1),
         "heads": Option(

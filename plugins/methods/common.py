@@ -13,25 +13,39 @@ from plugins.spec import Embeddings, Option
 
 
 class PairTerms(NamedTuple):
-    """Terms of a loss that predicts each view from the other."""
+    """Terms of a loss that predicts each view from the others."""
 
     loss: Tensor
-    """The loss to minimise: the sum over both ordered pairs of views."""
+    """The loss to minimise: the sum over all ordered pairs of views."""
     cosine: Tensor
-    """Mean cosine between prediction and target over both pairs and all rows, in [-1, 1]; for logging."""
+    """Mean cosine between prediction and target over all pairs and rows, in [-1, 1]; for logging."""
+
+
+def view_pairs(e: Embeddings) -> list[tuple[int, int]]:
+    """Return the ordered pairs (a, b), a ≠ b, of a view a and a large view b: a predicts the target of b.
+
+    >>> view_pairs(Embeddings(z=["z0", "z1", "z2"], p=["p0", "p1", "p2"], target=["y0", "y1"]))  # one small crop
+    [(0, 1), (1, 0), (2, 0), (2, 1)]
+    """
+    return [(a, b) for a in range(len(e.p)) for b in range(len(e.target)) if a != b]
 
 
 class CrossViewLoss(nn.Module):
-    """L(p_0, y_1) + L(p_1, y_0), where L is BYOL's loss, or IsoLoss with the option ``iso``."""
+    """``Σ L(p_a, y_b)`` over :func:`view_pairs`, where L is BYOL's loss, or IsoLoss with the option ``iso``.
+
+    With two views this is L(p_0, y_1) + L(p_1, y_0).
+    """
 
     def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
         super().__init__()
         self.metric, self.iso, self.comm = options["metric"], options.get("iso", False), comm
 
     def forward(self, e: Embeddings) -> PairTerms:
-        """Sum the loss over both ordered pairs of the two views."""
-        first, second = self._pair(e, 0, 1), self._pair(e, 1, 0)
-        return PairTerms(first.loss + second.loss, (first.similarity + second.similarity) / 2)
+        """Sum the loss over all ordered pairs of views."""
+        terms = [self._pair(e, a, b) for a, b in view_pairs(e)]
+        loss = sum((pair.loss for pair in terms[1:]), terms[0].loss)
+        similarity = sum((pair.similarity for pair in terms[1:]), terms[0].similarity)
+        return PairTerms(loss, similarity / len(terms))
 
     def _pair(self, e: Embeddings, a: int, b: int) -> BYOLLossTerms:
         if self.iso:

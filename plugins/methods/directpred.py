@@ -60,7 +60,7 @@ SPEC = MethodSpec(
     head=two_layer_head,
     predictor=predictor,
     teacher=True,
-    views=2,
+    views=None,
     options=closed_form_options(alpha=0.5, eps=0.0, iso=False),
     paper=Paper("DirectPred", "Tian, Chen and Ganguli 2021, arXiv:2102.06810, eqs. 18-19"),
 )

@@ -50,6 +50,7 @@ SPEC = MethodSpec(
     predictor=None,
     teacher=False,
     views=None,
+    large=2,
     options={
         "n_classes": Option(
             16384, "C pseudo-classes, >= 2", aliases={"n_equivalence_classes": None, "n_Mx": None}, low=2

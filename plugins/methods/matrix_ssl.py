@@ -7,10 +7,10 @@ from torch import nn
 
 from plugins.distributed import Collective
 from plugins.heads import mlp_head
-from plugins.losses import MatrixSSLTerms, matrix_ssl_terms
+from plugins.losses import MatrixSSLTerms, matrix_ssl_pair_terms
 from plugins.losses.log_series import SeriesWatch
 from plugins.losses.matrix_entropy import Weights
-from plugins.methods.common import LOG_EIGVALS, bottleneck_predictor, predictor_options, projector_options
+from plugins.methods.common import LOG_EIGVALS, bottleneck_predictor, predictor_options, projector_options, view_pairs
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
 
 _OF_LOSS = ("mce_lambd", "mce_mu", "gamma", "mce_order", "logarithm", "trace_term")
@@ -24,7 +24,8 @@ class _Loss(nn.Module):
         self.watch = SeriesWatch("the Matrix-SSL loss", "set mce_mu to 1 or less")
 
     def forward(self, e: Embeddings) -> MatrixSSLTerms:
-        terms = matrix_ssl_terms(*e.p, *e.target, **self.options, comm=self.comm)
+        pairs = [(e.p[a], e.target[b]) for a, b in view_pairs(e)]
+        terms = matrix_ssl_pair_terms(pairs, **self.options, comm=self.comm)
         if self.training and self.options["logarithm"] == "series":
             self.watch(lambda: terms.radius)
         return terms
@@ -42,7 +43,7 @@ SPEC = MethodSpec(
     head=projector,
     predictor=bottleneck_predictor,
     teacher=True,
-    views=2,
+    views=None,
     options={
         **projector_options(hidden=2048, output=2048),
         **predictor_options(hidden=512),

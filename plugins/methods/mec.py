@@ -9,11 +9,11 @@ from torch import nn
 from plugins.checks import check_range, check_whole
 from plugins.clock import Clock
 from plugins.distributed import Collective
-from plugins.losses import MECTerms, mec_terms, mec_warmup
+from plugins.losses import MECTerms, mec_pair_terms, mec_warmup
 from plugins.losses.log_series import SeriesWatch
 from plugins.losses.mec import LEAST_EPS_D
 from plugins.methods import matrix_ssl
-from plugins.methods.common import LOG_EIGVALS, predictor_options, projector_options
+from plugins.methods.common import LOG_EIGVALS, predictor_options, projector_options, view_pairs
 from plugins.spec import Embeddings, Option, Paper
 
 
@@ -31,7 +31,8 @@ class _Loss(nn.Module):
 
     def forward(self, e: Embeddings) -> MECTerms:
         eps_d = self.eps_d * mec_warmup(self.counter(), self.warmup)
-        terms = mec_terms(*e.p, *e.target, eps_d=eps_d, order=self.order, comm=self.comm)
+        pairs = [(e.p[a], e.target[b]) for a, b in view_pairs(e)]
+        terms = mec_pair_terms(pairs, eps_d=eps_d, order=self.order, comm=self.comm)
         if self.training and self.counter.first:
             self.watch(lambda: terms.radius)
         return terms

@@ -14,20 +14,21 @@ from plugins.methods.common import (
     bottleneck_predictor,
     predictor_options,
     projector_options,
+    view_pairs,
 )
 from plugins.spec import Embeddings, MethodSpec, Paper
 
 
 class SimSiamLoss(CrossViewLoss):
-    """−(cos(p_0, y_1) + cos(p_1, y_0)) / 2, eq. 2."""
+    """−(cos(p_0, y_1) + cos(p_1, y_0)) / 2, eq. 2; with more views the mean of −cos(p_a, y_b) over all pairs."""
 
     def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
         super().__init__({**options, "metric": "cosine"}, comm)
 
     def forward(self, e: Embeddings) -> PairTerms:
-        """Return half the sum of the negative cosines. BYOL's sum over both pairs is 4 plus four times this value."""
+        """Return the mean of the negative cosines. BYOL's mean over the pairs is 2 plus twice this value."""
         terms = super().forward(e)
-        return PairTerms(terms.loss / 4 - 1, terms.cosine)
+        return PairTerms(terms.loss / (2 * len(view_pairs(e))) - 1, terms.cosine)
 
 
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
@@ -41,7 +42,7 @@ SPEC = MethodSpec(
     head=_head,
     predictor=bottleneck_predictor,
     teacher=False,
-    views=2,
+    views=None,
     options={
         **projector_options(hidden=2048, output=2048),
         **predictor_options(hidden=512, constant_lr=True),  # section 4.2

@@ -18,7 +18,7 @@ class _Loss(nn.Module):
         self.estimator, self.comm = options["estimator"], comm
 
     def forward(self, e: Embeddings) -> SSLEYLossTerms:
-        return ssl_ey_terms(e.z[0], e.z[1], estimator=self.estimator, comm=self.comm)
+        return ssl_ey_terms(*e.z, estimator=self.estimator, comm=self.comm)
 
 
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
@@ -36,7 +36,7 @@ SPEC = MethodSpec(
     head=_head,
     predictor=None,
     teacher=False,
-    views=2,
+    views=None,
     options={
         **projector_options(hidden=2048, output=2048),
         "projector": Option(True, "whether there is a projector; without one the loss takes the backbone's features"),

@@ -455,7 +455,7 @@ def test_a_checkpoint_is_fine_tuned_on_a_share_of_the_labels(untrained, digits, 
 
 
 _REFUSED_TOO = {
-    "three views": (["augmentations.0.num_crops=3"], "compares 2 views of one size, the augmentations make 3 large"),
+    "one view": (["augmentations.0.num_crops=1"], "compares two or more views, one of them large, the augmentations"),
     "native option": (["method=vicreg", "+method_kwargs.sim_loss_wieght=3"], "vicreg has no option"),
     "no path": (["data.train_path=null"], "the configuration needs a value for data.train_path"),
     "a word for a number": (["optimizer.batch_size=many"], "optimizer.batch_size must be a whole number"),

@@ -270,10 +270,6 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
         (["config.TEST_MODEL=true"], "set config.TEST_MODEL=false"),
         (["config.DATA.TRAIN.TRANSFORMS=[{name:ToTensor}]"], "needs two views of each image"),
         (
-            ["config.DATA.TRAIN.TRANSFORMS.0.num_times=3"],
-            "method isoloss compares 2 views of one size, the augmentations make 3 large and 0 small ones",
-        ),
-        (
             ["config.DATA.TRAIN.TRANSFORMS=[{name:ImgPilToMultiCrop,num_crops:[2,2],size_crops:[8,16]}]"],
             "large views come first, small crops after them: put the largest first, got views of sizes [8, 8, 16, 16]",
         ),
@@ -286,6 +282,12 @@ def test_mistakes_are_sentences(overrides: list[str], sentence: str) -> None:
         check_config(configuration("isoloss", *overrides))
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_one_large_view_is_too_few_for_two_branches() -> None:
+    crops = "[{name:ImgPilToMultiCrop,total_num_crops:3,size_crops:[16,8],num_crops:[1,2]},{name:ToTensor}]"
+    with pytest.raises(UserError, match="cissl compares 2 or more large views, the augmentations make 1 large and 2"):
+        check_config(configuration("cissl", f"config.DATA.TRAIN.TRANSFORMS={crops}"))
 
 
 @pytest.mark.parametrize(

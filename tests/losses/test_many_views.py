@@ -92,7 +92,8 @@ def test_matrix_losses_are_the_mean_over_the_ordered_pairs(method, loss, large, 
     expected = torch.stack(values).mean()
     found = criterion(e).loss
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for one, other in zip(torch.autograd.grad(found, e.p), torch.autograd.grad(expected, e.p), strict=True):
+    live = [e.p[a] for a in sorted({a for a, _ in pairs})]
+    for one, other in zip(torch.autograd.grad(found, live), torch.autograd.grad(expected, live), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
 
 

@@ -21,6 +21,8 @@ def check_rows(**tensors: Tensor) -> None:
     """
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be one matrix [N, D], got a {type(tensor).__name__}")
         if tensor.ndim != 2:
             raise ValueError(f"{name} must be a matrix [N, D], got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
@@ -29,6 +31,26 @@ def check_rows(**tensors: Tensor) -> None:
             raise ValueError(
                 f"{name} must have the shape of {first_name}, {tuple(first.shape)}, got {tuple(tensor.shape)}"
             )
+
+
+def check_views(**views: Sequence[Tensor] | Tensor) -> None:
+    """Require lists of views, each a matrix ``[N, D]``, all of the same shape. How many is not checked.
+
+    Args:
+        views: lists of matrices, or tensors ``[V, N, D]``, named as the caller's parameters are.
+
+    Raises:
+        ValueError: a tensor ``[N, D]`` in place of a list, or what :func:`check_rows` does not accept.
+    """
+    for name, given in views.items():
+        if isinstance(given, Tensor) and given.ndim < 3:
+            raise ValueError(
+                f"{name} is one tensor of shape {tuple(given.shape)}; "
+                f"pass a list of views, such as [{name[0]}0, {name[0]}1]"
+            )
+    rows = {f"{name}[{v}]": view for name, given in views.items() for v, view in enumerate(given)}
+    if rows:
+        check_rows(**rows)
 
 
 def check_finite(what: str, **tensors: Tensor) -> None:

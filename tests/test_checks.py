@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from plugins.checks import check_choice, check_count, check_finite, check_range, check_rows, check_whole, compute_dtype
+from plugins.checks import (
+    check_choice,
+    check_count,
+    check_finite,
+    check_range,
+    check_rows,
+    check_views,
+    check_whole,
+    compute_dtype,
+)
 
 
 def test_rows_accept_matrices_of_one_shape():
@@ -20,11 +29,31 @@ def test_rows_accept_matrices_of_one_shape():
         (torch.zeros(2, 3), torch.zeros(2, 4), r"b must have the shape of a, \(2, 3\), got \(2, 4\)"),
         (torch.zeros(2, 3), torch.zeros(2, 3).long(), "b must be of a floating-point dtype, got torch.int64"),
         (torch.zeros(2, 3).bool(), torch.zeros(2, 3), "a must be of a floating-point dtype, got torch.bool"),
+        ([torch.zeros(2, 3)], torch.zeros(2, 3), r"a must be one matrix \[N, D\], got a list"),
     ],
 )
 def test_rows_refuse_anything_else(a, b, message):
     with pytest.raises(ValueError, match=message):
         check_rows(a=a, b=b)
+
+
+def test_views_accept_lists_of_matrices_and_stacked_views():
+    check_views(teacher=[torch.zeros(2, 3)], student=(torch.zeros(2, 3), torch.zeros(2, 3)))
+    check_views(teacher=torch.zeros(2, 2, 3), student=[torch.zeros(2, 3)] * 2)
+    check_views(teacher=[], student=[])  # their numbers are checked by the losses
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (torch.zeros(2, 3), r"teacher is one tensor of shape \(2, 3\); pass a list of views, such as \[t0, t1\]"),
+        (torch.zeros(3), r"pass a list of views, such as \[t0, t1\]"),
+        ([torch.zeros(2, 4)], r"student\[0\] must have the shape of teacher\[0\], \(2, 4\), got \(2, 3\)"),
+    ],
+)
+def test_views_refuse_anything_else(teacher, message):
+    with pytest.raises(ValueError, match=message):
+        check_views(teacher=teacher, student=[torch.zeros(2, 3)])
 
 
 def test_finite():

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_choice, check_count, check_range, check_rows, compute_dtype
+from plugins.checks import check_choice, check_count, check_range, check_views, compute_dtype
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import attach_gradient
 
@@ -56,8 +56,8 @@ def cissl_loss(
         and log T N if all rows are equal. The cosines of a row with a norm below 1e-8 are 0, and it gets no gradient.
 
     Raises:
-        ValueError: the shapes differ, there are more teacher than student views, fewer than two views or images, or
-            ``positives`` is unknown.
+        ValueError: a tensor in place of a list, the shapes differ, there are more teacher than student views, fewer
+            than two views or images, or ``positives`` is unknown.
 
     >>> same = torch.ones(2, 4, 3)
     >>> round(cissl_loss(same, same).item(), 5)  # log 8
@@ -163,13 +163,12 @@ def _others(z: Float[Tensor, "B V D"]) -> Float[Tensor, "B V D"]:
 
 
 def _check(student: Views, teacher: Views) -> None:
+    check_views(student=student, teacher=teacher)
     if not 2 <= len(teacher) <= len(student):
         raise ValueError(
             "a contrastive loss needs at least 2 teacher views and at least as many student views, got "
             f"{len(teacher)} and {len(student)}"
         )
-    named = {f"student[{v}]": view for v, view in enumerate(student)}
-    check_rows(**named, **{f"teacher[{v}]": view for v, view in enumerate(teacher)})
 
 
 class CISSLLoss(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_range, check_rows, compute_dtype
+from plugins.checks import check_range, check_views, compute_dtype
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import joined_mean
 
@@ -52,7 +52,8 @@ def dino_loss(
         The loss of the joined batch, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: shapes differ, numbers of views that do not go together, or a temperature out of range.
+        ValueError: a tensor in place of a list, the shapes differ, the numbers of views do not fit, or a temperature is
+            out of range.
 
     >>> uniform = [torch.zeros(4, 8)] * 2
     >>> round(dino_loss(uniform, uniform, torch.zeros(8)).item(), 5)  # log 8
@@ -74,13 +75,12 @@ def dino_terms(
     """Compute :func:`dino_loss` and the entropy of the teacher's assignments."""
     check_range("tau_student", tau_student, low=1e-6)
     check_range("tau_teacher", tau_teacher, low=1e-6)
+    check_views(student=student, teacher=teacher)
     if not 1 <= len(teacher) <= len(student) or len(student) < 2:
         raise ValueError(
             "dino_loss needs at least 2 student views and 1 to as many teacher views, "
             f"got {len(student)} and {len(teacher)}"
         )
-    named = {f"student[{v}]": view for v, view in enumerate(student)}
-    check_rows(**named, **{f"teacher[{u}]": view for u, view in enumerate(teacher)})
     dtype = compute_dtype(student[0].dtype)
     centers = [center] * len(teacher) if isinstance(center, Tensor) else center
     with torch.autocast(student[0].device.type, enabled=False):

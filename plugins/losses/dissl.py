@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_range, check_rows
+from plugins.checks import check_range, check_views
 from plugins.distributed import LOCAL, Collective
 from plugins.losses.dissl_blocks import Views, value_and_parts
 
@@ -73,8 +73,8 @@ def dissl_loss(
         The loss of the joined batch, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: the shapes differ, there are too few views, an index in ``assignment_views`` does not exist, or a
-            weight or temperature is out of range.
+        ValueError: a tensor in place of a list, the shapes differ, there are too few views, an index in
+            ``assignment_views`` does not exist, or a weight or temperature is out of range.
 
     >>> uniform = torch.zeros(2, 4, 8)
     >>> round(dissl_loss(uniform, uniform).item(), 4)  # (1 - 2.3 + 0.8) log 8
@@ -115,13 +115,12 @@ def dissl_terms(
 
 
 def _chosen(teacher: Views, student: Views, views: Sequence[int] | None) -> list[int]:
+    check_views(teacher_logits=teacher, student_logits=student)
     if not 1 <= len(teacher) <= len(student) or len(student) < 2:
         raise ValueError(
             "the DISSL loss needs at least 1 teacher view, 2 student views and as many student as teacher views, "
             f"got {len(teacher)} and {len(student)}"
         )
-    named = {f"teacher_logits[{t}]": view for t, view in enumerate(teacher)}
-    check_rows(**named, **{f"student_logits[{s}]": view for s, view in enumerate(student)})
     chosen = list(range(len(teacher)) if views is None else views)
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(len(teacher))):
         raise ValueError(f"assignment_views must be different teacher views, 0 to {len(teacher) - 1}, got {views}")

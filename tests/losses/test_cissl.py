@@ -372,6 +372,8 @@ def test_wrong_input_is_refused():
         cissl_loss([z] * 2, [z] * 3)
     with pytest.raises(ValueError, match=r"teacher\[1\] must have the shape of student\[0\], \(4, 3\), got \(4, 2\)"):
         cissl_loss([z] * 2, [z, z[:, :2]])
+    with pytest.raises(ValueError, match=r"student .* pass a list of views, such as \[s0, s1\]"):
+        CISSLLoss()(z, z)
     with pytest.raises(ValueError, match="at least 2 rows over all processes, got 1"):
         cissl_loss([z[:1]] * 2, [z[:1]] * 2)
     for make in (CISSLLoss, lambda **options: cissl_loss([z] * 2, [z] * 2, **options)):

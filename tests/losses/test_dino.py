@@ -82,6 +82,11 @@ def test_numbers_of_views_that_do_not_go_together_are_refused(views, message):
         dino_loss(*_views(views=views), torch.zeros(5, dtype=torch.float64))
 
 
+def test_bare_tensors_are_refused():
+    with pytest.raises(ValueError, match=r"student .* pass a list of views, such as \[s0, s1\]"):
+        dino_loss(torch.zeros(4, 5), torch.zeros(4, 5), torch.zeros(5))
+
+
 def _step(comm, students, teachers):
     loss = DINOLoss(5, comm=comm).double()
     students = [view.requires_grad_() for view in students]

@@ -447,8 +447,10 @@ def test_wrong_input_is_refused():
         dissl_loss([], [z] * 2)
     with pytest.raises(ValueError, match=r"student_logits\[1\] must have the shape of teacher_logits\[0\], \(4, 3\)"):
         dissl_loss([z] * 2, [z, z[:, :2]])
-    with pytest.raises(ValueError, match=r"teacher_logits\[0\] must be a matrix"):
-        dissl_loss(z, z)
+    with pytest.raises(ValueError, match=r"teacher_logits .* pass a list of views, such as \[t0, t1\]"):
+        DISSLLoss()(z, z)
+    with pytest.raises(ValueError, match=r"student_logits .* pass a list of views, such as \[s0, s1\]"):
+        dissl_loss([z, z], z)
     for views in ([], [2], [0, 0], [-1]):
         with pytest.raises(ValueError, match="assignment_views must be different teacher views, 0 to 1"):
             dissl_loss([z] * 2, [z] * 2, assignment_views=views)

@@ -37,6 +37,7 @@ ELSEWHERE = {
     r"(uv )?pip install .*|uv sync .*": "needs a package index",
     r"python main_pretrain\.py .*": "the fork's own command",
     r"python configs/detectron2/train\.py .*": "tests/tools, where detectron2 is installed",
+    r"(python|torchrun --nproc-per-node 2) train\.py": "tests/test_docs_loop.py",
     r"mkdocs \w+": "a check of ./run_experiments.sh test",
 }
 """Pattern of a whole command → why it is not run here, or where it is."""

@@ -15,6 +15,25 @@ JUDGEMENT = ("## Objective", "## Collapse in the logs", "## Cost", "## When to c
 GENERATED = ("## Options", "## Commands", "## Results")
 
 
+DEFINED = {
+    "part_ratio": "participation ratio",
+    "H_Mlz": "mean entropy of an assignment",
+    "H_M": "entropy of the mean assignment",
+    "dist_to_etf": "equiangular tight frame",
+    "z_std": "standard deviation",
+}
+"""Logged quantity → words of its definition."""
+
+
+@pytest.mark.parametrize("page", ["choosing.md", *(f"methods/{name}.md" for name in sorted(METHODS))])
+def test_page_defines_a_logged_quantity_where_it_is_first_named(page):
+    text = " ".join((ROOT / "docs" / page).read_text().split())
+    for name, words in DEFINED.items():
+        if f"`{name}`" in text:
+            first = text.index(f"`{name}`")
+            assert words in text[first : first + 120], name
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_page_of_a_method_has_every_section(name):
     page = method_page(name)

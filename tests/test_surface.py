@@ -78,7 +78,9 @@ def test_every_file_and_link_of_a_page_is_there(page):
 def test_readme_is_short_and_leads_to_every_page():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 150
-    assert {name for name in PAGES if name != "README.md"} <= set(re.findall(r"\]\(([^)]+)\)", readme))
+    links = re.findall(r"\]\(([^)]+)\)", readme)
+    assert {name for name in PAGES if name != "README.md"} <= set(links)
+    assert not {link for link in links if link.startswith("docs/") and links.count(link) > 1}
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from plugins.experiments.method_pages import commands as method_commands
@@ -108,6 +109,22 @@ def fork_of_the_isoloss_paper(work: Path) -> Iterator[None]:
     place.parent.mkdir(parents=True)
     place.symlink_to(ROOT / "configs" / "solo" / "cifar")
     yield
+
+
+@pytest.fixture(scope="module")
+def fork_of_the_dissl_paper(work: Path) -> None:
+    """Stand-ins with the fork's names; tests/vissl runs the fork's own files."""
+    base = yaml.safe_load((ROOT / "configs/vissl/config/pretrain/base/imagenet_rn50.yaml").read_text())
+    views = {"name": "ImgPilToMultiCrop", "total_num_crops": 2, "size_crops": [160], "num_crops": [2]}
+    transforms = [{**views, "crop_scales": [[0.14, 1]]}, *base["config"]["DATA"]["TRAIN"]["TRANSFORMS"][2:]]
+    file = {
+        "defaults": ["/config/pretrain/dissl/imagenet_rn50", "_self_"],
+        "config": {"DATA": {"TRAIN": {"TRANSFORMS": transforms}}},
+    }
+    folder = work / "FORK" / "configs" / "config" / "pretrain" / "dstl"
+    folder.mkdir(parents=True)
+    for name in ("dissl_e100_d8192_m6", "dissl_e100_d2048_m2"):
+        (folder / f"{name}.yaml").write_text("# @package _global_\n" + yaml.safe_dump(file))
 
 
 def _solo(module: str, words: list[str], patch: pytest.MonkeyPatch) -> None:
@@ -206,7 +223,9 @@ def _tool(module: str, words: list[str], work: Path, patch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(("page", "command"), CASES, ids=[f"{page}: {command[:70]}" for page, command in CASES])
-def test_command_of_a_page(page, command, work, fork_of_the_isoloss_paper, monkeypatch, capsys):
+def test_command_of_a_page(
+    page, command, work, fork_of_the_isoloss_paper, fork_of_the_dissl_paper, monkeypatch, capsys
+):
     monkeypatch.chdir(work)
     words = shlex.split(command)
     if words[0] == "./run_experiments.sh":

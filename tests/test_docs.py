@@ -1,5 +1,6 @@
 """The documentation's site: the generated pages and that it builds."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -45,6 +46,9 @@ def test_page_of_a_method_has_every_section(name):
         assert f"| `{option}` |" in page and spec.help.replace("|", "\\|") in page
     assert all(command in page for command in commands(name).values())
     assert set(commands(name)) == {"solo-learn", "lightly", "VISSL"}
+    for module, attribute in re.findall(r"`(lightly_ext\.\w+)\.(\w+)\(", page):
+        assert hasattr(importlib.import_module(module), attribute)
+    assert "Transform(input_size=224)`" in page
 
 
 def test_page_without_a_hand_written_part_is_made(monkeypatch, tmp_path):

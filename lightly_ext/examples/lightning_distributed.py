@@ -2,7 +2,8 @@
 
     python lightly_ext/examples/lightning_distributed.py --steps 200 --devices 2
 
-Needed: pip install ".[lightly]", in a clone of ssl-plugins. The images are scikit-learn's digits unless --data names a folder.
+Needed: pip install ".[lightly]", in a clone of ssl-plugins. The images are scikit-learn's digits unless
+--data names a folder.
 The LightningModule is that of lightning_module.py. The losses join the rows of all processes. Batch norm does so with
 sync_batchnorm, which needs GPUs.
 """

@@ -2,7 +2,8 @@
 
     python lightly_ext/examples/lightning_module.py --steps 200
 
-Needed: pip install ".[lightly]", in a clone of ssl-plugins. The images are scikit-learn's digits unless --data names a folder.
+Needed: pip install ".[lightly]", in a clone of ssl-plugins. The images are scikit-learn's digits unless
+--data names a folder.
 """
 
 import pytorch_lightning as pl

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # mkdocs loads this file by its path
     sys.path.insert(0, str(ROOT))
 
+from lightly_ext.names import CLASS_NAMES  # noqa: E402
 from plugins.experiments.methods_table import facts  # noqa: E402
 from plugins.experiments.published import MEASURED, PUBLISHED  # noqa: E402
 from plugins.methods import METHODS  # noqa: E402
@@ -159,6 +160,12 @@ def _commands(spec: MethodSpec) -> str:
     listed += [f"`config=pretrain/{spec.name}/{stem}`" for stem in vissl]
     if listed:
         parts += ["", f"All configurations: {', '.join(listed)}."]
+    (class_name,) = [name for name, known in CLASS_NAMES.items() if known.name == spec.name]
+    parts += [
+        "",
+        f"In a script for lightly: `lightly_ext.models.{class_name}(backbone)`, with the views of "
+        f"`lightly_ext.transforms.{class_name}Transform(input_size=224)`.",
+    ]
     suite = f"./run_experiments.sh digits --framework lightly --only {spec.name} --dry-run"
     parts += ["", f"`{suite}` prints lightly's command with the augmentations of the other two too."]
     return "\n".join(parts)

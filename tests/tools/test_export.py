@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from plugins.tools.export import main
+from plugins.tools.export import main, read_backbone
 
 
 def resnet(name: str = "resnet18") -> nn.Module:
@@ -255,6 +255,17 @@ def test_wrapped_models_are_exported_without_teacher_and_head(
     assert set(written) == set(model.state_dict())
     said = capsys.readouterr().out
     assert "dropped: " in said and "(121)" in said if wrap.startswith("model") else "teacher (120)" in said, said
+
+
+def test_the_outermost_backbone_is_exported(tmp_path: Path) -> None:
+    """A LightningModule may hold a backbone, and a model that has a backbone of its own."""
+    backbone, inner = nn.Linear(2, 3), nn.Linear(2, 3)
+    state = {**prefixed(inner, "model.student.backbone."), **prefixed(backbone, "backbone.")}
+    torch.save({"state_dict": {**state, "projector.w": torch.ones(1)}}, tmp_path / "run.ckpt")
+    exported, dropped = read_backbone(tmp_path / "run.ckpt")
+    assert exported.keys() == backbone.state_dict().keys()
+    assert all(torch.equal(exported[key], value) for key, value in backbone.state_dict().items())
+    assert dropped == {"model": 2, "projector": 1}
 
 
 def test_a_backbone_that_cannot_be_told_from_the_rest_is_an_error(

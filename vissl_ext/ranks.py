@@ -9,6 +9,7 @@ import multiprocessing
 import random
 import signal
 from contextlib import nullcontext
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vissl.utils.distributed_launcher import _ResumableSlurmJob
 from vissl.utils.env import get_machine_local_and_dist_rank
 
 from plugins.tools.command import UserError
+from plugins.tools.process import started_by
 from vissl_ext import catalog
 from vissl_ext.compat.checkpoints import room
 from vissl_ext.compat.cuda_calls import stay_on_cpu
@@ -33,6 +35,10 @@ from vissl_ext.summary import Summary
 
 register()
 
+_PRELOADED = (__name__,)
+"""Modules that the fork server of the data loaders imports once; their workers are started anew in each epoch."""
+_SERVER = forkserver.ForkServer()
+"""The fork server of the data loaders' workers; see ``started_by``."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -85,10 +91,9 @@ def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):  # forked, it would have the launcher's
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     catalog.register(cfg)
-    # the workers of a data loader, made anew each epoch, are forked from a process that has imported everything
-    multiprocessing.set_forkserver_preload([__name__])
+    _SERVER.set_forkserver_preload([*_PRELOADED])
     try:
-        with stay_on_cpu() if cfg.MACHINE.DEVICE == "cpu" else nullcontext():
+        with started_by(_SERVER), stay_on_cpu() if cfg.MACHINE.DEVICE == "cpu" else nullcontext():
             _vissl_worker(local_rank, cfg, *args, **kwargs)
     except OSError as error:
         if error.errno not in _FULL:

@@ -16,6 +16,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import IO, Any
 
+from plugins.tools.process import started_by
+
 PRELOADED = (
     "torch",
     "torch.utils.tensorboard",
@@ -28,7 +30,7 @@ PRELOADED = (
 """Modules that the fork server imports. A missing module is ignored here; the command that needs it reports it."""
 
 _SERVER = forkserver.ForkServer()
-"""Not the one of ``multiprocessing``: other code may have started that one with its own modules, and without ours."""
+"""The fork server of the suites; see ``started_by``."""
 
 _FILTER = "ignore::FutureWarning:solo.utils.whitening"
 """Filter for a warning that importing solo-learn causes on a new PyTorch; it would appear on the suite's console."""
@@ -79,12 +81,8 @@ class WarmProcess(multiprocessing.context.ForkServerProcess):
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
-        general = forkserver.connect_to_new_process
-        forkserver.connect_to_new_process = _SERVER.connect_to_new_process
-        try:
+        with started_by(_SERVER):
             return multiprocessing.context.ForkServerProcess._Popen(process_obj)
-        finally:
-            forkserver.connect_to_new_process = general
 
     @property
     def pid(self) -> int:

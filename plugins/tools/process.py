@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import IO, Any
 
@@ -103,6 +104,25 @@ def end_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def started_by(server: forkserver.ForkServer) -> Iterator[None]:
+    """Let a fork server of one's own start the processes of the ``with`` block whose start method is "forkserver".
+
+    multiprocessing has one fork server. It keeps the modules that it imported when it started, and other code may have
+    started it: a later ``multiprocessing.set_forkserver_preload`` has no effect then, and each process imports
+    everything anew.
+
+    Args:
+        server: started by the first process; the caller has set its modules with ``set_forkserver_preload``.
+    """
+    general = forkserver.connect_to_new_process
+    forkserver.connect_to_new_process = server.connect_to_new_process
+    try:
+        yield
+    finally:
+        forkserver.connect_to_new_process = general
 
 
 class Stopped(BaseException):

@@ -6,9 +6,12 @@ everything else must be exact.
 """
 
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,10 +19,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from vissl.config import AttrDict
 
 from plugins.distributed import Collective
 from plugins.methods import METHODS
 from plugins.testing import RankPool
+from plugins.tools.process import LOCK
 
 pytestmark = [pytest.mark.vissl, pytest.mark.ddp]
 
@@ -151,6 +156,49 @@ def test_all_processes_hold_the_same(
     assert differ.pop("clock") == [3, 3]  # steps of the run, and of an epoch
     assert METHODS[method].teacher == any(name.startswith("loss.teacher.") for name in names)
     assert differ == {when: [] for when in ("start", "step 1", "step 2", "step 3")}
+
+
+def test_data_loaders_have_a_fork_server_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one of multiprocessing keeps the modules that it started with; it may have been started without ours."""
+    from vissl_ext import ranks
+
+    context, codes = multiprocessing.get_context("forkserver"), []
+
+    def start(*_: Any) -> None:
+        process = context.Process(target=exec, args=("import sys\nsys.exit('colorsys' in sys.modules)",))
+        process.start()
+        process.join(600)
+        codes.append(process.exitcode)
+
+    monkeypatch.setattr(ranks, "_PRELOADED", ("colorsys",))
+    monkeypatch.setattr(ranks, "_SERVER", forkserver.ForkServer())
+    monkeypatch.setattr(ranks, "_vissl_worker", start)
+    config = AttrDict({"MACHINE": {"DEVICE": "gpu"}})
+    monkeypatch.setattr(ranks.catalog, "register", lambda cfg: None)
+    start()
+    ranks.worker(0, config)
+    start()
+    assert codes == [0, 1, 0]
+
+
+def test_a_job_of_slurm_locks_the_folder_of_its_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each machine a file of its own."""
+    import submitit
+    from vissl.utils import distributed_launcher
+
+    from vissl_ext import ranks
+
+    called = []
+    for name in ("_distributed_worker", "default_hook_generator"):  # put back after the test
+        monkeypatch.setattr(distributed_launcher, name, None)
+    monkeypatch.setattr(distributed_launcher._ResumableSlurmJob, "__call__", lambda job: called.append(job))
+    for node, name in enumerate((LOCK, f"{LOCK}-1")):
+        monkeypatch.setattr(submitit, "JobEnvironment", lambda node=node: SimpleNamespace(global_rank=node))
+        job = ranks.SlurmJob(engine_name="train", config=AttrDict({"CHECKPOINT": {"DIR": str(tmp_path)}}))
+        job()
+        assert called[node] is job and (tmp_path / name).read_text().startswith(f"process {os.getpid()} on ")
+    assert distributed_launcher._distributed_worker is ranks.worker
+    assert distributed_launcher.default_hook_generator is ranks.hooks
 
 
 def received(comm: Collective, path: str, gpu: bool) -> dict[str, Any]:

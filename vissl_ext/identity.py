@@ -19,6 +19,9 @@ _OF_THE_MACHINE = {
     *("BATCHSIZE_PER_REPLICA", "MMAP_MODE", "COPY_TO_LOCAL_DISK", "COPY_DESTINATION_DIR"),
 }
 """Entries of MODEL and DATA.TRAIN that say how a machine trains, or that are counted otherwise."""
+_DERIVED = {"world_size", "local_queue_length", "BATCHSIZE_PER_REPLICA", "output_dir"}
+"""Entries of a loss that VISSL overwrites (vissl/utils/hydra_config.py:345): with the number of processes, the batch of
+a process, and the run's folder."""
 
 
 def identity(engine: str, config: Any, paths: Mapping[str, list[str]] | None = None) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def identity(engine: str, config: Any, paths: Mapping[str, list[str]] | None = N
         {
             "engine_name": engine,
             "config.LOSS.name": loss,
-            f"config.LOSS.{loss}": config.LOSS.get(loss, {}),
+            f"config.LOSS.{loss}": _without_derived(config.LOSS.get(loss, {})),
             "config.MODEL.TRUNK": config.MODEL.TRUNK,
             "config.MODEL.HEAD": config.MODEL.HEAD,
             "config.MODEL": {k: v for k, v in config.MODEL.items() if k not in _APART | _OF_THE_MACHINE},
@@ -63,6 +66,12 @@ def identity(engine: str, config: Any, paths: Mapping[str, list[str]] | None = N
         }
     )
     return found
+
+
+def _without_derived(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_derived(entry) for key, entry in value.items() if key not in _DERIVED}
+    return value
 
 
 def check_same(folder: Path, ours: Mapping[str, Any]) -> int | None:
@@ -84,7 +93,7 @@ def check_same(folder: Path, ours: Mapping[str, Any]) -> int | None:
     path = folder / _FILE
     if not path.is_file() or not checkpoints(folder):
         return None
-    theirs = read_json(path)
+    theirs = _without_derived(read_json(path))  # earlier releases wrote them down
     for key, value in ours.items():
         if key != _EPOCHS and theirs.get(key, value) != value:
             name, there, here = difference(key, theirs[key], value)

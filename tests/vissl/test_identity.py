@@ -45,6 +45,25 @@ def test_the_same_run_may_go_on_with_more_epochs_and_on_another_machine(tmp_path
     )
 
 
+@pytest.mark.parametrize("method", ["SimCLR", "SwAV", "DeepCluster v2"])
+def test_what_vissl_derives_for_a_loss_from_the_processes_and_the_folder_is_not_compared(
+    method: str, stock_commands: dict, tmp_path: Path
+) -> None:
+    def begin(folder: Path, processes: int, batch: int) -> None:
+        words = [*stock_commands[method](folder, 1), f"config.DISTRIBUTED.NUM_PROC_PER_NODE={processes}"]
+        prepare([*words, f"config.DATA.TRAIN.BATCHSIZE_PER_REPLICA={batch}", "config.OPTIMIZER.num_epochs=1"], [])
+
+    begin(tmp_path / "here", 2, 4)
+    shutil.move(tmp_path / "here", tmp_path / "moved")
+    torch.save({}, tmp_path / "moved" / "model_phase0.torch")
+    path = tmp_path / "moved" / "run.json"
+    written = json.loads(path.read_text())
+    (section,) = [value for key, value in written.items() if key.startswith("config.LOSS.") and key[-5:] == "_loss"]
+    section.update(output_dir="elsewhere", world_size=3)  # as earlier releases wrote
+    path.write_text(json.dumps(written))
+    begin(tmp_path / "moved", 1, 8)
+
+
 @pytest.mark.parametrize(
     ("override", "name", "there", "here"),
     [

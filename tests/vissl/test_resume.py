@@ -1,6 +1,8 @@
 """A training that is killed reaches the weights of one that is not; its summary counts both parts."""
 
 import json
+import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +165,60 @@ PER_PROCESS = {
     ],
 }
 """Losses of VISSL that keep other tensors in each process, on a tiny network."""
+NPID = [
+    "config.MODEL.HEAD.PARAMS=[[mlp,{dims:[8,8]}]]",
+    "config.LOSS.nce_loss_with_memory.memory_params.embedding_dim=8",
+]
+"""A loss that keeps a memory bank of all images, the same in each process, on a tiny network."""
+
+
+def killed_and_resumed(
+    method: str, options: list[str], commands: dict, folder: Path, launches: Callable, watched: ModuleType
+) -> tuple[dict[str, Any], ...]:
+    """Train in two processes: uninterrupted in the folder "whole"; killed after an epoch, and resumed, in "cut".
+
+    The resumed run has two processes, and one with the same joined batch in "one", a copy of the folder.
+
+    Returns:
+        The final checkpoints of "whole" and "cut", and the result of the launch in "one".
+    """
+
+    def job(kind: str, processes: int, batch: int) -> dict[str, Any]:
+        argv = [*commands[method](folder / kind, 2), *watched.TINY[:1], *options]
+        argv += [f"config.DISTRIBUTED.NUM_PROC_PER_NODE={processes}", "config.CHECKPOINT.CHECKPOINT_FREQUENCY=1"]
+        argv.append(f"config.DATA.TRAIN.BATCHSIZE_PER_REPLICA={batch}")
+        return {"argv": argv, "folder": str(folder), "watch": True}
+
+    killed = {**job("cut", 2, 8), "when": str(folder / "cut" / "model_phase0.torch")}
+    whole, cut = launches([job("whole", 2, 8), killed])
+    assert (whole["status"], cut["status"]) == (0, -signal.SIGKILL), (whole, cut)
+    shutil.copytree(folder / "cut", folder / "one", symlinks=True)
+    resumed, one = launches([job("cut", 2, 8), {**job("one", 1, 16), "watch": False}])
+    assert resumed["status"] == 0, resumed
+    assert "resumed after 1 of 2 iterations" in resumed["output"]
+    ends = (folder / kind / "model_final_checkpoint_phase1.torch" for kind in ("whole", "cut"))
+    return *(torch.load(path, weights_only=True) for path in ends), one
+
+
+@pytest.mark.slow
+def test_a_memory_bank_is_the_same_in_all_processes_and_resumes_with_another_number(
+    stock_commands: dict, tmp_path: Path, launches: Callable, watched: ModuleType
+) -> None:
+    whole, cut, one = killed_and_resumed("NPID", NPID, stock_commands, tmp_path, launches, watched)
+    differ = json.loads((tmp_path / "whole" / watched.REPORT).read_text())
+    bank = "nce_average.memory"
+    assert f"loss.{bank}" in differ["names"]
+    assert [differ[when] for when in ("start", "step 1", "step 2")] == [[], [], []]
+    assert "loss_of_ranks" not in whole["classy_state_dict"]
+    for part in ("base_model", "optimizer", "loss"):
+        assert assert_same(whole["classy_state_dict"][part], cut["classy_state_dict"][part], part) > 0
+    assert one["status"] == 0 and "resumed after 1 of 2 iterations" in one["output"], one["output"][-3000:]
+    before, after = (
+        torch.load(tmp_path / "one" / f"model_{name}.torch", weights_only=True)["loss"][bank]
+        for name in ("phase0", "final_checkpoint_phase1")
+    )
+    # momentum 0.5: a new row is the normalised sum of the old one, of norm 1, and an embedding of norm 1
+    assert not torch.equal(before, after) and bool(((before * after).sum(1) > 0).all())
 
 
 @pytest.mark.slow
@@ -170,19 +226,7 @@ PER_PROCESS = {
 def test_resume_restores_the_loss_of_each_process(
     method: str, stock_commands: dict, tmp_path: Path, launches: Callable, watched: ModuleType
 ) -> None:
-    jobs = []
-    for kind in ("whole", "cut", "cut"):
-        argv = [*stock_commands[method](tmp_path / kind, 2), *watched.TINY[:1], *PER_PROCESS[method]]
-        argv += ["config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.CHECKPOINT.CHECKPOINT_FREQUENCY=1"]
-        jobs.append({"argv": argv, "folder": str(tmp_path), "watch": True})
-    jobs[1]["when"] = str(tmp_path / "cut" / "model_phase0.torch")
-    results = launches(jobs)
-    assert [result["status"] for result in results] == [0, -signal.SIGKILL, 0], results
-    assert "resumed after 1 of 2 iterations" in results[2]["output"]
-    one, other = (
-        torch.load(tmp_path / kind / "model_final_checkpoint_phase1.torch", weights_only=True)
-        for kind in ("whole", "cut")
-    )
+    one, other, single = killed_and_resumed(method, PER_PROCESS[method], stock_commands, tmp_path, launches, watched)
     ranks = one["classy_state_dict"]["loss_of_ranks"]
     name = "local_memory_embeddings" if method == "DeepCluster v2" else "swav_criterion.local_emb_queue"
     assert not torch.equal(ranks[0][name], ranks[1][name])
@@ -190,3 +234,6 @@ def test_resume_restores_the_loss_of_each_process(
         assert assert_same(ours, theirs, "loss of a process") > 0
     for part in ("base_model", "optimizer", "loss"):
         assert assert_same(one["classy_state_dict"][part], other["classy_state_dict"][part], part) > 0
+    assert single["status"] == 2, single["output"][-3000:]
+    (error,) = [line for line in single["output"].splitlines() if line.startswith("error: ")]
+    assert re.match(r"error: .*the checkpoint has a loss with \S+ of shape .* is resumed with the same config", error)

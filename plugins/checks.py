@@ -33,11 +33,14 @@ def check_rows(**tensors: Tensor) -> None:
             )
 
 
-def check_views(**views: Sequence[Tensor] | Tensor) -> None:
+def check_views(**views: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
     """Require lists of views, each a matrix ``[N, D]``, all of the same shape. How many is not checked.
 
     Args:
         views: lists of matrices, or tensors ``[V, N, D]``, named as the caller's parameters are.
+
+    Returns:
+        The matrices, with names such as ``student[0]``.
 
     Raises:
         ValueError: a tensor ``[N, D]`` in place of a list, or what :func:`check_rows` does not accept.
@@ -51,6 +54,11 @@ def check_views(**views: Sequence[Tensor] | Tensor) -> None:
     rows = {f"{name}[{v}]": view for name, given in views.items() for v, view in enumerate(given)}
     if rows:
         check_rows(**rows)
+    return rows
+
+
+class NotFiniteError(ValueError, FloatingPointError):
+    """NaN or inf where finite numbers are needed. Training loops handle it as a FloatingPointError."""
 
 
 def check_finite(what: str, **tensors: Tensor) -> None:
@@ -61,11 +69,34 @@ def check_finite(what: str, **tensors: Tensor) -> None:
         tensors: the tensors, named as the caller's parameters are.
 
     Raises:
-        ValueError: at least one tensor holds NaN or inf.
+        NotFiniteError: at least one tensor holds NaN or inf.
     """
     broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if broken:
-        raise ValueError(f"{what} needs finite numbers, got NaN or inf in {', '.join(broken)}")
+        raise NotFiniteError(f"{what} needs finite numbers, got NaN or inf in {', '.join(broken)}")
+
+
+def check_result(what: str, result: Tensor, processes: int, **tensors: Tensor) -> None:
+    """If a result is NaN or inf, name the tensors that caused it. Call it after the computation.
+
+    The check costs one comparison, as the tensors are read only after a failure. It does nothing on a GPU, where it
+    would wait for the device, and in compiled code: there the result shows the fault.
+
+    Args:
+        what: the quantity that was computed, for the error message.
+        result: scalar, the same on all processes.
+        processes: number of processes that share the batch.
+        tensors: this process's tensors, named as the caller's parameters are.
+
+    Raises:
+        NotFiniteError: a tensor holds NaN or inf, or those of another process may do. If all tensors of a single
+            process are finite, the result has overflowed, which is no error here.
+    """
+    if torch.compiler.is_compiling() or result.device.type != "cpu" or bool(result.isfinite()):
+        return
+    check_finite(what, **tensors)
+    if processes > 1:
+        raise NotFiniteError(f"{what} is NaN or inf because of the rows of another process")
 
 
 def check_count(rows: int, *, least: int, what: str) -> None:

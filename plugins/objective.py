@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plugins.checks import NotFiniteError, check_finite
 from plugins.clock import Clock, Stepped
 from plugins.distributed import LOCAL, Collective
 from plugins.heads import SharedHead, TwoBranchHead
@@ -47,6 +48,14 @@ def embed(
         shown = features[:large]
         return Embeddings(z, p, [projector.teacher(h) for h in shown], [h.detach() for h in shown])
     return Embeddings(z, p, [view.detach() for view in z[:large]] if target is None else target)
+
+
+def _by_view(embeddings: Embeddings) -> dict[str, Tensor]:
+    """Return the embeddings by the names in which error messages show them."""
+    parts = {"z": embeddings.z, "p": embeddings.p, "target": embeddings.target}
+    if embeddings.p is embeddings.z:
+        del parts["p"]
+    return {f"{name} of view {number}": view for name, views in parts.items() for number, view in enumerate(views)}
 
 
 class Objective(nn.Module):
@@ -118,7 +127,11 @@ class Objective(nn.Module):
         self.after_step()
 
     def forward(self, embeddings: Embeddings) -> Terms:
-        """Return the loss and its parts, a NamedTuple of scalars. Only ``loss`` has a gradient."""
+        """Return the loss and its parts, a NamedTuple of scalars. Only ``loss`` has a gradient.
+
+        Raises:
+            NotFiniteError: (on the CPU) an embedding holds NaN or inf; the message names the view.
+        """
         if self.training and self.stepping and not torch.compiler.is_compiling():
             self._micro_batches += 1
             if self._micro_batches == PATIENCE:
@@ -133,7 +146,11 @@ class Objective(nn.Module):
             self.embedding_moment.micro_batch()
             for view in embeddings.z:
                 self.embedding_moment.update(view)
-        return self.criterion(embeddings)
+        try:
+            return self.criterion(embeddings)
+        except NotFiniteError:
+            check_finite("the loss", **_by_view(embeddings))
+            raise
 
     def tracked_moment(self, predictor: nn.Module | None) -> RunningMoment | None:
         """Return the running second moment of the projections, or None if the method does not track it."""

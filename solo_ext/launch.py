@@ -52,7 +52,7 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> N
     """Run a task with the configuration that the command line selects, as solo-learn's scripts do.
 
     Args:
-        task: the function to run; a UserError in it ends the process with one line and status 2.
+        task: the function to run; a UserError or FloatingPointError in it ends the process with one line and status 2.
         usage: printed for ``--help``, and when no configuration is given.
         command: a key of ``schema.COMMANDS``, for ``--help-config``.
     """
@@ -89,7 +89,8 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> N
             started = True
             try:
                 task(cfg)
-            except UserError as error:  # raised again outside of Hydra, which would print the overrides first
+            except (UserError, FloatingPointError) as error:
+                # raised again outside of Hydra, which would print the overrides first
                 mistake = error
 
         hide_warnings()

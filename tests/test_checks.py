@@ -8,6 +8,7 @@ from plugins.checks import (
     check_count,
     check_finite,
     check_range,
+    check_result,
     check_rows,
     check_views,
     check_whole,
@@ -61,6 +62,17 @@ def test_finite():
     check_finite("a logarithm", z0=good, z1=good)
     with pytest.raises(ValueError, match="a logarithm needs finite numbers, got NaN or inf in z1, p0"):
         check_finite("a logarithm", z0=good, z1=bad, p0=bad / bad)
+
+
+def test_a_result_that_is_not_finite_names_its_cause():
+    good, bad = torch.ones(2, 2), torch.tensor([[1.0, torch.inf]])
+    check_result("a mean", good.mean(), 1, good=good, bad=bad)  # not looked at
+    with pytest.raises(FloatingPointError, match=r"^a mean needs finite numbers, got NaN or inf in bad$"):
+        check_result("a mean", bad.mean(), 2, good=good, bad=bad)
+    check_result("a sum", good.sum() * torch.inf, 1, good=good)  # an overflow
+    with pytest.raises(ValueError, match=r"^a sum is NaN or inf because of the rows of another process$"):
+        check_result("a sum", good.sum() * torch.inf, 2, good=good)
+    check_result("a sum", torch.empty((), device="meta"), 1, bad=bad)
 
 
 def test_count():

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_choice, check_rows, compute_dtype
+from plugins.checks import check_choice, check_result, check_rows, compute_dtype
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import joined_mean
 
@@ -44,7 +44,8 @@ def byol_loss(
         below 1e-8 counts as orthogonal to its target (value 2) and gets no gradient.
 
     Raises:
-        ValueError: the shapes differ, the metric is unknown, or there are no rows.
+        ValueError: the shapes differ, the metric is unknown, there are no rows, or (on the CPU) an argument holds NaN
+            or inf.
 
     >>> p, target = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     >>> byol_loss(p, target).item(), byol_loss(p, target, metric="euclidean").item()
@@ -52,6 +53,15 @@ def byol_loss(
     """
     check_rows(p=p, target=target)
     check_choice("metric", metric, METRICS)
+    loss = mean_distance(p, target, metric, comm)
+    check_result("the BYOL loss", loss, comm.size, p=p, target=target)
+    return loss
+
+
+def mean_distance(
+    p: Float[Tensor, "B D"], target: Float[Tensor, "B D"], metric: str, comm: Collective
+) -> Float[Tensor, ""]:
+    """Compute :func:`byol_loss` without checks of the arguments."""
     dtype = compute_dtype(torch.promote_types(p.dtype, target.dtype))
     with torch.autocast(p.device.type, enabled=False):
         p, target = p.to(dtype), target.detach().to(dtype)
@@ -68,7 +78,7 @@ def byol_terms(
 ) -> BYOLLossTerms:
     """Return :func:`byol_loss` and the mean cosine."""
     loss = byol_loss(p, target, metric=metric, comm=comm)
-    cosine = loss if metric == "cosine" else byol_loss(p.detach(), target, comm=comm)
+    cosine = loss if metric == "cosine" else mean_distance(p.detach(), target, "cosine", comm)
     return BYOLLossTerms(loss, 1 - cosine.detach() / 2)
 
 

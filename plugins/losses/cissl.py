@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_choice, check_count, check_range, check_views, compute_dtype
+from plugins.checks import check_choice, check_count, check_range, check_result, check_views, compute_dtype
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import attach_gradient
 
@@ -57,7 +57,7 @@ def cissl_loss(
 
     Raises:
         ValueError: a tensor in place of a list, the shapes differ, there are more teacher than student views, fewer
-            than two views or images, or ``positives`` is unknown.
+            than two views or images, or ``positives`` is unknown, or (on the CPU) a view holds NaN or inf.
 
     >>> same = torch.ones(2, 4, 3)
     >>> round(cissl_loss(same, same).item(), 5)  # log 8
@@ -71,7 +71,7 @@ def cissl_terms(
 ) -> CISSLTerms:
     """Return :func:`cissl_loss` and its bound on the mutual information."""
     check_choice("positives", positives, POSITIVES)
-    _check(student, teacher)
+    named = _check(student, teacher)
     check_range("temperature", temperature, low=1e-6)
     with torch.autocast(student[0].device.type, enabled=False):
         u, w = _directions(student), _directions(teacher)
@@ -115,6 +115,7 @@ def cissl_terms(
             scale = comm.size / (images * students * temperature)
             loss = attach_gradient(loss, [u, w], [(by_u * scale).view_as(u), (by_w * scale).view_as(w)])
     without = 0 if own is None else teachers  # rows of an image whose own view is no column
+    check_result("a contrastive loss", loss, comm.size, **named)
     entropy = (without * math.log(columns - 1) + (students - without) * math.log(columns)) / students
     return CISSLTerms(loss, entropy - loss.detach(), loss.new_full((), entropy))
 
@@ -162,13 +163,15 @@ def _others(z: Float[Tensor, "B V D"]) -> Float[Tensor, "B V D"]:
     return (z.sum(1, keepdim=True) - z) / (z.shape[1] - 1)
 
 
-def _check(student: Views, teacher: Views) -> None:
-    check_views(student=student, teacher=teacher)
+def _check(student: Views, teacher: Views) -> dict[str, Tensor]:
+    """Check numbers and shapes of the views; return them by name."""
+    named = check_views(student=student, teacher=teacher)
     if not 2 <= len(teacher) <= len(student):
         raise ValueError(
             "a contrastive loss needs at least 2 teacher views and at least as many student views, got "
             f"{len(teacher)} and {len(student)}"
         )
+    return named
 
 
 class CISSLLoss(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_range, check_views, compute_dtype
+from plugins.checks import check_range, check_result, check_views, compute_dtype
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import joined_mean
 
@@ -52,8 +52,8 @@ def dino_loss(
         The loss of the joined batch, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: a tensor in place of a list, the shapes differ, the numbers of views do not fit, or a temperature is
-            out of range.
+        ValueError: a tensor in place of a list, the shapes differ, the numbers of views do not fit, a temperature is
+            out of range, or (on the CPU) a view holds NaN or inf.
 
     >>> uniform = [torch.zeros(4, 8)] * 2
     >>> round(dino_loss(uniform, uniform, torch.zeros(8)).item(), 5)  # log 8
@@ -91,7 +91,9 @@ def dino_terms(
         pairs = [(u, v) for u in range(len(teacher)) for v in range(len(student)) if u != v]
         crossed = torch.stack([-(log_p[u].exp() * log_q[v]).sum(1) for u, v in pairs]).mean(0)
         entropies = torch.stack([-(rows.exp() * rows).sum(1) for rows in log_p]).mean(0)
-        return DINOTerms(joined_mean(crossed, comm), joined_mean(entropies, comm))
+        terms = DINOTerms(joined_mean(crossed, comm), joined_mean(entropies, comm))
+    check_result("the DINO loss", terms.loss, comm.size, **named)
+    return terms
 
 
 class DINOLoss(nn.Module):

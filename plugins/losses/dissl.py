@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_range, check_views
+from plugins.checks import check_range, check_result, check_views
 from plugins.distributed import LOCAL, Collective
 from plugins.losses.dissl_blocks import Views, value_and_parts
 
@@ -74,7 +74,8 @@ def dissl_loss(
 
     Raises:
         ValueError: a tensor in place of a list, the shapes differ, there are too few views, an index in
-            ``assignment_views`` does not exist, or a weight or temperature is out of range.
+            ``assignment_views`` does not exist, a weight or temperature is out of range, or (on the CPU) a view holds
+            NaN or inf.
 
     >>> uniform = torch.zeros(2, 4, 8)
     >>> round(dissl_loss(uniform, uniform).item(), 4)  # (1 - 2.3 + 0.8) log 8
@@ -106,24 +107,32 @@ def dissl_terms(
     comm: Collective = LOCAL,
 ) -> DISSLTerms:
     """:func:`dissl_loss` with its parts beside it."""
-    chosen = _chosen(teacher_logits, student_logits, assignment_views)
+    named = _checked(teacher_logits, student_logits)
+    chosen = _chosen(len(teacher_logits), assignment_views)
     weights = _weights(distillation_weight, lambda_maximality, beta_det_inv)
     taus = _taus(tau_teacher, tau_student)
     with torch.autocast(teacher_logits[0].device.type, enabled=False):
         found = value_and_parts(teacher_logits, student_logits, chosen, weights, taus, comm)
-    return DISSLTerms(**found)
+    terms = DISSLTerms(**found)
+    check_result("the DISSL loss", terms.loss, comm.size, **named)
+    return terms
 
 
-def _chosen(teacher: Views, student: Views, views: Sequence[int] | None) -> list[int]:
-    check_views(teacher_logits=teacher, student_logits=student)
+def _checked(teacher: Views, student: Views) -> dict[str, Tensor]:
+    """Check numbers and shapes of the views; return them by name."""
+    named = check_views(teacher_logits=teacher, student_logits=student)
     if not 1 <= len(teacher) <= len(student) or len(student) < 2:
         raise ValueError(
             "the DISSL loss needs at least 1 teacher view, 2 student views and as many student as teacher views, "
             f"got {len(teacher)} and {len(student)}"
         )
-    chosen = list(range(len(teacher)) if views is None else views)
-    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(len(teacher))):
-        raise ValueError(f"assignment_views must be different teacher views, 0 to {len(teacher) - 1}, got {views}")
+    return named
+
+
+def _chosen(teachers: int, views: Sequence[int] | None) -> list[int]:
+    chosen = list(range(teachers) if views is None else views)
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(teachers)):
+        raise ValueError(f"assignment_views must be different teacher views, 0 to {teachers - 1}, got {views}")
     return chosen
 
 

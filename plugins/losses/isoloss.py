@@ -9,9 +9,9 @@ loss: the gradient is the same, the value is BYOL's, and any predictor can be us
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_choice, check_rows
+from plugins.checks import check_choice, check_result, check_rows
 from plugins.distributed import LOCAL, Collective
-from plugins.losses.byol import METRICS, BYOLLossTerms, byol_terms
+from plugins.losses.byol import METRICS, BYOLLossTerms, mean_distance
 
 IsoLossTerms = BYOLLossTerms
 
@@ -38,7 +38,8 @@ def isoloss(
         The loss of the joined batch, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: the shapes differ, the metric is unknown, or there are no rows.
+        ValueError: the shapes differ, the metric is unknown, there are no rows, or (on the CPU) an argument holds NaN
+            or inf.
 
     >>> import torch
     >>> z = torch.tensor([[1.0, 1.0]], requires_grad=True)
@@ -60,7 +61,11 @@ def isoloss_terms(
 ) -> IsoLossTerms:
     """Return :func:`isoloss` and the mean cosine."""
     check_rows(z=z, p=p, target=target)
-    return byol_terms(straight_through(z, p), target, metric=metric, comm=comm)
+    check_choice("metric", metric, METRICS)
+    loss = mean_distance(straight_through(z, p), target, metric, comm)
+    check_result("the IsoLoss", loss, comm.size, z=z, p=p, target=target)
+    cosine = loss if metric == "cosine" else mean_distance(p.detach(), target, "cosine", comm)
+    return IsoLossTerms(loss, 1 - cosine.detach() / 2)
 
 
 def straight_through(z: Float[Tensor, "B D"], p: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:

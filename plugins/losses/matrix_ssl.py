@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_choice, check_finite, check_rows, compute_dtype
+from plugins.checks import check_choice, check_finite, check_result, check_rows, compute_dtype
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import (
     FORMS,
@@ -93,7 +93,7 @@ def matrix_ssl_loss(
 
     Raises:
         ValueError: the shapes differ, an option is unknown or out of range, or all processes together have fewer than
-            two rows.
+            two rows, or (on the CPU; with the exact logarithm on any device) an argument holds NaN or inf.
 
     >>> v = torch.tensor([[3.0, 0.0], [-1.0, 0.0]])
     >>> round(matrix_ssl_loss(v, v, v, v).item(), 4)  # a line: -7/12 - 7/6
@@ -180,6 +180,7 @@ def _matrix_ssl(
     except LinAlgError:
         _check_finite(comm, **named)
         raise
+    check_result("the Matrix-SSL loss", loss, comm.size, p0=p0, p1=p1, target0=target0, target1=target1)
     # the solvers of the exact logarithm have waited for the device, so that one look more is free
     if weights.logarithm == "exact" and not torch.compiler.is_compiling() and not bool(loss.isfinite()):
         _check_finite(comm, **named)

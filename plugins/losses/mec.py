@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_choice, check_count, check_range, check_rows, check_whole, compute_dtype
+from plugins.checks import check_choice, check_count, check_range, check_result, check_rows, check_whole, compute_dtype
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import (
     FORMS,
@@ -78,7 +78,8 @@ def mec_loss(
         The loss of the joined batch, float32 (float64 for float64 input). A row shorter than 1e-12 counts as zero.
 
     Raises:
-        ValueError: shapes differ, an unknown form, a number outside its range, no rows.
+        ValueError: shapes differ, an unknown form, a number outside its range, no rows, or (on the CPU) an argument
+            holds NaN or inf.
 
     >>> z = torch.eye(4)
     >>> round(mec_loss(z, z, z, z, eps_d=0.5).item(), 4)  # four eigenvalues 1 / 2: -2 (1/2 - 1/8 + 1/24 - 1/64)
@@ -179,6 +180,7 @@ def _mec(
         loss = -eps_d * sum(traces[1:], traces[0]) / len(traces)
         if torch.is_grad_enabled() and any(view.requires_grad for view in views):
             loss = attach_gradient(loss, views, gradients)
+    check_result("the MEC loss", loss, comm.size, p0=p0, p1=p1, target0=target0, target1=target1)
     return loss, pairs, gram or comm.size == 1
 
 

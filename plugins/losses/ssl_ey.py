@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_choice, check_rows, compute_dtype
+from plugins.checks import check_choice, check_result, check_rows, compute_dtype
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import (
     FORMS,
@@ -74,7 +74,7 @@ def ssl_ey_loss(
 
     Raises:
         ValueError: the shapes differ, the form or estimator is unknown, or all processes together have fewer than two
-            rows (four for "split" and "ustat").
+            rows (four for "split" and "ustat"), or (on the CPU) an argument holds NaN or inf.
 
     >>> z = torch.tensor([[0.5, 0.0], [-0.5, 0.0]])
     >>> ssl_ey_loss(z, z).item()  # the minimum, -min(D, N - 1)
@@ -92,7 +92,8 @@ def ssl_ey_terms(
     estimator: str = "plugin",
 ) -> SSLEYLossTerms:
     """Return :func:`ssl_ey_loss` and its two parts."""
-    check_rows(**{f"z{view}": z for view, z in enumerate((z0, z1, *others))})
+    named = {f"z{view}": z for view, z in enumerate((z0, z1, *others))}
+    check_rows(**named)
     check_choice("form", form, FORMS)
     check_choice("estimator", estimator, ESTIMATORS)
     dtype = compute_dtype(reduce(torch.promote_types, [z.dtype for z in (z0, z1, *others)]))
@@ -100,6 +101,7 @@ def ssl_ey_terms(
         views = [z.to(dtype) for z in (z0, z1, *others)]
         square, trace, cross, loss = (_plugin if estimator == "plugin" else _unbiased)(views, comm, form, estimator)
         whitening, alignment = square - 2 * trace + z0.shape[1], 2 * trace - 4 * cross
+    check_result("the SSL-EY loss", loss, comm.size, **named)
     return SSLEYLossTerms(loss, whitening.detach(), alignment.detach())
 
 

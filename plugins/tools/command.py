@@ -112,7 +112,8 @@ def nearest(name: Any, known: Iterable[Any], *, cutoff: float = 0.6) -> str | No
 def exit_on_user_error() -> Iterator[None]:
     """Print a one-line error and exit with status 2 if the block raises an error that the user can correct.
 
-    Such errors are a UserError, a package that is not installed, a full disk, and missing permissions for a file.
+    Such errors are a UserError, a package that is not installed, a full disk, missing permissions for a file, and a
+    training whose numbers are NaN or inf (FloatingPointError).
     """
     try:
         yield
@@ -122,9 +123,11 @@ def exit_on_user_error() -> Iterator[None]:
         if first_process():
             print(f"error: {not_installed(error.name)}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (UserError, OSError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         sentence = str(error)
-        if isinstance(error, PermissionError) and error.filename is not None:
+        if isinstance(error, FloatingPointError):
+            sentence = f"training diverged: {sentence}; lower the learning rate, or check the images for NaN"
+        elif isinstance(error, PermissionError) and error.filename is not None:
             sentence = f"{error.filename}: {error.strerror}; change its permissions, or give another path"
         elif isinstance(error, OSError):
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -276,6 +276,14 @@ def test_a_mistake_is_one_sentence_and_status_2(case, digits, tmp_path, monkeypa
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_a_training_that_diverges_names_the_view(digits, tmp_path, monkeypatch, capfd):
+    """At the step, not at the end of the epoch."""
+    rate = ("optimizer.name=sgd", "optimizer.lr=1e30", "++optimizer.kwargs={}", "++max_epochs=1")
+    argv = _arguments(digits, tmp_path, "ssl_ey", *rate, "++scheduler.name=none")
+    said = _refused(main_pretrain.main, argv, monkeypatch, capfd)
+    assert "training diverged: the loss needs finite numbers, got NaN or inf in z of view 0" in said
+
+
 def test_no_gpu_is_one_sentence(digits, tmp_path, monkeypatch, capfd):
     if torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -75,7 +75,7 @@ def dino_terms(
     """Compute :func:`dino_loss` and the entropy of the teacher's assignments."""
     check_range("tau_student", tau_student, low=1e-6)
     check_range("tau_teacher", tau_teacher, low=1e-6)
-    check_views(student=student, teacher=teacher)
+    named = check_views(student=student, teacher=teacher)
     if not 1 <= len(teacher) <= len(student) or len(student) < 2:
         raise ValueError(
             "dino_loss needs at least 2 student views and 1 to as many teacher views, "

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,15 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
+from vissl.models import build_model
 from vissl.utils.extract_features_utils import ExtractedFeaturesLoader
+from vissl.utils.hydra_config import convert_to_attrdict
 
 from plugins.tools.command import UserError
 from plugins.tools.features import load_features
 from plugins.tools.resnet8 import resnet8
-from vissl_ext.features import FeatureWriter, feature_chunks
+from vissl_ext.compose import compose
+from vissl_ext.features import Extractor, FeatureWriter, feature_chunks
 from vissl_ext.registry import register
 
 register()
@@ -64,6 +68,40 @@ def test_missing_features_are_a_sentence(tmp_path: Path) -> None:
 def float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions on a GPU would round to TF32, with 2^-11 in place of 2^-24."""
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+
+
+def test_features_of_swavs_head(tmp_path: Path) -> None:
+    """Its embedding and the scores of each set of prototypes, which are lists in a list: stock VISSL ends in an error."""
+    words = [
+        *("config=feature_extraction/extract_resnet_in1k_8gpu", "+config/feature_extraction/with_head=rn50_swav"),
+        *("config.MODEL.TRUNK.NAME=plain_resnet", "config.MODEL.TRUNK.RESNETS.DEPTH=8"),
+        "config.MODEL.HEAD.PARAMS=[[swav_head,{dims:[64,16,8],use_bn:true,num_clusters:[5,3]}]]",
+    ]
+    config = convert_to_attrdict(compose(words)[0], dump_config=False)[1]
+    torch.manual_seed(0)
+    model = build_model(config.MODEL, config.OPTIMIZER).eval()
+    images = torch.randn(6, 3, 16, 16)
+    batches = [
+        {"data": [images[rows]], "label": [torch.tensor(rows) % 2], "data_idx": [torch.tensor(rows)]}
+        for rows in ([4, 0, 2], [1, 5, 3])
+    ]
+    extractor = Extractor.__new__(Extractor)
+    extractor.cfg, extractor._cleanup_task = config, lambda: None
+    extractor.task = SimpleNamespace(
+        prepare_extraction=lambda pin_memory: None,
+        base_model=model,
+        available_splits=["TRAIN"],
+        dataloaders={"train": batches},
+        device=torch.device("cpu"),
+    )
+    extractor.extract(str(tmp_path))
+    with torch.no_grad():
+        ((embedding, *scores),) = model(images)
+    assert [tuple(part.shape) for part in (embedding, *scores)] == [(6, 8), (6, 5), (6, 3)]
+    for name, expected in zip(("heads", "heads1", "heads2"), (embedding, *scores), strict=True):
+        features, labels = load_features(tmp_path, "train", name)
+        torch.testing.assert_close(features, expected)
+        assert labels.tolist() == [0, 1] * 3
 
 
 @pytest.fixture(scope="module")

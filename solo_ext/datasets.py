@@ -14,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from plugins.tools.command import UserError, say
 from plugins.tools.folders import ImageFolder
+from plugins.tools.folders import check_same_classes as _check_same_classes
 from plugins.tools.images import open_image
 from solo_ext.compat import host_data
 from solo_ext.transforms import DATASETS
@@ -279,6 +280,7 @@ def check_same_classes(train: Dataset, val: Dataset | None) -> None:
     """
     while isinstance(train, Indexed | Subset):
         train = train.dataset
-    if isinstance(train, ImageFolder) and isinstance(val, ImageFolder) and train.classes != val.classes:
-        alone = ", ".join(sorted(set(train.classes) ^ set(val.classes))[:5])
-        raise UserError(f"{train.root} and {val.root} have different class folders: only one of them has {alone}")
+    if isinstance(train, ImageFolder) and isinstance(val, ImageFolder):
+        _check_same_classes(train.root, train.classes, val.root, val.classes)
+    if isinstance(train, H5Images) and isinstance(val, H5Images):
+        _check_same_classes(train.path, train.classes, val.path, val.classes)

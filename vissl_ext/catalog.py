@@ -11,7 +11,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import UserError
-from plugins.tools.folders import walk
+from plugins.tools.folders import check_same_classes, class_names, walk
 from vissl_ext.compat.safe_files import load_file
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -35,7 +35,8 @@ def complete(config: DictConfig, given: dict[str, Any]) -> dict[str, list[str]]:
         The images of each list that has to be written, by the list's path.
 
     Raises:
-        UserError: a path is not there, holds no images, or lacks the labels that the configuration asks for.
+        UserError: a path is not there, holds no images, lacks the labels that the configuration asks for, or the
+            folders of training and test images have different classes.
     """
     lists: dict[str, list[str]] = {}
     splits = [*([] if config.TEST_ONLY else ["TRAIN"]), *(["TEST"] if config.TEST_MODEL else [])]
@@ -70,7 +71,17 @@ def complete(config: DictConfig, given: dict[str, Any]) -> dict[str, list[str]]:
         data.DATA_PATHS, data.DATA_SOURCES, data.DATASET_NAMES = paths, sources, names
         if wanted and "disk_folder" in sources:
             data.LABEL_SOURCES = sources
+    _check_classes([config.DATA[split] for split in splits])
     return lists
+
+
+def _check_classes(splits: list[Any]) -> None:
+    """Check that the labels of two folders number the same classes."""
+    of_folders = [data for data in splits if list(data.LABEL_SOURCES) == ["disk_folder"] and not data.LABEL_PATHS]
+    places = [path for data in of_folders if list(data.DATA_SOURCES) == ["disk_folder"] for path in data.DATA_PATHS]
+    if len(of_folders) == len(places) == 2 and all(Path(place).is_dir() for place in places):
+        train, val = places
+        check_same_classes(train, class_names(train), val, class_names(val))
 
 
 def class_count(data: Any) -> int:

@@ -17,7 +17,7 @@ from lightly_ext.benchmarks.schema import Options, flag
 from lightly_ext.benchmarks.setup import Setup, first_line
 from plugins.tools.command import UserError
 from plugins.tools.data import SUFFIXES
-from plugins.tools.folders import walk
+from plugins.tools.folders import check_same_classes, walk
 
 
 def prepare(options: Options) -> Setup:
@@ -73,8 +73,7 @@ def _classes(options: Options) -> list[str]:
     """Check the images; return the classes of the training images."""
     train, held_out = (_images(name, getattr(options, name)) for name in ("train_dir", "val_dir"))
     classes, images = sorted(train), sum(train.values())
-    if unknown := sorted(set(held_out) - set(classes)):
-        raise UserError(f"--val-dir has the class {unknown[0]!r}, which --train-dir lacks")
+    check_same_classes(options.train_dir, train, options.val_dir, held_out)
     if len(classes) < 2:
         raise UserError(f"--train-dir must have at least two classes, got {len(classes)}: {options.train_dir}")
     batch = options.batch_size_per_device * options.devices

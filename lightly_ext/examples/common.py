@@ -15,7 +15,7 @@ from lightly_ext.names import CLASS_NAMES
 from lightly_ext.transforms import TwoViewTransform
 from plugins.tools.command import Parser, UserError, nearest, number
 from plugins.tools.data import DataError, make_digits
-from plugins.tools.folders import ImageFolder
+from plugins.tools.folders import ImageFolder, check_same_classes, class_names
 from plugins.tools.images import open_image
 from plugins.tools.knn import knn_accuracy
 
@@ -101,11 +101,16 @@ def arguments(description: str, method: str, given: list[str] | None = None, **m
     for split in ("train", "val"):
         if not (args.data / split).is_dir():
             raise UserError(f"--data: {args.data} has no folder {split}; give a folder with train/ and val/")
+    check_same_classes(*(part for split in ("train", "val") for part in _classes(args.data / split)))
     images = len(dataset(args.data / "train"))
     if images < BATCH:
         raise UserError(f"--data: one batch has {BATCH} images, {args.data / 'train'} has {images}; give more images")
     torch.manual_seed(args.seed)
     return args
+
+
+def _classes(folder: Path) -> tuple[Path, list[str]]:
+    return folder, class_names(folder)
 
 
 def dataset(folder: Path, transform: Any = None) -> LightlyDataset:

@@ -23,7 +23,7 @@ def open_folders(train: Path, val: Path) -> tuple[torch.utils.data.Dataset, torc
     Raises:
         UserError: a folder is missing or empty, or the class folders differ.
     """
-    from plugins.tools.folders import ImageFolder
+    from plugins.tools.folders import ImageFolder, check_same_classes
 
     found = []
     for folder in (train, val):
@@ -34,9 +34,7 @@ def open_folders(train: Path, val: Path) -> tuple[torch.utils.data.Dataset, torc
         except FileNotFoundError as error:
             raise UserError(f"{folder} must hold a folder of images for each class: {error}") from None
         found.append(images)
-    alone = sorted(set(found[0].classes) ^ set(found[1].classes))
-    if alone:
-        raise UserError(f"{train} and {val} have different class folders: only one of them has {', '.join(alone[:5])}")
+    check_same_classes(train, found[0].classes, val, found[1].classes)
     return found[0], found[1]
 
 

@@ -1,11 +1,13 @@
 """List image folders. Each real folder is visited once, since a symbolic link may lead to one of its parents."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from torchvision.datasets import ImageFolder as _ImageFolder
 from torchvision.datasets.folder import has_file_allowed_extension
+
+from plugins.tools.command import UserError
 
 
 def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
@@ -26,6 +28,30 @@ def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
         seen.add(real)
         folders.sort()
         yield place, sorted(names)
+
+
+def class_names(folder: str | Path) -> list[str]:
+    """Return the sorted names of the folders in a folder, which number the classes."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+
+
+def check_same_classes(
+    train: str | Path, train_classes: Iterable[str], val: str | Path, val_classes: Iterable[str]
+) -> None:
+    """Require the same classes for training and validation; otherwise one label would mean two classes.
+
+    Args:
+        train: folder or file of the training images, for the error message.
+        train_classes: names of its classes.
+        val: folder or file of the validation images, for the error message.
+        val_classes: names of its classes.
+
+    Raises:
+        UserError: the classes differ; the message names up to five that only one of the two has.
+    """
+    alone = sorted(set(train_classes) ^ set(val_classes))
+    if alone:
+        raise UserError(f"{train} and {val} have different class folders: only one of them has {', '.join(alone[:5])}")
 
 
 class ImageFolder(_ImageFolder):

@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,11 +122,18 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         (few / split / "0").mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(few / split / "0" / "0.png")
+    other = tmp_path / "other"
+    shutil.copytree(few / "train", other / "train")
+    shutil.copytree(few / "train" / "0", other / "val" / "1")
     for given, sentence in (
         (["--method", "isolos"], "--method: unknown method 'isolos'; did you mean isoloss?"),
         (["--method", "?"], "--method: unknown method '?'; choose from byol, "),
         (["--steps", "0"], "argument --steps: must be above 0, got 0; see --help"),
         (["--data", str(tmp_path)], f"--data: {tmp_path} has no folder val; give a folder with train/ and val/"),
+        (
+            ["--data", str(tmp_path / "other")],
+            f"{tmp_path / 'other' / 'train'} and {tmp_path / 'other' / 'val'} have diff",
+        ),
         (["--data", str(few)], f"--data: one batch has 64 images, {few / 'train'} has 1; give more images"),
     ):
         with pytest.raises(UserError) as error:

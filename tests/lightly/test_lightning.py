@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -317,6 +318,8 @@ def test_two_processes_print_one_table(digits: Path, tmp_path: Path) -> None:
 def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     empty = tmp_path / "empty"
     (empty / "0").mkdir(parents=True)
+    fewer = tmp_path / "fewer"  # its class 4 would have the label 3
+    shutil.copytree(digits / "val", fewer, ignore=lambda _, names: {"3"} & set(names))
     folders = [
         "--train-dir",
         str(digits / "train"),
@@ -332,6 +335,10 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
         (["--methods", "barlow"], "--methods: there is no method 'barlow'; there are byol, "),
         (["--train-dir", str(tmp_path / "gone")], f"--train-dir: there is no folder {tmp_path / 'gone'}"),
         (["--val-dir", str(empty)], f"--val-dir: there are no images in class folders of {empty}"),
+        (
+            ["--val-dir", str(fewer)],
+            f"{digits / 'train'} and {fewer} have different class folders: only one of them has 3",
+        ),
         (["--batch-size-per-device", "128"], "one batch of 128 is more than the 80 training images"),
         (["--batch-size-per-device", "1"], "--batch-size-per-device must be a whole number, at least 2, got 1"),
         (["--knn-k", "100"], "--knn-k 100 is more than the 80 training images"),

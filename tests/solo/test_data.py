@@ -19,7 +19,7 @@ from plugins.tools.command import UserError
 from solo_ext.compat import GENERATION
 from solo_ext.config import parse_linear, parse_pretrain
 from solo_ext.data import linear_images, pretrain_images
-from solo_ext.datasets import image_dataset, listing, split_path
+from solo_ext.datasets import H5Images, check_same_classes, image_dataset, listing, split_path
 from solo_ext.loaders import EpochSampler, EpochSeeded
 from solo_ext.transforms import (
     DATASETS,
@@ -345,6 +345,19 @@ def test_an_hdf5_file_is_a_folder_of_classes(tmp_path):
     with pytest.raises(UserError, match=r"is not an HDF5 file with a group of images for each class"):
         (tmp_path / "b.h5").write_text("no")
         image_dataset("custom", str(tmp_path / "b.h5"), "train", None, indexed=True, no_labels=False, data_format="h5")
+
+
+def test_classes_of_two_hdf5_files_must_be_the_same(tmp_path):
+    files = []
+    for name, classes in (("train", "abc"), ("val", "ac")):
+        files.append(tmp_path / f"{name}.h5")
+        with h5py.File(files[-1], "w") as file:
+            for letter in classes:
+                file[f"{letter}/image"] = np.zeros(1, dtype=np.uint8)
+    train, val = (H5Images(str(path), None) for path in files)
+    check_same_classes(train, train)
+    with pytest.raises(UserError, match=r"train\.h5 and .*val\.h5 have different class folders: .* has b$"):
+        check_same_classes(train, val)
 
 
 def test_imagenet100_is_taken_from_an_hdf5_file_of_imagenet(tmp_path):

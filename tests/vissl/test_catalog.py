@@ -1,6 +1,7 @@
 """A folder on the command line is enough: labelled, unlabelled, nested, missing."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,19 @@ def test_mistakes_are_one_sentence(folders, config, name, overrides, text):
             (path / split).mkdir(parents=True)
     with pytest.raises(UserError, match=re.escape(text)):
         complete(config, path, *overrides)
+
+
+def test_classes_of_training_and_test_images_must_be_the_same(folders):
+    """Labels are the numbers of class folders: without the first one, each would mean another class."""
+    train, test = folders / "labelled", folders / "fewer"
+    shutil.copytree(train, test)
+    shutil.rmtree(test / "0")
+    words = [f"config.DATA.{split}.DATA_PATHS=[{path}]" for split, path in (("TRAIN", train), ("TEST", test))]
+    cfg, given = compose([SUPERVISED, *words])
+    with pytest.raises(UserError, match=r"labelled and .*/fewer have different class folders: only one of them has 0$"):
+        catalog.complete(cfg.config, given)
+    cfg.config.DATA.TEST.LABEL_SOURCES = []
+    catalog.complete(cfg.config, given)
 
 
 def test_an_empty_class_is_named(folders):

@@ -71,7 +71,7 @@ def float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_features_of_swavs_head(tmp_path: Path) -> None:
-    """Its embedding and the scores of each set of prototypes, which are lists in a list: stock VISSL ends in an error."""
+    """Its embedding and the scores of each set of prototypes, a list in a list, with which stock VISSL fails."""
     words = [
         *("config=feature_extraction/extract_resnet_in1k_8gpu", "+config/feature_extraction/with_head=rn50_swav"),
         *("config.MODEL.TRUNK.NAME=plain_resnet", "config.MODEL.TRUNK.RESNETS.DEPTH=8"),

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from plugins.tools.command import UserError
+from plugins.tools import labels as tools
 
 _TORCH_LOSSES = ("CrossEntropyLoss", "NLLLoss", "MultiMarginLoss")
 
@@ -51,14 +50,5 @@ def check_labels(output: Tensor | list[Tensor], target: Any, ignored: int, where
     Raises:
         UserError: a label is below 0, or not below C.
     """
-    if not torch.is_tensor(target) or target.is_floating_point() or target.ndim != 1:
-        return
     classes = min(part.shape[-1] for part in (output if isinstance(output, list | tuple) else [output]))
-    wrong = target[(target != ignored) & ((target < 0) | (target >= classes))]
-    if len(wrong):
-        label = int(wrong[0])
-        needed = f"; it needs at least {int(wrong.max()) + 1}" if label >= classes else ""
-        raise UserError(
-            f"{where} has the label {label}, but the head in config.MODEL.HEAD.PARAMS has {classes} outputs, for the "
-            f"labels 0 to {classes - 1}{needed}"
-        )
+    tools.check_labels(target, classes, ignored=ignored, where=where, what="the head in config.MODEL.HEAD.PARAMS")

@@ -17,6 +17,7 @@ from plugins.linalg import spectrum_statistics
 from plugins.spec import Embeddings
 from plugins.targets import cosine_tau
 from plugins.tools.command import UserError
+from plugins.tools.labels import check_labels
 from plugins.tools.trainer import check_joined, ends_step, loss_scale, placeholder_loss, run_steps, set_clock
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
@@ -107,6 +108,17 @@ class TrainingSteps:
     def criterion(self) -> Any:
         """The loss: Embeddings → its terms."""
         return self.terms
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check the labels while they are on the CPU.
+
+        Raises:
+            UserError: a label is not the number of a class.
+        """
+        if isinstance(batch, list | tuple) and len(batch) > 1:
+            classes = self.online_classifier.num_classes
+            check_labels(batch[1], classes, ignored=-100, where="a batch", what="the online classifier (num_classes)")
+        return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """The method's loss, and that of the online classifier on the features of the first view.

@@ -24,6 +24,7 @@ from lightly_ext.lightning import pytorch
 from lightly_ext.names import CLASS_NAMES
 from plugins.methods import METHODS
 from plugins.targets import cosine_tau
+from plugins.tools.command import UserError
 
 pytestmark = pytest.mark.lightly
 
@@ -146,6 +147,19 @@ def test_everything_decays_where_that_is_asked_for() -> None:
     host.fit(module, plain(batches(1)))
     plainly = [group["name"] for group in host.optimizers[0].param_groups if not group["weight_decay"]]
     assert plainly == ["online_classifier"]
+
+
+@pytest.mark.parametrize("kind", ["training", "validation"])
+def test_a_label_beyond_the_classes_is_a_sentence(kind: str) -> None:
+    """torch ends with an IndexError, and a GPU with an assertion that leaves it unusable."""
+    module = built("isoloss")
+    ((views, _),) = batches(1)
+    given = plain([(views, torch.full((8,), 10))]), plain([(views[0], torch.full((8,), 10))])
+    with pytest.raises(UserError, match=r"^a batch has the label 10, but the online classifier .* needs at least 11$"):
+        if kind == "training":
+            trainer().fit(module, given[0])
+        else:
+            trainer().validate(module, given[1])
 
 
 def test_flavours_fit_their_trainers() -> None:

@@ -83,6 +83,16 @@ def test_losses_are_those_of_plugins() -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(("name", "options"), [("MatrixSSLLoss", {}), ("MECLoss", {"eps_d": 0.5})])
+def test_former_keywords_of_the_matrix_losses_warn(name: str, options: dict) -> None:
+    """The former p was the teacher's target, which gets no gradient."""
+    first, second = (view.requires_grad_() for view in toy_views(6, 3))
+    criterion = vars(loss)[name](**options)
+    expected = criterion(p0=first, p1=second, target0=second, target1=first)
+    with pytest.warns(FutureWarning, match="now called p0, p1"):
+        assert torch.equal(criterion(z0=first, z1=second, p0=second, p1=first), expected)
+
+
 def test_byol_loss_is_lightlys_negative_cosine() -> None:
     from lightly.loss import NegativeCosineSimilarity
 

@@ -43,6 +43,8 @@ fail() {
 
 # An active environment of the caller must not leak into ours.
 unset VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV PYTHONPATH PYTHONHOME PYTHONSTARTUP
+# Container images often set it; each process would then compile the source of torch and the framework again.
+unset PYTHONDONTWRITEBYTECODE
 unset UV_PROJECT UV_PROJECT_ENVIRONMENT UV_PYTHON UV_FROZEN UV_LOCKED UV_NO_SYNC UV_SYSTEM_PYTHON UV_WORKING_DIRECTORY
 export PYTHONNOUSERSITE=1 UV_PYTHON_DOWNLOADS=never
 

@@ -20,7 +20,11 @@ for tool in ruff lint-imports pyright mkdocs; do
     printf '#!/bin/bash\\necho "%s $*" >> calls.txt\\n[[ ! -f broken-%s ]]\\n' $tool $tool > .venv/bin/$tool
     chmod +x .venv/bin/$tool
 done
-printf '#!/bin/bash\\necho "python $*" >> calls.txt\\n[[ ! -f broken-python ]]\\n' > .venv/bin/python
+cat > .venv/bin/python <<'PYTHON'
+#!/bin/bash
+echo "${PYTHONDONTWRITEBYTECODE+uncached }python $*" >> calls.txt
+[[ ! -f broken-python ]]
+PYTHON
 chmod +x .venv/bin/python
 """
 
@@ -136,6 +140,12 @@ def test_environment_is_made_anew_when_the_requirements_change(checkout):
 def test_environment_of_the_caller_does_not_leak(checkout):
     call(checkout, VIRTUAL_ENV="/elsewhere", PYTHONPATH="/elsewhere", UV_PROJECT_ENVIRONMENT="/elsewhere")
     assert calls(checkout)[0].endswith("| VIRTUAL_ENV= PYTHONPATH= DOWNLOADS=never")
+
+
+def test_bytecode_is_cached_though_the_caller_forbids_it(checkout):
+    """Without the cache each process of a suite or test compiles torch and the framework again, in seconds."""
+    call(checkout, PYTHONDONTWRITEBYTECODE="1")
+    assert calls(checkout)[-1].startswith("python -m plugins.experiments")
 
 
 def test_failed_installation_says_which_step_and_is_tried_again(checkout):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,19 @@ import pytest
 import torch
 
 from plugins.testing import RankPool
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Start with the files that hold the most slow tests, where several workers (pytest-xdist) share the files.
+
+    A worker takes a whole file (``--dist loadfile``). If a file of minutes came last, the other workers would be idle.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    weights: Counter[Path] = Counter()
+    for item in items:
+        weights[item.path] += 10 if item.get_closest_marker("slow") else 3 if item.get_closest_marker("ddp") else 0
+    items.sort(key=lambda item: -weights[item.path])  # stable: files of equal weight keep their order
 
 
 @pytest.fixture(autouse=True)

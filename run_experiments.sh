@@ -142,22 +142,33 @@ test_main_branch() {
     [[ $status == 5 ]] || return "$status"
 }
 
-# One process of tests for each core, at most four, with the threads that remain to it.
+# share_cores PERCENT: that many processes of tests for 100 cores, at most four, with the threads that remain to each.
 share_cores() {
     local cores
     cores="$(python -c 'import os; print(os.cpu_count() or 1)')"
     cores="${cores:-1}"
-    workers=$((cores < 4 ? cores : 4))
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / workers))}"
+    workers=$((cores * $1 / 100))
+    workers=$((workers < 4 ? workers : 4))
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > workers ? cores / workers : 1))}"
+}
+
+# Waits for a check that runs in the background, and prints its output: finish PROCESS LOG.
+finish() {
+    local status=0
+    wait "$1" || status=$?
+    cat "$2"
+    return "$status"
 }
 
 run_tests() {
-    local passed="" failed="" name status workers site options=()
+    local passed="" failed="" name status workers logs pyright mkdocs options=()
     if [[ ${1:-} == --fast ]]; then
         shift
         options=(-m "not slow and not ddp")
+        share_cores 100
+    else
+        share_cores 150  # slow tests wait for processes that they start
     fi
-    share_cores
     check() {
         name="$1"
         shift
@@ -173,11 +184,20 @@ run_tests() {
     check "ruff check" ruff check .
     check "ruff format" ruff format --check .
     check "lint-imports" lint-imports
-    check "pyright" pyright plugins
-    site="$(mktemp -d)"
-    check "mkdocs" env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$site"
-    rm -rf "$site"
+    # These two take half a minute and run beside the tests.
+    logs="$(mktemp -d)"
+    pyright plugins >"$logs/pyright" 2>&1 &
+    pyright=$!
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$logs/site" >"$logs/mkdocs" 2>&1 &
+    mkdocs=$!
+    # expanded now, since the variables are local
+    # shellcheck disable=SC2064
+    trap "kill $pyright $mkdocs 2>/dev/null || true; rm -rf '$logs'" EXIT
     check "pytest" env -u SOLO_LEARN_CHECKOUT python -m pytest --numprocesses "$workers" --durations=10 ${options[@]+"${options[@]}"} "$@"
+    check "pyright" finish "$pyright" "$logs/pyright"
+    check "mkdocs" finish "$mkdocs" "$logs/mkdocs"
+    trap - EXIT
+    rm -rf "$logs"
     # A process holds one solo-learn only: its tests run a second time, on the main branch.
     if [[ -n ${SOLO_LEARN_CHECKOUT:-} ]]; then
         check "pytest, solo-learn main" test_main_branch ${options[@]+"${options[@]}"} "$@"

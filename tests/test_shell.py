@@ -23,6 +23,7 @@ done
 cat > .venv/bin/python <<'PYTHON'
 #!/bin/bash
 echo "${PYTHONDONTWRITEBYTECODE+uncached }python $*" >> calls.txt
+if [[ $1 == -c && -f cores ]]; then cat cores; fi
 [[ ! -f broken-python ]]
 PYTHON
 chmod +x .venv/bin/python
@@ -170,15 +171,18 @@ def test_old_python_is_refused(checkout):
 
 def test_all_checks_run_even_when_some_fail(checkout):
     call(checkout)
-    (checkout / "broken-ruff").touch()
+    for tool in ("ruff", "pyright"):  # pyright runs beside the tests
+        (checkout / f"broken-{tool}").touch()
     done = call(checkout, "test", "-k", "isoloss")
     assert done.returncode == 1
-    *checks, site, pytest_call = calls(checkout)[-6:]
-    assert checks == ["ruff check .", "ruff format --check .", "lint-imports ", "pyright plugins"]
-    assert site.startswith("mkdocs build --strict --quiet --site-dir ")
+    checks, beside = calls(checkout)[-6:-3], calls(checkout)[-3:]
+    assert checks == ["ruff check .", "ruff format --check .", "lint-imports "]
+    site, pyright, pytest_call = sorted(beside)
+    assert pyright == "pyright plugins" and site.startswith("mkdocs build --strict --quiet --site-dir ")
+    assert not Path(site.split()[-1]).parent.exists()
     assert pytest_call == "python -m pytest --numprocesses 1 --durations=10 -k isoloss"
-    assert "passed: lint-imports, pyright, mkdocs, pytest" in done.stdout
-    assert "failed: ruff check (status 1), ruff format (status 1)" in done.stderr
+    assert "passed: lint-imports, pytest, mkdocs" in done.stdout
+    assert "failed: ruff check (status 1), ruff format (status 1), pyright (status 1)" in done.stderr
 
 
 def test_fast_leaves_out_the_slow_tests_and_says_so(checkout):
@@ -191,10 +195,19 @@ def test_fast_leaves_out_the_slow_tests_and_says_so(checkout):
     assert "NOT TESTED: the slow tests" not in call(checkout, "test").stdout
 
 
+def test_slow_tests_have_more_workers_than_cores(checkout):
+    call(checkout)
+    (checkout / "cores").write_text("2\n")
+    for options in (["test"], ["test", "--fast"]):
+        assert call(checkout, *options).returncode == 0
+    runs = [line.split()[4] for line in calls(checkout) if line.startswith("python -m pytest")]
+    assert runs == ["3", "2"]
+
+
 def test_passing_checks_give_status_zero(checkout):
     done = call(checkout, "test")
     assert done.returncode == 0, done.stderr
-    assert "passed: ruff check, ruff format, lint-imports, pyright, mkdocs, pytest" in done.stdout
+    assert "passed: ruff check, ruff format, lint-imports, pytest, pyright, mkdocs" in done.stdout
 
 
 def test_lightlys_older_release_is_installed_once_and_for_the_tests_only(checkout):

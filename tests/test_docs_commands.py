@@ -210,7 +210,7 @@ def _tool(module: str, words: list[str], work: Path, patch: pytest.MonkeyPatch) 
 
             for split, ending in (("train", ""), ("test", "_TEST")):
                 arrays = [torch.from_numpy(np.load(f"{letter}{ending}.npy")) for letter in "XY"]
-                save_features(Path("FOLDER"), split, "backbone", *arrays)
+                save_features(options.features, split, "backbone", *arrays)
         if options.weights is not None:
             from plugins.tools.weights import NAMES
 

@@ -1,4 +1,4 @@
-"""The generic adapter: any MethodSpec as an nn.Module with a backbone of the user's own.
+"""The generic adapter: any MethodSpec as an nn.Module around the user's backbone.
 
 A training loop, with or without a teacher::
 
@@ -53,33 +53,33 @@ from plugins.targets import move_teacher
 
 _PROBE = (1, 3, 224, 224)
 _BRANCHES = {
-    True: "two heads: give projection_head=plugins.heads.TwoBranchHead(Heads(teacher, student), input_dim)",
-    False: "one projection head, not a TwoBranchHead",
+    True: "two heads; pass projection_head=plugins.heads.TwoBranchHead(Heads(teacher, student), input_dim)",
+    False: "one projection head; pass a module that is no TwoBranchHead",
 }
 
 
 class MethodModel(nn.Module):
-    """Backbone, projection head, and where the method has them prediction head and teacher.
+    """Combine a backbone with a method's projection head and, if the method has them, prediction head and teacher.
 
     ``backbone``, ``projection_head``, ``prediction_head`` (None without one), ``teacher_backbone`` and
-    ``teacher_projection_head`` (None without a teacher) are submodules: the state dict holds them all, the second
-    moment and W of a computed prediction head as its buffers, and what the loss counts in ``objective``.
+    ``teacher_projection_head`` (None without a teacher) are submodules. The state dict contains all of them, the second
+    moment and W of a computed prediction head as its buffers, and the counters of the loss in ``objective``.
 
     Args:
         backbone: images ``[B, C, H, W]`` → features ``[B, D]``, or ``[B, D, 1, 1]``; without its classifier.
-        input_dim: width of the features, as the projection head sees it. None: asked of the backbone, by passing a
-            black image of 224 pixels through it.
+        input_dim: width of the features. None determines it by passing a black image of 224 pixels through the
+            backbone.
         projection_head: a head of your own, ``[B, input_dim] → [B, D]``, such as lightly's; None makes the method's.
         prediction_head: a head of your own, ``[B, D] → [B, D]``; None makes the method's.
-        teacher: whether a momentum teacher makes the targets; None is what the method says. Without one they are the
-            other view's own projections, detached.
-        gather_distributed: whether all processes share one batch. While no process group is initialised it changes
-            nothing.
-        options: those of the method.
+        teacher: whether the targets come from a momentum teacher; None is the method's default. Without a teacher the
+            targets are the detached projections of the other view.
+        gather_distributed: whether the rows of all processes make one batch. True by default, unlike in the losses of
+            ``lightly_ext.loss``. It has no effect while no process group is initialised.
+        options: options of the method.
 
     Raises:
-        ValueError: an unknown option, a value out of range, a backbone that ends in a classifier, a part that the
-            method does not have, widths that do not fit.
+        ValueError: an option is unknown or out of range, the backbone ends in a classifier, the method does not have a
+            given part, or the widths do not fit.
     """
 
     spec: ClassVar[MethodSpec]
@@ -102,14 +102,14 @@ class MethodModel(nn.Module):
         if teacher and not spec.teacher:
             raise ValueError(f"method {spec.name} has no teacher")
         if (classifier := _classifier(backbone)) is not None:
-            raise ValueError(f"backbone ends in a classifier; take it off: backbone.{classifier} = torch.nn.Identity()")
+            raise ValueError(f"backbone ends in a classifier; remove it: backbone.{classifier} = torch.nn.Identity()")
         self.comm = WORLD if gather_distributed else LOCAL
         self.backbone = backbone
         self.feature_dim = _backbone_width(backbone) if input_dim is None else input_dim
         if projection_head is not None:
             width = _width(projection_head, torch.zeros(1, self.feature_dim), "projection_head")
             if options.setdefault(spec.width, width) != width:
-                raise ValueError(f"projection_head gives {width} columns, got {spec.width}={options[spec.width]}")
+                raise ValueError(f"projection_head has {width} output columns, got {spec.width}={options[spec.width]}")
         # a plain dict: the model can be copied and pickled
         self.options = dict(spec.resolve(options))
         if projection_head is not None:
@@ -141,9 +141,9 @@ class MethodModel(nn.Module):
         return self.objective.tracked_moment(self.prediction_head)
 
     def forward(self, x: Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]) -> Tensor:
-        """Features of images; or, of a list of views, the loss; or, of a list of such lists, the joined loss.
+        """Compute the features of images, the loss of a list of views, or the joined loss of a list of such lists.
 
-        Wrappers such as DistributedDataParallel work on forward alone: call them with the views and take the loss.
+        Wrappers such as DistributedDataParallel call ``forward``: pass the views to them, and they return the loss.
 
         Args:
             x: images ``[B, C, H, W]``, or one such batch per view, or one list of such batches per micro-batch.
@@ -156,15 +156,15 @@ class MethodModel(nn.Module):
         return self.loss(x) if isinstance(x[0], Tensor) else self.joined_loss(x)
 
     def project(self, x: Tensor) -> Tensor:
-        """Images → projections ``[B, D]``."""
+        """Compute the projections ``[B, D]`` of images."""
         return self.projection_head(self(x))
 
     def loss(self, views: Sequence[Tensor]) -> Tensor:
-        """The method's loss on the views of a batch, each with its own batch statistics. A scalar.
+        """Compute the method's loss, a scalar. Each view has its own batch statistics.
 
         Args:
-            views: one batch of images per view, as lightly's transforms and collates give them; where the method takes
-                small crops, those come last.
+            views: one batch of images per view, as lightly's transforms and collate functions make them. Small crops,
+                if the method accepts them, come last.
 
         Raises:
             ValueError: another number of views than the method's, small crops before large views, or too few rows.
@@ -172,21 +172,22 @@ class MethodModel(nn.Module):
         return self.terms(self.embed(views)[1]).loss
 
     def joined_loss(self, micro_batches: Sequence[Sequence[Tensor]], *, scale: float = 1.0) -> Tensor:
-        """The method's loss on the joined rows of several micro-batches, with the activations of one at a time.
+        """Compute the loss of the joined rows of several micro-batches, with the activations of one at a time.
 
-        It adds the gradients of all micro-batches but the last to the parameters' ``grad``; call ``backward`` on the
-        result once for the others. So ``zero_grad`` comes before, not between. Exact but for batch norm, whose
-        statistics are each micro-batch's own. See :class:`plugins.joined.JoinedBatch`.
+        It adds the gradients of all micro-batches but the last to the parameters' ``grad``; ``backward`` of the result,
+        called once, adds the rest. Therefore call ``zero_grad`` before it, not between. The loss is exact except for
+        batch norm, whose statistics are those of each micro-batch. See :class:`plugins.joined.JoinedBatch`.
 
         Args:
-            micro_batches: views as of ``loss``, for each micro-batch; numbers of rows may differ.
-            scale: ``scaler.get_scale()`` of a GradScaler, if one scales the result.
+            micro_batches: views, as for ``loss``, of each micro-batch. The numbers of rows may differ.
+            scale: ``scaler.get_scale()`` if a GradScaler scales the result.
 
         Returns:
             The joined loss.
 
         Raises:
-            ValueError: no micro-batch, unequal numbers of views, or a network that changes its buffers each time.
+            ValueError: there is no micro-batch, the numbers of views differ, or the network changes its buffers in each
+                forward pass.
         """
         if not micro_batches:
             raise ValueError("the joined loss needs at least one micro-batch, got none")
@@ -197,7 +198,7 @@ class MethodModel(nn.Module):
         return joined.backward()
 
     def _add(self, joined: JoinedBatch, batch: Any, views: Sequence[Tensor]) -> None:
-        """Embed a micro-batch for its joined loss, by student and teacher."""
+        """Embed a micro-batch with student and teacher, for the joined loss."""
         large = self._large(views)
         self._begin()
         joined.add(batch, lambda: self._targets(views[:large]))
@@ -207,12 +208,12 @@ class MethodModel(nn.Module):
         return joined.terms(self.objective, predict, self.prediction_head, scale=scale)
 
     def _encode(self, views: Sequence[Tensor]) -> tuple[list[Tensor], Embeddings]:
-        """Features of the views, and embeddings without the prediction head."""
+        """Compute the features of the views, and embeddings without the prediction head."""
         features = [self.backbone(view).flatten(start_dim=1) for view in views]
         return features, embed(features, self.projection_head, large=self._large(views))
 
     def embed(self, views: Sequence[Tensor]) -> tuple[list[Tensor], Embeddings]:
-        """Features of the views, and what the loss looks at; in training a computed prediction head follows them."""
+        """Compute the features of the views and the input of the loss; in training, update a computed predictor."""
         large = self._large(views)
         self._begin()
         features = [self.backbone(view).flatten(start_dim=1) for view in views]
@@ -221,19 +222,20 @@ class MethodModel(nn.Module):
         return features, embed(features, self.projection_head, predict, targets, large=large)
 
     def _begin(self) -> None:
-        """In a model with a teacher ``update_momentum`` ends the step, so that each loss may begin one."""
+        """Open an optimizer step if the model has a teacher, because ``update_momentum`` ends the step there."""
         if self.training and self.teacher_backbone is not None:
             self.objective.before_step()
 
     def terms(self, embeddings: Embeddings) -> Terms:
-        """The loss and its parts, a NamedTuple of scalars, of which ``loss`` has a gradient."""
+        """Compute the loss and its terms, a NamedTuple of scalars. Only ``loss`` has a gradient."""
         return self.objective(embeddings)
 
     def _large(self, views: Sequence[Tensor]) -> int:
-        """How many of the views are large, which come first."""
+        """Count the large views, which come first."""
         if isinstance(views, Tensor):
             raise ValueError(
-                f"the loss of {self.spec.name} takes a list of views, got a tensor of shape {tuple(views.shape)}"
+                f"the loss of {self.spec.name} takes a list of views, got a tensor of shape {tuple(views.shape)}; "
+                "pass a list with one batch of images per view, such as [view0, view1]"
             )
         large = large_views([tuple(view.shape[-2:]) for view in views])
         self.spec.check_views(large, len(views) - large)
@@ -251,18 +253,20 @@ class MethodModel(nn.Module):
             return [self.teacher_projection_head(self.teacher_backbone(view).flatten(start_dim=1)) for view in views]
 
     def training_parameters(self, lr: float | None = None) -> list[Any]:
-        """What the optimizer should train: all but the teacher.
+        """Return the parameters for the optimizer: all except the teacher's.
 
         Args:
-            lr: the learning rate; with one, parameter groups with a learning rate each, the predictor's multiplied by
-                ``pred_lr_scale``.
+            lr: the learning rate. If it is given, the result is a list of parameter groups with a learning rate each,
+                in which the predictor's is multiplied by ``pred_lr_scale``.
 
         Raises:
-            ValueError: ``pred_lr_scale`` is not 1 and there is no ``lr`` to multiply with.
+            ValueError: ``pred_lr_scale`` is not 1 and ``lr`` is missing.
         """
         scale = self.options.get("pred_lr_scale", 1.0)
         if lr is None and scale != 1.0:
-            raise ValueError(f"pred_lr_scale={scale:g} needs training_parameters(lr=...), to be multiplied with")
+            raise ValueError(
+                f"pred_lr_scale={scale:g} needs the learning rate that it multiplies: training_parameters(lr=...)"
+            )
         parts = {
             "backbone": self.backbone,
             "projection_head": self.projection_head,
@@ -282,16 +286,16 @@ class MethodModel(nn.Module):
         self.objective.before_step()
 
     def after_step(self) -> None:
-        """End the optimizer step. Does nothing while no step is open."""
+        """End the optimizer step. It has no effect if no step is open."""
         self.objective.after_step()
 
     def update_momentum(self, m: float) -> None:
         """Move the teacher, θ_t ← m θ_t + (1 − m) θ, and end the step. Call it once after each optimizer step.
 
-        Without a teacher nothing moves.
+        Without a teacher it only ends the step.
 
         Args:
-            m: momentum in [0, 1], as of ``lightly.utils.scheduler.cosine_schedule``.
+            m: momentum in [0, 1], such as the value of ``lightly.utils.scheduler.cosine_schedule``.
         """
         check_range("m", m, low=0.0, high=1.0)
         teacher = [part for part in (self.teacher_backbone, self.teacher_projection_head) if part is not None]
@@ -313,9 +317,9 @@ def model_class(name: str, spec: MethodSpec, module: str) -> type[MethodModel]:
     """Make the model class of a MethodSpec.
 
     Args:
-        name: its name.
+        name: name of the class.
         spec: the method.
-        module: dotted name of the module that it becomes an attribute of.
+        module: dotted name of the module that contains the class.
     """
     options = "\n".join(
         f"        {key}:\n            {option.help} (default: {option.default})."
@@ -348,7 +352,7 @@ def model_class(name: str, spec: MethodSpec, module: str) -> type[MethodModel]:
 
 
 def _classifier(backbone: nn.Module) -> str | None:
-    """Name of the classifier that a model of torchvision or timm still ends in."""
+    """Return the name of a torchvision or timm model's classifier, or None if it has been removed."""
     if not type(backbone).__module__.startswith(("torchvision.models.", "timm.models.")):
         return None
     for name in ("fc", "classifier", "heads", "head"):
@@ -367,12 +371,12 @@ def _backbone_width(backbone: nn.Module) -> int:
     try:
         return _width(backbone, torch.zeros(_PROBE), "backbone")
     except Exception as error:
-        raise ValueError(f"backbone takes no image of shape {_PROBE} ({error}); give input_dim") from error
+        raise ValueError(f"backbone cannot process an image of shape {_PROBE} ({error}); give input_dim") from error
 
 
 @torch.no_grad()
 def _width(module: nn.Module, example: Tensor, name: str) -> int:
-    """Columns of what a module gives, asked in evaluation mode, so that nothing in it moves."""
+    """Count the columns of a module's output, in evaluation mode, which leaves its state unchanged."""
     modes = {each: each.training for each in module.modules()}
     parameter = next((p for p in module.parameters() if p.is_floating_point()), example)
     module.eval()
@@ -382,5 +386,5 @@ def _width(module: nn.Module, example: Tensor, name: str) -> int:
         for each, training in modes.items():
             each.training = training
     if not isinstance(output, Tensor):
-        raise ValueError(f"{name} must give a tensor, got {type(output).__name__}")
+        raise ValueError(f"{name} must return a tensor, got {type(output).__name__}")
     return output.flatten(start_dim=1).shape[1]

@@ -140,7 +140,7 @@ def test_learning_rate_of_the_predictor() -> None:
     model = built("byol", pred_lr_scale=10.0)
     rates = {group["name"]: group["lr"] for group in model.training_parameters(lr=0.5)}
     assert rates == {"backbone": 0.5, "projection_head": 0.5, "prediction_head": 5.0}
-    with pytest.raises(ValueError, match=r"pred_lr_scale=10 needs training_parameters\(lr=...\)"):
+    with pytest.raises(ValueError, match=r"pred_lr_scale=10 needs .*training_parameters\(lr=...\)"):
         model.training_parameters()
     groups = built("isoloss").training_parameters(lr=0.5)
     assert [group["name"] for group in groups] == ["backbone", "projection_head"], "a computed predictor trains nothing"
@@ -284,16 +284,19 @@ def test_mistakes_are_sentences() -> None:
         (lambda: models.SSLEY(conv(), alhpa=1.0), "method ssl_ey has no option 'alhpa'; it knows estimator"),
         (lambda: models.SSLEY(conv(), prediction_head=nn.Identity()), "method ssl_ey has no prediction head"),
         (lambda: models.SSLEY(conv(), teacher=True), "method ssl_ey has no teacher"),
-        (lambda: models.SSLEY(nn.Linear(5, 3)), "backbone takes no image of shape (1, 3, 224, 224)"),
-        (lambda: models.SSLEY(torchvision.models.resnet18()), "take it off: backbone.fc = torch.nn.Identity()"),
-        (lambda: models.SSLEY(vit), "take it off: backbone.heads = torch.nn.Identity()"),
+        (lambda: models.SSLEY(nn.Linear(5, 3)), "backbone cannot process an image of shape (1, 3, 224, 224)"),
+        (lambda: models.SSLEY(torchvision.models.resnet18()), "remove it: backbone.fc = torch.nn.Identity()"),
+        (lambda: models.SSLEY(vit), "remove it: backbone.heads = torch.nn.Identity()"),
         (lambda: models.SSLEY(timm.create_model("convnext_atto")), "backbone.head.fc = torch.nn.Identity()"),
         (
             lambda: models.BYOL(conv(), projection_head=nn.Linear(8, 4), proj_output_dim=5),
-            "projection_head gives 4 columns, got proj_output_dim=5",
+            "projection_head has 4 output columns, got proj_output_dim=5",
         ),
-        (lambda: models.DISSL(conv(), projection_head=nn.Linear(8, 4)), "method dissl has two heads: give"),
-        (lambda: built("byol").loss(views[0]), "takes a list of views, got a tensor of shape (6, 3, 16, 16)"),
+        (lambda: models.DISSL(conv(), projection_head=nn.Linear(8, 4)), "method dissl has two heads; pass"),
+        (
+            lambda: built("byol").loss(views[0]),
+            "got a tensor of shape (6, 3, 16, 16); pass a list with one batch of images per view",
+        ),
         (
             lambda: built("byol").loss(views[:1]),
             "byol compares two or more views, one of them large, the augmentations make 1 large and 0 small ones",

@@ -6,14 +6,14 @@ from plugins.distributed import LOCAL, WORLD, Collective
 
 
 def collective(gather_distributed: bool) -> Collective:
-    """All processes, or this one alone.
+    """Return the processes that share the batch: all of them, or this one alone.
 
     Args:
-        gather_distributed: whether the rows of all processes make one batch. While no process group is initialised,
-            they are the rows of this process.
+        gather_distributed: whether the rows of all processes make one batch. It has no effect while no process group is
+            initialised.
 
     Raises:
-        ValueError: it is True, but torch was built without torch.distributed.
+        ValueError: ``gather_distributed`` is True, but torch was built without torch.distributed.
     """
     if gather_distributed and not dist.is_available():
         raise ValueError(

@@ -1,8 +1,8 @@
 """``register()`` puts our names into lightly's own modules: ``from lightly.loss import SSLEYLoss`` then works.
 
-It is a convenience for scripts that import from lightly. ``lightly_ext`` is the import to prefer, for the names that
-are injected exist in this process alone: a spawned worker that imports one from lightly has to register first, which
-``import lightly_ext.auto`` does in one line. What is pickled names ``lightly_ext``, and needs no registration to load.
+It is a convenience for scripts that import from lightly. Prefer imports from ``lightly_ext``, because the injected
+names exist in this process only: a spawned worker that imports one from lightly has to register first, with
+``import lightly_ext.auto``. Pickled objects refer to ``lightly_ext`` and load without registration.
 """
 
 import importlib
@@ -19,9 +19,9 @@ _injected: dict[tuple[str, str], Any] = {}
 
 
 def register() -> list[str]:
-    """Put what lightly lacks into its modules; calling it again adds what is missing.
+    """Add our names to lightly's modules; a second call adds names that are missing.
 
-    A name that lightly has already stays lightly's; one warning lists those where ours is another object.
+    Names that lightly already has are not replaced; one warning lists them.
 
     Returns:
         The dotted names that are ours, sorted.
@@ -46,13 +46,13 @@ def register() -> list[str]:
         _alias_files(ours, theirs)
     if kept:
         warnings.warn(
-            f"lightly has its own {', '.join(kept)}, which stay as they are; ours are in lightly_ext", stacklevel=2
+            f"lightly has its own {', '.join(kept)}, which are not replaced; import ours from lightly_ext", stacklevel=2
         )
     return sorted(f"{module}.{name}" for module, name in _injected)
 
 
 def unregister() -> None:
-    """Take out of lightly's modules what ``register`` put there, unless something else has taken its place."""
+    """Remove from lightly's modules the names that ``register`` added, unless they have been replaced since."""
     for (module, name), ours in _injected.items():
         if sys.modules.get(f"{module}.{name}") is ours:
             del sys.modules[f"{module}.{name}"]

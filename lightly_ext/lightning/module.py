@@ -33,11 +33,12 @@ class PartialSchedule(CosineWarmupScheduler):
 
 
 class TrainingSteps:
-    """What a Trainer calls; mixed into a model class and a LightningModule by ``bind``.
+    """The hooks that a Trainer calls. ``bind`` combines them with a model class and a LightningModule.
 
     It logs ``train_loss``, the loss's other terms as ``train_<term>``, ``train_z_std``, ``tau`` of a teacher, and
-    lightly's ``train_online_cls_*`` and ``val_online_cls_*`` of a linear classifier that learns beside the model. Where
-    the embedding's second moment is followed, ``eigval_{min,max,mean,std}`` and ``part_ratio`` at each epoch's end.
+    lightly's ``train_online_cls_*`` and ``val_online_cls_*`` of a linear classifier that learns beside the model. If
+    the embedding's second moment is tracked, it logs ``eigval_{min,max,mean,std}`` and ``part_ratio`` (participation
+    ratio of the eigenvalues) at the end of each epoch.
 
     Args:
         batch_size_per_device: for the learning rate, which is ``lr`` for 256 images over all devices.
@@ -56,7 +57,7 @@ class TrainingSteps:
         options: those of the model class: input_dim, projection_head, teacher, … and the method's own.
 
     Raises:
-        ValueError: a value out of range, or what the model class refuses.
+        ValueError: a value is out of range, or the model class does not accept an option.
     """
 
     def __init__(
@@ -121,9 +122,9 @@ class TrainingSteps:
         return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
-        """The method's loss, and that of the online classifier on the features of the first view.
+        """Compute the method's loss plus that of the online classifier on the features of the first view.
 
-        With ``accumulate="joined"`` 0 before the last micro-batch of a step, and there the loss of all.
+        With ``accumulate="joined"`` it is 0 before the last micro-batch of a step, and the joined loss at the last.
         """
         if self._joining:
             return self._joined_step(batch, batch_idx)
@@ -160,14 +161,14 @@ class TrainingSteps:
         return joined.backward() * self.trainer.accumulate_grad_batches
 
     def validation_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
-        """The online classifier on images that are not augmented."""
+        """Evaluate the online classifier on images without augmentation."""
         images, targets = batch[0], batch[1]
         cls_loss, cls_log = self.online_classifier.validation_step((self(images), targets), batch_idx)
         self.log_dict(cls_log, prog_bar=True, sync_dist=True, batch_size=len(targets))
         return cls_loss
 
     def on_train_start(self) -> None:
-        """A resumed run has steps behind it."""
+        """Set the counters to the steps that a resumed run has already made."""
         self._steps_done = self.trainer.global_step
         self.after_step()  # of a run that was cut off within one
         set_clock(self.trainer, self.objective.clock)
@@ -210,7 +211,7 @@ class TrainingSteps:
                 logger.save()
 
     def configure_optimizers(self) -> tuple[list[Any], list[dict[str, Any]]]:
-        """The optimizer and its schedule over the whole run."""
+        """Make the optimizer and its schedule over the whole run."""
         given = self.hparams
         lr = given.lr * self.batch_size_per_device * self.trainer.world_size / 256
         parts = {"backbone": self.backbone, "projection_head": self.projection_head, "prediction_head": None}
@@ -244,12 +245,12 @@ class TrainingSteps:
 
 
 def bind(name: str, base: type, module: str) -> type:
-    """The class of a method for one flavour of Lightning.
+    """Make the class of a method for one package of Lightning.
 
     Args:
-        name: of a class of ``lightly_ext.models``.
-        base: the flavour's LightningModule.
-        module: dotted name of the module that it becomes an attribute of.
+        name: name of a class of ``lightly_ext.models``.
+        base: the LightningModule of the package.
+        module: dotted name of the module that contains the class.
     """
     parent = vars(models)[name]
     doc = f"""{parent.spec.title} as a LightningModule, for a Trainer whose batches are (views, targets, …).

@@ -1,7 +1,8 @@
 """Losses in lightly's dialect: ``from lightly_ext.loss import SSLEYLoss``.
 
-Every loss module of ``plugins.losses`` is here: with ``gather_distributed`` in place of ``comm``. Those with a module
-of their own below have a docstring and an order of arguments in lightly's manner; the others keep theirs.
+Every loss module of ``plugins.losses`` is here, with ``gather_distributed`` in place of ``comm``. Its default is
+False, as in lightly. BYOLLoss, IsoLoss and SSLEYLoss have lightly's order of arguments; the others keep that of
+``plugins.losses``. DISSLLoss and CISSLLoss take lists of views: ``DISSLLoss()([t0, t1], [s0, s1])``.
 """
 
 from torch import nn
@@ -16,7 +17,7 @@ __all__ = ["BYOLLoss", "IsoLoss", "SSLEYLoss"]
 
 
 def _in_lightlys_dialect(ours: type[nn.Module]) -> type[nn.Module]:
-    """A loss of ours with ``gather_distributed`` for ``comm``."""
+    """Make a class of a loss with ``gather_distributed`` in place of ``comm``."""
 
     def __init__(self, *args, gather_distributed: bool = False, **kwargs) -> None:
         ours.__init__(self, *args, comm=collective(gather_distributed), **kwargs)

@@ -9,8 +9,8 @@ from plugins import losses
 class IsoLoss(losses.IsoLoss):
     """Implementation of IsoLoss [0].
 
-    BYOL's loss with a gradient that goes past the predictor instead of through it, so that all eigenmodes of the
-    embedding learn at one rate. Sum it over both orders of the views.
+    BYOL's loss with a gradient that skips the predictor, so that all eigenmodes of the embedding learn at one rate. Sum
+    it over both orders of the views. The model of the same name is lightly_ext.models.IsoLoss.
 
     - [0] Implicit variance regularization in non-contrastive SSL, 2023, https://arxiv.org/abs/2212.04858
 

@@ -10,8 +10,9 @@ class SSLEYLoss(losses.SSLEYLoss):
     """Implementation of the SSL-EY loss [0].
 
     The loss of the generalised eigenproblem behind canonical correlation analysis. It has no weights to tune, no
-    negatives, no teacher, and no regulariser for collapse: it sets the scale of the embedding itself, so put no
-    normalisation between projection head and loss.
+    negatives, no teacher, and no regulariser for collapse. It sets the scale of the embedding itself: put no
+    normalisation between projection head and loss. For SGD, end the head with a ScaledLinear, as SSLEYProjectionHead
+    does (lightly_ext.models.modules.heads); with a plain last layer use AdamW or LARS.
 
     - [0] Unconstrained Stochastic CCA: Unifying Multiview and Self-Supervised Learning, 2024,
       https://arxiv.org/abs/2310.01012

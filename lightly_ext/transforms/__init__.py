@@ -1,7 +1,7 @@
 """Transforms in lightly's manner: ``from lightly_ext.transforms import SSLEYTransform``.
 
-For each method ``<Name>Transform`` with flat keyword arguments. Those that lightly has itself (BYOL's, SimSiam's) are
-lightly's; the others are BYOL's but for what was published for the method on ImageNet.
+Each method has ``<Name>Transform`` with flat keyword arguments. BYOLTransform and SimSiamTransform are lightly's own,
+SSLEYTransform is VICReg's. The others are BYOL's, with the values that were published for the method on ImageNet.
 """
 
 import lightly.transforms as _lightly

@@ -10,10 +10,10 @@ from lightly.transforms.utils import IMAGENET_NORMALIZE
 
 
 class TwoViewTransform(MultiViewTransform):
-    """Transforms an image into two views, as BYOL does [0], which DirectPred, DirectCopy and IsoLoss take over.
+    """Transforms an image into two views, as BYOL [0]. DirectPred, DirectCopy and IsoLoss use the same views.
 
-    Where an argument is a pair, it has a value for each view; a single value counts for both. None is the value in
-    `published`: BYOL's here, and in a method's own transform what was published for it on ImageNet.
+    An argument that is a pair has one value per view; a single value applies to both views. None selects the value in
+    `published`: BYOL's in this class, and the method's published ImageNet settings in a method's own transform.
 
     Input to this transform:
         PIL Image or Tensor.

@@ -1,7 +1,7 @@
 """Projection and prediction heads in lightly's manner.
 
-For each method ``<Name>ProjectionHead``; for those whose predictor is computed ``<Name>PredictionHead``. Heads that
-lightly has itself (BYOL's, SimSiam's) are lightly's.
+Each method has ``<Name>ProjectionHead``, and each method with a computed predictor ``<Name>PredictionHead``. The heads
+of BYOL and SimSiam are lightly's own.
 """
 
 from itertools import pairwise
@@ -95,11 +95,11 @@ class SSLEYProjectionHead(ProjectionHead):
 
 
 class DirectPredPredictionHead(ClosedFormPredictor):
-    """Prediction head used for DirectPred: computed from the projections it is shown, without parameters.
+    """Prediction head used for DirectPred. It is computed from the projections and has no parameters.
 
-    "W = U diag(p) U^T" of the projections' running second moment, with p the square roots of its eigenvalues over the
-    largest. Call it once per view and step: in training each call updates the moment, then predicts; in evaluation it
-    only predicts. The second moment and W are buffers, so they are in the state dict.
+    "W = U diag(p) U^T" of the running second moment of the projections. p are the square roots of its eigenvalues,
+    divided by the largest. Call it once per view and step: in training each call updates the moment, then predicts; in
+    evaluation it only predicts. The second moment and W are buffers and therefore in the state dict.
 
     - [0]: DirectPred, 2021, https://arxiv.org/abs/2102.06810
 
@@ -131,7 +131,7 @@ class DirectPredPredictionHead(ClosedFormPredictor):
             eps:
                 Added to the eigenvalues, divided by the largest, before the power.
             rho:
-                What is kept of the second moment at each update, in [0, 1).
+                Weight of the former second moment at each update, in [0, 1).
             normalize:
                 Whether the eigenvalues are divided by the largest.
             gather_distributed:
@@ -159,7 +159,7 @@ class DirectPredPredictionHead(ClosedFormPredictor):
         return super().forward(x)
 
     def predict(self, views: list[Tensor]) -> list[Tensor]:
-        """Predictions of all views of one step."""
+        """Compute the predictions of all views of one step."""
         return [self(z) for z in views]
 
 
@@ -197,7 +197,7 @@ class IsoCopyPredictionHead(DirectCopyPredictionHead):
 
 
 def _projection_head(name: str, spec: MethodSpec) -> type[ProjectionHead]:
-    """The head of a MethodSpec as a class in lightly's manner."""
+    """Make the projection head of a MethodSpec as a class in lightly's manner."""
     known = spec.options
 
     def __init__(

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from plugins.tools.command import UserError, first_process, say
 from plugins.tools.fitting import mismatch, plain_names
 from plugins.tools.process import locked_folder
-from plugins.tools.records import difference, write_json
+from plugins.tools.records import difference, read_json, write_json
 from plugins.tools.trainer import AtomicCheckpointIO, save_atomically
 from plugins.tools.unpickle import load_inert
 from solo_ext.compat import pl
@@ -391,7 +391,7 @@ def auto_resume(cfg: DictConfig, kind: str) -> tuple[Path, dict[str, Any]] | Non
         if not checkpoints or checkpoints[0].stat().st_mtime < oldest:
             continue
         try:
-            theirs, ours = _recorded(json.loads(args.read_text())), OmegaConf.to_container(cfg.identity)
+            theirs, ours = _recorded(read_json(args)), OmegaConf.to_container(cfg.identity)
             if version is not None:
                 ours["max_epochs"] = theirs["max_epochs"]
             other = _contradiction(theirs, ours)

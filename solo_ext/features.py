@@ -1,7 +1,6 @@
 """Shared by main_knn, main_probe and main_umap: the network of a run, images, and features of the images."""
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from plugins.tools.command import UserError
 from plugins.tools.features import usable_device
 from plugins.tools.fitting import mismatch, plain_names
+from plugins.tools.records import read_json
 from solo_ext.backbones import build_backbone
 from solo_ext.checkpoint import ARGS, check_writable, find_checkpoint, load_backbone, read_checkpoint
 from solo_ext.compat import native_methods, native_options
@@ -69,8 +69,8 @@ def read_run(folder: Path) -> Run:
     if not path.is_file():
         raise UserError(f"{folder} is not the folder of a run: it has no {ARGS}")
     try:
-        config = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        config = read_json(path)
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if isinstance(config, dict) and isinstance(config.get("dataset"), str):
         config = _nested(config)

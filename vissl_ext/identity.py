@@ -93,7 +93,13 @@ def check_same(folder: Path, ours: Mapping[str, Any]) -> int | None:
     path = folder / _FILE
     if not path.is_file() or not checkpoints(folder):
         return None
-    theirs = _without_derived(read_json(path))  # earlier releases wrote them down
+    try:
+        theirs = read_json(path)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}; name another config.CHECKPOINT.DIR") from None
+    if not isinstance(theirs, dict):
+        raise UserError(f"{path} was not written by this launcher; name another config.CHECKPOINT.DIR")
+    theirs = _without_derived(theirs)  # earlier releases wrote them down
     for key, value in ours.items():
         if key != _EPOCHS and theirs.get(key, value) != value:
             name, there, here = difference(key, theirs[key], value)

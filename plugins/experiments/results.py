@@ -1,6 +1,5 @@
 """Results of a suite: rows of finished runs, and how reports format their numbers."""
 
-import json
 import math
 import re
 import statistics
@@ -8,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from plugins.tools.records import read_json
 
 BASELINES = ("untrained", "supervised")
 """Rows of baselines: the first is at the top of the table, the second at the bottom."""
@@ -84,7 +85,7 @@ def _natural(text: str) -> list[tuple[int, str]]:
 
 def _read_result(file: Path) -> dict[str, Any] | None:
     try:
-        result = json.loads(file.read_text())
+        result = read_json(file)
     except (OSError, ValueError):
         return None
     return result if isinstance(result, dict) else None

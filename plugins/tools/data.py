@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plugins.tools.command import with_command_name
+from plugins.tools.records import read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -231,8 +232,8 @@ def _holds(out: Path, settings: dict[str, Any]) -> bool:
 
 def _read_manifest(out: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads((out / "manifest.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        found = read_json(out / "manifest.json")
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -17,8 +17,15 @@ _PACKAGES = ("ssl-plugins", "torch", "torchvision", "numpy")
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file."""
-    return json.loads(path.read_text())
+    """Return the content of a JSON file.
+
+    Raises:
+        ValueError: the file is not valid JSON, is no UTF-8 text, or nests too deeply.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
 
 
 def write_json(path: Path, content: Any) -> None:

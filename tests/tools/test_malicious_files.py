@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from plugins.experiments.results import _read_result
 from plugins.tools import data
 from plugins.tools.command import UserError
 from plugins.tools.export import read_backbone
@@ -160,6 +161,11 @@ def test_json_that_nests_without_end(tmp_path):
     assert "args.json is not valid JSON" in refused(read_run, tmp_path, marker=tmp_path / "ran")
     (tmp_path / "manifest.json").write_text("[" * 200_000)
     refused(data.make_digits, tmp_path, marker=tmp_path / "ran")
+
+
+def test_results_that_nest_without_end_are_no_results(tmp_path):
+    (tmp_path / "result.json").write_text("[" * 200_000)
+    assert _read_result(tmp_path / "result.json") is None
 
 
 @pytest.mark.solo

@@ -121,6 +121,15 @@ def test_a_run_that_wrote_down_less_goes_on(tmp_path: Path) -> None:
         claimed(tmp_path, "config.OPTIMIZER.name=sgd")
 
 
+@pytest.mark.parametrize("text", ["[" * 200_000, "{", "[]"])
+def test_a_record_that_is_none_is_a_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text)
+    (tmp_path / "model_phase1.torch").touch()
+    with pytest.raises(UserError, match=r"/run\.json (is not valid JSON|was not written by this launcher)") as error:
+        check_same(tmp_path, {})
+    assert "\n" not in str(error.value)
+
+
 def test_a_folder_without_classes_is_the_folder_of_the_run(few_digits: Path, tmp_path: Path) -> None:
     """Its images are read by a list of them, which lies in the run's folder."""
     for name in ("one", "two"):

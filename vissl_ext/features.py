@@ -127,7 +127,7 @@ def feature_chunks(folder: Path, split: str, layer: str) -> Iterator[tuple[Tenso
     seen = np.empty(0, dtype=np.int64)
     for stem in _stems(folder, split, layer):
         features, targets, indices = (
-            np.load(folder / f"{stem}_{kind}.npy") for kind in ("features", "targets", "inds")
+            np.load(folder / f"{stem}_{kind}.npy", allow_pickle=False) for kind in ("features", "targets", "inds")
         )
         indices, first = np.unique(indices, return_index=True)
         rows = first[~np.isin(indices, seen)]

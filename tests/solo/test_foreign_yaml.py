@@ -66,3 +66,8 @@ def test_a_file_that_is_composed_in_is_looked_at_too(tmp_path, capsys):
 def test_hydras_own_parts_are_allowed(words, tmp_path):
     (got,) = run(tmp_path, QUIET + "seed: 5\n", *words)
     assert got.seed == 5
+
+
+def test_a_path_with_an_equals_sign_needs_no_quotes(tmp_path):
+    (got,) = run(tmp_path, QUIET + "place: x\n", "place=runs/lr=0.1 new/ep=9.ckpt", "++other=~/a=b")
+    assert (got.place, got.other) == ("runs/lr=0.1 new/ep=9.ckpt", "~/a=b")

@@ -141,7 +141,7 @@ def test_encrypted_archives_are_named(tmp_path):
             content[place + offset] |= 1
             place = content.find(mark, place + 4)
     path.write_bytes(content)
-    assert "is broken" in refused(data.make_tinyimagenet, path, tmp_path / "out", marker=tmp_path / "ran")
+    assert "is corrupt" in refused(data.make_tinyimagenet, path, tmp_path / "out", marker=tmp_path / "ran")
 
 
 def test_images_that_claim_to_be_huge(tmp_path):

@@ -34,6 +34,7 @@ def run(digits, tmp_path_factory) -> Path:
         *("+method=simclr", "+method_kwargs={proj_hidden_dim: 32, proj_output_dim: 16, temperature: 0.2}"),
         *(f"data.train_path={digits / 'train'}", f"data.val_path={digits / 'val'}", "optimizer.batch_size=32"),
         *("++max_epochs=0", f"++checkpoint.dir={tmp_path_factory.mktemp('runs')}", "++checkpoint.version=v"),
+        "backbone.name=resnet18",  # torchvision has it, and 1.0.2 knows it
     ]
     with initialize_config_dir(str(ROOT / "configs" / "solo" / "digits"), version_base="1.2"):
         return pretrain(compose("base", overrides))

@@ -48,7 +48,8 @@ class TrainingSteps:
         lr: learning rate for 256 images, > 0; it follows a cosine after a linear warm-up.
         weight_decay: of all parameters but biases, normalisation and the online classifier.
         decay_all: whether biases and normalisation decay too, as in the published runs of MEC and Matrix-SSL.
-        warmup_epochs: at most the whole run.
+        warmup_epochs: at most the whole run. None is 10 epochs, but at most a tenth of the run, so that a run of fewer than
+            100 epochs reaches its learning rate too.
         base_tau: momentum of the teacher at its first update, in [0, 1].
         final_tau: at its last, in [0, 1].
         accumulate: with ``accumulate_grad_batches`` above 1 the loss of a step is the "mean" of its micro-batches'
@@ -70,7 +71,7 @@ class TrainingSteps:
         lr: float = 0.45,
         weight_decay: float = 1e-6,
         decay_all: bool = False,
-        warmup_epochs: float = 10,
+        warmup_epochs: float | None = None,
         base_tau: float = 0.99,
         final_tau: float = 1.0,
         accumulate: str = "mean",
@@ -78,7 +79,7 @@ class TrainingSteps:
     ) -> None:
         check_choice("optimizer", optimizer, OPTIMIZERS)
         check_choice("accumulate", accumulate, ACCUMULATE)
-        for name, value in {"lr": lr, "weight_decay": weight_decay, "warmup_epochs": warmup_epochs}.items():
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "warmup_epochs": warmup_epochs or 0.0}.items():
             check_range(name, value, low=0.0)
         cosine_tau(0, 1, base_tau, final_tau)  # the ranges
         super().__init__(_resnet50() if backbone is None else backbone, **options)
@@ -237,9 +238,12 @@ class TrainingSteps:
         else:
             optimizer = {"lars": LARS, "sgd": torch.optim.SGD}[given.optimizer](groups, lr=lr, momentum=0.9)
         total, of_epoch = run_steps(self.trainer)
-        if of_epoch is None and given.warmup_epochs:
+        if given.warmup_epochs is None:
+            warmup = min(total // 10, 10 * of_epoch) if of_epoch is not None else total // 10
+        elif of_epoch is None and given.warmup_epochs:
             raise UserError(f"warmup_epochs={given.warmup_epochs} needs data of a known length; set warmup_epochs=0")
-        warmup = min(total, int((of_epoch or 0) * given.warmup_epochs))
+        else:
+            warmup = min(total, int((of_epoch or 0) * given.warmup_epochs))
         schedule = PartialSchedule(optimizer, warmup_epochs=warmup, max_epochs=total)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 

@@ -23,7 +23,7 @@ COUNTING = ["dissl", "mec", "isoloss", "directcopy", "ssl_ey"]
 def parts(method: str) -> dict:
     """Vectors for images, and no batch norm."""
     given: dict = {"projection_head": toy_mlp(6, 4), "input_dim": 6, **WARMUPS.get(method, {})}
-    if METHODS[method].views is None:
+    if METHODS[method].large == 2:  # two branches
         given["projection_head"] = TwoBranchHead(Heads(teacher=toy_mlp(6, 4), student=toy_mlp(6, 4)), 6)
     if "pred_hidden_dim" in METHODS[method].options:
         given["prediction_head"] = toy_mlp(4, 4)
@@ -318,7 +318,7 @@ def test_training_on_ranks_is_training_on_the_joined_batch(ranks, method: str) -
 # ------------------------------------------------------------------------------------------------------ schedules
 
 
-def schedule(batches: object, warmup_epochs: float = 2, **options: object) -> tuple[int, int, int]:
+def schedule(batches: object, warmup_epochs: float | None = 2, **options: object) -> tuple[int, int, int]:
     """Steps of the warm-up and of the schedule, and those that were made."""
     import pytorch_lightning
 
@@ -348,6 +348,14 @@ def test_schedules_follow_the_trainers_limits() -> None:
     assert schedule(batches, max_steps=9, limit_train_batches=3) == (6, 9, 9)
     assert schedule(batches, max_steps=9, limit_train_batches=3, accumulate_grad_batches=2) == (4, 9, 9)
     assert schedule(_Stream(), 0, max_steps=7) == (0, 7, 7)
+
+
+def test_the_default_warmup_is_ten_epochs_and_at_most_a_tenth_of_the_run() -> None:
+    batches = micro_batches(5)[1]
+    assert schedule(batches, None, max_steps=40) == (4, 40, 40)
+    assert schedule(batches, None, max_epochs=110, limit_train_batches=1) == (10, 110, 110)
+    assert schedule(batches, None, max_steps=5) == (0, 5, 5)
+    assert schedule(_Stream(), None, max_steps=40) == (4, 40, 40)
 
 
 def test_a_run_without_an_end_is_a_sentence() -> None:

@@ -332,7 +332,7 @@ def test_compiled(method: str) -> None:
 def _joined_build(method: str) -> models.MethodModel:
     """Vectors for images, and no batch norm, whose statistics are each process's own."""
     parts = {"projection_head": toy_mlp(6, 4), "input_dim": 6}
-    if METHODS[method].views is None:
+    if METHODS[method].large == 2:  # two branches
         heads = Heads(teacher=toy_mlp(6, 4), student=toy_mlp(6, 4))
         parts["projection_head"] = TwoBranchHead(heads, 6)
     if "pred_hidden_dim" in METHODS[method].options:

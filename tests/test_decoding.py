@@ -234,7 +234,7 @@ def test_dali_reads_the_same_pixels_or_names_the_file(folder: Path) -> None:
 def test_values_out_of_range_are_an_error_that_names_the_file(values: np.ndarray, range_: str, tmp_path: Path) -> None:
     path = tmp_path / "image.tif"
     Image.fromarray(values).save(path)
-    wanted = f"{path} cannot be read as an image: its values are {range_}; rescale the image"
+    wanted = f"{path} cannot be read as an image: its values range {range_}; rescale the image"
     with pytest.raises(UserError) as refused:
         open_image(path)
     assert str(refused.value) == wanted

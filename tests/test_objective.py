@@ -105,8 +105,8 @@ def test_a_two_view_method_refuses_other_views(large, small):
         spec.check_views(large, small)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_takes_more_than_two_views(method):
+@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.views is None])
+def test_methods_without_a_number_of_views_take_more_than_two(method):
     """Each other view predicts each large view's target: one term for each pair that the formula names."""
     spec = METHODS[method]
     for large, small in ((2, 0), (3, 0), (2, 6)):

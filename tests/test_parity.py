@@ -47,7 +47,9 @@ class Case(NamedTuple):
 
 CASES = {name: Case(name, {}) for name in METHODS}
 CASES["simclr"] = Case("cissl", {"heads": "simclr", "positives": "other"})
-CROPS = {f"{name} with small crops": case._replace(sides=(16, 16, 8, 8)) for name, case in CASES.items()}
+CROPS = {
+    name: case._replace(sides=(16, 16, 8, 8)) for name, case in CASES.items() if METHODS[case.method].views is None
+}
 
 
 class Parts(NamedTuple):

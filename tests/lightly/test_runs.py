@@ -116,14 +116,14 @@ class Runs:
 
 
 def _kill_after_checkpoint(epoch: int) -> None:
-    save = trainer._WholeFiles.save_checkpoint
+    save = trainer._CheckpointIO.save_checkpoint
 
     def save_and_die(self: object, checkpoint: dict, path: str, storage_options: object = None) -> None:
         save(self, checkpoint, path, storage_options)
         if checkpoint["epoch"] == epoch:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer._WholeFiles.save_checkpoint = save_and_die
+    trainer._CheckpointIO.save_checkpoint = save_and_die
 
 
 @pytest.fixture

@@ -200,7 +200,14 @@ def test_three_real_steps_move_every_parameter(name, compose):
     still = {
         key.removeprefix("momentum_") for key, value in model.named_parameters() if torch.equal(value, before[key])
     }
-    assert still == {key for key, value in model.projector.named_parameters("projector") if not value.requires_grad}
+    frozen = {key for key, value in model.projector.named_parameters("projector") if not value.requires_grad}
+    layers = dict(model.projector.named_children())
+    cancelled = {  # by the batch norm behind it: its gradient is rounding, which SGD may lose
+        f"projector.{name}.bias"
+        for name in layers
+        if name.isdigit() and isinstance(layers.get(str(int(name) + 1)), torch.nn.BatchNorm1d)
+    }
+    assert frozen <= still <= frozen | cancelled
     metrics = trainer.callback_metrics
     logged = {"train_ssl_loss_epoch", "train_z_std_epoch", "train_acc1_epoch", "val_acc1", "val_knn_acc1"}
     eigen = {f"eigval_metrics/{s}" for s in ("eigval_min", "eigval_max", "eigval_mean", "eigval_std", "part_ratio")}

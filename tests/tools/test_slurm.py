@@ -240,6 +240,6 @@ def test_pretraining_on_two_nodes(cluster, thin_digits):
     (run,) = (cluster / "runs" / "isoloss").iterdir()
     args = json.loads((run / "args.json").read_text())
     assert (args["num_nodes"], args["devices"]) == (2, 1)
-    assert args["optimizer"]["lr"] == pytest.approx(0.004 * 16 * 2 / 256)
+    assert args["optimizer"]["lr"] == pytest.approx(0.008 * 16 * 2 / 256)
     assert len(list(run.glob("*.ckpt"))) == 1
     assert json.loads((run / "pretrain.json").read_text())["epochs"] == 1

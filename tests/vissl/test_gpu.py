@@ -82,7 +82,7 @@ def test_training_with_larc_resumes(device: str, on: Callable, tmp_path: Path, l
     tolerance = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 0.05, "atol": 5e-3}
     torch.testing.assert_close(one["base_model"]["model"], other["base_model"]["model"], **tolerance)
     moments = [state["optimizer"]["optim"]["state"] for state in (one, other)]
-    assert len(moments[0]) > 60
+    assert len(moments[0]) > 27  # the parameters of a ResNet-8 and its head
     torch.testing.assert_close(*moments, **tolerance)
     before = torch.load(whole / "model_phase0.torch")["classy_state_dict"]
     assert ("amp" in before) is (device == "cuda")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plugins.checks import NotFiniteError, check_finite
+from plugins.checks import NotFiniteError, check_finite, check_result
 from plugins.clock import Clock, Stepped
 from plugins.distributed import LOCAL, Collective
 from plugins.heads import SharedHead, TwoBranchHead
@@ -86,6 +86,7 @@ class Objective(nn.Module):
         projector: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.comm = comm
         self.criterion = spec.loss(options, comm)
         self.etf: ETFMonitor | None = None
         if isinstance(projector, TwoBranchHead):
@@ -147,10 +148,12 @@ class Objective(nn.Module):
             for view in embeddings.z:
                 self.embedding_moment.update(view)
         try:
-            return self.criterion(embeddings)
+            terms = self.criterion(embeddings)
         except NotFiniteError:
             check_finite("the loss", **_by_view(embeddings))
             raise
+        check_result("the loss", terms.loss, self.comm.size, **_by_view(embeddings))
+        return terms
 
     def tracked_moment(self, predictor: nn.Module | None) -> RunningMoment | None:
         """Return the running second moment of the projections, or None if the method does not track it."""

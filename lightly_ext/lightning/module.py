@@ -48,8 +48,8 @@ class TrainingSteps:
         lr: learning rate for 256 images, > 0; it follows a cosine after a linear warm-up.
         weight_decay: of all parameters but biases, normalisation and the online classifier.
         decay_all: whether biases and normalisation decay too, as in the published runs of MEC and Matrix-SSL.
-        warmup_epochs: at most the whole run. None is 10 epochs, but at most a tenth of the run, so that a run of fewer than
-            100 epochs reaches its learning rate too.
+        warmup_epochs: at most the whole run. None is 10 epochs, but at most a tenth of the run, so that a run of fewer
+            than 100 epochs reaches its learning rate too.
         base_tau: momentum of the teacher at its first update, in [0, 1].
         final_tau: at its last, in [0, 1].
         accumulate: with ``accumulate_grad_batches`` above 1 the loss of a step is the "mean" of its micro-batches'

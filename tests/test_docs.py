@@ -56,7 +56,7 @@ def test_page_without_a_hand_written_part_is_made(monkeypatch, tmp_path):
 
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "experiments.md").write_text("")
+    (tmp_path / "docs" / "choosing.md").write_text("")
     monkeypatch.setattr(method_pages, "ROOT", tmp_path)
     page = method_pages.method_page("mec")
     assert page.startswith("# MEC\n") and "no hand-written part" in page
@@ -76,7 +76,7 @@ def test_published_numbers_stand_beside_ours():
                 assert f"`{suite}`, `{run}`" in every
 
 
-def test_digits_are_those_of_the_page_of_experiments():
+def test_digits_are_those_of_the_page_about_choosing():
     for spec in METHODS.values():
         assert NOT_MEASURED not in digits_row(spec.title), spec.title
     assert digits_row("no such method") == [NOT_MEASURED] * 3

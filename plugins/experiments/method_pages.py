@@ -4,7 +4,7 @@
 
 The hand-written part of a method's page is docs/methods/<name>.md. Facts, options, commands and results are generated
 when the site is built, from the method's SPEC, configs/, :mod:`plugins.experiments.published` and the tables of
-docs/experiments.md. The generated pages are not committed.
+docs/choosing.md. The generated pages are not committed.
 """
 
 import argparse
@@ -194,7 +194,7 @@ def _results(spec: MethodSpec) -> str:
         parts += ["Published numbers: none are available.", ""]
     digits = digits_row(spec.title)
     parts += [
-        "Our results on the digits, kNN / linear accuracy (%), one entry per seed; there are no published results:",
+        "Our results on the digits, kNN accuracy (%) with seeds 0 / 1 / 2; there are no published results:",
         "",
     ]
     parts += ["| solo-learn | VISSL | lightly |", "|---|---|---|", f"| {' | '.join(digits)} |"]
@@ -202,7 +202,7 @@ def _results(spec: MethodSpec) -> str:
 
 
 def digits_row(title: str) -> list[str]:
-    """Return the cells of a method in the table of docs/experiments.md that has one column per framework.
+    """Return the cells of a method in the table of docs/choosing.md that has one column per framework.
 
     Args:
         title: title of the method, as in the first column of the table.
@@ -211,7 +211,7 @@ def digits_row(title: str) -> list[str]:
         The cells of solo-learn, VISSL and lightly; "not measured" for a missing one.
     """
     inside = False
-    for line in (ROOT / "docs" / "experiments.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "choosing.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if cells[1:] == ["solo-learn", "VISSL", "lightly"]:
             inside = True

@@ -5,6 +5,7 @@ Every message names the expected and the given value, so that the user can corre
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ def check_rows(**tensors: Tensor) -> None:
     Raises:
         ValueError: a tensor is not a floating-point matrix, or two shapes differ.
     """
+    if not tensors:
+        raise ValueError("at least one matrix is needed, got none")
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -76,27 +79,42 @@ def check_finite(what: str, **tensors: Tensor) -> None:
         raise NotFiniteError(f"{what} needs finite numbers, got NaN or inf in {', '.join(broken)}")
 
 
-def check_result(what: str, result: Tensor, processes: int, **tensors: Tensor) -> None:
-    """If a result is NaN or inf, name the tensors that caused it. Call it after the computation.
+class _Sums(Protocol):
+    """The part of :class:`plugins.distributed.Collective` that a check needs."""
+
+    def sum(self, tensor: Tensor) -> Tensor: ...
+
+
+def check_result(what: str, result: Tensor, comm: _Sums, **tensors: Tensor) -> None:
+    """If a result is NaN or inf, name the tensors that caused it. Call it after the computation, on all processes.
 
     The check costs one comparison, as the tensors are read only after a failure. It does nothing on a GPU, where it
-    would wait for the device, and in compiled code: there the result shows the fault.
+    would wait for the device, and in compiled or traced code: there the result shows the fault.
 
     Args:
         what: the quantity that was computed, for the error message.
         result: scalar, the same on all processes.
-        processes: number of processes that share the batch.
-        tensors: this process's tensors, named as the caller's parameters are.
+        comm: the processes that share the batch. After a failure they exchange which tensors are not finite, so that
+            every process names the same ones.
+        tensors: this process's tensors, named as the caller's parameters are, in the same order on all processes.
 
     Raises:
-        NotFiniteError: a tensor holds NaN or inf, or those of another process may do. If all tensors of a single
-            process are finite, the result has overflowed, which is no error here.
+        NotFiniteError: a tensor of some process holds NaN or inf. If all are finite, the result has overflowed, which
+            is no error here.
     """
-    if torch.compiler.is_compiling() or result.device.type != "cpu" or bool(result.isfinite()):
+    if torch.compiler.is_compiling() or result.device.type != "cpu":
         return
-    check_finite(what, **tensors)
-    if processes > 1:
-        raise NotFiniteError(f"{what} is NaN or inf because of the rows of another process")
+    try:
+        if bool(result.isfinite()):
+            return
+    except RuntimeError:  # a traced tensor has no value
+        return
+    broken = torch.tensor([not bool(tensor.isfinite().all()) for tensor in tensors.values()], dtype=torch.float32)
+    counts = comm.sum(broken)
+    names = [name for name, count in zip(tensors, counts.tolist(), strict=True) if count]
+    if names:
+        where = "" if bool(broken.any()) else " of another process"
+        raise NotFiniteError(f"{what} needs finite numbers, got NaN or inf in {', '.join(names)}{where}")
 
 
 def check_count(rows: int, *, least: int, what: str) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plugins.checks import NotFiniteError, check_finite, check_result
+from plugins.checks import NotFiniteError, check_result
 from plugins.clock import Clock, Stepped
 from plugins.distributed import LOCAL, Collective
 from plugins.heads import SharedHead, TwoBranchHead
@@ -150,9 +150,10 @@ class Objective(nn.Module):
         try:
             terms = self.criterion(embeddings)
         except NotFiniteError:
-            check_finite("the loss", **_by_view(embeddings))
+            unknown = torch.full((), torch.nan)
+            check_result("the loss", unknown, self.comm, **_by_view(embeddings))
             raise
-        check_result("the loss", terms.loss, self.comm.size, **_by_view(embeddings))
+        check_result("the loss", terms.loss, self.comm, **_by_view(embeddings))
         return terms
 
     def tracked_moment(self, predictor: nn.Module | None) -> RunningMoment | None:

@@ -16,6 +16,7 @@ from plugins.tools.command import UserError, nearest
 from plugins.tools.schema import (
     SECTION,
     Allowed,
+    Place,
     Positive,
     Section,
     Share,
@@ -84,8 +85,8 @@ class Data(Section):
     dataset: Literal["cifar10", "cifar100", "stl10", "tinyimagenet", "imagenet100", "imagenet", "custom", "digits"] = (
         entry("data set; custom: your own folder, with a folder of images for each class")
     )
-    train_path: Word = entry("folder of the training images; h5: the file; CIFAR and STL-10: the download folder")
-    val_path: Word | None = entry("the same for the validation images; null: no validation", None)
+    train_path: Place = entry("folder of the training images; h5: the file; CIFAR and STL-10: the download folder")
+    val_path: Place | None = entry("the same for the validation images; null: no validation", None)
     format: Literal["image_folder", "dali", "h5"] = entry("reader of the images", "image_folder")
     num_workers: whole(0, 1024) = entry("number of processes that read images; 0: the training process reads them", 4)
     no_labels: Switch = entry("whether custom images are in the folder itself, without classes", False)
@@ -120,7 +121,7 @@ class LinearAugmentations(Section):
 class LinearData(Data):
     """The images of a linear evaluation."""
 
-    val_path: Word = entry("the same for the validation images")
+    val_path: Place = entry("the same for the validation images")
     augmentations: LinearAugmentations = entry("crops and normalisation", optional=True)
 
 
@@ -299,7 +300,7 @@ class Checkpoint(Section):
     """The folder and the checkpoints of a run."""
 
     enabled: Switch = entry("whether to write checkpoints", True)
-    dir: Word = entry("folder; a run is written to <dir>/<method>/<version>", "trained_models")
+    dir: Place = entry("folder; a run is written to <dir>/<method>/<version>", "trained_models")
     frequency: whole(1) = entry("epochs between checkpoints", 1)
     keep_prev: Switch = entry("whether to keep older checkpoints of the run", False)
     version: _FileName | None = entry("name of the run's folder; null: a random name", None)
@@ -317,7 +318,7 @@ class AutoUMAP(Section):
     """Pictures of the validation images' features during training."""
 
     enabled: Switch = entry("whether to draw them", False)
-    dir: Word = entry("folder; pictures are written to <dir>/<method>/<version>", "auto_umap")
+    dir: Place = entry("folder; pictures are written to <dir>/<method>/<version>", "auto_umap")
     frequency: whole(1) = entry("epochs between pictures", 1)
 
 
@@ -347,7 +348,7 @@ class Run(Section):
     dali: Dali = entry("NVIDIA DALI, for data.format=dali", optional=True)
     checkpoint: Checkpoint = _section(Checkpoint, "folder and checkpoints")
     auto_resume: AutoResume = _section(AutoResume, "resuming from the newest checkpoint of the same run")
-    resume_from_checkpoint: Word | None = entry("checkpoint to resume from", None)
+    resume_from_checkpoint: Place | None = entry("checkpoint to resume from", None)
     wandb: Wandb = _section(Wandb, "Weights & Biases")
     performance: Performance = _section(Performance, "speed")
     seed: whole(0, 2**32 - 1) = entry("seed of all random numbers", 5)
@@ -399,7 +400,7 @@ class Linear(Run):
     data: LinearData = entry("the images")
     optimizer: LinearOptimizer = entry("the optimiser")
     max_epochs: whole(1, 10**9) = entry("epochs")
-    pretrained_feature_extractor: Word = entry("checkpoint, or folder of a run, of the backbone to evaluate")
+    pretrained_feature_extractor: Place = entry("checkpoint, or folder of a run, of the backbone to evaluate")
     pretrain_method: Word | None = entry("an entry of solo-learn without effect: the checkpoint has it", optional=True)
     finetune: Switch = entry("whether to train the backbone too", False)
     normalized_classifier: Switch = entry(

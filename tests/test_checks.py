@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from plugins.checks import (
+    NotFiniteError,
     check_choice,
     check_count,
     check_finite,
@@ -14,6 +16,8 @@ from plugins.checks import (
     check_whole,
     compute_dtype,
 )
+from plugins.distributed import LOCAL
+from plugins.losses import byol_loss, cissl_loss, ssl_ey_loss
 
 
 def test_rows_accept_matrices_of_one_shape():
@@ -66,13 +70,36 @@ def test_finite():
 
 def test_a_result_that_is_not_finite_names_its_cause():
     good, bad = torch.ones(2, 2), torch.tensor([[1.0, torch.inf]])
-    check_result("a mean", good.mean(), 1, good=good, bad=bad)  # not looked at
+    check_result("a mean", good.mean(), LOCAL, good=good, bad=bad)  # not looked at
     with pytest.raises(FloatingPointError, match=r"^a mean needs finite numbers, got NaN or inf in bad$"):
-        check_result("a mean", bad.mean(), 2, good=good, bad=bad)
-    check_result("a sum", good.sum() * torch.inf, 1, good=good)  # an overflow
-    with pytest.raises(ValueError, match=r"^a sum is NaN or inf because of the rows of another process$"):
-        check_result("a sum", good.sum() * torch.inf, 2, good=good)
-    check_result("a sum", torch.empty((), device="meta"), 1, bad=bad)
+        check_result("a mean", bad.mean(), LOCAL, good=good, bad=bad)
+    check_result("a sum", good.sum() * torch.inf, LOCAL, good=good)  # an overflow
+    check_result("a sum", torch.empty((), device="meta"), LOCAL, bad=bad)
+
+
+def _result_of_rank(comm, tensor):
+    result = comm.sum(tensor.sum())
+    try:
+        check_result("a sum", result, comm, good=torch.ones(2), given=tensor)
+    except NotFiniteError as error:
+        return str(error)
+    return "finite" if result.isfinite() else "overflow"
+
+
+@pytest.mark.ddp
+def test_every_process_names_the_tensor_of_the_one_that_is_not_finite(ranks):
+    good, bad, large = torch.ones(3), torch.tensor([1.0, torch.nan]), torch.full((2,), 3e38)
+    message = "a sum needs finite numbers, got NaN or inf in given"
+    assert ranks.run(_result_of_rank, [(good,), (bad,)]) == [f"{message} of another process", message]
+    assert ranks.run(_result_of_rank, [(bad,), (good,)]) == [message, f"{message} of another process"]
+    assert ranks.run(_result_of_rank, [(good,), (good,)]) == ["finite"] * 2
+    assert ranks.run(_result_of_rank, [(large,), (large,)]) == ["overflow"] * 2, "not blamed on another process"
+
+
+@pytest.mark.parametrize("loss", [byol_loss, ssl_ey_loss, lambda a, b: cissl_loss([a, b], [a, b])])
+def test_losses_can_be_traced_without_values(loss):
+    with FakeTensorMode():
+        assert loss(torch.randn(6, 4), torch.randn(6, 4)).shape == ()
 
 
 def test_count():

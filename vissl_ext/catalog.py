@@ -21,7 +21,7 @@ _NOT_FILES = ("synthetic", "torchvision_dataset", "airstore")
 _DIGITS = "; make the digits with: python -m plugins.tools.data digits"
 
 
-def complete(config: DictConfig, given: dict[str, Any]) -> dict[str, list[str]]:
+def complete(config: DictConfig, given: dict[str, Any], *, same_classes: bool = True) -> dict[str, list[str]]:
     """Say in the configuration how the named folders have to be read.
 
     A folder with a folder for each class becomes ``disk_folder``; one with images in it ``disk_filelist``, whose list
@@ -30,6 +30,8 @@ def complete(config: DictConfig, given: dict[str, Any]) -> dict[str, list[str]]:
     Args:
         config: VISSL's configuration, below ``config``; changed in place.
         given: keys, below ``config``, that the command line names.
+        same_classes: whether folders of training and test images must have the same classes, which an extraction of
+            features does not need.
 
     Returns:
         The images of each list that has to be written, by the list's path.
@@ -71,12 +73,14 @@ def complete(config: DictConfig, given: dict[str, Any]) -> dict[str, list[str]]:
         data.DATA_PATHS, data.DATA_SOURCES, data.DATASET_NAMES = paths, sources, names
         if wanted and "disk_folder" in sources:
             data.LABEL_SOURCES = sources
-    _check_classes([config.DATA[split] for split in splits])
+    if same_classes:
+        _check_classes([config.DATA[split] for split in splits])
     return lists
 
 
 def _check_classes(splits: list[Any]) -> None:
     """Check that the labels of two folders number the same classes."""
+    splits = [data for data in splits if data.LABEL_TYPE == "standard"]  # else the labels are not the folders
     of_folders = [data for data in splits if list(data.LABEL_SOURCES) == ["disk_folder"] and not data.LABEL_PATHS]
     places = [path for data in of_folders if list(data.DATA_SOURCES) == ["disk_folder"] for path in data.DATA_PATHS]
     if len(of_folders) == len(places) == 2 and all(Path(place).is_dir() for place in places):

@@ -130,7 +130,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
         weights.PARAMS_FILE = str(Path(weights.PARAMS_FILE).expanduser())
     given_paths = {split: cfg.config.DATA[split].DATA_PATHS for split in ("TRAIN", "TEST")}
     paths = {split: list(those) for split, those in given_paths.items() if OmegaConf.is_list(those)}
-    lists = catalog.complete(cfg.config, given)
+    lists = catalog.complete(cfg.config, given, same_classes=cfg.engine_name == "train")
     check(cfg, given)
     if cfg.engine_name == "train":
         check_outputs(cfg.config)

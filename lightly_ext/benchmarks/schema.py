@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BeforeValidator, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ValidationError, model_validator
 
-from plugins.tools.command import Parser, UserError
+from plugins.tools.command import Parser, UserError, home
 from plugins.tools.schema import (
     Allowed,
     Positive,
@@ -48,8 +48,8 @@ def _pairs(given: Any) -> Any:
     return pairs
 
 
-_Folder = Annotated[Path, Allowed("a folder")]
-_File = Annotated[Path, Allowed("a file")]
+_Folder = Annotated[Path, AfterValidator(home), Allowed("a folder")]
+_File = Annotated[Path, AfterValidator(home), Allowed("a file")]
 _Names = Annotated[list[Word], Allowed("names of methods")]
 _Pairs = Annotated[dict[str, Any], BeforeValidator(_pairs), Allowed("KEY=VALUE ...")]
 _Above0 = number("a number above 0", gt=0)
@@ -81,7 +81,9 @@ class Options(Section):
     lr: Positive = entry("learning rate for 256 images over all devices, for our methods", 0.45)
     weight_decay: Positive = entry("weight decay, for our methods", 1e-6)
     decay_all: Switch = entry("decay biases and normalisation too, for our methods", False)
-    warmup_epochs: Positive = entry("epochs of linear warm-up, for our methods", 10)
+    warmup_epochs: Positive | None = entry(
+        "epochs of linear warm-up, for our methods; default: 10, but at most a tenth of the run", None
+    )
     option: _Pairs = entry("options of our methods, such as rho=0.99", {})
     transform: _Pairs = entry("arguments of our transforms, such as min_scale=0.6", {})
     mean: three("one for each channel") | None = entry("mean of the images' channels; default: ImageNet's", None)

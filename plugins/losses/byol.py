@@ -54,7 +54,7 @@ def byol_loss(
     check_rows(p=p, target=target)
     check_choice("metric", metric, METRICS)
     loss = mean_distance(p, target, metric, comm)
-    check_result("the BYOL loss", loss, comm.size, p=p, target=target)
+    check_result("the BYOL loss", loss, comm, p=p, target=target)
     return loss
 
 

@@ -115,7 +115,7 @@ def cissl_terms(
             scale = comm.size / (images * students * temperature)
             loss = attach_gradient(loss, [u, w], [(by_u * scale).view_as(u), (by_w * scale).view_as(w)])
     without = 0 if own is None else teachers  # rows of an image whose own view is no column
-    check_result("a contrastive loss", loss, comm.size, **named)
+    check_result("a contrastive loss", loss, comm, **named)
     entropy = (without * math.log(columns - 1) + (students - without) * math.log(columns)) / students
     return CISSLTerms(loss, entropy - loss.detach(), loss.new_full((), entropy))
 

@@ -92,7 +92,7 @@ def dino_terms(
         crossed = torch.stack([-(log_p[u].exp() * log_q[v]).sum(1) for u, v in pairs]).mean(0)
         entropies = torch.stack([-(rows.exp() * rows).sum(1) for rows in log_p]).mean(0)
         terms = DINOTerms(joined_mean(crossed, comm), joined_mean(entropies, comm))
-    check_result("the DINO loss", terms.loss, comm.size, **named)
+    check_result("the DINO loss", terms.loss, comm, **named)
     return terms
 
 

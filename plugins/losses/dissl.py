@@ -114,7 +114,7 @@ def dissl_terms(
     with torch.autocast(teacher_logits[0].device.type, enabled=False):
         found = value_and_parts(teacher_logits, student_logits, chosen, weights, taus, comm)
     terms = DISSLTerms(**found)
-    check_result("the DISSL loss", terms.loss, comm.size, **named)
+    check_result("the DISSL loss", terms.loss, comm, **named)
     return terms
 
 

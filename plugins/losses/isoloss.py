@@ -63,7 +63,7 @@ def isoloss_terms(
     check_rows(z=z, p=p, target=target)
     check_choice("metric", metric, METRICS)
     loss = mean_distance(straight_through(z, p), target, metric, comm)
-    check_result("the IsoLoss", loss, comm.size, z=z, p=p, target=target)
+    check_result("the IsoLoss", loss, comm, z=z, p=p, target=target)
     cosine = loss if metric == "cosine" else mean_distance(p.detach(), target, "cosine", comm)
     return IsoLossTerms(loss, 1 - cosine.detach() / 2)
 

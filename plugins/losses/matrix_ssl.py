@@ -180,7 +180,7 @@ def _matrix_ssl(
     except LinAlgError:
         _check_finite(comm, **named)
         raise
-    check_result("the Matrix-SSL loss", loss, comm.size, **named)
+    check_result("the Matrix-SSL loss", loss, comm, **named)
     # the solvers of the exact logarithm have waited for the device, so that one look more is free
     if weights.logarithm == "exact" and not torch.compiler.is_compiling() and not bool(loss.isfinite()):
         _check_finite(comm, **named)

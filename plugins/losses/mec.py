@@ -180,7 +180,7 @@ def _mec(
         loss = -eps_d * sum(traces[1:], traces[0]) / len(traces)
         if torch.is_grad_enabled() and any(view.requires_grad for view in views):
             loss = attach_gradient(loss, views, gradients)
-    check_result("the MEC loss", loss, comm.size, **named)
+    check_result("the MEC loss", loss, comm, **named)
     return loss, pairs, gram or comm.size == 1
 
 

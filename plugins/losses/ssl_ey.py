@@ -101,7 +101,7 @@ def ssl_ey_terms(
         views = [z.to(dtype) for z in (z0, z1, *others)]
         square, trace, cross, loss = (_plugin if estimator == "plugin" else _unbiased)(views, comm, form, estimator)
         whitening, alignment = square - 2 * trace + z0.shape[1], 2 * trace - 4 * cross
-    check_result("the SSL-EY loss", loss, comm.size, **named)
+    check_result("the SSL-EY loss", loss, comm, **named)
     return SSLEYLossTerms(loss, whitening.detach(), alignment.detach())
 
 

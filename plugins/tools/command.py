@@ -42,6 +42,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments; the error for an unknown option names the most similar known option.
 
+        A ``~`` at the start of a path is the home folder. The shell replaces it in ``--out ~/x`` but not in
+        ``--out=~/x``.
+
         Raises:
             UserError: the arguments are invalid.
         """
@@ -52,11 +55,28 @@ class Parser(argparse.ArgumentParser):
             if near:
                 raise UserError(f"{message}; did you mean {near}?")
             self.error(message)
+        for name, value in vars(found).items():
+            if isinstance(value, Path):
+                setattr(found, name, home(value))
+            elif isinstance(value, list) and any(isinstance(one, Path) for one in value):
+                setattr(found, name, [home(one) if isinstance(one, Path) else one for one in value])
         return found
 
     def error(self, message: str) -> NoReturn:
         """Raise the UserError."""
         raise UserError(f"{message}; see --help")
+
+
+def home(path: Path) -> Path:
+    """Replace a ``~`` at the start of a path by the home folder; leave it if there is no such user.
+
+    >>> home(Path("~")) == Path.home(), home(Path("a/~b"))
+    (True, PosixPath('a/~b'))
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def with_command_name(text: str, module: str) -> str:

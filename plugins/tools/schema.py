@@ -4,10 +4,13 @@
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from pydantic.fields import FieldInfo
+
+from plugins.tools.command import home
 
 SECTION = "a section with entries of its own"
 """The allowed values of an entry that is a section."""
@@ -80,6 +83,8 @@ Switch = Annotated[bool, Strict(), Allowed("true or false")]
 Positive = number("a number, at least 0", ge=0)
 Share = number("in [0, 1]", ge=0, le=1)
 Word = Annotated[str, BeforeValidator(_to_word), Strict(), Field(min_length=1), Allowed("a string")]
+Place = Annotated[Word, AfterValidator(lambda text: str(home(Path(text))) if text.startswith("~") else text)]
+"""A path; a ``~`` at its start is the home folder."""
 
 
 def entry(meaning: str, default: Any = ..., *, optional: bool = False) -> Any:

@@ -68,3 +68,9 @@ def test_every_option_has_a_meaning_and_the_table_is_up_to_date() -> None:
     from lightly_ext.lightning.module import OPTIMIZERS
 
     assert words(schema.Options.model_fields["optimizer"]).split(" or ") == list(OPTIMIZERS)
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = parse("--log-dir=~/logs", "--ckpt-path=~/a.ckpt")
+    assert (options.log_dir, options.ckpt_path) == (tmp_path / "logs", tmp_path / "a.ckpt")

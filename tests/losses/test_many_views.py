@@ -157,6 +157,12 @@ def test_a_pair_of_other_shape_is_named(pair_terms):
         pair_terms([(a, a), (a, b)])
 
 
+@pytest.mark.parametrize("pair_terms", [matrix_ssl_pair_terms, lambda pairs: mec_pair_terms(pairs, eps_d=0.5)])
+def test_no_pair_is_refused(pair_terms):
+    with pytest.raises(ValueError, match="at least one matrix is needed, got none"):
+        pair_terms([])
+
+
 # --- several processes ----------------------------------------------------------------------------------------------
 
 

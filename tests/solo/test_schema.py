@@ -111,3 +111,19 @@ def test_a_wrong_value_of_any_entry_is_refused_in_sentences_or_works(name, parse
                 parse(OmegaConf.create(cfg))
             except UserError as error:
                 assert str(error)
+
+
+def test_a_tilde_is_the_home_folder(compose, monkeypatch):
+    """In a YAML file, and in ``checkpoint.dir=~/runs``, no shell replaces it."""
+    given = compose("isoloss")
+    home = Path(given.data.train_path).parent
+    monkeypatch.setenv("HOME", str(home))
+    paths = (
+        "data.train_path='~/train'",
+        "data.val_path='~/val'",
+        "++checkpoint.dir='~/runs'",
+        "++auto_umap.dir='~/clouds'",
+    )
+    cfg = parse_pretrain(compose("isoloss", *paths))
+    assert (cfg.data.train_path, cfg.data.val_path) == (f"{home}/train", f"{home}/val")
+    assert (cfg.checkpoint.dir, cfg.auto_umap.dir) == (f"{home}/runs", f"{home}/clouds")

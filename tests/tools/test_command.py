@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from plugins.checks import check_finite
-from plugins.tools.command import exit_on_user_error
+from plugins.tools.command import Parser, exit_on_user_error
 
 
 def test_a_line_is_one_write() -> None:
@@ -35,3 +36,15 @@ def test_a_training_that_diverged_is_one_sentence(capsys: pytest.CaptureFixture)
         "error: training diverged: the loss needs finite numbers, got NaN or inf in z of view 1; lower the learning"
     )
     assert end.value.code == 2 and said.startswith(wanted) and said.count("\n") == 1
+
+
+def test_a_tilde_is_the_home_folder_in_every_path_of_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The shell replaces it in ``--out ~/x``, but not in ``--out=~/x``."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = Parser("python -m plugins.tools.data")
+    parser.add_argument("places", nargs="*", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--name")
+    found = parser.parse_args(["~/a", "b/~", "--out=~/x", "--name=~"])
+    assert (found.places, found.out, found.name) == ([tmp_path / "a", Path("b/~")], tmp_path / "x", "~")
+    assert parser.parse_args(["--out=~nobody-of-this-name/x"]).out == Path("~nobody-of-this-name/x")

@@ -129,6 +129,10 @@ def test_classes_of_training_and_test_images_must_be_the_same(folders):
     cfg, given = compose([SUPERVISED, *words])
     with pytest.raises(UserError, match=r"labelled and .*/fewer have different class folders: only one of them has 0$"):
         catalog.complete(cfg.config, given)
+    catalog.complete(cfg.config, given, same_classes=False)
+    cfg, given = compose([SUPERVISED, *words, "config.DATA.TRAIN.LABEL_TYPE=sample_index"])
+    catalog.complete(cfg.config, given)
+    cfg, given = compose([SUPERVISED, *words])
     cfg.config.DATA.TEST.LABEL_SOURCES = []
     catalog.complete(cfg.config, given)
 

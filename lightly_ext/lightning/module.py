@@ -21,6 +21,10 @@ from plugins.tools.labels import check_labels
 from plugins.tools.trainer import check_joined, ends_step, loss_scale, placeholder_loss, run_steps, set_clock
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
+RATES = {"lars": 0.45, "sgd": 0.24, "adamw": 0.002}
+"""Default learning rates for 256 images: LARS as in lightly's ImageNet benchmarks, the others for small data sets."""
+LARGE_BATCH = 1024
+"""Images of a joined batch from which LARS is the default: with small batches its steps are too small."""
 
 
 class PartialSchedule(CosineWarmupScheduler):
@@ -44,8 +48,10 @@ class TrainingSteps:
         batch_size_per_device: for the learning rate, which is ``lr`` for 256 images over all devices.
         num_classes: classes of the online classifier.
         backbone: as of the model classes; None is an untrained ResNet-50, as in lightly's benchmarks.
-        optimizer: "lars" (momentum 0.9), "sgd" (momentum 0.9) or "adamw".
-        lr: learning rate for 256 images, > 0; it follows a cosine after a linear warm-up.
+        optimizer: "lars" (momentum 0.9), "sgd" (momentum 0.9) or "adamw". None is LARS for joined batches of 1024
+            images or more, else SGD.
+        lr: learning rate for 256 images, > 0; it follows a cosine after a linear warm-up. None is 0.45 for LARS, 0.24
+            for SGD and 0.002 for AdamW.
         weight_decay: of all parameters but biases, normalisation and the online classifier.
         decay_all: whether biases and normalisation decay too, as in the published runs of MEC and Matrix-SSL.
         warmup_epochs: at most the whole run. None is 10 epochs, but at most a tenth of the run, so that a run of fewer
@@ -67,8 +73,8 @@ class TrainingSteps:
         num_classes: int,
         backbone: nn.Module | None = None,
         *,
-        optimizer: str = "lars",
-        lr: float = 0.45,
+        optimizer: str | None = None,
+        lr: float | None = None,
         weight_decay: float = 1e-6,
         decay_all: bool = False,
         warmup_epochs: float | None = None,
@@ -77,10 +83,12 @@ class TrainingSteps:
         accumulate: str = "mean",
         **options: Any,
     ) -> None:
-        check_choice("optimizer", optimizer, OPTIMIZERS)
+        if optimizer is not None:
+            check_choice("optimizer", optimizer, OPTIMIZERS)
         check_choice("accumulate", accumulate, ACCUMULATE)
-        for name, value in {"lr": lr, "weight_decay": weight_decay, "warmup_epochs": warmup_epochs or 0.0}.items():
-            check_range(name, value, low=0.0)
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "warmup_epochs": warmup_epochs}.items():
+            if value is not None:
+                check_range(name, value, low=0.0)
         cosine_tau(0, 1, base_tau, final_tau)  # the ranges
         super().__init__(_resnet50() if backbone is None else backbone, **options)
         self.save_hyperparameters(
@@ -214,7 +222,9 @@ class TrainingSteps:
     def configure_optimizers(self) -> tuple[list[Any], list[dict[str, Any]]]:
         """Make the optimizer and its schedule over the whole run."""
         given = self.hparams
-        lr = given.lr * self.batch_size_per_device * self.trainer.world_size / 256
+        images = self.batch_size_per_device * self.trainer.world_size
+        kind = given.optimizer or ("lars" if images >= LARGE_BATCH else "sgd")
+        lr = (RATES[kind] if given.lr is None else given.lr) * images / 256
         parts = {"backbone": self.backbone, "projection_head": self.projection_head, "prediction_head": None}
         parts["prediction_head"] = self.prediction_head or nn.Identity()
         groups, of_plain = [], given.weight_decay if given.decay_all else 0.0
@@ -233,10 +243,10 @@ class TrainingSteps:
             )
             group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
         groups = [group for group in groups if group["params"]]
-        if given.optimizer == "adamw":
+        if kind == "adamw":
             optimizer: Any = torch.optim.AdamW(groups, lr=lr)
         else:
-            optimizer = {"lars": LARS, "sgd": torch.optim.SGD}[given.optimizer](groups, lr=lr, momentum=0.9)
+            optimizer = {"lars": LARS, "sgd": torch.optim.SGD}[kind](groups, lr=lr, momentum=0.9)
         total, of_epoch = run_steps(self.trainer)
         if given.warmup_epochs is None:
             warmup = min(total // 10, 10 * of_epoch) if of_epoch is not None else total // 10

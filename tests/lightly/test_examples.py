@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import pytorch_lightning
 import torch
 from lightly.transforms import SimCLRTransform
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightly_ext import examples, models
+from lightly_ext import examples, lightning, models
 from lightly_ext.examples import common
 from lightly_ext.loss import SSLEYLoss
 from lightly_ext.models.modules import SSLEYProjectionHead
@@ -45,7 +46,7 @@ def few_batches(digits: Path) -> DataLoader:
 
 @pytest.fixture(scope="module")
 def real(all_digits: Path) -> tuple[list, Callable[..., list]]:
-    """What all methods share: three epochs of augmented batches, and ``common.dataset`` with images decoded once."""
+    """What all methods share: batches of four augmented epochs, three times, and images that are decoded once."""
     torch.manual_seed(0)
     loader = common.views(all_digits / "train")
     open_dataset, opened = common.dataset, {}
@@ -56,24 +57,43 @@ def real(all_digits: Path) -> tuple[list, Callable[..., list]]:
             opened[name] = list(open_dataset(folder, transform))
         return opened[name]
 
-    return [batch for _ in range(3) for batch in loader], dataset
+    return [batch for _ in range(4) for batch in loader] * 3, dataset
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns_the_digits_in_100_steps(
+def test_every_method_learns_the_digits_in_200_steps(
     method: str, real: tuple, all_digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     batches, dataset = real
     monkeypatch.setattr(common, "views", lambda folder: batches)
     monkeypatch.setattr(common, "dataset", dataset)
-    given = ["--method", method, "--data", str(all_digits), "--steps", "100"]
+    given = ["--method", method, "--data", str(all_digits), "--steps", "200"]
     importlib.import_module("lightly_ext.examples.plain_pytorch").main(given)
     printed = capsys.readouterr().out
     losses = [float(value) for value in re.findall(r"loss (\S+)", printed)]
-    assert len(losses) == 5 and torch.tensor(losses).isfinite().all(), printed
+    assert len(losses) == 10 and torch.tensor(losses).isfinite().all(), printed
     before, after = accuracies(printed)
     assert after > before + 10, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_lightning_class_learns_the_digits_with_its_defaults(
+    method: str, real: tuple, all_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, dataset = real
+    monkeypatch.setattr(common, "dataset", dataset)
+    torch.manual_seed(0)
+    widths = {key: value for key, value in common.WIDTHS.items() if key in METHODS[method].options}
+    model = getattr(lightning, NAMES[method])(common.BATCH, 10, common._backbone(), input_dim=128, **widths)
+    before = common.knn(model, all_digits)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    host = pytorch_lightning.Trainer(accelerator="cpu", devices=1, max_steps=200, **quiet)
+    host.fit(model, DataLoader(batches, batch_size=None))
+    assert host.global_step == 200
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert common.knn(model, all_digits) > before + 10
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

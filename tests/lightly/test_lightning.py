@@ -15,6 +15,7 @@ import pytest
 import pytorch_lightning
 import torch
 from lightly.utils.benchmarking import FinetuneClassifier, KNNClassifier, LinearClassifier
+from lightly.utils.lars import LARS
 from torch import Tensor, nn
 
 import lightly_ext.lightning
@@ -121,6 +122,27 @@ def test_teacher_moves_once_per_optimizer_step() -> None:
     module.update_momentum = lambda m: (taus.append(m), move(m))
     trainer(accumulate_grad_batches=2).fit(module, plain(batches(4)))
     assert taus == [cosine_tau(0, 2, 0.5, 1.0), cosine_tau(1, 2, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "kind", "rate"),
+    [
+        ({"optimizer": None}, 8, torch.optim.SGD, 0.24),
+        ({"optimizer": None}, 1024, LARS, 0.45),
+        ({"optimizer": None, "lr": 0.3}, 8, torch.optim.SGD, 0.3),
+        ({"optimizer": "adamw"}, 8, torch.optim.AdamW, 0.002),
+        ({"optimizer": "lars"}, 8, LARS, 0.45),
+    ],
+)
+def test_default_optimizer_and_rate(given: dict, images: int, kind: type, rate: float) -> None:
+    module = built("byol", **given)
+    module.batch_size_per_device = images
+    host = trainer()
+    host.fit(module, plain(batches(1)))
+    (optimizer,) = (getattr(found, "optimizer", found) for found in host.optimizers)
+    assert type(optimizer) is kind
+    groups = {group["name"]: group["initial_lr"] for group in optimizer.param_groups}
+    assert groups["backbone"] == rate * images / 256
 
 
 def test_learning_rates_and_weight_decay() -> None:

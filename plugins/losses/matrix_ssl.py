@@ -29,6 +29,7 @@ from plugins.linalg import (
 from plugins.losses.log_series import SeriesWatch
 from plugins.losses.matrix_entropy import Entropies, Weights, from_covariances, from_grams
 from plugins.losses.old_names import takes_old_names
+from plugins.losses.pairs import Pair, of_pairs, of_two_views
 
 
 class MatrixSSLTerms(NamedTuple):
@@ -100,7 +101,7 @@ def matrix_ssl_loss(
     -1.75
     """
     weights = _weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
-    return _matrix_ssl(_named(p0, p1, target0, target1), weights, form, comm)[0]
+    return _matrix_ssl(of_two_views(p0, p1, target0, target1), weights, form, comm)[0]
 
 
 @takes_old_names
@@ -121,11 +122,11 @@ def matrix_ssl_terms(
 ) -> MatrixSSLTerms:
     """Return :func:`matrix_ssl_loss` and its parts."""
     weights = _weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
-    return _terms(*_matrix_ssl(_named(p0, p1, target0, target1), weights, form, comm), mce_mu)
+    return _terms(*_matrix_ssl(of_two_views(p0, p1, target0, target1), weights, form, comm), mce_mu)
 
 
 def matrix_ssl_pair_terms(
-    pairs: Sequence[tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]],
+    pairs: Sequence[Pair],
     *,
     mce_lambd: float = 1.0,
     mce_mu: float = 1.0,
@@ -149,13 +150,7 @@ def matrix_ssl_pair_terms(
     -1.75
     """
     weights = _weights(mce_lambd, mce_mu, gamma, mce_order, logarithm, trace_term)
-    named = {f"pairs[{i}][{j}]": rows for i, pair in enumerate(pairs) for j, rows in enumerate(pair)}
-    return _terms(*_matrix_ssl(named, weights, form, comm), mce_mu)
-
-
-def _named(p0: Tensor, p1: Tensor, target0: Tensor, target1: Tensor) -> dict[str, Tensor]:
-    """Return the tensors pair after pair, the prediction first, under the names of the caller's arguments."""
-    return {"p0": p0, "target1": target1, "p1": p1, "target0": target0}
+    return _terms(*_matrix_ssl(of_pairs(pairs), weights, form, comm), mce_mu)
 
 
 def _terms(loss: Tensor, pairs: list[Entropies], mce_mu: float) -> MatrixSSLTerms:
@@ -264,7 +259,7 @@ class MatrixSSLLoss(nn.Module):
         target0: Float[Tensor, "B D"],
         target1: Float[Tensor, "B D"],
     ) -> Float[Tensor, ""]:
-        loss, pairs = _matrix_ssl(_named(p0, p1, target0, target1), self.weights, self.form, self.comm)
+        loss, pairs = _matrix_ssl(of_two_views(p0, p1, target0, target1), self.weights, self.form, self.comm)
         if self.training and self.weights.logarithm == "series":
             self.watch(lambda: _radius(pairs, self.weights.mce_mu))
         return loss

@@ -28,6 +28,7 @@ from plugins.linalg import (
 )
 from plugins.losses.log_series import SeriesWatch, log_series
 from plugins.losses.old_names import takes_old_names
+from plugins.losses.pairs import Pair, of_pairs, of_two_views
 
 LEAST_EPS_D = 1e-6
 
@@ -85,7 +86,7 @@ def mec_loss(
     >>> round(mec_loss(z, z, z, z, eps_d=0.5).item(), 4)  # four eigenvalues 1 / 2: -2 (1/2 - 1/8 + 1/24 - 1/64)
     -0.8021
     """
-    return _mec(_named(p0, p1, target0, target1), eps_d, order, form, comm)[0]
+    return _mec(of_two_views(p0, p1, target0, target1), eps_d, order, form, comm)[0]
 
 
 @takes_old_names
@@ -101,11 +102,11 @@ def mec_terms(
     comm: Collective = LOCAL,
 ) -> MECTerms:
     """Return :func:`mec_loss` and quantities to log; it computes one more product of the rows."""
-    return _terms(*_mec(_named(p0, p1, target0, target1), eps_d, order, form, comm), eps_d, comm)
+    return _terms(*_mec(of_two_views(p0, p1, target0, target1), eps_d, order, form, comm), eps_d, comm)
 
 
 def mec_pair_terms(
-    pairs: Sequence[tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]],
+    pairs: Sequence[Pair],
     *,
     eps_d: float | Float[Tensor, ""],
     order: int = 4,
@@ -124,13 +125,7 @@ def mec_pair_terms(
     >>> round(mec_pair_terms([(z, z)], eps_d=0.5).loss.item(), 4)
     -0.8021
     """
-    named = {f"pairs[{i}][{j}]": rows for i, pair in enumerate(pairs) for j, rows in enumerate(pair)}
-    return _terms(*_mec(named, eps_d, order, form, comm), eps_d, comm)
-
-
-def _named(p0: Tensor, p1: Tensor, target0: Tensor, target1: Tensor) -> dict[str, Tensor]:
-    """Return the tensors pair after pair, the prediction first, under the names of the caller's arguments."""
-    return {"p0": p0, "target1": target1, "p1": p1, "target0": target0}
+    return _terms(*_mec(of_pairs(pairs), eps_d, order, form, comm), eps_d, comm)
 
 
 def _terms(
@@ -239,7 +234,9 @@ class MECLoss(nn.Module):
         warmup: float | Float[Tensor, ""] = 1.0,
     ) -> Float[Tensor, ""]:
         """Compute the loss; ``warmup`` multiplies eps_d, see :func:`mec_warmup`."""
-        loss, pairs, _ = _mec(_named(p0, p1, target0, target1), self.eps_d * warmup, self.order, self.form, self.comm)
+        loss, pairs, _ = _mec(
+            of_two_views(p0, p1, target0, target1), self.eps_d * warmup, self.order, self.form, self.comm
+        )
         if self.training:
             self.watch(lambda: _radius(pairs))
         return loss

@@ -114,13 +114,7 @@ class IndexedBank(nn.Module):
         Raises:
             ValueError: the bank is empty, or a shape or dtype is wrong.
         """
-        check_rows(u=u)
-        self._check(index)
-        if index.ndim != 2 or len(index) != len(u) or u.shape[1] != self.dim:
-            raise ValueError(
-                f"index must be [B, K] and u [B, {self.dim}] with the same B, got shapes {tuple(index.shape)} and "
-                f"{tuple(u.shape)}"
-            )
+        self._check_rows(index, "[B, K]", u=u)
         with torch.autocast(u.device.type, enabled=False):
             rows = self.rows.double() if u.dtype == torch.float64 else self.rows
             return _Logits.apply(u.to(rows.dtype), rows, index)
@@ -141,13 +135,7 @@ class IndexedBank(nn.Module):
         Raises:
             ValueError: the bank is empty, or a shape or dtype is wrong.
         """
-        check_rows(z=z)
-        self._check(index)
-        if index.ndim != 1 or len(index) != len(z) or z.shape[1] != self.dim:
-            raise ValueError(
-                f"index must be [B] and z [B, {self.dim}] with the same B, got shapes {tuple(index.shape)} and "
-                f"{tuple(z.shape)}"
-            )
+        self._check_rows(index, "[B]", z=z)
         with torch.autocast(z.device.type, enabled=False):
             counts = comm.row_counts(len(z), z.device)
             index = comm.gather_rows(index, counts=counts)
@@ -169,6 +157,17 @@ class IndexedBank(nn.Module):
             raise ValueError(f"index must be of dtype int64, got {index.dtype}")
         if not self.size:
             raise ValueError("the memory bank is empty: call allocate with the number of training images first")
+
+    def _check_rows(self, index: Tensor, shape: str, **matrix: Tensor) -> None:
+        """Check an index of a given shape, and the named matrix with one row for each of its rows."""
+        check_rows(**matrix)
+        self._check(index)
+        ((name, rows),) = matrix.items()
+        if index.ndim != shape.count(",") + 1 or len(index) != len(rows) or rows.shape[1] != self.dim:
+            raise ValueError(
+                f"index must be {shape} and {name} [B, {self.dim}] with the same B, "
+                f"got shapes {tuple(index.shape)} and {tuple(rows.shape)}"
+            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         saved = state_dict.get(f"{prefix}rows")

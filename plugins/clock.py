@@ -1,20 +1,50 @@
 """The clock of a run counts optimiser steps, not batches: a step may accumulate the gradients of micro-batches."""
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 
-class Stepped:
-    """A component whose state is updated once per optimiser step, also if the step accumulates several micro-batches.
+class Feed(Protocol):
+    """One pass over the training set; :meth:`Stepped.start_epoch` receives one.
 
-    All batches between ``before_step`` and ``after_step`` are micro-batches of one step. Otherwise each batch is a
-    step. :class:`plugins.objective.Objective` calls both methods on its parts.
+    The pass yields the features of this process's share of the images, and each image exactly once: process r of W has
+    the images r, r + W, … It does not depend on the sampler of the training, which may repeat or drop images.
+
+    Args:
+        view: "eval" for the evaluation view of each image, "train" for the large augmented views.
+        mode: mode of the network, "eval" or "train".
+
+    Yields:
+        The positions of b images in the training set, ``[b]``, and their features, ``[b, F]`` for each view.
+    """
+
+    def __call__(self, *, view: str = "eval", mode: str = "eval") -> Iterator[tuple[Tensor, list[Tensor]]]: ...
+
+
+class Stepped:
+    """A component with a life cycle: its state is updated once per epoch, or once per optimiser step.
+
+    A step may accumulate several micro-batches: all batches between ``before_step`` and ``after_step`` are its
+    micro-batches. Otherwise each batch is a step. :class:`plugins.objective.Objective` calls the methods on its parts.
     """
 
     stepping: bool = False
     """Whether a step is open."""
+
+    def start_epoch(self, epoch: int, feed: Feed | None) -> Iterable[nn.Parameter]:
+        """Start an epoch.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            feed: function that passes over the training set; None if the caller cannot offer one.
+
+        Returns:
+            The parameters that have been initialised anew, whose optimiser state must be dropped.
+        """
+        return ()
 
     def before_step(self) -> None:
         """Open a step. Does nothing while one is open."""
@@ -35,6 +65,7 @@ class Clock(Stepped, nn.Module):
         first: whether the last call was for the first micro-batch of its step.
         steps_per_epoch: number of optimiser steps in an epoch, set by the adapter; None if unknown.
         total: number of optimiser steps in the run, set by the adapter; None if unknown.
+        epoch: number of the present epoch, from 0, set by ``start_epoch``; None if it has not been called.
 
     Buffers:
         steps: int64, ``[]``, number of steps that have begun.
@@ -55,6 +86,7 @@ class Clock(Stepped, nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=persistent)
         self.steps_per_epoch: int | None = None
         self.total: int | None = None
+        self.epoch: int | None = None
         self.first = True
         self._counted = False
 
@@ -68,6 +100,17 @@ class Clock(Stepped, nn.Module):
             self.steps += 1
         self._counted = self.stepping
         return before
+
+    def start_epoch(self, epoch: int, feed: Feed | None) -> Iterable[nn.Parameter]:
+        """Set the number of the epoch."""
+        self.epoch = epoch
+        return ()
+
+    def epochs(self) -> int | None:
+        """Return the number of complete epochs before the present step; None if it is unknown."""
+        if self.epoch is not None:
+            return self.epoch
+        return None if not self.steps_per_epoch else max(int(self.steps) - 1, 0) // self.steps_per_epoch
 
     def after_step(self) -> None:
         """End the open step: the next call counts again."""

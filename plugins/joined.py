@@ -103,7 +103,9 @@ class JoinedBatch:
             large = len(self.parts[0].embeddings.target)
             target = _joined(given) if given else [view.detach() for view in z[:large]]
         self._live = [view.requires_grad_() for view in (*z, *(target if features else []))]
-        embeddings = Embeddings(z, z if predict is None else predict(z), target, features)
+        indexes = [part.embeddings.index for part in self.parts if part.embeddings.index is not None]
+        index = torch.cat(indexes) if indexes else None
+        embeddings = Embeddings(z, z if predict is None else predict(z), target, features, index)
         self._terms = terms = objective(embeddings)
         if not torch.is_grad_enabled():
             return terms, embeddings

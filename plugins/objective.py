@@ -1,23 +1,39 @@
 """The part of a training step that all frameworks share: embeddings, loss and logged statistics."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plugins.checks import NotFiniteError, check_result
-from plugins.clock import Clock, Stepped
+from plugins.clock import Clock, Feed, Stepped
 from plugins.distributed import LOCAL, Collective
 from plugins.heads import SharedHead, TwoBranchHead
 from plugins.losses import ETFMonitor
 from plugins.predictors import RunningMoment
-from plugins.spec import Embeddings, MethodSpec, Terms
+from plugins.spec import Embeddings, Hints, MethodSpec, Terms
+from plugins.targets import move_teacher
 
 PATIENCE = 1000
 """Number of micro-batches in one optimiser step after which a warning says that the step was not ended."""
+
+
+def encode(backbone: Callable[[Tensor], Tensor], view: Tensor) -> Tensor:
+    """Compute the features of one view.
+
+    Args:
+        backbone: images ``[B, 3, H, W]`` → features, ``[B, F]`` or ``[B, F, 1, 1]``.
+        view: images ``[B, 3, H, W]``, or a stack of P patches of each image, ``[B, P, 3, h, w]``.
+
+    Returns:
+        ``[B, F]``, or ``[B, P, F]`` for a stack.
+    """
+    if view.ndim == 5:
+        return backbone(view.flatten(0, 1)).flatten(1).unflatten(0, view.shape[:2])
+    return backbone(view).flatten(1)
 
 
 def project(projector: nn.Module, features: list[Tensor]) -> list[Tensor]:
@@ -32,22 +48,25 @@ def embed(
     target: list[Tensor] | None = None,
     *,
     large: int = 2,
+    index: Tensor | None = None,
 ) -> Embeddings:
     """Compute the input of the loss. Each view has its own batch statistics, except in a SharedHead.
 
     Args:
-        features: features of the backbone, ``[B, features_dim]`` for each view, large views first.
+        features: features of the backbone, ``[B, features_dim]`` for each view, large views first. Stacks of patches
+            have ``[B, P, features_dim]`` and come last.
         projector: the method's head.
         predict: function from the projections of all views to their predictions; None if p = z.
         target: the teacher's projections of the large views; None without a teacher.
         large: number of large views, which are the ones with targets.
+        index: position of each image in the training set, ``[B]``.
     """
     z = project(projector, features)
     p = z if predict is None else predict(z)
     if isinstance(projector, TwoBranchHead):
         shown = features[:large]
-        return Embeddings(z, p, [projector.teacher(h) for h in shown], [h.detach() for h in shown])
-    return Embeddings(z, p, [view.detach() for view in z[:large]] if target is None else target)
+        return Embeddings(z, p, [projector.teacher(h) for h in shown], [h.detach() for h in shown], index)
+    return Embeddings(z, p, [view.detach() for view in z[:large]] if target is None else target, index=index)
 
 
 def _by_view(embeddings: Embeddings) -> dict[str, Tensor]:
@@ -58,15 +77,33 @@ def _by_view(embeddings: Embeddings) -> dict[str, Tensor]:
     return {f"{name} of view {number}": view for name, views in parts.items() for number, view in enumerate(views)}
 
 
+class ParameterGroup(NamedTuple):
+    """Parameters of a method that the optimiser treats alike."""
+
+    name: str
+    """"projector", "predictor" or "loss", or the key of the method's hints for a part of one of them."""
+    parameters: dict[str, nn.Parameter]
+    """The parameters by their names within "projector", "predictor" or "loss"."""
+    hints: Hints
+
+
 class Objective(nn.Module):
     """The loss of a method, its clock and its running statistics; everything except the networks.
 
     The state is identical on all processes and must be saved in the checkpoint.
 
-    Life cycle: a loop that accumulates the gradients of several micro-batches calls ``before_step`` before the first
-    and ``after_step`` after the optimiser step. The micro-batches in between count as one step of a warm-up and as one
-    batch of the running statistics, also of the closed-form predictor. Without these calls each batch in training mode
-    is one step.
+    Life cycle, in the order of a run:
+
+    1. ``allocate(n)``, once, with the number of training images;
+    2. ``start_epoch(epoch, feed)`` at the start of each epoch;
+    3. ``before_step()`` before the first micro-batch of a step;
+    4. forward and backward pass of each micro-batch;
+    5. ``after_backward()``, which freezes parameters, after the gradients have been reduced over the processes;
+    6. ``after_step(tau)`` after the step of the optimiser, which also moves the teacher.
+
+    All calls are optional, unless a method says otherwise. The micro-batches between ``before_step`` and
+    ``after_step`` count as one step of a warm-up and as one batch of the running statistics, also of the closed-form
+    predictor. Without these calls each batch in training mode is one step.
 
     Args:
         spec: the method.
@@ -75,6 +112,9 @@ class Objective(nn.Module):
         predictor: the method's predictor. A closed-form predictor tracks the second moment of the projections. With any
             other predictor and the option ``log_eigvals``, this object tracks it for logging.
         projector: the method's head. If it has two branches, the cosines of the features are tracked for logging.
+
+    Raises:
+        ValueError: the key of a hint is not a prefix of a parameter's name.
     """
 
     def __init__(
@@ -94,13 +134,33 @@ class Objective(nn.Module):
         self.embedding_moment: RunningMoment | None = None
         if options.get("log_eigvals", False) and not isinstance(predictor, RunningMoment):
             self.embedding_moment = RunningMoment(options[spec.width], rho=0.99, comm=comm)
+        # in lists: the networks must not be registered as submodules
+        self._heads = [projector, predictor]
+        self._teacher: tuple[list[nn.Module], list[nn.Module]] = ([], [])
+        self.groups = self._grouped(spec, options)
+        self._frozen = [group for group in self.groups if group.hints.frozen_steps or group.hints.frozen_epochs]
+        self._must_freeze = False
         # the clock of the loss, whose count is in the checkpoint, or a new one for the adapters
         clocks = [module for module in self.criterion.modules() if isinstance(module, Clock)]
-        self._own_clock = None if clocks else Clock(persistent=False)
+        self._own_clock = None if clocks else Clock(persistent=bool(self._frozen))
         roots = [self] if predictor is None else [self, predictor]
-        # in a list: the predictor must not be registered as a submodule
         self._stepped = [part for root in roots for part in root.modules() if isinstance(part, Stepped)]
         self._micro_batches = 0
+
+    def _grouped(self, spec: MethodSpec, options: Mapping[str, Any]) -> list[ParameterGroup]:
+        parts = dict(zip(("projector", "predictor"), self._heads, strict=True)) | {"loss": self.criterion}
+        hints = spec.hints(options)
+        groups = {name: ParameterGroup(name, {}, hints.get(name, Hints())) for name in (*parts, *hints)}
+        for name, part in parts.items():
+            for path, parameter in () if part is None else part.named_parameters():
+                whole = f"{name}.{path}"
+                prefixes = [key for key in groups if whole == key or whole.startswith(f"{key}.")]
+                if parameter.requires_grad:
+                    groups[max(prefixes, key=len)].parameters[whole] = parameter
+        missing = [key for key in hints if "." in key and not groups[key].parameters and self._heads[0] is not None]
+        if missing:
+            raise ValueError(f"method {spec.name} gives hints for {', '.join(missing)}, which have no parameters")
+        return [group for group in groups.values() if group.parameters]
 
     @property
     def clock(self) -> Clock:
@@ -112,13 +172,76 @@ class Objective(nn.Module):
         """Whether a step is open: ``before_step`` has been called, but ``after_step`` has not."""
         return self.clock.stepping
 
+    def allocate(self, size: int) -> None:
+        """Allocate the memory of images, if the method has one. A memory that a checkpoint has filled is kept.
+
+        Args:
+            size: number of training images.
+
+        Raises:
+            ValueError: the checkpoint is that of another number of images.
+        """
+        for part in self.criterion.modules():
+            allocate = getattr(part, "allocate", None)
+            if allocate is not None:
+                allocate(size)
+
+    def set_teacher(self, teacher: Iterable[nn.Module], student: Iterable[nn.Module]) -> None:
+        """Set the networks that ``after_step`` averages: modules of the teacher, and those of the student in order."""
+        self._teacher = ([*teacher], [*student])
+
+    def start_epoch(self, epoch: int, feed: Feed | None = None) -> list[nn.Parameter]:
+        """Start an epoch of the method.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            feed: function that passes over the training set, called only if the method needs it.
+
+        Returns:
+            The parameters that have been initialised anew. The caller drops their state from the optimiser.
+        """
+        return [parameter for part in self._stepped for parameter in part.start_epoch(epoch, feed)]
+
     def before_step(self) -> None:
         """Open an optimiser step: all batches until ``after_step`` are its micro-batches. Idempotent."""
         for part in self._stepped:
             part.before_step()
 
-    def after_step(self) -> None:
-        """End the optimiser step. Call it after the optimiser. Does nothing if no step is open."""
+    def after_backward(self) -> None:
+        """Freeze parameters: remove their gradients, so that the optimiser changes neither them nor its state of them.
+
+        Call it between the last backward pass of a step and the step of the optimiser. It is needed by methods whose
+        hints freeze parameters, and does nothing for others. It follows the reduction of the gradients over the
+        processes, because DistributedDataParallel waits for the gradients of all parameters.
+        """
+        for group in self._frozen:
+            if self._is_frozen(group):
+                for parameter in group.parameters.values():
+                    parameter.grad = None
+        self._must_freeze = False
+
+    def _is_frozen(self, group: ParameterGroup) -> bool:
+        """Return whether the parameters of a group are frozen in the present step."""
+        if int(self.clock.steps) <= group.hints.frozen_steps:
+            return True
+        if not group.hints.frozen_epochs:
+            return False
+        epochs = self.clock.epochs()
+        if epochs is None:
+            raise ValueError(
+                f"{group.name} is frozen for {group.hints.frozen_epochs} epochs, but the number of the epoch is "
+                "unknown; call start_epoch at the start of each epoch"
+            )
+        return epochs < group.hints.frozen_epochs
+
+    def after_step(self, tau: float | None = None) -> None:
+        """End the optimiser step. Call it after the optimiser. Without ``tau`` it does nothing if no step is open.
+
+        Args:
+            tau: τ in [0, 1], with which the teacher moves, θ_t ← τ θ_t + (1 − τ) θ; None does not move it.
+        """
+        if tau is not None:
+            move_teacher(*self._teacher, tau)
         for part in self._stepped:
             part.after_step()
         self._micro_batches = 0
@@ -143,6 +266,22 @@ class Objective(nn.Module):
                 )
         if self._own_clock is not None:
             self._own_clock()
+        terms = self._terms(embeddings)
+        if self._frozen and self.training and torch.is_grad_enabled():
+            self._check_frozen()
+        return terms
+
+    def _check_frozen(self) -> None:
+        """Warn if the parameters of the step before this one have not been frozen."""
+        if self._must_freeze and self.clock.first:
+            warnings.warn(
+                "parameters that the method freezes at first have been trained; call after_backward between backward "
+                "and the step of the optimizer",
+                stacklevel=4,
+            )
+        self._must_freeze = any(self._is_frozen(group) for group in self._frozen)
+
+    def _terms(self, embeddings: Embeddings) -> Terms:
         if self.embedding_moment is not None and self.training:
             self.embedding_moment.micro_batch()
             for view in embeddings.z:

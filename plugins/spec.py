@@ -10,8 +10,8 @@ An adapter builds any method from its SPEC alone::
     e = embed(features, projector, predictor.predict, target)   # features: one matrix per view; target: of the teacher
     terms = objective(e);  terms.loss.backward()
 
-If an optimiser step accumulates the gradients of several micro-batches, call ``objective.before_step()`` before the
-first and ``objective.after_step()`` after the step. ``Objective`` and ``embed`` are in :mod:`plugins.objective`.
+A training loop calls the life cycle of the objective (:class:`plugins.objective.Objective`): ``start_epoch``,
+``before_step``, ``after_backward`` and ``after_step``. ``embed`` is in :mod:`plugins.objective` too.
 """
 
 import math
@@ -38,6 +38,8 @@ class Embeddings(NamedTuple):
     detached projections."""
     features: Sequence[Tensor] = ()
     """Detached features of the large views, for logging; empty unless the head has two branches."""
+    index: Tensor | None = None
+    """Position of each image in the training set, ``[B]``, int64; None unless the method is ``indexed``."""
 
 
 def large_views(sizes: Sequence[int | tuple[int, int]]) -> int:
@@ -95,6 +97,43 @@ class Option:
     high: float = math.inf
 
 
+@dataclass(frozen=True)
+class Hints:
+    """How the optimiser treats some parameters of a method.
+
+    Args:
+        lr_scale: learning rate over that of the backbone, > 0.
+        lr_constant: the learning rate does not follow the schedule.
+        momentum: 0.0 trains them without momentum; None is the optimiser's own.
+        no_decay: they have no weight decay.
+        frozen_steps: number of steps at the start of the run in which they do not change.
+        frozen_epochs: number of epochs at the start of the run in which they do not change.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    lr_scale: float = 1.0
+    lr_constant: bool = False
+    momentum: float | None = None
+    no_decay: bool = False
+    frozen_steps: int = 0
+    frozen_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("lr_scale", self.lr_scale, low=1e-12)
+        check_range("frozen_steps", self.frozen_steps, low=0)
+        check_range("frozen_epochs", self.frozen_epochs, low=0)
+        if self.momentum not in (None, 0.0):
+            raise ValueError(f"momentum must be None (that of the optimiser) or 0, got {self.momentum!r}")
+
+
+def predictor_hints(options: Mapping[str, Any]) -> Mapping[str, Hints]:
+    """Return the hints of methods whose options scale the learning rate of the predictor, or keep it constant."""
+    scale, constant = options.get("pred_lr_scale", 1.0), options.get("pred_lr_constant", False)
+    return {"predictor": Hints(lr_scale=scale, lr_constant=constant)}
+
+
 class Paper(NamedTuple):
     """Title and reference of the paper of a method."""
 
@@ -118,9 +157,14 @@ class MethodSpec:
         teacher: whether an exponential moving average of backbone and head computes the targets.
         views: number of views that the loss compares, all of one size; None means two or more views of any size.
         large: least number of large views, which have targets; only used if ``views`` is None.
+        stacks: number of further views that are stacks of patches, ``[B, P, 3, h, w]``. The head maps the features of
+            their patches, ``[B, P, features_dim]``, to ``[B, D]``.
+        indexed: whether the loss reads ``Embeddings.index``, the positions of the images in the training set.
         options: all options of the method.
         paper: title and reference.
         width: name of the option that is the output width of the head.
+        hints: options → how the optimiser treats the method's own parameters. A key is a prefix of their names:
+            "projector", "predictor" or "loss", or one with a submodule's name, such as "projector.last_layer".
     """
 
     name: str
@@ -133,6 +177,9 @@ class MethodSpec:
     paper: Paper
     width: str = "proj_output_dim"
     large: int = 1
+    stacks: int = 0
+    indexed: bool = False
+    hints: Callable[[Mapping[str, Any]], Mapping[str, Hints]] = predictor_hints
 
     @property
     def title(self) -> str:
@@ -144,16 +191,22 @@ class MethodSpec:
         """Authors, year, arXiv number, and equation."""
         return self.paper.reference
 
-    def check_views(self, large: int, small: int = 0) -> None:
+    def check_views(self, large: int, small: int = 0, stacks: int = 0) -> None:
         """Check that the loss can compare the views of the augmentations.
 
         Args:
             large: number of large views per image.
             small: number of small crops per image.
+            stacks: number of stacks of patches per image.
 
         Raises:
             ValueError: the method needs another number of views.
         """
+        if stacks != self.stacks:
+            taken = "1 stack" if self.stacks == 1 else f"{self.stacks or 'no'} stacks"
+            raise ValueError(
+                f"method {self.name} takes {taken} of patches per image, the augmentations make {stacks or 'none'}"
+            )
         made = f"the augmentations make {large} large and {small} small ones"
         if self.views is None:
             if large < self.large or large + small < 2:
@@ -162,7 +215,8 @@ class MethodSpec:
                 )
                 raise ValueError(f"method {self.name} compares {least}, {made}")
         elif (large, small) != (self.views, 0):
-            raise ValueError(f"method {self.name} compares {self.views} views of one size, {made}")
+            views = "1 large view" if self.views == 1 else f"{self.views} views of one size"
+            raise ValueError(f"method {self.name} compares {views}, {made}")
 
     def resolve(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """Validate the user's options, translate aliases and fill in defaults.

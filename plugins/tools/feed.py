@@ -1,0 +1,111 @@
+"""One pass over the training set, in which each image occurs exactly once over all processes."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from plugins.checks import check_choice
+from plugins.distributed import WORLD, Collective
+
+VIEWS = ("eval", "train")
+
+
+class _Views(Dataset):
+    """The views of the images of a data set, with their positions in it."""
+
+    def __init__(self, dataset: Any, views_of: Callable[[Any], Sequence[Tensor]]) -> None:
+        self.dataset, self.views_of = dataset, views_of
+
+    def __getitem__(self, index: int) -> tuple[int, list[Tensor]]:
+        return index, [*self.views_of(self.dataset[index])]
+
+
+class WholeSet:
+    """The :class:`plugins.clock.Feed` that adapters hand to ``Objective.start_epoch``.
+
+    Process r of W has the images r, r + W, … in batches of nearly equal sizes. All processes have the same number of
+    batches, as synchronised batch norm needs. No image is repeated, unlike in a DistributedSampler, and none is
+    dropped. The mode of the network is restored after the pass, also if it is not finished.
+
+    Args:
+        datasets: function for each kind of view, "eval" and "train", that returns the training set with the transform
+            of that view; only called if the view is asked for.
+        views_of: item of a data set → its views, ``[3, H, W]`` each.
+        encode: views ``[b, 3, H, W]`` → features ``[b, F]`` of each; called without gradient.
+        network: the modules behind ``encode``, whose mode the pass sets.
+        batch_size: largest number of images of a batch, > 0.
+        workers: number of processes that read images; 0 reads in this one.
+        device: where the features are computed; None is the device of the network's first parameter.
+        comm: the processes that share the pass.
+
+    Raises:
+        ValueError: (when called) the view or the mode is unknown, or there are fewer images than processes.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, Callable[[], Any]],
+        views_of: Callable[[Any], Sequence[Tensor]],
+        encode: Callable[[list[Tensor]], list[Tensor]],
+        network: Sequence[nn.Module],
+        *,
+        batch_size: int,
+        workers: int = 0,
+        device: torch.device | None = None,
+        comm: Collective = WORLD,
+    ) -> None:
+        self.datasets, self.views_of, self.encode, self.network = datasets, views_of, encode, [*network]
+        self.batch_size, self.workers, self.device, self.comm = batch_size, workers, device, comm
+
+    def __call__(self, *, view: str = "eval", mode: str = "eval") -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yield the positions of b images in the training set, ``[b]``, and the features ``[b, F]`` of each view."""
+        check_choice("view", view, VIEWS)
+        check_choice("mode", mode, VIEWS)
+        dataset = self.datasets[view]()
+        batches = shares(len(dataset), self.batch_size, self.comm.rank, self.comm.size)
+        loader: Any = DataLoader(
+            _Views(dataset, self.views_of),
+            batch_sampler=batches,
+            num_workers=self.workers,
+            generator=torch.Generator().manual_seed(0),  # the default would draw from the generator of the run
+        )
+        device = self.device or next(p.device for part in self.network for p in part.parameters())
+        before = [(module, module.training) for part in self.network for module in part.modules()]
+        try:
+            for part in self.network:
+                part.train(mode == "train")
+            for index, views in loader:
+                with torch.no_grad():
+                    features = self.encode([images.to(device, non_blocking=True) for images in views])
+                yield index.to(device), features
+        finally:
+            for module, training in before:
+                module.training = training
+
+
+def shares(size: int, batch_size: int, rank: int, processes: int) -> list[list[int]]:
+    """Return the batches of one process: its images, rank, rank + W, …, in batches of nearly equal sizes.
+
+    Args:
+        size: number n of images, at least W.
+        batch_size: largest size of a batch, > 0. Batches of one image have two where the shares differ.
+        rank: of this process.
+        processes: W.
+
+    Raises:
+        ValueError: there are fewer images than processes.
+
+    >>> shares(7, 2, 1, 2)
+    [[1, 3], [5]]
+    """
+    if size < processes:
+        raise ValueError(f"a pass over the training set needs an image for each of {processes} processes, got {size}")
+    mine = range(rank, size, processes)
+    count = min(math.ceil(math.ceil(size / processes) / batch_size), size // processes)
+    bounds = [len(mine) * part // count for part in range(count + 1)]
+    return [[*mine[start:end]] for start, end in pairwise(bounds)]

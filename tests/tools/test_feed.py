@@ -1,0 +1,78 @@
+"""A pass over the training set yields each image exactly once over all processes."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from plugins.distributed import LOCAL
+from plugins.tools.feed import WholeSet, shares
+
+
+@pytest.mark.parametrize("size", [3, 7, 8, 50])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_each_image_occurs_once_in_as_many_batches_on_each_process(size, batch_size, processes):
+    of_ranks = [shares(size, batch_size, rank, processes) for rank in range(processes)]
+    every = [index for batches in of_ranks for batch in batches for index in batch]
+    assert sorted(every) == list(range(size))
+    assert len({len(batches) for batches in of_ranks}) == 1
+    assert all(batches[0][0] == rank for rank, batches in enumerate(of_ranks))
+    sizes = [len(batch) for batches in of_ranks for batch in batches]
+    assert min(sizes) >= 1 and max(sizes) <= batch_size + 1
+    assert max(sizes) - min(sizes) <= 2
+
+
+def test_fewer_images_than_processes_are_an_error():
+    with pytest.raises(ValueError, match="an image for each of 3 processes, got 2"):
+        shares(2, 4, 0, 3)
+
+
+def _feed(**more):
+    images = torch.arange(10.0).reshape(10, 1, 1, 1).expand(10, 3, 2, 2)
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(0.0))
+    kinds = {"eval": lambda: TensorDataset(images), "train": lambda: TensorDataset(images, images + 100)}
+    feed = WholeSet(
+        kinds, lambda item: item, lambda views: [view.flatten(1)[:, :1] for view in map(_check(network), views)],
+        [network], batch_size=4, comm=LOCAL, **more,
+    )  # fmt: skip
+    return feed, network
+
+
+def _check(network):
+    def run(view):
+        network(view)
+        assert not torch.is_grad_enabled()
+        return view
+
+    return run
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_pass_gives_features_with_their_positions(workers):
+    feed, _ = _feed(workers=workers)
+    state = torch.get_rng_state()
+    batches = [*feed(view="train")]
+    assert torch.equal(torch.get_rng_state(), state), "the run's random numbers are not used"
+    index = torch.cat([index for index, _ in batches])
+    assert torch.equal(index, torch.arange(10))
+    for view, offset in enumerate((0, 100)):
+        features = torch.cat([features[view] for _, features in batches])
+        assert torch.equal(features[:, 0], index.float() + offset)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_the_mode_of_the_network_is_set_and_restored(mode):
+    feed, network = _feed()
+    network.train()
+    network[1].eval()
+    for _ in feed(mode=mode):
+        assert network.training == network[1].training == (mode == "train")
+        break
+    assert network.training and not network[1].training
+    assert int(network[1].num_batches_tracked) == (1 if mode == "train" else 0)
+
+
+def test_an_unknown_view_is_an_error():
+    with pytest.raises(ValueError, match="view must be one of"):
+        next(_feed()[0](view="test"))

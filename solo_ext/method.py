@@ -16,7 +16,7 @@ from plugins.linalg import spectrum_statistics
 from plugins.objective import Objective, embed, project
 from plugins.predictors import ClosedFormPredictor, RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
-from plugins.targets import move_teacher, needs_teacher
+from plugins.targets import needs_teacher, update_teacher
 from plugins.tools.command import UserError
 from plugins.tools.trainer import check_joined, ends_step, loss_scale, placeholder_loss, set_clock
 from solo_ext.compat import BaseMethod, BaseMomentumMethod
@@ -208,10 +208,10 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
         """Pairs of a student module and the teacher module that averages it."""
         return [*super().momentum_pairs, (self.projector, self.momentum_projector)]
 
-    def move_teacher(self) -> None:
+    def update_teacher(self) -> None:
         """Update the teacher in place: θ_t ← τ θ_t + (1 − τ) θ; four times as fast as with new tensors."""
         students, teachers = zip(*self.momentum_pairs, strict=True)
-        move_teacher(teachers, students, self.momentum_updater.cur_tau)
+        update_teacher(teachers, students, self.momentum_updater.cur_tau)
 
     def _host_training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         return (

@@ -49,7 +49,7 @@ from plugins.joined import JoinedBatch
 from plugins.objective import Objective, embed
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms, large_views
-from plugins.targets import move_teacher
+from plugins.targets import update_teacher
 
 _PROBE = (1, 3, 224, 224)
 _BRANCHES = {
@@ -299,7 +299,7 @@ class MethodModel(nn.Module):
         """
         check_range("m", m, low=0.0, high=1.0)
         teacher = [part for part in (self.teacher_backbone, self.teacher_projection_head) if part is not None]
-        move_teacher(teacher, [self.backbone, self.projection_head][: len(teacher)], m)
+        update_teacher(teacher, [self.backbone, self.projection_head][: len(teacher)], m)
         self.objective.after_step()
 
 

@@ -52,7 +52,7 @@ def needs_teacher(base: float, final: float) -> bool:
 
 
 @torch.no_grad()
-def move_teacher(teacher: Iterable[nn.Module], student: Iterable[nn.Module], tau: float) -> None:
+def update_teacher(teacher: Iterable[nn.Module], student: Iterable[nn.Module], tau: float) -> None:
     """Update ``θ_t ← τ θ_t + (1 − τ) θ`` in place, for all parameters of all modules; buffers do not change.
 
     Args:
@@ -136,7 +136,7 @@ class EMATeacher(nn.Module):
             τ, for logging.
         """
         tau = cosine_tau(step, total, self.base, self.final)
-        move_teacher([self.module], [self.student], tau)
+        update_teacher([self.module], [self.student], tau)
         return tau
 
     @torch.no_grad()

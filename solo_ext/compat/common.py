@@ -140,12 +140,12 @@ class MomentumMixin(MethodMixin):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update the teacher after each step of the optimiser, the first time with the base momentum."""
         if self.trainer.global_step > self.last_step:
-            self.move_teacher()
+            self.update_teacher()
             self.log("tau", self.momentum_updater.cur_tau, on_step=False, on_epoch=True)
             self._set_tau()
         self.last_step = self.trainer.global_step
 
-    def move_teacher(self) -> None:
+    def update_teacher(self) -> None:
         """Update the teacher as solo-learn does."""
         for online, momentum in self.momentum_pairs:
             self.momentum_updater.update(online, momentum)

@@ -137,7 +137,7 @@ def test_the_teacher_follows_both_networks_but_not_their_statistics(configured):
             for p in student.parameters():
                 p.add_(1.0)
     model.momentum_updater.cur_tau = 0.75
-    model.move_teacher()
+    model.update_teacher()
     for (student, teacher), olds, old_buffers in zip(pairs, before, buffers, strict=True):
         for p, q, old in zip(student.parameters(), teacher.parameters(), olds, strict=True):
             torch.testing.assert_close(q, 0.75 * old + 0.25 * p)

@@ -157,7 +157,7 @@ def test_the_teacher_moves_in_place_as_solo_learns_does(tau, compose):
             student.add_(torch.randn_like(student))
     wanted = [tau * teacher + (1 - tau) * student for teacher, student in zip(teachers, students, strict=True)]
     places = [teacher.data_ptr() for teacher in teachers]
-    model.move_teacher()
+    model.update_teacher()
     torch.testing.assert_close(teachers, wanted, rtol=1e-12, atol=1e-12)
     assert places == [teacher.data_ptr() for teacher in teachers]
 

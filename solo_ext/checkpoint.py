@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from plugins.tools.command import UserError, first_process, say
+from plugins.tools.command import UserError, first_process, print_on_rank_zero
 from plugins.tools.fitting import mismatch, plain_names
 from plugins.tools.process import locked_folder
 from plugins.tools.records import difference, read_json, write_json
@@ -330,7 +330,7 @@ def _first_readable(paths: list[Path]) -> tuple[Path, dict[str, Any], list[str]]
         try:
             return path, *_read(path)
         except UserError as error:
-            say(f"skipped: {error}")
+            print_on_rank_zero(f"skipped: {error}")
     return None
 
 
@@ -439,7 +439,7 @@ def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Modul
     epochs = check_resumable(found, checkpoint, cfg, model)
     if epochs > cfg.max_epochs:
         raise UserError(f"{found} was trained for {epochs} epochs, more than max_epochs={cfg.max_epochs}")
-    say(f"resuming after epoch {epochs} of {cfg.max_epochs} from {found}")
+    print_on_rank_zero(f"resuming after epoch {epochs} of {cfg.max_epochs} from {found}")
     return (folder if cfg.checkpoint.version else found.parent), found, epochs
 
 

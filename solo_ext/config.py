@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from plugins.install import not_installed
 from plugins.spec import large_views
-from plugins.tools.command import UserError, say
+from plugins.tools.command import UserError, print_on_rank_zero
 from solo_ext.checkpoint import identity
 from solo_ext.compat import pl
 from solo_ext.compat.common import complete
@@ -187,7 +187,7 @@ def _check_trainer(cfg: DictConfig) -> None:
     if cfg.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError("accelerator is gpu, but this machine has no GPU; add ++accelerator=cpu to train on the CPU")
     if cfg.accelerator == "cpu" and str(cfg.precision).startswith("16"):
-        say("precision 16 needs a GPU; the CPU trains in 32 bits")
+        print_on_rank_zero("precision 16 needs a GPU; the CPU trains in 32 bits")
         cfg.precision = 32
     if cfg.resume_from_checkpoint is not None and not Path(cfg.resume_from_checkpoint).is_file():
         raise UserError(f"resume_from_checkpoint is not a file: {cfg.resume_from_checkpoint}")

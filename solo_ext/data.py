@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
-from plugins.tools.command import UserError, say
+from plugins.tools.command import UserError, print_on_rank_zero
 from solo_ext.datasets import check_same_classes, image_dataset
 from solo_ext.loaders import Images, process_count
 from solo_ext.transforms import evaluation_transform, linear_crop, linear_transform, pretrain_transform
@@ -30,7 +30,7 @@ def pretrain_images(cfg: DictConfig) -> Images:
     """
     transform = pretrain_transform(cfg)
     if cfg.debug_augmentations:
-        say(f"views:\n{transform}")
+        print_on_rank_zero(f"views:\n{transform}")
     view = cfg.augmentations[0]
     evaluation = evaluation_transform(cfg.data.dataset, view.crop_size, view)
     dali = cfg.data.format == "dali"

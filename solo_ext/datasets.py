@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from plugins.tools.command import UserError, say
+from plugins.tools.command import UserError, print_on_rank_zero
 from plugins.tools.folders import ImageFolder
 from plugins.tools.folders import check_same_classes as _check_same_classes
 from plugins.tools.images import open_image
@@ -141,7 +141,7 @@ def _check_classes(dataset: str, path: str, classes: list[str]) -> None:
     if known is not None and len(classes) > known:
         raise UserError(f"{path} holds {len(classes)} classes, {dataset} has {known}")
     if known is not None and len(classes) < known:
-        say(f"{path} holds {len(classes)} of the {known} classes of {dataset}")
+        print_on_rank_zero(f"{path} holds {len(classes)} of the {known} classes of {dataset}")
     if dataset == "tinyimagenet" and classes == ["images"]:
         raise UserError(f"the images in {path} are not sorted into class folders{hint(dataset)}")
 

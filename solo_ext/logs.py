@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from plugins.tools.command import UserError, say
+from plugins.tools.command import UserError, print_on_rank_zero
 from plugins.tools.metrics import AppendingRows
 from plugins.tools.records import read_rows, versions, write_rows
 from plugins.tools.trainer import Guard
@@ -61,7 +61,9 @@ def _wandb_logger(cfg: DictConfig, folder: Path) -> Any:
         return start("offline" if cfg.wandb.offline else None)
     except wandb.errors.Error as error:
         reason = str(error).strip().splitlines()[0]
-        say(f"wandb logs offline to ./wandb, 'wandb sync' uploads it later; it cannot log online: {reason}")
+        print_on_rank_zero(
+            f"wandb logs offline to ./wandb, 'wandb sync' uploads it later; it cannot log online: {reason}"
+        )
         return start("offline")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from plugins.tools.command import say
+from plugins.tools.command import print_on_rank_zero
 from plugins.tools.process import end_with_first_process, exit_when_stopped
 
 USAGE = """usage: python -m solo_ext.main_pretrain --config-path FOLDER --config-name NAME [key=value ...]
@@ -65,7 +65,9 @@ def pretrain(cfg: DictConfig) -> Path:
         folder, resumed, images.start_epoch = resume_point(cfg, cfg.method, folder, model)
         # a run that was killed before it wrote its summary still has to write it
         if images.start_epoch == cfg.max_epochs and (folder / "pretrain.json").is_file():
-            say(f"{resumed} belongs to a finished run of {images.start_epoch} epochs: there is nothing left to train")
+            print_on_rank_zero(
+                f"{resumed} belongs to a finished run of {images.start_epoch} epochs: there is nothing left to train"
+            )
             return folder
     lock = claim_folder(folder, resumed)
 

@@ -23,7 +23,7 @@ from vissl.engines.engine_registry import Engine, register_engine
 from vissl.models.model_helpers import get_trunk_output_feature_names
 from vissl.trainer import SelfSupervisionTrainer
 
-from plugins.tools.command import UserError, say
+from plugins.tools.command import UserError, print_on_rank_zero
 from plugins.tools.features import load_features
 from plugins.tools.knn import knn_accuracy
 from plugins.tools.records import write_json
@@ -185,7 +185,7 @@ class NearestNeighborEngine(Engine):
                     rows, hits = rows + count, hits + np.multiply(accuracies, count)
             top1, top5 = (hits / rows).tolist() if rows else (-1.0, -1.0)
             results[layer] = {"top1": top1, "top5": top5, "k": k, "sigma": sigma}
-            say(f"kNN of {layer}: top-1 {top1:.2f} %, top-5 {top5:.2f} % ({k} neighbours)")
+            print_on_rank_zero(f"kNN of {layer}: top-1 {top1:.2f} %, top-5 {top5:.2f} % ({k} neighbours)")
         write_json(Path(checkpoint_folder) / "knn.json", results)
         shutil.rmtree(folder)
 

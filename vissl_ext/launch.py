@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.install import not_installed
-from plugins.tools.command import UserError, exit_on_user_error, say, with_command_name
+from plugins.tools.command import UserError, exit_on_user_error, print_on_rank_zero, with_command_name
 from plugins.tools.process import hide_dropped
 
 USAGE = """usage: python -m vissl_ext.launch config=NAME [OVERRIDE ...] [--config-dir FOLDER]
@@ -147,13 +147,15 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
         ours = identity(cfg.engine_name, config, paths)
         before = check_same(folder, ours)
         for name in set_aside(folder):
-            say(f"{name} cannot be read and is skipped: it is kept as {torn_name(name)}, and the one before is used")
+            print_on_rank_zero(
+                f"{name} cannot be read and is skipped: it is kept as {torn_name(name)}, and the one before is used"
+            )
         if is_training_finished(config, checkpoint_folder=str(folder)):
             return args, config  # nothing will be trained: what is there stays as it is
         if config.CHECKPOINT.AUTO_RESUME and not config.CHECKPOINT.OVERWRITE_EXISTING:
             before = reopen(folder) or before
             if before is not None:
-                say(
+                print_on_rank_zero(
                     f"config.OPTIMIZER.num_epochs was {before} and is {config.OPTIMIZER.num_epochs} now: learning rate "
                     "and other schedules follow the new length from here on"
                 )
@@ -164,9 +166,9 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     except OSError as error:
         raise UserError(f"config.CHECKPOINT.DIR cannot be written to: {error}") from None
     if slurm:
-        say(slurm)
+        print_on_rank_zero(slurm)
     if changed:
-        say(f"on the CPU: {', '.join(changed)}")
+        print_on_rank_zero(f"on the CPU: {', '.join(changed)}")
     return args, config
 
 
@@ -244,9 +246,9 @@ def run(args: Any, config: Any) -> None:
     quiet = ("ignore:resource_tracker:UserWarning", os.environ.get("PYTHONWARNINGS"))
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, quiet))
     folder = get_checkpoint_folder(config)
-    say(f"run's folder: {folder}")
+    print_on_rank_zero(f"run's folder: {folder}")
     if is_training_finished(config, checkpoint_folder=folder):
-        say(
+        print_on_rank_zero(
             f"the training there is finished, after {trained_epochs(Path(folder))} epochs; a larger "
             "config.OPTIMIZER.num_epochs goes on from its end"
         )
@@ -265,7 +267,7 @@ def run(args: Any, config: Any) -> None:
         if number is not None:  # a signal to all processes may reach the others first
             raise _unfinished(folder, number) from None
         how = f"was killed by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
-        say(f"process {error.error_index} of the training {how}; {resume_hint(Path(folder))}")
+        print_on_rank_zero(f"process {error.error_index} of the training {how}; {resume_hint(Path(folder))}")
         raise SystemExit(128 - error.exit_code if error.exit_code < 0 else error.exit_code or 1) from None
     except ProcessRaisedException as error:
         if "UserError: " not in str(error):
@@ -310,7 +312,7 @@ def _unfinished(folder: str, number: int) -> SystemExit:
     """Say what a signal ended and how the training goes on; the exit status of a process that it ends."""
     from vissl_ext.compat.checkpoints import resume_hint
 
-    say(f"{_ENDED[signal.Signals(number)]}; {resume_hint(Path(folder))}")
+    print_on_rank_zero(f"{_ENDED[signal.Signals(number)]}; {resume_hint(Path(folder))}")
     return SystemExit(128 + number)
 
 
@@ -333,7 +335,7 @@ def command() -> None:
         try:
             main(sys.argv[1:])
         except KeyboardInterrupt:
-            say("interrupted")
+            print_on_rank_zero("interrupted")
             raise SystemExit(130) from None
 
 

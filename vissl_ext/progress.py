@@ -15,7 +15,7 @@ from typing import Any
 
 from classy_vision.generic.distributed_util import is_primary
 
-from plugins.tools.command import say
+from plugins.tools.command import print_on_rank_zero
 from vissl_ext.silent_hook import SilentHook
 
 _PERIOD = 0.3  # seconds between two refreshments of the bar
@@ -55,7 +55,7 @@ class Progress(SilentHook):
         self.wait = 0.0  # the first iteration is shown at once
         self.first = task.iteration
         if is_primary() and task.iteration:
-            say(f"resumed after {task.iteration} of {task.max_iteration} iterations")
+            print_on_rank_zero(f"resumed after {task.iteration} of {task.max_iteration} iterations")
 
     def on_phase_start(self, task: Any) -> None:
         """Open the epoch's bar."""
@@ -82,7 +82,7 @@ class Progress(SilentHook):
         elif task.train and now - self.shown >= self.wait:
             self.wait = min(max(_FIRST, 1.5 * self.wait), _LONGEST)
             self.shown = now
-            say(f"{_epoch(task)}  iteration {self.step}/{self.total}  {self._values(task, now)}")
+            print_on_rank_zero(f"{_epoch(task)}  iteration {self.step}/{self.total}  {self._values(task, now)}")
 
     def _values(self, task: Any, now: float) -> str:
         loss = f"loss {float(task.last_batch.loss):.4f}"
@@ -107,12 +107,12 @@ class Progress(SilentHook):
         if task.train:
             values.append(f"lr {_rate(task):.3g}")
         passed = time.perf_counter() - self.began
-        say(f"{_epoch(task)}  {'  '.join(values)}  after {_duration(passed)}")
+        print_on_rank_zero(f"{_epoch(task)}  {'  '.join(values)}  after {_duration(passed)}")
 
     def on_end(self, task: Any) -> None:
         """Say where everything is."""
         if is_primary():
-            say(f"finished; checkpoints and log.txt are in {task.checkpoint_folder}")
+            print_on_rank_zero(f"finished; checkpoints and log.txt are in {task.checkpoint_folder}")
 
 
 def _epoch(task: Any) -> str:

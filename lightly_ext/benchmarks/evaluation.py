@@ -7,7 +7,7 @@ from pytorch_lightning import LightningModule
 
 from lightly_ext.benchmarks.setup import Setup
 from lightly_ext.benchmarks.trainer import trainer
-from plugins.tools.command import say
+from plugins.tools.command import print_on_rank_zero
 
 
 def evaluate(setup: Setup, model: LightningModule, folder: Path) -> dict[str, dict[str, float]]:
@@ -53,7 +53,7 @@ def _knn(setup: Setup, model: LightningModule, folder: Path) -> dict[str, float]
 def _classify(
     setup: Setup, kind: type, model: LightningModule, folder: Path, name: str, epochs: int, lr: float
 ) -> dict[str, float]:
-    say(f"{folder.name}: {name} evaluation for {epochs} epochs")
+    print_on_rank_zero(f"{folder.name}: {name} evaluation for {epochs} epochs")
     options, metrics = setup.options, MetricCallback()
     classifier = kind(
         model,

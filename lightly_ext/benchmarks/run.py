@@ -14,7 +14,7 @@ from lightly_ext.benchmarks.checks import prepare
 from lightly_ext.benchmarks.evaluation import evaluate
 from lightly_ext.benchmarks.setup import Setup
 from lightly_ext.benchmarks.trainer import EpochRecord, trainer
-from plugins.tools.command import UserError, first_process, say
+from plugins.tools.command import UserError, first_process, print_on_rank_zero
 from plugins.tools.files import atomic
 from plugins.tools.process import exit_when_stopped, locked_folder
 from plugins.tools.records import versions, write_json
@@ -40,7 +40,7 @@ def benchmark(setup: Setup) -> dict[str, dict[str, Any]]:
         if first_process():
             with atomic(log_dir / "table.md", "w") as file:
                 file.write(table + "\n")
-    say(table)
+    print_on_rank_zero(table)
     return results
 
 
@@ -94,7 +94,7 @@ def _one(setup: Setup, name: str, folder: Path) -> dict[str, Any]:
 
 def _pretrain(setup: Setup, name: str, model: LightningModule, folder: Path) -> dict[str, Any]:
     options = setup.options
-    say(f"{name}: pre-training for {options.epochs} epochs")
+    print_on_rank_zero(f"{name}: pre-training for {options.epochs} epochs")
     train = setup.loader(options.train_dir, setup.transform(name), shuffle=True)
     held_out: Any = setup.loader(options.val_dir, setup.plain())
     if setup.wants_knn(name):

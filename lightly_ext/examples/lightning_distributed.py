@@ -13,7 +13,7 @@ import torch
 
 from lightly_ext.examples import common
 from lightly_ext.examples.lightning_module import Module
-from plugins.tools.command import exit_on_user_error, number, say
+from plugins.tools.command import exit_on_user_error, number, print_on_rank_zero
 
 METHOD = "isoloss"
 
@@ -24,7 +24,7 @@ def main(given: list[str] | None = None) -> None:
     devices = {"type": number(int), "default": gpus or 2, "help": "GPUs, or processes on a machine without GPU"}
     args = common.arguments("Train a method on several processes or GPUs.", METHOD, given, devices=devices)
     module = Module(args.method)
-    say(f"kNN untrained: {common.knn(module.model, args.data):.2f}")
+    print_on_rank_zero(f"kNN untrained: {common.knn(module.model, args.data):.2f}")
     trainer = pl.Trainer(
         max_steps=args.steps,
         devices=args.devices,
@@ -35,7 +35,7 @@ def main(given: list[str] | None = None) -> None:
         enable_model_summary=False,
     )
     trainer.fit(module, common.views(args.data))
-    say(f"kNN trained: {common.knn(module.model, args.data):.2f}")
+    print_on_rank_zero(f"kNN trained: {common.knn(module.model, args.data):.2f}")
 
 
 if __name__ == "__main__":

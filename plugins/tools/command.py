@@ -163,7 +163,7 @@ def first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
-def say(text: str) -> None:
+def print_on_rank_zero(text: str) -> None:
     """Print a line on rank 0, in a single write, so that a killed process never leaves part of a line."""
     if first_process():
         print(f"{text}\n", end="", flush=True)  # with PYTHONUNBUFFERED, print writes the newline separately

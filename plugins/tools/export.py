@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from plugins.tools.command import Parser, UserError, exit_on_user_error, say
+from plugins.tools.command import Parser, UserError, exit_on_user_error, print_on_rank_zero
 from plugins.tools.files import atomic
 from plugins.tools.fitting import mismatch, plain_names
 from plugins.tools.library_names import library_names
@@ -310,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument("out", type=Path, metavar="OUT", help="the file to write")
         parser.add_argument("--arch", metavar="NAME", help="the model's name there; default: the ResNet that fits")
         args = parser.parse_args(arguments)
-        say(export(args.checkpoint, args.to, args.out, args.arch))
+        print_on_rank_zero(export(args.checkpoint, args.to, args.out, args.arch))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import IO, Any
 
-from plugins.tools.command import UserError, first_process, say
+from plugins.tools.command import UserError, first_process, print_on_rank_zero
 
 _PR_SET_PDEATHSIG = 1
 _FIRST = "SSL_PLUGINS_FIRST_PROCESS"
@@ -180,7 +180,7 @@ def hide_dropped(kind: type[BaseException]) -> None:
 
 
 def _print_stopped(number: int, advice: str = "") -> None:
-    say(f"stopped by {signal.Signals(number).name} before the end{advice and '; '}{advice}")
+    print_on_rank_zero(f"stopped by {signal.Signals(number).name} before the end{advice and '; '}{advice}")
 
 
 _reporters: list[Callable[[int], None]] = []

@@ -19,9 +19,9 @@ def test_a_line_is_one_write() -> None:
         "    def writable(self): return True\n"
         "    def write(self, data): seen.append(bytes(data)); return len(data)\n"
         "seen = []\n"
-        "from plugins.tools.command import say\n"
+        "from plugins.tools.command import print_on_rank_zero\n"
         "sys.stdout = io.TextIOWrapper(Raw(), write_through=True)\n"
-        "say('epoch 1/2')\n"
+        "print_on_rank_zero('epoch 1/2')\n"
         "sys.stderr.write(repr([data for data in seen if data]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

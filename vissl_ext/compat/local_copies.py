@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from plugins.tools.command import UserError, say
+from plugins.tools.command import UserError, print_on_rank_zero
 from plugins.tools.folders import walk
 
 _DONE = "copy_complete"
@@ -59,7 +59,7 @@ def copy_to_local(config: Any) -> None:
         except OSError as error:
             raise UserError(f"{key}: {error.filename or place} cannot be copied: {error.strerror}") from None
         data.COPY_DESTINATION_DIR = str(place)
-        say(f"the {split.lower()} data are copied to {place}")
+        print_on_rank_zero(f"the {split.lower()} data are copied to {place}")
 
 
 def _copy(source: Path, place: Path) -> None:

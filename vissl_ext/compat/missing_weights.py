@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any
 
-from plugins.tools.command import UserError, say
+from plugins.tools.command import UserError, print_on_rank_zero
 from plugins.tools.fitting import differences, mismatch, plain_names
 
 _KEY = "config.MODEL.WEIGHTS_INIT"
@@ -97,7 +97,7 @@ def _compare(config: Any, model: Any, found: Mapping[str, Any], skipped: list[st
     settings, heads = config.MODEL.FEATURE_EVAL_SETTINGS, part(found, "heads.")
     if settings.EVAL_MODE_ON and not settings.EVAL_TRUNK_AND_HEAD:
         if heads:
-            say(f"the heads in {path} ({len(heads)} tensors) are not used by this evaluation")
+            print_on_rank_zero(f"the heads in {path} ({len(heads)} tensors) are not used by this evaluation")
         return
     differ = differences(heads, part(ours, "heads."))
     if "of another shape" in differ:
@@ -107,4 +107,4 @@ def _compare(config: Any, model: Any, found: Mapping[str, Any], skipped: list[st
             f"{_KEY}.SKIP_LAYERS=[num_batches_tracked,heads]"
         )
     for kind, names in differ.items():
-        say(f"heads in {path}: {len(names)} tensors are {kind}, such as {names[0]}")
+        print_on_rank_zero(f"heads in {path}: {len(names)} tensors are {kind}, such as {names[0]}")

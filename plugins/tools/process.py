@@ -142,7 +142,7 @@ class Stopped(BaseException):
         return 128 + self.number
 
 
-def listen() -> None:
+def install_signal_handlers() -> None:
     """Install handlers that raise :class:`Stopped` on SIGTERM and SIGINT; no-op outside of the main thread.
 
     Lightning replaces signal handlers when training starts, so a callback calls this function again. Processes of other
@@ -217,7 +217,7 @@ def exit_when_stopped(advice: str | Callable[[], str]) -> Iterator[None]:
 
     _reporters.append(report)
     hide_dropped(Stopped)  # if a finalizer ignores the exception, _end_in_time exits
-    listen()
+    install_signal_handlers()
     try:
         yield
     except BaseException as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 from plugins.clock import Clock
 from plugins.tools.command import UserError
 from plugins.tools.files import atomic
-from plugins.tools.process import listen
+from plugins.tools.process import install_signal_handlers
 
 
 def run_steps(trainer: Any) -> tuple[int, int | None]:
@@ -127,11 +127,11 @@ class Guard:
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Replace the signal handlers that Lightning has just installed; Lightning restores the previous ones."""
-        listen()
+        install_signal_handlers()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Replace the signal handlers for a validation without training."""
-        listen()
+        install_signal_handlers()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Kill the processes that Lightning started, which would otherwise wait for this one."""

@@ -15,7 +15,7 @@ import torch
 
 from lightly_ext.benchmarks import __main__ as command
 from lightly_ext.benchmarks import run, trainer  # noqa: F401  (the forks need not import them)
-from plugins.tools.process import listen, locked_folder
+from plugins.tools.process import install_signal_handlers, locked_folder
 from plugins.tools.records import read_rows
 
 pytestmark = [pytest.mark.lightly, pytest.mark.slow]
@@ -209,7 +209,7 @@ def test_another_run_and_a_second_launcher_are_refused(runs):
     assert f"{runs.checkpoint} has 2 epochs behind it, more than --epochs 1" in said
     child = os.fork()
     if not child:
-        listen()
+        install_signal_handlers()
         with locked_folder(runs.folder):
             (runs.folder / "held").touch()
             time.sleep(60)

@@ -24,7 +24,7 @@ from plugins.tools.fitting import mismatch, plain_names
 from plugins.tools.process import locked_folder
 from plugins.tools.records import difference, read_json, write_json
 from plugins.tools.trainer import AtomicCheckpointIO, save_atomically
-from plugins.tools.unpickle import load_inert
+from plugins.tools.unpickle import load_without_code
 from solo_ext.compat import pl
 from solo_ext.compat.common import LATE_BUFFERS
 
@@ -281,7 +281,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        checkpoint, code = load_inert(path)
+        checkpoint, code = load_without_code(path)
     except Exception as error:
         reason = "it was not written by torch.save, or holds code that may do harm"
         if isinstance(error, OSError | RuntimeError) and str(error).strip():

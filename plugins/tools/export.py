@@ -92,14 +92,14 @@ def read_backbone(path: Path) -> Backbone:
     Raises:
         UserError: there is no such file, it is no checkpoint, or it holds no backbone.
     """
-    from plugins.tools.unpickle import load_inert
+    from plugins.tools.unpickle import load_without_code
     from plugins.tools.weights import vissl_parts
 
     path = checkpoint_file(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
-        content = load_inert(path)[0]
+        content = load_without_code(path)[0]
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path} is no checkpoint that can be read: {reason}") from error

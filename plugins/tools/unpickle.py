@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 
-class Inert:
+class Placeholder:
     """Placeholder for a class or function in a checkpoint: accepts any arguments and any state and ignores them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Placeholder":
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
@@ -34,7 +34,7 @@ def _mapping(*args: Any) -> dict[Any, Any]:
 _MAPPINGS = ("collections.defaultdict",)
 
 
-def load_inert(path: Path) -> tuple[Any, list[str]]:
+def load_without_code(path: Path) -> tuple[Any, list[str]]:
     """Load a file of torch.save onto the CPU, without importing or calling the functions and classes in it.
 
     Functions of the modules os and sys raise an error, and so do files in torch's format before 1.6 that contain
@@ -44,7 +44,7 @@ def load_inert(path: Path) -> tuple[Any, list[str]]:
         path: the file.
 
     Returns:
-        The content of the file, and the sorted names that were replaced by an :class:`Inert`.
+        The content of the file, and the sorted names that were replaced by a :class:`Placeholder`.
 
     Raises:
         Exception: the exception of torch.load for a file that it cannot read or rejects.
@@ -53,6 +53,6 @@ def load_inert(path: Path) -> tuple[Any, list[str]]:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except ValueError:
         names = []  # not a zip file: torch.load raises the error
-    stand_ins: list[Any] = [(_mapping if name in _MAPPINGS else Inert, name) for name in names]
-    with torch.serialization.safe_globals(stand_ins):
+    placeholders: list[Any] = [(_mapping if name in _MAPPINGS else Placeholder, name) for name in names]
+    with torch.serialization.safe_globals(placeholders):
         return torch.load(path, map_location="cpu", weights_only=True), names

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from plugins.tools.unpickle import Inert, load_inert
+from plugins.tools.unpickle import Placeholder, load_without_code
 
 
 def constant_rate(get_lr, indexes, rates):
@@ -43,7 +43,7 @@ def test_weights_come_out_beside_a_schedule_with_code(tmp_path):
     torch.save(saved, tmp_path / "a.ckpt")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "a.ckpt", weights_only=True)
-    found, names = load_inert(tmp_path / "a.ckpt")
+    found, names = load_without_code(tmp_path / "a.ckpt")
     assert "functools.partial" in names and any(name.endswith("constant_rate") for name in names)
     assert found["epoch"] == 3
     assert all(torch.equal(found["state_dict"][key], value) for key, value in network.state_dict().items())
@@ -51,13 +51,13 @@ def test_weights_come_out_beside_a_schedule_with_code(tmp_path):
     assert all(
         torch.equal(found["optimizer_states"][0]["state"][i]["momentum_buffer"], b) for i, b in enumerate(buffers)
     )
-    assert isinstance(found["lr_schedulers"][0]["get_lr"], Inert)
+    assert isinstance(found["lr_schedulers"][0]["get_lr"], Placeholder)
     assert found["lr_schedulers"][0]["last_epoch"] == 3
 
 
 def test_plain_checkpoints_are_read_as_torch_reads_them(tmp_path):
     torch.save({"state_dict": {"w": torch.arange(3.0)}, "sizes": (1, [2, "x"])}, tmp_path / "a.ckpt")
-    found, names = load_inert(tmp_path / "a.ckpt")
+    found, names = load_without_code(tmp_path / "a.ckpt")
     assert names == [] and found["sizes"] == (1, [2, "x"]) and torch.equal(found["state_dict"]["w"], torch.arange(3.0))
 
 
@@ -89,7 +89,7 @@ def test_nothing_runs(attack, tmp_path):
     marker, path = tmp_path / "ran", tmp_path / "a.ckpt"
     torch.save({"state_dict": {"w": torch.ones(1)}, "x": _attacks(marker)[attack]}, path)
     try:
-        found, names = load_inert(path)
+        found, names = load_without_code(path)
     except pickle.UnpicklingError:
         refused = True
     else:
@@ -104,7 +104,7 @@ def test_nothing_runs(attack, tmp_path):
 def test_what_was_let_in_is_shut_out_again(tmp_path):
     torch.save({"a": functools.partial(max, 1)}, tmp_path / "a.ckpt")
     before = set(torch.serialization.get_safe_globals())
-    load_inert(tmp_path / "a.ckpt")
+    load_without_code(tmp_path / "a.ckpt")
     assert set(torch.serialization.get_safe_globals()) == before
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "a.ckpt", weights_only=True)
@@ -114,12 +114,12 @@ def test_what_was_let_in_is_shut_out_again(tmp_path):
 def test_broken_files_raise(content, tmp_path):
     (tmp_path / "a.ckpt").write_bytes(content)
     with pytest.raises((EOFError, RuntimeError, pickle.UnpicklingError)):
-        load_inert(tmp_path / "a.ckpt")
+        load_without_code(tmp_path / "a.ckpt")
 
 
 def test_old_files_with_code_are_refused(tmp_path):
     marker, path = tmp_path / "ran", tmp_path / "a.ckpt"
     torch.save({"x": _attacks(marker)["open"]}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(pickle.UnpicklingError):
-        load_inert(path)
+        load_without_code(path)
     assert not marker.exists()

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from plugins.tools.command import Parser, UserError, exit_on_user_error, nearest, with_command_name
-from plugins.tools.overrides import quoted
+from plugins.tools.overrides import quote_override
 from solo_ext.foreign_yaml import check_hydra
 from solo_ext.schema import help_text
 
@@ -79,7 +79,7 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> N
         for word in rest:
             if word.startswith("--") and word.partition("=")[0] not in _HYDRAS:
                 raise UserError(f"there is no option {word}; entries are given as key=value; see --help")
-        sys.argv[1:] = ["--config-path", str(folder), "--config-name", name, *map(quoted, rest)]
+        sys.argv[1:] = ["--config-path", str(folder), "--config-name", name, *map(quote_override, rest)]
 
         check_hydra(folder, name, sys.argv[5:])
         started, mistake = False, None

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from plugins.tools.command import UserError, nearest
-from plugins.tools.overrides import quoted
+from plugins.tools.overrides import quote_override
 
 _PACKAGE = Path(__file__).parent
 _DEFAULTS = Path(vissl.config.__file__).parent / "defaults.yaml"
@@ -60,7 +60,7 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
     Raises:
         UserError: Hydra cannot make a configuration of it.
     """
-    overrides, places = [quoted(word) for word in overrides], []
+    overrides, places = [quote_override(word) for word in overrides], []
     for folder in folders:
         place = Path(folder).expanduser().resolve()
         if not (place / "config").is_dir():

@@ -1,4 +1,4 @@
-"""Overrides on Hydra's command line, ``key=value``: which of them Hydra can parse, and how values are quoted.
+"""Overrides ``key=value`` on Hydra's command line: check whether Hydra can parse them, and quote their values.
 
 Hydra is imported only to parse: the suites quote values before the environment exists.
 """
@@ -23,41 +23,43 @@ def hydra_value(value: Any) -> str:
     return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", r"\'"), text) + "'"
 
 
-def quoted(word: str) -> str:
+def quote_override(override: str) -> str:
     """Put quotes around a value that Hydra cannot parse without them, such as a path with ``=``, ``~`` or a blank.
 
-    A word that Hydra can parse is returned as it is, and so is one that quotes would not help.
+    An override that Hydra can parse is returned unchanged. So is one that Hydra cannot parse with quotes either.
 
     Args:
-        word: one override, as the user typed it; the value may be a list of paths.
+        override: ``key=value`` as the user typed it; the value may be a list of paths.
 
-    >>> quoted("pretrained_feature_extractor=runs/a-ep=9.ckpt")
+    >>> quote_override("pretrained_feature_extractor=runs/a-ep=9.ckpt")
     "pretrained_feature_extractor='runs/a-ep=9.ckpt'"
-    >>> quoted("paths=[~/a, /b=c]")
+    >>> quote_override("paths=[~/a, /b=c]")
     "paths=['~/a','/b=c']"
-    >>> quoted("optimizer.lr=0.1"), quoted("optimizer.lr=[1")
+    >>> quote_override("optimizer.lr=0.1"), quote_override("optimizer.lr=[1")
     ('optimizer.lr=0.1', 'optimizer.lr=[1')
     """
-    key, equals, value = word.partition("=")
-    if not equals or parses(word):
-        return word
+    key, equals, value = override.partition("=")
+    if not equals or is_valid_override(override):
+        return override
     if match := re.fullmatch(r"\[([^][{}()'\"$]*)\]", value):
         parts = [part.strip() for part in match[1].split(",")]
-        better = f"{key}=[{','.join(part if parses(f'key={part}') else hydra_value(part) for part in parts)}]"
+        better = (
+            f"{key}=[{','.join(part if is_valid_override(f'key={part}') else hydra_value(part) for part in parts)}]"
+        )
     elif value.startswith(("'", '"', "[", "{")):
-        return word
+        return override
     else:
         better = f"{key}={hydra_value(value)}"
-    return better if parses(better) else word
+    return better if is_valid_override(better) else override
 
 
-def parses(word: str) -> bool:
+def is_valid_override(override: str) -> bool:
     """Return whether Hydra can parse an override."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
-        OverridesParser.create().parse_override(word)
+        OverridesParser.create().parse_override(override)
     except HydraException:
         return False
     return True

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("hydra")
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from plugins.tools.overrides import hydra_value, parses, quoted
+from plugins.tools.overrides import hydra_value, is_valid_override, quote_override
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from plugins.tools.overrides import hydra_value, parses, quoted
     ],
 )
 def test_a_path_comes_out_as_typed(value):
-    word = quoted(f"key={value}")
+    word = quote_override(f"key={value}")
     if value.startswith("{"):
         assert word == f"key={value}", "quotes are for values that cannot be lists or sections"
     else:
@@ -42,10 +42,10 @@ def test_a_formatted_value_is_one_string(value):
     ("value", "read"), [("[~/photos]", ["~/photos"]), ("[/a=b,~/c d, /plain]", ["/a=b", "~/c d", "/plain"]), ("[]", [])]
 )
 def test_paths_of_a_list_come_out_as_typed(value, read):
-    assert OverridesParser.create().parse_override(quoted(f"key={value}")).value() == read
+    assert OverridesParser.create().parse_override(quote_override(f"key={value}")).value() == read
 
 
 @pytest.mark.parametrize("word", ["a=1", "a='x y'", "+a=[1,2]", "~a", "--help", "a=[1", "a='x", "a={b: 1}", "a=1,2"])
 def test_what_needs_no_quotes_or_cannot_be_helped_stays(word):
-    assert quoted(word) == word
-    assert parses(word) == (word not in ("--help", "a=[1", "a='x"))
+    assert quote_override(word) == word
+    assert is_valid_override(word) == (word not in ("--help", "a=[1", "a='x"))

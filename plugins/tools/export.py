@@ -265,9 +265,9 @@ def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
     state = {key: value.clone().contiguous() for key, value in backbone.state.items()}
     what = f"{len(state)} tensors"
     if target == "dissl":
-        from plugins.tools.weights import build, published_names, trunk_of
+        from plugins.tools.weights import backbone_weights, build, published_names
 
-        state = trunk_of({key: value for key, value in state.items() if not key.startswith("fc.")}, str(path))
+        state = backbone_weights({key: value for key, value in state.items() if not key.startswith("fc.")}, str(path))
         state = published_names(build(state, str(path)).state_dict())
         what = f"the format of DISSL's weights, {len(state)} tensors"
     elif target != "safetensors" or arch is not None:

@@ -66,7 +66,7 @@ def load_dissl(source: str | Path, *, sha256: str | None = None) -> nn.Module:
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path} is not a readable file of weights: {reason}") from error
-    return build(trunk_of(content, str(path)), str(path)).eval()
+    return build(backbone_weights(content, str(path)), str(path)).eval()
 
 
 def dissl_resnet50(name: str, *, pretrained: bool = True, **options: Any) -> nn.Module:
@@ -106,7 +106,7 @@ def preprocessor() -> Any:
     )
 
 
-def trunk_of(content: Any, what: str) -> dict[str, Tensor]:
+def backbone_weights(content: Any, what: str) -> dict[str, Tensor]:
     """Extract the state dict of the backbone from the content of a file, with the published names.
 
     Args:

@@ -65,7 +65,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         except ValueError as error:
             raise UserError(f"{args.config}: {error}") from None
         results.append(row)
-        how = "" if row["select"] == "nothing" else f", chosen on the {row['select']} images"
+        how = "" if row["select"] is None else f", chosen on the {row['select']} images"
         print(
             f"{row['kind']} probe, {row['labels']} labels: acc@1 {row['acc1']:.2f} %  acc@5 {row['acc5']:.2f} %  "
             f"({describe(row)}{how})",

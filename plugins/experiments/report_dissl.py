@@ -46,7 +46,7 @@ class Score(NamedTuple):
     Args:
         dataset, method, title, epochs: data set, method, published name and number of epochs of the run.
         kind, dim, fraction, labels: kind of the probe, width of the representation, fraction and number of labels.
-        select: images for the choice of the weight decay: "validation", "test", or "nothing" without a choice.
+        select: images for the choice of the weight decay: "validation", "test", or None without a choice.
         weight_decay: the chosen values over seeds, in ascending order.
         seeds: number of seeds.
         mean, sem: test accuracy in per cent and its standard error, which is None for one seed.
@@ -61,7 +61,7 @@ class Score(NamedTuple):
     dim: int
     fraction: float
     labels: int
-    select: str
+    select: str | None
     weight_decay: tuple[float, ...]
     seeds: int
     mean: float

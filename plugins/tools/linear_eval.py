@@ -154,7 +154,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise UserError(not_installed(error.name or "")) from None
     print(table(results))
     for row in results:
-        how = "" if row["select"] == "nothing" else f", chosen on the {row['select']} images (*)"
+        how = "" if row["select"] is None else f", chosen on the {row['select']} images (*)"
         print(f"{row['kind']} probe, {row['labels']} labels: top-1 {row['acc1']:.2f} %  top-5 {row['acc5']:.2f} %{how}")
     if args.output is not None:
         write_json(args.output, results)

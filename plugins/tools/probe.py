@@ -236,7 +236,7 @@ def evaluate_probe(
         track: iterates over the settings, for example with a progress bar.
 
     Returns:
-        ``kind``, ``dim`` (D), ``fraction``, ``labels`` (number of labels used), ``select`` ("nothing" for a single
+        ``kind``, ``dim`` (D), ``fraction``, ``labels`` (number of labels used), ``select`` (None for a single
         setting); the chosen setting (``C`` or the entries of :class:`Setting`) with ``acc1`` and ``acc5``; ``grid``:
         each setting with ``acc1`` and ``acc5`` on the test images and ``validation_acc1`` (None without held-out
         labels). Accuracies are in per cent.
@@ -247,7 +247,7 @@ def evaluate_probe(
     check_choice("select", select, SELECT)
     probe.check()
     settings = probe.settings(seed)
-    select = select if len(settings) > 1 else "nothing"
+    selection = select if len(settings) > 1 else None
     classes = int(max(train[1].max(), test[1].max())) + 1
     features, labels = train
     count = round(probe.fraction * len(labels))
@@ -255,7 +255,7 @@ def evaluate_probe(
         rows = stratified(labels, count, seed)[0].to(labels.device)
         features, labels = features[rows], labels[rows]
     split = None
-    if select == "validation":
+    if selection == "validation":
         parts = stratified(labels, round((1 - probe.holdout) * len(labels)), seed + 1)
         split = [part.to(labels.device) for part in parts]
 
@@ -275,7 +275,7 @@ def evaluate_probe(
     best = max(grid, key=lambda row: row["acc1" if split is None else "validation_acc1"])
     return {
         **{"kind": probe.kind, "dim": features.shape[1], "fraction": probe.fraction},
-        **{"labels": len(labels), "select": select},
+        **{"labels": len(labels), "select": selection},
         **{key: value for key, value in best.items() if key != "validation_acc1"},
         "grid": grid,
     }

@@ -108,11 +108,11 @@ def test_every_line_of_the_published_tables_is_a_run(suite):
 @pytest.fixture
 def fig7a(tmp_path):
     out = tmp_path / "dissl_fig7a"
-    one = {"weight_decay": 1e-6, "select": "nothing"}
+    one = {"weight_decay": 1e-6, "select": None}
     for name, start in (("quarter", 30.0), ("one", 40.0)):
         for seed in (0, 1):
             full = probe(start + 9 + seed, labels=100_000, **one)
-            other = probe(99.0, labels=100_000, weight_decay=1e-5, select="nothing")
+            other = probe(99.0, labels=100_000, weight_decay=1e-5, select=None)
             few = probe(start, labels=200, fraction=0.002, **one)
             add_run(out, f"dissl-{name}_tinyimagenet", seed, full, other, few)
     return out

@@ -115,7 +115,7 @@ def test_setting_is_chosen_on_held_out_labels_unless_asked_otherwise(monkeypatch
 
 def test_of_one_setting_nothing_is_chosen():
     row = evaluate_probe(blobs(60), blobs(30, seed=1), QUICK._replace(grid=TWO[:1], fraction=0.05))
-    assert (row["select"], row["labels"], row["dim"], len(row["grid"])) == ("nothing", 3, 5, 1)
+    assert (row["select"], row["labels"], row["dim"], len(row["grid"])) == (None, 3, 5, 1)
     assert row["acc1"] == row["grid"][0]["acc1"] > 80
     assert row["acc5"] == 100
 

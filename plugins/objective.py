@@ -15,7 +15,7 @@ from plugins.heads import SharedHead, TwoBranchHead
 from plugins.losses import ETFMonitor
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, Hints, MethodSpec, Terms
-from plugins.targets import move_teacher
+from plugins.targets import update_teacher
 
 PATIENCE = 1000
 """Number of micro-batches in one optimiser step after which a warning says that the step was not ended."""
@@ -241,7 +241,7 @@ class Objective(nn.Module):
             tau: τ in [0, 1], with which the teacher moves, θ_t ← τ θ_t + (1 − τ) θ; None does not move it.
         """
         if tau is not None:
-            move_teacher(*self._teacher, tau)
+            update_teacher(*self._teacher, tau)
         for part in self._stepped:
             part.after_step()
         self._micro_batches = 0

@@ -19,9 +19,9 @@ from plugins.spec import large_views
 from plugins.tools.command import UserError, print_on_rank_zero
 from solo_ext.checkpoint import identity
 from solo_ext.compat import pl
-from solo_ext.compat.common import complete
+from solo_ext.compat.common import fill_defaults
 from solo_ext.compat.optim import OPTIMIZERS
-from solo_ext.datasets import DOWNLOADED, H5Images, hint, split_path
+from solo_ext.datasets import DOWNLOADED, H5Images, preparation_hint, split_path
 from solo_ext.launch import as_user_error
 from solo_ext.loaders import process_count
 from solo_ext.schema import Linear, Pretrain, Run, together, validate
@@ -36,7 +36,7 @@ def parse_pretrain(cfg: DictConfig) -> DictConfig:
     Raises:
         UserError: the configuration is invalid.
     """
-    cfg = complete(_checked(cfg, Pretrain))
+    cfg = fill_defaults(_checked(cfg, Pretrain))
     cfg.data.num_large_crops, cfg.data.num_small_crops = large_and_small(cfg.augmentations)
     if cfg.data.val_path is None or cfg.data.no_labels:
         cfg.knn_eval.enabled = False  # nothing is validated
@@ -117,7 +117,7 @@ def check_data(cfg: DictConfig) -> None:
             continue
         data[key] = split_path(data.dataset, str(data[key]), split)
         if not Path(data[key]).is_dir():
-            raise UserError(f"data.{key} is not a folder: {data[key]}{hint(data.dataset)}")
+            raise UserError(f"data.{key} is not a folder: {data[key]}{preparation_hint(data.dataset)}")
     data.num_classes = CLASSES.get(data.dataset) or _count_classes(data)
 
 

@@ -32,7 +32,7 @@ from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
 from plugins.tools.images import check_dali_reads, open_image
-from solo_ext.datasets import listing
+from solo_ext.datasets import paths_and_labels
 from solo_ext.loaders import EpochSampler, Images
 from solo_ext.transforms import LinearCrop, statistics
 
@@ -174,7 +174,7 @@ class DALILoader:
     ) -> None:
         self.sampler, self.dataset, self.views, self.cfg, self.indexed = sampler, dataset, views, cfg, indexed
         self.batch_size = cfg.optimizer.batch_size
-        files, labels = listing(dataset)
+        files, labels = paths_and_labels(dataset)
         for file in files:
             check_dali_reads(file)
         self.files, self.labels = files, torch.tensor(labels)

@@ -1,7 +1,7 @@
-"""The data modules of a pre-training and of a linear evaluation.
+"""The data modules of pre-training and linear evaluation.
 
-``data.format`` selects the reader: ``image_folder`` and ``h5`` are read by :mod:`solo_ext.loaders`, ``dali`` by
-:mod:`solo_ext.dali`.
+``data.format`` selects the reader: :mod:`solo_ext.loaders` reads ``image_folder`` and ``h5``, :mod:`solo_ext.dali`
+reads ``dali``.
 """
 
 from typing import Any
@@ -16,7 +16,9 @@ from solo_ext.transforms import evaluation_transform, linear_crop, linear_transf
 
 
 def pretrain_images(cfg: DictConfig) -> Images:
-    """Build the data module of a pre-training; without labels or a path there are no validation images.
+    """Build the data module of a pre-training.
+
+    There are no validation images if ``data.val_path`` is null or ``data.no_labels`` is set.
 
     Args:
         cfg: the validated configuration.
@@ -60,7 +62,7 @@ def linear_images(cfg: DictConfig) -> Images:
     dali = data.format == "dali"
     transform = None if dali else linear_transform(data.dataset, cfg)
     train, val = _train_and_val(cfg, "train", transform, evaluation, indexed=False)
-    # mixup pairs the images of a batch: their number must be even
+    # mixup pairs the images of a batch, so that every batch must have an even number of images
     drop_last = cfg.get("mixup", 0) > 0 or cfg.get("cutmix", 0) > 0 or _ends_in_one_image(cfg, len(train))
     if not dali:
         return Images(train, val, cfg, drop_last=drop_last)
@@ -70,7 +72,7 @@ def linear_images(cfg: DictConfig) -> Images:
 
 
 def _ends_in_one_image(cfg: DictConfig, images: int) -> bool:
-    """Return whether batch norm is trained and the last batch of an epoch has one image, which has no variance.
+    """Return whether batch norm is trained and the last batch of an epoch is a single image, which has no variance.
 
     Raises:
         UserError: every batch has one image.
@@ -79,7 +81,9 @@ def _ends_in_one_image(cfg: DictConfig, images: int) -> bool:
         return False
     batch = cfg.optimizer.batch_size
     if batch == 1:
-        raise UserError("finetune and normalized_classifier train batch norm: set optimizer.batch_size above 1")
+        raise UserError(
+            "finetune and normalized_classifier train batch norm, which needs optimizer.batch_size above 1, got 1"
+        )
     return -(-images // process_count(cfg)) % batch == 1
 
 

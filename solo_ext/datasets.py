@@ -1,4 +1,4 @@
-"""Datasets of images: those that torchvision downloads, class folders, flat folders and HDF5 files."""
+"""Image datasets: those that torchvision downloads, class folders, flat folders and HDF5 files."""
 
 import io
 import socket
@@ -21,7 +21,7 @@ from solo_ext.transforms import DATASETS
 
 _DOWNLOADS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}
 DOWNLOADED = tuple(_DOWNLOADS)
-"""Datasets that torchvision downloads; all others are folders with a folder of images for each class."""
+"""Datasets that torchvision downloads; every other dataset is a folder with a subfolder for each class."""
 DOWNLOAD_TIMEOUT = 15.0
 """Seconds without data after which a download fails."""
 PREPARE = {
@@ -31,15 +31,15 @@ PREPARE = {
 """The commands that create the folders of a dataset."""
 
 
-def hint(dataset: str) -> str:
-    """Return how to create the folders of a dataset, for the end of an error message; empty if no command does."""
-    return f" (make it with: {PREPARE[dataset]})" if dataset in PREPARE else ""
+def preparation_hint(dataset: str) -> str:
+    """Return the command that creates the folders of a dataset, as the end of an error message, or an empty string."""
+    return f" (create it with: {PREPARE[dataset]})" if dataset in PREPARE else ""
 
 
 def split_path(dataset: str, path: str, split: str) -> str:
     """Return the folder of a split: ``path/<dataset>/<split>`` if that exists, else ``path``.
 
-    The ImageNet files of implicit-var-reg give ``./datasets``, the common folder of all datasets.
+    The ImageNet configurations of implicit-var-reg give ``./datasets``, the parent folder of all datasets.
 
     Args:
         dataset: a key of DATASETS.
@@ -70,14 +70,14 @@ def image_dataset(
         dataset: a key of DATASETS.
         path: its folder; CIFAR and STL-10 are downloaded into it if they are missing.
         split: "pretrain", "train" or "val".
-        transform: of a PIL image.
+        transform: transform of a PIL image.
         indexed: whether an item starts with its index.
-        no_labels: a flat folder of images (custom data); every label is -1.
+        no_labels: whether ``path`` is a flat folder of images (custom data); every label is -1.
         data_format: "h5" if ``path`` is an HDF5 file; any other value means folders.
-        fraction: share of the images to use, in (0, 1), the same for each class; any other value means all.
+        fraction: fraction of the images of each class to use, in (0, 1); any other value means all images.
 
     Raises:
-        UserError: the folder holds no images, or a download fails.
+        UserError: the folder contains no images, or a download fails.
     """
     try:
         if dataset in _DOWNLOADS:
@@ -89,7 +89,9 @@ def image_dataset(
         else:
             found = ImageFolder(path, transform, loader=open_image)
     except FileNotFoundError as error:
-        raise UserError(f"no images of {dataset} in {path}: {str(error).splitlines()[0]}{hint(dataset)}") from None
+        raise UserError(
+            f"no images of {dataset} in {path}: {str(error).splitlines()[0]}{preparation_hint(dataset)}"
+        ) from None
     if dataset not in _DOWNLOADS and not no_labels:
         _check_classes(dataset, path, found.classes)
     if 0 < fraction < 1:
@@ -107,10 +109,10 @@ def _downloaded(dataset: str, path: str, split: str, transform: Any) -> Dataset:
     try:
         return cls(path, **choice, transform=transform)
     except RuntimeError:
-        pass  # it is missing
+        pass  # the files are missing
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        # several processes may start at the same time: one of them downloads
+        # several processes may start at the same time, and only one of them must download
         with FileLock(Path(path) / f".{dataset}.lock"), _download_timeout():
             return cls(path, **choice, transform=transform, download=True)
     except (RuntimeError, OSError) as error:
@@ -120,7 +122,7 @@ def _downloaded(dataset: str, path: str, split: str, transform: Any) -> Dataset:
 
 @contextmanager
 def _download_timeout() -> Iterator[None]:
-    """Limit how long a connection may stay silent; by default Python waits without a limit."""
+    """Limit how long a connection may wait for data; by default Python waits without a limit."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
@@ -130,33 +132,32 @@ def _download_timeout() -> Iterator[None]:
 
 
 def _subset_classes(dataset: str) -> list[str] | None:
-    """Return the classes of ImageNet-100, which main selects from an HDF5 file of ImageNet; 1.0.2 lacks the list."""
+    """Return the classes that main selects from an HDF5 file of ImageNet for ImageNet-100; 1.0.2 lacks the list."""
     names = Path(host_data.__file__).parent / "dataset_subset" / "imagenet100_classes.txt"
     return names.read_text().split() if dataset == "imagenet100" and names.is_file() else None
 
 
 def _check_classes(dataset: str, path: str, classes: list[str]) -> None:
-    """Check that the folders are the classes of the dataset."""
+    """Check the number of class folders, and print a line if some classes are missing."""
     known = DATASETS[dataset].classes
     if known is not None and len(classes) > known:
-        raise UserError(f"{path} holds {len(classes)} classes, {dataset} has {known}")
+        raise UserError(f"{path} contains {len(classes)} classes, but {dataset} has {known}; check data.dataset")
     if known is not None and len(classes) < known:
-        print_on_rank_zero(f"{path} holds {len(classes)} of the {known} classes of {dataset}")
+        print_on_rank_zero(f"{path} contains {len(classes)} of the {known} classes of {dataset}")
     if dataset == "tinyimagenet" and classes == ["images"]:
-        raise UserError(f"the images in {path} are not sorted into class folders{hint(dataset)}")
+        raise UserError(f"the images in {path} are not sorted into class folders{preparation_hint(dataset)}")
 
 
 def _fraction(dataset: Dataset, fraction: float) -> list[int]:
-    """Return the rows that main selects for ``data.fraction``, in main's order."""
+    """Return the indices of the images that main selects for ``data.fraction``, in main's order."""
     from sklearn.model_selection import train_test_split
 
     labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    rows = list(range(len(dataset)))
+    indices = list(range(len(dataset)))
     try:
-        kept, _ = train_test_split(rows, train_size=fraction, stratify=labels, random_state=42)
+        return train_test_split(indices, train_size=fraction, stratify=labels, random_state=42)[0]
     except ValueError as error:
-        raise UserError(f"data.fraction={fraction} is not possible with {len(rows)} images: {error}") from None
-    return kept
+        raise UserError(f"data.fraction={fraction} is not possible with {len(indices)} images: {error}") from None
 
 
 class Indexed(Dataset):
@@ -177,11 +178,11 @@ class Indexed(Dataset):
 
 
 class FlatFolder(Dataset):
-    """A folder of images without classes, in alphabetical order; solo-learn uses the order on the disk.
+    """A folder of images without classes, in alphabetical order (solo-learn uses the order on the disk).
 
     Args:
         path: the folder.
-        transform: of a PIL image.
+        transform: transform of a PIL image.
 
     Raises:
         FileNotFoundError: the folder has no images.
@@ -191,7 +192,7 @@ class FlatFolder(Dataset):
         self.root, self.transform = Path(path), transform
         self.images = sorted(file.name for file in self.root.iterdir() if file.name.lower().endswith(IMG_EXTENSIONS))
         if not self.images:
-            raise FileNotFoundError("with data.no_labels the images must be in the folder itself")
+            raise FileNotFoundError("with data.no_labels the images must be in the folder itself, not in subfolders")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -201,12 +202,12 @@ class FlatFolder(Dataset):
 
 
 class H5Images(Dataset):
-    """Images in an HDF5 file in solo-learn's layout: a group for each class, with the bytes of each image file.
+    """Images in an HDF5 file with solo-learn's layout: a group for each class, with the bytes of each image file.
 
     Args:
         path: the file.
-        transform: of a PIL image.
-        subset: names of the classes to read, if the file has any of them; None: all classes.
+        transform: transform of a PIL image.
+        subset: names of the classes to read. If it is None or the file has none of them, all classes are read.
 
     Raises:
         UserError: the file has another layout.
@@ -225,8 +226,8 @@ class H5Images(Dataset):
                 self.names = [(name, image) for name in self.classes for image in file[name]]
         except (OSError, TypeError, KeyError) as error:
             raise UserError(f"{path} is not an HDF5 file with a group of images for each class: {error}") from None
-        rank = {name: index for index, name in enumerate(self.classes)}
-        self.targets = [rank[name] for name, _ in self.names]
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        self.targets = [label_of[name] for name, _ in self.names]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -234,49 +235,48 @@ class H5Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         import h5py
 
-        if self._file is None:  # each worker needs its own
+        if self._file is None:  # each worker needs its own file handle
             self._file = h5py.File(self.path)
         name, image = self.names[index]
-        place = f"{name}/{image} in {self.path}"
+        source = f"{name}/{image} in {self.path}"
         try:
             content = io.BytesIO(self._bytes(name, image))
         except (OSError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{place} cannot be read: {error}") from None
-        opened = open_image(content, place)
-        return self.transform(opened), self.targets[index]
+            raise UserError(f"{source} cannot be read: {error}") from None
+        return self.transform(open_image(content, source)), self.targets[index]
 
     def _bytes(self, name: str, image: str) -> Any:
         group = self._file[name]
         _check_link(group, image)
         data = group[image]
         if data.external:
-            raise OSError(f"its bytes are in another file, {data.external[0][0]}")
+            raise OSError(f"its bytes are stored in another file, {data.external[0][0]}")
         return data[()]
 
 
 def _check_link(group: Any, name: str) -> None:
-    """Check that an entry is not a link, which may point to another file."""
+    """Check that an entry of an HDF5 file is not a soft or external link, which may point to another file."""
     import h5py
 
     if group.get(name, getclass=False, getlink=True).__class__ is not h5py.HardLink:
         raise OSError(f"{name} is a link, which may point to another file")
 
 
-def listing(dataset: Dataset) -> tuple[list[str], list[int]]:
-    """Return paths and labels of the images of a class folder, a flat folder, or a subset of one."""
+def paths_and_labels(dataset: Dataset) -> tuple[list[str], list[int]]:
+    """Return the paths and labels of the images of a class folder, a flat folder, or a subset of either."""
     if isinstance(dataset, Subset):
-        files, labels = listing(dataset.dataset)
-        return [files[row] for row in dataset.indices], [labels[row] for row in dataset.indices]
+        paths, labels = paths_and_labels(dataset.dataset)
+        return [paths[index] for index in dataset.indices], [labels[index] for index in dataset.indices]
     if isinstance(dataset, ImageFolder):
         return [path for path, _ in dataset.samples], dataset.targets
     return [str(dataset.root / name) for name in dataset.images], [-1] * len(dataset)
 
 
 def check_same_classes(train: Dataset, val: Dataset | None) -> None:
-    """Check that both have the same class folders; otherwise one label would mean two classes.
+    """Check that training and validation images have the same classes, so that a label means the same class in both.
 
     Raises:
-        UserError: the class folders differ; the message names some that only one of the two has.
+        UserError: the classes differ; the message names some that only one of the two datasets has.
     """
     while isinstance(train, Indexed | Subset):
         train = train.dataset

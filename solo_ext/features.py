@@ -18,7 +18,7 @@ from plugins.tools.records import read_json
 from solo_ext.backbones import build_backbone
 from solo_ext.checkpoint import ARGS, check_writable, find_checkpoint, load_backbone, read_checkpoint
 from solo_ext.compat import native_methods, native_options
-from solo_ext.datasets import DOWNLOADED, check_same_classes, hint, image_dataset
+from solo_ext.datasets import DOWNLOADED, check_same_classes, image_dataset, preparation_hint
 from solo_ext.launch import as_user_error
 from solo_ext.loaders import evaluation_loader
 from solo_ext.registry import method_class
@@ -183,7 +183,7 @@ def open_images(args: argparse.Namespace, run: Run, *, need_labels: bool) -> dic
             if not Path(path).is_file():
                 raise UserError(f"--{split}_data_path is not a file: {path}")
         elif not downloaded and not Path(path).is_dir():
-            raise UserError(f"--{split}_data_path is not a folder: {path}{hint(args.dataset)}")
+            raise UserError(f"--{split}_data_path is not a folder: {path}{preparation_hint(args.dataset)}")
     labels_optional = args.dataset == "custom" and args.data_format != "h5" and not need_labels
     found = {}
     for split, path in paths.items():

@@ -1,4 +1,4 @@
-"""The generic adapter: a MethodSpec as a method of solo-learn.
+"""The generic adapter, which trains the method of any MethodSpec with solo-learn.
 
 Checkpoints have solo-learn's keys: backbone, projector, predictor, momentum_backbone, momentum_projector.
 """
@@ -27,23 +27,23 @@ LOSS_NAMES = {**dict.fromkeys(_PREDICTING, "train_neg_cos_sim"), "dino": "dino_l
 
 
 class PluginMethod:
-    """The training step of all methods, a mixin for solo-learn's base classes.
+    """Mixin for solo-learn's base classes with the training step of all methods.
 
     Logged values, each with ``_step`` and ``_epoch`` appended by Lightning:
 
     * ``train_ssl_loss``, also under the name in LOSS_NAMES. ``train_neg_cos_sim`` is a sum of distances (2 - 2 cos, or
       squared Euclidean) over both orders of the views, as in solo-learn, also for IsoLoss.
-    * ``train_<term>`` of the loss's terms, such as the mean ``train_cosine`` of prediction and target in [-1, 1].
+    * ``train_<term>``, the terms of the loss, such as ``train_cosine``, the mean cosine of prediction and target.
     * ``train_z_std``, the standard deviation of the normalised embedding: 1 / sqrt(D) when it is isotropic.
     * ``eigval_metrics/eigval_{min,max,mean,std}`` and ``eigval_metrics/part_ratio`` of the embedding's second moment,
-      at the logged steps and the last of an epoch; ``_epoch`` is the mean over these.
-    * those of solo-learn: ``train_class_loss`` (over labelled images), ``train_acc1``, ``train_acc5`` (an image without
-      a label counts as wrong), ``tau``, ``val_loss``, ``val_acc1``, ``val_acc5``.
+      at every logged step and the last step of an epoch; ``_epoch`` is the mean over these steps.
+    * the values of solo-learn: ``train_class_loss`` (over labelled images), ``train_acc1``, ``train_acc5`` (an image
+      without a label counts as wrong), ``tau``, ``val_loss``, ``val_acc1``, ``val_acc5``.
 
     With ``accumulate_grad_batches`` above 1, ``accumulate: mean`` trains on the mean of the micro-batches' losses, and
-    ``accumulate: joined`` on the loss of their joined rows. The latter is exact except for batch norm, whose
-    statistics are those of each micro-batch. It costs one more forward pass, and memory for the images of all
-    micro-batches and the activations of one.
+    ``accumulate: joined`` on the loss of their joined rows. The latter is exact except for batch norm, which uses the
+    statistics of each micro-batch. It needs one more forward pass, and memory for the images of all micro-batches and
+    the activations of one.
     """
 
     spec: ClassVar[MethodSpec]
@@ -58,8 +58,8 @@ class PluginMethod:
         self.accumulate = cfg.get("accumulate", "mean")
         check_choice("accumulate", self.accumulate, ACCUMULATE)
         self._joined: JoinedBatch | None = None
-        self._joining = False  # whether losses are joined
-        self._last = True  # whether this micro-batch is the last of its step
+        self._joins_batches = False  # whether this step computes the loss of joined micro-batches
+        self._ends_step = True  # whether this micro-batch is the last of its step
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
@@ -85,9 +85,10 @@ class PluginMethod:
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the classification loss of the online classifier plus the method's loss.
 
-        With ``accumulate: joined`` it is 0 before the last micro-batch of a step, which returns the loss of all.
+        With ``accumulate: joined``, the last micro-batch of a step returns the loss of the joined micro-batches, and
+        the others return 0.
         """
-        if self._joining:
+        if self._joins_batches:
             return self._joined_step(batch, batch_idx)
         out = self._host_training_step(batch, batch_idx)
         predict = self.predictor.predict if self.predictor is not None else None
@@ -100,24 +101,24 @@ class PluginMethod:
         def encode(micro_batch: Any) -> tuple[Embeddings, Tensor | None]:
             if torch.is_grad_enabled():
                 out = self._student_step(micro_batch, batch_idx)
-            else:  # the first of two passes
+            else:  # the first of two forward passes, without gradients
                 out = {"feats": [self(view)["feats"] for view in micro_batch[1]], "loss": None}
             return embed(out["feats"], self.projector, large=self.num_large_crops), out["loss"]
 
         if self._joined is None:
             self._joined = JoinedBatch(encode, [self.backbone, self.projector])
         self._joined.add(batch, lambda: self._joined_targets(batch[1][: self.num_large_crops]))
-        if not self._last:
+        if not self._ends_step:
             return placeholder_loss(self.device)
         joined, self._joined = self._joined, None
         predict = self.predictor.predict if self.predictor is not None else None
         terms, embeddings = joined.terms(self.objective, predict, self.predictor, scale=loss_scale(self.trainer))
         self._log_step(terms, embeddings)
-        # Lightning divides by the number of batches that a step accumulates
+        # Lightning divides the loss by accumulate_grad_batches
         return joined.backward() * self.trainer.accumulate_grad_batches
 
     def on_train_start(self) -> None:
-        """Start with a complete step of the optimiser, also after a resume."""
+        """Set the clock, and discard an incomplete step of the optimiser after a resume."""
         super().on_train_start()
         self.objective.after_step()
         set_clock(self.trainer, self.objective.clock)
@@ -127,30 +128,30 @@ class PluginMethod:
             check_joined(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Begin a step of the optimiser; the batches that it accumulates are its micro-batches."""
+        """Start a micro-batch, and a step of the optimiser if this is its first micro-batch."""
         super().on_train_batch_start(batch, batch_idx)
         self.objective.before_step()
-        self._joining = self.accumulate == "joined" and self.trainer.accumulate_grad_batches > 1
-        self._last = ends_step(self.trainer, batch_idx)
+        self._joins_batches = self.accumulate == "joined" and self.trainer.accumulate_grad_batches > 1
+        self._ends_step = ends_step(self.trainer, batch_idx)
 
     def _host_training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         return super().training_step(batch, batch_idx)
 
     def _student_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Run the host's training step without the teacher."""
+        """Run solo-learn's training step without the teacher."""
         return self._host_training_step(batch, batch_idx)
 
     def _joined_targets(self, views: list[Tensor]) -> list[Tensor] | None:
-        """Return the teacher's projections of the large views of a micro-batch; None without a teacher."""
+        """Return the teacher's projections of the large views of a micro-batch, or None without a teacher."""
         return None
 
     def _targets(self, out: dict[str, Any]) -> list[Tensor] | None:
-        """Return the teacher's projections; None without a teacher."""
+        """Return the teacher's projections, or None without a teacher."""
         return None
 
     def _log_step(self, terms: Terms, embeddings: Embeddings) -> None:
         metrics = {f"train_{name}": value for name, value in self.objective.statistics(terms, embeddings).items()}
-        # train_loss is solo-learn's name of the sum with the classifier's
+        # solo-learn logs the sum with the classifier's loss as train_loss
         metrics["train_ssl_loss"] = metrics.pop("train_loss")
         if self.spec.name in LOSS_NAMES:
             metrics[LOSS_NAMES[self.spec.name]] = metrics["train_ssl_loss"]
@@ -164,21 +165,21 @@ class PluginMethod:
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End the step of the optimiser, and log the statistics of the embedding's spectrum.
 
-        The names are those of implicit-var-reg. Only steps that Lightning writes and the last of an epoch are logged,
-        since each logged value takes time.
+        The names are those of implicit-var-reg. To save time, values are logged only in steps that Lightning writes
+        and in the last step of an epoch.
         """
         super().on_train_batch_end(outputs, batch, batch_idx)
         trainer = self.trainer
         if trainer.global_step > self._steps_done:
             self.objective.after_step()
             self._steps_done = trainer.global_step
-        due = trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0
-        if self.moment is None or not due:
+        is_logged = trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0
+        if self.moment is None or not is_logged:
             return
-        known = isinstance(self.predictor, ClosedFormPredictor)
-        spectrum = self.predictor.eigenvalues if known else self.moment.spectrum()
+        closed_form = isinstance(self.predictor, ClosedFormPredictor)  # it has already computed the eigenvalues
+        spectrum = self.predictor.eigenvalues if closed_form else self.moment.spectrum()
         metrics = {f"eigval_metrics/{name}": value for name, value in spectrum_statistics(spectrum).items()}
-        # the moment is the same on all processes, so there is no reduction
+        # the moment is the same on all processes: no reduction is needed
         self.log_dict(metrics, on_step=True, on_epoch=True)
 
 
@@ -189,7 +190,8 @@ class TeacherlessMethod(PluginMethod, BaseMethod):
 class TeacherMethod(PluginMethod, BaseMomentumMethod):
     """A method with an exponential-moving-average teacher.
 
-    With ``momentum.base_tau = momentum.final_tau = 0`` the teacher is the student: there is no second forward pass.
+    With ``momentum.base_tau = momentum.final_tau = 0`` the teacher is the student, and the teacher's forward pass is
+    left out.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -200,7 +202,9 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
                 teacher.copy_(student)
         self.momentum_projector.requires_grad_(False)
         if self.accumulate == "joined" and cfg.momentum.classifier:
-            raise UserError("accumulate=joined trains no momentum.classifier; set momentum.classifier=False")
+            raise UserError(
+                "accumulate=joined cannot train momentum.classifier; set momentum.classifier=False or accumulate=mean"
+            )
         self.has_teacher = needs_teacher(cfg.momentum.base_tau, cfg.momentum.final_tau) or cfg.momentum.classifier
 
     @property
@@ -209,7 +213,7 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
         return [*super().momentum_pairs, (self.projector, self.momentum_projector)]
 
     def update_teacher(self) -> None:
-        """Update the teacher in place: θ_t ← τ θ_t + (1 − τ) θ; four times as fast as with new tensors."""
+        """Update the teacher in place: θ_t ← τ θ_t + (1 − τ) θ. This is four times as fast as with new tensors."""
         students, teachers = zip(*self.momentum_pairs, strict=True)
         update_teacher(teachers, students, self.momentum_updater.cur_tau)
 
@@ -219,7 +223,7 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
         )
 
     def _student_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        # skips BaseMomentumMethod, whose step makes the teacher's forward passes
+        # skip BaseMomentumMethod, whose step runs the teacher's forward pass
         return BaseMethod.training_step(self, batch, batch_idx)
 
     def _joined_targets(self, views: list[Tensor]) -> list[Tensor] | None:

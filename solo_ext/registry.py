@@ -13,7 +13,7 @@ from plugins.methods import METHODS
 from plugins.spec import MethodSpec
 from plugins.tools.command import UserError
 from solo_ext.compat import MULTICROP, host_release, native_methods, native_options
-from solo_ext.compat.common import needs_main
+from solo_ext.compat.common import needs_main_error
 from solo_ext.dino import PublishedDINO
 from solo_ext.method import TeacherlessMethod, TeacherMethod
 
@@ -68,7 +68,7 @@ def method_class(cfg: DictConfig) -> type:
     natives, plugins = native_methods(), plugin_methods()
     given = dict(cfg.get("method_kwargs") or {})
     if name in MAIN_ONLY and name not in natives:
-        raise needs_main(f"method {name}", host_release())
+        raise needs_main_error(f"method {name}", host_release())
     if name not in natives and name not in plugins:
         known = ", ".join(sorted({*natives, *plugins, *ALIASES}))
         raise UserError(f"unknown method {cfg.method!r}; choose from {known}")

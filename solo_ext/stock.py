@@ -23,9 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from plugins.tools.command import UserError, exit_on_user_error
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat import CHECKOUT, GENERATION, native_methods
-from solo_ext.compat.common import CIFAR_STEM, complete
+from solo_ext.compat.common import CIFAR_STEM, fill_defaults
 from solo_ext.config import device_list, large_and_small, settle_devices
-from solo_ext.datasets import hint, split_path
+from solo_ext.datasets import preparation_hint, split_path
 from solo_ext.registry import ALIASES, method_class, plugin_methods, register
 from solo_ext.transforms import DATASETS, evaluation_transform, linear_crop, linear_transform
 
@@ -54,7 +54,8 @@ class Scripts:
         with exit_on_user_error():
             large_and_small(cfg.augmentations)
             METHODS[cfg.method] = method_class(cfg)
-        return complete(cfg)  # the script relies on main's classes, which complete their argument in place; ours do not
+        # the script relies on main's classes, which fill in the defaults of their argument in place; our classes do not
+        return fill_defaults(cfg)
 
     def parse_linear(self, original: Callable, cfg: DictConfig) -> DictConfig:
         """Validate the configuration of a linear evaluation."""
@@ -98,7 +99,7 @@ def _find_folders(data: DictConfig) -> None:
     for key, split in (("train_path", "train"), ("val_path", "val")):
         data[key] = split_path(data.dataset, str(data.get(key)), split)
         if not Path(data[key]).is_dir():
-            raise UserError(f"data.{key} is not a folder: {data[key]}{hint(data.dataset)}")
+            raise UserError(f"data.{key} is not a folder: {data[key]}{preparation_hint(data.dataset)}")
 
 
 def _replace(module: ModuleType, name: str, instead: Callable) -> None:

@@ -198,7 +198,7 @@ def _configuration(folder: Path, name: str, setting: Setting) -> Any:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from solo_ext.compat.common import complete
+    from solo_ext.compat.common import fill_defaults
 
     with initialize_config_dir(str(folder), version_base="1.2"):
         try:
@@ -220,7 +220,7 @@ def _configuration(folder: Path, name: str, setting: Setting) -> Any:
     cfg.optimizer.batch_size = setting.batch
     cfg.max_epochs = 1
     cfg.data.update({"num_classes": 10, "num_large_crops": 2, "num_small_crops": 0})
-    return complete(cfg)
+    return fill_defaults(cfg)
 
 
 def _reference(cfg: Any) -> Any:

@@ -1,15 +1,16 @@
-"""Mixins that correct faults of solo-learn's base classes and give both generations the same behaviour.
+"""Mixins that correct errors of solo-learn's base classes and give both generations the same behaviour.
 
-Corrected faults, with their place in main (m) and in 1.0.2 (o):
+Corrected errors, with their location in main (m) and in 1.0.2 (o):
 
 * ``configure_optimizers`` (m base.py, linear.py; o base.py): ``partial(static_lr)`` and, in 1.0.2, LARSWrapper cannot
   be loaded safely from a checkpoint. Our schedule stores plain numbers.
 * ``on_train_start`` (m base.py:748; o base.py:744): a resumed run restarted the schedule of the teacher's momentum.
 * ``_base_shared_step``: the loss of a batch without labels was NaN.
-* ``_shared_step_momentum``: it failed with fewer than five classes.
+* ``_shared_step_momentum``: it raised an error with fewer than five classes.
 * ``on_validation_epoch_end``: the mean over processes ignored their numbers of images.
-* ``on_train_start`` of SwAV and DeepClusterV2: it creates buffers, so that a checkpoint with them could not be loaded.
-* ``LinearModel``: the same faults.
+* ``on_train_start`` of SwAV and DeepClusterV2: it creates buffers, so that a checkpoint with these buffers could not be
+  loaded.
+* ``LinearModel``: the same errors.
 * ``methods/deepclusterv2.py``: the loss of the first epoch, before there are clusters, was NaN with a zero gradient.
 """
 
@@ -30,12 +31,12 @@ from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat.optim import OPTIMIZERS, WarmupCosineLR
 from solo_ext.schema import Pretrain, defaults
 
-_OF_A_METHOD = (
+_METHOD_ENTRIES = (
     *("backbone", "optimizer", "accumulate_grad_batches", "accumulate", "scheduler", "knn_eval", "performance"),
     *("method_kwargs", "momentum"),
 )
-METHOD_DEFAULTS: dict[str, Any] = {key: value for key, value in defaults(Pretrain).items() if key in _OF_A_METHOD}
-"""Optional entries of a method's configuration, with main's defaults."""
+METHOD_DEFAULTS: dict[str, Any] = {key: value for key, value in defaults(Pretrain).items() if key in _METHOD_ENTRIES}
+"""The optional entries of the configuration that a method reads, with main's defaults."""
 
 CHECKOUT = "SOLO_LEARN_CHECKOUT"
 """Environment variable that names the folder of a checkout of solo-learn's main branch."""
@@ -50,22 +51,22 @@ IGNORED_OPTIONS = {
 """Options of native methods in main's own YAML files that main never reads."""
 
 LATE_BUFFERS = ("queue", "local_memory_index", "local_memory_embeddings")
-"""Buffers of a checkpoint that SwAV and DeepClusterV2 create only when training starts."""
+"""Buffers that SwAV and DeepClusterV2 create only when training starts."""
 
 
-def complete(cfg: DictConfig) -> DictConfig:
-    """Fill in the defaults of a method's configuration."""
+def fill_defaults(cfg: DictConfig) -> DictConfig:
+    """Return the configuration with METHOD_DEFAULTS for the entries that are missing."""
     cfg = OmegaConf.merge(METHOD_DEFAULTS, cfg)
     if cfg.backbone.name in ARCHITECTURES:
-        # solo-learn replaces the stem of its own networks; ours take an argument
+        # solo-learn replaces the stem of its own networks; our networks have an argument for it
         cfg.backbone.kwargs.setdefault("cifar", cfg.data.dataset in CIFAR_STEM)
     return cfg
 
 
 class MethodMixin:
-    """Correct solo-learn's BaseMethod; must be first in the method resolution order."""
+    """Corrections of solo-learn's BaseMethod. The mixin must come first in the method resolution order."""
 
-    _late: ClassVar[dict[str, Tensor]] = {}
+    _late_buffers: ClassVar[dict[str, Tensor]] = {}
 
     def _base_shared_step(self, X: Tensor, targets: Tensor) -> dict[str, Any]:
         """Classify one view; the loss of a batch without labels is 0."""
@@ -74,22 +75,22 @@ class MethodMixin:
         return out
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Set aside buffers that do not exist yet."""
+        """Move the buffers that do not exist yet out of the state dict, until training starts."""
         super().on_load_checkpoint(checkpoint)
-        state, there = checkpoint["state_dict"], dict(self.named_buffers())
-        self._late = {name: state.pop(name) for name in LATE_BUFFERS if name in state and name not in there}
+        state, existing = checkpoint["state_dict"], dict(self.named_buffers())
+        self._late_buffers = {name: state.pop(name) for name in LATE_BUFFERS if name in state and name not in existing}
 
     def on_train_start(self) -> None:
-        """Fill the buffers that were set aside, unless the number of processes has changed."""
+        """Restore the buffers that ``on_load_checkpoint`` kept, unless the number of processes has changed."""
         super().on_train_start()
-        for name, value in self._late.items():
+        for name, value in self._late_buffers.items():
             if self.get_buffer(name).shape == value.shape:
                 self.get_buffer(name).copy_(value)
 
     def on_train_epoch_start(self) -> None:
-        """Remove the k-NN features of an epoch without validation, and seed the start of clusters."""
+        """Remove the k-NN features of an epoch without validation, and seed the initial clusters."""
         with torch.random.fork_rng(devices=[]):
-            # DeepClusterV2 draws its first clusters here; a resumed run must draw the same
+            # DeepClusterV2 draws its initial clusters here, and a resumed run must draw the same
             torch.default_generator.manual_seed(self.current_epoch)
             super().on_train_epoch_start()
         if self.knn_eval:
@@ -129,7 +130,7 @@ class MethodMixin:
 
 
 class MomentumMixin(MethodMixin):
-    """Correct solo-learn's BaseMomentumMethod."""
+    """Corrections of solo-learn's BaseMomentumMethod."""
 
     def on_train_start(self) -> None:
         """Set the teacher's momentum to that of the current step, also after a resume."""
@@ -138,7 +139,7 @@ class MomentumMixin(MethodMixin):
         self._set_tau()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Update the teacher after each step of the optimiser, the first time with the base momentum."""
+        """Update the teacher after each step of the optimiser; the first update uses the base momentum."""
         if self.trainer.global_step > self.last_step:
             self.update_teacher()
             self.log("tau", self.momentum_updater.cur_tau, on_step=False, on_epoch=True)
@@ -170,13 +171,13 @@ class MomentumMixin(MethodMixin):
 class LinearMixin:
     """solo-learn's LinearModel: a classifier on a backbone that is frozen, or fine-tuned with ``cfg.finetune``.
 
-    ``cfg.normalized_classifier`` puts a norm before it: :func:`plugins.heads.normalized_classifier`.
+    With ``cfg.normalized_classifier`` the classifier is :func:`plugins.heads.normalized_classifier`.
 
     Args:
-        backbone: images → features, with ``inplanes`` or ``num_features``.
+        backbone: maps images to features, and has ``inplanes`` or ``num_features``.
         cfg: the complete configuration of a linear evaluation.
-        loss_func: training loss of logits and targets; None: cross-entropy.
-        mixup_func: (images, targets) → (images, soft targets) of a training batch, or None.
+        loss_func: training loss of logits and targets; None means cross-entropy.
+        mixup_func: maps (images, targets) of a training batch to (images, soft targets), or None.
     """
 
     def __init__(self, backbone: nn.Module, cfg: DictConfig, loss_func: Any = None, mixup_func: Any = None) -> None:
@@ -209,7 +210,7 @@ class LinearMixin:
         return {"logits": self.classifier(feats), "feats": feats}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Run one step; a frozen backbone stays in evaluation mode."""
+        """Return the loss of a batch; a frozen backbone stays in evaluation mode."""
         self.backbone.train(self.finetune)
         images, targets = batch
         if self.mixup_func is not None:
@@ -233,7 +234,7 @@ class LinearMixin:
         return metrics
 
     def accuracies(self, logits: Tensor, targets: Tensor) -> list[Tensor]:
-        """Compute the accuracy at 1 and at 5, or at the number of classes if that is smaller; per cent."""
+        """Compute the top-1 and the top-5 accuracy in per cent; top-k with fewer than five classes."""
         return self.accuracy_at_k(logits, targets, top_k=(1, min(5, logits.shape[1])))
 
     def on_validation_epoch_end(self) -> None:
@@ -281,14 +282,14 @@ def with_schedule(module: Any, optimizer: torch.optim.Optimizer, cfg: DictConfig
         return optimizer
     if cfg.name == "step":
         return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, list(cfg.lr_decay_steps), gamma=0.1)]
-    steps, of_epoch = run_steps(module.trainer)
-    if of_epoch is None:
+    steps, steps_per_epoch = run_steps(module.trainer)
+    if steps_per_epoch is None:
         raise UserError("scheduler.name=warmup_cosine needs data of a known length; use scheduler.name=none")
     by_step = cfg.interval == "step"
     schedule = WarmupCosineLR(
         optimizer,
-        warmup_steps=cfg.warmup_epochs * (of_epoch if by_step else 1),
-        total_steps=steps if by_step else math.ceil(steps / max(of_epoch, 1)),
+        warmup_steps=cfg.warmup_epochs * (steps_per_epoch if by_step else 1),
+        total_steps=steps if by_step else math.ceil(steps / max(steps_per_epoch, 1)),
         start_lr=getattr(module, "warmup_start_lr", cfg.warmup_start_lr),
         end_lr=getattr(module, "min_lr", cfg.min_lr),
         static=static,
@@ -297,7 +298,7 @@ def with_schedule(module: Any, optimizer: torch.optim.Optimizer, cfg: DictConfig
 
 
 def _without_decay_of_vectors(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Split each group into matrices, which keep the weight decay, and vectors, which have none."""
+    """Split each parameter group into matrices, with weight decay, and vectors, without weight decay."""
     split = []
     for group in groups:
         rest = {key: value for key, value in group.items() if key != "params"}
@@ -305,14 +306,14 @@ def _without_decay_of_vectors(groups: list[dict[str, Any]]) -> list[dict[str, An
         matrices = [p for p in parameters if p.ndim > 1]
         vectors = [p for p in parameters if p.ndim <= 1]
         split += [{**rest, "params": matrices}] if matrices else []
-        if vectors and "name" in rest:  # the learning rates of both are logged under their names
+        if vectors and "name" in rest:  # Lightning logs the learning rate of each group under its name
             rest["name"] += "_no_decay"
         split += [{**rest, "params": vectors, "weight_decay": 0}] if vectors else []
     return split
 
 
-def own_classes(cls: type) -> list[type]:
-    """Return the classes of solo-learn that a native method is made of, without its base classes."""
+def host_classes(cls: type) -> list[type]:
+    """Return the classes of solo-learn in the hierarchy of a native method, without those of ``solo.methods.base``."""
     return [
         base
         for base in cls.__mro__
@@ -320,21 +321,21 @@ def own_classes(cls: type) -> list[type]:
     ]
 
 
-def unknown_backbone(name: str, known: list[str]) -> UserError:
+def unknown_backbone_error(name: str, known: list[str]) -> UserError:
     """Return the error for an unknown backbone."""
-    return UserError(f"there is no backbone {name!r} in this solo-learn; it has {', '.join(sorted(known))}")
+    return UserError(f"unknown backbone {name!r}; this version of solo-learn has: {', '.join(sorted(known))}")
 
 
-def needs_main(what: str, release: str) -> UserError:
+def needs_main_error(what: str, release: str) -> UserError:
     """Return the error for a feature of solo-learn's main branch that this release lacks."""
     return UserError(
-        f"{what} needs solo-learn's main branch; this is solo-learn {release}. "
-        f"Set {CHECKOUT} to the folder of a checkout of main"
+        f"{what} needs solo-learn's main branch, but this is solo-learn {release}; "
+        f"set {CHECKOUT} to the folder of a checkout of main"
     )
 
 
 def zero_before_clusters(loss: Any) -> Any:
-    """Wrap DeepClusterV2's loss: 0 without a gradient while no image belongs to a cluster."""
+    """Wrap DeepClusterV2's loss so that it is 0, without a gradient, while no image belongs to a cluster."""
 
     @wraps(loss)
     def corrected(outputs: Tensor, assignments: Tensor, temperature: float = 0.1) -> Tensor:

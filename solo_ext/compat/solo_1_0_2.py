@@ -28,10 +28,10 @@ from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat.common import (
     CIFAR_STEM,
     MethodMixin,
-    complete,
-    needs_main,
-    own_classes,
-    unknown_backbone,
+    fill_defaults,
+    host_classes,
+    needs_main_error,
+    unknown_backbone_error,
     zero_before_clusters,
 )
 from solo_ext.compat.optim import WarmupCosineLR
@@ -96,7 +96,7 @@ class MainInterface(MethodMixin):
     accuracy_at_k = staticmethod(accuracy_at_k)
 
     def __init__(self, cfg: DictConfig) -> None:
-        cfg = complete(cfg)
+        cfg = fill_defaults(cfg)
         architecture = ARCHITECTURES.get(cfg.backbone.name)
         if architecture is not None:
             architecture = partial(architecture, cfg.method, cifar=cfg.backbone.kwargs.cifar)
@@ -176,9 +176,9 @@ def _keywords(cfg: DictConfig, cls: type) -> dict[str, Any]:
     """Translate main's configuration to keywords of a constructor of 1.0.2."""
     backbone = OmegaConf.to_container(cfg.backbone.kwargs)
     if cfg.backbone.name.startswith(_MAIN_ONLY):
-        raise needs_main(f"backbone {cfg.backbone.name}", RELEASE)
+        raise needs_main_error(f"backbone {cfg.backbone.name}", RELEASE)
     if cfg.backbone.name not in backbones():
-        raise unknown_backbone(cfg.backbone.name, backbones())
+        raise unknown_backbone_error(cfg.backbone.name, backbones())
     if cfg.data.dataset in CIFAR_STEM:
         backbone["cifar"] = True
     if cfg.backbone.name.startswith(("vit", "swin")):
@@ -227,7 +227,7 @@ def method_options(cls: type) -> dict[str, Any]:
     """Return the constructor's own keywords of a native method, without those of the base classes."""
     return {
         name: parameter
-        for base in own_classes(cls)
+        for base in host_classes(cls)
         for name, parameter in inspect.signature(base.__init__).parameters.items()
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name != "self"
     }

@@ -32,7 +32,13 @@ from solo.utils.misc import param_groups_layer_decay
 
 from plugins.tools.command import UserError
 from solo_ext.architectures import ARCHITECTURES
-from solo_ext.compat.common import MethodMixin, complete, own_classes, unknown_backbone, zero_before_clusters
+from solo_ext.compat.common import (
+    MethodMixin,
+    fill_defaults,
+    host_classes,
+    unknown_backbone_error,
+    zero_before_clusters,
+)
 from solo_ext.knn import WeightedKNNClassifier
 
 RELEASE = "1.0.6"
@@ -85,8 +91,8 @@ class MainInterface(MethodMixin):
 
     def __init__(self, cfg: DictConfig) -> None:
         if cfg.backbone.name not in backbones():
-            raise unknown_backbone(cfg.backbone.name, backbones())
-        cfg = complete(cfg)
+            raise unknown_backbone_error(cfg.backbone.name, backbones())
+        cfg = fill_defaults(cfg)
         crop_size = cfg.augmentations[0].crop_size
         if cfg.backbone.name.startswith(("vit", "swin")) and crop_size != 224:
             cfg.backbone.kwargs.setdefault("img_size", crop_size)
@@ -113,5 +119,5 @@ class Linear(_HostLinear):
 
 def method_options(cls: type) -> list[str]:
     """Return the ``method_kwargs`` that a native method reads: main declares them nowhere, so search its source."""
-    sources = [inspect.getsource(base) for base in own_classes(cls)]
+    sources = [inspect.getsource(base) for base in host_classes(cls)]
     return re.findall(r"method_kwargs\.(\w+)", "\n".join(sources))

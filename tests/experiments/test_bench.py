@@ -63,7 +63,7 @@ def test_command_leaves_out_what_does_not_fit(capsys):
         (["predictors", "--repeat", "0"], "--repeat: must be a whole number, at least 1, got 0"),
         (["step", "--batch", "1"], "--batch: must be a whole number, at least 2, got 1"),
         (["step", "--method", "isolos"], "no method matches 'isolos'; the methods are byol, cissl, directcopy"),
-        (["step", "--method", "isoloss", "--backbone", "resnet1"], "there is no backbone 'resnet1'"),
+        (["step", "--method", "isoloss", "--backbone", "resnet1"], "unknown backbone 'resnet1'"),
         (["step", "--method", "isoloss", "optimizer"], "optimizer"),
         (["step", "--configs", "nowhere"], "--config-path is not a folder: nowhere"),
         (["everything"], "invalid choice"),

@@ -19,7 +19,7 @@ from plugins.tools.command import UserError
 from solo_ext.compat import GENERATION
 from solo_ext.config import parse_linear, parse_pretrain
 from solo_ext.data import linear_images, pretrain_images
-from solo_ext.datasets import H5Images, check_same_classes, image_dataset, listing, split_path
+from solo_ext.datasets import H5Images, check_same_classes, image_dataset, paths_and_labels, split_path
 from solo_ext.loaders import EpochSampler, EpochSeeded
 from solo_ext.transforms import (
     DATASETS,
@@ -270,7 +270,7 @@ def test_images_without_labels_come_in_alphabetical_order(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     found = image_dataset("custom", str(tmp_path), "train", lambda image: image, indexed=True, no_labels=True)
     assert [(index, label) for index, _, label in (found[row] for row in range(3))] == [(0, -1), (1, -1), (2, -1)]
-    assert [path.rsplit("/", 1)[1] for path in listing(found.dataset)[0]] == ["a.JPG", "b.png", "c.jpeg"]
+    assert [path.rsplit("/", 1)[1] for path in paths_and_labels(found.dataset)[0]] == ["a.JPG", "b.png", "c.jpeg"]
     _folder(tmp_path / "sub")
     with pytest.raises(UserError, match=r"with data.no_labels the images must be in the folder itself"):
         image_dataset("custom", str(tmp_path / "sub"), "train", None, indexed=True, no_labels=True)
@@ -278,7 +278,7 @@ def test_images_without_labels_come_in_alphabetical_order(tmp_path):
 
 def test_more_class_folders_than_classes_are_refused(tmp_path):
     _folder(tmp_path, [f"n{number:03}" for number in range(101)], count=1)
-    with pytest.raises(UserError, match="holds 101 classes, imagenet100 has 100"):
+    with pytest.raises(UserError, match="contains 101 classes, but imagenet100 has 100"):
         image_dataset("imagenet100", str(tmp_path), "train", None, indexed=False, no_labels=False)
     assert len(image_dataset("imagenet", str(tmp_path), "train", None, indexed=False, no_labels=False)) == 101
 
@@ -286,7 +286,7 @@ def test_more_class_folders_than_classes_are_refused(tmp_path):
 def test_unsorted_tinyimagenet_names_the_command(tmp_path):
     _folder(tmp_path, ["images"])
     with pytest.raises(
-        UserError, match=r"not sorted into class folders \(make it with: python -m plugins.tools.data tiny"
+        UserError, match=r"not sorted into class folders \(create it with: python -m plugins.tools.data tiny"
     ):
         image_dataset("tinyimagenet", str(tmp_path), "val", None, indexed=False, no_labels=False)
 
@@ -315,7 +315,7 @@ def test_the_common_folder_of_all_datasets_is_understood(tmp_path, compose):
         (("data.format=h5", "data.train_path=nowhere.h5"), "data.train_path is not a file: nowhere.h5"),
         (
             ("data.dataset=tinyimagenet", "data.train_path=nowhere"),
-            r"not a folder: nowhere \(make it with: python -m plugins.tools.data tinyimagenet --archive",
+            r"not a folder: nowhere \(create it with: python -m plugins.tools.data tinyimagenet --archive",
         ),
     ],
 )
@@ -367,7 +367,7 @@ def test_imagenet100_is_taken_from_an_hdf5_file_of_imagenet(tmp_path):
     if GENERATION == "main":  # it lists the classes of ImageNet-100
         assert open_(data_format="h5").classes == ["n01749939", "n02869837"]
     else:
-        with pytest.raises(UserError, match="holds 122 classes, imagenet100 has 100"):
+        with pytest.raises(UserError, match="contains 122 classes, but imagenet100 has 100"):
             open_(data_format="h5")
 
 
@@ -415,5 +415,5 @@ def test_batch_norm_sees_no_batch_of_one_image(option, compose):
         images = linear_images(parse_linear(compose("linear", *given, *more)))
         assert [len(targets) for _, targets in images.train_dataloader()][-1] == last
     cfg = parse_linear(compose("linear", *given[:1], "optimizer.batch_size=1", f"++{option}=true"))
-    with pytest.raises(UserError, match=r"set optimizer\.batch_size above 1"):
+    with pytest.raises(UserError, match=r"needs optimizer\.batch_size above 1, got 1"):
         linear_images(cfg)

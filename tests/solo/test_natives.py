@@ -181,7 +181,7 @@ def test_native_method_of_1_0_2_trains_from_mains_file(file, of_1_0_2):
 def test_1_0_2_says_what_only_main_has(of_1_0_2):
     _, ended = of_1_0_2
     assert len(_OF_1_0_2) == 14
-    needs = "needs solo-learn's main branch; this is solo-learn 1.0.2. Set SOLO_LEARN_CHECKOUT to"
+    needs = "needs solo-learn's main branch, but this is solo-learn 1.0.2; set SOLO_LEARN_CHECKOUT to"
     lacking = {file: f"method {_method(file)}" for file in FILES if _method(file) in MAIN_ONLY}
     lacking.update({name: f"backbone {name}" for name in ended if name not in FILES})
     for name, what in lacking.items():

@@ -14,7 +14,7 @@ from omegaconf.errors import InterpolationResolutionError
 from plugins.tools.command import UserError, nearest
 from vissl_ext.catalog import class_count
 from vissl_ext.compose import defaults
-from vissl_ext.labels import takes_classes
+from vissl_ext.labels import uses_class_labels
 from vissl_ext.parts import check_heads, check_layers, check_schedules, check_transforms, known, meant
 
 _OPTIONAL = {
@@ -210,7 +210,7 @@ def check_outputs(config: DictConfig) -> None:
             "config.MODEL.HEAD.PARAMS is empty: the loss needs a head, such as [[mlp,{dims:[2048,128]}]], or "
             "[[method_head,{in_dim:512}]] for one of our methods"
         )
-    if not takes_classes(str(config.LOSS.name)):
+    if not uses_class_labels(str(config.LOSS.name)):
         return
     ends = [head[-1] if isinstance(head[0], list) else head for head in _plain(config.MODEL.HEAD.PARAMS)]
     given = [part[1].get("num_classes") or (part[1].get("dims") or [None])[-1] for part in ends if len(part) > 1]

@@ -1,4 +1,4 @@
-"""Hooks that our methods add to VISSL's own."""
+"""VISSL hooks for the methods of ``plugins``: EMA teacher and metrics."""
 
 from pathlib import Path
 from typing import Any
@@ -14,44 +14,45 @@ from vissl_ext.silent_hook import SilentHook
 
 
 def extra_hooks() -> list[Any]:
-    """Return the hooks of our losses. They do nothing for a loss that is no TeacherLoss or LossWithMetrics."""
+    """Return the hooks of this module. They have no effect unless the loss is a TeacherLoss or a LossWithMetrics."""
     return [EMATeacherHook(), MetricsHook()]
 
 
 class EMATeacherHook(SilentHook):
-    """Run and move the teacher of a TeacherLoss: ``θ_t ← τ θ_t + (1 − τ) θ``, τ on BYOL's cosine over all steps.
+    """Evaluate and update the teacher of a TeacherLoss: ``θ_t ← τ θ_t + (1 − τ) θ``.
 
-    τ is a function of the optimiser steps done, which VISSL checkpoints: a resumed run goes on where it stopped.
+    τ follows BYOL's cosine schedule over all steps. It depends only on the number of optimiser steps done, which VISSL
+    checkpoints, so a resumed run continues the schedule.
     """
 
     def on_start(self, task: Any) -> None:
-        """Tell the method's clock how many optimiser steps the run and an epoch have."""
+        """Set the number of optimiser steps of the run and of an epoch in the clock of the loss."""
         clock = getattr(task.base_loss, "clock", None)
         if clock is not None:
             clock.total = task.max_iteration
             clock.steps_per_epoch = len(task.dataloaders["train"]) * task.num_train_phases_per_epoch
 
     def on_forward(self, task: Any) -> None:
-        """The teacher's output for the batch, without gradient, where the loss looks for it."""
+        """Compute the teacher's output for the batch, without gradient."""
         loss = task.base_loss
         if isinstance(loss, TeacherLoss) and loss.teacher is not None:
             output = loss.teacher(loss.teacher_input(task.last_batch.sample["input"]))
-            # VISSL unwraps the outputs of a model of one head alike
+            # VISSL passes the output of a model with one head to the loss without the surrounding list
             loss.teacher_output = output[0] if len(output) == 1 else output
 
     def on_update(self, task: Any) -> None:
-        """Called after each optimiser step; ``task.iteration`` counts those before it."""
+        """Update the teacher after an optimiser step. ``task.iteration`` is the number of steps before it."""
         loss = task.base_loss
         if isinstance(loss, TeacherLoss) and loss.teacher is not None:
             loss.tau = loss.teacher.update(task.iteration, task.max_iteration)
 
 
 class MetricsHook(SilentHook):
-    """Write metrics.csv, one row per epoch: means of the loss's terms, and the embedding's spectrum.
+    """Write metrics.csv, one row per epoch, with the means of the loss terms and the spectrum of the embedding.
 
-    Columns: epoch, the terms, ``z_std``, ``tau`` with a teacher, and where the second moment is tracked
-    ``eigval_{min,max,mean,std}`` and ``part_ratio``. With ``log_eigvals`` the whole spectrum is in eigenvalues.csv.
-    Rows that a resumed run trains again are replaced.
+    Columns: epoch, the terms, ``z_std``, ``tau`` (with a teacher), and, if the method tracks the second moment,
+    ``eigval_{min,max,mean,std}`` and ``part_ratio``. With ``log_eigvals=true`` eigenvalues.csv has the whole spectrum.
+    A resumed run replaces the rows of epochs that it repeats.
     """
 
     def __init__(self) -> None:
@@ -60,11 +61,11 @@ class MetricsHook(SilentHook):
         self._steps = 0
 
     def on_phase_start(self, task: Any) -> None:
-        """Forget the last epoch."""
+        """Reset the sums."""
         self._sums, self._steps = {}, 0
 
     def on_update(self, task: Any) -> None:
-        """Add one step, without waiting for the device."""
+        """Add the terms of one step, without synchronising with the device."""
         if not isinstance(task.base_loss, LossWithMetrics):
             return
         for name, value in task.base_loss.metrics.items():
@@ -72,7 +73,7 @@ class MetricsHook(SilentHook):
         self._steps += 1
 
     def on_phase_end(self, task: Any) -> None:
-        """Write the epoch's row."""
+        """Write the row of the epoch."""
         if not (task.train and is_primary() and self._steps):
             return
         row = {name: float(value) / self._steps for name, value in self._sums.items()}

@@ -1,4 +1,4 @@
-"""Check the labels of a classification against the outputs of the head, whatever source the labels come from."""
+"""Check the class labels of each batch against the number of outputs of the head."""
 
 from typing import Any
 
@@ -9,26 +9,26 @@ from plugins.tools import labels as tools
 _TORCH_LOSSES = ("CrossEntropyLoss", "NLLLoss", "MultiMarginLoss")
 
 
-def takes_classes(loss: str) -> bool:
-    """Whether the targets of a loss are numbers of classes.
+def uses_class_labels(loss: str) -> bool:
+    """Return whether the targets of a loss are class labels.
 
     Args:
-        loss: the configuration's ``LOSS.name``.
+        loss: ``LOSS.name`` of the configuration.
     """
     return "cross_entropy" in loss or loss in _TORCH_LOSSES
 
 
-def check_labels_of(loss: nn.Module, task: Any, ignored: int) -> None:
-    """Let a loss check its labels each time before it is computed.
+def add_label_check(loss: nn.Module, task: Any, ignored: int) -> None:
+    """Register a forward pre-hook on a loss that checks the labels.
 
-    torch ends with an IndexError on the CPU, and with a failed assertion on a GPU, after which the process cannot use
-    it. Labels of folders and .npy files are checked before the training (``catalog.class_count``), but a data set of
-    torchvision, or ``LABEL_TYPE: sample_index``, shows its labels in the batches alone.
+    For a label out of range torch raises an IndexError on the CPU. On a GPU an assertion fails, after which the process
+    cannot use the GPU. Labels from folders and .npy files are checked before training (``catalog.class_count``); those
+    of torchvision data sets and of ``LABEL_TYPE: sample_index`` are known only from the batches.
 
     Args:
-        loss: of ``forward(output, target)``.
-        task: VISSL's, which knows whether it trains or tests.
-        ignored: the label that the loss leaves out.
+        loss: module with ``forward(output, target)``.
+        task: VISSL's task.
+        ignored: the label that the loss ignores.
     """
 
     def check(module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -39,16 +39,16 @@ def check_labels_of(loss: nn.Module, task: Any, ignored: int) -> None:
 
 
 def check_labels(output: Tensor | list[Tensor], target: Any, ignored: int, where: str) -> None:
-    """Check that each label is the number of an output.
+    """Check that each label is in [0, C).
 
     Args:
-        output: ``[B, C]``, of one head or of each.
-        target: ``[B]``, whole numbers. Labels in another form are not checked.
-        ignored: the label that the loss leaves out.
-        where: the section of the configuration that the labels come from, for the error.
+        output: ``[B, C]``, or a list with the outputs of several heads.
+        target: ``[B]``, integers. Labels of another type or shape are not checked.
+        ignored: the label that the loss ignores.
+        where: the section of the configuration that defines the labels, for the error message.
 
     Raises:
-        UserError: a label is below 0, or not below C.
+        UserError: a label is out of range.
     """
     classes = min(part.shape[-1] for part in (output if isinstance(output, list | tuple) else [output]))
     tools.check_labels(target, classes, ignored=ignored, where=where, what="the head in config.MODEL.HEAD.PARAMS")

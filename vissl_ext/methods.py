@@ -1,6 +1,6 @@
-"""The generic adapter: any MethodSpec as a loss and a head of VISSL.
+"""Generic adapter: each MethodSpec as a loss and a head of VISSL.
 
-What the user writes is the loss, with the method's options, and a head that knows the trunk's width alone::
+The user's configuration names the loss, with the options of the method, and a head, with the width of the trunk::
 
     LOSS:
       name: isoloss
@@ -9,10 +9,10 @@ What the user writes is the loss, with the method's options, and a head that kno
       HEAD:
         PARAMS: [["method_head", {in_dim: 512}]]
 
-``base_tau`` and ``final_tau`` belong to the methods with a teacher. The task (``vissl_ext.task``) hands the options to
-the head. Projector and predictor are in the head, hence in the model: VISSL's optimiser, DistributedDataParallel and
-checkpoint know them like any head; C and W of a closed-form predictor are buffers there. The teacher is in the loss,
-whose state VISSL checkpoints too.
+Methods with an EMA teacher also have the options ``base_tau`` and ``final_tau``. The task (``vissl_ext.task``) passes
+the options to the head. The head contains the projector and the predictor, so VISSL optimises, wraps in
+DistributedDataParallel and checkpoints them like any head. The loss contains the teacher; VISSL checkpoints the state
+of the loss too.
 """
 
 import copy
@@ -34,21 +34,21 @@ from plugins.targets import EMATeacher, cosine_tau, needs_teacher
 
 HEAD = "method_head"
 TAUS = {"base_tau": 0.99, "final_tau": 1.0}
-"""Momentum of the teacher: of the first update and at the end, with BYOL's cosine in between."""
+"""Momentum of the teacher at the first and at the last update; between them it follows BYOL's cosine schedule."""
 
 
 def method_options(name: str, given: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[float, float]]:
-    """What stands below ``LOSS.<name>``, checked and completed.
+    """Validate the section ``LOSS.<name>`` and add the defaults.
 
     Args:
         name: a key of METHODS.
-        given: the method's options, and ``base_tau`` and ``final_tau`` where it has a teacher.
+        given: options of the method; with a teacher also ``base_tau`` and ``final_tau``.
 
     Returns:
-        The options of the MethodSpec, and (base τ, final τ); (0, 0) where the method has no teacher.
+        The options of the MethodSpec, and (base τ, final τ), which is (0, 0) if the method has no teacher.
 
     Raises:
-        ValueError: an unknown name, a value of another type or out of range.
+        ValueError: an option is unknown, has the wrong type or is out of range.
     """
     spec = METHODS[name]
     given = {key: value for key, value in given.items() if key != "name"}
@@ -58,14 +58,14 @@ def method_options(name: str, given: Mapping[str, Any]) -> tuple[Mapping[str, An
     try:
         options = spec.resolve(given)
     except ValueError as error:
-        also = f"; and of the teacher {', '.join(TAUS)}" if " has no option " in str(error) else ""
+        also = f"; options of the teacher: {', '.join(TAUS)}" if " has no option " in str(error) else ""
         raise ValueError(f"{error}{also}") from None
     for key, value in taus.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"method {name}: {key} must be a float, got {value!r}")
     base, final = (float(value) for value in taus.values())
     try:
-        cosine_tau(0, 1, base, final)  # the ranges
+        cosine_tau(0, 1, base, final)  # checks the ranges
     except ValueError as error:
         raise ValueError(f"method {name}: base_tau, final_tau: {error}") from None
     return options, (base, final)
@@ -75,21 +75,22 @@ def method_options(name: str, given: Mapping[str, Any]) -> tuple[Mapping[str, An
 class MethodHead(nn.Module):
     """Projector and predictor of a method.
 
-    In training it takes the features of all views, view after view, the large ones first, and gives the projections of
-    each view, then the predictions of each, where the method has a predictor; of a head of two branches then the
-    targets that the second makes of each large view, and the features of each, detached. Each view has its own batch
-    statistics. In evaluation it gives the projections alone.
+    In training the input contains the features of all views, one view after another, large views first. The output is a
+    list with the projections of each view, then the predictions of each view (if the method has a predictor), then, for
+    a head of two branches, the targets and the detached features of each large view. Batch statistics are computed per
+    view. In evaluation the output contains the projections only.
 
     Args:
         model_config: VISSL's MODEL section.
         in_dim: width of the trunk's features.
-        method: a key of METHODS; the task writes it here, and the next three.
-        options: its options, as VISSL's configuration has them.
-        views: how many views of each image a batch holds.
-        large: how many of them are no small crops.
+        method: a key of METHODS. The task sets this argument and the following ones.
+        options: the section ``LOSS.<method>``.
+        views: number of views of each image in a batch.
+        large: number of large views among them.
 
     Raises:
-        ValueError: ``in_dim`` is not the width of the features; the rows are no multiple of the views.
+        ValueError: the method is unknown; ``in_dim`` is not the width of the features; the number of rows is not a
+            multiple of the number of views.
     """
 
     def __init__(
@@ -103,24 +104,24 @@ class MethodHead(nn.Module):
     ) -> None:
         super().__init__()
         if method not in METHODS:
-            known = ", ".join(sorted(METHODS))
-            raise ValueError(f"{HEAD} belongs to a loss that is one of our methods ({known}), got LOSS.name={method}")
+            allowed = ", ".join(sorted(METHODS))
+            raise ValueError(f"{HEAD} requires LOSS.name to be one of {allowed}, got {method}")
         spec = METHODS[method]
         self.in_dim, self.views, self.large = in_dim, views, large
-        # a plain dict: the teacher is a deep copy
+        # a dict and not a mapping proxy, because the teacher is a deep copy of the head
         self.options = dict(method_options(method, options or {})[0])
         self.projector = spec.head(in_dim, self.options)
         self.predictor = spec.predictor(self.options, WORLD) if spec.predictor else None
 
     def forward(self, features: Tensor) -> list[Tensor]:
-        """``[V·B, in_dim]`` (or with trailing axes of one) → V projections ``[B, D]``, V predictions, own targets."""
+        """Map features ``[V·B, in_dim]``, trailing axes of size 1 allowed, to the list that the class describes."""
         features = features.flatten(1)
         if features.shape[1] != self.in_dim:
             raise ValueError(f"{HEAD} has in_dim={self.in_dim}, but the trunk's features have {features.shape[1]}")
         if not self.training:
             return [self.projector(features)]
         if features.shape[0] % self.views:
-            raise ValueError(f"{features.shape[0]} rows are no whole number of {self.views} views")
+            raise ValueError(f"{HEAD} needs a multiple of {self.views} rows, one per view, got {features.shape[0]}")
         predict = self.predictor.predict if self.predictor is not None else None
         e = embed(list(features.chunk(self.views)), self.projector, predict, large=self.large)
         predictions = e.p if self.predictor is not None else []
@@ -128,15 +129,15 @@ class MethodHead(nn.Module):
 
 
 class TeacherLoss(ClassyLoss):
-    """A loss that may have an exponential-moving-average teacher; derive from it for one of your own.
+    """Base class of losses with an optional exponential-moving-average (EMA) teacher.
 
-    The task calls ``attach`` once the model is built, before a checkpoint is read; the teacher is a submodule, so that
-    it is in the checkpoint. ``EMATeacherHook`` sets ``teacher_output`` before each forward, and moves the teacher after
-    each optimiser step. With both momenta 0 there is no teacher, and ``teacher_output`` stays None.
+    The task calls ``attach`` after it has built the model and before it loads a checkpoint; the teacher is a submodule
+    and therefore part of the checkpoint. ``EMATeacherHook`` sets ``teacher_output`` before each loss and updates the
+    teacher after each optimiser step. If both momenta are 0, there is no teacher and ``teacher_output`` stays None.
 
     Args:
-        base_tau: τ of the first update, in [0, 1].
-        final_tau: τ at the end, in [0, 1].
+        base_tau: momentum τ of the first update, in [0, 1].
+        final_tau: τ of the last update, in [0, 1].
     """
 
     def __init__(self, base_tau: float, final_tau: float) -> None:
@@ -146,31 +147,34 @@ class TeacherLoss(ClassyLoss):
         self.teacher_output: Any = None
 
     def attach(self, model: nn.Module) -> None:
-        """Make the teacher of a model: a copy of the whole model, unless ``teacher_pair`` selects a part."""
+        """Create the teacher from a model, a copy of the modules that ``teacher_pair`` selects."""
         if needs_teacher(self.base_tau, self.final_tau):
             student, copied = self.teacher_pair(model)
             self.teacher = EMATeacher(student, copied, base=self.base_tau, final=self.final_tau)
 
     def teacher_pair(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """Return the modules whose weights the teacher averages, and the copy that becomes the teacher."""
+        """Return the modules whose weights the teacher averages, and the copy that becomes the teacher.
+
+        The default is the whole model.
+        """
         return model, copy_model(model)
 
     def teacher_input(self, images: Any) -> Any:
-        """Select the part of a batch's input that the teacher sees: all of it."""
+        """Return the part of a batch's input that the teacher processes. The default is all of it."""
         return images
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy that shares the process groups of SyncBatchNorm, which cannot be copied."""
+    """Return a deep copy of a model. It shares the process groups of SyncBatchNorm, which cannot be copied."""
     groups = [getattr(module, "process_group", None) for module in model.modules()]
     return copy.deepcopy(model, {id(group): group for group in groups if group is not None})
 
 
 class MethodLoss(TeacherLoss):
-    """The loss of any method; a class for each of METHODS, told apart by ``spec`` alone, is registered below.
+    """Loss of a method. For each entry of METHODS a subclass that sets ``spec`` is registered below.
 
     Args:
-        config: what stands below ``LOSS.<name>``.
+        config: the section ``LOSS.<name>``.
 
     Raises:
         ValueError: an option is unknown or out of range.
@@ -184,12 +188,12 @@ class MethodLoss(TeacherLoss):
         self.objective = Objective(self.spec, self.options, WORLD)
         self.large = 2
         self.own_targets = 0
-        self.predictor: list[nn.Module | None] = [None]  # in a list: the model's, not ours to save
+        self.predictor: list[nn.Module | None] = [None]  # in a list, so that it is no submodule of the loss
         self.metrics: dict[str, Tensor] = {}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "MethodLoss":
-        """The loss that ``LOSS.<name>`` describes."""
+        """Create the loss from the section ``LOSS.<name>``."""
         return cls(config)
 
     @classmethod
@@ -203,7 +207,7 @@ class MethodLoss(TeacherLoss):
         return {*cls.spec.options, *(TAUS if cls.spec.teacher else ())}
 
     def attach(self, model: nn.Module) -> None:
-        """Learn what the head gives, and make the teacher."""
+        """Read the number of views and the predictor from the head, and create the teacher."""
         (head,) = model.heads
         self.predictor = [head.predictor]
         self.large = head.large
@@ -222,21 +226,21 @@ class MethodLoss(TeacherLoss):
         return self.objective.tracked_moment(self.predictor[0])
 
     def teacher_pair(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """Return the trunk and the projector. The predictor has no teacher."""
+        """Return the trunk and the projector, and a copy of the model without the predictor."""
         copied = copy_model(model)
         for head in copied.heads:
             head.predictor, head.views = None, head.large
         return nn.ModuleList([model.trunk, *(head.projector for head in model.heads)]), copied
 
     def teacher_input(self, images: Any) -> Any:
-        """Select the large views. A collator that gives one tensor has views of one size, which are all large."""
+        """Return the large views. If a batch is a single tensor, all its views are large."""
         return images[: self.large] if isinstance(images, list) else images
 
     def forward(self, output: list[Tensor], target: Tensor) -> Tensor:
-        """Loss of the joined batch.
+        """Return the loss of the joined batch.
 
         Args:
-            output: of MethodHead.
+            output: output of MethodHead.
             target: labels; not used.
         """
         if self.own_targets:

@@ -1,4 +1,4 @@
-"""VISSL's model with a head for each group of resolutions or for each feature, and the fork's heads."""
+"""VISSL's model with separate features for each head, and the heads of DISSL's fork of VISSL."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from plugins.tools.command import UserError
 from vissl_ext.heads import rows
 
 WHOLE = [[0, None]]
-"""MULTI_RES_SPLIT_CROPS where it is absent: one group of all resolutions, as VISSL has it."""
+"""Default of MULTI_RES_SPLIT_CROPS: each head receives all resolutions, as in VISSL."""
 
 
 def check_groups(model_config: Any) -> None:
@@ -25,20 +25,20 @@ def check_groups(model_config: Any) -> None:
         model_config: VISSL's MODEL section.
 
     Raises:
-        UserError: it is no list of [first resolution, end].
+        UserError: it is not a list of pairs [first resolution, end].
     """
     groups = model_config.get("MULTI_RES_SPLIT_CROPS", WHOLE)
     pairs = isinstance(groups, list) and groups and all(isinstance(group, list) and len(group) == 2 for group in groups)
     ends = [end for group in groups for end in group] if pairs else ["none"]
     if any(end is not None and (type(end) is not int or end < 0) for end in ends):
         raise UserError(
-            "config.MODEL.MULTI_RES_SPLIT_CROPS has for each head its first resolution and the end, [[0,1],[0,null]], "
-            f"got {groups}"
+            "config.MODEL.MULTI_RES_SPLIT_CROPS must be a list with a pair [first resolution, end] for each head, such "
+            f"as [[0,1],[0,null]], got {groups}"
         )
 
 
 class GroupedModel(BaseSSLMultiInputOutputModel):
-    """VISSL's model; ``MULTI_RES_SPLIT_CROPS`` and ``OUT_FEATURE_KEYS`` give its heads different features.
+    """VISSL's model, in which ``MULTI_RES_SPLIT_CROPS`` and ``OUT_FEATURE_KEYS`` select the features of each head.
 
     Args:
         model_config: VISSL's MODEL section.
@@ -53,11 +53,14 @@ class GroupedModel(BaseSSLMultiInputOutputModel):
             self._output_feature_names = list(names)
 
     def multi_res_input_forward(self, batch: list[Tensor], feature_names: list[str]) -> list[Tensor]:
-        """Heads on groups of resolutions: the trunk sees each resolution once, head i the i-th group.
+        """Compute the features of each resolution once, and apply head i to the i-th group of resolutions.
 
         Args:
-            batch: crops; those of one resolution stand together.
-            feature_names: what the trunk is asked for. Where it gives several features, head i has the i-th.
+            batch: crops; those of the same resolution are consecutive.
+            feature_names: features that the trunk returns. If it returns several, head i receives the i-th.
+
+        Returns:
+            The outputs of the heads.
         """
         if self.groups == WHOLE:
             return super().multi_res_input_forward(batch, feature_names)
@@ -75,7 +78,7 @@ class GroupedModel(BaseSSLMultiInputOutputModel):
 
 
 def by_resolution(batch: list[Tensor]) -> list[list[Tensor]]:
-    """Crops in lists of consecutive ones of one width."""
+    """Split crops into lists of consecutive crops of the same width."""
     found: list[list[Tensor]] = []
     for crop in batch:
         if found and found[-1][0].shape[-1] == crop.shape[-1]:
@@ -86,23 +89,23 @@ def by_resolution(batch: list[Tensor]) -> list[list[Tensor]]:
 
 
 class OptionMLP(MLP):
-    """VISSL's head ``mlp`` with the fork's options; without them it is VISSL's.
+    """VISSL's head ``mlp`` with the additional options of DISSL's fork, the last four. By default it is VISSL's head.
 
     Args:
         model_config: VISSL's MODEL section.
-        dims: widths of the layers, the input's first.
-        use_bn: a batch norm after each layer.
-        use_relu: a ReLU after each.
-        use_dropout: dropout after each.
-        use_bias: the layers have biases.
-        skip_last_layer_relu_bn: none of these after the last layer.
-        use_ln: a LayerNorm after each layer, computed in float32.
-        use_gelu: a GELU after each, instead of a ReLU.
-        is_JL_init: layers that narrow begin as random projections, N(0, 1 / out).
-        is_residual: the input is added to the output; both have one width.
+        dims: widths of the input and of each layer.
+        use_bn: add a batch norm after each layer.
+        use_relu: add a ReLU after each layer.
+        use_dropout: add dropout after each layer.
+        use_bias: whether the layers have biases.
+        skip_last_layer_relu_bn: add nothing after the last layer.
+        use_ln: add a LayerNorm after each layer.
+        use_gelu: add a GELU after each layer; excludes ``use_relu``.
+        is_JL_init: initialise layers whose output is narrower than their input as random projections, N(0, 1 / out).
+        is_residual: add the input to the output; requires equal widths.
 
     Raises:
-        ValueError: options that do not go together.
+        ValueError: two options exclude each other.
     """
 
     def __init__(
@@ -120,9 +123,9 @@ class OptionMLP(MLP):
         is_residual: bool = False,
     ) -> None:
         if use_gelu and use_relu:
-            raise ValueError("use_gelu and use_relu exclude each other")
+            raise ValueError("use_gelu and use_relu exclude each other: set one of them to false")
         if is_residual and dims[0] != dims[-1]:
-            raise ValueError(f"is_residual needs a last width equal to the first, got {dims[0]} and {dims[-1]}")
+            raise ValueError(f"is_residual requires equal first and last dims, got {dims[0]} and {dims[-1]}")
         super().__init__(model_config, dims, use_bn, use_relu, use_dropout, use_bias, skip_last_layer_relu_bn)
         self.is_residual = is_residual
         if is_JL_init:
@@ -145,19 +148,19 @@ class OptionMLP(MLP):
         self.clf = nn.Sequential(*(layer for block in blocks for layer in block))
 
     def forward(self, batch: Tensor) -> Tensor:
-        """``[B, dims[0]]`` (or with trailing axes of one) → ``[B, dims[-1]]``."""
+        """Map ``[B, dims[0]]``, trailing axes of size 1 allowed, to ``[B, dims[-1]]``."""
         out = super().forward(batch)
         return out + rows(batch) if self.is_residual else out
 
 
 @register_model_head("identity")
 class IdentityHead(nn.Identity):
-    """The features as they are."""
+    """A head that returns the features unchanged."""
 
 
 @register_model_head("batchnorm")
 class BatchNormHead(nn.Module):
-    """A batch norm alone.
+    """A head that consists of a batch norm.
 
     Args:
         model_config: VISSL's MODEL section.
@@ -170,11 +173,11 @@ class BatchNormHead(nn.Module):
         self.norm = nn.BatchNorm1d(dim, eps=head.BATCHNORM_EPS, momentum=head.BATCHNORM_MOMENTUM)
 
     def forward(self, batch: Tensor) -> Tensor:
-        """``[B, dim]`` (or with trailing axes of one) → ``[B, dim]``."""
+        """Normalise ``[B, dim]``, trailing axes of size 1 allowed."""
         return self.norm(rows(batch))
 
 
 def replace_model() -> None:
-    """Let VISSL build these where a configuration names its own."""
+    """Register GroupedModel and OptionMLP under the names of the VISSL classes that they extend."""
     MODEL_REGISTRY["multi_input_output_model"] = GroupedModel
     MODEL_HEADS_REGISTRY["mlp"] = OptionMLP

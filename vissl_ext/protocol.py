@@ -1,4 +1,4 @@
-"""What the task, the hooks and the checks read of a loss. A loss of a plugin of your own needs nothing else."""
+"""The attributes and methods of a loss that the task, the hooks and the checks use. Losses of other plugins may too."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -17,7 +17,7 @@ class LossWithMetrics(Protocol):
         moment: the running second moment of the embedding, whose spectrum is logged, or None.
         options: the values below ``LOSS.<name>``, completed with the defaults.
 
-    Optional, read where they exist: ``tau``, the teacher's momentum, and ``clock``, a :class:`plugins.clock.Clock`.
+    Optional attributes: ``tau``, the teacher's momentum, and ``clock``, a :class:`plugins.clock.Clock`.
     """
 
     metrics: dict[str, Tensor]
@@ -26,7 +26,7 @@ class LossWithMetrics(Protocol):
 
 
 class CheckedLoss(Protocol):
-    """A registered loss class that validates its part of a configuration before anything is started."""
+    """A registered loss class that validates its part of a configuration before the run starts."""
 
     @classmethod
     def option_names(cls) -> set[str]:
@@ -40,5 +40,5 @@ class CheckedLoss(Protocol):
 
     @classmethod
     def check_run(cls, config: Any, *, training: bool) -> None:
-        """Raise a UserError if the rest of the configuration, below ``config``, does not fit the loss."""
+        """Raise a UserError if the loss cannot be used with the rest of the configuration, below ``config``."""
         ...

@@ -1,8 +1,8 @@
-"""VISSL's training task with what our methods and a machine without apex need.
+"""VISSL's training task, extended for the methods of ``plugins`` and for machines without apex.
 
-It takes the place of ``self_supervision_task``, so that stock configurations train with it. For a stock loss it differs
-in three things: LARC works without apex, the loss scale of PyTorch's mixed precision is in the checkpoint, and all
-processes begin with the same model and the same state of the loss.
+It replaces ``self_supervision_task``, so stock configurations use it too. With a stock loss it differs from VISSL's
+task in three points: LARC works without apex, checkpoints contain the loss scale of PyTorch's mixed precision, and all
+processes start with the same model and the same state of the loss.
 """
 
 from typing import Any
@@ -18,30 +18,30 @@ from vissl.trainer.train_task import SelfSupervisionTask
 from plugins.distributed import LOCAL
 from plugins.methods import METHODS
 from plugins.tools.command import UserError
-from vissl_ext.compat.broadcasts import as_in_the_first
+from vissl_ext.compat.broadcasts import broadcast_from_rank_zero
 from vissl_ext.compat.rank_states import KEY, RankStates, restore_rank_state
 from vissl_ext.hooks import MetricsHook, extra_hooks
-from vissl_ext.labels import check_labels_of, takes_classes
+from vissl_ext.labels import add_label_check, uses_class_labels
 from vissl_ext.larc import needs_plain_larc, plain_larc
 from vissl_ext.methods import HEAD, TeacherLoss, method_options
 from vissl_ext.model import check_groups
-from vissl_ext.transforms import tell_epoch
+from vissl_ext.transforms import set_epoch
 from vissl_ext.trunks import check_trunk, trunk_width
 from vissl_ext.views import check_batches, large_and_small
 
-_OF_TASK = {"method", "options", "views", "large"}
-"""What the task writes beside ``in_dim`` into the configuration of the head."""
+_SET_BY_TASK = {"method", "options", "views", "large"}
+"""Arguments of the head that the task adds to the user's ``in_dim``."""
 
 
 def check_config(config: Any, *, training: bool = True) -> None:
-    """Refuse what the method cannot be trained with.
+    """Validate the model, the loss and the views of a configuration.
 
     Args:
         config: VISSL's configuration, below ``config``.
-        training: whether it is to be trained; an extraction of its projections has no views.
+        training: whether the model will be trained. An extraction of features has no views, which are not checked then.
 
     Raises:
-        UserError: one sentence that says what is wrong and what is allowed.
+        UserError: a setting is invalid.
     """
     check_trunk(config.MODEL)
     check_groups(config.MODEL)
@@ -49,12 +49,12 @@ def check_config(config: Any, *, training: bool = True) -> None:
     if check_run is not None:
         check_run(config, training=training)
     if config.OPTIMIZER.use_larc and config.OPTIMIZER.name != "sgd":
-        raise UserError(f"config.OPTIMIZER.use_larc=true works with the optimiser sgd, got {config.OPTIMIZER.name}")
+        raise UserError(f"config.OPTIMIZER.use_larc=true requires OPTIMIZER.name=sgd, got {config.OPTIMIZER.name}")
     name = config.LOSS.name
     heads = [head[0] for head in config.MODEL.HEAD.PARAMS]
     if name not in METHODS:
         if HEAD in heads:
-            raise UserError(f"{HEAD} needs a config.LOSS.name of {', '.join(sorted(METHODS))}, got {name}")
+            raise UserError(f"{HEAD} requires config.LOSS.name to be one of {', '.join(sorted(METHODS))}, got {name}")
         return
     try:
         method_options(name, config.LOSS.get(name, {}))
@@ -62,18 +62,18 @@ def check_config(config: Any, *, training: bool = True) -> None:
         raise UserError(f"config.LOSS.{name}: {error}") from None
     if heads != [HEAD]:
         raise UserError(
-            f"config.LOSS.name={name} needs config.MODEL.HEAD.PARAMS=[[{HEAD},{{in_dim:...}}]], got the heads {heads}"
+            f"config.LOSS.name={name} requires config.MODEL.HEAD.PARAMS=[[{HEAD},{{in_dim:...}}]], got heads {heads}"
         )
     _check_head(config, name)
     if not training:
         return
     if config.TEST_MODEL:
-        raise UserError(f"config.LOSS.name={name} is for training alone: set config.TEST_MODEL=false")
+        raise UserError(f"config.LOSS.name={name} has no test phase: set config.TEST_MODEL=false")
     large, small = large_and_small(config)
     if large + small < 2:
         raise UserError(
-            f"config.LOSS.name={name} needs two views of each image: put ImgPilToMultiCrop or ImgReplicatePil into "
-            "config.DATA.TRAIN.TRANSFORMS, and collate them with multicrop_collator or simclr_collator"
+            f"config.LOSS.name={name} requires two views of each image: add ImgPilToMultiCrop or ImgReplicatePil to "
+            "config.DATA.TRAIN.TRANSFORMS, and collate the views with multicrop_collator or simclr_collator"
         )
     try:
         METHODS[name].check_views(large, small)
@@ -83,15 +83,15 @@ def check_config(config: Any, *, training: bool = True) -> None:
 
 
 def _check_head(config: Any, name: str) -> None:
-    """Refuse options of the head, of the parts that it is made of and of the loss that nothing can be made with."""
+    """Check the options of the head, and construct the head, the predictor and the loss on the meta device."""
     given = config.MODEL.HEAD.PARAMS[0][1:]
-    if len(given) != 1 or not isinstance(given[0], dict) or set(given[0]) - _OF_TASK != {"in_dim"}:
-        raise UserError(f"{HEAD} takes in_dim and nothing else: [[{HEAD},{{in_dim:512}}]], got {list(given)}")
+    if len(given) != 1 or not isinstance(given[0], dict) or set(given[0]) - _SET_BY_TASK != {"in_dim"}:
+        raise UserError(f"{HEAD} has exactly one option, in_dim: [[{HEAD},{{in_dim:512}}]], got {list(given)}")
     width = given[0]["in_dim"]
     trunk = trunk_width(config.MODEL)
     if type(width) is not int or width < 1 or trunk not in (None, width):
         raise UserError(
-            f"in_dim of {HEAD} is the width of the trunk's features, {trunk or 'a whole number above 0'}, got {width!r}"
+            f"in_dim of {HEAD} must be the width of the trunk's features, {trunk or 'at least 1'}, got {width!r}"
         )
     spec, options = METHODS[name], method_options(name, config.LOSS.get(name, {}))[0]
     try:
@@ -105,11 +105,11 @@ def _check_head(config: Any, name: str) -> None:
 
 
 class ScaledScheduler(ClassyParamScheduler):
-    """A schedule times a number.
+    """A schedule multiplied by a constant factor.
 
     Args:
         scheduler: the schedule.
-        factor: what its values are multiplied by.
+        factor: the factor, dimensionless.
     """
 
     def __init__(self, scheduler: Any, factor: float) -> None:
@@ -117,18 +117,21 @@ class ScaledScheduler(ClassyParamScheduler):
         self.scheduler, self.factor = scheduler, factor
 
     def __call__(self, where: float) -> float:
-        """The value at a fraction of the training in [0, 1)."""
+        """Return the value at a fraction of the training in [0, 1)."""
         return self.factor * self.scheduler(where)
 
 
 def predictor_groups(groups: list[dict[str, Any]], predictor: list[Any], scale: float, constant: bool) -> list[Any]:
-    """VISSL's parameter groups with the predictor's parameters in groups of their own.
+    """Move the predictor's parameters from VISSL's parameter groups to separate groups.
 
     Args:
-        groups: of ``get_optimizer_param_groups``; their ``lr`` is a schedule.
+        groups: result of ``get_optimizer_param_groups``; ``lr`` of a group is a schedule. Changed in place.
         predictor: the predictor's parameters.
-        scale: its learning rate over that of its group.
-        constant: it keeps the highest learning rate that the schedule takes.
+        scale: learning rate of the predictor divided by that of its former group.
+        constant: whether the predictor keeps the highest learning rate of the schedule throughout.
+
+    Returns:
+        All groups, those of the predictor last.
     """
     ids = {id(parameter) for parameter in predictor}
     own = []
@@ -146,25 +149,25 @@ def predictor_groups(groups: list[dict[str, Any]], predictor: list[Any], scale: 
 
 
 class PluginTask(SelfSupervisionTask):
-    """SelfSupervisionTask for stock losses and ours."""
+    """VISSL's SelfSupervisionTask for stock losses and for the methods of ``plugins``."""
 
     loss_of_ranks: list[dict[str, torch.Tensor]] | None = None
-    """See ``RankStates``."""
+    """Tensors of the loss that differ between the processes; see ``RankStates``."""
 
     @property
     def method(self) -> str | None:
-        """The key of METHODS that is trained, if one is."""
+        """The key of METHODS that is trained, or None if the loss is not one of METHODS."""
         return self.config.LOSS.name if self.config.LOSS.name in METHODS else None
 
     def set_hooks(self, hooks: list[Any]) -> Any:
-        """The given hooks and those that the loss needs, which a launcher that does not know us leaves out."""
+        """Set the given hooks and those that the loss requires, which VISSL's own launcher does not pass."""
         names = {type(hook) for hook in hooks}
         hooks = [*hooks, *(hook for hook in (*extra_hooks(), RankStates()) if type(hook) not in names)]
-        # an epoch's row is written before its checkpoint: a run that is killed between the two writes it again
+        # the row of an epoch is written before its checkpoint: a run that is killed in between writes the row again
         return super().set_hooks(sorted(hooks, key=lambda hook: not isinstance(hook, MetricsHook | RankStates)))
 
     def prepare(self, pin_memory: bool = False) -> Any:
-        """Everything that a training needs; refuses what cannot be trained."""
+        """Validate the configuration and build data, model, loss and optimiser."""
         check_config(self.config)
         return super().prepare(pin_memory=pin_memory)
 
@@ -177,18 +180,18 @@ class PluginTask(SelfSupervisionTask):
                 method=self.method, options=given, views=large + small, large=large
             )
         model = super()._build_model()
-        as_in_the_first(model)
+        broadcast_from_rank_zero(model)
         return model
 
     def _build_loss(self) -> Any:
         loss = super()._build_loss()
-        as_in_the_first(loss)
+        broadcast_from_rank_zero(loss)
         if isinstance(loss, TeacherLoss):
-            # before the checkpoint is read, which holds the teacher
+            # before the checkpoint, which contains the teacher, is loaded
             loss.attach(self.base_model)
         name = self.config.LOSS.name
-        if takes_classes(name):
-            check_labels_of(loss, self, (self.config.LOSS.get(name) or {}).get("ignore_index", -100))
+        if uses_class_labels(name):
+            add_label_check(loss, self, (self.config.LOSS.get(name) or {}).get("ignore_index", -100))
         if self.checkpoint:
             restore_rank_state(self.checkpoint, loss)
         return loss
@@ -199,7 +202,7 @@ class PluginTask(SelfSupervisionTask):
         return super()._build_optimizer()
 
     def prepare_optimizer(self) -> None:
-        """Parameter groups as VISSL makes them; a predictor with a learning rate of its own gets its own groups."""
+        """Create VISSL's parameter groups, and separate ones for a predictor that has its own learning rate."""
         head = self.base_model.heads[0] if self.method else None
         parameters = list(head.predictor.parameters()) if head is not None and head.predictor is not None else []
         scale = head.options.get("pred_lr_scale", 1.0) if parameters else 1.0
@@ -216,16 +219,16 @@ class PluginTask(SelfSupervisionTask):
         self.optimizer.set_param_groups(predictor_groups(groups, parameters, scale, constant))
 
     def set_epoch(self, phase_type: str, epoch: int, start_iter: int, train_phase_idx: int) -> None:
-        """Tell sampler and transforms which epoch begins; the processes that load its data are started after this."""
+        """Set the epoch in the sampler and in the transforms, before the data loader starts its workers."""
         super().set_epoch(phase_type, epoch, start_iter, train_phase_idx)
         if phase_type == "train":
-            tell_epoch(getattr(self.datasets[phase_type], "transform", None), train_phase_idx)
+            set_epoch(getattr(self.datasets[phase_type], "transform", None), train_phase_idx)
 
     def get_classy_state(self, deep_copy: bool = False) -> dict[str, Any]:
-        """VISSL's state, the tensors of each process's loss, and the loss scale of PyTorch's mixed precision.
+        """Return VISSL's state, the loss tensors of each process, and the loss scale of PyTorch's mixed precision.
 
-        classy_vision/tasks/classification_task.py:968 saves it where there are ``amp_args``, which VISSL has for apex
-        alone.
+        classy_vision/tasks/classification_task.py:968 saves the loss scale only if ``amp_args`` are set, which VISSL
+        does for apex only.
         """
         state = super().get_classy_state(deep_copy=deep_copy)
         if self.amp_grad_scaler is not None:
@@ -235,13 +238,13 @@ class PluginTask(SelfSupervisionTask):
         return state
 
     def _set_classy_state(self, state: dict[str, Any]) -> None:
-        ours = self.amp_grad_scaler is not None and "scale" in state.get("amp", {})
-        if not ours and self.amp_type != AmpType.APEX:
-            # of a run with apex, or in another precision
+        usable = self.amp_grad_scaler is not None and "scale" in state.get("amp", {})
+        if not usable and self.amp_type != AmpType.APEX:
+            # the run that wrote it used apex or another precision
             state = {key: value for key, value in state.items() if key != "amp"}
         super()._set_classy_state(state)
 
 
 def replace_task() -> None:
-    """Let VISSL build this task where a configuration says ``self_supervision_task``."""
+    """Register PluginTask as ``self_supervision_task``."""
     TASK_REGISTRY["self_supervision_task"] = PluginTask

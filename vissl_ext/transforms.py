@@ -1,6 +1,6 @@
-"""Masks of patches, and transforms whose probability grows over the first epochs.
+"""Patch masking, and transforms whose probability increases over the first epochs.
 
-The task tells them each epoch before it starts the processes that load the data; after that they would not hear of it.
+The task sets the epoch before it starts the workers of the data loader, which get a copy of the transforms.
 """
 
 from typing import Any
@@ -13,35 +13,38 @@ from vissl.data.ssl_transforms import ssl_transforms_wrapper
 from vissl.data.ssl_transforms.img_pil_multicrop_random_apply import ImgPilMultiCropRandomApply
 
 
-def opaque(image: Tensor) -> Tensor:
-    """``[C, H, W] → [C + 1, H, W]``, with a last channel of ones."""
+def add_alpha(image: Tensor) -> Tensor:
+    """Append a channel of ones: ``[C, H, W] → [C + 1, H, W]``."""
     return torch.cat([image, torch.ones_like(image[:1])])
 
 
-class Warming:
-    """Probabilities that reach their values linearly, from 0 in epoch 0, over ``warmup_epochs`` (None: at once)."""
+class WarmupMixin:
+    """Probabilities that increase linearly from 0 in epoch 0 to their values in epoch ``warmup_epochs``.
+
+    If ``warmup_epochs`` is None or 0, they have their values from the start.
+    """
 
     warmup_epochs: int | None = None
     epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch, from 0, is about to begin."""
+        """Set the number of the epoch that begins, from 0."""
         self.epoch = epoch
 
     @property
-    def share(self) -> float:
-        """What the probabilities are multiplied by."""
+    def warmup_factor(self) -> float:
+        """The factor of the probabilities, in [0, 1]."""
         return min(1.0, self.epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
 
 
 @register_transform("ImgTensorMask")
-class ImgTensorMask(Warming, ClassyTransform):
-    """Makes each view's image opaque, then all its channels 0 in patches that are drawn.
+class ImgTensorMask(WarmupMixin, ClassyTransform):
+    """Append an alpha channel of ones to each view, then set randomly selected patches to 0 in all channels.
 
     Args:
-        prob_mask: for each view the probability of a patch.
-        patch_size: its height and width; divides those of the views that are masked.
-        warmup_epochs: see ``Warming``.
+        prob_mask: for each view the probability that a patch is masked, in [0, 1].
+        patch_size: height and width of a patch in pixels; divides height and width of the masked views.
+        warmup_epochs: see ``WarmupMixin``.
     """
 
     def __init__(self, prob_mask: list[float], patch_size: int = 16, warmup_epochs: int | None = None) -> None:
@@ -49,19 +52,23 @@ class ImgTensorMask(Warming, ClassyTransform):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ImgTensorMask":
-        """The transform that an entry of TRANSFORMS describes."""
+        """Create the transform from an entry of TRANSFORMS."""
         return cls(config["prob_mask"], config.get("patch_size", 16), config.get("warmup_epochs"))
 
     def __call__(self, images: list[Tensor]) -> list[Tensor]:
-        """Views ``[3, H, W]`` → ``[4, H, W]``.
+        """Mask the views: ``[3, H, W] → [4, H, W]``.
 
         Raises:
-            ValueError: there are not as many views as probabilities, or the patches do not fill one that is masked.
+            ValueError: the number of views differs from that of the probabilities, or the patch size does not divide
+                the height and width of a masked view.
         """
         if len(images) != len(self.prob_mask):
-            raise ValueError(f"ImgTensorMask has {len(self.prob_mask)} probabilities for {len(images)} views")
+            raise ValueError(
+                f"ImgTensorMask needs one probability in prob_mask per view, got {len(self.prob_mask)} for "
+                f"{len(images)} views"
+            )
         return [
-            self._masked(opaque(image), probability * self.share)
+            self._masked(add_alpha(image), probability * self.warmup_factor)
             for image, probability in zip(images, self.prob_mask, strict=True)
         ]
 
@@ -70,32 +77,35 @@ class ImgTensorMask(Warming, ClassyTransform):
             return image
         size = self.patch_size
         if image.shape[1] % size or image.shape[2] % size:
-            raise ValueError(f"patches of {size} pixels do not fill an image of {tuple(image.shape[1:])}")
+            raise ValueError(
+                f"ImgTensorMask: patch_size={size} does not divide the height and width of an image of "
+                f"{image.shape[1]} x {image.shape[2]} pixels"
+            )
         keep = torch.rand(image.shape[1] // size, image.shape[2] // size) > probability
         return image * keep.repeat_interleave(size, 0).repeat_interleave(size, 1)
 
 
 @register_transform("ImgTensor2RGBA")
 class ImgTensor2RGBA(ClassyTransform):
-    """Gives an image the channel of ones that ``ImgTensorMask`` gives those without masked patches."""
+    """Append an alpha channel of ones to an image, as ``ImgTensorMask`` does to an image without masked patches."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ImgTensor2RGBA":
-        """The transform that an entry of TRANSFORMS describes."""
+        """Create the transform from an entry of TRANSFORMS."""
         return cls()
 
     def __call__(self, image: Tensor) -> Tensor:
-        """``[3, H, W] → [4, H, W]``."""
-        return opaque(image)
+        """Append the channel: ``[3, H, W] → [4, H, W]``."""
+        return add_alpha(image)
 
 
-class WarmingRandomApply(Warming, ImgPilMultiCropRandomApply):
+class WarmupRandomApply(WarmupMixin, ImgPilMultiCropRandomApply):
     """VISSL's ImgPilMultiCropRandomApply with ``warmup_epochs``.
 
     Args:
-        transforms: applied to a view together.
-        prob: for each view the probability of that.
-        warmup_epochs: see ``Warming``.
+        transforms: the transforms, all of which or none of which are applied to a view.
+        prob: for each view the probability that they are applied, in [0, 1].
+        warmup_epochs: see ``WarmupMixin``.
     """
 
     def __init__(self, transforms: list[Any], prob: list[float], warmup_epochs: int | None = None) -> None:
@@ -104,33 +114,33 @@ class WarmingRandomApply(Warming, ImgPilMultiCropRandomApply):
         self.set_epoch(0)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "WarmingRandomApply":
-        """The transform that an entry of TRANSFORMS describes."""
+    def from_config(cls, config: dict[str, Any]) -> "WarmupRandomApply":
+        """Create the transform from an entry of TRANSFORMS."""
         return cls(config.get("transforms", []), config.get("prob", []), config.get("warmup_epochs"))
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch, from 0, is about to begin."""
+        """Set the number of the epoch that begins, from 0."""
         super().set_epoch(epoch)
         for transform, probability in zip(self.transforms, self.prob, strict=True):
-            transform.p = probability * self.share
+            transform.p = probability * self.warmup_factor
 
 
-def tell_epoch(transform: Any, epoch: int) -> None:
-    """Tell each transform of a composition that asks for it which epoch begins.
+def set_epoch(transform: Any, epoch: int) -> None:
+    """Set the epoch in each transform of a composition that has a warm-up.
 
     Args:
-        transform: VISSL's composition, or None.
-        epoch: of training, from 0.
+        transform: VISSL's composition of transforms, or None.
+        epoch: number of the training epoch, from 0.
     """
     for part in getattr(transform, "transforms", ()):
         inner = getattr(part, "transform", part)
-        if isinstance(inner, Warming):
+        if isinstance(inner, WarmupMixin):
             inner.set_epoch(epoch)
 
 
 def replace_transforms() -> None:
-    """Let VISSL build these, and hand ImgTensorMask all views together."""
-    TRANSFORM_REGISTRY["ImgPilMultiCropRandomApply"] = WarmingRandomApply
-    together = ssl_transforms_wrapper.DEFAULT_TRANSFORM_TYPES["TRANSFORMS_WITH_GROUPING"]
-    if "ImgTensorMask" not in together:
-        together.append("ImgTensorMask")
+    """Register WarmupRandomApply in place of VISSL's transform, and let ImgTensorMask receive all views together."""
+    TRANSFORM_REGISTRY["ImgPilMultiCropRandomApply"] = WarmupRandomApply
+    grouped = ssl_transforms_wrapper.DEFAULT_TRANSFORM_TYPES["TRANSFORMS_WITH_GROUPING"]
+    if "ImgTensorMask" not in grouped:
+        grouped.append("ImgTensorMask")

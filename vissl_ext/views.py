@@ -1,4 +1,4 @@
-"""The views that the training transforms make of an image, as a configuration says."""
+"""Number and size of the views of an image that a configuration asks for."""
 
 from typing import Any
 
@@ -6,17 +6,19 @@ from plugins.spec import large_views
 from plugins.tools.command import UserError
 
 COLLATORS = ("multicrop_collator", "simclr_collator")
-"""Those that hand the model the views one after another."""
+"""Collators whose batches have one view after another."""
 
 
 def resolutions(transforms: list[Any]) -> list[tuple[int | None, int]]:
-    """Side in pixels and number of the views, in the order in which the model gets them.
+    """Return the resolutions of the views and how many views have each, in the order of the batch.
 
-    Neighbours of one size are one entry, as the model passes them through the trunk at once. The side is None where the
-    transforms that make the views do not say it.
+    Consecutive views of the same size form one entry, because the model passes them through the trunk together.
 
     Args:
         transforms: DATA.TRAIN.TRANSFORMS.
+
+    Returns:
+        Pairs (side in pixels, number of views); the side is None if the transforms do not determine it.
     """
     copies = 1
     for transform in transforms:
@@ -33,13 +35,13 @@ def resolutions(transforms: list[Any]) -> list[tuple[int | None, int]]:
 
 
 def large_and_small(config: Any) -> tuple[int, int]:
-    """How many large views and how many small crops a method of ours gets of an image.
+    """Return the numbers of large views and of small crops of each image.
 
     Args:
         config: VISSL's configuration, below ``config``.
 
     Raises:
-        UserError: small crops come before large views.
+        UserError: a small crop precedes a large view.
     """
     sizes = [side or 1 for side, count in resolutions(config.DATA.TRAIN.TRANSFORMS) for _ in range(count)]
     try:
@@ -50,19 +52,19 @@ def large_and_small(config: Any) -> tuple[int, int]:
 
 
 def check_batches(config: Any) -> None:
-    """Refuse batches that no loss on several views can be computed from.
+    """Check the batch size and the collator of a loss that compares views.
 
     Args:
         config: VISSL's configuration, below ``config``.
 
     Raises:
-        UserError: a batch of one image, or a collator that does not hand over the views one after another.
+        UserError: the batch has one image, or the collator is not one of COLLATORS.
     """
     name, data = config.LOSS.name, config.DATA.TRAIN
     if data.BATCHSIZE_PER_REPLICA < 2:
-        raise UserError(f"config.LOSS.name={name} needs config.DATA.TRAIN.BATCHSIZE_PER_REPLICA of at least 2")
+        raise UserError(f"config.LOSS.name={name} requires config.DATA.TRAIN.BATCHSIZE_PER_REPLICA of at least 2")
     if data.COLLATE_FUNCTION not in COLLATORS:
         raise UserError(
-            f"config.LOSS.name={name} needs config.DATA.TRAIN.COLLATE_FUNCTION={' or '.join(COLLATORS)}, "
+            f"config.LOSS.name={name} requires config.DATA.TRAIN.COLLATE_FUNCTION={' or '.join(COLLATORS)}, "
             f"got {data.COLLATE_FUNCTION}"
         )

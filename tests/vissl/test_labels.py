@@ -1,4 +1,4 @@
-"""Labels that are no outputs of the head are one sentence, whatever source they come from."""
+"""A label without an output of the head raises a one-line error, wherever the labels come from."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from plugins.tools.command import UserError
-from vissl_ext.labels import check_labels, check_labels_of, takes_classes
+from vissl_ext.labels import add_label_check, check_labels, uses_class_labels
 
 pytestmark = pytest.mark.vissl
 OUTPUT = torch.zeros(3, 5)
@@ -20,7 +20,7 @@ OUTPUT = torch.zeros(3, 5)
         ([0, -1, 4], "WHERE has the label -1, but .* for the labels 0 to 4$"),
     ],
 )
-def test_a_label_beyond_the_outputs_is_a_sentence(labels: list[int], sentence: str) -> None:
+def test_a_label_without_an_output_raises_an_error(labels: list[int], sentence: str) -> None:
     for output in (OUTPUT, [torch.zeros(3, 50), OUTPUT]):
         with pytest.raises(UserError, match=sentence):
             check_labels(output, torch.tensor(labels), -100, "WHERE")
@@ -34,13 +34,13 @@ def test_other_labels_pass(target: list) -> None:
 @pytest.mark.parametrize(("train", "split"), [(True, "TRAIN"), (False, "TEST")])
 def test_a_loss_checks_the_labels_of_the_phase(train: bool, split: str) -> None:
     loss = nn.CrossEntropyLoss()
-    check_labels_of(loss, SimpleNamespace(train=train), -100)
+    add_label_check(loss, SimpleNamespace(train=train), -100)
     assert torch.isfinite(loss(OUTPUT, torch.tensor([0, 1, 4])))
     with pytest.raises(UserError, match=rf"config\.DATA\.{split} has the label 5"):
         loss(OUTPUT, torch.tensor([0, 1, 5]))
 
 
-def test_losses_that_take_classes_are_known_by_name() -> None:
+def test_losses_on_class_labels_are_recognised_by_name() -> None:
     yes = ("cross_entropy_multiple_output_single_target", "label_smoothing_cross_entropy", "CrossEntropyLoss")
-    assert all(map(takes_classes, yes))
-    assert not any(map(takes_classes, ("isoloss", "moco_loss", "BCEWithLogitsLoss")))
+    assert all(map(uses_class_labels, yes))
+    assert not any(map(uses_class_labels, ("isoloss", "moco_loss", "BCEWithLogitsLoss")))

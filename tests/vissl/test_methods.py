@@ -1,4 +1,4 @@
-"""Our methods in VISSL compute what ``plugins`` computes, and are told what they cannot be."""
+"""The methods in VISSL compute the losses of ``plugins``, and invalid configurations raise errors."""
 
 import copy
 import math
@@ -176,7 +176,7 @@ def test_teacher_follows_the_schedule() -> None:
         torch.testing.assert_close(new, 0.75 * old + 0.25 * now)
 
 
-def test_evaluation_leaves_the_predictor_and_gives_projections() -> None:
+def test_evaluation_returns_projections_and_does_not_update_the_predictor() -> None:
     task = built("isoloss")
     head = task.base_model.heads[0].eval()
     state = copy.deepcopy(head.state_dict())
@@ -256,28 +256,28 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
         ),
         (
             ["config.MODEL.HEAD.PARAMS=[[mlp,{dims:[64,128]}]]"],
-            "LOSS.name=isoloss needs config.MODEL.HEAD.PARAMS",
+            "LOSS.name=isoloss requires config.MODEL.HEAD.PARAMS",
         ),
-        (["config.MODEL.HEAD.PARAMS=[[method_head,{}]]"], "method_head takes in_dim and nothing else"),
-        (["config.MODEL.HEAD.PARAMS=[[method_head,{in_dim:64,foo:3}]]"], "method_head takes in_dim and nothing else"),
-        (["config.MODEL.HEAD.PARAMS=[[method_head]]"], "method_head takes in_dim and nothing else"),
+        (["config.MODEL.HEAD.PARAMS=[[method_head,{}]]"], "method_head has exactly one option, in_dim"),
+        (["config.MODEL.HEAD.PARAMS=[[method_head,{in_dim:64,foo:3}]]"], "method_head has exactly one option, in_dim"),
+        (["config.MODEL.HEAD.PARAMS=[[method_head]]"], "method_head has exactly one option, in_dim"),
         (["config.MODEL.HEAD.PARAMS=[[method_head,{in_dim:2048}]]"], "the trunk's features, 64, got 2048"),
         (["config.LOSS.isoloss.proj_output_dim=0"], "config.LOSS.isoloss: "),
         (["config.LOSS.isoloss.rho=2.0"], "config.LOSS.isoloss: method isoloss: rho must be in [0, 1]"),
         (["config.LOSS.isoloss.rho=1.0"], "config.LOSS.isoloss: rho must be in [0, 1]"),
         (["config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=1"], "BATCHSIZE_PER_REPLICA of at least 2"),
-        (["config.OPTIMIZER.use_larc=true"], "use_larc=true works with the optimiser sgd, got adamw"),
+        (["config.OPTIMIZER.use_larc=true"], "use_larc=true requires OPTIMIZER.name=sgd, got adamw"),
         (["config.TEST_MODEL=true"], "set config.TEST_MODEL=false"),
-        (["config.DATA.TRAIN.TRANSFORMS=[{name:ToTensor}]"], "needs two views of each image"),
+        (["config.DATA.TRAIN.TRANSFORMS=[{name:ToTensor}]"], "requires two views of each image"),
         (
             ["config.DATA.TRAIN.TRANSFORMS=[{name:ImgPilToMultiCrop,num_crops:[2,2],size_crops:[8,16]}]"],
             "large views come first, small crops after them: put the largest first, got views of sizes [8, 8, 16, 16]",
         ),
         (["config.DATA.TRAIN.COLLATE_FUNCTION=default_collate"], "got default_collate"),
-        (["config.LOSS.name=barlow_twins_loss"], "method_head needs a config.LOSS.name of byol, "),
+        (["config.LOSS.name=barlow_twins_loss"], "method_head requires config.LOSS.name to be one of byol, "),
     ],
 )
-def test_mistakes_are_sentences(overrides: list[str], sentence: str) -> None:
+def test_invalid_settings_raise_a_one_line_error(overrides: list[str], sentence: str) -> None:
     with pytest.raises(UserError) as error:
         check_config(configuration("isoloss", *overrides))
     assert sentence in str(error.value)
@@ -309,7 +309,7 @@ def test_one_large_view_is_too_few_for_two_branches() -> None:
         ("ssl_ey", "proj_output_dim=0", "method ssl_ey: proj_output_dim must be in [1, inf), got 0"),
     ],
 )
-def test_a_number_out_of_range_is_a_sentence(method: str, given: str, sentence: str) -> None:
+def test_a_number_out_of_range_raises_a_one_line_error(method: str, given: str, sentence: str) -> None:
     with pytest.raises(UserError) as error:
         check_config(configuration(method, *(f"++config.LOSS.{method}.{option}" for option in given.split())))
     assert sentence in str(error.value)

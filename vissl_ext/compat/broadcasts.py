@@ -1,7 +1,7 @@
-"""Checkpoints and initial states on their way to the other processes.
+"""Faster broadcast of checkpoints, and broadcast of initial states.
 
-classy_vision/generic/distributed_util.py:266 makes a tensor of a checkpoint's bytes one Python number at a time, also
-where there is no other process: 15 seconds of a core for 180 MB.
+classy_vision/generic/distributed_util.py:266 converts the bytes of a checkpoint to a tensor one Python integer at a
+time, even in a run with one process: 15 seconds of a core for 180 MB.
 """
 
 import io
@@ -13,12 +13,15 @@ from torch import nn
 
 
 def broadcast_object(obj: Any, src: int = 0, use_disk: bool = True) -> Any:
-    """An object of one process, in all.
+    """Broadcast an object from one process to all.
 
     Args:
-        obj: what ``torch.save`` can write; read in the process ``src`` alone.
-        src: its rank.
-        use_disk: the others keep its bytes in a temporary file.
+        obj: an object that ``torch.save`` can write; only used in the process ``src``.
+        src: rank of the sender.
+        use_disk: whether the receivers buffer the bytes in a temporary file instead of in memory.
+
+    Returns:
+        The object of the process ``src``.
     """
     from classy_vision.generic.distributed_util import broadcast, get_rank, get_world_size
 
@@ -40,15 +43,15 @@ def broadcast_object(obj: Any, src: int = 0, use_disk: bool = True) -> Any:
         return torch.load(file)
 
 
-def as_in_the_first(module: nn.Module) -> None:
-    """Give a module, in every process, the parameters and buffers that it has in the first one.
+def broadcast_from_rank_zero(module: nn.Module) -> None:
+    """Broadcast the parameters and buffers of a module from the process of rank 0.
 
-    VISSL seeds each process differently (vissl/utils/misc.py:171), and DistributedDataParallel evens out the model
-    alone, later: a copy made of it before then, and random buffers of a loss, would differ for the whole training.
-    A module that FSDP has cut into shards stays as it is.
+    VISSL seeds each process differently (vissl/utils/misc.py:171), and DistributedDataParallel broadcasts only the
+    model, later. Without this broadcast, a copy of the model that is made before, and random buffers of a loss, would
+    differ between processes for the whole training. A module with FullyShardedDataParallel parts is left unchanged.
 
     Args:
-        module: built by all processes alike.
+        module: a module that all processes have built with the same structure. Changed in place.
     """
     from classy_vision.generic.distributed_util import get_world_size
     from fairscale.nn import FullyShardedDataParallel
@@ -57,13 +60,13 @@ def as_in_the_first(module: nn.Module) -> None:
         return
     ours = [*module.parameters(), *module.buffers()]
     with torch.no_grad():
-        theirs = broadcast_object([tensor.detach().cpu() for tensor in ours], use_disk=False)
-        for tensor, first in zip(ours, theirs, strict=True):
+        rank_zero = broadcast_object([tensor.detach().cpu() for tensor in ours], use_disk=False)
+        for tensor, first in zip(ours, rank_zero, strict=True):
             tensor.copy_(first)
 
 
 def activate() -> None:
-    """Let Classy Vision's reader of checkpoints use this."""
+    """Replace ``broadcast_object`` in the module with which Classy Vision reads checkpoints."""
     from classy_vision.generic import util
 
     util.broadcast_object = broadcast_object

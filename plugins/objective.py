@@ -137,9 +137,13 @@ class Objective(nn.Module):
         # in lists: the networks must not be registered as submodules
         self._heads = [projector, predictor]
         self._teacher: tuple[list[nn.Module], list[nn.Module]] = ([], [])
-        self.groups = self._grouped(spec, options)
-        self._frozen = [group for group in self.groups if group.hints.frozen_steps or group.hints.frozen_epochs]
+        self._hints = dict(spec.hints(options))
+        self._freezes = any(hints.frozen_steps or hints.frozen_epochs for hints in self._hints.values())
         self._must_freeze = False
+        named = {group.name for group in self.groups}
+        missing = [key for key in self._hints if "." in key and key not in named and projector is not None]
+        if missing:
+            raise ValueError(f"method {spec.name} gives hints for {', '.join(missing)}, which have no parameters")
         # the clock of the loss, whose count is in the checkpoint, or a new one for the adapters
         clocks = [module for module in self.criterion.modules() if isinstance(module, Clock)]
         self._own_clock = None if clocks else Clock(persistent=bool(self._frozen))
@@ -147,20 +151,29 @@ class Objective(nn.Module):
         self._stepped = [part for root in roots for part in root.modules() if isinstance(part, Stepped)]
         self._micro_batches = 0
 
-    def _grouped(self, spec: MethodSpec, options: Mapping[str, Any]) -> list[ParameterGroup]:
+    @property
+    def groups(self) -> list[ParameterGroup]:
+        """The present parameters of projector, predictor and loss, by their hints; without those that are not trained.
+
+        They are looked up at each call, because a parameter can be replaced: ``load_state_dict(..., assign=True)`` and
+        ``to_empty`` do so.
+        """
         parts = dict(zip(("projector", "predictor"), self._heads, strict=True)) | {"loss": self.criterion}
-        hints = spec.hints(options)
-        groups = {name: ParameterGroup(name, {}, hints.get(name, Hints())) for name in (*parts, *hints)}
+        groups = {name: ParameterGroup(name, {}, self._hints.get(name, Hints())) for name in (*parts, *self._hints)}
         for name, part in parts.items():
             for path, parameter in () if part is None else part.named_parameters():
                 whole = f"{name}.{path}"
                 prefixes = [key for key in groups if whole == key or whole.startswith(f"{key}.")]
                 if parameter.requires_grad:
                     groups[max(prefixes, key=len)].parameters[whole] = parameter
-        missing = [key for key in hints if "." in key and not groups[key].parameters and self._heads[0] is not None]
-        if missing:
-            raise ValueError(f"method {spec.name} gives hints for {', '.join(missing)}, which have no parameters")
         return [group for group in groups.values() if group.parameters]
+
+    @property
+    def _frozen(self) -> list[ParameterGroup]:
+        """The groups that are frozen at the start of the run."""
+        if not self._freezes:
+            return []
+        return [group for group in self.groups if group.hints.frozen_steps or group.hints.frozen_epochs]
 
     @property
     def clock(self) -> Clock:
@@ -267,7 +280,7 @@ class Objective(nn.Module):
         if self._own_clock is not None:
             self._own_clock()
         terms = self._terms(embeddings)
-        if self._frozen and self.training and torch.is_grad_enabled():
+        if self._freezes and self.training and torch.is_grad_enabled():
             self._check_frozen()
         return terms
 

@@ -190,6 +190,15 @@ def test_epochs_freeze_by_the_epoch_or_by_the_steps_of_one():
     assert objective._is_frozen(group), "the number of the epoch comes first"
 
 
+def test_a_parameter_that_was_replaced_is_grouped_and_frozen():
+    _, predictor, objective = made()
+    predictor.load_state_dict(copy.deepcopy(predictor.state_dict()), assign=True)
+    assert any(predictor.layer.weight is each for group in objective.groups for each in group.parameters.values())
+    predictor.layer.weight.grad = torch.ones_like(predictor.layer.weight)
+    objective.after_backward()
+    assert predictor.layer.weight.grad is None
+
+
 def test_a_loop_that_forgets_to_freeze_is_warned():
     head, predictor, objective = made()
     optimizer = optimizer_of(objective)

@@ -11,6 +11,8 @@ from lightly.utils.scheduler import CosineWarmupScheduler
 from torch import Tensor, nn
 
 from lightly_ext import models
+from lightly_ext.data import count, positions
+from lightly_ext.models.method import settings, whole
 from plugins.checks import check_choice, check_range
 from plugins.joined import ACCUMULATE, JoinedBatch
 from plugins.linalg import spectrum_statistics
@@ -120,15 +122,22 @@ class TrainingSteps:
         return self.terms
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check the labels while they are on the CPU.
+        """Check the labels, and the positions that a method with a memory reads, while they are on the CPU.
 
         Raises:
             UserError: a label is not the number of a class.
+            ValueError: a position is not that of an image of the training set.
         """
         if isinstance(batch, list | tuple) and len(batch) > 1:
             classes = self.online_classifier.num_classes
             check_labels(batch[1], classes, ignored=-100, where="a batch", what="the online classifier (num_classes)")
+            if self.trainer.training and (index := self._index(batch)) is not None:
+                positions(index, len(batch[1]), self.num_samples)
         return super().on_before_batch_transfer(batch, dataloader_idx)
+
+    def _index(self, batch: Sequence[Any]) -> Any:
+        """Return the positions of a batch's images in the training set; None if the method does not read them."""
+        return batch[2] if self.spec.indexed and len(batch) > 2 else None
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """Compute the method's loss plus that of the online classifier on the features of the first view.
@@ -138,20 +147,21 @@ class TrainingSteps:
         if self._joining:
             return self._joined_step(batch, batch_idx)
         views, targets = batch[0], batch[1]
-        features, embeddings = self.embed(views)
+        features, embeddings = self.embed(views, self._index(batch))
         terms = self.terms(embeddings)
         statistics = {f"train_{name}": value for name, value in self.objective.statistics(terms, embeddings).items()}
         self.log("train_loss", statistics.pop("train_loss"), prog_bar=True, sync_dist=True, batch_size=len(targets))
-        cls_loss, cls_log = self.online_classifier.training_step((features[0].detach(), targets), batch_idx)
+        cls_loss, cls_log = self.online_classifier.training_step((whole(features[0]).detach(), targets), batch_idx)
         self.log_dict({**statistics, **cls_log}, sync_dist=True, batch_size=len(targets))
         return terms.loss + cls_loss
 
     def _joined_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         def encode(micro_batch: Sequence[Any]) -> tuple[Embeddings, Tensor | None]:
-            features, embeddings = self._encode(micro_batch[0])
+            features, embeddings = self._encode(micro_batch[0], self._index(micro_batch))
             if not torch.is_grad_enabled():  # the first of two passes
                 return embeddings, None
-            cls_loss, cls_log = self.online_classifier.training_step((features[0].detach(), micro_batch[1]), batch_idx)
+            shown = whole(features[0]).detach()
+            cls_loss, cls_log = self.online_classifier.training_step((shown, micro_batch[1]), batch_idx)
             self.log_dict(cls_log, sync_dist=True, batch_size=len(micro_batch[1]))
             return embeddings, cls_loss
 
@@ -177,13 +187,38 @@ class TrainingSteps:
         return cls_loss
 
     def on_train_start(self) -> None:
-        """Set the counters to the steps that a resumed run has already made."""
+        """Allocate a memory of images, and set the counters to the steps that a resumed run has already made.
+
+        Raises:
+            UserError: the method needs the number of training images, which the data loader does not tell.
+        """
+        images = count(self.trainer.train_dataloader)
+        if self.spec.indexed and images is not None:
+            self.allocate(images)
+        elif self.spec.indexed and self.num_samples is None:
+            raise UserError(
+                f"method {self.spec.name} needs the number of training images, which the data loader does not tell; "
+                "make the module with num_samples=<number>"
+            )
         self._steps_done = self.trainer.global_step
         self.after_step()  # of a run that was cut off within one
         set_clock(self.trainer, self.objective.clock)
         self._joined = None
         if self.hparams.accumulate == "joined":
             check_joined(self.trainer)
+
+    def on_train_epoch_start(self) -> None:
+        """Start an epoch of the method."""
+        self.start_epoch(self.current_epoch, self.trainer.train_dataloader, self.optimizers(use_pl_optimizer=False))
+
+    def _features(self, views: list[Tensor]) -> list[Tensor]:
+        """Compute the features of the views of a pass over the training set, in the precision of the Trainer."""
+        with self.trainer.precision_plugin.forward_context():
+            return super()._features(views)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Freeze parameters."""
+        self.after_backward()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Open a step of the optimizer; the batches that it accumulates are its micro-batches."""
@@ -195,13 +230,12 @@ class TrainingSteps:
         """End the step of the optimizer, if this batch was its last, and move the teacher."""
         if self.trainer.global_step == self._steps_done:
             return
-        self.after_step()
+        done, self._steps_done = self._steps_done, self.trainer.global_step
         if self.teacher_backbone is None:
-            self._steps_done = self.trainer.global_step
+            self.after_step()
             return
         total = max(1, int(self.trainer.estimated_stepping_batches))
-        tau = cosine_tau(self._steps_done, total, self.hparams.base_tau, self.hparams.final_tau)
-        self._steps_done = self.trainer.global_step
+        tau = cosine_tau(done, total, self.hparams.base_tau, self.hparams.final_tau)
         self.update_momentum(tau)
         self.log("tau", tau, batch_size=1)
 
@@ -225,23 +259,19 @@ class TrainingSteps:
         images = self.batch_size_per_device * self.trainer.world_size
         kind = given.optimizer or ("lars" if images >= LARGE_BATCH else "sgd")
         lr = (RATES[kind] if given.lr is None else given.lr) * images / 256
-        parts = {"backbone": self.backbone, "projection_head": self.projection_head, "prediction_head": None}
-        parts["prediction_head"] = self.prediction_head or nn.Identity()
+        parts = [self.backbone, self.projection_head, self.prediction_head or nn.Identity(), self.objective.criterion]
+        norms_and_biases = {id(parameter) for parameter in get_weight_decay_parameters(parts)[1]}
         groups, of_plain = [], given.weight_decay if given.decay_all else 0.0
-        for name, part in parts.items():
-            rate = lr * (self.options.get("pred_lr_scale", 1.0) if name == "prediction_head" else 1.0)
-            decayed, plain = get_weight_decay_parameters([part])
-            groups += [
-                {"name": name, "params": decayed, "lr": rate, "weight_decay": given.weight_decay},
-                {"name": f"{name}_norms_and_biases", "params": plain, "lr": rate, "weight_decay": of_plain},
-            ]
+        for name, parameters, hints in self._groups():
+            wanted = {"lr": lr * hints.lr_scale, "keep_lr": False, **settings(hints)}
+            if kind == "adamw" and hints.momentum is not None:
+                wanted["betas"] = (0.0, 0.999)
+            for suffix, decay in (("", given.weight_decay), ("_norms_and_biases", of_plain)):
+                chosen = [parameter for parameter in parameters if (id(parameter) in norms_and_biases) == bool(suffix)]
+                groups.append({"name": name + suffix, "params": chosen, "weight_decay": decay, **wanted})
         classifier = list(self.online_classifier.parameters())
-        groups.append({"name": "online_classifier", "params": classifier, "lr": lr, "weight_decay": 0.0})
-        for group in groups:
-            group["keep_lr"] = group["name"].startswith("prediction_head") and self.options.get(
-                "pred_lr_constant", False
-            )
-            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        fixed = {"weight_decay": 0.0, "keep_lr": False}
+        groups.append({"name": "online_classifier", "params": classifier, "lr": lr, **fixed})
         groups = [group for group in groups if group["params"]]
         if kind == "adamw":
             optimizer: Any = torch.optim.AdamW(groups, lr=lr)

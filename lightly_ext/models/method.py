@@ -32,6 +32,21 @@ one more forward pass; its ``backward`` completes the gradients::
     model.joined_loss(micro_batches).backward()
     optimizer.step()
     optimizer.zero_grad()
+
+Methods that remember each image, pass over the training set at the start of an epoch, or freeze parameters need more of
+a loop; with it a loop runs every method::
+
+    dataset = IndexedDataset(images)  # of lightly_ext.data
+    model = SomeMethod(backbone, num_samples=len(dataset))
+    for epoch in range(epochs):
+        model.start_epoch(epoch, dataloader, optimizer)
+        for views, labels, index in dataloader:
+            loss = model.loss(views, index)
+            optimizer.zero_grad()
+            loss.backward()
+            model.after_backward()
+            optimizer.step()
+            model.update_momentum(tau)
 """
 
 import copy
@@ -40,18 +55,22 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from lightly_ext.data import positions, whole_set
 from lightly_ext.models.modules.heads import scale_last_layer
 from plugins.checks import check_range
+from plugins.clock import Feed
 from plugins.distributed import LOCAL, WORLD
 from plugins.heads import TwoBranchHead
 from plugins.joined import JoinedBatch
-from plugins.objective import Objective, embed
+from plugins.objective import Objective, embed, encode
 from plugins.predictors import RunningMoment
-from plugins.spec import Embeddings, MethodSpec, Terms, large_views
-from plugins.targets import update_teacher
+from plugins.spec import Embeddings, Hints, MethodSpec, Terms, large_views
 
 _PROBE = (1, 3, 224, 224)
+_PARTS = {"projector": "projection_head", "predictor": "prediction_head", "loss": "loss"}
+"""Part of a method in the names of its hints → lightly's name of it."""
 _BRANCHES = {
     True: "two heads; pass projection_head=plugins.heads.TwoBranchHead(Heads(teacher, student), input_dim)",
     False: "one projection head; pass a module that is no TwoBranchHead",
@@ -75,6 +94,8 @@ class MethodModel(nn.Module):
             targets are the detached projections of the other view.
         gather_distributed: whether the rows of all processes make one batch. True by default, unlike in the losses of
             ``lightly_ext.loss``. It has no effect while no process group is initialised.
+        num_samples: number of training images. Methods with a memory of each image need it; a state dict or
+            ``allocate`` can give it later.
         options: options of the method.
 
     Raises:
@@ -93,6 +114,7 @@ class MethodModel(nn.Module):
         prediction_head: nn.Module | None = None,
         teacher: bool | None = None,
         gather_distributed: bool = True,
+        num_samples: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -127,6 +149,9 @@ class MethodModel(nn.Module):
             self.teacher_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
             self.teacher_projection_head = copy.deepcopy(self.projection_head).requires_grad_(False)
         self.objective = Objective(spec, self.options, self.comm, self.prediction_head, self.projection_head)
+        self.num_samples: int | None = None
+        if num_samples is not None:
+            self.allocate(num_samples)
 
     def _default_head(self) -> nn.Module:
         """Make the method's projection head, for the options of this model."""
@@ -140,38 +165,71 @@ class MethodModel(nn.Module):
         """
         return self.objective.tracked_moment(self.prediction_head)
 
-    def forward(self, x: Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]) -> Tensor:
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Names that DistributedDataParallel leaves alone: the state of the objective is identical on all processes.
+
+        Otherwise it would broadcast a memory of images in each forward pass.
+        """
+        return [f"objective.{name}" for name, _ in self.objective.named_buffers()]
+
+    def allocate(self, num_samples: int) -> None:
+        """Allocate the memory of images, if the method has one. A memory that a state dict has filled is kept.
+
+        Args:
+            num_samples: number of training images.
+
+        Raises:
+            ValueError: the memory holds another number of images.
+        """
+        self.objective.allocate(num_samples)
+        self.num_samples = num_samples
+
+    def forward(
+        self, x: Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]], index: Tensor | Sequence[Tensor] | None = None
+    ) -> Tensor:
         """Compute the features of images, the loss of a list of views, or the joined loss of a list of such lists.
 
         Wrappers such as DistributedDataParallel call ``forward``: pass the views to them, and they return the loss.
 
         Args:
-            x: images ``[B, C, H, W]``, or one such batch per view, or one list of such batches per micro-batch.
+            x: images ``[B, C, H, W]``, or one such batch per view, or one list of such batches per micro-batch. The
+                features of a stack of patches ``[B, P, C, h, w]`` are the mean over the patches of each image.
+            index: of ``loss`` or ``joined_loss``.
 
         Returns:
             ``[B, feature_dim]``, or a scalar.
         """
         if isinstance(x, Tensor):
-            return self.backbone(x).flatten(start_dim=1)
-        return self.loss(x) if isinstance(x[0], Tensor) else self.joined_loss(x)
+            return whole(encode(self.backbone, x))
+        return self.loss(x, index) if isinstance(x[0], Tensor) else self.joined_loss(x, index)
 
     def project(self, x: Tensor) -> Tensor:
         """Compute the projections ``[B, D]`` of images."""
         return self.projection_head(self(x))
 
-    def loss(self, views: Sequence[Tensor]) -> Tensor:
+    def loss(self, views: Sequence[Tensor], index: Tensor | None = None) -> Tensor:
         """Compute the method's loss, a scalar. Each view has its own batch statistics.
 
         Args:
-            views: one batch of images per view, as lightly's transforms and collate functions make them. Small crops,
-                if the method accepts them, come last.
+            views: one batch of images per view, as lightly's transforms and collate functions make them. Small crops
+                come after the large views, and stacks of patches ``[B, P, C, h, w]`` come last.
+            index: position of each image in the training set, ``[B]``, the third element of an IndexedDataset's
+                batches. Only methods with a memory of each image read it.
 
         Raises:
-            ValueError: another number of views than the method's, small crops before large views, or too few rows.
+            ValueError: another number of views than the method's, small crops before large views, too few rows, or a
+                method with a memory has no ``index`` or no ``num_samples``.
         """
-        return self.terms(self.embed(views)[1]).loss
+        return self.terms(self.embed(views, index)[1]).loss
 
-    def joined_loss(self, micro_batches: Sequence[Sequence[Tensor]], *, scale: float = 1.0) -> Tensor:
+    def joined_loss(
+        self,
+        micro_batches: Sequence[Sequence[Tensor]],
+        index: Sequence[Tensor] | None = None,
+        *,
+        scale: float = 1.0,
+    ) -> Tensor:
         """Compute the loss of the joined rows of several micro-batches, with the activations of one at a time.
 
         It adds the gradients of all micro-batches but the last to the parameters' ``grad``; ``backward`` of the result,
@@ -180,20 +238,24 @@ class MethodModel(nn.Module):
 
         Args:
             micro_batches: views, as for ``loss``, of each micro-batch. The numbers of rows may differ.
+            index: as for ``loss``, of each micro-batch.
             scale: ``scaler.get_scale()`` if a GradScaler scales the result.
 
         Returns:
             The joined loss.
 
         Raises:
-            ValueError: there is no micro-batch, the numbers of views differ, or the network changes its buffers in each
-                forward pass.
+            ValueError: there is no micro-batch, the numbers of views differ, the network changes its buffers in each
+                forward pass, or what ``loss`` does not accept.
         """
         if not micro_batches:
             raise ValueError("the joined loss needs at least one micro-batch, got none")
-        joined = JoinedBatch(lambda views: (self._encode(views)[1], None), [self.backbone, self.projection_head])
-        for views in micro_batches:
-            self._add(joined, views, views)
+        indexes = [None] * len(micro_batches) if index is None else index
+        if len(indexes) != len(micro_batches):
+            raise ValueError(f"index needs an entry for each of {len(micro_batches)} micro-batches, got {len(indexes)}")
+        joined = JoinedBatch(lambda batch: (self._encode(*batch)[1], None), [self.backbone, self.projection_head])
+        for views, of_views in zip(micro_batches, indexes, strict=True):
+            self._add(joined, (views, of_views), views)
         self._joined_terms(joined, scale)
         return joined.backward()
 
@@ -207,19 +269,28 @@ class MethodModel(nn.Module):
         predict = None if self.prediction_head is None else self._predict
         return joined.terms(self.objective, predict, self.prediction_head, scale=scale)
 
-    def _encode(self, views: Sequence[Tensor]) -> tuple[list[Tensor], Embeddings]:
+    def _encode(self, views: Sequence[Tensor], index: Any = None) -> tuple[list[Tensor], Embeddings]:
         """Compute the features of the views, and embeddings without the prediction head."""
-        features = [self.backbone(view).flatten(start_dim=1) for view in views]
-        return features, embed(features, self.projection_head, large=self._large(views))
+        large, places = self._large(views), self._positions(views, index)
+        features = [encode(self.backbone, view) for view in views]
+        return features, embed(features, self.projection_head, large=large, index=places)
 
-    def embed(self, views: Sequence[Tensor]) -> tuple[list[Tensor], Embeddings]:
-        """Compute the features of the views and the input of the loss; in training, update a computed predictor."""
-        large = self._large(views)
+    def embed(self, views: Sequence[Tensor], index: Tensor | None = None) -> tuple[list[Tensor], Embeddings]:
+        """Compute the features of the views and the input of the loss; in training, update a computed predictor.
+
+        Args:
+            views: as for ``loss``.
+            index: as for ``loss``.
+
+        Returns:
+            The features ``[B, feature_dim]`` of each view, ``[B, P, feature_dim]`` of a stack, and the embeddings.
+        """
+        large, places = self._large(views), self._positions(views, index)
         self._begin()
-        features = [self.backbone(view).flatten(start_dim=1) for view in views]
+        features = [encode(self.backbone, view) for view in views]
         predict = None if self.prediction_head is None else self._predict
         targets = self._targets(views[:large])
-        return features, embed(features, self.projection_head, predict, targets, large=large)
+        return features, embed(features, self.projection_head, predict, targets, large=large, index=places)
 
     def _begin(self) -> None:
         """Open an optimizer step if the model has a teacher, because ``update_momentum`` ends the step there."""
@@ -231,15 +302,36 @@ class MethodModel(nn.Module):
         return self.objective(embeddings)
 
     def _large(self, views: Sequence[Tensor]) -> int:
-        """Count the large views, which come first."""
+        """Count the large views, which come first. Stacks of patches come last."""
         if isinstance(views, Tensor):
             raise ValueError(
                 f"the loss of {self.spec.name} takes a list of views, got a tensor of shape {tuple(views.shape)}; "
                 "pass a list with one batch of images per view, such as [view0, view1]"
             )
-        large = large_views([tuple(view.shape[-2:]) for view in views])
-        self.spec.check_views(large, len(views) - large)
+        stacks = sum(view.ndim == 5 for view in views)
+        single = views[: len(views) - stacks]
+        if any(view.ndim == 5 for view in single):
+            shapes = [tuple(view.shape) for view in views]
+            raise ValueError(f"stacks of patches [B, P, C, h, w] come after all other views, got shapes {shapes}")
+        large = large_views([tuple(view.shape[-2:]) for view in single]) if single else 0
+        self.spec.check_views(large, len(single) - large, stacks)
         return large
+
+    def _positions(self, views: Sequence[Tensor], index: Any) -> Tensor | None:
+        """Check the positions of the images in the training set; None if the method does not read them."""
+        if not self.spec.indexed:
+            return None
+        if index is None:
+            raise ValueError(
+                f"method {self.spec.name} remembers each image and needs its position in the training set: wrap the "
+                "data set in lightly_ext.data.IndexedDataset, and call loss(views, index)"
+            )
+        if self.num_samples is None and any(not buffer.numel() for buffer in self.objective.buffers()):
+            raise ValueError(
+                f"method {self.spec.name} remembers each image and needs the number of training images: "
+                "make the model with num_samples=len(dataset)"
+            )
+        return positions(index, len(views[0]), self.num_samples, views[0].device)
 
     def _predict(self, z: list[Tensor]) -> list[Tensor]:
         if hasattr(self.prediction_head, "predict"):
@@ -250,40 +342,85 @@ class MethodModel(nn.Module):
         if self.teacher_backbone is None:
             return None
         with torch.no_grad():
-            return [self.teacher_projection_head(self.teacher_backbone(view).flatten(start_dim=1)) for view in views]
+            return [self.teacher_projection_head(encode(self.teacher_backbone, view)) for view in views]
 
     def training_parameters(self, lr: float | None = None) -> list[Any]:
         """Return the parameters for the optimizer: all except the teacher's.
 
         Args:
             lr: the learning rate. If it is given, the result is a list of parameter groups with a learning rate each,
-                in which the predictor's is multiplied by ``pred_lr_scale``.
+                and with what the method wants for some of its parameters: another learning rate, ``momentum`` or
+                ``weight_decay`` 0, and ``keep_lr`` where the learning rate should not follow a schedule. None returns
+                the parameters alone, for an optimizer that treats them alike.
 
         Raises:
-            ValueError: ``pred_lr_scale`` is not 1 and ``lr`` is missing.
+            ValueError: the method scales the learning rate of some parameters and ``lr`` is missing.
         """
-        scale = self.options.get("pred_lr_scale", 1.0)
-        if lr is None and scale != 1.0:
-            raise ValueError(
-                f"pred_lr_scale={scale:g} needs the learning rate that it multiplies: training_parameters(lr=...)"
-            )
-        parts = {
-            "backbone": self.backbone,
-            "projection_head": self.projection_head,
-            "prediction_head": self.prediction_head or nn.Identity(),
-        }
-        trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
+        groups = self._groups()
         if lr is None:
-            return [parameter for parameters in trained.values() for parameter in parameters]
+            for name, _, hints in groups:
+                if hints.lr_scale != 1.0:
+                    raise ValueError(
+                        f"method {self.spec.name} multiplies the learning rate of {name} by {hints.lr_scale:g} and "
+                        "needs the learning rate: training_parameters(lr=...)"
+                    )
+            return [parameter for _, parameters, _ in groups for parameter in parameters]
         return [
-            {"name": name, "params": parameters, "lr": lr * (scale if name == "prediction_head" else 1.0)}
-            for name, parameters in trained.items()
-            if parameters
+            {"name": name, "params": parameters, "lr": lr * hints.lr_scale, **settings(hints)}
+            for name, parameters, hints in groups
         ]
+
+    def _groups(self) -> list[tuple[str, list[nn.Parameter], Hints]]:
+        """Return the trained parameters by the hints of the method, under lightly's names of the parts."""
+        found = [("backbone", [p for p in self.backbone.parameters() if p.requires_grad], Hints())]
+        for group in self.objective.groups:
+            part, dot, rest = group.name.partition(".")
+            found.append((f"{_PARTS[part]}{dot}{rest}", [*group.parameters.values()], group.hints))
+        return [group for group in found if group[1]]
+
+    def start_epoch(
+        self,
+        epoch: int,
+        data: DataLoader | Feed | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Start an epoch. Methods that pass over the training set, or freeze parameters for epochs, need it.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            data: the data loader of the training, whose data set the method passes over in its own order, or a function
+                that makes such a pass, see :class:`plugins.clock.Feed`.
+            optimizer: its state of the parameters that the method initialises anew is dropped.
+
+        Raises:
+            ValueError: the method initialises parameters anew and ``optimizer`` is missing, or the method needs images
+                without augmentation that the data set does not have, see ``lightly_ext.data.IndexedDataset``.
+        """
+        feed: Any = whole_set(data, self._features, [self.backbone], self.comm) if hasattr(data, "dataset") else data
+        fresh = self.objective.start_epoch(epoch, feed)
+        if fresh and optimizer is None:
+            raise ValueError(
+                f"method {self.spec.name} initialises parameters anew at the start of an epoch: "
+                "call start_epoch(epoch, dataloader, optimizer)"
+            )
+        for parameter in fresh:
+            optimizer.state.pop(parameter, None)
+
+    def _features(self, views: list[Tensor]) -> list[Tensor]:
+        """Compute the features of the views of a pass over the training set."""
+        dtype = next(parameter.dtype for parameter in self.backbone.parameters())
+        return [encode(self.backbone, view.to(dtype)) for view in views]
 
     def before_step(self) -> None:
         """Open an optimizer step: the losses until ``after_step`` are those of its micro-batches."""
         self.objective.before_step()
+
+    def after_backward(self) -> None:
+        """Freeze parameters. Call it between ``backward`` and ``optimizer.step()``; it does nothing for most methods.
+
+        A frozen parameter has no gradient, so that the optimizer does not change it or its state.
+        """
+        self.objective.after_backward()
 
     def after_step(self) -> None:
         """End the optimizer step. It has no effect if no step is open."""
@@ -299,8 +436,24 @@ class MethodModel(nn.Module):
         """
         check_range("m", m, low=0.0, high=1.0)
         teacher = [part for part in (self.teacher_backbone, self.teacher_projection_head) if part is not None]
-        update_teacher(teacher, [self.backbone, self.projection_head][: len(teacher)], m)
-        self.objective.after_step()
+        self.objective.set_teacher(teacher, [self.backbone, self.projection_head][: len(teacher)])
+        self.objective.after_step(m)
+
+
+def whole(features: Tensor) -> Tensor:
+    """Return the features of each image, ``[B, F]``: the mean over the patches of a stack, ``[B, P, F]``."""
+    return features.mean(1) if features.ndim == 3 else features
+
+
+def settings(hints: Hints) -> dict[str, Any]:
+    """Return the entries of a parameter group that follow from the hints of its parameters, without the learning rate.
+
+    >>> settings(Hints(momentum=0.0))
+    {'momentum': 0.0}
+    """
+    found = {"momentum": 0.0, "weight_decay": 0.0, "keep_lr": True}
+    wanted = {"momentum": hints.momentum is not None, "weight_decay": hints.no_decay, "keep_lr": hints.lr_constant}
+    return {key: value for key, value in found.items() if wanted[key]}
 
 
 class SSLEYModel(MethodModel):
@@ -325,12 +478,17 @@ def model_class(name: str, spec: MethodSpec, module: str) -> type[MethodModel]:
         f"        {key}:\n            {option.help} (default: {option.default})."
         for key, option in spec.options.items()
     )
+    sized, index = (", num_samples=4", ", torch.arange(4)") if spec.indexed else ("", "")
+    images = ", ".join(["torch.randn(4, 3, 32, 32)"] * (spec.views or 2))
+    step = f"""
+        >>> loss = model.loss(views{index})
+        >>> loss.backward()"""
     doc = f"""Implementation of {spec.title} [0].
 
     - [0] {spec.reference}
 
-    The arguments are those of MethodModel: backbone, input_dim, projection_head, prediction_head, teacher and
-    gather_distributed, and as options of the method:
+    The arguments are those of MethodModel: backbone, input_dim, projection_head, prediction_head, teacher,
+    gather_distributed and num_samples, and as options of the method:
 
     Attributes:
 {options}
@@ -341,10 +499,8 @@ def model_class(name: str, spec: MethodSpec, module: str) -> type[MethodModel]:
         >>> from {module} import {name}
         >>> backbone = resnet18()
         >>> backbone.fc = torch.nn.Identity()
-        >>> model = {name}(backbone)
-        >>> views = [torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)]
-        >>> loss = model.loss(views)
-        >>> loss.backward()
+        >>> model = {name}(backbone{sized})
+        >>> views = [{images}]{"" if spec.stacks else step}
         >>> model(views[0]).shape
         torch.Size([4, 512])
     """

@@ -140,7 +140,7 @@ def test_learning_rate_of_the_predictor() -> None:
     model = built("byol", pred_lr_scale=10.0)
     rates = {group["name"]: group["lr"] for group in model.training_parameters(lr=0.5)}
     assert rates == {"backbone": 0.5, "projection_head": 0.5, "prediction_head": 5.0}
-    with pytest.raises(ValueError, match=r"pred_lr_scale=10 needs .*training_parameters\(lr=...\)"):
+    with pytest.raises(ValueError, match=r"rate of prediction_head by 10 .*training_parameters\(lr=...\)"):
         model.training_parameters()
     groups = built("isoloss").training_parameters(lr=0.5)
     assert [group["name"] for group in groups] == ["backbone", "projection_head"], "a computed predictor trains nothing"

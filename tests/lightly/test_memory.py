@@ -1,0 +1,357 @@
+"""Methods that remember images, see patches, freeze parameters and pass over the training set: a toy of this file."""
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
+
+from lightly_ext import models
+from lightly_ext.data import IndexedDataset
+from lightly_ext.models.method import model_class
+from plugins.clock import Clock, Stepped
+from plugins.spec import Embeddings, Hints, MethodSpec, Option, Paper
+from plugins.targets import IndexedBank
+
+pytestmark = pytest.mark.lightly
+
+N, F, D = 12, 5, 4
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+class Terms(NamedTuple):
+    loss: Tensor
+
+
+class Head(nn.Module):
+    """Of an image, and of a stack of patches."""
+
+    def __init__(self, features_dim: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(features_dim, D)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.layer(h if h.ndim == 2 else h.tanh().mean(1))
+
+
+class Prototypes(Stepped, nn.Module):
+    """A predictor that starts each epoch anew, from the features of all images."""
+
+    def __init__(self, comm) -> None:
+        super().__init__()
+        self.layer, self.comm = nn.Linear(D, 3, bias=False), comm
+        self.seen: list[tuple[str, list[int]]] = []
+
+    def predict(self, z: list[Tensor]) -> list[Tensor]:
+        return [self.layer(view) for view in z]
+
+    def start_epoch(self, epoch, feed):
+        total = torch.zeros(3, D).to(self.layer.weight)
+        for view in ("eval", "train"):
+            found = []
+            for index, features in feed(view=view):
+                found += index.tolist()
+                for number, of_view in enumerate(features):
+                    total[number] += of_view.sum(0)[:D]
+            self.seen.append((view, found))
+        with torch.no_grad():
+            self.layer.weight.copy_(self.comm.sum(total))
+        return (self.layer.weight,)
+
+
+class BankLoss(nn.Module):
+    """The mean over the joined rows of a distance from the rows of a bank, times a learned scale."""
+
+    def __init__(self, options, comm) -> None:
+        super().__init__()
+        self.clock, self.bank, self.comm = Clock(), IndexedBank(None, D), comm
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, e: Embeddings) -> Terms:
+        self.clock()
+        first, second, patches = e.z
+        near = (first - self.bank.read(e.index)).square().sum() + (second - patches).square().sum()
+        ahead = sum(p.square().sum() for p in e.p) + (second - e.target[0]).square().sum()
+        rows = self.comm.sum(torch.tensor(float(len(first))))
+        if self.training:
+            self.bank.write(e.index, first.detach(), self.comm)
+        return Terms(self.scale * self.comm.sum(near + 0.1 * ahead) / rows)
+
+
+SPEC = MethodSpec(
+    name="toy",
+    loss=BankLoss,
+    head=lambda features_dim, options: Head(features_dim),
+    predictor=lambda options, comm: Prototypes(comm),
+    teacher=True,
+    views=2,
+    stacks=1,
+    indexed=True,
+    options={"proj_output_dim": Option(D, "width", low=1)},
+    paper=Paper("Toy", "this file"),
+    hints=lambda options: {
+        "predictor": Hints(frozen_steps=2, lr_scale=0.5, lr_constant=True),
+        "projector.layer": Hints(momentum=0.0),
+        "loss": Hints(lr_scale=0.1, no_decay=True),
+    },
+)
+Toy = model_class("Toy", SPEC, __name__)
+
+
+def backbone() -> nn.Module:
+    """Without batch norm, whose statistics are those of each process."""
+    return nn.Sequential(nn.Conv2d(3, F, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1))
+
+
+def built(num_samples: int | None = N, **options: Any) -> models.MethodModel:
+    torch.manual_seed(0)
+    model = Toy(backbone(), num_samples=num_samples, **options).double()
+    with torch.no_grad():
+        for parameter in () if model.teacher_backbone is None else model.teacher_backbone.parameters():
+            parameter.mul_(0.9)
+    return model
+
+
+def items(count: int = N) -> list[tuple[list[Tensor], int, str]]:
+    """Two views and a stack of three patches of each image, its label and its file."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return [([draw(3, 6, 6), draw(3, 6, 6), draw(3, 3, 4, 4)], i % 4, f"{i}.png") for i in range(count)]
+
+
+def dataset(count: int = N) -> IndexedDataset:
+    given = items(count)
+    return IndexedDataset(given, evaluation=[(views[0] + 1, label, name) for views, label, name in given])
+
+
+def batch(chosen: list[int]) -> tuple[list[Tensor], Tensor]:
+    """The views of some images, and their positions."""
+    views, _, index = next(iter(DataLoader(Subset(dataset(), chosen), batch_size=len(chosen))))
+    return views, index
+
+
+def optimizer_of(model: models.MethodModel) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.training_parameters(lr=0.05), lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+def train(model: models.MethodModel, steps: list[list[list[int]]], wrapped: nn.Module | None = None, epochs: int = 2):
+    """In a loop as the documentation has it; a step has micro-batches, a micro-batch images."""
+    loader = DataLoader(dataset(), batch_size=5)
+    optimizer = optimizer_of(model)
+    for epoch in range(epochs):
+        model.start_epoch(epoch, loader, optimizer)
+        for micro_batches in steps:
+            optimizer.zero_grad()
+            for chosen in micro_batches:
+                ((wrapped or model)(*batch(chosen)) / len(micro_batches)).backward()
+            model.after_backward()
+            optimizer.step()
+            model.update_momentum(0.9)
+    return model.state_dict(), optimizer
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], **(tolerance or EXACT), msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def test_items_have_their_position_in_place_of_the_file() -> None:
+    data = dataset()
+    assert len(data) == N and data[3][1:] == (3, 3) and data[-1][2] == N - 1
+    with pytest.raises(IndexError):
+        data[N]
+    views, labels, index = next(iter(DataLoader(data, batch_size=4)))
+    assert index.dtype == torch.int64 and index.tolist() == [0, 1, 2, 3] and labels.tolist() == [0, 1, 2, 3]
+    assert [view.shape for view in views] == [(4, 3, 6, 6), (4, 3, 6, 6), (4, 3, 3, 4, 4)]
+    assert IndexedDataset(torch.utils.data.TensorDataset(torch.ones(2, 3)))[1][1:] == (0, 1), "without labels"
+    with pytest.raises(ValueError, match="got a dict of image, label"):
+        IndexedDataset([{"image": 0, "label": 1}])[0]
+    with pytest.raises(ValueError, match="got 3 images for 12"):
+        IndexedDataset(items(), evaluation=items(3))
+
+
+def test_lightlys_data_set_and_collate_function_fit(digits: Path) -> None:
+    from lightly.data import LightlyDataset
+    from lightly.data.multi_view_collate import MultiViewCollate
+    from torchvision import transforms as T
+
+    images = LightlyDataset(str(digits / "train"), transform=T.Compose([T.Resize((6, 6)), T.ToTensor()]))
+    data = IndexedDataset(images)
+    assert data[7][1:] == (images[7][1], 7)
+    paired = IndexedDataset([([view, view], label, name) for view, label, name in (images[i] for i in range(3))])
+    views, _, index = MultiViewCollate()([paired[i] for i in (2, 0)])
+    assert index == [2, 0]
+    model = built(3, teacher=False)
+    patches = torch.stack([views[0]] * 2, dim=1)
+    given = [view.double() for view in (*views, patches)]
+    assert torch.equal(copy.deepcopy(model).loss(given, index), model.loss(given, torch.tensor(index)))
+
+
+def test_mistakes_about_positions_are_sentences() -> None:
+    views, index = batch([0, 1, 2])
+    model = built()
+    for call, sentence in [
+        (lambda: model.loss(views), "toy remembers each image and needs its position .*IndexedDataset"),
+        (lambda: built(None).loss(views, index), r"toy .* needs the number .* num_samples=len\(dataset\)"),
+        (lambda: model.loss(views, ["a.png"] * 3), "3 integers, got a list; wrap the data set in"),
+        (lambda: model.loss(views, index.float()), r"3 integers, got torch.float32 of shape \(3,\)"),
+        (lambda: model.loss(views, index[:2]), r"3 integers, got torch.int64 of shape \(2,\)"),
+        (lambda: model.loss(views, index + N), "in .0, 12. for 12 training images, got 12 to 14; wrap"),
+        (lambda: model.joined_loss([views], [index, index]), "an entry for each of 1 micro-batches, got 2"),
+        (lambda: model.loss(views[:2], index), "toy takes 1 stack of patches per image, the augmentations make none"),
+        (lambda: model.loss(views[::-1], index), r"stacks of patches .* come after all other views, got shapes \[\(3"),
+        (lambda: model.allocate(N + 1), "holds 12 images, but the training set has 13"),
+        (lambda: model.training_parameters(), "multiplies the learning rate of (prediction_head|loss) by 0"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            call()
+    with torch.no_grad():
+        before = model.state_dict()
+        same(before, built().state_dict(), rtol=0.0, atol=0.0)
+
+
+# ------------------------------------------------------------------------------------------------ plain loops
+
+
+def test_features_of_a_stack_are_the_mean_over_its_patches() -> None:
+    model, (views, index) = built(), batch([0, 1])
+    expected = torch.stack([model(views[2][:, patch]) for patch in range(3)]).mean(0)
+    torch.testing.assert_close(model(views[2]), expected, **EXACT)
+    features, embeddings = model.embed(views, index)
+    assert [h.shape for h in features] == [(2, F), (2, F), (2, 3, F)]
+    assert [z.shape for z in embeddings.z] == [(2, D)] * 3 and len(embeddings.target) == 2
+    assert torch.equal(embeddings.index, index)
+
+
+def test_an_epoch_passes_over_all_images_and_drops_the_state_of_new_parameters() -> None:
+    model = built()
+    assert model.prediction_head.seen == []
+    _, optimizer = train(model, [[[0, 1, 2]]] * 3, epochs=1)
+    layer = model.prediction_head.layer.weight
+    assert "momentum_buffer" in optimizer.state[layer]
+    model.start_epoch(1, DataLoader(dataset(), batch_size=5, shuffle=True, drop_last=True), optimizer)
+    assert layer not in optimizer.state
+    seen = model.prediction_head.seen
+    assert [view for view, _ in seen] == ["eval", "train"] * 2 and all(sorted(all_) == [*range(N)] for _, all_ in seen)
+    views, expected = [torch.stack(rows) for rows in zip(*(views for views, _, _ in items()), strict=True)], []
+    expected = torch.zeros(3, D, dtype=torch.float64)
+    expected[0] = (model(views[0] + 1) + model(views[0])).sum(0)[:D]
+    expected[1] = model(views[1]).sum(0)[:D]
+    torch.testing.assert_close(layer.detach(), expected, **EXACT)
+    assert model.training
+
+
+def test_what_an_epoch_needs_is_a_sentence() -> None:
+    loader = DataLoader(dataset(), batch_size=4)
+    with pytest.raises(ValueError, match=r"initialises parameters anew .* start_epoch\(epoch, dataloader, optimizer\)"):
+        built().start_epoch(0, loader)
+    model = built()
+    for given, sentence in [
+        (DataLoader(IndexedDataset(items())), "without augmentation; give them: lightly_ext.data.IndexedDataset"),
+        (DataLoader(dataset(), batch_size=None), "reads images by their positions, got one with batch_size=None"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            model.start_epoch(0, given, optimizer_of(model))
+
+
+def test_groups_follow_the_hints() -> None:
+    groups = {group.pop("name"): group for group in built().training_parameters(lr=1.0)}
+    assert {name: len(group.pop("params")) for name, group in groups.items()} == {
+        "backbone": 2, "prediction_head": 1, "loss": 1, "projection_head.layer": 2
+    }  # fmt: skip
+    assert groups == {
+        "backbone": {"lr": 1.0},
+        "prediction_head": {"lr": 0.5, "keep_lr": True},
+        "loss": {"lr": 0.1, "weight_decay": 0.0},
+        "projection_head.layer": {"lr": 1.0, "momentum": 0.0},
+    }
+
+
+def test_the_predictor_is_frozen_for_two_steps() -> None:
+    model = built()
+    train(model, [[[0, 1, 2]]] * 2, epochs=1)
+    frozen = model.prediction_head.layer.weight.clone()
+    assert model.prediction_head.layer.weight.grad is None
+    fresh = built()
+    fresh.start_epoch(0, DataLoader(dataset(), batch_size=5), optimizer_of(fresh))
+    assert torch.equal(frozen, fresh.prediction_head.layer.weight)
+    longer = built()
+    train(longer, [[[0, 1, 2]]] * 3, epochs=1)
+    assert not torch.equal(longer.prediction_head.layer.weight, frozen)
+    assert float(longer.objective.criterion.scale.detach()) != 1.0, "a parameter of the loss is trained"
+
+
+def test_a_step_of_micro_batches_counts_once() -> None:
+    """The bank, the clock, the teacher and the frozen steps."""
+    whole, accumulated = built(), built()
+    expected, _ = train(whole, [[[0, 5, 3, 7]], [[1, 2, 8, 9]], [[4, 6, 10, 11]]])
+    found, _ = train(accumulated, [[[0, 5], [3, 7]], [[1, 2], [8, 9]], [[4, 6], [10, 11]]])
+    same(found, expected)
+    assert int(accumulated.objective.clock.steps) == 6
+
+
+def test_the_joined_loss_reads_positions() -> None:
+    whole, joined = built(), built()
+    (first, of_first), (second, of_second) = batch([0, 5, 3]), batch([7])
+    whole.loss(*batch([0, 5, 3, 7])).backward()
+    joined([first, second], [of_first, of_second]).backward()
+    for (name, ours), theirs in zip(joined.named_parameters(), whole.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+    same(joined.state_dict(), whole.state_dict())
+
+
+def test_a_state_dict_gives_the_memory_its_size() -> None:
+    model = built()
+    train(model, [[[0, 1, 2]]])
+    second = built(None)
+    second.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert torch.equal(second.loss(*batch([1, 4])), model.loss(*batch([1, 4])))
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def _loop(comm, steps):
+    model = built()
+    return train(model, steps, DistributedDataParallel(model, find_unused_parameters=True))[0]
+
+
+def _broadcast(comm, rows):
+    """Whether a process keeps what it has in the bank, and gets the other's weights."""
+    model = built()
+    with torch.no_grad():
+        model.objective.criterion.bank.rows[:] = float(comm.rank)
+        model.backbone[0].bias[:] = float(comm.rank)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True).eval()
+    wrapped(*batch(rows))
+    return float(model.objective.criterion.bank.rows.mean()), float(model.backbone[0].bias.mean())
+
+
+@pytest.mark.ddp
+def test_processes_train_as_one(ranks) -> None:
+    """Two epochs with unequal rows: bank, prototypes, teacher, frozen steps."""
+    expected, _ = train(built(), [[[0, 5, 3, 7, 8]], [[1, 2, 9, 4, 6]]])
+    given = [([[[0, 5]], [[1, 2, 9]]],), ([[[3]], [[4]]],), ([[[7, 8]], [[6]]],)]
+    for state in ranks.run(_loop, given):
+        same(state, expected)
+
+
+@pytest.mark.ddp
+def test_the_memory_is_not_broadcast(ranks) -> None:
+    assert ranks.run(_broadcast, [([0, 1],), ([2, 3],), ([4],)]) == [(0.0, 0.0), (1.0, 0.0), (2.0, 0.0)]
+    assert built()._ddp_params_and_buffers_to_ignore == [
+        "objective.criterion.clock.steps",
+        "objective.criterion.bank.rows",
+    ]

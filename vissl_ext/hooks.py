@@ -1,4 +1,4 @@
-"""VISSL hooks for the methods of ``plugins``: EMA teacher and metrics."""
+"""VISSL hooks for the methods of ``plugins``: life cycle, EMA teacher and metrics."""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,15 @@ from classy_vision.generic.distributed_util import is_primary
 
 from plugins.linalg import spectrum_statistics
 from plugins.tools.records import write_row
+from vissl_ext.life_cycle import LifeCycleHook
 from vissl_ext.methods import TeacherLoss
 from vissl_ext.protocol import LossWithMetrics
 from vissl_ext.silent_hook import SilentHook
 
 
 def extra_hooks() -> list[Any]:
-    """Return the hooks of this module. They have no effect unless the loss is a TeacherLoss or a LossWithMetrics."""
-    return [EMATeacherHook(), MetricsHook()]
+    """Return the hooks that any launcher needs. They have no effect on the losses of VISSL."""
+    return [LifeCycleHook(), EMATeacherHook(), MetricsHook()]
 
 
 class EMATeacherHook(SilentHook):
@@ -41,10 +42,9 @@ class EMATeacherHook(SilentHook):
             loss.teacher_output = output[0] if len(output) == 1 else output
 
     def on_update(self, task: Any) -> None:
-        """Update the teacher after an optimiser step. ``task.iteration`` is the number of steps before it."""
-        loss = task.base_loss
-        if isinstance(loss, TeacherLoss) and loss.teacher is not None:
-            loss.tau = loss.teacher.update(task.iteration, task.max_iteration)
+        """Tell the loss that the optimiser has stepped. ``task.iteration`` is the number of steps before it."""
+        if isinstance(task.base_loss, TeacherLoss):
+            task.base_loss.after_step(task.iteration, task.max_iteration)
 
 
 class MetricsHook(SilentHook):

@@ -19,6 +19,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from classy_vision.losses import ClassyLoss, register_loss
 from torch import Tensor, nn
 from vissl.models.heads import register_model_head
@@ -77,20 +78,21 @@ class MethodHead(nn.Module):
 
     In training the input contains the features of all views, one view after another, large views first. The output is a
     list with the projections of each view, then the predictions of each view (if the method has a predictor), then, for
-    a head of two branches, the targets and the detached features of each large view. Batch statistics are computed per
-    view. In evaluation the output contains the projections only.
+    a head of two branches, the targets and the detached features of each large view. Stacks of patches are the last
+    views. Batch statistics are computed per view. In evaluation the output contains the projections only.
 
     Args:
         model_config: VISSL's MODEL section.
         in_dim: width of the trunk's features.
         method: a key of METHODS. The task sets this argument and the following ones.
         options: the section ``LOSS.<method>``.
-        views: number of views of each image in a batch.
+        views: number of views of each image in a batch, without stacks.
         large: number of large views among them.
+        stacks: number of stacks of patches of each image in a batch.
 
     Raises:
         ValueError: the method is unknown; ``in_dim`` is not the width of the features; the number of rows is not a
-            multiple of the number of views.
+            multiple of the number of views; the number of stacks is another.
     """
 
     def __init__(
@@ -101,29 +103,39 @@ class MethodHead(nn.Module):
         options: Mapping[str, Any] | None = None,
         views: int = 2,
         large: int = 2,
+        stacks: int = 0,
     ) -> None:
         super().__init__()
         if method not in METHODS:
             allowed = ", ".join(sorted(METHODS))
             raise ValueError(f"{HEAD} requires LOSS.name to be one of {allowed}, got {method}")
         spec = METHODS[method]
-        self.in_dim, self.views, self.large = in_dim, views, large
+        self.in_dim, self.views, self.large, self.stacks = in_dim, views, large, stacks
         # a dict and not a mapping proxy, because the teacher is a deep copy of the head
         self.options = dict(method_options(method, options or {})[0])
         self.projector = spec.head(in_dim, self.options)
         self.predictor = spec.predictor(self.options, WORLD) if spec.predictor else None
 
-    def forward(self, features: Tensor) -> list[Tensor]:
-        """Map features ``[V·B, in_dim]``, trailing axes of size 1 allowed, to the list that the class describes."""
+    def forward(self, features: Tensor | list[Tensor]) -> list[Tensor]:
+        """Map features to the list that the class describes.
+
+        Args:
+            features: ``[V·B, in_dim]``, trailing axes of size 1 allowed; with stacks a list of these and of the
+                features of each stack, ``[B, P, in_dim]``.
+        """
+        features, *stacks = features if isinstance(features, list) else [features]
         features = features.flatten(1)
-        if features.shape[1] != self.in_dim:
-            raise ValueError(f"{HEAD} has in_dim={self.in_dim}, but the trunk's features have {features.shape[1]}")
+        for part in (features, *stacks):
+            if part.shape[-1] != self.in_dim:
+                raise ValueError(f"{HEAD} has in_dim={self.in_dim}, but the trunk's features have {part.shape[-1]}")
         if not self.training:
             return [self.projector(features)]
         if features.shape[0] % self.views:
             raise ValueError(f"{HEAD} needs a multiple of {self.views} rows, one per view, got {features.shape[0]}")
+        if len(stacks) != self.stacks:
+            raise ValueError(f"{HEAD} needs {self.stacks} stacks of patches per image, got {len(stacks)}")
         predict = self.predictor.predict if self.predictor is not None else None
-        e = embed(list(features.chunk(self.views)), self.projector, predict, large=self.large)
+        e = embed([*features.chunk(self.views), *stacks], self.projector, predict, large=self.large)
         predictions = e.p if self.predictor is not None else []
         return [*e.z, *predictions, *(e.target if e.features else []), *e.features]
 
@@ -132,8 +144,9 @@ class TeacherLoss(ClassyLoss):
     """Base class of losses with an optional exponential-moving-average (EMA) teacher.
 
     The task calls ``attach`` after it has built the model and before it loads a checkpoint; the teacher is a submodule
-    and therefore part of the checkpoint. ``EMATeacherHook`` sets ``teacher_output`` before each loss and updates the
-    teacher after each optimiser step. If both momenta are 0, there is no teacher and ``teacher_output`` stays None.
+    and therefore part of the checkpoint. ``EMATeacherHook`` sets ``teacher_output`` before each loss and calls
+    ``after_step`` after each optimiser step. If both momenta are 0, there is no teacher and ``teacher_output`` stays
+    None.
 
     Args:
         base_tau: momentum τ of the first update, in [0, 1].
@@ -163,6 +176,16 @@ class TeacherLoss(ClassyLoss):
         """Return the part of a batch's input that the teacher processes. The default is all of it."""
         return images
 
+    def after_step(self, step: int, total: int) -> None:
+        """Update the teacher after an optimiser step, and set ``tau``, the τ of the update.
+
+        Args:
+            step: number of earlier steps.
+            total: number of steps of the run.
+        """
+        if self.teacher is not None:
+            self.tau = self.teacher.update(step, total)
+
 
 def copy_model(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model. It shares the process groups of SyncBatchNorm, which cannot be copied."""
@@ -187,7 +210,9 @@ class MethodLoss(TeacherLoss):
         super().__init__(*taus)
         self.objective = Objective(self.spec, self.options, WORLD)
         self.large = 2
+        self.views = 2
         self.own_targets = 0
+        self.index: Tensor | None = None
         self.predictor: list[nn.Module | None] = [None]  # in a list, so that it is no submodule of the loss
         self.metrics: dict[str, Tensor] = {}
 
@@ -210,10 +235,38 @@ class MethodLoss(TeacherLoss):
         """Read the number of views and the predictor from the head, and create the teacher."""
         (head,) = model.heads
         self.predictor = [head.predictor]
-        self.large = head.large
+        self.large, self.views = head.large, head.views + head.stacks
         self.own_targets = head.large if isinstance(head.projector, TwoBranchHead) else 0
         self.objective = Objective(self.spec, self.options, WORLD, head.predictor, head.projector)
         super().attach(model)
+        if self.teacher is not None:
+            self.objective.set_teacher([self.teacher.module], [self.teacher.student])
+
+    def has_learned_parameters(self) -> bool:
+        """Return False: ``LifeCycleHook`` averages the gradients of the loss's parameters over the processes.
+
+        Otherwise Classy Vision would wrap the loss in DistributedDataParallel, which broadcasts all buffers, such as a
+        memory bank, in each step, and adds "module." to the names in a checkpoint.
+        """
+        return False
+
+    def set_index(self, sample: Mapping[str, Any]) -> None:
+        """Set the positions of a batch's images in the training set, if the method reads them.
+
+        Args:
+            sample: what VISSL's training step makes of a batch. ``data_idx`` has the positions view after view.
+        """
+        if self.spec.indexed:
+            positions = torch.cat([*sample["data_idx"]])
+            self.index = positions[: len(positions) // self.views]
+
+    def after_step(self, step: int, total: int) -> None:
+        """End an optimiser step of the method, which also updates the teacher."""
+        if self.teacher is None:
+            self.objective.after_step()
+        else:
+            self.tau = cosine_tau(step, total, self.base_tau, self.final_tau)
+            self.objective.after_step(self.tau)
 
     @property
     def clock(self) -> Clock:
@@ -229,7 +282,7 @@ class MethodLoss(TeacherLoss):
         """Return the trunk and the projector, and a copy of the model without the predictor."""
         copied = copy_model(model)
         for head in copied.heads:
-            head.predictor, head.views = None, head.large
+            head.predictor, head.views, head.stacks = None, head.large, 0
         return nn.ModuleList([model.trunk, *(head.projector for head in model.heads)]), copied
 
     def teacher_input(self, images: Any) -> Any:
@@ -252,10 +305,17 @@ class MethodLoss(TeacherLoss):
             z, p = output[:half], output[-half:]
             detached = [view.detach() for view in z[: self.large]]
             embeddings = Embeddings(z, p, detached if self.teacher is None else self.teacher_output)
+        if self.index is not None:
+            embeddings = embeddings._replace(index=self.index.to(z[0].device))
         terms = self.objective(embeddings)
         self.metrics = self.objective.statistics(terms, embeddings)
         return terms.loss
 
 
-for _name, _spec in METHODS.items():
-    register_loss(_name)(type(f"MethodLoss_{_name}", (MethodLoss,), {"spec": _spec, "__module__": __name__}))
+def register_method(spec: MethodSpec) -> None:
+    """Register the loss of an entry of METHODS with VISSL, under its name."""
+    register_loss(spec.name)(type(f"MethodLoss_{spec.name}", (MethodLoss,), {"spec": spec, "__module__": __name__}))
+
+
+for _spec in METHODS.values():
+    register_method(_spec)

@@ -11,6 +11,7 @@ from vissl.models.heads.mlp import MLP
 from vissl.models.model_helpers import is_feature_extractor_model
 
 from plugins.heads import projection_init_
+from plugins.objective import encode
 from plugins.tools.command import UserError
 from vissl_ext.heads import rows
 
@@ -56,12 +57,16 @@ class GroupedModel(BaseSSLMultiInputOutputModel):
         """Compute the features of each resolution once, and apply head i to the i-th group of resolutions.
 
         Args:
-            batch: crops; those of the same resolution are consecutive.
+            batch: crops; those of the same resolution are consecutive. Stacks of patches, ``[B, P, 3, h, w]``, are
+                last.
             feature_names: features that the trunk returns. If it returns several, head i receives the i-th.
 
         Returns:
             The outputs of the heads.
         """
+        stacks = [view for view in batch if view.ndim == 5]
+        if stacks:
+            return self._with_stacks(batch[: len(batch) - len(stacks)], stacks, feature_names)
         if self.groups == WHOLE:
             return super().multi_res_input_forward(batch, feature_names)
         single = self.model_config.SINGLE_PASS_EVERY_CROP
@@ -75,6 +80,28 @@ class GroupedModel(BaseSSLMultiInputOutputModel):
             for head, (start, end) in enumerate(self.groups)
         ]
         return self.heads_forward(grouped, self.heads)
+
+    def _with_stacks(self, views: list[Tensor], stacks: list[Tensor], feature_names: list[str]) -> list[Tensor]:
+        """Apply the head to the features of the views, and of the stacks of patches that follow them."""
+        single = self.model_config.SINGLE_PASS_EVERY_CROP
+        passes = [[crop] for crop in views] if single else by_resolution(views)
+        features = [self.features(torch.cat(crops), feature_names) for crops in passes]
+        (head,) = self.heads
+        return [head([torch.cat(features), *(self.features(stack, feature_names) for stack in stacks)])]
+
+    def features(self, view: Tensor, feature_names: list[str] | None = None) -> Tensor:
+        """Compute the features of a view ``[B, 3, H, W]``, or of a stack of patches ``[B, P, 3, h, w]``.
+
+        Args:
+            view: the images.
+            feature_names: features that the trunk returns, of which the first is taken; None for those that the
+                configuration names.
+
+        Returns:
+            ``[B, F]``, or ``[B, P, F]`` for a stack.
+        """
+        names = self._output_feature_names if feature_names is None else feature_names
+        return encode(lambda images: self.trunk(images, names)[0], view)
 
 
 def by_resolution(batch: list[Tensor]) -> list[list[Tensor]]:

@@ -5,6 +5,8 @@ task in three points: LARC works without apex, checkpoints contain the loss scal
 processes start with the same model and the same state of the loss.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,19 +19,22 @@ from vissl.trainer.train_task import SelfSupervisionTask
 
 from plugins.distributed import LOCAL
 from plugins.methods import METHODS
+from plugins.objective import Objective, ParameterGroup
+from plugins.spec import Hints
 from plugins.tools.command import UserError
 from vissl_ext.compat.broadcasts import broadcast_from_rank_zero
 from vissl_ext.compat.rank_states import KEY, RankStates, restore_rank_state
 from vissl_ext.hooks import MetricsHook, extra_hooks
 from vissl_ext.labels import add_label_check, uses_class_labels
 from vissl_ext.larc import needs_plain_larc, plain_larc
-from vissl_ext.methods import HEAD, TeacherLoss, method_options
+from vissl_ext.life_cycle import LifeCycleHook
+from vissl_ext.methods import HEAD, MethodLoss, TeacherLoss, method_options
 from vissl_ext.model import check_groups
 from vissl_ext.transforms import set_epoch
 from vissl_ext.trunks import check_trunk, trunk_width
-from vissl_ext.views import check_batches, large_and_small
+from vissl_ext.views import check_batches, large_and_small, stack_count
 
-_SET_BY_TASK = {"method", "options", "views", "large"}
+_SET_BY_TASK = {"method", "options", "views", "large", "stacks"}
 """Arguments of the head that the task adds to the user's ``in_dim``."""
 
 
@@ -70,16 +75,17 @@ def check_config(config: Any, *, training: bool = True) -> None:
     if config.TEST_MODEL:
         raise UserError(f"config.LOSS.name={name} has no test phase: set config.TEST_MODEL=false")
     large, small = large_and_small(config)
-    if large + small < 2:
+    stacks = stack_count(config.DATA.TRAIN.TRANSFORMS)
+    if large + small < 2 and METHODS[name].views != 1:
         raise UserError(
             f"config.LOSS.name={name} requires two views of each image: add ImgPilToMultiCrop or ImgReplicatePil to "
             "config.DATA.TRAIN.TRANSFORMS, and collate the views with multicrop_collator or simclr_collator"
         )
     try:
-        METHODS[name].check_views(large, small)
+        METHODS[name].check_views(large, small, stacks)
     except ValueError as error:
         raise UserError(f"config.DATA.TRAIN.TRANSFORMS: {error}") from None
-    check_batches(config)
+    check_batches(config, views=large + small, stacks=stacks)
 
 
 def _check_head(config: Any, name: str) -> None:
@@ -96,10 +102,8 @@ def _check_head(config: Any, name: str) -> None:
     spec, options = METHODS[name], method_options(name, config.LOSS.get(name, {}))[0]
     try:
         with torch.device("meta"):
-            spec.head(width, options)
-            if spec.predictor is not None:
-                spec.predictor(options, LOCAL)
-            spec.loss(options, LOCAL)
+            predictor = None if spec.predictor is None else spec.predictor(options, LOCAL)
+            Objective(spec, options, LOCAL, predictor, spec.head(width, options))
     except (ValueError, TypeError) as error:
         raise UserError(f"config.LOSS.{name}: {error}") from None
 
@@ -121,30 +125,48 @@ class ScaledScheduler(ClassyParamScheduler):
         return self.factor * self.scheduler(where)
 
 
-def predictor_groups(groups: list[dict[str, Any]], predictor: list[Any], scale: float, constant: bool) -> list[Any]:
-    """Move the predictor's parameters from VISSL's parameter groups to separate groups.
+def hinted_groups(
+    groups: list[dict[str, Any]],
+    owned: list[ParameterGroup],
+    main: Mapping[str, Any],
+    without_momentum: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Add parameters to VISSL's parameter groups, and move those with hints to separate groups.
 
     Args:
         groups: result of ``get_optimizer_param_groups``; ``lr`` of a group is a schedule. Changed in place.
-        predictor: the predictor's parameters.
-        scale: learning rate of the predictor divided by that of its former group.
-        constant: whether the predictor keeps the highest learning rate of the schedule throughout.
+        owned: the parameter groups of the objective.
+        main: learning rate and weight decay of parameters that VISSL does not know, such as those of the loss.
+        without_momentum: the settings of an optimiser's group that turn its momentum off.
 
     Returns:
-        All groups, those of the predictor last.
+        All groups, the separate ones last.
     """
-    ids = {id(parameter) for parameter in predictor}
+    for group in groups:  # the weight of a layer with torch's parametrizations is computed
+        group["params"] = [parameter for parameter in group["params"] if parameter.is_leaf]
+    known = {id(parameter) for group in groups for parameter in group["params"]}
+    every = [parameter for part in owned for parameter in part.parameters.values() if parameter.requires_grad]
+    unknown = [parameter for parameter in every if id(parameter) not in known]
+    groups = [*groups, {**main, "params": unknown}] if unknown else groups
     own = []
-    for group in groups:
-        inside = [parameter for parameter in group["params"] if id(parameter) in ids]
-        if not inside:
+    for _, parameters, hints in owned:
+        if replace(hints, frozen_steps=0, frozen_epochs=0) == Hints():
             continue
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
-        schedule = group["lr"]
-        if constant:
-            schedule = ConstantParamScheduler(max(schedule(step / 4096) for step in range(4096)))
-            schedule.update_interval = UpdateInterval.STEP
-        own.append({**group, "params": inside, "lr": ScaledScheduler(schedule, scale)})
+        ids = {id(parameter) for parameter in parameters.values()}
+        settings = {
+            **(without_momentum if hints.momentum == 0 else {}),
+            **({"weight_decay": 0.0} if hints.no_decay else {}),
+        }
+        for group in groups:
+            inside = [parameter for parameter in group["params"] if id(parameter) in ids]
+            if not inside:
+                continue
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+            schedule = group["lr"]
+            if hints.lr_constant:
+                schedule = ConstantParamScheduler(max(schedule(step / 4096) for step in range(4096)))
+                schedule.update_interval = UpdateInterval.STEP
+            own.append({**group, **settings, "params": inside, "lr": ScaledScheduler(schedule, hints.lr_scale)})
     return [*groups, *own]
 
 
@@ -164,31 +186,44 @@ class PluginTask(SelfSupervisionTask):
         names = {type(hook) for hook in hooks}
         hooks = [*hooks, *(hook for hook in (*extra_hooks(), RankStates()) if type(hook) not in names)]
         # the row of an epoch is written before its checkpoint: a run that is killed in between writes the row again
-        return super().set_hooks(sorted(hooks, key=lambda hook: not isinstance(hook, MetricsHook | RankStates)))
+        first = LifeCycleHook | MetricsHook | RankStates
+        return super().set_hooks(sorted(hooks, key=lambda hook: not isinstance(hook, first)))
 
     def prepare(self, pin_memory: bool = False) -> Any:
         """Validate the configuration and build data, model, loss and optimiser."""
         check_config(self.config)
-        return super().prepare(pin_memory=pin_memory)
+        task = super().prepare(pin_memory=pin_memory)
+        if isinstance(self.base_loss, MethodLoss):
+            try:  # after a checkpoint has been loaded, which fills the memory of images
+                self.base_loss.objective.allocate(len(self.datasets["train"]))
+            except ValueError as error:
+                raise UserError(f"config.DATA.TRAIN: {error}") from None
+        return task
 
     def _build_model(self) -> Any:
         if self.method:
             check_config(self.config, training=False)
             given = {key: value for key, value in self.config.LOSS[self.method].items() if key != "name"}
             large, small = large_and_small(self.config)
+            stacks = stack_count(self.config.DATA.TRAIN.TRANSFORMS)
             self.config.MODEL.HEAD.PARAMS[0][1].update(
-                method=self.method, options=given, views=large + small, large=large
+                method=self.method, options=given, views=large + small, large=large, stacks=stacks
             )
         model = super()._build_model()
         broadcast_from_rank_zero(model)
         return model
 
-    def _build_loss(self) -> Any:
+    def _attached_loss(self) -> Any:
         loss = super()._build_loss()
-        broadcast_from_rank_zero(loss)
         if isinstance(loss, TeacherLoss):
             # before the checkpoint, which contains the teacher, is loaded
             loss.attach(self.base_model)
+        broadcast_from_rank_zero(loss)
+        return loss
+
+    def _build_loss(self) -> Any:
+        # a method's loss is there already, because the optimiser trains its parameters
+        loss = self.base_loss if isinstance(self.base_loss, MethodLoss) else self._attached_loss()
         name = self.config.LOSS.name
         if uses_class_labels(name):
             add_label_check(loss, self, (self.config.LOSS.get(name) or {}).get("ignore_index", -100))
@@ -202,21 +237,21 @@ class PluginTask(SelfSupervisionTask):
         return super()._build_optimizer()
 
     def prepare_optimizer(self) -> None:
-        """Create VISSL's parameter groups, and separate ones for a predictor that has its own learning rate."""
-        head = self.base_model.heads[0] if self.method else None
-        parameters = list(head.predictor.parameters()) if head is not None and head.predictor is not None else []
-        scale = head.options.get("pred_lr_scale", 1.0) if parameters else 1.0
-        constant = head.options.get("pred_lr_constant", False) if parameters else False
-        if not parameters or (scale == 1.0 and not constant):
+        """Create VISSL's parameter groups, and separate ones for what the method's hints name, and for the loss."""
+        if not self.method:
             super().prepare_optimizer()
             return
+        self.base_loss = self._attached_loss().to(self.device)
         groups = get_optimizer_param_groups(
             model=self.base_model,
             model_config=self.config.MODEL,
             optimizer_config=self.config.OPTIMIZER,
             optimizer_schedulers=self.optimizer_schedulers,
         )
-        self.optimizer.set_param_groups(predictor_groups(groups, parameters, scale, constant))
+        owned, main = self.base_loss.objective.groups, {key: groups[0][key] for key in ("lr", "weight_decay")}
+        betas = getattr(self.optimizer, "_betas", None)  # of Adam, whose first one is the momentum
+        still = {"momentum": 0.0} if betas is None else {"betas": ConstantParamScheduler((0.0, betas[1]))}
+        self.optimizer.set_param_groups(hinted_groups(groups, owned, main, still))
 
     def set_epoch(self, phase_type: str, epoch: int, start_iter: int, train_phase_idx: int) -> None:
         """Set the epoch in the sampler and in the transforms, before the data loader starts its workers."""

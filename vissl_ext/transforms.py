@@ -1,4 +1,4 @@
-"""Patch masking, and transforms whose probability increases over the first epochs.
+"""Patch masking, stacks of patches, and transforms whose probability increases over the first epochs.
 
 The task sets the epoch before it starts the workers of the data loader, which get a copy of the transforms.
 """
@@ -125,6 +125,27 @@ class WarmupRandomApply(WarmupMixin, ImgPilMultiCropRandomApply):
             transform.p = probability * self.warmup_factor
 
 
+@register_transform("StackPatches")
+class StackPatches(ClassyTransform):
+    """Stack the patches of an image: tensors ``[image, patch, ...] → [image, stack]``.
+
+    Args:
+        views: number of images that precede the patches.
+    """
+
+    def __init__(self, views: int = 1) -> None:
+        self.views = views
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "StackPatches":
+        """Create the transform from an entry of TRANSFORMS."""
+        return cls(config.get("views", 1))
+
+    def __call__(self, images: list[Tensor]) -> list[Tensor]:
+        """Stack: ``V`` images and P patches ``[3, h, w]`` → ``V`` images and ``[P, 3, h, w]``."""
+        return [*images[: self.views], torch.stack(images[self.views :])]
+
+
 def set_epoch(transform: Any, epoch: int) -> None:
     """Set the epoch in each transform of a composition that has a warm-up.
 
@@ -139,8 +160,7 @@ def set_epoch(transform: Any, epoch: int) -> None:
 
 
 def replace_transforms() -> None:
-    """Register WarmupRandomApply in place of VISSL's transform, and let ImgTensorMask receive all views together."""
+    """Register WarmupRandomApply in place of VISSL's transform, and tell VISSL which transforms receive all views."""
     TRANSFORM_REGISTRY["ImgPilMultiCropRandomApply"] = WarmupRandomApply
     grouped = ssl_transforms_wrapper.DEFAULT_TRANSFORM_TYPES["TRANSFORMS_WITH_GROUPING"]
-    if "ImgTensorMask" not in grouped:
-        grouped.append("ImgTensorMask")
+    grouped += [name for name in ("ImgTensorMask", "StackPatches") if name not in grouped]

@@ -15,7 +15,7 @@ def resolutions(transforms: list[Any]) -> list[tuple[int | None, int]]:
     Consecutive views of the same size form one entry, because the model passes them through the trunk together.
 
     Args:
-        transforms: DATA.TRAIN.TRANSFORMS.
+        transforms: DATA.TRAIN.TRANSFORMS. Stacks of patches are not counted.
 
     Returns:
         Pairs (side in pixels, number of views); the side is None if the transforms do not determine it.
@@ -31,7 +31,18 @@ def resolutions(transforms: list[Any]) -> list[tuple[int | None, int]]:
                     count += found.pop()[1]
                 found.append((size, count))
             return [(size, copies * count) for size, count in found]
+        elif transform["name"] == "ImgPilToImageAndPatches":
+            return [(transform.get("image_size", 224), 1)]
     return [(None, copies)]
+
+
+def stack_count(transforms: list[Any]) -> int:
+    """Return the number of stacks of patches of each image.
+
+    Args:
+        transforms: DATA.TRAIN.TRANSFORMS.
+    """
+    return sum(transform["name"] == "StackPatches" for transform in transforms)
 
 
 def large_and_small(config: Any) -> tuple[int, int]:
@@ -51,20 +62,24 @@ def large_and_small(config: Any) -> tuple[int, int]:
     return large, len(sizes) - large
 
 
-def check_batches(config: Any) -> None:
+def check_batches(config: Any, *, views: int = 2, stacks: int = 0) -> None:
     """Check the batch size and the collator of a loss that compares views.
 
     Args:
         config: VISSL's configuration, below ``config``.
+        views: number of views of each image, without stacks.
+        stacks: number of stacks of patches of each image.
 
     Raises:
-        UserError: the batch has one image, or the collator is not one of COLLATORS.
+        UserError: the batch has one image, or the collator cannot make a batch of the views.
     """
+    # simclr_collator makes one tensor of all views, default_collate takes one view
+    collators = COLLATORS[:1] if stacks else COLLATORS if views > 1 else (*COLLATORS, "default_collate")
     name, data = config.LOSS.name, config.DATA.TRAIN
     if data.BATCHSIZE_PER_REPLICA < 2:
         raise UserError(f"config.LOSS.name={name} requires config.DATA.TRAIN.BATCHSIZE_PER_REPLICA of at least 2")
-    if data.COLLATE_FUNCTION not in COLLATORS:
+    if data.COLLATE_FUNCTION not in collators:
         raise UserError(
-            f"config.LOSS.name={name} requires config.DATA.TRAIN.COLLATE_FUNCTION={' or '.join(COLLATORS)}, "
+            f"config.LOSS.name={name} requires config.DATA.TRAIN.COLLATE_FUNCTION={' or '.join(collators)}, "
             f"got {data.COLLATE_FUNCTION}"
         )

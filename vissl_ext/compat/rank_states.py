@@ -87,7 +87,7 @@ def restore_rank_state(checkpoint: Mapping[str, Any], loss: torch.nn.Module) -> 
             state.update(states[get_rank()])
     for name, ours in loss.state_dict().items():
         saved = checkpoint.get("loss", {}).get(name, ours)
-        if saved.shape != ours.shape:
+        if saved.shape != ours.shape and ours.numel():  # an empty one takes the size of the saved one
             raise UserError(
                 f"the checkpoint has a loss with {name} of shape {tuple(saved.shape)}, this run one of shape "
                 f"{tuple(ours.shape)}; a loss that keeps a part of the images in each process is resumed with the same "

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,6 +32,9 @@ class WholeSet:
     Process r of W has the images r, r + W, … in batches of nearly equal sizes. All processes have the same number of
     batches, as synchronised batch norm needs. No image is repeated, unlike in a DistributedSampler, and none is
     dropped. The mode of the network is restored after the pass, also if it is not finished.
+
+    All processes begin with the buffers of the first one, such as batch norm's running statistics, which are those of a
+    checkpoint: DistributedDataParallel lets them differ between two forward passes of the training.
 
     Args:
         datasets: function for each kind of view, "eval" and "train", that returns the training set with the transform
@@ -75,6 +79,7 @@ class WholeSet:
             generator=torch.Generator().manual_seed(0),  # the default would draw from the generator of the run
         )
         device = self.device or next(p.device for part in self.network for p in part.parameters())
+        share_buffers(self.network, self.comm)
         before = [(module, module.training) for part in self.network for module in part.modules()]
         try:
             for part in self.network:
@@ -86,6 +91,14 @@ class WholeSet:
         finally:
             for module, training in before:
                 module.training = training
+
+
+@torch.no_grad()
+def share_buffers(modules: Sequence[nn.Module], comm: Collective) -> None:
+    """Give the buffers of modules on each process the values of the first process."""
+    if comm.size > 1:
+        for buffer in (buffer for module in modules for buffer in module.buffers()):
+            dist.broadcast(buffer, dist.get_global_rank(comm.group or dist.group.WORLD, 0), group=comm.group)
 
 
 def shares(size: int, batch_size: int, rank: int, processes: int) -> list[list[int]]:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from plugins.distributed import LOCAL
-from plugins.tools.feed import WholeSet, shares
+from plugins.distributed import LOCAL, Collective
+from plugins.tools.feed import WholeSet, share_buffers, shares
 
 
 @pytest.mark.parametrize("size", [3, 7, 8, 50])
@@ -76,3 +76,18 @@ def test_the_mode_of_the_network_is_set_and_restored(mode):
 def test_an_unknown_view_is_an_error():
     with pytest.raises(ValueError, match="view must be one of"):
         next(_feed()[0](view="test"))
+
+
+def _shared(comm: Collective) -> list[torch.Tensor]:
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean += comm.rank
+    norm.num_batches_tracked += comm.rank
+    share_buffers([nn.Identity(), norm], comm)
+    return [*norm.buffers()]
+
+
+@pytest.mark.ddp
+def test_all_processes_pass_with_the_batch_statistics_of_the_first(ranks):
+    """DistributedDataParallel makes them equal before each forward pass of the training, not after the last one."""
+    for buffers in ranks.run(_shared, [()] * ranks.size):
+        assert all(torch.equal(ours, first) for ours, first in zip(buffers, nn.BatchNorm1d(2).buffers(), strict=True))

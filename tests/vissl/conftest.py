@@ -141,6 +141,14 @@ def watched() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def toys(watched: ModuleType) -> ModuleType:
+    """in_ranks/toys.py, whose method is there from then on."""
+    module = importlib.import_module("toys")
+    module.install()
+    return module
+
+
+@pytest.fixture(scope="session")
 def launch(few_digits: Path, launches: Callable) -> Callable[..., str]:
     """launch(*overrides) → what the launcher printed, where datasets/digits are the thinned digits; it ended well."""
 

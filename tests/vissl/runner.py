@@ -5,8 +5,8 @@ Reads jobs from standard input, each a line of JSON, and answers each with a lin
 "folder": ...}, and may have a signal that is sent as soon as a file is there: {"when": the file's path,
 "signal": "SIGKILL"}. With "group" it goes to all processes of the command, as a terminal's Ctrl-C does. With "watch"
 the hooks and the trunk of in_ranks/watched.py are there, and ranks are forked, not started anew; the rank "kill_rank"
-is killed after a step. With "largest_file" no file can have more bytes than that. All processes are killed after 300
-seconds.
+is killed after a step. With "toys" the method of in_ranks/toys.py is there. With "largest_file" no file can have more
+bytes than that. All processes are killed after 300 seconds.
 """
 
 import json
@@ -26,6 +26,8 @@ def run(job):
     sys.argv = ["launch", *job["argv"]]
     if job.get("largest_file"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"],) * 2)
+    if job.get("toys"):
+        toys.install()
     if job.get("watch"):
         watched.install(job.get("kill_rank"))
     try:
@@ -75,8 +77,9 @@ def main():
     import vissl_ext.compose
     import vissl_ext.ranks  # noqa: F401
 
-    global watched
+    global toys, watched
     sys.path.append(os.path.join(os.path.dirname(__file__), "in_ranks"))
+    import toys
     import watched
 
     for line in sys.stdin:

@@ -127,6 +127,17 @@ class Hints:
         if self.momentum not in (None, 0.0):
             raise ValueError(f"momentum must be None (that of the optimiser) or 0, got {self.momentum!r}")
 
+    def group_options(self, betas: tuple[float, float] | None = None) -> dict[str, Any]:
+        """Return the entries of a parameter group of an optimiser for ``momentum`` and ``no_decay``.
+
+        Args:
+            betas: of an optimiser of Adam's kind; None for one with ``momentum``.
+        """
+        options: dict[str, Any] = {"weight_decay": 0.0} if self.no_decay else {}
+        if self.momentum is not None:
+            options |= {"momentum": self.momentum} if betas is None else {"betas": (self.momentum, betas[1])}
+        return options
+
 
 def predictor_hints(options: Mapping[str, Any]) -> Mapping[str, Hints]:
     """Return the hints of methods whose options scale the learning rate of the predictor, or keep it constant."""

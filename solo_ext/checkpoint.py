@@ -360,7 +360,9 @@ def check_resumable(path: Path, checkpoint: dict[str, Any], cfg: DictConfig, mod
     for name in (*sorted(set(ours) - set(theirs)), *sorted(set(theirs) - set(ours))):
         raise UserError(f"{path} is a checkpoint of another network: {name} is in only one of the two")
     for name, tensor in ours.items():
-        if theirs[name].shape != tensor.shape:
+        allocated = len(tensor) > 0 or tensor.shape[1:] != theirs[name].shape[1:] if tensor.ndim else True
+        # a memory of the training images has its size when training starts, or from the checkpoint
+        if allocated and theirs[name].shape != tensor.shape:
             shapes = f"{tuple(theirs[name].shape)} there, {tuple(tensor.shape)} here"
             raise UserError(f"{path} is a checkpoint of another network: {name} is {shapes}")
     try:

@@ -25,7 +25,7 @@ from solo_ext.datasets import DOWNLOADED, H5Images, preparation_hint, split_path
 from solo_ext.launch import as_user_error
 from solo_ext.loaders import process_count
 from solo_ext.schema import Linear, Pretrain, Run, together, validate
-from solo_ext.transforms import CLASSES
+from solo_ext.transforms import CLASSES, is_stack
 
 
 def parse_pretrain(cfg: DictConfig) -> DictConfig:
@@ -48,17 +48,27 @@ def parse_pretrain(cfg: DictConfig) -> DictConfig:
 
 
 def large_and_small(augmentations: Sequence[Any]) -> tuple[int, int]:
-    """Return how many large views and how many small crops ``augmentations`` makes of an image.
+    """Return how many large views and how many small crops ``augmentations`` makes of an image, without stacks.
 
     Raises:
-        UserError: small crops come before large views.
+        UserError: small crops come before large views, or stacks of patches before either.
     """
-    sizes = [pipeline.crop_size for pipeline in augmentations for _ in range(pipeline.num_crops)]
+    stacked = [is_stack(pipeline) for pipeline in augmentations]
+    if stacked != sorted(stacked) or all(stacked):
+        raise UserError("augmentations: entries with jigsaw or rotation come after at least one view, at the end")
+    sizes = [
+        pipeline.crop_size for pipeline in augmentations if not is_stack(pipeline) for _ in range(pipeline.num_crops)
+    ]
     try:
         large = large_views(sizes)
     except ValueError as error:
         raise UserError(f"augmentations: {error}") from None
     return large, len(sizes) - large
+
+
+def count_stacks(augmentations: Sequence[Any]) -> int:
+    """Return how many stacks of patches ``augmentations`` makes of an image."""
+    return sum(pipeline.num_crops for pipeline in augmentations if is_stack(pipeline))
 
 
 def parse_linear(cfg: DictConfig) -> DictConfig:
@@ -141,6 +151,9 @@ def _check_dali(cfg: DictConfig) -> None:
     cfg.dali = {"device": default, "encode_indexes_into_labels": False, **(cfg.get("dali") or {})}
     if cfg.dali.device == "gpu" and not gpu:
         raise UserError("dali.device is gpu, but this machine has no GPU; add ++dali.device=cpu")
+    steps = cfg.get("augmentations") or ()
+    if any(is_stack(view) or view.photometric.prob for view in steps):
+        raise UserError("jigsaw, rotation and photometric are not available with DALI; use data.format=image_folder")
     if cfg.get("auto_augment"):
         raise UserError("auto_augment is not available with DALI; use data.format=image_folder")
 

@@ -13,13 +13,14 @@ from plugins.checks import check_choice
 from plugins.distributed import WORLD
 from plugins.joined import ACCUMULATE, JoinedBatch
 from plugins.linalg import spectrum_statistics
-from plugins.objective import Objective, embed, project
+from plugins.objective import Objective, embed, encode, project
 from plugins.predictors import ClosedFormPredictor, RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
-from plugins.targets import needs_teacher, update_teacher
+from plugins.targets import needs_teacher
 from plugins.tools.command import UserError
 from plugins.tools.trainer import check_joined, ends_step, loss_scale, placeholder_loss, set_clock
 from solo_ext.compat import BaseMethod, BaseMomentumMethod
+from solo_ext.whole_set import WholeTrainingSet, training_set_size
 
 _PREDICTING = ("byol", "directcopy", "directpred", "isocopy", "isoloss", "simsiam")
 LOSS_NAMES = {**dict.fromkeys(_PREDICTING, "train_neg_cos_sim"), "dino": "dino_loss", "ssl_ey": "train_ssley_loss"}
@@ -63,17 +64,26 @@ class PluginMethod:
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
-        """Return the parameter groups of the optimiser."""
-        heads = {"projector": self.projector, "predictor": self.predictor}
-        groups = [{"name": name, "params": list(head.parameters())} for name, head in heads.items() if head is not None]
-        for group in groups:
-            if group["name"] == "predictor":
-                if self.options.get("pred_lr_scale", 1.0) != 1.0:
-                    group["lr"] = self.lr * self.options["pred_lr_scale"]
-                if self.options.get("pred_lr_constant", False):
-                    group["static_lr"] = True
-        # a closed-form predictor has no parameters
-        return super().learnable_params + [group for group in groups if group["params"]]
+        """Return the parameter groups of the optimiser; the method's hints say how it treats each part."""
+        betas = tuple(self.cfg.optimizer.kwargs.get("betas", (0.9, 0.999)))
+        of_adam = self.cfg.optimizer.name in ("adam", "adamw")
+        groups = []
+        for name, parameters, hints in self.objective.groups:
+            group = {"name": name, "params": [*parameters.values()], **hints.group_options(betas if of_adam else None)}
+            if hints.lr_scale != 1.0:
+                group["lr"] = self.lr * hints.lr_scale
+            if hints.lr_constant:
+                group["static_lr"] = True
+            groups.append(group)
+        return super().learnable_params + groups
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Buffers that DistributedDataParallel must not broadcast before each forward pass.
+
+        Those of the objective are the same on all processes, and a memory of all images is large.
+        """
+        return [f"objective.{name}" for name, _ in self.objective.named_buffers()]
 
     def forward(self, X: Tensor) -> dict[str, Tensor]:
         """Compute ``feats``, ``logits`` and, in evaluation mode, the projections ``z`` of images ``[B, 3, H, W]``."""
@@ -90,23 +100,45 @@ class PluginMethod:
         """
         if self._joins_batches:
             return self._joined_step(batch, batch_idx)
-        out = self._host_training_step(batch, batch_idx)
+        views, stacks = self._views_and_stacks(batch)
+        out = self._host_training_step(views, batch_idx)
+        features = [*out["feats"], *(encode(self.backbone, stack) for stack in stacks)]
         predict = self.predictor.predict if self.predictor is not None else None
-        embeddings = embed(out["feats"], self.projector, predict, self._targets(out), large=self.num_large_crops)
+        embeddings = embed(
+            features,
+            self.projector,
+            predict,
+            self._targets(out),
+            large=self.num_large_crops,
+            index=self._index(batch),
+        )
         terms = self.objective(embeddings)
         self._log_step(terms, embeddings)
         return terms.loss + out["loss"]
 
+    def _views_and_stacks(self, batch: Any) -> tuple[Any, list[Tensor]]:
+        """Separate the views that solo-learn knows from stacks of patches, which come last."""
+        indexes, views, *rest = batch
+        count = len(views) - self.spec.stacks
+        return [indexes, views[:count], *rest], views[count:]
+
+    def _index(self, batch: Any) -> Tensor | None:
+        """Return the positions of the images in the training set, or None if the method does not use them."""
+        return batch[0].reshape(-1).to(self.device, torch.int64) if self.spec.indexed else None
+
     def _joined_step(self, batch: Any, batch_idx: int) -> Tensor:
-        def encode(micro_batch: Any) -> tuple[Embeddings, Tensor | None]:
+        def encode_batch(micro_batch: Any) -> tuple[Embeddings, Tensor | None]:
+            views, stacks = self._views_and_stacks(micro_batch)
             if torch.is_grad_enabled():
-                out = self._student_step(micro_batch, batch_idx)
+                out = self._student_step(views, batch_idx)
             else:  # the first of two forward passes, without gradients
-                out = {"feats": [self(view)["feats"] for view in micro_batch[1]], "loss": None}
-            return embed(out["feats"], self.projector, large=self.num_large_crops), out["loss"]
+                out = {"feats": [self(view)["feats"] for view in views[1]], "loss": None}
+            features = [*out["feats"], *(encode(self.backbone, stack) for stack in stacks)]
+            index = self._index(micro_batch)
+            return embed(features, self.projector, large=self.num_large_crops, index=index), out["loss"]
 
         if self._joined is None:
-            self._joined = JoinedBatch(encode, [self.backbone, self.projector])
+            self._joined = JoinedBatch(encode_batch, [self.backbone, self.projector])
         self._joined.add(batch, lambda: self._joined_targets(batch[1][: self.num_large_crops]))
         if not self._ends_step:
             return placeholder_loss(self.device)
@@ -118,14 +150,35 @@ class PluginMethod:
         return joined.backward() * self.trainer.accumulate_grad_batches
 
     def on_train_start(self) -> None:
-        """Set the clock, and discard an incomplete step of the optimiser after a resume."""
+        """Set the clock and the number of images, and discard an incomplete step of the optimiser after a resume."""
         super().on_train_start()
         self.objective.after_step()
+        if self.spec.indexed:
+            try:
+                self.objective.allocate(training_set_size(self.trainer))
+            except ValueError as error:
+                raise UserError(str(error)) from None
         set_clock(self.trainer, self.objective.clock)
         self._joined = None
         self._steps_done = self.trainer.global_step
         if self.accumulate == "joined":
             check_joined(self.trainer)
+
+    def on_train_epoch_start(self) -> None:
+        """Start an epoch of the method, and drop the optimiser's state of parameters that it initialises anew."""
+        super().on_train_epoch_start()
+        feed = WholeTrainingSet(self.trainer, self._encode_views, [self.backbone, self.projector])
+        for parameter in self.objective.start_epoch(self.current_epoch, feed):
+            for optimizer in self.trainer.optimizers:
+                optimizer.state.pop(parameter, None)
+
+    def _encode_views(self, views: list[Tensor]) -> list[Tensor]:
+        return [encode(self.backbone, view) for view in views]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Freeze parameters, after their gradients have been reduced over the processes."""
+        super().on_before_optimizer_step(optimizer)
+        self.objective.after_backward()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start a micro-batch, and a step of the optimiser if this is its first micro-batch."""
@@ -171,7 +224,7 @@ class PluginMethod:
         super().on_train_batch_end(outputs, batch, batch_idx)
         trainer = self.trainer
         if trainer.global_step > self._steps_done:
-            self.objective.after_step()
+            self.objective.after_step()  # has no effect after update_teacher
             self._steps_done = trainer.global_step
         is_logged = trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0
         if self.moment is None or not is_logged:
@@ -206,6 +259,8 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
                 "accumulate=joined cannot train momentum.classifier; set momentum.classifier=False or accumulate=mean"
             )
         self.has_teacher = needs_teacher(cfg.momentum.base_tau, cfg.momentum.final_tau) or cfg.momentum.classifier
+        students, teachers = zip(*self.momentum_pairs, strict=True)
+        self.objective.set_teacher(teachers, students)
 
     @property
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
@@ -213,9 +268,8 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
         return [*super().momentum_pairs, (self.projector, self.momentum_projector)]
 
     def update_teacher(self) -> None:
-        """Update the teacher in place: θ_t ← τ θ_t + (1 − τ) θ. This is four times as fast as with new tensors."""
-        students, teachers = zip(*self.momentum_pairs, strict=True)
-        update_teacher(teachers, students, self.momentum_updater.cur_tau)
+        """End the step of the optimiser and update the teacher in place: θ_t ← τ θ_t + (1 − τ) θ."""
+        self.objective.after_step(self.momentum_updater.cur_tau)
 
     def _host_training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         return (

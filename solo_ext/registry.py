@@ -14,6 +14,7 @@ from plugins.spec import MethodSpec
 from plugins.tools.command import UserError
 from solo_ext.compat import MULTICROP, host_release, native_methods, native_options
 from solo_ext.compat.common import needs_main_error
+from solo_ext.config import count_stacks
 from solo_ext.dino import PublishedDINO
 from solo_ext.method import TeacherlessMethod, TeacherMethod
 
@@ -89,7 +90,8 @@ def method_class(cfg: DictConfig) -> type:
             )
         return natives[name]
     try:
-        plugins[name].spec.check_views(cfg.data.num_large_crops, cfg.data.num_small_crops)
+        stacks = count_stacks(cfg.get("augmentations") or ())
+        plugins[name].spec.check_views(cfg.data.num_large_crops, cfg.data.num_small_crops, stacks)
         plugins[name].spec.resolve(given)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -98,6 +100,8 @@ def method_class(cfg: DictConfig) -> type:
 
 def _check_native_crops(name: str, cfg: DictConfig) -> None:
     large, small = cfg.data.num_large_crops, cfg.data.num_small_crops
+    if count_stacks(cfg.get("augmentations") or ()):
+        raise UserError(f"solo-learn's method {name} takes no stacks of patches; remove jigsaw and rotation")
     if large != 2 and name not in ("mae", "wmse"):
         raise UserError(f"solo-learn's method {name} compares two large crops, the augmentations make {large}")
     if small and name not in MULTICROP:

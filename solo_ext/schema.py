@@ -180,11 +180,26 @@ class Jitter(Step):
         return self
 
 
-_STEPS = ("color_jitter", "grayscale", "gaussian_blur", "solarization", "equalization", "horizontal_flip")
+_STEPS = (
+    "color_jitter",
+    "photometric",
+    "grayscale",
+    "gaussian_blur",
+    "solarization",
+    "equalization",
+    "horizontal_flip",
+)
 
 
 def _step(cls: type[Step], meaning: str) -> Any:
     return Field(default_factory=lambda: cls(prob=0.0), description=meaning)
+
+
+class Jigsaw(Section):
+    """A stack of patches: the cells of a random crop, in random order."""
+
+    side: _Side = entry("side of the crop that is cut into cells, in pixels; a multiple of grid")
+    grid: whole(1, 16) = entry("cells per side; the stack has grid x grid patches", 3)
 
 
 class View(Section):
@@ -192,6 +207,7 @@ class View(Section):
 
     rrc: Crop = entry("random resized crop")
     color_jitter: Jitter = _step(Jitter, "changes of colour")
+    photometric: Step = _step(Step, "posterisation, sharpness, solarisation and contrast, as in PIRL")
     grayscale: Step = _step(Step, "conversion to grey")
     gaussian_blur: Step = _step(Step, "blur with a width of 0.1 to 2 pixels")
     solarization: Step = _step(Step, "inversion of values above one half")
@@ -201,6 +217,12 @@ class View(Section):
         "side in pixels; views with the size of the first entry are large crops, others are small crops"
     )
     num_crops: whole(1, 1024) = entry("number of crops of each image")
+    jigsaw: Jigsaw | None = entry(
+        "makes a stack of patches, each with crop_size and with the steps of its own, instead of a view", optional=True
+    )
+    rotation: Switch = entry(
+        "makes a stack of one view that is turned by 0, 90, 180 or 270 degrees, instead of a view", False
+    )
     mean: three("at least 0", ge=0) = entry(
         "for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True
     )
@@ -214,6 +236,21 @@ class View(Section):
         if not isinstance(view, Mapping):
             return view
         return {key: value for key, value in view.items() if key not in _STEPS or value not in (None, {})}
+
+    @model_validator(mode="after")
+    def _check(self) -> "View":
+        if self.jigsaw is not None and self.rotation:
+            raise ValueError(": jigsaw and rotation exclude each other")
+        if (self.jigsaw is not None or self.rotation) and not self.rrc.enabled:
+            raise ValueError(".rrc.enabled must be true for a stack of patches, got false")
+        if self.jigsaw is not None and (
+            self.jigsaw.side % self.jigsaw.grid or self.crop_size > self.jigsaw.side // self.jigsaw.grid
+        ):
+            raise ValueError(
+                f".jigsaw.side must be a multiple of grid, and crop_size at most side / grid, got side "
+                f"{self.jigsaw.side}, grid {self.jigsaw.grid} and crop_size {self.crop_size}"
+            )
+        return self
 
 
 _Views = Annotated[

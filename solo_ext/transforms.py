@@ -7,6 +7,7 @@ from PIL import ImageOps
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms as T
 
+from plugins.tools.stacks import Jigsaw, Photometric, Rotation, Stack
 from solo_ext.compat import host_data
 from solo_ext.schema import Views, validate
 
@@ -68,18 +69,41 @@ def statistics(dataset: str, cfg: Any = None) -> tuple[tuple[float, ...], tuple[
 
 def view_transform(dataset: str, cfg: DictConfig) -> T.Compose:
     """Build the transform of a PIL image from a complete entry of ``augmentations``, in main's order."""
-    steps: list[Any] = []
     bicubic = T.InterpolationMode.BICUBIC
     if cfg.rrc.enabled:
         scale = (cfg.rrc.crop_min_scale, cfg.rrc.crop_max_scale)
-        steps.append(T.RandomResizedCrop(cfg.crop_size, scale=scale, interpolation=bicubic))
+        crop = [T.RandomResizedCrop(cfg.crop_size, scale=scale, interpolation=bicubic)]
     else:
         # the crop makes images square, as a batch needs; main fails on the first image that is not
-        steps += [T.Resize(cfg.crop_size, interpolation=bicubic), T.CenterCrop(cfg.crop_size)]
+        crop = [T.Resize(cfg.crop_size, interpolation=bicubic), T.CenterCrop(cfg.crop_size)]
+    return T.Compose([*crop, *_steps(dataset, cfg)])
+
+
+def stack_transform(dataset: str, cfg: DictConfig) -> Stack:
+    """Build the transform from a PIL image to a stack of patches, ``[P, 3, h, w]``; each patch has its own steps."""
+    scale, bicubic = (cfg.rrc.crop_min_scale, cfg.rrc.crop_max_scale), T.InterpolationMode.BICUBIC
+    if cfg.rotation:
+        pieces: Any = Rotation(cfg.crop_size, scale=scale, interpolation=bicubic)
+    else:
+        jigsaw = cfg.jigsaw
+        pieces = Jigsaw(jigsaw.side, cfg.crop_size, jigsaw.grid, scale=scale, interpolation=bicubic)
+    return Stack(pieces, T.Compose(_steps(dataset, cfg)))
+
+
+def is_stack(cfg: Any) -> bool:
+    """Return whether an entry of ``augmentations`` makes a stack of patches and not a view."""
+    return cfg.get("jigsaw") is not None or bool(cfg.get("rotation"))
+
+
+def _steps(dataset: str, cfg: DictConfig) -> list[Any]:
+    """Build the steps after the crop."""
+    steps: list[Any] = []
     jitter = cfg.color_jitter
     if jitter.prob:
         strength = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
         steps.append(T.RandomApply([T.ColorJitter(*strength)], p=jitter.prob))
+    if cfg.photometric.prob:
+        steps.append(Photometric(cfg.photometric.prob))
     if cfg.grayscale.prob:
         steps.append(T.RandomGrayscale(p=cfg.grayscale.prob))
     if cfg.gaussian_blur.prob:
@@ -91,13 +115,15 @@ def view_transform(dataset: str, cfg: DictConfig) -> T.Compose:
     if cfg.horizontal_flip.prob:
         steps.append(T.RandomHorizontalFlip(p=cfg.horizontal_flip.prob))
     mean, std = statistics(dataset, cfg)
-    return T.Compose([*steps, T.ToTensor(), T.Normalize(mean, std)])
+    return [*steps, T.ToTensor(), T.Normalize(mean, std)]
 
 
 def pretrain_transform(cfg: DictConfig) -> host_data.FullTransformPipeline:
     """Build the transform from a PIL image to the list of all views of ``cfg.augmentations``."""
     views = [
-        host_data.NCropAugmentation(view_transform(cfg.data.dataset, view), view.num_crops)
+        host_data.NCropAugmentation(
+            (stack_transform if is_stack(view) else view_transform)(cfg.data.dataset, view), view.num_crops
+        )
         for view in cfg.augmentations
     ]
     return host_data.FullTransformPipeline(views)

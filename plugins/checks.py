@@ -159,7 +159,7 @@ def check_whole(name: str, value: int, *, low: int) -> None:
         ValueError: the value has another type or is below ``low``.
     """
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
+        raise ValueError(f"{name} must be an integer, got {value!r}")
     check_range(name, value, low=low)
 
 

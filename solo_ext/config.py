@@ -24,7 +24,7 @@ from solo_ext.compat.optim import OPTIMIZERS
 from solo_ext.datasets import DOWNLOADED, H5Images, preparation_hint, split_path
 from solo_ext.launch import as_user_error
 from solo_ext.loaders import process_count
-from solo_ext.schema import Linear, Pretrain, Run, together, validate
+from solo_ext.schema import Linear, Pretrain, Run, join_messages, validate
 from solo_ext.transforms import CLASSES, is_stack
 
 
@@ -101,7 +101,7 @@ def _checked(cfg: DictConfig, model: type[Run]) -> DictConfig:
         except UserError as error:
             mistakes.append(str(error))
     if mistakes:
-        raise UserError(together(mistakes))
+        raise UserError(join_messages(mistakes))
     return cfg
 
 

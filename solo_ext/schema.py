@@ -16,22 +16,22 @@ from plugins.tools.command import UserError, nearest
 from plugins.tools.schema import (
     SECTION,
     Allowed,
-    Place,
-    Positive,
+    Boolean,
+    Fraction,
+    NonNegative,
+    PathString,
     Section,
-    Share,
-    Switch,
-    Word,
+    String,
+    allowed_values,
     entry,
+    integer,
     is_optional,
-    number,
+    join_messages,
+    real_number,
     rows,
     section_of,
     table,
-    three,
-    together,
-    whole,
-    words,
+    triple,
 )
 
 IGNORED = {
@@ -56,8 +56,8 @@ def _no_slash(value: Any) -> Any:
     return value
 
 
-_FileName = Annotated[Word, BeforeValidator(_no_slash), Allowed("a string without a slash")]
-_Side = whole(1, 16384)
+_FileName = Annotated[String, BeforeValidator(_no_slash), Allowed("a string without a slash")]
+_Side = integer(1, 16384)
 _Free = Annotated[dict[str, Any], Allowed(SECTION)]
 
 
@@ -69,13 +69,13 @@ def _needs(section: Section, *names: str) -> None:
     """Check that a section that is enabled has these entries."""
     for name in names:
         if getattr(section, name) is None:
-            raise ValueError(f".{name} must be {words(type(section).model_fields[name])}, got None")
+            raise ValueError(f".{name} must be {allowed_values(type(section).model_fields[name])}, got None")
 
 
 class Backbone(Section):
     """The network."""
 
-    name: Word = entry("network, such as resnet18 or vit_tiny; an unknown name is an error that lists all names")
+    name: String = entry("network, such as resnet18 or vit_tiny; an unknown name is an error that lists all names")
     kwargs: _Free = entry("arguments of the network's constructor", {})
 
 
@@ -85,12 +85,12 @@ class Data(Section):
     dataset: Literal["cifar10", "cifar100", "stl10", "tinyimagenet", "imagenet100", "imagenet", "custom", "digits"] = (
         entry("data set; custom: your own folder, with a folder of images for each class")
     )
-    train_path: Place = entry("folder of the training images; h5: the file; CIFAR and STL-10: the download folder")
-    val_path: Place | None = entry("the same for the validation images; null: no validation", None)
+    train_path: PathString = entry("folder of the training images; h5: the file; CIFAR and STL-10: the download folder")
+    val_path: PathString | None = entry("the same for the validation images; null: no validation", None)
     format: Literal["image_folder", "dali", "h5"] = entry("reader of the images", "image_folder")
-    num_workers: whole(0, 1024) = entry("number of processes that read images; 0: the training process reads them", 4)
-    no_labels: Switch = entry("whether custom images are in the folder itself, without classes", False)
-    fraction: number("above 0 and at most 1, or -1 for all images", ge=-1, le=1) = entry(
+    num_workers: integer(0, 1024) = entry("number of processes that read images; 0: the training process reads them", 4)
+    no_labels: Boolean = entry("whether custom images are in the folder itself, without classes", False)
+    fraction: real_number("above 0 and at most 1, or -1 for all images", ge=-1, le=1) = entry(
         "share of the training images to use, the same for each class; -1: all", -1
     )
 
@@ -107,13 +107,13 @@ class LinearAugmentations(Section):
     crop_size: _Side = entry(
         "side of training and validation images in pixels; default: that of the data set", optional=True
     )
-    crop_min_scale: number("in (0, 1]", gt=0, le=1) = entry(
+    crop_min_scale: real_number("in (0, 1]", gt=0, le=1) = entry(
         "smallest crop as a share of the image's area; default: 0.08", optional=True
     )
-    mean: three("at least 0", ge=0) = entry(
+    mean: triple("at least 0", ge=0) = entry(
         "for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True
     )
-    std: three("at least 1e-06", ge=1e-6) = entry(
+    std: triple("at least 1e-06", ge=1e-6) = entry(
         "for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True
     )
 
@@ -121,7 +121,7 @@ class LinearAugmentations(Section):
 class LinearData(Data):
     """The images of a linear evaluation."""
 
-    val_path: Place = entry("the same for the validation images")
+    val_path: PathString = entry("the same for the validation images")
     augmentations: LinearAugmentations = entry("crops and normalisation", optional=True)
 
 
@@ -131,7 +131,7 @@ class Dali(Section):
     device: Literal["cpu", "gpu"] = entry(
         "device that decodes images; default: the device of the network", optional=True
     )
-    encode_indexes_into_labels: Switch = entry(
+    encode_indexes_into_labels: Boolean = entry(
         "an entry of solo-learn without effect: indexes are always correct", False
     )
 
@@ -139,9 +139,9 @@ class Dali(Section):
 class Crop(Section):
     """A random resized crop."""
 
-    enabled: Switch = entry("true: a random part; false: the centre of the resized image")
-    crop_min_scale: Share = entry("smallest share of the image's area, above 0", optional=True)
-    crop_max_scale: Share = entry("largest share of the image's area", optional=True)
+    enabled: Boolean = entry("true: a random part; false: the centre of the resized image")
+    crop_min_scale: Fraction = entry("smallest share of the image's area, above 0", optional=True)
+    crop_max_scale: Fraction = entry("largest share of the image's area", optional=True)
 
     @model_validator(mode="after")
     def _check(self) -> "Crop":
@@ -155,8 +155,8 @@ class Crop(Section):
 class Step(Section):
     """A step of an augmentation, with its probability."""
 
-    enabled: Switch = entry("false disables the step for any prob", optional=True)
-    prob: Share = entry("probability")
+    enabled: Boolean = entry("false disables the step for any prob", optional=True)
+    prob: Fraction = entry("probability")
 
     @model_validator(mode="after")
     def _switch(self) -> "Step":
@@ -168,10 +168,10 @@ class Step(Section):
 class Jitter(Step):
     """Random changes of colour with the parameters of torchvision's ColorJitter, required if prob is above 0."""
 
-    brightness: Positive = entry("x of a factor in [1 - x, 1 + x]", optional=True)
-    contrast: Positive = entry("x of a factor in [1 - x, 1 + x]", optional=True)
-    saturation: Positive = entry("x of a factor in [1 - x, 1 + x]", optional=True)
-    hue: number("in [0, 0.5]", ge=0, le=0.5) = entry("x of a turn in [-x, x] of the circle", optional=True)
+    brightness: NonNegative = entry("x of a factor in [1 - x, 1 + x]", optional=True)
+    contrast: NonNegative = entry("x of a factor in [1 - x, 1 + x]", optional=True)
+    saturation: NonNegative = entry("x of a factor in [1 - x, 1 + x]", optional=True)
+    hue: real_number("in [0, 0.5]", ge=0, le=0.5) = entry("x of a turn in [-x, x] of the circle", optional=True)
 
     @model_validator(mode="after")
     def _check(self) -> "Jitter":
@@ -199,7 +199,7 @@ class Jigsaw(Section):
     """A stack of patches: the cells of a random crop, in random order."""
 
     side: _Side = entry("side of the crop that is cut into cells, in pixels; a multiple of grid")
-    grid: whole(1, 16) = entry("cells per side; the stack has grid x grid patches", 3)
+    grid: integer(1, 16) = entry("cells per side; the stack has grid x grid patches", 3)
 
 
 class View(Section):
@@ -216,17 +216,17 @@ class View(Section):
     crop_size: _Side = entry(
         "side in pixels; views with the size of the first entry are large crops, others are small crops"
     )
-    num_crops: whole(1, 1024) = entry("number of crops of each image")
+    num_crops: integer(1, 1024) = entry("number of crops of each image")
     jigsaw: Jigsaw | None = entry(
         "makes a stack of patches, each with crop_size and with the steps of its own, instead of a view", optional=True
     )
-    rotation: Switch = entry(
+    rotation: Boolean = entry(
         "makes a stack of one view that is turned by 0, 90, 180 or 270 degrees, instead of a view", False
     )
-    mean: three("at least 0", ge=0) = entry(
+    mean: triple("at least 0", ge=0) = entry(
         "for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True
     )
-    std: three("at least 1e-06", ge=1e-6) = entry(
+    std: triple("at least 1e-06", ge=1e-6) = entry(
         "for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True
     )
 
@@ -268,24 +268,24 @@ class Optimizer(Section):
     """The optimiser."""
 
     name: Literal["sgd", "lars", "adam", "adamw"] = entry("optimiser")
-    batch_size: whole(1) = entry("images in a batch, on each device")
-    lr: Positive = entry("learning rate for 256 images: multiplied by batch size x devices x nodes / 256")
-    weight_decay: Positive = entry("weight decay")
-    exclude_bias_n_norm_wd: Switch = entry("whether biases and normalisation layers have no weight decay", False)
+    batch_size: integer(1) = entry("images in a batch, on each device")
+    lr: NonNegative = entry("learning rate for 256 images: multiplied by batch size x devices x nodes / 256")
+    weight_decay: NonNegative = entry("weight decay")
+    exclude_bias_n_norm_wd: Boolean = entry("whether biases and normalisation layers have no weight decay", False)
     kwargs: _Free = entry("further arguments of the optimiser, such as momentum", {})
 
 
 class PretrainOptimizer(Optimizer):
     """The optimiser of a pre-training."""
 
-    batch_size: whole(2) = entry("images in a batch, on each device")
-    classifier_lr: Positive = entry("learning rate of the online classifier, multiplied in the same way as lr")
+    batch_size: integer(2) = entry("images in a batch, on each device")
+    classifier_lr: NonNegative = entry("learning rate of the online classifier, multiplied in the same way as lr")
 
 
 class LinearOptimizer(Optimizer):
     """The optimiser of a linear evaluation."""
 
-    layer_decay: Positive = entry(
+    layer_decay: NonNegative = entry(
         "factor of the learning rate from layer to layer; only with finetune and a ViT", optional=True
     )
 
@@ -294,12 +294,12 @@ class Scheduler(Section):
     """The schedule of the learning rate."""
 
     name: Literal["warmup_cosine", "step", "none"] = entry("type of the schedule", "warmup_cosine")
-    lr_decay_steps: Annotated[list[whole(0)] | None, Allowed("a list of epochs")] = entry(
+    lr_decay_steps: Annotated[list[integer(0)] | None, Allowed("a list of epochs")] = entry(
         "step: epochs at which the learning rate is divided by 10", None
     )
-    min_lr: Positive = entry("warmup_cosine: final learning rate", 0.0)
-    warmup_start_lr: Positive = entry("warmup_cosine: initial learning rate", 3e-5)
-    warmup_epochs: Positive = entry("warmup_cosine: epochs of linear warm-up", 10)
+    min_lr: NonNegative = entry("warmup_cosine: final learning rate", 0.0)
+    warmup_start_lr: NonNegative = entry("warmup_cosine: initial learning rate", 3e-5)
+    warmup_epochs: NonNegative = entry("warmup_cosine: epochs of linear warm-up", 10)
     interval: Literal["step", "epoch"] = entry(
         "warmup_cosine: whether the learning rate changes in each step or each epoch", "step"
     )
@@ -314,9 +314,9 @@ class Scheduler(Section):
 class Momentum(Section):
     """The teacher, for methods that have one."""
 
-    base_tau: Share = entry("initial momentum", 0.99)
-    final_tau: Share = entry("final momentum; if both are 0, the teacher is the student", 1.0)
-    classifier: Switch = entry("whether to train a second online classifier on the teacher's features", False)
+    base_tau: Fraction = entry("initial momentum", 0.99)
+    final_tau: Fraction = entry("final momentum; if both are 0, the teacher is the student", 1.0)
+    classifier: Boolean = entry("whether to train a second online classifier on the teacher's features", False)
 
     @model_validator(mode="after")
     def _check(self) -> "Momentum":
@@ -328,50 +328,52 @@ class Momentum(Section):
 class KNNEval(Section):
     """The k-nearest-neighbour accuracy after each validation."""
 
-    enabled: Switch = entry("whether it is computed", False)
-    k: whole(1) = entry("neighbours", 20)
+    enabled: Boolean = entry("whether it is computed", False)
+    k: integer(1) = entry("neighbours", 20)
     distance_func: Literal["cosine", "euclidean"] = entry("distance between features", "euclidean")
 
 
 class Checkpoint(Section):
     """The folder and the checkpoints of a run."""
 
-    enabled: Switch = entry("whether to write checkpoints", True)
-    dir: Place = entry("folder; a run is written to <dir>/<method>/<version>", "trained_models")
-    frequency: whole(1) = entry("epochs between checkpoints", 1)
-    keep_prev: Switch = entry("whether to keep older checkpoints of the run", False)
+    enabled: Boolean = entry("whether to write checkpoints", True)
+    dir: PathString = entry("folder; a run is written to <dir>/<method>/<version>", "trained_models")
+    frequency: integer(1) = entry("epochs between checkpoints", 1)
+    keep_prev: Boolean = entry("whether to keep older checkpoints of the run", False)
     version: _FileName | None = entry("name of the run's folder; null: a random name", None)
-    group: Word | None = entry("name of its parent folder; null: the name of the method, or linear", None)
+    group: String | None = entry("name of its parent folder; null: the name of the method, or linear", None)
 
 
 class AutoResume(Section):
     """Resuming from the newest checkpoint of the same run."""
 
-    enabled: Switch = entry("whether to look for such a checkpoint", False)
-    max_hours: Positive = entry("maximum age of that checkpoint in hours", 36)
+    enabled: Boolean = entry("whether to look for such a checkpoint", False)
+    max_hours: NonNegative = entry("maximum age of that checkpoint in hours", 36)
 
 
 class AutoUMAP(Section):
     """Pictures of the validation images' features during training."""
 
-    enabled: Switch = entry("whether to draw them", False)
-    dir: Place = entry("folder; pictures are written to <dir>/<method>/<version>", "auto_umap")
-    frequency: whole(1) = entry("epochs between pictures", 1)
+    enabled: Boolean = entry("whether to draw them", False)
+    dir: PathString = entry("folder; pictures are written to <dir>/<method>/<version>", "auto_umap")
+    frequency: integer(1) = entry("epochs between pictures", 1)
 
 
 class Wandb(Section):
     """Weights & Biases."""
 
-    enabled: Switch = entry("whether to log to it; without an account to ./wandb", False)
-    entity: Word | None = entry("account; null: the account of the login", None)
-    project: Word | None = entry("project", "solo-learn")
-    offline: Switch = entry("whether to log only to ./wandb", False)
+    enabled: Boolean = entry("whether to log to it; without an account to ./wandb", False)
+    entity: String | None = entry("account; null: the account of the login", None)
+    project: String | None = entry("project", "solo-learn")
+    offline: Boolean = entry("whether to log only to ./wandb", False)
 
 
 class Performance(Section):
     """Speed."""
 
-    disable_channel_last: Switch = entry("whether to use torch's default memory format instead of channels_last", False)
+    disable_channel_last: Boolean = entry(
+        "whether to use torch's default memory format instead of channels_last", False
+    )
 
 
 class Run(Section):
@@ -379,28 +381,28 @@ class Run(Section):
 
     name: _FileName = entry("name of the run, part of the names of its checkpoints", "run")
     backbone: Backbone = entry("the network")
-    max_epochs: whole(0, 10**9) = entry("epochs; 0: write the untrained weights")
+    max_epochs: integer(0, 10**9) = entry("epochs; 0: write the untrained weights")
     scheduler: Scheduler = _section(Scheduler, "schedule of the learning rate")
-    accumulate_grad_batches: whole(1) = entry("number of batches of a step of the optimiser", 1)
+    accumulate_grad_batches: integer(1) = entry("number of batches of a step of the optimiser", 1)
     dali: Dali = entry("NVIDIA DALI, for data.format=dali", optional=True)
     checkpoint: Checkpoint = _section(Checkpoint, "folder and checkpoints")
     auto_resume: AutoResume = _section(AutoResume, "resuming from the newest checkpoint of the same run")
-    resume_from_checkpoint: Place | None = entry("checkpoint to resume from", None)
+    resume_from_checkpoint: PathString | None = entry("checkpoint to resume from", None)
     wandb: Wandb = _section(Wandb, "Weights & Biases")
     performance: Performance = _section(Performance, "speed")
-    seed: whole(0, 2**32 - 1) = entry("seed of all random numbers", 5)
+    seed: integer(0, 2**32 - 1) = entry("seed of all random numbers", 5)
     devices: Annotated[Any, Allowed("a number above 0 or a list of indexes")] = entry(
         "number or indexes of the devices, or auto: 2, [0, 1], auto", 1
     )
-    num_nodes: whole(1, 10**6) = entry("number of machines", 1)
-    accelerator: Word = entry("auto, cpu, gpu, or another that Lightning knows", "auto")
-    strategy: Word | None = entry("auto, ddp, or another that Lightning knows", "auto")
+    num_nodes: integer(1, 10**6) = entry("number of machines", 1)
+    accelerator: String = entry("auto, cpu, gpu, or another that Lightning knows", "auto")
+    strategy: String | None = entry("auto, ddp, or another that Lightning knows", "auto")
     precision: Annotated[
         str | Annotated[int, Strict()] | None, Allowed("a precision that Lightning knows, such as 32 or 16-mixed")
     ] = entry("floating-point precision: 32, 16-mixed, bf16-mixed, ...", 32)
-    sync_batchnorm: Switch = entry("whether batch statistics are those of all devices", False)
+    sync_batchnorm: Boolean = entry("whether batch statistics are those of all devices", False)
     variables: _Free = entry("your own values, for use in other entries as ${variables.NAME}", optional=True)
-    log_every_n_steps: whole(1) | None = entry(
+    log_every_n_steps: integer(1) | None = entry(
         "steps between rows of metrics.csv; default: that of Lightning", optional=True
     )
 
@@ -412,7 +414,7 @@ class Pretrain(Run):
         "loss of accumulated batches; mean: the mean of their losses; joined: the loss of their joined rows",
         "mean",
     )
-    method: Word = entry("method; an unknown name is an error that lists all names")
+    method: String = entry("method; an unknown name is an error that lists all names")
     method_kwargs: _Free = entry("options of the method; an unknown one is an error that lists all of them", {})
     data: Data = entry("the images")
     augmentations: _Views = entry("the views of an image that a method compares")
@@ -420,8 +422,8 @@ class Pretrain(Run):
     momentum: Momentum = _section(Momentum, "the teacher, for methods that have one")
     knn_eval: KNNEval = _section(KNNEval, "k-nearest-neighbour accuracy after each validation")
     auto_umap: AutoUMAP = _section(AutoUMAP, "pictures of the features during training")
-    debug_augmentations: Switch = entry("whether to print the transforms of the views", False)
-    check_val_every_n_epoch: whole(1) | None = entry(
+    debug_augmentations: Boolean = entry("whether to print the transforms of the views", False)
+    check_val_every_n_epoch: integer(1) | None = entry(
         "epochs between validations; default: that of Lightning", optional=True
     )
 
@@ -436,18 +438,22 @@ class Linear(Run):
 
     data: LinearData = entry("the images")
     optimizer: LinearOptimizer = entry("the optimiser")
-    max_epochs: whole(1, 10**9) = entry("epochs")
-    pretrained_feature_extractor: Place = entry("checkpoint, or folder of a run, of the backbone to evaluate")
-    pretrain_method: Word | None = entry("an entry of solo-learn without effect: the checkpoint has it", optional=True)
-    finetune: Switch = entry("whether to train the backbone too", False)
-    normalized_classifier: Switch = entry(
+    max_epochs: integer(1, 10**9) = entry("epochs")
+    pretrained_feature_extractor: PathString = entry("checkpoint, or folder of a run, of the backbone to evaluate")
+    pretrain_method: String | None = entry(
+        "an entry of solo-learn without effect: the checkpoint has it", optional=True
+    )
+    finetune: Boolean = entry("whether to train the backbone too", False)
+    normalized_classifier: Boolean = entry(
         "whether a BatchNorm without scale and shift comes before the classifier", False
     )
-    check_val_every_n_epoch: whole(1) = entry("epochs between validations", 1)
-    auto_augment: Switch = entry("whether to augment training images with timm's RandAugment and random erasing", False)
-    mixup: Positive = entry("alpha of Mixup; 0: no Mixup", 0.0)
-    cutmix: Positive = entry("alpha of CutMix; 0: no CutMix", 0.0)
-    label_smoothing: number("a number, at least 0 and below 1", ge=0, lt=1) = entry("label smoothing", 0.0)
+    check_val_every_n_epoch: integer(1) = entry("epochs between validations", 1)
+    auto_augment: Boolean = entry(
+        "whether to augment training images with timm's RandAugment and random erasing", False
+    )
+    mixup: NonNegative = entry("alpha of Mixup; 0: no Mixup", 0.0)
+    cutmix: NonNegative = entry("alpha of CutMix; 0: no CutMix", 0.0)
+    label_smoothing: real_number("a number, at least 0 and below 1", ge=0, lt=1) = entry("label smoothing", 0.0)
 
     @model_validator(mode="after")
     def _check(self) -> "Linear":
@@ -497,7 +503,7 @@ def validate(
     except ValidationError as error:
         mistakes += [_sentence(model, given, one, tuple(trainer or ())) for one in error.errors(include_url=False)]
     if checked is None or mistakes:
-        raise UserError(together(mistakes))
+        raise UserError(join_messages(mistakes))
     return {**_plain(checked), **passed}
 
 
@@ -525,7 +531,7 @@ def _argument(key: str, value: Any, annotation: Any) -> str | None:
     return None
 
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", NoneType: "null"}
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", NoneType: "null"}
 
 
 def _kinds(annotation: Any) -> str:
@@ -573,7 +579,7 @@ def _sentence(model: type[Section], given: Any, error: Mapping[str, Any], furthe
         return f"the configuration needs a value for {path}"
     if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) > 2:
         return f"unknown {path} {value!r}; choose from {', '.join(get_args(field.annotation))}"
-    return f"{path} must be {words(field)}, got {value!r}"
+    return f"{path} must be {allowed_values(field)}, got {value!r}"
 
 
 def _unknown(model: type[Section], section: type[Section], place: Sequence[Any], further: Sequence[str]) -> str:
@@ -627,7 +633,7 @@ def help_text(command: str) -> str:
     lines = [f"entries of a configuration of {command}; + any argument of Lightning's Trainer", ""]
     for row in rows(COMMANDS[command]):
         default = {"needed": "needed", "-": "optional"}.get(row.default, f"default {row.default}")
-        lines.append(f"{row.path}: {row.words}, {default}\n    {row.meaning}")
+        lines.append(f"{row.path}: {row.values}, {default}\n    {row.meaning}")
     return "\n".join(lines)
 
 

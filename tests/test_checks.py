@@ -129,7 +129,7 @@ def test_range():
 def test_whole():
     check_whole("order", 1, low=1)
     for value in (4.0, 1.5, float("inf"), float("nan"), "1", True, None):
-        with pytest.raises(ValueError, match=f"order must be a whole number, got {value!r}"):
+        with pytest.raises(ValueError, match=f"order must be an integer, got {value!r}"):
             check_whole("order", value, low=1)
     with pytest.raises(ValueError, match=r"order must be in \[1, inf\), got 0"):
         check_whole("order", 0, low=1)

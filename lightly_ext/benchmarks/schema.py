@@ -16,19 +16,19 @@ from pydantic import AfterValidator, BeforeValidator, ValidationError, model_val
 from plugins.tools.command import Parser, UserError, home
 from plugins.tools.schema import (
     Allowed,
-    Positive,
+    Boolean,
+    Fraction,
+    NonNegative,
     Section,
-    Share,
-    Switch,
-    Word,
+    String,
+    allowed_values,
     entry,
-    number,
+    integer,
+    join_messages,
+    real_number,
     rows,
     table,
-    three,
-    together,
-    whole,
-    words,
+    triple,
 )
 
 
@@ -50,9 +50,9 @@ def _pairs(given: Any) -> Any:
 
 _Folder = Annotated[Path, AfterValidator(home), Allowed("a folder")]
 _File = Annotated[Path, AfterValidator(home), Allowed("a file")]
-_Names = Annotated[list[Word], Allowed("names of methods")]
+_Names = Annotated[list[String], Allowed("names of methods")]
 _Pairs = Annotated[dict[str, Any], BeforeValidator(_pairs), Allowed("KEY=VALUE ...")]
-_Above0 = number("a number above 0", gt=0)
+_Above0 = real_number("a number above 0", gt=0)
 
 
 class Options(Section):
@@ -63,44 +63,44 @@ class Options(Section):
     train_dir: _Folder = entry("folder of training images, one subfolder for each class")
     val_dir: _Folder = entry("folder of validation images, of the same classes")
     log_dir: _Folder = entry("where everything goes", Path("benchmark_logs"))
-    epochs: whole(0) = entry("epochs of pre-training; 0 evaluates an untrained backbone", 100)
-    batch_size_per_device: whole(2) = entry("images in a batch, on each device", 128)
-    num_workers: whole(0) = entry("number of processes that read images; 0: the training process reads them", 8)
-    accelerator: Word = entry("auto, cpu, gpu, or another that Lightning knows", "auto")
-    devices: whole(1) = entry("number of devices", 1)
-    precision: Word = entry("floating-point precision, such as 16-mixed or bf16-mixed", "32-true")
-    strategy: Word | None = entry(
+    epochs: integer(0) = entry("epochs of pre-training; 0 evaluates an untrained backbone", 100)
+    batch_size_per_device: integer(2) = entry("images in a batch, on each device", 128)
+    num_workers: integer(0) = entry("number of processes that read images; 0: the training process reads them", 8)
+    accelerator: String = entry("auto, cpu, gpu, or another that Lightning knows", "auto")
+    devices: integer(1) = entry("number of devices", 1)
+    precision: String = entry("floating-point precision, such as 16-mixed or bf16-mixed", "32-true")
+    strategy: String | None = entry(
         "strategy of the Trainer; default: auto, or ddp_find_unused_parameters_true with several devices", None
     )
     ckpt_path: _File | None = entry("checkpoint of the one method named, to go on from", None)
-    seed: whole(0, 2**32 - 1) | None = entry("seed of all random numbers; default: none", None)
-    backbone: Word = entry("resnet8 or a model of torchvision, for our methods", "resnet50")
-    small_images: Switch = entry("ResNet with a 3x3 stem of stride 1 and without max-pool", False)
-    input_size: whole(1) = entry("side of the images in pixels", 224)
+    seed: integer(0, 2**32 - 1) | None = entry("seed of all random numbers; default: none", None)
+    backbone: String = entry("resnet8 or a model of torchvision, for our methods", "resnet50")
+    small_images: Boolean = entry("ResNet with a 3x3 stem of stride 1 and without max-pool", False)
+    input_size: integer(1) = entry("side of the images in pixels", 224)
     optimizer: Literal["lars", "sgd", "adamw"] = entry("optimiser, for our methods", "lars")
-    lr: Positive = entry("learning rate for 256 images over all devices, for our methods", 0.45)
-    weight_decay: Positive = entry("weight decay, for our methods", 1e-6)
-    decay_all: Switch = entry("decay biases and normalisation too, for our methods", False)
-    warmup_epochs: Positive | None = entry(
+    lr: NonNegative = entry("learning rate for 256 images over all devices, for our methods", 0.45)
+    weight_decay: NonNegative = entry("weight decay, for our methods", 1e-6)
+    decay_all: Boolean = entry("decay biases and normalisation too, for our methods", False)
+    warmup_epochs: NonNegative | None = entry(
         "epochs of linear warm-up, for our methods; default: 10, but at most a tenth of the run", None
     )
     option: _Pairs = entry("options of our methods, such as rho=0.99", {})
     transform: _Pairs = entry("arguments of our transforms, such as min_scale=0.6", {})
-    mean: three("one for each channel") | None = entry("mean of the images' channels; default: ImageNet's", None)
-    std: three("above 0", gt=0) | None = entry("standard deviation of the channels; default: ImageNet's", None)
-    knn_k: whole(1) = entry("neighbours of the kNN evaluation", 200)
+    mean: triple("one for each channel") | None = entry("mean of the images' channels; default: ImageNet's", None)
+    std: triple("above 0", gt=0) | None = entry("standard deviation of the channels; default: ImageNet's", None)
+    knn_k: integer(1) = entry("neighbours of the kNN evaluation", 200)
     knn_t: _Above0 = entry("temperature of the kNN evaluation", 0.1)
-    linear_epochs: whole(1) = entry("epochs of the linear evaluation", 90)
+    linear_epochs: integer(1) = entry("epochs of the linear evaluation", 90)
     linear_lr: _Above0 = entry("its learning rate for 256 images over all devices", 0.1)
-    finetune_epochs: whole(1) = entry("epochs of fine-tuning", 30)
+    finetune_epochs: integer(1) = entry("epochs of fine-tuning", 30)
     finetune_lr: _Above0 = entry("its learning rate for 256 images over all devices", 0.05)
-    eval_min_scale: number("in [1e-06, 1]", ge=1e-6, le=1) = entry(
+    eval_min_scale: real_number("in [1e-06, 1]", ge=1e-6, le=1) = entry(
         "smallest crop that a classifier trains on, as a share of the image's area", 0.08
     )
-    eval_hf_prob: Share = entry("probability of a flip of the images that a classifier trains on", 0.5)
-    skip_knn_eval: Switch = entry("no kNN evaluation", False)
-    skip_linear_eval: Switch = entry("no linear evaluation", False)
-    skip_finetune_eval: Switch = entry("no fine-tuning", False)
+    eval_hf_prob: Fraction = entry("probability of a flip of the images that a classifier trains on", 0.5)
+    skip_knn_eval: Boolean = entry("no kNN evaluation", False)
+    skip_linear_eval: Boolean = entry("no linear evaluation", False)
+    skip_finetune_eval: Boolean = entry("no fine-tuning", False)
 
     @model_validator(mode="after")
     def _complete(self) -> "Options":
@@ -185,7 +185,7 @@ def validate(given: Mapping[str, Any]) -> Options:
     try:
         return Options.model_validate(given)
     except ValidationError as error:
-        raise UserError(together([_sentence(given, one) for one in error.errors(include_url=False)])) from None
+        raise UserError(join_messages([_sentence(given, one) for one in error.errors(include_url=False)])) from None
 
 
 def _sentence(given: Mapping[str, Any], error: Mapping[str, Any]) -> str:
@@ -196,7 +196,7 @@ def _sentence(given: Mapping[str, Any], error: Mapping[str, Any]) -> str:
     field = Options.model_fields[name]
     if error["type"] == "missing":
         return f"{flag(name)} is needed: {field.description}"
-    return f"{flag(name)} must be {words(field)}, got {given[name]!r}"
+    return f"{flag(name)} must be {allowed_values(field)}, got {given[name]!r}"
 
 
 def markdown() -> str:

@@ -270,7 +270,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
     def whole(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be an integer, at least {least}, got {text}")
         return int(text)
 
     return whole

@@ -118,7 +118,7 @@ def _checked(features: np.ndarray, labels: np.ndarray, what: str, of_labels: str
         raise UserError(f"{what} must be floating-point numbers [N, D], got {features.dtype} {list(features.shape)}")
     if labels.shape not in ((len(features),), (len(features), 1)) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
-            f"{of_labels} must be {len(features)} whole numbers, one for each row of features, got {labels.dtype} "
+            f"{of_labels} must be {len(features)} integers, one for each row of features, got {labels.dtype} "
             f"{list(labels.shape)}"
         )
     if (least := int(labels.min())) < 0:

@@ -14,7 +14,7 @@ def check_labels(target: Any, classes: int, *, ignored: int, where: str, what: s
     it. The check reads the labels: call it while they are on the CPU, or where waiting for the device does no harm.
 
     Args:
-        target: ``[B]``, whole numbers. Labels in another form are not checked.
+        target: ``[B]``, integers. Labels of another shape or type are not checked.
         classes: number of outputs.
         ignored: the label that the loss leaves out.
         where: the source of the labels, for the error message.

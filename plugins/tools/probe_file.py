@@ -36,7 +36,7 @@ _SHARED = {"hidden_dim": (int,), "holdout": (int, float), "batch_size": (int,), 
 _TRAINING = {"weight_decay": _NUMBERS, "lr": _NUMBERS, "optimizer": (str,), "normalized": (bool,)}
 _PROBE = {"kind": (str,), "fraction": (int, float)}
 _WORDS = {
-    (int,): "a whole number",
+    (int,): "an integer",
     (int, float): "a number",
     (str,): "a string",
     (bool,): "true or false",

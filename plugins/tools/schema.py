@@ -1,6 +1,6 @@
-"""Parts of typed schemas: entries with a meaning and a range in words, and the tables made from them.
+"""Building blocks of typed schemas: types with a description of their range, and tables of the entries.
 
-:mod:`solo_ext.schema` and :mod:`lightly_ext.benchmarks.schema` are built of them. Needs pydantic, but not torch.
+:mod:`solo_ext.schema` and :mod:`lightly_ext.benchmarks.schema` use them. This module needs pydantic, but not torch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,18 +12,18 @@ from pydantic.fields import FieldInfo
 
 from plugins.tools.command import home
 
-SECTION = "a section with entries of its own"
-"""The allowed values of an entry that is a section."""
+SECTION = "a mapping"
+"""The description of the allowed values of an entry that is a section."""
 
 
 class Allowed(NamedTuple):
-    """The allowed values of an entry, in words.
+    """A description of the allowed values of an entry.
 
     Args:
-        words: the text after "must be".
+        text: the text after "must be" in an error message.
     """
 
-    words: str
+    text: str
 
 
 class Section(BaseModel):
@@ -32,59 +32,59 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-def _from_word(value: Any) -> Any:
-    """Convert a string to a number: YAML reads 1e-5 as a string."""
+def _to_number(value: Any) -> Any:
+    """Convert a string to a number, since YAML reads 1e-5 as a string."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
 
 
-def _to_word(value: Any) -> Any:
-    """Convert a number to a string: YAML reads the names 3 and 2024 as numbers."""
+def _to_string(value: Any) -> Any:
+    """Convert a number to a string, since YAML reads the names 3 and 2024 as numbers."""
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def whole(least: int, most: int | None = None) -> Any:
-    """Return the type of a whole number.
+def integer(least: int, most: int | None = None) -> Any:
+    """Return the type of an integer in a range.
 
     Args:
         least: smallest allowed value.
-        most: largest allowed value; None: no limit.
+        most: largest allowed value; None means no limit.
     """
-    words = f"a whole number, at least {least}" if most is None else f"a whole number in [{least}, {most}]"
-    return Annotated[int, Strict(), Field(ge=least, le=most), Allowed(words)]
+    text = f"an integer, at least {least}" if most is None else f"an integer in [{least}, {most}]"
+    return Annotated[int, Strict(), Field(ge=least, le=most), Allowed(text)]
 
 
-def number(allowed: str, **limits: Any) -> Any:
-    """Return the type of a finite number.
+def real_number(allowed: str, **limits: Any) -> Any:
+    """Return the type of a finite number in a range.
 
     Args:
-        allowed: the allowed values, in words.
+        allowed: description of the range, for tables and error messages.
         limits: gt, ge, lt or le of pydantic.
     """
     return Annotated[
-        float, BeforeValidator(_from_word), Strict(), Field(allow_inf_nan=False, **limits), Allowed(allowed)
+        float, BeforeValidator(_to_number), Strict(), Field(allow_inf_nan=False, **limits), Allowed(allowed)
     ]
 
 
-def three(allowed: str, **limits: Any) -> Any:
-    """Return the type of three finite numbers, one for each channel of an image.
+def triple(allowed: str, **limits: Any) -> Any:
+    """Return the type of a list of three finite numbers, one for each channel of an image.
 
     Args:
-        allowed: the allowed values, in words.
-        limits: of each number: gt, ge, lt or le of pydantic.
+        allowed: description of the range, for tables and error messages.
+        limits: gt, ge, lt or le of pydantic, applied to each number.
     """
     element = Annotated[float, Strict(), Field(allow_inf_nan=False, **limits)]
     return Annotated[list[element], Field(min_length=3, max_length=3), Allowed(f"three numbers, {allowed}")]
 
 
-Switch = Annotated[bool, Strict(), Allowed("true or false")]
-Positive = number("a number, at least 0", ge=0)
-Share = number("in [0, 1]", ge=0, le=1)
-Word = Annotated[str, BeforeValidator(_to_word), Strict(), Field(min_length=1), Allowed("a string")]
-Place = Annotated[Word, AfterValidator(lambda text: str(home(Path(text))) if text.startswith("~") else text)]
-"""A path; a ``~`` at its start is the home folder."""
+Boolean = Annotated[bool, Strict(), Allowed("true or false")]
+NonNegative = real_number("a number, at least 0", ge=0)
+Fraction = real_number("in [0, 1]", ge=0, le=1)
+String = Annotated[str, BeforeValidator(_to_string), Strict(), Field(min_length=1), Allowed("a string")]
+PathString = Annotated[String, AfterValidator(lambda text: str(home(Path(text))) if text.startswith("~") else text)]
+"""A path as a string; a ``~`` at its start is replaced by the home folder."""
 
 
 def entry(meaning: str, default: Any = ..., *, optional: bool = False) -> Any:
@@ -99,55 +99,55 @@ def entry(meaning: str, default: Any = ..., *, optional: bool = False) -> Any:
 
 
 def is_optional(field: FieldInfo) -> bool:
-    """Return whether a missing entry stays missing."""
+    """Return whether a missing entry stays missing in the validated configuration."""
     return bool((field.json_schema_extra or {}).get("optional"))  # type: ignore[union-attr]
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """Return the section class in an annotation, also inside a list; None if there is none."""
+    """Return the section class in an annotation or in the type of its elements, or None."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next(filter(None, map(section_of, get_args(annotation))), None)
 
 
-def words(field: Any) -> str:
-    """Return the allowed values of a field or an annotation, as the text after "must be"."""
+def allowed_values(field: Any) -> str:
+    """Describe the allowed values of a field or an annotation, as the text after "must be"."""
     if isinstance(field, FieldInfo):
-        found = [one.words for one in field.metadata if isinstance(one, Allowed)]
-        return found[-1] if found else words(field.annotation)
+        found = [one.text for one in field.metadata if isinstance(one, Allowed)]
+        return found[-1] if found else allowed_values(field.annotation)
     if get_origin(field) is Literal:
         return " or ".join(get_args(field))
-    if found := [one.words for one in getattr(field, "__metadata__", ()) if isinstance(one, Allowed)]:
+    if found := [one.text for one in getattr(field, "__metadata__", ()) if isinstance(one, Allowed)]:
         return found[-1]
     if section_of(field):
         return SECTION
-    return next((words(part) for part in get_args(field)), str(field))
+    return next((allowed_values(part) for part in get_args(field)), str(field))
 
 
 class Row(NamedTuple):
-    """A row of the tables.
+    """An entry of a schema as a row of a table.
 
     Args:
-        path: the entry, such as ``augmentations[].rrc.enabled``.
-        words: its allowed values.
+        path: path of the entry, such as ``augmentations[].rrc.enabled``.
+        values: its allowed values.
         default: its default; "needed" if it is required, "-" if it is optional.
         meaning: its meaning.
     """
 
     path: str
-    words: str
+    values: str
     default: str
     meaning: str
 
 
 def rows(section: type[Section], above: str = "") -> Iterator[Row]:
-    """Yield the entries of a section, then those of its subsections."""
-    inner = []
+    """Yield a row for each entry of a section, then for each entry of its subsections."""
+    subsections = []
     for name, field in section.model_fields.items():
         below = section_of(field.annotation)
         if below is not None:
             brackets = "[]" if get_origin(field.annotation) is list else ""
-            inner.append((below, f"{above}{name}{brackets}."))
+            subsections.append((below, f"{above}{name}{brackets}."))
             continue
         if field.is_required():
             default = "needed"
@@ -156,8 +156,8 @@ def rows(section: type[Section], above: str = "") -> Iterator[Row]:
         else:
             default = str(field.get_default(call_default_factory=True))
             default = {"None": "null", "True": "true", "False": "false"}.get(default, default)
-        yield Row(above + name, words(field), default, field.description or "")
-    for below, path in inner:
+        yield Row(above + name, allowed_values(field), default, field.description or "")
+    for below, path in subsections:
         yield from rows(below, path)
 
 
@@ -171,6 +171,6 @@ def table(columns: Sequence[str], lines: Iterable[Iterable[str]]) -> list[str]:
     return head + [f"| {' | '.join(line)} |".replace("<", r"\<") for line in lines]
 
 
-def together(mistakes: Sequence[str]) -> str:
-    """Join several messages, one per line, aligned after "error: "."""
-    return "\n       ".join(dict.fromkeys(mistakes))
+def join_messages(messages: Sequence[str]) -> str:
+    """Join error messages without duplicates, one per line and indented by the width of "error: "."""
+    return "\n       ".join(dict.fromkeys(messages))

@@ -376,7 +376,7 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
             f"{digits / 'train'} and {fewer} have different class folders: only one of them has 3",
         ),
         (["--batch-size-per-device", "128"], "one batch of 128 is more than the 80 training images"),
-        (["--batch-size-per-device", "1"], "--batch-size-per-device must be a whole number, at least 2, got 1"),
+        (["--batch-size-per-device", "1"], "--batch-size-per-device must be an integer, at least 2, got 1"),
         (["--knn-k", "100"], "--knn-k 100 is more than the 80 training images"),
         (["--backbone", "resnet81"], "--backbone: there is no model 'resnet81'; known are resnet8, alexnet, "),
         (["--backbone", "vgg11", "--small-images"], "--small-images is for ResNets, got --backbone vgg11"),
@@ -404,12 +404,12 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
         ),
         (["--knn-t", "0"], "--knn-t must be a number above 0, got 0.0"),
         (["--linear-lr", "nan"], "--linear-lr must be a number above 0, got nan"),
-        (["--seed", "-1"], "--seed must be a whole number in [0, 4294967295], got -1"),
+        (["--seed", "-1"], "--seed must be an integer in [0, 4294967295], got -1"),
         (["--log-dir", str(tmp_path / "none.py" / "logs")], f"--log-dir: {tmp_path / 'none.py'} is no folder"),
         (["--precision", "17"], "Lightning refuses --accelerator cpu --devices 1 --strategy auto --precision 17: "),
         (["--accelerator", "abacus"], "Lightning refuses --accelerator abacus "),
         (["--strategy", "nonsense"], "Lightning refuses --accelerator cpu --devices 1 --strategy nonsense "),
-        (["--epochs", "many"], "--epochs must be a whole number, at least 0, got 'many'"),
+        (["--epochs", "many"], "--epochs must be an integer, at least 0, got 'many'"),
     ]
     for more, sentence in cases:
         with pytest.raises(SystemExit) as stopped:

@@ -6,7 +6,7 @@ import pytest
 
 from lightly_ext.benchmarks import schema
 from plugins.tools.command import UserError
-from plugins.tools.schema import rows, words
+from plugins.tools.schema import allowed_values, rows
 
 pytestmark = pytest.mark.lightly
 ROOT = Path(__file__).parents[2]
@@ -37,8 +37,8 @@ def test_all_mistakes_are_named_at_once() -> None:
         )
     assert [line.strip() for line in str(refused.value).splitlines()] == [
         "--val-dir is needed: folder of validation images, of the same classes",
-        "--epochs must be a whole number, at least 0, got 'many'",
-        "--seed must be a whole number in [0, 4294967295], got -1",
+        "--epochs must be an integer, at least 0, got 'many'",
+        "--seed must be an integer in [0, 4294967295], got -1",
         "--optimizer must be lars or sgd or adamw, got 'adam'",
         "--lr must be a number, at least 0, got -1.0",
         "--option takes KEY=VALUE, got 'rho'",
@@ -63,11 +63,11 @@ def test_a_wrong_value_of_any_option_is_a_sentence_or_works(name: str) -> None:
 
 
 def test_every_option_has_a_meaning_and_the_table_is_up_to_date() -> None:
-    assert all(row.meaning and row.words for row in rows(schema.Options))
+    assert all(row.meaning and row.values for row in rows(schema.Options))
     assert (ROOT / "docs" / "lightly_options.md").read_text() == schema.markdown()
     from lightly_ext.lightning.module import OPTIMIZERS
 
-    assert words(schema.Options.model_fields["optimizer"]).split(" or ") == list(OPTIMIZERS)
+    assert allowed_values(schema.Options.model_fields["optimizer"]).split(" or ") == list(OPTIMIZERS)
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_warmup_is_that_of_the_published_code():
 def test_series_coefficients():
     assert log_series(4) == (0, pytest.approx([1, -1 / 2, 1 / 3, -1 / 4]))
     for order in (4.0, 1.5, float("inf"), "1", True):
-        with pytest.raises(ValueError, match=f"the order of a series must be a whole number, got {order!r}"):
+        with pytest.raises(ValueError, match=f"the order of a series must be an integer, got {order!r}"):
             log_series(order)
     x, mu = 0.3, 0.6
     for order in (1, 4, 5):
@@ -353,7 +353,7 @@ def test_wrong_input_is_refused():
         ([z[:0]] * 4, {}, "the MEC loss needs at least 1 rows over all processes, got 0"),
         ([z] * 4, {"form": "dual"}, "form must be one of auto, covariance, gram, got 'dual'"),
         ([z] * 4, {"order": 0}, r"order must be in \[1, inf\), got 0"),
-        ([z] * 4, {"order": 4.0}, "order must be a whole number, got 4.0"),
+        ([z] * 4, {"order": 4.0}, "order must be an integer, got 4.0"),
         ([z] * 4, {"eps_d": "a"}, "eps_d must be a number, got 'a'"),
         ([z] * 4, {"eps_d": float("nan")}, r"eps_d must be in \[1e-06, inf\), got nan"),
         ([z] * 4, {"eps_d": 0.0}, r"eps_d must be in \[1e-06, inf\), got 0.0"),

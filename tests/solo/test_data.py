@@ -146,7 +146,7 @@ def test_the_steps_come_in_mains_order():
         ({"gausian_blur": {"prob": 0.5}}, r"augmentations\[0\] has no entry 'gausian_blur'; it knows rrc,"),
         ({"grayscale": {"probability": 0.5}}, "has no entry 'probability'; it knows enabled, prob"),
         ({"grayscale": {"prob": 1.5}}, r"grayscale.prob must be in \[0, 1\], got 1.5"),
-        ({"grayscale": 0.5}, "grayscale must be a section with entries of its own, got 0.5"),
+        ({"grayscale": 0.5}, "grayscale must be a mapping, got 0.5"),
         ({"color_jitter": {"prob": 0.8}}, "color_jitter.brightness must be a number, at least 0, got None"),
         (
             {"color_jitter": {"prob": 1, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.6}},
@@ -155,8 +155,8 @@ def test_the_steps_come_in_mains_order():
         ({"rrc": None}, r"needs a value for augmentations\[0\].rrc"),
         ({"rrc": {"enabled": True, "crop_min_scale": 0.5, "crop_max_scale": 0.2}}, "not above crop_max_scale"),
         ({"rrc": {"enabled": True, "crop_min_scale": 0.5}}, r"crop_max_scale must be in \[0, 1\], got None"),
-        ({"crop_size": 0}, r"crop_size must be a whole number in \[1, 16384\], got 0"),
-        ({"num_crops": "two"}, r"num_crops must be a whole number in \[1, 1024\], got 'two'"),
+        ({"crop_size": 0}, r"crop_size must be an integer in \[1, 16384\], got 0"),
+        ({"num_crops": "two"}, r"num_crops must be an integer in \[1, 1024\], got 'two'"),
         ({"mean": [0.5]}, r"mean must be three numbers, at least 0, got \[0.5\]"),
         ({"std": [0.5, 0.0, 0.5]}, "std must be three numbers, at least 1e-06"),
     ],
@@ -310,7 +310,7 @@ def test_the_common_folder_of_all_datasets_is_understood(tmp_path, compose):
         (("data.fraction=1.5",), "data.fraction must be above 0 and at most 1, or -1 for all images, got 1.5"),
         (("data.fraction=0",), "data.fraction must be above 0"),
         (("data.no_labels=true",), "data.no_labels is for data.dataset=custom"),
-        (("data.num_workers=-1",), r"data.num_workers must be a whole number in \[0, 1024\], got -1"),
+        (("data.num_workers=-1",), r"data.num_workers must be an integer in \[0, 1024\], got -1"),
         (("data.format=h5", "data.dataset=cifar10"), "data.format=h5 needs image files, cifar10 has none"),
         (("data.format=h5", "data.train_path=nowhere.h5"), "data.train_path is not a file: nowhere.h5"),
         (

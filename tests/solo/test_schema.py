@@ -10,7 +10,7 @@ from solo_ext import main_pretrain, schema
 from solo_ext.compat import GENERATION  # noqa: F401  (before Lightning)
 from solo_ext.compat.optim import OPTIMIZERS
 from solo_ext.config import parse_linear, parse_pretrain
-from solo_ext.schema import Linear, Pretrain, rows, words
+from solo_ext.schema import Linear, Pretrain, allowed_values, rows
 from solo_ext.transforms import DATASETS
 
 pytestmark = pytest.mark.solo
@@ -26,7 +26,7 @@ _UNKNOWN = {
     "gradient_clip": "did you mean gradient_clip_val?",
     "finetune": "finetune is an entry of main_linear only: remove it",
     "logger": "logger is set by the command: remove it",
-    "limit_train_batches": "limit_train_batches must be a whole number or a number or null, got 'x'",
+    "limit_train_batches": "limit_train_batches must be an integer or a number or null, got 'x'",
 }
 
 
@@ -56,10 +56,10 @@ def test_entries_to_which_others_refer_are_accepted(compose):
 
 def test_every_entry_has_a_meaning_and_the_table_is_up_to_date():
     for model in (Pretrain, Linear):
-        assert all(row.meaning and row.words for row in rows(model))
+        assert all(row.meaning and row.values for row in rows(model))
     assert (ROOT / "docs" / "solo_options.md").read_text() == schema.markdown()
-    assert set(words(schema.Data.model_fields["dataset"]).split(" or ")) == set(DATASETS)
-    assert words(schema.Optimizer.model_fields["name"]).split(" or ") == list(OPTIMIZERS)
+    assert set(allowed_values(schema.Data.model_fields["dataset"]).split(" or ")) == set(DATASETS)
+    assert allowed_values(schema.Optimizer.model_fields["name"]).split(" or ") == list(OPTIMIZERS)
 
 
 _BROKEN = {

@@ -85,7 +85,7 @@ def test_what_is_left_out_has_the_defaults(tmp_path):
         ("- 1", "must have the entries probes, and may have hidden_dim, .*, epochs, got"),
         ({**SHARED}, "must have the entries probes, and may have .*, got hidden_dim"),
         ({**SHARED, "probes": []}, "probes must contain at least one probe"),
-        ({**SHARED, "epochs": 1.5, "probes": [LINEAR]}, "epochs must be a whole number, got 1.5"),
+        ({**SHARED, "epochs": 1.5, "probes": [LINEAR]}, "epochs must be an integer, got 1.5"),
         ({**SHARED, "probes": [3]}, r"probes\[0\] must have the entries kind, weight_decay, and may have .*, got 3"),
         ({**SHARED, "probes": [LINEAR, {**LINEAR, "wd": 1}]}, r"probes\[1\] must have the entries .*, wd"),
         (

@@ -107,7 +107,7 @@ def _build(name: str, method: str, *, cifar: bool = False, **kwargs: Any) -> nn.
     known = sorted(set(inspect.signature(cls.__init__).parameters) - fixed)
     for key in kwargs:
         if key not in known:
-            raise TypeError(f"backbone {name} has no option {key!r}; it knows {', '.join(known)}")
+            raise TypeError(f"backbone {name} has no option {key!r}; known options: {', '.join(known)}")
     network = build(weights=None, **kwargs)
     network.num_features = network.fc.in_features
     network.fc = nn.Identity()

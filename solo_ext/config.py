@@ -213,7 +213,9 @@ def _check_optimizer(cfg: DictConfig) -> None:
     known = set(inspect.signature(OPTIMIZERS[optimizer.name]).parameters) - {"params", "lr", "weight_decay"}
     for key in optimizer.kwargs:
         if key not in known:
-            raise UserError(f"optimizer {optimizer.name} has no option {key!r}; it knows {', '.join(sorted(known))}")
+            raise UserError(
+                f"optimizer {optimizer.name} has no option {key!r}; known options: {', '.join(sorted(known))}"
+            )
     rates = {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
     with as_user_error("the optimizer"):
         OPTIMIZERS[optimizer.name](

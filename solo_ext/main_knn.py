@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from plugins.tools.command import Parser, UserError, exit_on_user_error, number
+from plugins.tools.command import Parser, UserError, exit_on_user_error, positive_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--mean", type=float, nargs=3, help="custom data: of each channel; default: as in pre-training")
     add("--std", type=float, nargs=3, help="custom data: of each channel; default: as in pre-training")
-    add("--batch_size", type=number(int), default=256)
-    add("--num_workers", type=number(int, zero=True), default=2, help="number of processes that read images")
+    add("--batch_size", type=positive_number(int), default=256)
+    add("--num_workers", type=positive_number(int, zero=True), default=2, help="number of processes that read images")
     add("--device", help="cpu, cuda, ...; default: a GPU if there is one")
 
 
@@ -42,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add_arguments(found)
     add = found.add_argument
-    add("--k", type=number(int), nargs="+", default=[20], help="numbers of neighbours")
-    add("--temperature", type=number(float), nargs="+", default=[0.07], help="temperature, for the cosine")
+    add("--k", type=positive_number(int), nargs="+", default=[20], help="numbers of neighbours")
+    add("--temperature", type=positive_number(float), nargs="+", default=[0.07], help="temperature, for the cosine")
     add("--distance_function", nargs="+", default=["cosine"], choices=["cosine", "euclidean"])
     add("--feature_type", nargs="+", default=["backbone"], choices=["backbone", "projector"])
     add("--output", type=Path, help="JSON file for the accuracies")

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from plugins.tools.command import Parser, UserError, exit_on_user_error, number
+from plugins.tools.command import Parser, UserError, exit_on_user_error, positive_number
 from solo_ext.main_knn import add_arguments
 
 
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     )
     held = "data for choosing a setting: a held-out part of the training labels or, as published, the test images"
     add("--select", choices=["validation", "test"], default="validation", help=held)
-    add("--seed", type=number(int, zero=True), default=0, help="seed of the drawn labels and of each fit")
+    add("--seed", type=positive_number(int, zero=True), default=0, help="seed of the drawn labels and of each fit")
     add("--output", type=Path, help="JSON file for the accuracies")
     return found
 

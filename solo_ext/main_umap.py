@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from plugins.tools.command import Parser, UserError, exit_on_user_error, number
+from plugins.tools.command import Parser, UserError, exit_on_user_error, positive_number
 from solo_ext.main_knn import add_arguments
 
 
@@ -18,12 +18,17 @@ def parser() -> argparse.ArgumentParser:
     add_arguments(found)
     add = found.add_argument
     add("--output", type=Path, help="output folder; default: umap in the run's folder")
-    add("--seed", type=number(int, zero=True), default=0, help="seed of UMAP and of the random choice of images")
+    add(
+        "--seed",
+        type=positive_number(int, zero=True),
+        default=0,
+        help="seed of UMAP and of the random choice of images",
+    )
     most = "maximum number of images of each split, chosen at random; 0: all"
-    add("--max_images", type=number(int, zero=True), default=20_000, help=most)
+    add("--max_images", type=positive_number(int, zero=True), default=20_000, help=most)
     add(
         "--n_neighbors",
-        type=number(int),
+        type=positive_number(int),
         default=15,
         help="neighbours of each point: large values show global structure, small values local structure",
     )

@@ -81,7 +81,7 @@ def method_class(cfg: DictConfig) -> type:
                     f", and our method of that name {', '.join(plugins[name].spec.options)}" if name in plugins else ""
                 )
                 raise UserError(
-                    f"solo-learn's method {name} has no option {key!r}; it knows {', '.join(sorted(known))}{ours}"
+                    f"solo-learn's method {name} has no option {key!r}; known options: {', '.join(sorted(known))}{ours}"
                 )
         _check_native_crops(name, cfg)
         if cfg.get("accumulate", "mean") != "mean":

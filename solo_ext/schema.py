@@ -595,7 +595,7 @@ def _unknown(model: type[Section], section: type[Section], place: Sequence[Any],
     near = nearest(key.lower(), names, cutoff=0.65)
     guess = f"; did you mean {names[near]}?" if near else ""
     if above:
-        return f"{above} has no entry {key!r}; it knows {', '.join(known)}{guess}"
+        return f"{above} has no entry {key!r}; known entries: {', '.join(known)}{guess}"
     return f"the configuration has no entry {key!r}{guess or '; --help-config lists all'}"
 
 

@@ -122,7 +122,9 @@ class Setup:
                 given["solarization_prob"] = probability
         for key in given:
             if key not in known:
-                raise UserError(f"--transform: {flat.__name__} has no argument {key!r}; it knows {', '.join(known)}")
+                raise UserError(
+                    f"--transform: {flat.__name__} has no argument {key!r}; known arguments: {', '.join(known)}"
+                )
         return flat(**given)
 
     def plain(self) -> Any:

@@ -13,7 +13,7 @@ from torchvision import transforms as T
 from lightly_ext import models
 from lightly_ext.names import CLASS_NAMES
 from lightly_ext.transforms import TwoViewTransform
-from plugins.tools.command import Parser, UserError, nearest, number
+from plugins.tools.command import Parser, UserError, nearest, positive_number
 from plugins.tools.data import DataError, make_digits
 from plugins.tools.folders import ImageFolder, check_same_classes, class_names
 from plugins.tools.images import open_image
@@ -80,7 +80,7 @@ def arguments(description: str, method: str, given: list[str] | None = None, **m
     """
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--method", default=method, help=f"one of {', '.join(MODELS)}")
-    parser.add_argument("--steps", type=number(int), default=200, help="optimiser steps")
+    parser.add_argument("--steps", type=positive_number(int), default=200, help="optimiser steps")
     parser.add_argument(
         "--data", type=Path, help="folder with train/ and val/, each with a folder per class; digits if left out"
     )

@@ -13,7 +13,7 @@ import torch
 
 from lightly_ext.examples import common
 from lightly_ext.examples.lightning_module import Module
-from plugins.tools.command import exit_on_user_error, number, print_on_rank_zero
+from plugins.tools.command import exit_on_user_error, positive_number, print_on_rank_zero
 
 METHOD = "isoloss"
 
@@ -21,7 +21,11 @@ METHOD = "isoloss"
 def main(given: list[str] | None = None) -> None:
     """Train, and print the kNN accuracy of the untrained and of the trained backbone."""
     gpus = torch.cuda.device_count()
-    devices = {"type": number(int), "default": gpus or 2, "help": "GPUs, or processes on a machine without GPU"}
+    devices = {
+        "type": positive_number(int),
+        "default": gpus or 2,
+        "help": "GPUs, or processes on a machine without GPU",
+    }
     args = common.arguments("Train a method on several processes or GPUs.", METHOD, given, devices=devices)
     module = Module(args.method)
     print_on_rank_zero(f"kNN untrained: {common.knn(module.model, args.data):.2f}")

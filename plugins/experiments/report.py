@@ -21,9 +21,9 @@ from plugins.experiments.results import (
     LOSSES,
     SECOND,
     Row,
+    format_number,
     markdown_table,
     notes,
-    number,
     read_rows,
     score,
     untrained,
@@ -61,10 +61,10 @@ def make_table(rows: Sequence[Row]) -> str:
     body = [
         [
             (f"*{title}* (baseline)" if row.baseline else title) + ("" if row.results else ": missing"),
-            number(row.mean("epochs")),
+            format_number(row.mean("epochs")),
             *(score(row, key, None if row.baseline else untrained(rows, row.framework, key)) for key in SCORES),
-            number(row.mean("seconds")),
-            number(row.mean("images_per_second")),
+            format_number(row.mean("seconds")),
+            format_number(row.mean("images_per_second")),
         ]
         for row, title in zip(rows, titles(rows), strict=True)
     ]
@@ -261,10 +261,10 @@ def _draw_spectra(figure: Any, methods: Sequence[tuple[str, Row]], bands: int, c
         largest = max((value for line in lines for value in line if value > 0), default=None)
         if largest is not None:
             width = min(len(line) for line in lines)
-            for number in (2**power for power in range(width.bit_length())):
-                values = [line[number - 1] for line in lines]
+            for index in (2**power for power in range(width.bit_length())):
+                values = [line[index - 1] for line in lines]
                 shown = [value if value > largest * SMALLEST else math.nan for value in values]
-                ax.plot(epochs, shown, color=colours(norm(number)), lw=1.2)
+                ax.plot(epochs, shown, color=colours(norm(index)), lw=1.2)
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(LogLocator(numticks=5))
             ax.yaxis.set_minor_locator(NullLocator())

@@ -16,9 +16,9 @@ from plugins.experiments.results import (
     MISSING,
     SECOND,
     Row,
+    format_number,
     markdown_table,
     notes,
-    number,
     read_rows,
     score,
 )
@@ -87,7 +87,7 @@ def make_table(rows: Sequence[Row], published: dict[str, Published]) -> str:
             [
                 dataset,
                 name + ("" if row.results else ": missing"),
-                number(row.mean("epochs")),
+                format_number(row.mean("epochs")),
                 *(score(row, key, None) for key in shown),
                 f"{known.top1:.2f}" if known else "",
                 f"{known.top5:.2f}" if known and known.top5 is not None else "",

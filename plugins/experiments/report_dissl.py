@@ -20,9 +20,9 @@ from plugins.experiments.results import (
     MISSING,
     SECOND,
     Row,
+    format_number,
     markdown_table,
     notes,
-    number,
     read_rows,
 )
 from plugins.experiments.suites import dissl
@@ -145,7 +145,7 @@ def make_table(suite: str, rows: Sequence[tuple[Row, str]]) -> str:
     head += [*(["published (%)"] if known else []), "hours"]
     body = []
     for row, title in rows:
-        start = [row.method.rpartition("_")[2], row.method.rpartition("_")[0], title, number(row.mean("epochs"))]
+        start = [row.method.rpartition("_")[2], row.method.rpartition("_")[0], title, format_number(row.mean("epochs"))]
         seconds = row.mean("seconds")
         hours = MISSING if seconds is None else f"{seconds / 3600:.2f}"
         theirs = [f"{known[row.method].top1:.1f}" if row.method in known else ""] if known else []

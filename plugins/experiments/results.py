@@ -121,7 +121,7 @@ def score(row: Row, key: str, reference: float | None) -> str:
     return text if reference is None else f"{text} ({mean - reference:+.1f})"
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Format a number, rounded to an integer, as a cell."""
     return MISSING if value is None else f"{value:.0f}"
 

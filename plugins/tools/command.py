@@ -93,8 +93,8 @@ def with_command_name(text: str, module: str) -> str:
     return text.replace(f"python -m {module}", script) if script.startswith("ssl-") else text
 
 
-def number(kind: type, *, zero: bool = False) -> Any:
-    """Return a type for argparse that accepts positive numbers.
+def positive_number(kind: type, *, zero: bool = False) -> Any:
+    """Return a type for argparse that accepts numbers above 0.
 
     Args:
         kind: int or float.

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from plugins.install import not_installed
-from plugins.tools.command import Parser, UserError, exit_on_user_error, number
+from plugins.tools.command import Parser, UserError, exit_on_user_error, positive_number
 
 _OF_WEIGHTS = ("train_dir", "val_dir", "save", "batch_size", "num_workers")
 
@@ -40,14 +40,14 @@ def parser() -> argparse.ArgumentParser:
     add("--train-dir", type=Path, metavar="FOLDER", help="with --weights: training images, one folder per class")
     add("--val-dir", type=Path, metavar="FOLDER", help="with --weights: test images, one folder per class")
     add("--save", type=Path, metavar="FOLDER", help="with --weights: save the features here, for --features")
-    add("--batch-size", type=number(int), help="with --weights: batch size (default: 128)")
-    add("--num-workers", type=number(int, zero=True), help="with --weights: data loader workers (default: 2)")
+    add("--batch-size", type=positive_number(int), help="with --weights: batch size (default: 128)")
+    add("--num-workers", type=positive_number(int, zero=True), help="with --weights: data loader workers (default: 2)")
     add = found.add_argument
     shipped = "dissl_linear (default), dissl_transfer, or a YAML file such as configs/probes/dissl_linear.yaml"
     add("--config", type=Path, default=Path("dissl_linear"), help=f"the probes to fit: {shipped}")
     held = "images for the choice of a setting: held-out training images or, as published, the test images"
     add("--select", choices=["validation", "test"], default="validation", help=held)
-    add("--seed", type=number(int, zero=True), default=0, help="seed of the drawn labels and of each fit")
+    add("--seed", type=positive_number(int, zero=True), default=0, help="seed of the drawn labels and of each fit")
     add("--device", help="cpu, cuda, ... (default: a GPU if one is available)")
     add("--output", type=Path, help="also write the accuracies to this JSON file")
     return found

@@ -160,7 +160,7 @@ def test_options_reach_the_network():
 @pytest.mark.parametrize("name", ["resnext50", "regnet_y_400mf"])
 @pytest.mark.parametrize("key", ["zero_init_residuals", "weights", "num_classes"])
 def test_an_unknown_option_is_named(name, key):
-    with pytest.raises(TypeError, match=f"backbone {name} has no option '{key}'; it knows"):
+    with pytest.raises(TypeError, match=f"backbone {name} has no option '{key}'; known options:"):
         _build(name, **{key: 1})
 
 

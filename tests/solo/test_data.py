@@ -143,8 +143,8 @@ def test_the_steps_come_in_mains_order():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"gausian_blur": {"prob": 0.5}}, r"augmentations\[0\] has no entry 'gausian_blur'; it knows rrc,"),
-        ({"grayscale": {"probability": 0.5}}, "has no entry 'probability'; it knows enabled, prob"),
+        ({"gausian_blur": {"prob": 0.5}}, r"augmentations\[0\] has no entry 'gausian_blur'; known entries: rrc,"),
+        ({"grayscale": {"probability": 0.5}}, "has no entry 'probability'; known entries: enabled, prob"),
         ({"grayscale": {"prob": 1.5}}, r"grayscale.prob must be in \[0, 1\], got 1.5"),
         ({"grayscale": 0.5}, "grayscale must be a mapping, got 0.5"),
         ({"color_jitter": {"prob": 0.8}}, "color_jitter.brightness must be a number, at least 0, got None"),

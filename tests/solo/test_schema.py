@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 _UNKNOWN = {
     "max_epoch": "the configuration has no entry 'max_epoch'; did you mean max_epochs?",
     "optimizer.weight_decy": "did you mean weight_decay?",
-    "momentum.base_tua": "it knows base_tau, final_tau, classifier; did you mean base_tau?",
+    "momentum.base_tua": "known entries: base_tau, final_tau, classifier; did you mean base_tau?",
     "auto_resume.enable": "did you mean enabled?",
     "warmup_epoch": "did you mean scheduler.warmup_epochs?",
     "lr": "did you mean optimizer.lr?",

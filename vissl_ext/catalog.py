@@ -1,6 +1,6 @@
-"""Image folders named on the command line, without an entry in VISSL's dataset catalogue.
+"""Image folders given on the command line, without an entry in VISSL's dataset catalogue.
 
-``config.DATA.TRAIN.DATA_PATHS=[folder]`` is enough: what the folder holds says how VISSL has to read it.
+Only ``config.DATA.TRAIN.DATA_PATHS=[FOLDER]`` is required. The content of the folder determines the data source.
 """
 
 import os
@@ -11,34 +11,35 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from plugins.tools.command import UserError
+from plugins.tools.files import atomic
 from plugins.tools.folders import check_same_classes, class_names, walk
 from vissl_ext.compat.safe_files import load_file
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _FILES = ("disk_folder", "disk_filelist")
 _NOT_FILES = ("synthetic", "torchvision_dataset", "airstore")
-"""Sources with a meaning of their own for a path."""
-_DIGITS = "; make the digits with: python -m plugins.tools.data digits"
+"""Data sources for which a path is not a folder of images."""
+_DIGITS = "; create the digits with: python -m plugins.tools.data digits"
 
 
 def complete(config: DictConfig, given: dict[str, Any], *, same_classes: bool = True) -> dict[str, list[str]]:
-    """Say in the configuration how the named folders have to be read.
+    """Set the data sources for the folders in DATA_PATHS.
 
-    A folder with a folder for each class becomes ``disk_folder``; one with images in it ``disk_filelist``, whose list
-    :func:`write_lists` writes. Labels are read where the configuration has ``LABEL_SOURCES``.
+    A folder with one subfolder per class becomes ``disk_folder``. A folder that contains images becomes
+    ``disk_filelist``; :func:`write_lists` writes its list. Labels are read if the configuration has ``LABEL_SOURCES``.
 
     Args:
         config: VISSL's configuration, below ``config``; changed in place.
-        given: keys, below ``config``, that the command line names.
-        same_classes: whether folders of training and test images must have the same classes, which an extraction of
-            features does not need.
+        given: overrides of the command line, key below ``config`` → value.
+        same_classes: whether the folders of training and test images must have the same classes. An extraction of
+            features does not require it.
 
     Returns:
-        The images of each list that has to be written, by the list's path.
+        Path of each list to be written → paths of its images.
 
     Raises:
-        UserError: a path is not there, holds no images, lacks the labels that the configuration asks for, or the
-            folders of training and test images have different classes.
+        UserError: a path does not exist or contains no images, labels are missing, or the folders of training and test
+            images have different classes.
     """
     lists: dict[str, list[str]] = {}
     splits = [*([] if config.TEST_ONLY else ["TRAIN"]), *(["TEST"] if config.TEST_MODEL else [])]
@@ -63,12 +64,12 @@ def complete(config: DictConfig, given: dict[str, Any], *, same_classes: bool = 
             names.append(_name(split, data, index, path))
         if f"DATA.{split}.DATA_SOURCES" in given and list(data.DATA_SOURCES) != sources:
             raise UserError(
-                f"config.DATA.{split}.DATA_SOURCES is {list(data.DATA_SOURCES)}, but DATA_PATHS holds {sources}"
+                f"config.DATA.{split}.DATA_SOURCES is {list(data.DATA_SOURCES)}, but DATA_PATHS needs {sources}"
             )
         wanted = len(data.LABEL_SOURCES) > 0 and len(data.LABEL_PATHS) == 0
         if wanted and any(_unlabelled(name, source) for name, source in zip(names, sources, strict=True)):
             raise UserError(
-                f"config.DATA.{split}.LABEL_SOURCES asks for labels, but {data.DATA_PATHS[0]} has no folders of classes"
+                f"config.DATA.{split}.LABEL_SOURCES needs labels, but {data.DATA_PATHS[0]} has no class folders"
             )
         data.DATA_PATHS, data.DATA_SOURCES, data.DATASET_NAMES = paths, sources, names
         if wanted and "disk_folder" in sources:
@@ -79,8 +80,8 @@ def complete(config: DictConfig, given: dict[str, Any], *, same_classes: bool = 
 
 
 def _check_classes(splits: list[Any]) -> None:
-    """Check that the labels of two folders number the same classes."""
-    splits = [data for data in splits if data.LABEL_TYPE == "standard"]  # else the labels are not the folders
+    """Check that a label means the same class in the folders of training and test images."""
+    splits = [data for data in splits if data.LABEL_TYPE == "standard"]  # otherwise the folders are not the labels
     of_folders = [data for data in splits if list(data.LABEL_SOURCES) == ["disk_folder"] and not data.LABEL_PATHS]
     places = [path for data in of_folders if list(data.DATA_SOURCES) == ["disk_folder"] for path in data.DATA_PATHS]
     if len(of_folders) == len(places) == 2 and all(Path(place).is_dir() for place in places):
@@ -89,16 +90,16 @@ def _check_classes(splits: list[Any]) -> None:
 
 
 def class_count(data: Any) -> int:
-    """The number of classes that the labels of a split need.
+    """Return the number of classes of a split.
 
     Args:
-        data: the section DATA.TRAIN or DATA.TEST, completed.
+        data: the section DATA.TRAIN or DATA.TEST, after :func:`complete`.
 
     Returns:
         The number of class folders, or the largest label of a .npy file plus one; 0 if neither is known.
 
     Raises:
-        UserError: a .npy file cannot be read, or holds objects.
+        UserError: a .npy file cannot be read, or contains objects.
     """
     counts = [0]
     if not data.LABEL_PATHS and data.LABEL_SOURCES:
@@ -114,17 +115,14 @@ def class_count(data: Any) -> int:
 
 
 def write_lists(lists: dict[str, list[str]]) -> None:
-    """Write the lists of images that :func:`complete` has named."""
+    """Write the lists of images that :func:`complete` returns."""
     for path, images in lists.items():
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
+        with atomic(Path(path)) as file:
             np.save(file, np.array(images))
-        temporary.replace(path)
 
 
 def register(config: Any) -> None:
-    """Enter the paths of a completed configuration into VISSL's catalogue; a spawned process starts with its own.
+    """Register the paths of a completed configuration in VISSL's catalogue; each process of a run must call it.
 
     Args:
         config: VISSL's configuration, below ``config``.
@@ -136,14 +134,14 @@ def register(config: Any) -> None:
         if len(data.DATA_PATHS) != len(data.DATASET_NAMES):
             continue
         for name, path, source in zip(data.DATASET_NAMES, data.DATA_PATHS, data.DATA_SOURCES, strict=False):
-            ours = str(name).startswith(f"{split.lower()}:")
-            if ours and not VisslDatasetCatalog.has_data(name):
+            added = str(name).startswith(f"{split.lower()}:")  # by _name
+            if added and not VisslDatasetCatalog.has_data(name):
                 entry = [path, path if source == "disk_folder" else ""]
                 VisslDatasetCatalog.register_data(name, {"train": entry, "val": entry})
 
 
 def _replaced(split: str, data: DictConfig, given: dict[str, Any]) -> bool:
-    """Whether the command line names folders of images in place of what a configuration lets torchvision read."""
+    """Return whether the command line replaces a data set of torchvision by folders of images."""
     keys = {f"DATA.{split}.{name}" for name in ("DATA_PATHS", "DATA_SOURCES")}
     if keys & given.keys() != {f"DATA.{split}.DATA_PATHS"} or set(data.DATA_SOURCES) != {"torchvision_dataset"}:
         return False
@@ -151,29 +149,29 @@ def _replaced(split: str, data: DictConfig, given: dict[str, Any]) -> bool:
         for path in data.DATA_PATHS:
             _kind(split, str(Path(str(path)).expanduser()))
     except UserError:
-        return False  # torchvision's own folder
+        return False  # the folder of torchvision's data set
     return True
 
 
 def _check_names(split: str, data: DictConfig) -> None:
     from vissl.data.dataset_catalog import VisslDatasetCatalog
 
-    hint = f"name a folder with config.DATA.{split}.DATA_PATHS=[FOLDER]"
+    hint = f"set a folder with config.DATA.{split}.DATA_PATHS=[FOLDER]"
     if len(data.DATA_SOURCES) == 0:
-        unless = "set config.TEST_MODEL=false" if split == "TEST" else "give DATA_SOURCES"
-        raise UserError(f"config.DATA.{split} names no data; {hint}, or {unless}")
+        unless = "set config.TEST_MODEL=false" if split == "TEST" else "set DATA_SOURCES"
+        raise UserError(f"config.DATA.{split} has no data; {hint}, or {unless}")
     for source, name in zip(data.DATA_SOURCES, data.DATASET_NAMES, strict=False):
         if source not in _FILES:
             continue
         if not VisslDatasetCatalog.has_data(name):
-            raise UserError(f"config.DATA.{split}.DATASET_NAMES: no catalogue has {name!r}; {hint}")
+            raise UserError(f"config.DATA.{split}.DATASET_NAMES: {name!r} is in no data set catalogue; {hint}")
         place = VisslDatasetCatalog.get(name)["train" if split == "TRAIN" else "val"][0]
         if isinstance(place, str) and not Path(place).exists():
-            raise UserError(f"the catalogue says that {name!r} is in {place}, which is not there; {hint}")
+            raise UserError(f"the data set catalogue has {place} for {name!r}, which does not exist; {hint}")
 
 
 def _name(split: str, data: DictConfig, index: int, path: str) -> str:
-    """The name that the configuration gives, where a catalogue knows it, for its labels; else one of our own."""
+    """Return the configured name if the catalogue has it, because its labels may be needed, else a new name."""
     from vissl.data.dataset_catalog import VisslDatasetCatalog
 
     if index < len(data.DATASET_NAMES) and VisslDatasetCatalog.has_data(data.DATASET_NAMES[index]):
@@ -188,17 +186,17 @@ def _unlabelled(name: str, source: str) -> bool:
 
 
 def _kind(split: str, given: str) -> tuple[str, list[str] | None]:
-    """How VISSL has to read a path, and the images, where a list has to be made of them."""
+    """Return the data source for a path, and its images if a list of them must be written."""
     path = Path(given)
     if path.is_file() and path.suffix == ".npy":
         return "disk_filelist", None
     if not path.is_dir():
         hint = _DIGITS if path.parent.name == "digits" else ""
-        raise UserError(f"config.DATA.{split}.DATA_PATHS is no folder and no .npy list of images: {given}{hint}")
+        raise UserError(f"config.DATA.{split}.DATA_PATHS: {given} is no folder and no .npy list of images{hint}")
     folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
     if not any(_is_image(entry.name) for entry in os.scandir(path)):
         if {"train", "val"} <= set(folders):
-            raise UserError(f"config.DATA.{split}.DATA_PATHS: {given} holds train and val; name one of the two")
+            raise UserError(f"config.DATA.{split}.DATA_PATHS: {given} contains train and val; choose one of the two")
         if folders:
             empty = [name for name in folders if not any(_images(path / name))]
             if empty:

@@ -1,11 +1,12 @@
-"""Every check of a configuration that can be made before anything is started.
+"""Validate a configuration before the run starts.
 
-What VISSL leaves to an assertion deep inside a rank, or does not notice at all, is one sentence here.
+VISSL ignores some of these errors, and for others ends with a failed assertion in the processes of the run.
 """
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
+from types import UnionType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,75 +16,82 @@ from plugins.tools.command import UserError, nearest
 from vissl_ext.catalog import class_count
 from vissl_ext.compose import defaults
 from vissl_ext.labels import uses_class_labels
-from vissl_ext.parts import check_heads, check_layers, check_schedules, check_transforms, known, meant
+from vissl_ext.parts import (
+    check_choice,
+    check_heads,
+    check_layers,
+    check_mapping,
+    check_schedules,
+    check_transforms,
+    is_number,
+)
 
 _OPTIONAL = {
     "cross_entropy_multiple_output_single_target": {"label_smoothing"},
     "nce_loss_with_memory": {"ignore_index"},
     "dino_loss": {"num_crops"},
 }
-"""Keys that a stock loss reads and VISSL's defaults.yaml does not have."""
-_LEAST = {
-    "OPTIMIZER.num_epochs": (1, True),
-    "DATA.TRAIN.BATCHSIZE_PER_REPLICA": (1, True),
-    "DISTRIBUTED.NUM_PROC_PER_NODE": (1, True),
-    "SEED_VALUE": (0, False),
-    "DATA.NUM_DATALOADER_WORKERS": (0, False),
+"""Options of stock losses that are missing in VISSL's defaults.yaml."""
+_MINIMUM: dict[str, tuple[int, type | UnionType]] = {
+    "OPTIMIZER.num_epochs": (1, int),
+    "DATA.TRAIN.BATCHSIZE_PER_REPLICA": (1, int),
+    "DISTRIBUTED.NUM_PROC_PER_NODE": (1, int),
+    "SEED_VALUE": (0, int | float),
+    "DATA.NUM_DATALOADER_WORKERS": (0, int | float),
 }
-"""Number → its least value, and whether it must be a whole number."""
+"""Key → its smallest value and its type."""
 _LARC = ("clip", "eps", "trust_coefficient", "exclude_bias_and_norm")
 _MISPLACED = {"ignore_index"}
-"""Keys directly below LOSS in stock files (pretrain/rotnet/rotnet_8gpu_resnet), where VISSL does not look for them."""
+"""Keys directly below LOSS in stock files (pretrain/rotnet/rotnet_8gpu_resnet), where VISSL ignores them."""
 
 
 def check_sections(cfg: DictConfig) -> None:
-    """Look for sections and lists that are none, or gone, and for misspelt keys.
+    """Check that no section or list is missing or of another type, and that no key is misspelt.
 
     Args:
-        cfg: the composed configuration, with ``config`` on top.
+        cfg: the composed configuration, with ``config`` as top-level key.
 
     Raises:
-        UserError: there is one.
+        UserError: there is such an error, or a value is missing.
     """
     _sections("config", _plain(cfg.config), _plain(defaults().config))
     try:
         if missing := sorted(OmegaConf.missing_keys(cfg)):
-            raise UserError(f"{missing[0]} is ??? in the configuration: give it a value, {missing[0]}=VALUE")
+            raise UserError(f"{missing[0]} has no value (???) in the configuration: add {missing[0]}=VALUE")
         OmegaConf.to_container(cfg, resolve=True)
     except InterpolationResolutionError as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     if type(cfg.node_id) is not int:
-        raise UserError(f"node_id must be a whole number, got {cfg.node_id!r}")
+        raise UserError(f"node_id must be an integer, got {cfg.node_id!r}")
 
 
 def _sections(above: str, given: dict[str, Any], default: dict[str, Any]) -> None:
     for key in given:
         near = None if key in default else nearest(key, default, cutoff=0.8)
         if near:
-            raise UserError(f"VISSL does not read {above}.{key}; did you mean {near}?")
+            raise UserError(f"VISSL has no option {above}.{key}; did you mean {near}?")
     for key, value in default.items():
         if key not in given:
             if above != "config.LOSS":
-                usual = "it must be a section" if isinstance(value, dict) else f"VISSL's default is {value}"
-                raise UserError(f"{above}.{key} is missing; {usual}")
+                expected = "it must be a mapping" if isinstance(value, dict) else f"VISSL's default is {value}"
+                raise UserError(f"{above}.{key} is missing; {expected}")
         elif isinstance(value, dict):
-            if not isinstance(given[key], dict):
-                raise UserError(f"{above}.{key} must be a section with entries of its own, got {given[key]!r}")
-            if above != "config.LOSS":  # its sections are checked with the loss
+            check_mapping(f"{above}.{key}", given[key])
+            if above != "config.LOSS":  # ``_check_loss`` checks its sections
                 _sections(f"{above}.{key}", given[key], value)
         elif isinstance(value, list) and not isinstance(given[key], list):
             raise UserError(f"{above}.{key} must be a list, got {given[key]!r}")
 
 
 def check(cfg: DictConfig, given: dict[str, Any]) -> None:
-    """Look for names that nothing is registered under, values of another kind, and keys that a loss does not read.
+    """Check names, types and ranges of values, and the options of the loss.
 
     Args:
-        cfg: the composed configuration, with ``config`` on top.
-        given: keys, below ``config``, that the command line names, and their values.
+        cfg: the composed configuration, with ``config`` as top-level key.
+        given: overrides of the command line, key below ``config`` → value.
 
     Raises:
-        UserError: there is one.
+        UserError: a value is invalid.
     """
     from classy_vision.meters import METER_REGISTRY
     from classy_vision.optim import OPTIMIZER_REGISTRY
@@ -99,9 +107,9 @@ def check(cfg: DictConfig, given: dict[str, Any]) -> None:
     from vissl_ext.task import check_config
 
     config = cfg.config
-    _kinds(given)
-    known("engine_name", cfg.engine_name, _ENGINE_REGISTRY)
-    names = {
+    _check_types(given)
+    check_choice("engine_name", cfg.engine_name, _ENGINE_REGISTRY)
+    choices = {
         "MACHINE.DEVICE": ("cpu", "gpu"),
         "MODEL.BASE_MODEL_NAME": MODEL_REGISTRY,
         "MODEL.TRUNK.NAME": MODEL_TRUNKS_REGISTRY,
@@ -109,20 +117,19 @@ def check(cfg: DictConfig, given: dict[str, Any]) -> None:
         "TRAINER.TRAIN_STEP_NAME": TRAIN_STEP_REGISTRY,
         **{f"DATA.{split}.COLLATE_FUNCTION": {"default_collate", *COLLATOR_REGISTRY} for split in ("TRAIN", "TEST")},
     }
-    for key, allowed in names.items():
-        known(f"config.{key}", OmegaConf.select(config, key), allowed)
-    for key, (least, whole_number) in _LEAST.items():
+    for key, allowed in choices.items():
+        check_choice(f"config.{key}", OmegaConf.select(config, key), allowed)
+    for key, (least, kind) in _MINIMUM.items():
         value = OmegaConf.select(config, key)
-        kinds = int if whole_number else int | float
-        if isinstance(value, bool) or not isinstance(value, kinds) or value < least:
-            kind = "a whole number, at least" if whole_number else "at least"
-            raise UserError(f"config.{key} must be {kind} {least}, got {value!r}")
-    for head in _heads(OmegaConf.to_container(config.MODEL.HEAD.PARAMS)):
-        known("config.MODEL.HEAD.PARAMS", head, MODEL_HEADS_REGISTRY)
+        if isinstance(value, bool) or not isinstance(value, kind) or value < least:
+            integer = "an integer, " if kind is int else ""
+            raise UserError(f"config.{key} must be {integer}at least {least}, got {value!r}")
+    for head in _head_names(_plain(config.MODEL.HEAD.PARAMS)):
+        check_choice("config.MODEL.HEAD.PARAMS", head, MODEL_HEADS_REGISTRY)
     for meter in (config.METERS.get("name"), *config.METERS.get("names", ())):
         if meter:
-            known("config.METERS", meter, METER_REGISTRY)
-    _loss(OmegaConf.to_container(config.LOSS))
+            check_choice("config.METERS", meter, METER_REGISTRY)
+    _check_loss(_plain(config.LOSS))
     for key in given:
         section = key.removeprefix("LOSS.").partition(".")[0]
         if key.startswith("LOSS.") and section not in {"name", config.LOSS.name}:
@@ -130,52 +137,51 @@ def check(cfg: DictConfig, given: dict[str, Any]) -> None:
     for split in ("TRAIN", "TEST"):
         data = config.DATA[split]
         for source in data.DATA_SOURCES:
-            known(f"config.DATA.{split}.DATA_SOURCES", source, DATASET_SOURCE_MAP)
+            check_choice(f"config.DATA.{split}.DATA_SOURCES", source, DATASET_SOURCE_MAP)
         if split == "TRAIN" or config.TEST_MODEL:
             check_transforms(f"config.DATA.{split}.TRANSFORMS", _plain(data.TRANSFORMS))
     for key in ("LOG_FREQUENCY", "CHECKPOINT.CHECKPOINT_FREQUENCY"):
         if OmegaConf.select(config, key) == 0:
-            raise UserError(f"config.{key} must not be 0; -1 is never")
+            raise UserError(f"config.{key} must not be 0; -1 turns it off")
     if not 0 <= cfg.node_id < config.DISTRIBUTED.NUM_NODES:
         raise UserError(f"node_id must be below config.DISTRIBUTED.NUM_NODES={config.DISTRIBUTED.NUM_NODES}")
     check_schedules(_plain(config.OPTIMIZER.param_schedulers))
-    _keys("config.OPTIMIZER.larc_config", config.OPTIMIZER.larc_config, dict.fromkeys(_LARC))
-    whole = AttrDict(OmegaConf.to_container(config))
+    _check_keys("config.OPTIMIZER.larc_config", config.OPTIMIZER.larc_config, dict.fromkeys(_LARC))
+    plain = AttrDict(OmegaConf.to_container(config))
     if cfg.engine_name in ("knn", "extract_features"):
         _check_extraction(cfg.engine_name, config)
     elif cfg.engine_name == "train":
-        _check_training(whole)
-    check_config(whole, training=cfg.engine_name == "train")
-    check_layers(whole.MODEL)
-    check_heads(whole.MODEL)
+        _check_training(plain)
+    check_config(plain, training=cfg.engine_name == "train")
+    check_layers(plain.MODEL)
+    check_heads(plain.MODEL)
 
 
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
-def _kinds(given: dict[str, Any]) -> None:
-    """Refuse a value of another kind than VISSL's default has."""
+def _check_types(given: dict[str, Any]) -> None:
+    """Check that overrides of numbers are numbers and overrides of booleans are booleans."""
     for key, value in given.items():
         default = OmegaConf.select(defaults().config, key)
-        numbers = isinstance(default, int | float) and not isinstance(default, bool)
-        if numbers and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if is_number(default) and not is_number(value):
             raise UserError(f"config.{key} must be a number, got {value!r}")
         if isinstance(default, bool) and not isinstance(value, bool):
             raise UserError(f"config.{key} must be true or false, got {value!r}")
 
 
 _ENGINES = {
-    "SVM": "add engine_name=extract_features, then fit the SVM to the folder of the features: "
+    "SVM": "add engine_name=extract_features, then fit the SVM to the folder with the features: "
     "python -m plugins.tools.linear_eval --features FOLDER --config dissl_transfer",
-    "IMG_RETRIEVAL": "instance retrieval is no engine, but VISSL's tools/instance_retrieval_test.py, which needs a GPU",
+    "IMG_RETRIEVAL": "for instance retrieval run VISSL's tools/instance_retrieval_test.py, which needs a GPU",
     "CLUSTERFIT": "add engine_name=extract_features; then run VISSL's tools/cluster_features_and_label.py",
 }
-"""What a configuration with entries of its own in one of these sections is for."""
+"""Section of a configuration → what to do with a configuration that changes this section."""
 
 
-def _engine(config: Any) -> str:
-    """What to do with a configuration that trains nothing."""
+def _evaluation_advice(config: Any) -> str:
+    """Return what to do with a configuration of an evaluation without training."""
     for section, advice in _ENGINES.items():
         default = _plain(defaults().config[section])
         if any(config[section].get(key) != value for key, value in default.items()):
@@ -186,29 +192,29 @@ def _engine(config: Any) -> str:
 
 
 def _check_training(config: Any) -> None:
-    """Refuse an evaluation that leaves nothing to train, which is what a forgotten engine looks like."""
+    """Check that an evaluation trains something; otherwise the user has probably forgotten ``engine_name``."""
     settings = config.MODEL.FEATURE_EVAL_SETTINGS
     frozen = [key for key in ("EXTRACT_TRUNK_FEATURES_ONLY", "FREEZE_TRUNK_AND_HEAD") if settings[key]]
     if settings.EVAL_MODE_ON and frozen and not config.TEST_ONLY:
         raise UserError(
             f"config.MODEL.FEATURE_EVAL_SETTINGS.{frozen[0]}=true leaves nothing to train with engine_name=train; "
-            f"{_engine(config)}"
+            f"{_evaluation_advice(config)}"
         )
 
 
 def check_outputs(config: DictConfig) -> None:
-    """Check that a training has a head, with an output for each class where both are known before the start.
+    """Check that the model has a head, and that it has an output for each class, if both numbers are known.
 
     Args:
-        config: VISSL's configuration, below ``config``, with its data completed.
+        config: VISSL's configuration, below ``config``, after ``catalog.complete``.
 
     Raises:
         UserError: there is no head, or there are more classes than outputs.
     """
     if not config.MODEL.HEAD.PARAMS:
         raise UserError(
-            "config.MODEL.HEAD.PARAMS is empty: the loss needs a head, such as [[mlp,{dims:[2048,128]}]], or "
-            "[[method_head,{in_dim:512}]] for one of our methods"
+            "config.MODEL.HEAD.PARAMS is empty: the loss needs a head, such as [[mlp,{dims:[2048,128]}]], or, for a "
+            "method of ssl-plugins, [[method_head,{in_dim:512}]]"
         )
     if not uses_class_labels(str(config.LOSS.name)):
         return
@@ -228,13 +234,13 @@ def check_outputs(config: DictConfig) -> None:
 
 
 def _check_extraction(engine: str, config: DictConfig) -> None:
-    """Features are those of images as they are, not of views."""
+    """Check that each image is read once, without views."""
     for split in ("TRAIN", "TEST"):
         if config.DATA[split].COLLATE_FUNCTION != "default_collate":
             raise UserError(
-                f"engine_name={engine} reads each image once, config.DATA.{split}.COLLATE_FUNCTION="
-                f"{config.DATA[split].COLLATE_FUNCTION} makes views; begin with config=benchmark/nearest_neighbor/... "
-                "or config=feature_extraction/..."
+                f"engine_name={engine} requires config.DATA.{split}.COLLATE_FUNCTION=default_collate, got "
+                f"{config.DATA[split].COLLATE_FUNCTION}, which creates views: start from a configuration such as "
+                "config=benchmark/nearest_neighbor/... or config=feature_extraction/..."
             )
     if engine == "knn":
         if not config.TEST_MODEL:
@@ -243,38 +249,34 @@ def _check_extraction(engine: str, config: DictConfig) -> None:
             raise UserError("config.NEAREST_NEIGHBOR.TOPK must be at least 1, and SIGMA above 0")
 
 
-def _heads(params: list[Any]) -> Iterable[Any]:
-    """The names in MODEL.HEAD.PARAMS, where a head is [name, options] or a list of such."""
+def _head_names(params: list[Any]) -> Iterator[Any]:
+    """Yield the names in MODEL.HEAD.PARAMS, whose elements are [name, options] or lists of such pairs."""
     for head in params:
         if isinstance(head, list) and head and isinstance(head[0], list):
-            yield from _heads(head)
+            yield from _head_names(head)
         elif isinstance(head, list) and head:
             yield head[0]
         else:
-            raise UserError(f"config.MODEL.HEAD.PARAMS must be a list of [NAME, {{OPTIONS}}], got {head!r} in it")
+            raise UserError(f"config.MODEL.HEAD.PARAMS must be a list of [NAME, {{OPTIONS}}], got the element {head!r}")
 
 
 @cache
-def _stock() -> dict[str, Any]:
+def _stock_losses() -> dict[str, Any]:
     return OmegaConf.to_container(defaults().config.LOSS)
 
 
-def _loss(losses: dict[str, Any]) -> None:
+def _check_loss(losses: dict[str, Any]) -> None:
     import torch.nn.modules.loss as torch_losses
     from classy_vision.losses import LOSS_REGISTRY
 
     of_torch = {name for name in dir(torch_losses) if name.endswith("Loss") and not name.startswith("_")}
-    name, names = losses.get("name"), {*LOSS_REGISTRY, *of_torch}
-    if name not in names:
-        raise UserError(
-            f"config.LOSS.name: {name!r} is unknown{meant(name, names)}; known are {', '.join(sorted(LOSS_REGISTRY))} "
-            "and the losses of torch.nn"
-        )
+    name = losses.get("name")
+    check_choice("config.LOSS.name", name, LOSS_REGISTRY, of_torch, "the losses of torch.nn")
     for section in losses:
         if section not in {"name", *_MISPLACED}:
-            known("config.LOSS", section, {*_stock(), *names})
+            check_choice("config.LOSS", section, {*_stock_losses(), *LOSS_REGISTRY}, of_torch, "the losses of torch.nn")
     if not isinstance(losses.get(name), dict):
-        raise UserError(f"config.LOSS names {name}, but has no section {name} with its options")
+        raise UserError(f"config.LOSS.name is {name}, but there is no section config.LOSS.{name} with its options")
     kind = LOSS_REGISTRY.get(name)
     if kind is not None and hasattr(kind, "check_config"):
         try:
@@ -282,20 +284,18 @@ def _loss(losses: dict[str, Any]) -> None:
         except ValueError as error:
             raise UserError(f"config.LOSS.{name}: {error}") from None
     elif kind is None:
-        options = set(inspect.signature(getattr(torch_losses, name)).parameters)
-        _keys(f"config.LOSS.{name}", losses[name], {option: None for option in options})
-    elif name in _stock():
+        options = inspect.signature(getattr(torch_losses, name)).parameters
+        _check_keys(f"config.LOSS.{name}", losses[name], dict.fromkeys(options))
+    elif name in _stock_losses():
         optional = dict.fromkeys(_OPTIONAL.get(name, ()))
-        _keys(f"config.LOSS.{name}", losses[name], {**_stock()[name], **optional})
+        _check_keys(f"config.LOSS.{name}", losses[name], {**_stock_losses()[name], **optional})
 
 
-def _keys(above: str, given: Mapping[str, Any], allowed: dict[str, Any]) -> None:
+def _check_keys(above: str, given: Mapping[str, Any], allowed: dict[str, Any]) -> None:
     for key, value in given.items():
         if key == "name":
             continue
-        if key not in allowed:
-            raise UserError(f"{above} has no key {key!r}{meant(key, allowed)}; it knows {', '.join(sorted(allowed))}")
+        check_choice(above, key, allowed)
         if isinstance(allowed[key], dict):
-            if not isinstance(value, dict):
-                raise UserError(f"{above}.{key} must have entries, such as {', '.join(allowed[key])}, got {value!r}")
-            _keys(f"{above}.{key}", value, allowed[key])
+            check_mapping(f"{above}.{key}", value)
+            _check_keys(f"{above}.{key}", value, allowed[key])

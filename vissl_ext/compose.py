@@ -1,4 +1,4 @@
-"""Finding and composing a configuration: VISSL's stock ones, ours, and those of a folder of the user's own."""
+"""Find and compose configurations: those of VISSL, of this package, and of folders of the user."""
 
 import difflib
 import warnings
@@ -26,45 +26,45 @@ from plugins.tools.overrides import quote_override
 _PACKAGE = Path(__file__).parent
 _DEFAULTS = Path(vissl.config.__file__).parent / "defaults.yaml"
 _OF_FORK = ("config/pretrain/dstl", "config/pretrain/cntr")
-"""Folders of DISSL's VISSL fork that VISSL does not have."""
+"""Folders that DISSL's fork of VISSL has and VISSL does not have."""
 
 
 @cache
 def defaults() -> DictConfig:
-    """VISSL's defaults.yaml, read once: it is long. Not to be changed."""
-    # OmegaConf reads 1e-08 as a number, PyYAML as a word
+    """Return VISSL's defaults.yaml, which is read once because it is long. Do not change the result."""
+    # OmegaConf reads 1e-08 as a number, PyYAML as a string
     return OmegaConf.load(_DEFAULTS)
 
 
 def own_folder() -> Path:
-    """Our configurations: in the package of an installed copy, beside it in a checkout."""
+    """Return the folder of this package's configurations, in the installed package or in the checkout."""
     places = [_PACKAGE / "configs", _PACKAGE.parent / "configs" / "vissl"]
     return next((place for place in places if place.is_dir()), places[0])
 
 
 def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[DictConfig, dict[str, Any]]:
-    """Compose as VISSL's tools do.
+    """Compose a configuration like VISSL's tools.
+
+    Options that this package adds need no ``+``, although they are missing in VISSL's defaults. A user's folder with
+    ``pretrain/dstl`` or ``pretrain/cntr`` belongs to DISSL's fork of VISSL, which does not change the warm-up of the
+    learning rate; its configurations get ``auto_lr_scaling.keep_warmup=true`` unless they set it.
 
     Args:
         overrides: ``config=NAME`` and Hydra's overrides.
-        folders: the user's, each with a folder ``config`` in it, as VISSL's ./configs has; the first is looked into
-            first, before ./configs, VISSL's own and ours.
-
-    A folder with ``pretrain/dstl`` or ``pretrain/cntr`` is that of DISSL's VISSL fork, which warms the learning rate up
-    as its files have it: they get ``auto_lr_scaling.keep_warmup``, where they do not have it.
+        folders: folders of the user, each with a subfolder ``config``, like VISSL's ./configs. They are searched in
+            this order, before ./configs, VISSL's folder and this package's folder.
 
     Returns:
-        The configuration, with ``config`` on top; and the keys below ``config`` that the overrides name, with the
-        values that they give. An option of ours needs no ``+``, though VISSL's defaults do not have it.
+        The configuration, with ``config`` as top-level key, and the overrides, key below ``config`` → value.
 
     Raises:
-        UserError: Hydra cannot make a configuration of it.
+        UserError: Hydra cannot compose the configuration.
     """
     overrides, places = [quote_override(word) for word in overrides], []
     for folder in folders:
         place = Path(folder).expanduser().resolve()
         if not (place / "config").is_dir():
-            raise UserError(f"--config-dir must name a folder with a folder 'config' in it, as VISSL has: {folder}")
+            raise UserError(f"--config-dir must be a folder with a subfolder 'config', got {folder}")
         places.append(place)
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
@@ -76,7 +76,7 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
         for place in reversed(places):
             search.prepend("user", f"file://{place}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Hydra's advice is for the authors of the configurations
+            warnings.simplefilter("ignore")  # Hydra's warnings are for the authors of the configurations
             Hydra.create_main_hydra2("vissl_ext", search)
             cfg = hydra_compose("defaults", overrides=[_addable(word) for word in overrides])
         _check_top(cfg, overrides)
@@ -87,11 +87,11 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
     except MissingConfigException as error:
         raise UserError(_missing(error, given, places)) from None
     except YAMLError as error:
-        raise UserError(f"a configuration is no YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"a configuration is not valid YAML: {' '.join(str(error).split())}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{_undecodable(places)} is no UTF-8 text ({error.reason}): save it as UTF-8") from None
+        raise UserError(f"{_undecodable(places)} is not valid UTF-8 ({error.reason}): save it as UTF-8") from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_sentence(error)) from None
+        raise UserError(_one_line(error)) from None
     finally:
         GlobalHydra.instance().clear()
         if before is not None:
@@ -99,10 +99,10 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
 
 
 def config_names(folders: Sequence[Path] = ()) -> list[str]:
-    """What ``config=`` can name: the files below ``config`` that are no part of another, as far as names tell.
+    """Return the names that ``config=NAME`` accepts.
 
     Args:
-        folders: the user's.
+        folders: folders of the user.
     """
     spec = find_spec("configs")
     stock = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
@@ -128,15 +128,15 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
 def _unreadable(word: str) -> str:
     key, equals, value = word.partition("=")
     if not equals:
-        return f"{word!r} is no argument: write KEY=VALUE, such as config=NAME or config.KEY=VALUE; see --help"
+        return f"{word!r} is not a valid argument: write KEY=VALUE, such as config=NAME; see --help"
     if value[:1] in "[{":
-        return f"cannot read {word!r}: a list is [A,B], a section {{KEY: VALUE}}; quote what has other signs in it"
+        return f"cannot parse {word!r}: write a list as [A,B], a mapping as {{KEY: VALUE}}; quote special characters"
     text = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f"""cannot read {word!r}: quote a value that has such signs in it, '{key}="{text}"'"""
+    return f"""cannot parse {word!r}: quote a value with special characters, '{key}="{text}"'"""
 
 
 def _own_options() -> dict[str, set[str]]:
-    """Options that we add to sections of VISSL's, or in sections of our own."""
+    """Return section → names of the options that this package adds to it."""
     from classy_vision.losses import LOSS_REGISTRY
 
     from vissl_ext.registry import register
@@ -156,25 +156,25 @@ def _own_options() -> dict[str, set[str]]:
 
 
 def _addable(word: str) -> str:
-    """An override of one of our options as one that adds it where it is not there."""
+    """Prepend ``++`` to an override of an option that this package adds."""
     above, _, option = word.partition("=")[0].rpartition(".")
     return f"++{word}" if option in _own_options().get(above, ()) else word
 
 
 def _check_top(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuse what the command line puts beside ``config``, where nothing reads it."""
-    known = {"config", "hydra", *defaults()}
+    """Check that the overrides add no unknown top-level keys."""
+    allowed = {"config", "hydra", *defaults()}
     for key in map(str, cfg):
         if "/" in key:
             raise UserError(
-                f"{key}={cfg[key]}: no folder of configurations is named {key}; --list names those there are"
+                f"{key}={cfg[key]}: there is no folder of configurations {key}; --list shows all configurations"
             )
-        if key not in known and any(word.lstrip("+").startswith((f"{key}=", f"{key}.")) for word in overrides):
-            raise UserError(f"nothing reads {key}; write +config.{key}=VALUE for an entry of the configuration")
+        if key not in allowed and any(word.lstrip("+").startswith((f"{key}=", f"{key}.")) for word in overrides):
+            raise UserError(f"{key} is no option of VISSL; write +config.{key}=VALUE to add a key below config")
 
 
 def _fill(config: DictConfig, default: DictConfig, given: dict[str, Any], above: str = "") -> None:
-    """Give back its defaults to a section of which a file has the name alone, as pretrain/datasets/imagenet MACHINE."""
+    """Set sections that a file leaves empty to their defaults, such as MACHINE of pretrain/datasets/imagenet."""
     for key, value in default.items():
         if not OmegaConf.is_dict(value) or key not in config:
             continue
@@ -185,9 +185,9 @@ def _fill(config: DictConfig, default: DictConfig, given: dict[str, Any], above:
 
 
 def _is_of_fork(overrides: Sequence[str], folders: Sequence[Path]) -> bool:
-    """Whether the file that ``config=`` names comes from a folder of the user's that is that of DISSL's VISSL fork.
+    """Return whether the file of ``config=NAME`` is in a folder of DISSL's fork of VISSL.
 
-    Files of the fork with a loss of VISSL's own, such as its SimCLR, are told by their neighbours alone.
+    Other files of that folder are the only criterion, because some files of the fork use a loss of VISSL.
     """
     parser = OverridesParser.create()
     names = [str(parser.parse_override(word).value()) for word in overrides if word.startswith("config=")]
@@ -197,7 +197,7 @@ def _is_of_fork(overrides: Sequence[str], folders: Sequence[Path]) -> bool:
 
 
 def _keep_warmup(config: DictConfig) -> None:
-    """Let the learning rate be warmed up as the file has it, unless it says whether to."""
+    """Set ``auto_lr_scaling.keep_warmup`` unless it is set."""
     scaling = OmegaConf.select(config, "OPTIMIZER.param_schedulers.lr.auto_lr_scaling")
     if OmegaConf.is_dict(scaling) and "keep_warmup" not in scaling:
         with open_dict(scaling):
@@ -205,7 +205,7 @@ def _keep_warmup(config: DictConfig) -> None:
 
 
 def _undecodable(places: list[Path]) -> str:
-    """The first file of the user's configurations that is no UTF-8."""
+    """Return the first file of the user's configurations that is not valid UTF-8."""
     for place in (*places, Path("configs")):
         for path in sorted((place / "config").rglob("*.yaml")):
             try:
@@ -218,29 +218,29 @@ def _undecodable(places: list[Path]) -> str:
 def _missing(error: MissingConfigException, given: dict[str, Any], places: list[Path]) -> str:
     name = str(error.missing_cfg_file or "").removeprefix("config/").removesuffix(".yaml")
     near = _nearest(name, config_names(places))
-    hint = f"; did you mean {' or '.join(near)}?" if near else "; --list names those there are"
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; --list shows all configurations"
     return f"there is no configuration {name!r}{hint}"
 
 
 def _nearest(name: str, names: list[str]) -> list[str]:
-    """Up to three configurations whose whole name, or a part of it between slashes, is nearly what was given."""
+    """Return up to three configurations whose name, or a part of it between slashes, is similar to a name."""
     last = name.rpartition("/")[2]
 
-    def likeness(other: str) -> float:
+    def similarity(other: str) -> float:
         whole = difflib.SequenceMatcher(None, name, other).ratio()
         return max(whole, *(difflib.SequenceMatcher(None, last, part).ratio() for part in other.split("/")))
 
-    scores = {other: likeness(other) for other in names}
+    scores = {other: similarity(other) for other in names}
     best = max(scores.values(), default=0.0)
     near = [other for other in names if scores[other] == best and best >= 0.75]
     return sorted(near, key=lambda other: (-difflib.SequenceMatcher(None, name, other).ratio(), other))[:3]
 
 
-def _sentence(error: Exception) -> str:
-    """What Hydra says, in one line: its later lines are context or advice."""
+def _one_line(error: Exception) -> str:
+    """Return Hydra's error as one line. Its later lines are context or advice."""
     text = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     if "must specify 'config'" in str(error):
-        return "no configuration is named; begin with config=NAME, see --help"
+        return "there is no config=NAME among the arguments; see --help"
     if text[0].endswith(":") and len(text) > 1:
         text[0] = f"{text[0]} {text[1]}"
     cause = error.__cause__
@@ -249,14 +249,10 @@ def _sentence(error: Exception) -> str:
     if "Could not override" in text[0] and "To append" in str(error):
         key = text[0].partition("'")[2].partition("'")[0]
         above, _, last = key.rpartition(".")
-        ours = _own_options().get(above, set())
-        if above.startswith("config.LOSS.") and ours:
-            hint = f"it knows {', '.join(sorted(ours))}"
-        else:
-            hint = f"write +{key}=VALUE to add one"
-        beside = OmegaConf.select(defaults(), above) or {}
-        near = nearest(last, [*ours, *beside])
-        if near:
-            hint = f"did you mean {near}?" + (f" {above} knows {', '.join(sorted(ours))}" if len(ours) > 1 else "")
-        return f"the configuration has no key {key}; {hint}"
+        own = _own_options().get(above, set())
+        near = nearest(last, [*own, *(OmegaConf.select(defaults(), above) or {})])
+        guess = f", did you mean {near!r}?" if near else ""
+        if above.startswith("config.LOSS.") and own:
+            return f"{above}: {last!r} is unknown{guess}; allowed: {', '.join(sorted(own))}"
+        return f"{above}: {last!r} is unknown{guess or f'; write +{key}=VALUE to add it'}"
     return text[0]

@@ -1,4 +1,4 @@
-"""python -m vissl_ext.launch config=NAME [OVERRIDES]: VISSL's tools/run_distributed_engines.py with our methods."""
+"""Command python -m vissl_ext.launch, which extends VISSL's tools/run_distributed_engines.py by this package."""
 
 import multiprocessing
 import os
@@ -16,22 +16,22 @@ from plugins.tools.process import hide_dropped
 
 USAGE = """usage: python -m vissl_ext.launch config=NAME [OVERRIDE ...] [--config-dir FOLDER]
 
-Trains or evaluates with VISSL 0.1.6. Takes what VISSL's tools/run_distributed_engines.py takes: a configuration by its
-name below VISSL's configs/config, and overrides of single entries in Hydra's language.
+Trains or evaluates with VISSL 0.1.6. The arguments are those of VISSL's tools/run_distributed_engines.py: the name of a
+configuration and overrides in Hydra's syntax.
 
-  config=NAME           VISSL's own (pretrain/simclr/simclr_8node_resnet), ours (pretrain/isoloss/...), or one of
-                        ./configs/config or FOLDER/config; --list names them all
-  config.KEY=VALUE      overrides an entry, +config.KEY=VALUE adds one
-  +config/GROUP=NAME    lays another file over it
+  config=NAME           a configuration of VISSL (pretrain/simclr/simclr_8node_resnet), of ssl-plugins
+                        (pretrain/isoloss/...), of ./configs/config or of FOLDER/config; --list shows all
+  config.KEY=VALUE      override a value; +config.KEY=VALUE adds a key
+  +config/GROUP=NAME    merge another file into the configuration
   engine_name=NAME      train (default), extract_features, ...
-  node_id=NUMBER        of this machine, if there are several
-  --config-dir FOLDER   a folder of your own that holds a folder 'config'; may be given several times
-  --list [TEXT]         name the configurations, those with TEXT in their name
+  node_id=NUMBER        number of this machine in a run on several machines
+  --config-dir FOLDER   a folder with a subfolder 'config'; may be repeated
+  --list [TEXT]         list the configurations whose names contain TEXT
 
-Images: config.DATA.TRAIN.DATA_PATHS=[FOLDER] is enough, with a folder for each class or without.
-Without a GPU the settings that need one are turned off, and a line says which. The run's folder, config.CHECKPOINT.DIR,
-gets checkpoints, log.txt, metrics.json and train_config.yaml; a run that was killed goes on from its last checkpoint,
-and one that is finished with a larger config.OPTIMIZER.num_epochs.
+Images: config.DATA.TRAIN.DATA_PATHS=[FOLDER] is sufficient; the folder may have one subfolder per class.
+Without a GPU, settings that need one are turned off and listed. The folder of the run, config.CHECKPOINT.DIR, contains
+checkpoints, log.txt, metrics.json and train_config.yaml. The same command resumes an interrupted run from its last
+checkpoint, and a finished run if config.OPTIMIZER.num_epochs is larger.
 
 examples:
   python -m vissl_ext.launch config=pretrain/simclr/simclr_8node_resnet \\
@@ -45,13 +45,13 @@ examples:
 
 
 def main(argv: list[str]) -> None:
-    """Do what a command line says.
+    """Run the command.
 
     Args:
-        argv: without the program's name.
+        argv: the arguments, without the name of the program.
 
     Raises:
-        UserError: something in it is wrong; nothing has been started.
+        UserError: an argument is invalid.
     """
     if find_spec("vissl") is None:
         raise UserError(not_installed("vissl"))
@@ -63,10 +63,10 @@ def main(argv: list[str]) -> None:
         words = [word for word in overrides if word != "--list"]
         missing = next((place for place in places if not place.is_dir()), None)
         if missing is not None:
-            raise UserError(f"--config-dir is no folder: {missing}")
+            raise UserError(f"--config-dir: there is no folder {missing}")
         names = [name for name in config_names(places) if all(word in name for word in words)]
         if not names:
-            raise UserError(f"no configuration has {' and '.join(words)} in its name")
+            raise UserError(f"there is no configuration with {' and '.join(words)} in its name; --list shows all")
         print("\n".join(names))
         return
     unknown = next((word for word in overrides if word.startswith("-")), None)
@@ -77,13 +77,13 @@ def main(argv: list[str]) -> None:
 
 
 def _options(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The overrides and the folders of ``--config-dir``."""
+    """Split the arguments into overrides and the folders of ``--config-dir``."""
     overrides, folders, words = [], [], iter(argv)
     for word in words:
         if word == "--config-dir" or word.startswith("--config-dir="):
             folder = word.partition("=")[2] or next(words, None)
             if not folder:
-                raise UserError("--config-dir must name a folder")
+                raise UserError("--config-dir needs a folder: --config-dir FOLDER")
             folders.append(folder)
         else:
             overrides.append(word)
@@ -91,17 +91,17 @@ def _options(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
-    """Compose a configuration, check it and complete it; begins the run's folder.
+    """Compose, validate and complete a configuration, and create the folder of the run.
 
     Args:
         overrides: ``config=NAME`` and Hydra's overrides.
-        folders: of ``--config-dir``.
+        folders: the folders of ``--config-dir``.
 
     Returns:
-        VISSL's whole configuration, and what is below ``config``.
+        VISSL's configuration, and its section ``config``.
 
     Raises:
-        UserError: something in it is wrong; nothing has been started, and no file written.
+        UserError: the configuration is invalid, or the folder cannot be used. No file has been written.
     """
     from classy_vision.optim import build_optimizer_schedulers
     from omegaconf import OmegaConf
@@ -121,9 +121,9 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     cfg, given = compose(overrides, folders)
     check_sections(cfg)
     changed, slurm = adapt(cfg, given), without_slurm(cfg.config, given)
-    # a rank, a data loader's worker and a link may have another working directory
+    # absolute, because processes of the run and symbolic links may have another working directory
     if cfg.config.CHECKPOINT.DIR in (None, ""):
-        raise UserError(f"config.CHECKPOINT.DIR must name a folder, got {cfg.config.CHECKPOINT.DIR!r}")
+        raise UserError(f"config.CHECKPOINT.DIR must be a folder, got {cfg.config.CHECKPOINT.DIR!r}")
     cfg.config.CHECKPOINT.DIR = str(Path(str(cfg.config.CHECKPOINT.DIR)).expanduser().absolute())
     weights = cfg.config.MODEL.WEIGHTS_INIT
     if str(weights.PARAMS_FILE or "").startswith("~"):
@@ -139,7 +139,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
         args, config = convert_to_attrdict(cfg, dump_config=False)
         build_optimizer_schedulers(deepcopy(config.OPTIMIZER))
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise UserError(f"VISSL refuses the configuration: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"VISSL rejects the configuration: {str(error).strip().splitlines()[0]}") from None
     folder = Path(config.CHECKPOINT.DIR)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -148,16 +148,16 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
         before = check_same(folder, ours)
         for name in set_aside(folder):
             print_on_rank_zero(
-                f"{name} cannot be read and is skipped: it is kept as {torn_name(name)}, and the one before is used"
+                f"{name} is incomplete: it was renamed to {torn_name(name)}, and the checkpoint before it is used"
             )
         if is_training_finished(config, checkpoint_folder=str(folder)):
-            return args, config  # nothing will be trained: what is there stays as it is
+            return args, config  # nothing will be trained, so no file is changed
         if config.CHECKPOINT.AUTO_RESUME and not config.CHECKPOINT.OVERWRITE_EXISTING:
             before = reopen(folder) or before
             if before is not None:
                 print_on_rank_zero(
-                    f"config.OPTIMIZER.num_epochs was {before} and is {config.OPTIMIZER.num_epochs} now: learning rate "
-                    "and other schedules follow the new length from here on"
+                    f"config.OPTIMIZER.num_epochs was {before} and is now {config.OPTIMIZER.num_epochs}: from here on "
+                    "the learning rate and other schedules follow the new number of epochs"
                 )
         claim(folder, ours)
         forget_unreadable(folder)
@@ -173,13 +173,13 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
 
 
 def _check_weights(weights: Any) -> None:
-    """Check that the file of weights is there, is whole, and holds weights and no code.
+    """Check that the weights file exists, is complete, and contains weights and no code.
 
     Args:
         weights: the section MODEL.WEIGHTS_INIT.
 
     Raises:
-        UserError: torch would not read it, or it holds something else.
+        UserError: the file does not exist, torch cannot read it, or it has other content.
     """
     import torch
 
@@ -190,29 +190,30 @@ def _check_weights(weights: Any) -> None:
     if not path or "://" in path:
         return
     if not Path(path).is_file():
-        what = "is no file" if path != "specify the model weights" else "must be the checkpoint to evaluate"
-        raise UserError(f"{key} {what}: {path}")
+        if path == "specify the model weights":
+            raise UserError(f"{key} must be the checkpoint to evaluate, got {path!r}")
+        raise UserError(f"{key}: there is no file {path}")
     try:
         unknown = unknown_types(path)
     except RuntimeError:
-        raise UserError(f"{key} is torn, or no file of torch.save: {path}") from None
+        raise UserError(f"{key}: {path} is incomplete, or was not written by torch.save") from None
     if unknown:
         raise UserError(
-            f"{key} names {', '.join(unknown)}, which could run code and is not read; "
-            f"take the tensors alone into a file of their own: {path}"
+            f"{key}: {path} contains {', '.join(unknown)}, which could run code, and is not loaded; save a file that "
+            "contains only the tensors"
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        reason = "it is text, a plain pickle or something else"
+        reason = "it is text, a plain pickle or another format"
         if "Unsupported global" in str(error):
-            reason = "it holds code, or objects that are no tensors"
-        raise UserError(f"{key} is no file of torch.save with weights alone ({reason}): {path}") from None
+            reason = "it contains code or objects other than tensors"
+        raise UserError(f"{key}: {path} is not a file of torch.save that contains only weights: {reason}") from None
     check_content(content, weights.STATE_DICT_KEY_NAME, path)
 
 
 def _plain(config: Any) -> Any:
-    """A copy that YAML can write: torch's dtypes by name."""
+    """Return a copy without torch's dtypes, which YAML cannot write."""
     from vissl.config import AttrDict
 
     copy = AttrDict(config.to_dict())
@@ -221,11 +222,11 @@ def _plain(config: Any) -> Any:
 
 
 def run(args: Any, config: Any) -> None:
-    """Start the ranks of this machine, or queue a job for SLURM.
+    """Start the processes of the run on this machine, or submit a job to SLURM.
 
     Args:
-        args: VISSL's whole configuration.
-        config: what is below ``config``.
+        args: VISSL's configuration.
+        config: its section ``config``.
     """
     from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
     from vissl.utils import distributed_launcher
@@ -240,17 +241,17 @@ def run(args: Any, config: Any) -> None:
     if config.SLURM.USE_SLURM:
         distributed_launcher.launch_distributed_on_slurm(engine_name=args.engine_name, cfg=config)
         return
-    for number in _ENDED:
+    for number in _SIGNALS:
         signal.signal(number, _interrupt)
-    # Python's resource tracker removes the semaphores of ranks that were killed, and would warn after our last line
+    # Python's resource tracker removes the semaphores of killed processes, and would warn after the last line
     quiet = ("ignore:resource_tracker:UserWarning", os.environ.get("PYTHONWARNINGS"))
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, quiet))
     folder = get_checkpoint_folder(config)
-    print_on_rank_zero(f"run's folder: {folder}")
+    print_on_rank_zero(f"folder of the run: {folder}")
     if is_training_finished(config, checkpoint_folder=folder):
         print_on_rank_zero(
-            f"the training there is finished, after {trained_epochs(Path(folder))} epochs; a larger "
-            "config.OPTIMIZER.num_epochs goes on from its end"
+            f"the training is finished after {trained_epochs(Path(folder))} epochs; increase "
+            "config.OPTIMIZER.num_epochs to continue it"
         )
         return
     try:
@@ -263,11 +264,11 @@ def run(args: Any, config: Any) -> None:
         raise _unfinished(folder, interrupted.number) from None
     except ProcessExitedException as error:
         _end(multiprocessing.active_children())
-        number = next((number for number in _ENDED if error.exit_code in (-number, 128 + number)), None)
-        if number is not None:  # a signal to all processes may reach the others first
+        number = next((number for number in _SIGNALS if error.exit_code in (-number, 128 + number)), None)
+        if number is not None:  # a signal to all processes may reach the other processes first
             raise _unfinished(folder, number) from None
-        how = f"was killed by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
-        print_on_rank_zero(f"process {error.error_index} of the training {how}; {resume_hint(Path(folder))}")
+        how = f"was killed by {error.signal_name}" if error.signal_name else f"exited with status {error.exit_code}"
+        print_on_rank_zero(f"process {error.error_index} of the run {how}; {resume_hint(Path(folder))}")
         raise SystemExit(128 - error.exit_code if error.exit_code < 0 else error.exit_code or 1) from None
     except ProcessRaisedException as error:
         if "UserError: " not in str(error):
@@ -275,18 +276,17 @@ def run(args: Any, config: Any) -> None:
         raise UserError(str(error)) from None
 
 
-_AGAIN = 2.0
-"""Seconds in which an interruption reaches the launcher, or is raised once more."""
-_ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-"""The signals that end a training, and what is said of it."""
+_RETRY_SECONDS = 2.0
+"""Seconds after which an interruption that has not ended the launcher is raised again."""
+_SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+"""Signal that ends a run → the message that is printed."""
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C or SIGTERM. A KeyboardInterrupt is swallowed at vissl/utils/distributed_launcher.py:161, and the ranks
-    train on.
+    """SIGINT or SIGTERM. vissl/utils/distributed_launcher.py:161 discards a KeyboardInterrupt and continues the run.
 
     Args:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -295,39 +295,39 @@ class _Interrupted(BaseException):
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    for ignored in _ENDED:
-        signal.signal(ignored, signal.SIG_IGN)  # once is enough
+    for ignored in _SIGNALS:
+        signal.signal(ignored, signal.SIG_IGN)
 
-    def again(*_: Any) -> None:
-        signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+    def interrupt(*_: Any) -> None:
+        signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
         raise _Interrupted(number)
 
-    # Python drops what is raised within a finalizer, such as those of a loader's processes: raise it until it arrives
+    # Python discards an exception in a finalizer, such as that of a data loader: raise it until it ends the launcher
     hide_dropped(_Interrupted)
-    signal.signal(signal.SIGALRM, again)
-    again()
+    signal.signal(signal.SIGALRM, interrupt)
+    interrupt()
 
 
 def _unfinished(folder: str, number: int) -> SystemExit:
-    """Say what a signal ended and how the training goes on; the exit status of a process that it ends."""
+    """Print that a signal ended the run and how to resume it, and return the exit status of the launcher."""
     from vissl_ext.compat.checkpoints import resume_hint
 
-    print_on_rank_zero(f"{_ENDED[signal.Signals(number)]}; {resume_hint(Path(folder))}")
+    print_on_rank_zero(f"{_SIGNALS[signal.Signals(number)]}; {resume_hint(Path(folder))}")
     return SystemExit(128 + number)
 
 
-def _end(ranks: list[Any]) -> None:
-    """End processes; those that do not within five seconds are killed."""
-    for rank in ranks:
-        rank.terminate()
-    for rank in ranks:
-        rank.join(5)
-        rank.kill()
-        rank.join()
+def _end(processes: list[Any]) -> None:
+    """Terminate processes, and kill those that have not exited after five seconds."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(5)
+        process.kill()
+        process.join()
 
 
 def command() -> None:
-    """The command."""
+    """Run the command with the arguments of the command line."""
     with exit_on_user_error():
         if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
             print(with_command_name(USAGE, "vissl_ext.launch"))

@@ -98,20 +98,20 @@ def test_other_sources_are_left_alone(folders):
 @pytest.mark.parametrize(
     ("config", "name", "overrides", "text"),
     [
-        (SIMCLR, "missing", [], "DATA_PATHS is no folder and no .npy list of images"),
+        (SIMCLR, "missing", [], "is no folder and no .npy list of images"),
         (SIMCLR, "empty", [], "there is no image in"),
-        (SUPERVISED, "flat", [], "LABEL_SOURCES asks for labels, but"),
-        (SIMCLR, "digits", [], "make the digits with: python -m plugins.tools.data digits"),
-        (SIMCLR, "splits", [], "holds train and val; name one of the two"),
+        (SUPERVISED, "flat", [], "LABEL_SOURCES needs labels, but"),
+        (SIMCLR, "digits", [], "create the digits with: python -m plugins.tools.data digits"),
+        (SIMCLR, "splits", [], "contains train and val; choose one of the two"),
         (
             SIMCLR,
             "labelled",
             ["config.DATA.TRAIN.DATA_SOURCES=[disk_filelist]"],
-            "but DATA_PATHS holds ['disk_folder']",
+            "but DATA_PATHS needs ['disk_folder']",
         ),
     ],
 )
-def test_mistakes_are_one_sentence(folders, config, name, overrides, text):
+def test_invalid_paths_raise_a_one_line_error(folders, config, name, overrides, text):
     path = {"digits": folders / "digits" / "train", "splits": folders / "splits"}.get(name, folders / name)
     if name == "splits":
         for split in ("train", "val"):
@@ -143,13 +143,13 @@ def test_an_empty_class_is_named(folders):
         complete(SIMCLR, folders / "labelled")
 
 
-def test_a_catalogue_that_points_nowhere_is_named():
+def test_a_catalogue_with_a_missing_folder_is_an_error():
     from vissl.data.dataset_catalog import VisslDatasetCatalog
 
     VisslDatasetCatalog.register_data("gone", {"train": ["/gone/train", ""], "val": ["/gone/val", ""]})
     try:
         cfg, given = compose([SIMCLR, "config.DATA.TRAIN.DATASET_NAMES=[gone]"])
-        with pytest.raises(UserError, match="'gone' is in /gone/train, which is not there"):
+        with pytest.raises(UserError, match="has /gone/train for 'gone', which does not exist"):
             catalog.complete(cfg.config, given)
     finally:
         VisslDatasetCatalog.remove("gone")

@@ -91,7 +91,7 @@ def test_resumes_from_the_newest_checkpoint_that_can_be_read(tmp_path: Path) -> 
     assert newest(tmp_path) == 1
 
 
-def test_a_full_disk_is_a_sentence_and_leaves_the_checkpoint_before(
+def test_a_full_disk_raises_an_error_and_keeps_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, 0)
@@ -111,8 +111,10 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_checkpoint_before(
 
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda content, file: save(content, Full(file)))
-    sentence = f"{tmp_path}/model_phase1.torch cannot be written: No space left on device; make room there, then the"
-    with pytest.raises(UserError, match=f"^{re.escape(sentence)} same command goes on from the last checkpoint$"):
+    message = f"{tmp_path}/model_phase1.torch cannot be written: No space left on device; free space on the disk, then "
+    with pytest.raises(
+        UserError, match=f"^{re.escape(message)}run the same command again to resume from the last checkpoint$"
+    ):
         write(tmp_path, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.torch", "model_phase0.torch"]
     assert newest(tmp_path) == 0
@@ -221,10 +223,13 @@ def test_a_finished_training_goes_on_with_more_epochs(
 
     first, same, more, less = launches([job(2), job(2), job(4), job(3)])
     assert [result["status"] for result in (first, same, more, less)] == [0] * 4, more["output"][-3000:]
-    said = "the training there is finished, after {} epochs; a larger config.OPTIMIZER.num_epochs goes on from its end"
-    assert said.format(2) in same["output"].splitlines()
-    assert said.format(4) in less["output"].splitlines()
-    assert "config.OPTIMIZER.num_epochs was 2 and is 4 now: learning rate and other schedules follow" in more["output"]
+    message = "the training is finished after {} epochs; increase config.OPTIMIZER.num_epochs to continue it"
+    assert message.format(2) in same["output"].splitlines()
+    assert message.format(4) in less["output"].splitlines()
+    assert (
+        "config.OPTIMIZER.num_epochs was 2 and is now 4: from here on the learning rate and other schedules follow"
+        in more["output"]
+    )
     assert "resumed after 4 of 8 iterations" in more["output"]
     names = ["model_final_checkpoint_phase3.torch", "model_phase1.torch", "model_phase0.torch"]
     assert [path.name for path in checkpoints(tmp_path)] == names
@@ -235,7 +240,7 @@ def test_a_finished_training_goes_on_with_more_epochs(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_training_on_a_full_disk_ends_with_a_sentence(
+def test_a_training_on_a_full_disk_ends_with_a_one_line_error(
     ranks: int, few_digits: Path, tmp_path: Path, launches: Callable, watched: ModuleType
 ) -> None:
     """The disk is full where a file would be larger than the system allows."""
@@ -248,11 +253,11 @@ def test_a_training_on_a_full_disk_ends_with_a_sentence(
     job = {"argv": argv, "folder": str(few_digits.parents[1]), "watch": True}
     (full,) = launches([{**job, "largest_file": 200_000}])
     assert full["status"] == 2 and not full["left"], full["output"][-3000:]
-    sentence = (
-        f"error: {tmp_path}/model_phase0.torch cannot be written: File too large; make room there, then the same "
-        "command begins anew, as there is no checkpoint yet"
+    message = (
+        f"error: {tmp_path}/model_phase0.torch cannot be written: File too large; free space on the disk, then run the "
+        "same command again to start from the beginning, since there is no checkpoint yet"
     )
-    assert sentence in full["output"].splitlines(), full["output"]
+    assert message in full["output"].splitlines(), full["output"]
     assert "Traceback" not in full["output"]
     assert checkpoints(tmp_path) == []
 

@@ -192,7 +192,7 @@ def test_a_checkpoint_of_another_trunk_is_refused(tmp_path: Path) -> None:
     how = {"state_dict_key_name": "classy_state_dict", "skip_layers": [], "replace_prefix": None, "append_prefix": None}
     load = base_ssl_model.init_model_from_consolidated_weights
     for model, state in ((large, small), (small, large)):
-        load.__wrapped__(config, model, checkpoint(state), **how)  # not a word, or mended upstream
+        load.__wrapped__(config, model, checkpoint(state), **how)  # if this raises, VISSL checks it itself
     other = r"weights\.torch is a checkpoint of another trunk .*: "
     with pytest.raises(UserError, match=other + r"missing b\.weight and 1 more\. It is probably"):
         load(config, large, checkpoint(small), **how)
@@ -220,5 +220,5 @@ def test_heads_that_are_not_loaded_are_reported_once(heads: bool, capsys: pytest
     assert said == ("the heads in weights.torch (2 tensors) are not used by this evaluation\n" if heads else "")
     parts["heads"]["0.weight"] = torch.zeros(5, 3)
     if not heads:
-        with pytest.raises(UserError, match=r"other heads .* to begin with new heads add .*SKIP_LAYERS="):
+        with pytest.raises(UserError, match=r"other heads .* to start with new heads add .*SKIP_LAYERS="):
             load(config, model, {"classy_state_dict": {"base_model": {"model": dict(parts)}}}, **how)

@@ -268,13 +268,13 @@ def test_a_signal_ends_all_processes(few_digits: Path, tmp_path: Path, launches:
         ]
         when = {"when": str(folder / "model_phase0.torch"), "signal": name, "group": group, "watch": fork}
         jobs.append({"argv": argv, "folder": str(few_digits.parents[1]), **when})
-    said = {"SIGINT": (130, "interrupted"), "SIGTERM": (143, "terminated")}
+    expected = {"SIGINT": (130, "interrupted"), "SIGTERM": (143, "terminated")}
     for job, result in zip(jobs, launches(jobs), strict=True):
-        status, word = said.get(job["signal"], (-9, None))
+        status, word = expected.get(job["signal"], (-9, None))
         assert result["status"] == status, (job, result["output"][-3000:])
         if word:
-            said_lines = [line for line in result["output"].splitlines() if line.startswith(word)]
-            assert said_lines == [f"{word}; the same command goes on from the last checkpoint"], job
+            lines = [line for line in result["output"].splitlines() if line.startswith(word)]
+            assert lines == [f"{word}; run the same command again to resume from the last checkpoint"], job
         assert "Traceback" not in result["output"], (job, result["output"])
         assert "resource_tracker" not in result["output"], job
         assert not result["left"], job
@@ -286,7 +286,7 @@ def test_a_signal_within_a_finalizer_arrives_and_is_not_printed() -> None:
         "import os, signal, time, weakref\n"
         "from vissl_ext import launch\n"
         "signal.signal(signal.SIGINT, launch._interrupt)\n"
-        "launch._AGAIN = 0.05\n"
+        "launch._RETRY_SECONDS = 0.05\n"
         "class Loader: pass\n"
         "loader = Loader()\n"
         "watch = weakref.ref(loader, lambda _: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0)))\n"
@@ -303,7 +303,7 @@ def test_a_signal_within_a_finalizer_arrives_and_is_not_printed() -> None:
 
 
 @pytest.mark.slow
-def test_the_end_of_one_process_is_said(
+def test_a_killed_process_is_reported(
     few_digits: Path, tmp_path: Path, launches: Callable, watched: ModuleType
 ) -> None:
     """As where the system kills it for its memory."""
@@ -314,9 +314,10 @@ def test_the_end_of_one_process_is_said(
     ]
     (result,) = launches([{"argv": argv, "folder": str(few_digits.parents[1]), "watch": True, "kill_rank": 1}])
     assert result["status"] == 128 + 9 and not result["left"], result["output"][-3000:]
-    sentence = (
-        "process 1 of the training was killed by SIGKILL; the same command begins anew, as there is no checkpoint yet"
+    message = (
+        "process 1 of the run was killed by SIGKILL; run the same command again to start from the beginning, since "
+        "there is no checkpoint yet"
     )
-    assert sentence in result["output"].splitlines(), result["output"]
+    assert message in result["output"].splitlines(), result["output"]
     assert "resource_tracker" not in result["output"]
     assert "Traceback" not in result["output"]

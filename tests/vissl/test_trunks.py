@@ -234,7 +234,7 @@ def test_features_that_a_trunk_does_not_have_are_an_error() -> None:
         (
             "deit",
             ["lastcls"],
-            "'lastcls' is unknown; known are lastCLS, blkCLS0 to blkCLS1",
+            "'lastcls' is unknown; allowed: lastCLS, blkCLS0 to blkCLS1",
         ),
         ("deit", ["blkCLS2"], "'blkCLS2' is unknown"),
         ("regnet", ["res9"], "layer of regnet: 'res9' is unknown"),

@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or not there, and the end of a training that more epochs move on.
+"""Atomic writing of checkpoints, and continuation of a finished run with more epochs.
 
-classy_vision/generic/util.py:352 writes into the final name, and vissl/utils/checkpoint.py:443 takes the existence of
-``model_final_*.torch`` for the end of a training: one that is killed while it writes can neither resume nor start anew,
-one whose epochs are raised does not go on, and any file of a user's with ``model_final`` in its name ends it.
-vissl/utils/checkpoint.py:143 links to a path relative to the working directory, not to the link. Where checkpoints are
-written every few iterations too, vissl/utils/checkpoint.py:576 looks for no others; where there are none of those that
-it looks for, vissl/utils/checkpoint.py:624 names the file ``None``.
+classy_vision/generic/util.py:352 writes checkpoints non-atomically, and vissl/utils/checkpoint.py:443 regards a run as
+finished if ``model_final_*.torch`` exists. Therefore a run that is killed while it writes can neither resume nor start
+again, a finished run does not continue with more epochs, and any user's file with ``model_final`` in its name ends a
+run. vissl/utils/checkpoint.py:143 creates a link relative to the working directory instead of to the link. If
+checkpoints are also written every few iterations, vissl/utils/checkpoint.py:576 finds no other checkpoints; if it finds
+none, vissl/utils/checkpoint.py:624 returns a file with the name ``None``.
 """
 
 import os
@@ -21,36 +21,36 @@ from plugins.tools.command import UserError
 from plugins.tools.files import atomic
 
 _OURS = re.compile(r"model_(?P<final>final_checkpoint_)?(?P<kind>phase|iteration)(?P<number>\d+)\.torch")
-GOES_ON = "the same command goes on from the last checkpoint"
+RESUMES = "run the same command again to resume from the last checkpoint"
 
 
 def activate() -> None:
-    """Write checkpoints under another name first; resume from the newest; end a training after its epochs."""
+    """Replace VISSL's functions that write and find checkpoints, and the check whether a run is finished."""
     from vissl.utils import checkpoint
 
-    mends = (
+    replacements = (
         ("get_checkpoint_resume_files", _newest),
         ("get_resume_checkpoint", _there),
         ("is_training_finished", _finished),
     )
-    for name, mended in mends:
+    for name, replacement in replacements:
         stock = getattr(checkpoint, name)
         if hasattr(stock, "__wrapped__"):
             continue
         for module in (checkpoint, sys.modules.get("vissl.utils.distributed_launcher")):
             if module is not None and hasattr(module, name):
-                setattr(module, name, wraps(stock)(partial(mended, stock)))
+                setattr(module, name, wraps(stock)(partial(replacement, stock)))
     checkpoint.CheckpointWriter._save = _save
     checkpoint.CheckpointWriter._create_symbolic_link = _link
 
 
 def checkpoints(folder: Path, *, iterations: bool = True, final: bool = True) -> list[Path]:
-    """The checkpoints that VISSL has written into a folder, the newest first; no file of another name is one.
+    """List the checkpoints of a run, the newest first. Files with other names than VISSL's are ignored.
 
     Args:
-        folder: of the run.
-        iterations: with those written in the midst of an epoch.
-        final: with that of the end.
+        folder: folder of the run.
+        iterations: whether to include checkpoints written within an epoch.
+        final: whether to include the checkpoint of the end.
     """
     found = [(path, _OURS.fullmatch(path.name)) for path in folder.glob("model_*.torch")]
     kept = [
@@ -77,13 +77,14 @@ def _save(self: Any, name: str, content: Any) -> None:
 
 
 def room(folder: Path) -> str:
-    """What to do when a run's folder cannot be written to, as the end of a sentence."""
-    return f"make room there, then {resume_hint(folder)}"
+    """Return the advice for a run whose disk is full, as the end of an error message."""
+    return f"free space on the disk, then {resume_hint(folder)}"
 
 
 def resume_hint(folder: Path) -> str:
-    """What the same command does in the folder of a run that did not finish."""
-    return GOES_ON if checkpoints(folder) else "the same command begins anew, as there is no checkpoint yet"
+    """Return the advice for an unfinished run, as the end of a message."""
+    start = "run the same command again to start from the beginning, since there is no checkpoint yet"
+    return RESUMES if checkpoints(folder) else start
 
 
 def _link(self: Any, checkpoint_name: str) -> None:
@@ -91,14 +92,14 @@ def _link(self: Any, checkpoint_name: str) -> None:
 
 
 def link_latest(folder: Path, name: str) -> None:
-    """Let checkpoint.torch in a folder be a link to a checkpoint there. A file of the user's is left alone."""
+    """Make checkpoint.torch a symbolic link to a checkpoint in the folder, unless it is a regular file."""
     link = folder / "checkpoint.torch"
     if link.exists() and not link.is_symlink():
         return
-    begun = folder / f".{link.name}.{os.getpid()}.tmp"
-    begun.unlink(missing_ok=True)
-    begun.symlink_to(name)
-    begun.replace(link)
+    temporary = folder / f".{link.name}.{os.getpid()}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    temporary.replace(link)
 
 
 def _newest(
@@ -108,9 +109,9 @@ def _newest(
     skip_final: bool = False,
     latest_checkpoint_resume_num: int = 1,
 ) -> str | None:
-    """The checkpoint of an epoch or, where they are asked for, of an iteration, whichever was written last.
+    """Return the newest checkpoint, including those of iterations if CHECKPOINT_ITER_FREQUENCY is set.
 
-    Without CHECKPOINT_ITER_FREQUENCY that of an iteration is what VISSL leaves of a training that diverged.
+    Without CHECKPOINT_ITER_FREQUENCY, VISSL writes the checkpoint of an iteration only if the training diverges.
     """
     every = config.CHECKPOINT.CHECKPOINT_ITER_FREQUENCY
     found = checkpoints(Path(checkpoint_folder), iterations=every > 0, final=not skip_final)
@@ -118,13 +119,13 @@ def _newest(
 
 
 def _there(find: Callable[..., str | None], cfg: Any, checkpoint_folder: str) -> str | None:
-    """The checkpoint to resume from, if there is one."""
+    """Return the checkpoint to resume from, or None if it does not exist."""
     path = find(cfg, checkpoint_folder)
     return path if path is not None and Path(path).is_file() else None
 
 
 def _finished(finished: Callable[..., bool], cfg: Any, checkpoint_folder: str) -> bool:
-    """Whether the epochs of the configuration are trained, instead of those of the time when the training ended."""
+    """Return whether the checkpoints have as many epochs as the configuration."""
     folder, options = Path(checkpoint_folder), cfg["CHECKPOINT"]
     if options["OVERWRITE_EXISTING"]:
         return False
@@ -134,20 +135,20 @@ def _finished(finished: Callable[..., bool], cfg: Any, checkpoint_folder: str) -
 
 
 def epochs(cfg: Any) -> int:
-    """How many epochs, in VISSL's sense of phases, a configuration asks for."""
+    """Return the number of epochs of a configuration; VISSL counts training phases."""
     return int(cfg["OPTIMIZER"]["num_epochs"] * cfg["DATA"]["TRAIN"].get("TRAIN_PHASES_PER_EPOCH", 1))
 
 
 def trained_epochs(folder: Path) -> int:
-    """How many epochs the checkpoints of a folder have behind them."""
+    """Return the number of epochs after which the newest checkpoint of an epoch was written."""
     return max((_number(path) + 1 for path in checkpoints(folder, iterations=False)), default=0)
 
 
 def reopen(folder: Path) -> int:
-    """Make the checkpoint of a training's end one like those before it: the training goes on from there.
+    """Rename the checkpoint of the end of a run to that of an epoch, so that the run can be continued.
 
     Returns:
-        The epochs after which it had ended; 0 where it had not.
+        The number of epochs of the finished run; 0 if it was not finished.
     """
     ended = 0
     for path in checkpoints(folder):
@@ -160,17 +161,17 @@ def reopen(folder: Path) -> int:
 
 
 def set_aside(folder: Path) -> list[str]:
-    """Rename checkpoints that cannot be read, so that the newest one before them is resumed from.
+    """Rename checkpoints that cannot be read, so that the run resumes from the newest readable one.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
 
     Returns:
-        Their former names; the new ones begin with ``torn_`` and are none that VISSL takes for checkpoints.
+        The former names of the renamed files.
     """
     broken, found = [], False
     for path in checkpoints(folder):
-        if _whole(path, every_byte=not found):  # of the one that is resumed from
+        if _is_complete(path, checksums=not found):  # of the checkpoint to resume from
             found = True
         else:
             path.replace(path.with_name(torn_name(path.name)))
@@ -182,14 +183,14 @@ def set_aside(folder: Path) -> list[str]:
 
 
 def torn_name(name: str) -> str:
-    """What a half-written checkpoint is called from then on; VISSL looks for ``model_`` anywhere in a name."""
+    """Return the new name of an incomplete checkpoint. VISSL finds files with ``model_`` anywhere in the name."""
     return f"torn_{name.replace('model_', '')}.broken"
 
 
-def _whole(path: Path, every_byte: bool) -> bool:
-    """Whether a file of torch.save can be read: its directory of parts, at the end, and their check sums.
+def _is_complete(path: Path, checksums: bool) -> bool:
+    """Return whether a file of torch.save has its directory, which is at the end, and the correct checksums.
 
-    One of the former format, which has neither, is taken as it is.
+    A file in the format before torch 1.6 has neither and counts as complete.
     """
     with path.open("rb") as file:
         start = file.read(2)
@@ -197,6 +198,6 @@ def _whole(path: Path, every_byte: bool) -> bool:
         return True
     try:
         with zipfile.ZipFile(path) as parts:
-            return not every_byte or parts.testzip() is None
+            return not checksums or parts.testzip() is None
     except (zipfile.BadZipFile, EOFError):
         return False

@@ -1,7 +1,7 @@
-"""Weights that a file of MODEL.WEIGHTS_INIT.PARAMS_FILE lacks, or that are left over.
+"""Comparison of the weights in MODEL.WEIGHTS_INIT.PARAMS_FILE with the model.
 
-vissl/utils/checkpoint.py:888 leaves weights of the model that the file lacks as they were drawn, and drops those of the
-file that the model lacks; only log.txt says so: a checkpoint of a ResNet-18 can be evaluated as a ResNet-34.
+vissl/utils/checkpoint.py:888 keeps the initial values of weights that are missing in the file, and ignores unexpected
+weights of the file. Only log.txt reports it, so a checkpoint of a ResNet-18 can be evaluated as a ResNet-34.
 vissl/utils/checkpoint.py:877 asserts that shapes agree.
 """
 
@@ -16,7 +16,7 @@ _KEY = "config.MODEL.WEIGHTS_INIT"
 
 
 def activate() -> None:
-    """Require that a file of weights and the trunk agree in every tensor, and report heads that are not loaded."""
+    """Require that the file and the trunk have the same tensors, and report weights of heads that are not loaded."""
     from vissl.models import base_ssl_model
 
     stock = base_ssl_model.init_model_from_consolidated_weights
@@ -33,7 +33,7 @@ def _checked(load: Callable[..., Any], config: Any, model: Any, state_dict: Any,
     if key == "classy_state_dict":
         parts = found["base_model"]["model"]
         trunk = plain_names(parts["trunk"])
-        if trunk and all(name.startswith("base_model.") for name in trunk):  # of a linear evaluation
+        if trunk and all(name.startswith("base_model.") for name in trunk):  # from a linear evaluation
             trunk = {name.removeprefix("base_model."): value for name, value in trunk.items()}
         parts.update(trunk=trunk, heads=plain_names(parts["heads"]))
         found = get_checkpoint_model_state_dict(config, found)
@@ -47,25 +47,27 @@ def _checked(load: Callable[..., Any], config: Any, model: Any, state_dict: Any,
 
 
 def check_content(content: Any, key: str | None, path: str) -> None:
-    """Check that what a file holds are weights, before they are compared with the trunk's.
+    """Check that a file contains weights.
 
     Args:
-        content: of the file.
+        content: content of the file.
         key: STATE_DICT_KEY_NAME.
-        path: of the file.
+        path: path of the file.
 
     Raises:
-        UserError: it holds no weights, or none under the key.
+        UserError: it contains no weights, or none under the key.
     """
     if not isinstance(content, Mapping):
-        raise UserError(f"{_KEY}.PARAMS_FILE holds a {type(content).__name__}, no weights by name: {path}")
+        raise UserError(
+            f"{_KEY}.PARAMS_FILE: {path} must contain a mapping name → weight, got a {type(content).__name__}"
+        )
     if content.get("type") in ("shard_list", "sliced"):
-        return  # of FullyShardedDataParallel, which VISSL reads by parts
+        return  # a checkpoint of FullyShardedDataParallel, which VISSL reads part by part
     if key and not isinstance(content.get(key), Mapping):
         has = ", ".join(map(str, list(content)[:4])) or "nothing"
         raise UserError(
-            f"{_KEY}.STATE_DICT_KEY_NAME is {key}, which {path} does not have; it has {has}. Give the name of its "
-            "weights, or an empty one if they are not nested"
+            f"{_KEY}.STATE_DICT_KEY_NAME is {key}, but {path} has the keys {has}. Set the key of the weights, or an "
+            "empty key if they are not nested"
         )
     if key == "classy_state_dict":
         model = content[key].get("base_model")
@@ -73,7 +75,7 @@ def check_content(content: Any, key: str | None, path: str) -> None:
         if not isinstance(parts, Mapping) or not all(
             isinstance(parts.get(part), Mapping) for part in ("trunk", "heads")
         ):
-            raise UserError(f"{_KEY}.PARAMS_FILE is no whole checkpoint of VISSL: {path}")
+            raise UserError(f"{_KEY}.PARAMS_FILE: {path} is not a complete checkpoint of VISSL")
 
 
 def _compare(config: Any, model: Any, found: Mapping[str, Any], skipped: list[str]) -> None:
@@ -91,8 +93,7 @@ def _compare(config: Any, model: Any, found: Mapping[str, Any], skipped: list[st
     path, ours = config.MODEL.WEIGHTS_INIT.PARAMS_FILE, model.state_dict()
     if reason := mismatch(part(found, "trunk."), part(ours, "trunk.")):
         raise UserError(
-            f"{path} is a checkpoint of another trunk than config.MODEL.TRUNK ({config.MODEL.TRUNK.NAME}) says: "
-            f"{reason}"
+            f"{path} is a checkpoint of another trunk than config.MODEL.TRUNK ({config.MODEL.TRUNK.NAME}): {reason}"
         )
     settings, heads = config.MODEL.FEATURE_EVAL_SETTINGS, part(found, "heads.")
     if settings.EVAL_MODE_ON and not settings.EVAL_TRUNK_AND_HEAD:
@@ -103,7 +104,7 @@ def _compare(config: Any, model: Any, found: Mapping[str, Any], skipped: list[st
     if "of another shape" in differ:
         reason = mismatch(heads, part(ours, "heads."))
         raise UserError(
-            f"{path} has other heads than config.MODEL.HEAD says: {reason}; to begin with new heads add "
+            f"{path} has other heads than config.MODEL.HEAD: {reason}; to start with new heads add "
             f"{_KEY}.SKIP_LAYERS=[num_batches_tracked,heads]"
         )
     for kind, names in differ.items():

@@ -1,7 +1,7 @@
-"""VISSL 0.1.6 on today's stack, with the methods of ``plugins``.
+"""The methods of ``plugins`` in VISSL 0.1.6, which is patched to run with current package versions.
 
-Importing anything from here mends what keeps VISSL from being imported; spawned processes that unpickle one of our
-functions need that before they import VISSL themselves.
+Importing this package applies the patches without which VISSL cannot be imported, also in spawned processes that
+unpickle a function of this package.
 """
 
 import runpy

@@ -1,4 +1,4 @@
-"""Settings of VISSL that depend on the machine: what works without a GPU, and what needs apex."""
+"""Adapt VISSL's settings to a machine without a GPU, apex or SLURM."""
 
 import shutil
 from importlib.util import find_spec
@@ -29,61 +29,61 @@ _NEED_GPU: dict[str, Any] = {
     "MODEL.FSDP_CONFIG.AUTO_SETUP_FSDP": True,
     "MODEL.SHARDED_DDP_SETUP.USE_SDP": True,
 }
-"""What cannot work on a CPU, wherever it was written."""
+"""Settings that cannot work on a CPU; they are errors if the user sets them."""
 _APEX = (
     ("MODEL.AMP_PARAMS.USE_AMP", "MODEL.AMP_PARAMS.AMP_TYPE"),
     ("MODEL.SYNC_BN_CONFIG.CONVERT_BN_TO_SYNC_BN", "MODEL.SYNC_BN_CONFIG.SYNC_BN_TYPE"),
 )
-"""Pairs: a setting, and what then must not be "apex" where there is no apex."""
+"""Pairs of a switch, and the option that must not be "apex" without apex if the switch is on."""
 
 
 def adapt(cfg: DictConfig, given: dict[str, Any]) -> list[str]:
-    """Turn on what a run on the CPU needs; a run on a GPU keeps its settings.
+    """Change the settings that a run on the CPU requires; the settings of a run on a GPU are not changed.
 
     Args:
-        cfg: the composed configuration, with ``config`` on top; changed in place.
-        given: keys, below ``config``, that the command line names, and their values; they are never changed.
+        cfg: the composed configuration, with ``config`` as top-level key; changed in place.
+        given: overrides of the command line, key below ``config`` → value; these settings are never changed.
 
     Returns:
-        What was changed, as ``KEY=value``.
+        The changes, as ``KEY=value``.
 
     Raises:
-        UserError: a setting needs a GPU, or apex, and there is none.
+        UserError: a setting needs a GPU or apex, which is not available.
     """
     changed: list[str] = []
     gpu = torch.cuda.is_available()
     if not gpu or OmegaConf.select(cfg.config, "MACHINE.DEVICE") == "cpu":
-        changed = _cpu_safe(cfg.config, given, "there is no GPU here" if not gpu else "MACHINE.DEVICE is cpu")
+        changed = _set_cpu(cfg.config, given, "no GPU is available" if not gpu else "MACHINE.DEVICE is cpu")
         if OmegaConf.select(cfg.config, "MODEL.TRUNK.NAME") in NEED_GPU:
-            raise UserError(f"config.MODEL.TRUNK.NAME={cfg.config.MODEL.TRUNK.NAME} needs a GPU; regnet does not")
+            raise UserError(f"config.MODEL.TRUNK.NAME={cfg.config.MODEL.TRUNK.NAME} needs a GPU; use regnet")
     _check_apex(cfg.config)
     return changed
 
 
 def without_slurm(config: DictConfig, given: dict[str, Any]) -> str:
-    """Turn a job for SLURM into a run on this machine where there is no SLURM.
+    """Turn off SLURM if it is not installed.
 
     Args:
         config: VISSL's configuration, below ``config``; changed in place.
-        given: keys, below ``config``, that the command line names, and their values; they are never changed.
+        given: overrides of the command line, key below ``config`` → value; these settings are never changed.
 
     Returns:
-        A sentence for the user; empty if nothing was changed.
+        A message for the user; empty if nothing was changed.
 
     Raises:
-        UserError: the command line asks for SLURM, and there is none.
+        UserError: the command line asks for SLURM, which is not installed.
     """
     if not OmegaConf.select(config, "SLURM.USE_SLURM") or shutil.which("sbatch"):
         return ""
     if "SLURM.USE_SLURM" in given:
-        raise UserError("config.SLURM.USE_SLURM=true needs SLURM, but there is no program sbatch here")
+        raise UserError("config.SLURM.USE_SLURM=true needs SLURM, but the program sbatch is not installed")
     config.SLURM.USE_SLURM = False
-    return "there is no SLURM here (no sbatch): the run starts on this machine, with SLURM.USE_SLURM=false"
+    return "SLURM is not installed (no sbatch): the run starts on this machine, with SLURM.USE_SLURM=false"
 
 
-def _cpu_safe(config: DictConfig, given: dict[str, Any], why: str) -> list[str]:
+def _set_cpu(config: DictConfig, given: dict[str, Any], why: str) -> list[str]:
     wanted = dict(_CPU)
-    if given.get("DISTRIBUTED.NUM_NODES", 1) != 1:  # the machines then have to know where they meet
+    if given.get("DISTRIBUTED.NUM_NODES", 1) != 1:  # several machines need a common address
         del wanted["DISTRIBUTED.INIT_METHOD"], wanted["DISTRIBUTED.RUN_ID"]
     changed = []
     for key, value in wanted.items():
@@ -103,5 +103,5 @@ def _check_apex(config: DictConfig) -> None:
     for switch, key in _APEX:
         if OmegaConf.select(config, switch) and OmegaConf.select(config, key) == "apex":
             raise UserError(
-                f"config.{key} is apex, which is not installed; add config.{key}=pytorch, or config.{switch}=false"
+                f"config.{key} is apex, which is not installed; set config.{key}=pytorch, or config.{switch}=false"
             )

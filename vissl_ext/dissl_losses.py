@@ -1,8 +1,8 @@
-"""The fork's losses by its names and with its keys; the maths is that of ``plugins.losses``.
+"""Losses of DISSL's fork of VISSL under their original names and options, computed by ``plugins.losses``.
 
-The model gives two outputs, the teacher head's first, each with the rows of one view after another. How many views
-there are is inferred from them. Keys that hold what can be inferred are taken and not used: ``n_Mx``, ``num_crops`` and
-``buffer_params``, which do not follow the heads and crops of the fork's own files.
+The model returns two outputs, first that of the teacher head, each with the rows of one view after another; the number
+of views is inferred from the number of rows. The options ``n_Mx``, ``num_crops`` and ``buffer_params`` are accepted and
+ignored, because their values follow from the outputs, and the fork's own files contain other values.
 """
 
 import logging
@@ -19,27 +19,28 @@ from plugins.distributed import WORLD
 from plugins.losses import CISSLTerms, DISSLTerms, StallAlarm, cissl_terms, dissl_terms, dissl_warmup
 from plugins.tools.command import UserError
 from vissl_ext.model import WHOLE
+from vissl_ext.parts import is_number
 from vissl_ext.views import check_batches, large_and_small, resolutions
 
 _PATIENCE = 1000
-"""Steps after the warm-ups until the assignments are first looked at for a stall."""
+"""Steps after the warm-up until the assignments are first checked for a stall."""
 _BUFFER = {"embedding_dim", "world_size", "effective_batch_size"}
 
 
 class ForkLoss(ClassyLoss):
-    """A loss on the outputs of a teacher head and of a student head.
+    """Base class of the losses on the outputs of a teacher head and a student head.
 
     Args:
-        config: what stands below ``LOSS.<name>``.
+        config: the section ``LOSS.<name>``.
 
     Raises:
         ValueError: see ``check_config``.
     """
 
     defaults: ClassVar[Mapping[str, Any]]
-    """The keys and their defaults."""
+    """The options and their defaults."""
     same_views: ClassVar[bool] = False
-    """Whether the student has as many views as the teacher."""
+    """Whether student and teacher must have the same number of views."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class ForkLoss(ClassyLoss):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ForkLoss":
-        """The loss that ``LOSS.<name>`` describes."""
+        """Create the loss from the section ``LOSS.<name>``."""
         return cls(config)
 
     @classmethod
@@ -68,10 +69,10 @@ class ForkLoss(ClassyLoss):
 
         Args:
             config: VISSL's configuration, below ``config``.
-            training: whether it is to be trained; an extraction has no views.
+            training: whether the model will be trained. An extraction of features has no views.
 
         Raises:
-            UserError: the loss cannot be trained with them.
+            UserError: the numbers of heads or views do not fit the loss.
         """
         if not training:
             return
@@ -82,7 +83,7 @@ class ForkLoss(ClassyLoss):
             raise UserError(f"config.LOSS.{name}: {error}") from None
         if len(config.MODEL.HEAD.PARAMS) != 2:
             raise UserError(
-                f"config.LOSS.name={name} needs two heads in config.MODEL.HEAD.PARAMS, the teacher's first, "
+                f"config.LOSS.name={name} requires two heads in config.MODEL.HEAD.PARAMS, the teacher's first, "
                 f"got {len(config.MODEL.HEAD.PARAMS)}"
             )
         check_batches(config)
@@ -90,25 +91,24 @@ class ForkLoss(ClassyLoss):
         wanted = cls.teacher_views(options)
         if teacher != wanted:
             raise UserError(
-                f"config.LOSS.name={name} takes {wanted} views for the teacher, but the teacher head gets {teacher}; "
-                "see config.DATA.TRAIN.TRANSFORMS and config.MODEL.MULTI_RES_SPLIT_CROPS"
+                f"config.LOSS.name={name} requires {wanted} views for the teacher head, got {teacher}; change "
+                "config.DATA.TRAIN.TRANSFORMS or config.MODEL.MULTI_RES_SPLIT_CROPS"
             )
         if student < max(2, teacher) or (cls.same_views and student != teacher):
-            raise UserError(
-                f"config.LOSS.name={name} cannot have {student} views for the student and {teacher} teacher's"
-            )
+            allowed = f"{teacher}" if cls.same_views else f"at least {max(2, teacher)}"
+            raise UserError(f"config.LOSS.name={name} requires {allowed} views for the student head, got {student}")
 
     @classmethod
     def resolved(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The options, checked and completed.
+        """Validate the options and add the defaults.
 
         Raises:
-            ValueError: a key is unknown, or its value of another kind or out of range.
+            ValueError: an option is unknown, has the wrong type or is out of range.
         """
         given = {key: value for key, value in config.items() if key != "name"}
         for key in given:
             if key not in cls.defaults:
-                raise ValueError(f"there is no key {key!r}; known are {', '.join(sorted(cls.defaults))}")
+                raise ValueError(f"{key!r} is unknown; allowed: {', '.join(sorted(cls.defaults))}")
         options = {**cls.defaults, **given}
         for key, value in options.items():
             _check_number(key, value)
@@ -116,37 +116,37 @@ class ForkLoss(ClassyLoss):
 
     @classmethod
     def teacher_views(cls, options: Mapping[str, Any]) -> int:
-        """How many views the teacher head sees."""
+        """Return the number of views of the teacher head."""
         raise NotImplementedError
 
     def split(self, output: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The views of the two heads' outputs.
+        """Split the outputs of the two heads into views.
 
         Raises:
-            ValueError: there are not two outputs, or their rows are no whole numbers of views.
+            ValueError: there are not two outputs, or their numbers of rows are not multiples of the batch size.
         """
         if not isinstance(output, list | tuple) or len(output) != 2:
-            raise ValueError("this loss needs the outputs of two heads, the teacher's first")
+            raise ValueError("the loss requires the outputs of two heads, the teacher's first")
         teacher, student = output
         views = self.teacher_views(self.options)
         rows = len(teacher) // views
         if not rows or len(teacher) % views or len(student) % rows:
             raise ValueError(
-                f"{len(teacher)} rows of the teacher head and {len(student)} of the student head are no whole numbers "
-                f"of views, where the teacher sees {views}"
+                f"the outputs must consist of views of equal size, {views} of them for the teacher head, got "
+                f"{len(teacher)} rows of the teacher head and {len(student)} of the student head"
             )
         return list(teacher.split(rows)), list(student.split(rows))
 
 
 def _views(config: Any, name: str, groups: list[Any]) -> tuple[int, int]:
-    """How many views the teacher head and the student head get."""
+    """Return the numbers of views of the teacher head and of the student head."""
     counts = [count for _, count in resolutions(config.DATA.TRAIN.TRANSFORMS)]
     trunk = config.MODEL.TRUNK
-    large_and_small(config)  # the teacher's views are the first
+    large_and_small(config)  # raises an error unless the large views are the first
     if config.DATA.TRAIN.COLLATE_FUNCTION == "multicrop_collator":
         if len(groups) != 2:
             raise UserError(
-                f"config.LOSS.name={name} with multicrop_collator needs a group of resolutions for each head, "
+                f"config.LOSS.name={name} with multicrop_collator requires a group of resolutions for each head, "
                 f"config.MODEL.MULTI_RES_SPLIT_CROPS=[[0,1],[0,null]], got {groups}"
             )
         teacher, student = (sum(counts[start:end]) for start, end in groups)
@@ -154,17 +154,16 @@ def _views(config: Any, name: str, groups: list[Any]) -> tuple[int, int]:
     keys = trunk.get("OUT_FEATURE_KEYS") or []
     if len(keys) != 2 and not trunk.RESNETS.get("IS_SKIP_RESIZER", False):
         raise UserError(
-            f"config.LOSS.name={name} with simclr_collator needs a feature for each head, "
+            f"config.LOSS.name={name} with simclr_collator requires a feature for each head, "
             f"config.MODEL.TRUNK.OUT_FEATURE_KEYS=[flatten,flatten], got {list(keys)}"
         )
     return sum(counts), sum(counts)
 
 
 def _check_number(key: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
     if key.startswith(("temperature", "beta")):
         least = "above 0" if key.startswith("temperature") else "at least 0"
-        if not number or not 0 <= value < math.inf or (value == 0 and key.startswith("temperature")):
+        if not is_number(value) or not 0 <= value < math.inf or (value == 0 and key.startswith("temperature")):
             raise ValueError(f"{key} must be a finite number {least}, got {value!r}")
     elif key.startswith("warmup") and value is not None and (type(value) is not int or value < 0):
         raise ValueError(f"{key} must be a number of steps or null, got {value!r}")
@@ -176,14 +175,14 @@ def _are_crops(value: Any) -> bool:
 
 @register_loss("dstl_issl_loss")
 class DstlISSLLoss(ForkLoss):
-    """``plugins.losses.dissl_loss`` on both heads' logits, with the warm-ups of the fork and the alarm at a stall.
+    """``plugins.losses.dissl_loss`` on the logits of both heads, with the fork's warm-up and the alarm for a stall.
 
-    Keys: ``temperature_assign`` τ_t and ``temperature_pred`` τ_s, > 0; ``beta_pM_unif`` λ and ``beta_H_MlZ`` β, ≥ 0;
-    ``crops_for_teacher``, the first T crops; ``warmup_beta_CE_iter``, steps or null.
+    Options: ``temperature_assign`` τ_t and ``temperature_pred`` τ_s, > 0; ``beta_pM_unif`` λ and ``beta_H_MlZ`` β, ≥ 0;
+    ``crops_for_teacher``, indices of the first T crops; ``warmup_beta_CE_iter``, number of steps or null.
 
     Buffers:
-        num_iteration: ``[1]``, the steps done; with it a resumed run goes on in its warm-ups. The fork's checkpoints,
-            which call it ``dstl_criterion.num_iteration``, are taken too.
+        num_iteration: ``[1]``, number of training steps, so that a resumed run continues the warm-up. Checkpoints of
+            the fork, in which its name is ``dstl_criterion.num_iteration``, can be loaded too.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -209,19 +208,19 @@ class DstlISSLLoss(ForkLoss):
         options = super().resolved(config)
         crops = options["crops_for_teacher"]
         if not _are_crops(crops) or not crops or sorted(crops) != list(range(len(crops))):
-            raise ValueError(f"crops_for_teacher must be the first crops, such as [0, 1], got {crops}")
+            raise ValueError(f"crops_for_teacher must be the indices of the first crops, such as [0, 1], got {crops}")
         return options
 
     @classmethod
     def teacher_views(cls, options: Mapping[str, Any]) -> int:
-        """T."""
+        """Return T, the number of crops for the teacher."""
         return len(options["crops_for_teacher"])
 
     def forward(self, output: list[Tensor], target: Tensor) -> Tensor:
-        """Loss of the joined batch.
+        """Return the loss of the joined batch.
 
         Args:
-            output: of the teacher head ``[T·B, C]`` and of the student head ``[S·B, C]``.
+            output: logits of the teacher head ``[T·B, C]`` and of the student head ``[S·B, C]``.
             target: labels; not used.
         """
         teacher, student = self.split(output)
@@ -248,14 +247,14 @@ class DstlISSLLoss(ForkLoss):
         return terms.loss
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        theirs = f"{prefix}dstl_criterion.num_iteration"
-        if theirs in state_dict:
-            state_dict[f"{prefix}num_iteration"] = state_dict.pop(theirs)
+        name_in_fork = f"{prefix}dstl_criterion.num_iteration"
+        if name_in_fork in state_dict:
+            state_dict[f"{prefix}num_iteration"] = state_dict.pop(name_in_fork)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _watch(self, terms: DISSLTerms, classes: int) -> None:
-        """Ring at a stall; log at the steps at which the fork does."""
-        self.alarm.classes = max(classes, 2)  # n_Mx does not follow the heads
+        """Warn about a stall, and log the terms at the same steps as the fork."""
+        self.alarm.classes = max(classes, 2)  # n_Mx may differ from the width of the heads
         self.alarm(terms.H_Mlz, self.num_iteration)
         step = self.alarm.steps
         if (step in (1, 10, 20, 50, 100, 150) or step % 200 == 0) and is_primary():
@@ -267,9 +266,9 @@ class DstlISSLLoss(ForkLoss):
 
 @register_loss("cntr_issl_loss")
 class CntrISSLLoss(ForkLoss):
-    """``plugins.losses.cissl_loss`` of two teacher views, or more views of the student head.
+    """``plugins.losses.cissl_loss`` of two views of the teacher head and two or more of the student head.
 
-    Keys: ``temperature`` τ > 0.
+    Options: ``temperature`` τ > 0.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {"temperature": 0.1, "buffer_params": {}}
@@ -281,20 +280,22 @@ class CntrISSLLoss(ForkLoss):
         options = super().resolved(config)
         buffer = options["buffer_params"]
         if not isinstance(buffer, Mapping) or not set(buffer) <= _BUFFER:
-            raise ValueError(f"buffer_params must have entries of {', '.join(sorted(_BUFFER))}, got {buffer!r}")
+            raise ValueError(
+                f"buffer_params must be a mapping with the keys {', '.join(sorted(_BUFFER))}, got {buffer!r}"
+            )
         return options
 
     @classmethod
     def teacher_views(cls, options: Mapping[str, Any]) -> int:
-        """Two."""
+        """Return 2."""
         return 2
 
     def forward(self, output: list[Tensor], target: Tensor) -> Tensor:
-        """Loss of the joined batch.
+        """Return the loss of the joined batch.
 
         Args:
-            output: of the teacher head, whose rows are the columns of the softmax, and of the student head, each
-                ``[2B, D]``.
+            output: embeddings of the teacher head ``[2·B, D]``, the columns of the softmax, and of the student head
+                ``[S·B, D]``.
             target: labels; not used.
         """
         teacher, student = self.split(output)
@@ -307,14 +308,7 @@ class CntrISSLLoss(ForkLoss):
 
 @register_loss("simple_cntr_issl_loss")
 class SimpleCntrISSLLoss(CntrISSLLoss):
-    """The same with SimCLR's positives: the other view alone, the row's own view is no column."""
+    """CntrISSLLoss with SimCLR's positives: only the other view is positive, and a row's own view is left out."""
 
     positives = "other"
     same_views = True
-
-
-LOSSES: Mapping[str, type[ForkLoss]] = {
-    "dstl_issl_loss": DstlISSLLoss,
-    "cntr_issl_loss": CntrISSLLoss,
-    "simple_cntr_issl_loss": SimpleCntrISSLLoss,
-}

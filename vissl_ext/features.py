@@ -1,10 +1,11 @@
-"""Feature extraction and k-nearest-neighbour evaluation, on a CPU as on GPUs.
+"""Feature extraction and k-nearest-neighbour evaluation on CPUs and GPUs.
 
-``engine_name=extract_features`` writes what VISSL's own engine writes, which needs a GPU (vissl/trainer/
-trainer_main.py:345), in memory bounded by ``EXTRACT_FEATURES.CHUNK_THRESHOLD``. ``engine_name=knn`` extracts and then
-classifies the test images by the training images; it replaces VISSL's tools/nearest_neighbor_test.py, which needs a GPU
-too. It holds the training images' features of one layer, twice while they are put into order or normalised (8 N D bytes
-for N images and D features: 21 GB for ImageNet and ResNet-50), and one chunk of the test images'.
+``engine_name=extract_features`` writes the files of VISSL's engine, which needs a GPU (vissl/trainer/
+trainer_main.py:345); ``EXTRACT_FEATURES.CHUNK_THRESHOLD`` bounds its memory. ``engine_name=knn`` extracts features and
+classifies the test images by their nearest training images. It replaces VISSL's tools/nearest_neighbor_test.py, which
+needs a GPU. Its memory holds the features of the training images for one layer, twice while they are sorted or
+normalised (8 N D bytes for N images and D features, 21 GB for ImageNet and ResNet-50), and one chunk of those of the
+test images.
 """
 
 import logging
@@ -30,15 +31,15 @@ from plugins.tools.records import write_json
 
 
 class FeatureWriter:
-    """Collects rows and writes them in chunks, under the names that VISSL's ExtractedFeaturesLoader reads.
+    """Collect rows and write them in chunks, in the format of VISSL's ExtractedFeaturesLoader.
 
-    ``rank{R}_chunk{C}_{split}_{layer}_{features,targets,inds}.npy``, rows sorted by the index of the image.
+    The files are ``rank{R}_chunk{C}_{split}_{layer}_{features,targets,inds}.npy``, with rows sorted by image index.
 
     Args:
-        folder: where to.
+        folder: output folder.
         split: "train" or "test".
-        layers: names of the features.
-        threshold: rows that are held before they are written; 0: none; -1: all.
+        layers: names of the layers.
+        threshold: number of rows per chunk; 0 writes each batch, -1 writes a single chunk.
     """
 
     def __init__(self, folder: Path, split: str, layers: list[str], threshold: int) -> None:
@@ -47,17 +48,17 @@ class FeatureWriter:
         self._count = self._chunk = 0
 
     def add(self, indices: Tensor, targets: Tensor, features: list[Tensor]) -> None:
-        """One batch: indices ``[B]``, targets ``[B, ...]``, and features ``[B, ...]`` of each layer."""
+        """Add a batch: image indices ``[B]``, targets ``[B, ...]``, and features ``[B, ...]`` of each layer."""
         if len(features) != len(self.layers):
-            raise ValueError(f"{len(self.layers)} layers have names, but the model gives {len(features)}")
-        # moved once, kept in the features' own precision
+            raise ValueError(f"the model must return features of {len(self.layers)} layers, got {len(features)}")
+        # moved to the CPU once, in the precision of the model
         self._rows.append((indices.cpu().numpy(), targets.cpu().numpy(), [layer.cpu().numpy() for layer in features]))
         self._count += len(indices)
         if 0 <= self.threshold <= self._count:
             self.flush()
 
     def flush(self) -> None:
-        """Write the rows that are held."""
+        """Write the collected rows."""
         if not self._rows:
             return
         indices = np.concatenate([rows[0] for rows in self._rows])
@@ -73,18 +74,18 @@ class FeatureWriter:
 
 
 class Extractor(SelfSupervisionTrainer):
-    """VISSL's trainer with an extraction that any device can do."""
+    """VISSL's trainer with a feature extraction that runs on any device."""
 
     @torch.no_grad()
     def extract(self, output_folder: str) -> None:
-        """Write the features of each split; those of an earlier extraction into the folder are removed.
+        """Write the features of each split, and delete those of an earlier extraction.
 
         Args:
-            output_folder: where to.
+            output_folder: output folder.
         """
         task, config = self.task, self.cfg
         task.prepare_extraction(pin_memory=config.DATA.PIN_MEMORY)
-        # a name for the output of the head, as VISSL has it, where no features of the trunk are asked for
+        # without features of the trunk, the output of the head is written under VISSL's name
         layers = get_trunk_output_feature_names(config.MODEL) or ["heads"]
         folder = Path(output_folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,7 @@ class Extractor(SelfSupervisionTrainer):
                 if re.fullmatch(r"rank\d+_chunk\d+_(train|test)_.*_(features|targets|inds)\.npy", path.name):
                     path.unlink()
         barrier()
-        # nothing is trained: no DistributedDataParallel around the model
+        # without training, the model needs no DistributedDataParallel
         model = task.base_model.eval()
         for split in task.available_splits:
             logging.info(f"Extracting features for partition: {split.lower()}")
@@ -101,7 +102,7 @@ class Extractor(SelfSupervisionTrainer):
             for sample in task.dataloaders[split.lower()]:
                 images = torch.cat(sample["data"]).to(task.device, non_blocking=True)
                 features = _flat(model(images))
-                if layers == ["heads"]:  # SwAV's head gives the embedding and the scores of each set of prototypes
+                if layers == ["heads"]:  # SwAV's head returns the embedding and the scores of each set of prototypes
                     writer.layers = layers + [f"heads{number}" for number in range(1, len(features))]
                 writer.add(torch.cat(sample["data_idx"]), torch.cat(sample["label"]), features)
             writer.flush()
@@ -109,20 +110,20 @@ class Extractor(SelfSupervisionTrainer):
 
 
 def _flat(output: Any) -> list[Tensor]:
-    """The tensors of a model's output, which may be a list of lists."""
+    """Return the tensors of a model's output, which may be a list of lists."""
     return [tensor for part in output for tensor in (part if isinstance(part, list) else [part])]
 
 
 def feature_chunks(folder: Path, split: str, layer: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """The features and classes of a split, each image once, file by file, in the order of the files.
+    """Yield the features and classes of a split file by file, each image once.
 
     Args:
-        folder: what ``extract_features`` wrote.
+        folder: output folder of ``extract_features``.
         split: "train" or "test".
-        layer: name of the features.
+        layer: name of the layer.
 
     Raises:
-        UserError: there are none.
+        UserError: the folder has no such features.
     """
     seen = np.empty(0, dtype=np.int64)
     for stem in _stems(folder, split, layer):
@@ -136,7 +137,7 @@ def feature_chunks(folder: Path, split: str, layer: str) -> Iterator[tuple[Tenso
 
 
 def _stems(folder: Path, split: str, layer: str) -> list[str]:
-    """What the names of the files of each chunk begin with."""
+    """Return the common prefix of the file names of each chunk."""
     stems = sorted(
         path.name.removesuffix("_inds.npy") for path in folder.glob(f"rank*_chunk*_{split}_{layer}_inds.npy")
     )
@@ -147,10 +148,10 @@ def _stems(folder: Path, split: str, layer: str) -> list[str]:
 
 @register_engine("knn")
 class NearestNeighborEngine(Engine):
-    """Classifies each test image by its nearest training images, by cosine.
+    """Classify each test image by its nearest training images, measured by the cosine.
 
-    ``NEAREST_NEIGHBOR.TOPK`` neighbours vote with weight ``exp(cosine / SIGMA)``. Prints one line a layer and writes
-    knn.json. Features are normalised whatever ``L2_NORM_FEATS`` says: without, the weights overflow.
+    ``NEAREST_NEIGHBOR.TOPK`` neighbours vote with weight ``exp(cosine / SIGMA)``. The engine prints one line per layer
+    and writes knn.json. It ignores ``L2_NORM_FEATS`` and normalises all features, because the weights would overflow.
     """
 
     def run_engine(
@@ -163,10 +164,10 @@ class NearestNeighborEngine(Engine):
         node_id: int = 0,
         hook_generator: Any = None,
     ) -> None:
-        """Called by VISSL in each process."""
+        """Run the engine; VISSL calls it in each process."""
         folder = Path(checkpoint_folder) / "knn_features"
         cfg.EXTRACT_FEATURES.OUTPUT_DIR = str(folder)
-        # a file for each batch would be many: hold 4096 rows
+        # at least 4096 rows per file, instead of one file per batch
         cfg.EXTRACT_FEATURES.CHUNK_THRESHOLD = max(cfg.EXTRACT_FEATURES.CHUNK_THRESHOLD, 4096)
         stock.extract_main(cfg, dist_run_id, checkpoint_folder, local_rank=local_rank, node_id=node_id)
         barrier()
@@ -179,7 +180,7 @@ class NearestNeighborEngine(Engine):
             k, sigma = cfg.NEAREST_NEIGHBOR.TOPK, cfg.NEAREST_NEIGHBOR.SIGMA
             rows, hits = 0, np.zeros(2)
             for features, classes in feature_chunks(folder, "test", layer):
-                count = int((classes != -1).sum())  # the others are unlabelled
+                count = int((classes != -1).sum())  # -1 means unlabelled
                 if count:
                     accuracies = knn_accuracy(*bank, features, classes, k=k, temperature=sigma, device=device)
                     rows, hits = rows + count, hits + np.multiply(accuracies, count)
@@ -191,5 +192,5 @@ class NearestNeighborEngine(Engine):
 
 
 def replace_trainer() -> None:
-    """Let VISSL's ``extract_features`` engine use the Extractor."""
+    """Use the Extractor in VISSL's ``extract_features`` engine."""
     stock.SelfSupervisionTrainer = Extractor

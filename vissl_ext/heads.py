@@ -1,4 +1,4 @@
-"""A head that VISSL lacks: the classifier of the linear evaluations of MoCo, SimSiam, MEC and Matrix-SSL."""
+"""The classifier of the linear evaluations of MoCo, SimSiam, MEC and Matrix-SSL as a head of VISSL."""
 
 from typing import Any
 
@@ -9,22 +9,22 @@ from plugins.heads import normalized_classifier
 
 
 def rows(batch: Tensor | list[Tensor]) -> Tensor:
-    """What VISSL hands to a head as a matrix: ``[B, D]``, also with trailing axes of one, also alone in a list."""
+    """Return the input of a head as a matrix ``[B, D]``. It may have trailing axes of size 1, or be a list of one."""
     batch = batch[0] if isinstance(batch, list) else batch
     return batch.flatten(1)
 
 
 @register_model_head("normalized_classifier")
 class NormalizedClassifier(nn.Module):
-    """BatchNorm without scale and shift, then a Linear layer. VISSL's ``eval_mlp`` has a norm with both.
+    """Batch norm without scale and shift, and a linear layer. The batch norm of VISSL's ``eval_mlp`` has both.
 
     Args:
         model_config: VISSL's MODEL section; not used.
         in_dim: width of the trunk's features.
-        classes: how many.
+        classes: number of classes.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number is below 1.
     """
 
     def __init__(self, model_config: Any, in_dim: int, classes: int) -> None:
@@ -32,5 +32,5 @@ class NormalizedClassifier(nn.Module):
         self.clf = normalized_classifier(in_dim, classes)
 
     def forward(self, batch: Tensor) -> Tensor:
-        """``[B, in_dim]`` (or with trailing axes of one) → ``[B, classes]``."""
+        """Map ``[B, in_dim]``, trailing axes of size 1 allowed, to ``[B, classes]``."""
         return self.clf(rows(batch))

@@ -1,4 +1,4 @@
-"""What makes a run in a folder this run: another one is neither resumed there nor taken for it."""
+"""Record of the settings of a run in its folder, so that only a run with the same settings is resumed there."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,34 +12,34 @@ from vissl_ext.summary import plain
 _FILE = "run.json"
 _EPOCHS = "config.OPTIMIZER.num_epochs"
 _BATCH = "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA of all processes"
-_APART = {"TRUNK", "HEAD"}
-"""Entries of MODEL with a key of their own."""
-_OF_THE_MACHINE = {
+_SEPARATE = {"TRUNK", "HEAD"}
+"""Keys of MODEL that are recorded separately."""
+_EXCLUDED = {
     *("SYNC_BN_CONFIG", "AMP_PARAMS", "CUDA_CACHE", "ACTIVATION_CHECKPOINTING", "SHARDED_DDP_SETUP", "FSDP_CONFIG"),
     *("BATCHSIZE_PER_REPLICA", "MMAP_MODE", "COPY_TO_LOCAL_DISK", "COPY_DESTINATION_DIR"),
 }
-"""Entries of MODEL and DATA.TRAIN that say how a machine trains, or that are counted otherwise."""
+"""Keys of MODEL and DATA.TRAIN that depend on the machine, or that are part of the joined batch size."""
 _DERIVED = {"world_size", "local_queue_length", "BATCHSIZE_PER_REPLICA", "output_dir"}
-"""Entries of a loss that VISSL overwrites (vissl/utils/hydra_config.py:345): with the number of processes, the batch of
-a process, and the run's folder."""
+"""Options of losses that VISSL overwrites (vissl/utils/hydra_config.py:345) by the number of processes, the batch size
+of a process, and the run's folder."""
 
 
 def identity(engine: str, config: Any, paths: Mapping[str, list[str]] | None = None) -> dict[str, Any]:
-    """What decides on the images, the objective and the optimisation of a run, and the number of its epochs.
+    """Return the settings of a run that determine its images, objective and optimisation, and its number of epochs.
 
-    Not in it: devices, precision and number of processes, as long as their batches are as large together; logging,
-    checkpoints, tests' data and meters.
+    Devices, precision, the number of processes at equal joined batch size, logging, checkpoints, test data and meters
+    are not included.
 
     Args:
-        engine: VISSL's.
+        engine: name of the engine.
         config: VISSL's configuration, below ``config``.
-        paths: DATA_PATHS as the user gives them, by split; a folder may have become a list of its images.
+        paths: split → DATA_PATHS as given by the user, before folders are replaced by lists of images.
 
     Returns:
-        Key → value, as JSON holds them.
+        Key → value, as JSON represents them.
     """
     loss, data = config.LOSS.name, config.DATA.TRAIN
-    images = {key: value for key, value in data.items() if key not in _OF_THE_MACHINE}
+    images = {key: value for key, value in data.items() if key not in _EXCLUDED}
     if len(data.DATA_PATHS):
         given = (paths or {}).get("TRAIN", data.DATA_PATHS)
         images["DATA_PATHS"] = [str(Path(str(path)).expanduser().absolute()) for path in given]
@@ -54,7 +54,7 @@ def identity(engine: str, config: Any, paths: Mapping[str, list[str]] | None = N
             f"config.LOSS.{loss}": _without_derived(config.LOSS.get(loss, {})),
             "config.MODEL.TRUNK": config.MODEL.TRUNK,
             "config.MODEL.HEAD": config.MODEL.HEAD,
-            "config.MODEL": {k: v for k, v in config.MODEL.items() if k not in _APART | _OF_THE_MACHINE},
+            "config.MODEL": {k: v for k, v in config.MODEL.items() if k not in _SEPARATE | _EXCLUDED},
             "config.DATA.TRAIN": images,
             _BATCH: data.BATCHSIZE_PER_REPLICA * processes,
             "config.OPTIMIZER.name": config.OPTIMIZER.name,
@@ -75,20 +75,20 @@ def _without_derived(value: Any) -> Any:
 
 
 def check_same(folder: Path, ours: Mapping[str, Any]) -> int | None:
-    """Refuse to go on with a run that is another one.
+    """Check that the run in a folder, if any, has the same settings.
 
-    A folder that another launcher has begun says nothing and is taken as it is; a run of a release that wrote down less
-    is compared in that.
+    A folder of another launcher has no record and is accepted. Settings that an earlier release did not record are not
+    compared.
 
     Args:
-        folder: of the run.
-        ours: of :func:`identity`.
+        folder: folder of the run.
+        ours: result of :func:`identity`.
 
     Returns:
-        The number of epochs with which the run was started before, where it was another number.
+        The recorded number of epochs if it differs, else None.
 
     Raises:
-        UserError: the sentence says what differs.
+        UserError: a setting differs, or the record cannot be read.
     """
     path = folder / _FILE
     if not path.is_file() or not checkpoints(folder):
@@ -96,26 +96,26 @@ def check_same(folder: Path, ours: Mapping[str, Any]) -> int | None:
     try:
         theirs = read_json(path)
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}; name another config.CHECKPOINT.DIR") from None
+        raise UserError(f"{path} is not valid JSON: {error}; set another config.CHECKPOINT.DIR") from None
     if not isinstance(theirs, dict):
-        raise UserError(f"{path} was not written by this launcher; name another config.CHECKPOINT.DIR")
-    theirs = _without_derived(theirs)  # earlier releases wrote them down
+        raise UserError(f"{path} was not written by this launcher; set another config.CHECKPOINT.DIR")
+    theirs = _without_derived(theirs)  # earlier releases recorded them
     for key, value in ours.items():
         if key != _EPOCHS and theirs.get(key, value) != value:
             name, there, here = difference(key, theirs[key], value)
             raise UserError(
-                f"{folder} holds a run with {name}={there}, this one has {here}; give {name}={there} to go on with "
-                "it, or name another config.CHECKPOINT.DIR"
+                f"{folder} contains a run with {name}={there}, this one has {here}; set {name}={there} to continue it, "
+                "or set another config.CHECKPOINT.DIR"
             )
     before = theirs.get(_EPOCHS)
     return before if before != ours[_EPOCHS] else None
 
 
 def claim(folder: Path, ours: Mapping[str, Any]) -> None:
-    """Write down what is run in a folder.
+    """Write the record of a run.
 
     Args:
-        folder: of the run.
-        ours: of :func:`identity`.
+        folder: folder of the run.
+        ours: result of :func:`identity`.
     """
     write_json(folder / _FILE, ours)

@@ -3,11 +3,11 @@
 For each parameter p with gradient g, learning rate η, trust coefficient t and weight decay λ::
 
     local = t ‖p‖ / (‖g‖ + λ ‖p‖ + ε)
-    local = min(local / η, 1)              with clip
-    g ← local (g + λ p)                    where ‖p‖ > 0 and ‖g‖ > 0; else g stays, and is not decayed
+    local = min(local / η, 1)              if clip
+    g ← local (g + λ p)                    if ‖p‖ > 0 and ‖g‖ > 0; otherwise g is unchanged, without weight decay
 
-and then SGD with momentum and without weight decay takes g. This is what apex.parallel.LARC around torch's SGD
-computes; its state dict is that SGD's, here as there, so that checkpoints go both ways.
+Then SGD with momentum and without weight decay uses g. apex.parallel.LARC around torch's SGD computes the same, and its
+state dict is also that of SGD, so checkpoints are interchangeable.
 """
 
 from typing import Any
@@ -21,13 +21,13 @@ class LARC(torch.optim.SGD):
     """SGD whose gradients are scaled per parameter.
 
     Args:
-        params: parameters or groups, as of every optimiser.
+        params: parameters or parameter groups.
         trust_coefficient: t > 0, dimensionless.
-        clip: never let the local rate exceed the group's learning rate (LARC); without, the local rate multiplies it
+        clip: limit the local rate to the learning rate of the group (LARC); otherwise the local rate multiplies it
             (LARS).
         eps: ε > 0, added to the denominator.
-        exclude_bias_and_norm: parameters with one axis are neither scaled nor decayed. apex knows no such thing.
-        kwargs: of ``torch.optim.SGD``: lr, momentum, weight_decay, nesterov.
+        exclude_bias_and_norm: do not scale or decay parameters with one axis. apex does not have this option.
+        kwargs: arguments of ``torch.optim.SGD``: lr, momentum, weight_decay, nesterov.
 
     Example:
         >>> p = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
@@ -54,7 +54,7 @@ class LARC(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step; ``grad`` holds the scaled gradients afterwards, as with apex."""
+        """Make one step. Afterwards ``grad`` contains the scaled gradients, as with apex."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -64,7 +64,7 @@ class LARC(torch.optim.SGD):
             for p in group["params"]:
                 if p.grad is not None and not (self.exclude_bias_and_norm and p.ndim == 1):
                     self._scale(p, group)
-            group["weight_decay"] = 0.0  # it is in the gradient now
+            group["weight_decay"] = 0.0  # the gradient already includes it
         try:
             super().step()
         finally:
@@ -78,17 +78,17 @@ class LARC(torch.optim.SGD):
         local = self.trust_coefficient * p_norm / (g_norm + decay * p_norm + self.eps)
         if self.clip:
             local = (local / group["lr"]).clamp(max=1.0)
-        # no branch on the norms: it would wait for the device
+        # a branch on the norms would synchronise with the device
         usable = (p_norm > 0) & (g_norm > 0)
         scaled = local * (p.grad + decay * p)
         p.grad.copy_(torch.where(usable, scaled, p.grad))
 
 
 class PlainLARC(ClassySGD):
-    """Classy Vision's ``sgd`` with ``use_larc``, which asks for apex, on the class above."""
+    """Classy Vision's ``sgd`` with ``use_larc``, but with the class above instead of apex."""
 
     def prepare(self, param_groups: Any) -> None:
-        """Make the optimiser."""
+        """Create the optimiser."""
         self.optimizer = LARC(
             param_groups,
             lr=self._lr,
@@ -100,12 +100,12 @@ class PlainLARC(ClassySGD):
 
 
 def needs_plain_larc(config: Any) -> bool:
-    """Whether an OPTIMIZER section asks for LARC where apex is missing, or for what apex's does not know."""
+    """Return whether an OPTIMIZER section uses LARC without apex, or an option that apex's LARC does not have."""
     if not config.use_larc or config.name != "sgd":
         return False
     return not is_apex_available() or "exclude_bias_and_norm" in config.larc_config
 
 
 def plain_larc(config: Any) -> PlainLARC:
-    """The optimiser of an OPTIMIZER section with ``use_larc``."""
+    """Create the optimiser of an OPTIMIZER section with ``use_larc``."""
     return PlainLARC.from_config(config)

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one launcher at a time, and its processes end with it."""
+"""Lock of the folder of a run, and termination of its processes with the launcher."""
 
 import multiprocessing
 import os
@@ -9,28 +9,28 @@ from typing import IO
 
 from plugins.tools.process import LOCK, hold_folder
 
-_held: list[IO[str]] = []  # for the length of the process
+_held: list[IO[str]] = []  # locks that this process holds until it ends
 
 
 def lock(folder: Path, node: int) -> None:
-    """Keep other launchers out of a folder until this process ends, however it does.
+    """Lock the folder of a run against other launchers until this process ends.
 
     Args:
-        folder: of the run.
-        node: number of this machine; those of a training share the folder.
+        folder: folder of the run.
+        node: number of this machine. The machines of a run share the folder.
 
     Raises:
-        UserError: another launcher has it.
-        OSError: the folder cannot be written to.
+        UserError: another launcher holds the lock.
+        OSError: the folder is not writable.
     """
     _held.append(hold_folder(folder, f"{LOCK}-{node}" if node else LOCK))
 
 
 def end_with_parent() -> None:
-    """Let this process be killed as soon as the one that started it is gone, whatever that one could still do.
+    """Kill this process as soon as the process that started it has ended.
 
-    The kernel's way, ``plugins.tools.process.end_with_parent``, does not serve here: the parent of a process that
-    multiprocessing starts through a fork server is that server.
+    ``plugins.tools.process.end_with_parent`` cannot be used here: if multiprocessing uses a fork server, the parent
+    process for the kernel is that server.
     """
     parent = multiprocessing.parent_process()
     if parent is None:

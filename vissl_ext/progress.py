@@ -1,6 +1,6 @@
-"""What a training shows: a line with epoch, iteration, loss, learning rate and the time left; meters after an epoch.
+"""Console output of a run: epoch, iteration, loss, learning rate and remaining time; meters after each epoch.
 
-VISSL's own log, several hundred lines before the first iteration, goes to log.txt in the run's folder.
+VISSL's log, which has several hundred lines before the first iteration, goes only to log.txt in the run's folder.
 """
 
 import io
@@ -18,47 +18,50 @@ from classy_vision.generic.distributed_util import is_primary
 from plugins.tools.command import print_on_rank_zero
 from vissl_ext.silent_hook import SilentHook
 
-_PERIOD = 0.3  # seconds between two refreshments of the bar
-_FIRST, _LONGEST = 5.0, 60.0  # seconds until the second plain line; each wait is 1.5 times the one before
+_PERIOD = 0.3  # seconds between two updates of the bar
+_FIRST, _LONGEST = (
+    5.0,
+    60.0,
+)  # first and longest interval between plain lines in seconds; each is 1.5 times the previous
 
 
 def hide_warnings() -> None:
-    """Keep VISSL's log, and Python's warnings, out of the console; both go to log.txt.
+    """Write VISSL's log and Python's warnings to log.txt only, not to the console.
 
-    vissl/utils/logger.py:44 writes to ``sys.stdout`` by that name, which means nothing in that module from here on.
+    vissl/utils/logger.py:44 writes to ``sys.stdout``; ``sys`` in that module is replaced.
     """
     from vissl.utils import logger
 
     def to_log(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
         logging.warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
 
-    logger.sys = SimpleNamespace(stdout=_Nowhere())
+    logger.sys = SimpleNamespace(stdout=_NullStream())
     warnings.showwarning = to_log
-    logging.raiseExceptions = False  # vissl/utils/distributed_launcher.py:162 logs with an argument too many
+    logging.raiseExceptions = False  # vissl/utils/distributed_launcher.py:162 passes one argument too many to logging
 
 
-class _Nowhere(io.TextIOBase):
+class _NullStream(io.TextIOBase):
     def write(self, text: str) -> int:
         return len(text)
 
 
 class Progress(SilentHook):
-    """Shows the progress, from the first process only: a bar on a terminal, lines at growing intervals elsewhere."""
+    """Show the progress in the process of rank 0: a bar on a terminal, otherwise lines at increasing intervals."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bar: Any = None
 
     def on_start(self, task: Any) -> None:
-        """Start the clock."""
+        """Reset the timers."""
         self.began = self.shown = time.perf_counter()
-        self.wait = 0.0  # the first iteration is shown at once
+        self.wait = 0.0  # the first iteration is shown immediately
         self.first = task.iteration
         if is_primary() and task.iteration:
             print_on_rank_zero(f"resumed after {task.iteration} of {task.max_iteration} iterations")
 
     def on_phase_start(self, task: Any) -> None:
-        """Open the epoch's bar."""
+        """Create the bar of the epoch."""
         self.step, self.total = 0, len(task.dataloaders["train" if task.train else "test"])
         self.losses = 0.0
         if is_primary() and sys.stderr.isatty():
@@ -68,9 +71,9 @@ class Progress(SilentHook):
             self.bar = tqdm(total=self.total, desc=title, leave=False, dynamic_ncols=True, mininterval=_PERIOD)
 
     def on_step(self, task: Any) -> None:
-        """Show the iteration, if it is time."""
+        """Show the iteration if the interval has passed."""
         self.step += 1
-        self.losses += float(task.last_batch.loss)  # VISSL has waited for it already
+        self.losses += float(task.last_batch.loss)  # VISSL has already synchronised with the device
         if not is_primary():
             return
         now = time.perf_counter()
@@ -93,7 +96,7 @@ class Progress(SilentHook):
         return f"{loss}  lr {_rate(task):.3g}  ETA {_duration(left)}"
 
     def on_phase_end(self, task: Any) -> None:
-        """Close the bar; print the epoch's mean loss and its meters."""
+        """Close the bar, and print the mean loss and the meters of the epoch."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -110,7 +113,7 @@ class Progress(SilentHook):
         print_on_rank_zero(f"{_epoch(task)}  {'  '.join(values)}  after {_duration(passed)}")
 
     def on_end(self, task: Any) -> None:
-        """Say where everything is."""
+        """Print the folder of the run."""
         if is_primary():
             print_on_rank_zero(f"finished; checkpoints and log.txt are in {task.checkpoint_folder}")
 
@@ -120,16 +123,16 @@ def _epoch(task: Any) -> str:
 
 
 def _rate(task: Any) -> float:
-    """The largest learning rate of the parameter groups; bias and heads may have others."""
+    """Return the largest learning rate of the parameter groups; biases and heads may have others."""
     rates = task.optimizer.options_view.lr
     return max(rates) if isinstance(rates, set | list | tuple) else rates
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in a meter's value, each with the names above it."""
+    """Yield the numbers in the value of a meter, with the keys above them as names."""
     if isinstance(value, dict):
         for key, entry in value.items():
-            # a meter of one head calls it 0
+            # a meter with one head has the key 0
             yield from _numbers(entry, name if len(value) == 1 and str(key).isdigit() else f"{name} {key}".strip())
     elif hasattr(value, "numel") and value.numel() > 1:
         yield name, float(value.float().mean())

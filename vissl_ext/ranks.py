@@ -1,7 +1,7 @@
-"""What runs in each process of a training: registrations, hooks, and VISSL's own worker between them.
+"""Code that runs in each process of a run: registrations, hooks, and the wrapper of VISSL's worker.
 
-A spawned process finds these functions by this module's name; those of a launcher stand under ``__main__``, which is
-another module there.
+A spawned process imports these functions by the name of this module. Functions of the launcher would be in
+``__main__``, which is another module in a spawned process.
 """
 
 import errno
@@ -36,21 +36,21 @@ from vissl_ext.summary import Summary
 register()
 
 _PRELOADED = (__name__,)
-"""Modules that the fork server of the data loaders imports once; their workers are started anew in each epoch."""
+"""Modules that the fork server of the data loaders imports once, because VISSL starts new workers in each epoch."""
 _SERVER = forkserver.ForkServer()
 """The fork server of the data loaders' workers; see ``started_by``."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class EpochSeed(SilentHook):
-    """Seeds Python, NumPy and torch anew before each phase: a resumed run draws what an uninterrupted one draws.
+    """Seed Python, NumPy and torch before each phase, so that a resumed run has the random numbers of a complete one.
 
-    The seed is made of SEED_VALUE, the phase and the process. A phase's data loader draws its workers' seeds before
-    ``on_phase_start``: the seeding has to stand at the end of the phase before.
+    The seed depends on SEED_VALUE, the phase and the process. Seeding is at the end of the previous phase, because the
+    data loader draws the seeds of its workers before ``on_phase_start``.
     """
 
     def on_start(self, task: Any) -> None:
-        """Seed the first phase, or the one that a resumed run goes on with."""
+        """Seed the first phase of the run, or of the resumed run."""
         self._seed(task)
 
     def on_phase_end(self, task: Any) -> None:
@@ -69,7 +69,7 @@ class EpochSeed(SilentHook):
 
 
 def hooks(cfg: Any) -> list[Any]:
-    """VISSL's default hooks for a configuration, and ours.
+    """Return VISSL's default hooks for a configuration and those of this package.
 
     Args:
         cfg: VISSL's configuration, below ``config``.
@@ -79,16 +79,16 @@ def hooks(cfg: Any) -> list[Any]:
 
 
 def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:
-    """VISSL's worker of one process, with what it needs around it.
+    """Run VISSL's worker of one process, and convert errors of the user.
 
     Raises:
-        UserError: the loss, or the output of the network, is inf or NaN; there are fewer images than a batch, or one
+        UserError: the loss or the output of the model is inf or NaN; there are fewer images than a batch has, or one
             cannot be read; the disk is full.
     """
     hide_warnings()
     if multiprocessing.parent_process() is not None:
         end_with_parent()
-        for number in (signal.SIGINT, signal.SIGTERM):  # forked, it would have the launcher's
+        for number in (signal.SIGINT, signal.SIGTERM):  # a forked process inherits the handlers of the launcher
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     catalog.register(cfg)
     _SERVER.set_forkserver_preload([*_PRELOADED])
@@ -96,28 +96,31 @@ def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:
         with started_by(_SERVER), stay_on_cpu() if cfg.MACHINE.DEVICE == "cpu" else nullcontext():
             _vissl_worker(local_rank, cfg, *args, **kwargs)
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _DISK_ERRORS:
             raise
         folder = Path(cfg.CHECKPOINT.DIR)
         raise UserError(f"{folder} cannot be written to: {error.strerror}; {room(folder)}") from None
     except FloatingPointError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"training diverged: {reason}; lower the learning rate, or warm it up") from None
+        raise UserError(f"training diverged: {reason}; decrease the learning rate, or add a warm-up") from None
     except Exception as error:
         if "No batches to read" in str(error):
             size = cfg.DATA.TRAIN.BATCHSIZE_PER_REPLICA
-            raise UserError(f"the images are fewer than a batch of {size}: nothing to train on") from None
+            raise UserError(
+                f"config.DATA.TRAIN.BATCHSIZE_PER_REPLICA={size} is larger than the number of training images per "
+                "process; decrease it"
+            ) from None
         raise
     except KeyboardInterrupt:
-        # of a terminal, which tells all processes; the launcher says it
+        # a terminal sends SIGINT to all processes; the launcher prints the message
         raise SystemExit(130) from None
 
 
 class SlurmJob(_ResumableSlurmJob):
-    """VISSL's job for SLURM, unpickled by a process that has nothing mended or registered yet."""
+    """VISSL's job for SLURM. Unpickling it imports this module, which patches VISSL and registers this package."""
 
     def __call__(self) -> None:
-        """Run on this machine, as one of the job's."""
+        """Run the processes of one machine of the job."""
         import submitit
         from vissl.utils import distributed_launcher
 
@@ -127,7 +130,7 @@ class SlurmJob(_ResumableSlurmJob):
         super().__call__()
 
     def checkpoint(self) -> Any:
-        """What submitit queues again when the job's time is over."""
+        """Return the job that submitit requeues when the time limit is reached."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(SlurmJob(engine_name=self.engine_name, config=self.config))

@@ -1,8 +1,8 @@
-"""Everything that we register with VISSL; a rank and a worker of a data loader register it anew."""
+"""Registration of this package with VISSL, in each process of a run and in each worker of a data loader."""
 
 
 def register() -> None:
-    """Import what registers itself. May be called again without harm."""
+    """Import the modules that register classes, and replace VISSL's classes. Repeated calls have no effect."""
     from vissl_ext import dissl_losses, features, heads, methods, model, schedules, task, transforms, trunks  # noqa: F401
 
     task.replace_task()

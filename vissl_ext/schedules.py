@@ -1,7 +1,7 @@
-"""A learning-rate schedule that VISSL lacks: linear warm-up and cosine as one.
+"""Learning-rate schedule with a linear warm-up and a cosine.
 
-VISSL composes the two, and its automatic scaling of the learning rate drops the warm-up on one machine and overwrites
-its start on several (vissl/utils/hydra_config.py:146). As one schedule it is scaled as a cosine is.
+VISSL composes two schedules for it. Its automatic scaling of the learning rate then removes the warm-up on one machine
+and overwrites its start on several (vissl/utils/hydra_config.py:146). This schedule is scaled like a cosine.
 """
 
 import math
@@ -12,21 +12,22 @@ from classy_vision.optim.param_scheduler import ClassyParamScheduler, UpdateInte
 
 @register_param_scheduler("warmup_cosine")
 class WarmupCosine(ClassyParamScheduler):
-    """Linear from ``warmup_value`` to ``start_value``, then half a cosine to ``end_value``.
+    """Linear from ``warmup_value`` to ``start_value``, then half a cosine period to ``end_value``.
 
-    A schedule of VISSL knows the fraction of the training, not the number of steps: the peak is at the first step after
-    the W steps of the warm-up. The scripts of Matrix-SSL and MEC, as solo-learn, reach it a step sooner, at the last of
-    the warm-up, and keep it for a second; the rates of the warm-up are (W - 1) / W of theirs, 8e-5 less at W = 12510.
+    A schedule of VISSL depends on the fraction of the training, not on the number of steps. The peak is at the first
+    step after the W steps of the warm-up. In the scripts of Matrix-SSL and MEC, and in solo-learn, the last step of the
+    warm-up and the step after it both have the peak value. The learning rates of the warm-up are (W - 1) / W of theirs,
+    a relative difference of 8e-5 for W = 12510.
 
     Args:
-        start_value: the peak. ``auto_lr_scaling`` replaces it by the scaled learning rate, and scales ``end_value``.
-        end_value: at the end.
-        warmup: fraction of the training that the warm-up takes, in [0, 1).
-        warmup_value: at the very beginning; not scaled.
-        update_interval: each step or each epoch.
+        start_value: peak value. ``auto_lr_scaling`` replaces it by the scaled learning rate, and scales ``end_value``.
+        end_value: value at the end.
+        warmup: length of the warm-up as a fraction of the training, in [0, 1).
+        warmup_value: value at the start; not scaled.
+        update_interval: whether the value changes after each step or each epoch.
 
     Raises:
-        ValueError: ``warmup`` out of range.
+        ValueError: ``warmup`` is out of range.
 
     Example:
         >>> schedule = WarmupCosine(1.0, 0.0, warmup=0.2)
@@ -45,13 +46,13 @@ class WarmupCosine(ClassyParamScheduler):
     ) -> None:
         super().__init__(update_interval)
         if not 0 <= warmup < 1:
-            raise ValueError(f"warmup is a fraction of the training in [0, 1), got {warmup}")
+            raise ValueError(f"warmup must be a fraction of the training in [0, 1), got {warmup}")
         self.start_value, self.end_value = start_value, end_value
         self.warmup, self.warmup_value = warmup, warmup_value
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "WarmupCosine":
-        """The schedule of a section of ``OPTIMIZER.param_schedulers``."""
+        """Create the schedule from a section of ``OPTIMIZER.param_schedulers``."""
         return cls(
             config["start_value"],
             config["end_value"],
@@ -61,7 +62,7 @@ class WarmupCosine(ClassyParamScheduler):
         )
 
     def __call__(self, where: float) -> float:
-        """The value at a fraction of the training in [0, 1)."""
+        """Return the value at a fraction of the training in [0, 1)."""
         if where < self.warmup:
             return self.warmup_value + (self.start_value - self.warmup_value) * where / self.warmup
         rest = (where - self.warmup) / (1 - self.warmup)

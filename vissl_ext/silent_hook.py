@@ -1,10 +1,10 @@
-"""What our hooks begin with: Classy Vision wants every event of a hook defined."""
+"""Base class of hooks. Classy Vision requires that a hook defines a method for each event."""
 
 from classy_vision.hooks import ClassyHook
 
 
 class SilentHook(ClassyHook):
-    """A hook all of whose events do nothing until a child says what."""
+    """A hook whose methods do nothing by default."""
 
     on_start = ClassyHook._noop
     on_phase_start = ClassyHook._noop

@@ -1,4 +1,4 @@
-"""The summary that a training leaves in its folder: summary.json."""
+"""Summary of a training: summary.json in the folder of the run."""
 
 import time
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from vissl_ext.silent_hook import SilentHook
 
 
 class Summary(SilentHook):
-    """Writes summary.json when a training ends: what was trained, for how long, how fast, and with what.
+    """Write summary.json at the end of a training: method, epochs, time, speed, package versions and configuration.
 
-    ``seconds`` and ``images_per_second`` are of the whole training: of one that was resumed, of the parts that are in
-    the checkpoint, since that is where the counts are kept. ``images_per_second`` counts each training image of an
-    epoch once, whatever the number of its views, on all processes; tests are left out.
+    ``seconds`` and ``images_per_second`` cover the whole training. The counts are in the checkpoints, so those of a
+    resumed run include the time until its last checkpoint. ``images_per_second`` counts each training image of an epoch
+    once, independent of the number of views, over all processes; test phases do not count.
     """
 
     def __init__(self) -> None:
@@ -25,30 +25,30 @@ class Summary(SilentHook):
         self.state.set_classy_state({"seconds": 0.0, "training_seconds": 0.0, "images": 0})
 
     def on_start(self, task: Any) -> None:
-        """Start the clock; go on with the counts of the checkpoint that is resumed from."""
+        """Start the timer, and restore the counts of the checkpoint of a resumed run."""
         saved = task.checkpoint["classy_state_dict"].get("hooks", {}) if task.checkpoint else {}
         self.state.set_classy_state(saved.get(self.name(), {}))
-        self.read = time.perf_counter()
+        self.last = time.perf_counter()
 
     def on_phase_start(self, task: Any) -> None:
-        """Count what lies between two epochs."""
+        """Add the time between two epochs."""
         self._count(training=False)
 
     def on_step(self, task: Any) -> None:
-        """Count the batch."""
+        """Add the time and the images of a batch."""
         self._count(task.train)
         if task.train:
             self.state.images += images(task.last_batch.sample) * get_world_size()
 
     def on_phase_end(self, task: Any) -> None:
-        """Count the end of an epoch."""
+        """Add the time at the end of an epoch."""
         self._count(task.train)
 
     def _count(self, training: bool) -> None:
-        before, self.read = self.read, time.perf_counter()
-        self.state.seconds += self.read - before
+        before, self.last = self.last, time.perf_counter()
+        self.state.seconds += self.last - before
         if training:
-            self.state.training_seconds += self.read - before
+            self.state.training_seconds += self.last - before
 
     def on_end(self, task: Any) -> None:
         """Write the file."""
@@ -70,14 +70,14 @@ class Summary(SilentHook):
 
 
 def images(sample: Any) -> int:
-    """How many images a batch of VISSL's has: the last one of an epoch may have fewer, and each may have many views."""
-    if "data_idx" not in sample:  # siamese_collator and patch_and_image_collator leave it out; of each image a truth
+    """Return the number of images in a batch of VISSL, in which an image may have several views."""
+    if "data_idx" not in sample:  # with siamese_collator and patch_and_image_collator; data_valid has a value per image
         return max(len(valid) for valid in sample["data_valid"])
     return max(len(torch.unique(indices)) for indices in sample["data_idx"])
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON can hold; anything else by its name."""
+    """Convert a value to types of JSON; an object of another type becomes its string."""
     if hasattr(value, "items"):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):

@@ -1,10 +1,10 @@
-"""Trunks that VISSL 0.1.6 lacks: small and widened ResNets, and ConvNeXt.
+"""Trunks that VISSL 0.1.6 does not have: small ResNets, ResNets with expanded representations, and ConvNeXt.
 
 - ``plain_resnet``: ``TRUNK: {NAME: plain_resnet, RESNETS: {DEPTH: 18, CIFAR_STEM: true}}``. DEPTH 8 is the ResNet-8 of
-  ``plugins.tools.resnet8``, 18 to 152 are torchvision's ResNets. Of RESNETS it also takes ZERO_INIT_RESIDUAL, and
-  ``Z_DIM_OLD_TMP_NEW: [512, 512, 2048]``, the name that DISSL (arXiv:2209.06235) has for: from 512 features through 512
-  to 2048. Its state dict has the keys of VISSL's ``resnet``, so a checkpoint of one fits the other.
-- ``resnet``: VISSL's own, with the settings of DISSL's fork, see :class:`WideResNeXt`.
+  ``plugins.tools.resnet8``; 18 to 152 are torchvision's ResNets. Further options are ZERO_INIT_RESIDUAL and
+  ``Z_DIM_OLD_TMP_NEW: [512, 512, 2048]``, DISSL's name (arXiv:2209.06235) for an expansion from 512 features to 2048
+  with a bottleneck of 512. Its state dict has the keys of VISSL's ``resnet``, so checkpoints are interchangeable.
+- ``resnet``: VISSL's trunk with the options of DISSL's fork, see :class:`WideResNeXt`.
 - ``convnext``: ``TRUNK: {NAME: convnext, CONVNEXT: {DEPTH: [3, 3, 27, 3], DIMS: [96, 192, 384, 768]}}``, with
   ``DROP_PATH_RATE`` in [0, 1).
 """
@@ -22,6 +22,7 @@ from vissl.models.trunks.resnext import ResNeXt
 from plugins.heads import ExpandDim
 from plugins.tools.command import UserError
 from plugins.tools.resnet8 import resnet8
+from vissl_ext.parts import check_choice, is_number
 
 DEPTHS = {
     8: resnet8,
@@ -42,8 +43,7 @@ _NAMES = {
     "res5avg": "avgpool",
     "flatten": "flatten",
 }
-
-
+"""Name of a feature in VISSL → name of the block."""
 _FIXED = {
     "WIDTH_MULTIPLIER": 1,
     "NORM": "BatchNorm",
@@ -52,36 +52,30 @@ _FIXED = {
     "WIDTH_PER_GROUP": 64,
     "LAYER4_STRIDE": 2,
 }
-"""Settings of VISSL's own trunk that this one does not have, and what they must be."""
-
-
-_SETTINGS = {"DEPTH", "NORM", "GROUPNORM_GROUPS", "ZERO_INIT_RESIDUAL", "Z_DIM_OLD_TMP_NEW", *_FIXED}
-"""What both trunks read of RESNETS."""
-_OWN = {"plain_resnet": {"CIFAR_STEM"}, "resnet": {"IS_SKIP_RESIZER"}}
-"""Settings that one of them reads in addition."""
+"""Options of VISSL's trunk ``resnet`` that ``plain_resnet`` does not support, and the value that they must have."""
+_OPTIONS = {"DEPTH", "NORM", "GROUPNORM_GROUPS", "ZERO_INIT_RESIDUAL", "Z_DIM_OLD_TMP_NEW", *_FIXED}
+"""Options in RESNETS of both trunks."""
+_FURTHER = {"plain_resnet": {"CIFAR_STEM"}, "resnet": {"IS_SKIP_RESIZER"}}
+"""Further options of one of them."""
 
 
 def check_trunk(model_config: Any) -> None:
-    """Validate the settings of ``resnet``, ``plain_resnet`` and ``convnext``.
+    """Validate the options of ``resnet``, ``plain_resnet`` and ``convnext``.
 
     Args:
         model_config: VISSL's MODEL section.
 
     Raises:
-        UserError: a setting is unknown or of another kind, is of VISSL's own trunk alone, or there is no ResNet of that
-            depth.
+        UserError: an option is unknown, has the wrong type, or is not supported by ``plain_resnet``, or there is no
+            ResNet of that depth.
     """
     name, config = model_config.TRUNK.NAME, model_config.TRUNK.RESNETS
     if name == "convnext":
         convnext_settings(model_config)
     if name not in ("resnet", "plain_resnet"):
         return
-    allowed = _SETTINGS | _OWN[name]
     for key in config:
-        if key not in allowed:
-            raise UserError(
-                f"config.MODEL.TRUNK.RESNETS: {key!r} is no setting of {name}; known are {', '.join(sorted(allowed))}"
-            )
+        check_choice(f"config.MODEL.TRUNK.RESNETS: option of {name}", key, _OPTIONS | _FURTHER[name])
     for key in ("CIFAR_STEM", "IS_SKIP_RESIZER", "ZERO_INIT_RESIDUAL", "STANDARDIZE_CONVOLUTIONS"):
         if not isinstance(config.get(key, False), bool):
             raise UserError(f"config.MODEL.TRUNK.RESNETS.{key} must be true or false, got {config[key]!r}")
@@ -89,10 +83,14 @@ def check_trunk(model_config: Any) -> None:
         _check_widths(config, 2048 * config.WIDTH_MULTIPLIER)
         return
     if config.DEPTH not in DEPTHS:
-        raise UserError(f"RESNETS.DEPTH of plain_resnet is one of {', '.join(map(str, DEPTHS))}, got {config.DEPTH}")
+        raise UserError(
+            f"RESNETS.DEPTH of plain_resnet must be one of {', '.join(map(str, DEPTHS))}, got {config.DEPTH}"
+        )
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
-            raise UserError(f"RESNETS.{key} of plain_resnet is {value}, got {config[key]}; see VISSL's trunk resnet")
+            raise UserError(
+                f"RESNETS.{key} of plain_resnet must be {value}, got {config[key]}; otherwise use TRUNK.NAME=resnet"
+            )
     _check_widths(config, _WIDTH[config.DEPTH])
 
 
@@ -102,14 +100,16 @@ def _check_widths(config: Any, own: int) -> None:
         return
     if len(widths) != 3 or any(type(width) is not int or width < 1 for width in widths) or widths[0] != own:
         raise UserError(
-            f"RESNETS.Z_DIM_OLD_TMP_NEW is [{own}, inner width, new width] for a depth of {config.DEPTH}, got {widths}"
+            f"RESNETS.Z_DIM_OLD_TMP_NEW must be [{own}, bottleneck, new width] for DEPTH={config.DEPTH}, got {widths}"
         )
     if widths[2] > own and widths[2] % own:
-        raise UserError(f"RESNETS.Z_DIM_OLD_TMP_NEW: the new width is a multiple of {own} or below it, got {widths[2]}")
+        raise UserError(
+            f"RESNETS.Z_DIM_OLD_TMP_NEW: the new width must be below {own} or a multiple of it, got {widths[2]}"
+        )
 
 
 def trunk_width(model_config: Any) -> int | None:
-    """Width of the features of ``plain_resnet`` or ``convnext``; None of others, unknown before they are built."""
+    """Return the width of the features of ``plain_resnet`` or ``convnext``, or None for other trunks."""
     if model_config.TRUNK.NAME == "convnext":
         width: int = convnext_settings(model_config)["DIMS"][-1]
         return width
@@ -123,12 +123,12 @@ def trunk_width(model_config: Any) -> int | None:
 class PlainResNet(nn.Module):
     """torchvision's ResNet as a trunk.
 
-    With the CIFAR stem, that of solo-learn, the first convolution is 3×3 of stride 1 and padding 2 (32 pixels become
-    34) and there is no max-pool.
+    The CIFAR stem is that of solo-learn: the first convolution is 3×3 with stride 1 and padding 2 (32 pixels become
+    34), and there is no max-pooling.
 
     Args:
         model_config: VISSL's MODEL section.
-        model_name: the trunk's name; not used.
+        model_name: name of the trunk; not used.
 
     Raises:
         UserError: see ``check_trunk``.
@@ -167,7 +167,7 @@ class PlainResNet(nn.Module):
         self.feat_eval_mapping = {**_NAMES, **({"resizer": "resizer"} if resizer else {})}
 
     def forward(self, x: Tensor, out_feat_keys: list[str] | None = None) -> list[Tensor]:
-        """Images ``[B, 3, H, W]`` → the features that are asked for by name; without names the last, flat."""
+        """Map images ``[B, 3, H, W]`` to the features with the given names, by default to the flat last features."""
         return get_trunk_forward_outputs(
             feat=transform_model_input_data_type(x, self.input_type),
             out_feat_keys=out_feat_keys or [],
@@ -179,28 +179,28 @@ class PlainResNet(nn.Module):
 
 
 class WideResNeXt(ResNeXt):
-    """VISSL's trunk ``resnet`` with settings of DISSL's fork; without them it is VISSL's.
+    """VISSL's trunk ``resnet`` with options of DISSL's fork. By default it is VISSL's trunk.
 
-    Of RESNETS: ``Z_DIM_OLD_TMP_NEW`` (a block between the last stage and the pooling that widens the features) and
-    ``IS_SKIP_RESIZER`` (the first head gets the pooled features from before that block). Of MODEL: the
-    ``INPUT_TYPE`` rgba.
+    The options are ``RESNETS.Z_DIM_OLD_TMP_NEW`` (a block between the last stage and the pooling that changes the width
+    of the features), ``RESNETS.IS_SKIP_RESIZER`` (the first head receives the pooled input of that block), and
+    ``INPUT_TYPE: rgba``.
 
     Args:
         model_config: VISSL's MODEL section.
-        model_name: the trunk's name; not used.
+        model_name: name of the trunk; not used.
     """
 
     def __init__(self, model_config: Any, model_name: str) -> None:
-        four = model_config.INPUT_TYPE == "rgba"
+        rgba = model_config.INPUT_TYPE == "rgba"
         stock = model_config
-        if four:
+        if rgba:
             stock = deepcopy(model_config)
             stock.INPUT_TYPE = "rgb"
         super().__init__(stock, model_name)
         self.model_config = model_config
         config = model_config.TRUNK.RESNETS
         blocks = dict(self._feature_blocks.items())
-        if four:
+        if rgba:
             conv = blocks["conv1"]
             blocks["conv1"] = nn.Conv2d(4, conv.out_channels, kernel_size=7, stride=2, padding=3, bias=False)
         self.skips = config.get("IS_SKIP_RESIZER", False)
@@ -211,7 +211,7 @@ class WideResNeXt(ResNeXt):
         self._feature_blocks = nn.ModuleDict(blocks)
 
     def forward(self, x: Tensor, out_feat_keys: list[str] | None = None) -> list[Tensor]:
-        """Images → the features that are asked for by name; with IS_SKIP_RESIZER the narrow and the wide ones."""
+        """Map images to the features with the given names; with IS_SKIP_RESIZER to the narrow and the wide features."""
         if not self.skips:
             return super().forward(x, out_feat_keys)
         narrow, wide = super().forward(x, ["res5", "flatten"])
@@ -220,7 +220,7 @@ class WideResNeXt(ResNeXt):
 
 
 def replace_resnet() -> None:
-    """Let VISSL build this where a configuration says ``resnet``."""
+    """Register WideResNeXt as ``resnet``."""
     MODEL_TRUNKS_REGISTRY["resnet"] = WideResNeXt
 
 
@@ -229,34 +229,34 @@ CONVNEXT: dict[str, Any] = {
     "DIMS": [96, 192, 384, 768],
     "DROP_PATH_RATE": 0.0,
 }
-"""The settings of ``convnext``, with the defaults of DISSL's fork."""
+"""Options of ``convnext`` and their defaults, which are those of DISSL's fork."""
 _CHANNELS = {"lab": 1, "rgb": 3, "bgr": 3, "rgba": 4}
 
 
 def convnext_settings(model_config: Any) -> dict[str, Any]:
-    """Return the settings of ``convnext`` in a configuration, completed with the defaults.
+    """Return the options of ``convnext`` in a configuration, completed by the defaults.
 
     Args:
         model_config: VISSL's MODEL section.
 
     Raises:
-        UserError: a setting is unknown, or no ConvNeXt can be made with it.
+        UserError: an option is unknown or has an invalid value.
     """
     where, given = "config.MODEL.TRUNK.CONVNEXT", dict(model_config.TRUNK.get("CONVNEXT") or {})
     for key in given:
-        if key not in CONVNEXT:
-            raise UserError(f"{where}: {key!r} is no setting of convnext; known are {', '.join(sorted(CONVNEXT))}")
+        check_choice(where, key, CONVNEXT)
     settings = {**CONVNEXT, **given}
     for key in ("DEPTH", "DIMS"):
         value = settings[key]
         if not isinstance(value, list) or len(value) != 4 or any(type(part) is not int or part < 1 for part in value):
-            raise UserError(f"{where}.{key} is a list of four whole numbers above 0, got {value!r}")
+            raise UserError(f"{where}.{key} must be a list of four integers above 0, got {value!r}")
     rate = settings["DROP_PATH_RATE"]
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+    if not is_number(rate) or not 0 <= rate < 1:
         raise UserError(f"{where}.DROP_PATH_RATE must be in [0, 1), got {rate!r}")
     if model_config.INPUT_TYPE not in _CHANNELS:
         raise UserError(
-            f"config.MODEL.INPUT_TYPE of convnext is one of {', '.join(_CHANNELS)}, got {model_config.INPUT_TYPE!r}"
+            f"config.MODEL.INPUT_TYPE of convnext must be one of {', '.join(_CHANNELS)}, got "
+            f"{model_config.INPUT_TYPE!r}"
         )
     return settings
 
@@ -267,7 +267,7 @@ class ConvNeXtTrunk(nn.Module):
 
     Args:
         model_config: VISSL's MODEL section.
-        model_name: the trunk's name; not used.
+        model_name: name of the trunk; not used.
 
     Raises:
         UserError: see ``convnext_settings``.
@@ -287,5 +287,5 @@ class ConvNeXtTrunk(nn.Module):
         )
 
     def forward(self, x: Tensor, out_feat_keys: list[str] | None = None) -> list[Tensor]:
-        """Images ``[B, C, H, W]`` → the pooled features, as a list of one; it has none of other names."""
+        """Map images ``[B, C, H, W]`` to a list with the pooled features, for any names."""
         return [self.network(transform_model_input_data_type(x, self.input_type))]

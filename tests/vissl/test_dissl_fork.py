@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from classy_vision.losses import LOSS_REGISTRY
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from vissl.config import AttrDict
@@ -29,7 +30,7 @@ from vissl.utils import hydra_config
 
 from plugins.losses import cissl_loss, dissl_loss
 from plugins.tools.command import UserError
-from vissl_ext.dissl_losses import LOSSES, DstlISSLLoss
+from vissl_ext.dissl_losses import DstlISSLLoss
 from vissl_ext.launch import prepare
 from vissl_ext.model import GroupedModel, OptionMLP
 from vissl_ext.registry import register
@@ -451,7 +452,7 @@ def test_files_of_the_fork_pass_the_checks_and_build(path: Path, prepared: Calla
         assert [output.shape for output in outputs] == [(4, width)]
         return
     teacher, student = outputs
-    assert isinstance(PluginTask.from_config(config)._build_loss(), LOSSES[config.LOSS.name])
+    assert isinstance(PluginTask.from_config(config)._build_loss(), LOSS_REGISTRY[config.LOSS.name])
     assert len(teacher) == len(student) == 4
     assert teacher.shape[1] == student.shape[1] == model.heads[0][-1].clf[0].out_features
 
@@ -505,16 +506,16 @@ def test_convnext_is_trained_with_four_channels(prepared: Callable) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
-        ("{DEPTHS: [1, 1, 1, 1]}", "'DEPTHS' is no setting of convnext"),
-        ("{DEPTH: [1, 1, 1]}", "DEPTH is a list of four whole numbers above 0"),
-        ("{DIMS: [8, 8, 8, 0]}", "DIMS is a list of four whole numbers above 0"),
+        ("{DEPTHS: [1, 1, 1, 1]}", "'DEPTHS' is unknown, did you mean 'DEPTH'"),
+        ("{DEPTH: [1, 1, 1]}", "DEPTH must be a list of four integers above 0"),
+        ("{DIMS: [8, 8, 8, 0]}", "DIMS must be a list of four integers above 0"),
         ("{DROP_PATH_RATE: 1}", r"DROP_PATH_RATE must be in \[0, 1\), got 1"),
     ],
 )
-def test_settings_that_no_convnext_has_are_refused(given: str, said: str, prepared: Callable) -> None:
-    with pytest.raises(UserError, match=said):
+def test_invalid_options_of_convnext_raise_an_error(given: str, message: str, prepared: Callable) -> None:
+    with pytest.raises(UserError, match=message):
         prepared("pretrain/small/dstl", "config.MODEL.TRUNK.NAME=convnext", f"config.MODEL.TRUNK.CONVNEXT={given}")
 
 
@@ -803,12 +804,12 @@ def test_the_iteration_is_taken_from_a_checkpoint_of_the_fork() -> None:
     loss.set_classy_state({"dstl_criterion.num_iteration": torch.tensor([70])})
     assert loss.num_iteration.tolist() == [70]
     for name in ("cntr_issl_loss", "simple_cntr_issl_loss"):
-        assert not LOSSES[name].from_config({}).get_classy_state()
+        assert not LOSS_REGISTRY[name].from_config({}).get_classy_state()
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "dstl_criterion.step"'):
         loss.set_classy_state({"dstl_criterion.step": torch.tensor([70])})
 
 
-def test_a_stall_rings_once_whatever_is_resumed() -> None:
+def test_a_stall_is_reported_once_also_after_a_resume() -> None:
     uniform = [torch.zeros(8, 6), torch.zeros(8, 6)]
     loss = DstlISSLLoss.from_config({})
     loss.num_iteration.fill_(999)
@@ -825,7 +826,7 @@ def test_a_stall_rings_once_whatever_is_resumed() -> None:
         older(uniform, None)
 
 
-def test_a_stall_rings_after_the_warm_up_of_a_resumed_run_too() -> None:
+def test_a_stall_is_reported_after_the_warm_up_of_a_resumed_run() -> None:
     uniform = [torch.zeros(8, 6), torch.zeros(8, 6)]
     for begun, rings in ((998, False), (999, True), (1198, False), (1199, True)):
         loss = DstlISSLLoss.from_config({})
@@ -840,37 +841,41 @@ def test_a_stall_rings_after_the_warm_up_of_a_resumed_run_too() -> None:
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [
-        ("dstl", "+config.LOSS.dstl_issl_loss.beta=1", "config.LOSS.dstl_issl_loss: there is no key 'beta'"),
+        ("dstl", "+config.LOSS.dstl_issl_loss.beta=1", "config.LOSS.dstl_issl_loss: 'beta' is unknown"),
         ("dstl", "config.LOSS.dstl_issl_loss.beta_H_MlZ=-1", "beta_H_MlZ must be a finite number at least 0, got -1"),
         ("dstl", "config.LOSS.dstl_issl_loss.beta_H_MlZ=inf", "beta_H_MlZ must be a finite number at least 0, got inf"),
         ("dstl", "config.LOSS.dstl_issl_loss.beta_pM_unif=nan", "must be a finite number at least 0, got nan"),
         ("dstl", "config.LOSS.dstl_issl_loss.temperature_pred=0", "must be a finite number above 0, got 0"),
         ("dstl", "config.LOSS.dstl_issl_loss.temperature_assign=nan", "must be a finite number above 0, got nan"),
         ("dstl", "config.LOSS.dstl_issl_loss.warmup_beta_CE_iter=0.5", "must be a number of steps or null, got 0.5"),
-        ("dstl", "config.LOSS.dstl_issl_loss.crops_for_teacher=[1,2]", "must be the first crops"),
+        ("dstl", "config.LOSS.dstl_issl_loss.crops_for_teacher=[1,2]", "must be the indices of the first crops"),
         (
             "dstl",
             "config.DATA.TRAIN.TRANSFORMS.0.size_crops=[16,32]",
             r"put the largest first, got views of sizes \[16, 16, 32, 32\]",
         ),
-        ("dstl", "config.LOSS.dstl_issl_loss.crops_for_teacher=[0,a]", "must be the first crops"),
+        ("dstl", "config.LOSS.dstl_issl_loss.crops_for_teacher=[0,a]", "must be the indices of the first crops"),
         (
             "dstl",
             "config.LOSS.dstl_issl_loss.crops_for_teacher=[0,1,2]",
-            "takes 3 views .* but the teacher head gets 2",
+            "requires 3 views for the teacher head, got 2",
         ),
-        ("dstl", "config.MODEL.MULTI_RES_SPLIT_CROPS=[[0,null]]", "needs a group of resolutions for each head"),
+        ("dstl", "config.MODEL.MULTI_RES_SPLIT_CROPS=[[0,null]]", "requires a group of resolutions for each head"),
         ("dstl", "config.MODEL.MULTI_RES_SPLIT_CROPS=[0,1]", "must be a list with a pair"),
         ("dstl", "config.DATA.TRAIN.COLLATE_FUNCTION=default_collate", "requires config.DATA.TRAIN.COLLATE_FUNCTION"),
-        ("dstl", "config.MODEL.TRUNK.RESNETS.Z_DIM_OLD_TMP_NEW=[512,8,4096]", r"is \[2048, inner width, new width\]"),
-        ("dstl", "config.MODEL.HEAD.PARAMS=[[mlp,{dims:[4096,16]}]]", "needs two heads"),
+        (
+            "dstl",
+            "config.MODEL.TRUNK.RESNETS.Z_DIM_OLD_TMP_NEW=[512,8,4096]",
+            r"\[2048, bottleneck, new width\]",
+        ),
+        ("dstl", "config.MODEL.HEAD.PARAMS=[[mlp,{dims:[4096,16]}]]", "requires two heads"),
         (
             "dstl",
             "config.MODEL.HEAD.PARAMS=[[mlp,{dims:[4,3],is_residual:true}],[identity,{}]]",
             "equal first and last",
         ),
-        ("cntr", "config.MODEL.TRUNK.OUT_FEATURE_KEYS=[flatten]", "needs a feature for each head"),
-        ("cntr", "config.LOSS.cntr_issl_loss.buffer_params={foo:1}", "buffer_params must have entries of"),
+        ("cntr", "config.MODEL.TRUNK.OUT_FEATURE_KEYS=[flatten]", "requires a feature for each head"),
+        ("cntr", "config.LOSS.cntr_issl_loss.buffer_params={foo:1}", "buffer_params must be a mapping with the keys"),
         (
             "cntr",
             "config.LOSS.cntr_issl_loss.temperature=-0.1",
@@ -878,14 +883,14 @@ def test_a_stall_rings_after_the_warm_up_of_a_resumed_run_too() -> None:
         ),
     ],
 )
-def test_a_mistake_is_a_sentence(name: str, override: str, message: str, prepared: Callable) -> None:
+def test_an_invalid_option_raises_a_one_line_error(name: str, override: str, message: str, prepared: Callable) -> None:
     with pytest.raises(UserError, match=message):
         prepared(f"pretrain/small/{name}", override)
 
 
-def test_outputs_that_are_no_views_are_refused() -> None:
+def test_outputs_that_do_not_consist_of_views_raise_an_error() -> None:
     loss = DstlISSLLoss.from_config({})
-    with pytest.raises(ValueError, match="needs the outputs of two heads"):
+    with pytest.raises(ValueError, match="requires the outputs of two heads"):
         loss([torch.zeros(4, 3)], None)
-    with pytest.raises(ValueError, match="5 rows of the teacher head and 4 of the student head"):
+    with pytest.raises(ValueError, match="got 5 rows of the teacher head and 4 of the student head"):
         loss([torch.zeros(5, 3), torch.zeros(4, 3)], None)

@@ -59,7 +59,7 @@ def test_chunks_hold_every_row_once(threshold: int, tmp_path: Path) -> None:
         assert [targets[place[tuple(row)]] for row in rows.tolist()] == classes.tolist()
 
 
-def test_missing_features_are_a_sentence(tmp_path: Path) -> None:
+def test_missing_features_raise_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no features of res5 of the test images"):
         list(feature_chunks(tmp_path, "test", "res5"))
 

@@ -1,4 +1,4 @@
-"""A run's folder: the same run goes on there, another one does not."""
+"""The folder of a run: a run with the same settings is resumed there, another one is an error."""
 
 import json
 import re
@@ -104,7 +104,7 @@ def test_another_run_is_refused_where_there_are_checkpoints(tmp_path, override, 
     before = (tmp_path / "run.json").read_text()
     (tmp_path / "model_final_checkpoint_phase1.torch").touch()
     words, engine = [override] if override else [], "train" if override else "knn"
-    with pytest.raises(UserError, match=re.escape(f"a run with {name}={there}, this one has {here}; give {name}=")):
+    with pytest.raises(UserError, match=re.escape(f"a run with {name}={there}, this one has {here}; set {name}=")):
         claimed(tmp_path, *words, engine=engine)
     assert (tmp_path / "run.json").read_text() == before
     (tmp_path / "model_final_checkpoint_phase1.torch").unlink()
@@ -122,7 +122,7 @@ def test_a_run_that_wrote_down_less_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "{", "[]"])
-def test_a_record_that_is_none_is_a_sentence(text: str, tmp_path: Path) -> None:
+def test_an_invalid_record_is_a_one_line_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(text)
     (tmp_path / "model_phase1.torch").touch()
     with pytest.raises(UserError, match=r"/run\.json (is not valid JSON|was not written by this launcher)") as error:
@@ -138,7 +138,7 @@ def test_a_folder_without_classes_is_the_folder_of_the_run(few_digits: Path, tmp
         words = [f"config.DATA.TRAIN.DATA_PATHS=[{tmp_path}/{name}]", f"config.CHECKPOINT.DIR={tmp_path}/run"]
         if name == "two":
             torch.save({}, tmp_path / "run" / "model_phase3.torch")
-            sentence = re.escape(f"config.DATA.TRAIN.DATA_PATHS.0={tmp_path}/one, this one has {tmp_path}/two; give")
+            sentence = re.escape(f"config.DATA.TRAIN.DATA_PATHS.0={tmp_path}/one, this one has {tmp_path}/two; set")
             with pytest.raises(UserError, match=sentence):
                 prepare(["config=pretrain/isoloss/digits", *words], [])
         else:
@@ -151,7 +151,7 @@ def test_another_method_does_not_touch_a_finished_run(few_digits: Path, tmp_path
     prepare(["config=pretrain/isoloss/digits", *words], [])
     written = (tmp_path / "train_config.yaml").read_text()
     torch.save({}, tmp_path / "model_final_checkpoint_phase19.torch")
-    with pytest.raises(UserError, match=r"holds a run with config\.LOSS\.name=isoloss, this one has byol"):
+    with pytest.raises(UserError, match=r"contains a run with config\.LOSS\.name=isoloss, this one has byol"):
         prepare(["config=pretrain/byol/digits", *words], [])
     prepare(["config=pretrain/isoloss/digits", *words, "config.OPTIMIZER.num_epochs=3"], [])
     assert (tmp_path / "train_config.yaml").read_text() == written

@@ -191,10 +191,10 @@ _RESNETS = "config.MODEL.TRUNK.RESNETS"
         # model
         (
             [_ISOLOSS, f"+{_RESNETS}.CIFAR_STEN=true"],
-            "'CIFAR_STEN' is no setting of plain_resnet; known are CIFAR_STEM",
+            "option of plain_resnet: 'CIFAR_STEN' is unknown, did you mean 'CIFAR_STEM'?; allowed: CIFAR_STEM",
         ),
         ([_ISOLOSS, f"{_RESNETS}.CIFAR_STEM=1"], "CIFAR_STEM must be true or false, got 1"),
-        ([SIMCLR, f"{_RESNETS}.CIFAR_STEM=true"], "'CIFAR_STEM' is no setting of resnet; known are DEPTH"),
+        ([SIMCLR, f"{_RESNETS}.CIFAR_STEM=true"], "option of resnet: 'CIFAR_STEM' is unknown; allowed: DEPTH"),
         ([SIMCLR, "config.MODEL.HEAD.PARAMS=[[mlp,{dim:[2,3]}]]"], "mlp cannot be constructed with {'dim': [2, 3]}"),
         ([SIMCLR, "config.MODEL.HEAD.PARAMS=[[mlp]]"], "must be a list of [NAME, {OPTIONS}], got the element ['mlp']"),
     ],
@@ -250,7 +250,7 @@ def test_settings_that_need_a_gpu_are_changed_on_a_cpu_and_reported(no_gpu):
 @pytest.mark.parametrize(
     ("override", "text"),
     [
-        ("config.MACHINE.DEVICE=gpu", "config.MACHINE.DEVICE=gpu needs a GPU, but there is no GPU here"),
+        ("config.MACHINE.DEVICE=gpu", "config.MACHINE.DEVICE=gpu needs a GPU, but no GPU is available"),
         ("config.DISTRIBUTED.BACKEND=nccl", "config.DISTRIBUTED.BACKEND=nccl needs a GPU"),
         ("config.MODEL.AMP_PARAMS.USE_AMP=true", "USE_AMP=true needs a GPU"),
         ("config.MODEL.SYNC_BN_CONFIG.CONVERT_BN_TO_SYNC_BN=true", "CONVERT_BN_TO_SYNC_BN=true needs a GPU"),
@@ -263,7 +263,7 @@ def test_overrides_that_need_a_gpu_raise_an_error_on_a_cpu(no_gpu, override, tex
 
 
 def test_apex_raises_an_error_if_it_is_not_installed(gpu):
-    with pytest.raises(UserError, match=r"SYNC_BN_TYPE is apex, which is not installed; add .*SYNC_BN_TYPE=pytorch"):
+    with pytest.raises(UserError, match=r"SYNC_BN_TYPE is apex, which is not installed; set .*SYNC_BN_TYPE=pytorch"):
         adapt(*compose([SIMCLR]))
     amp = ["config.MODEL.AMP_PARAMS.USE_AMP=true", "config.MODEL.AMP_PARAMS.AMP_TYPE=apex"]
     with pytest.raises(UserError, match="AMP_TYPE is apex, which is not installed"):
@@ -404,8 +404,8 @@ def test_without_slurm_a_file_for_slurm_runs_here(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/sbatch")
     assert without_slurm(cfg.config, given) == "" and cfg.config.SLURM.USE_SLURM
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert "there is no SLURM here" in without_slurm(cfg.config, given) and not cfg.config.SLURM.USE_SLURM
-    with pytest.raises(UserError, match="needs SLURM, but there is no program sbatch here"):
+    assert "SLURM is not installed" in without_slurm(cfg.config, given) and not cfg.config.SLURM.USE_SLURM
+    with pytest.raises(UserError, match="needs SLURM, but the program sbatch is not installed"):
         without_slurm(*[(cfg := compose([SIMCLR, "config.SLURM.USE_SLURM=true"]))[0].config, cfg[1]])
 
 
@@ -484,7 +484,7 @@ def test_invalid_images_raise_a_one_line_error(few_digits: Path, tmp_path: Path,
         (torn / "0" / path.name).write_bytes(path.read_bytes()[:-40])
     common = ["config=pretrain/byol/digits", "config.OPTIMIZER.num_epochs=1", "config.MACHINE.DEVICE=cpu"]
     mistakes = {
-        "the images are fewer than a batch of 512: nothing to train on": [
+        "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=512 is larger than the number of training images": [
             *(f"config.DATA.TRAIN.DATA_PATHS=[{few_digits / 'train'}]", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=512"),
         ],
         f"{torn}/0/": [

@@ -85,7 +85,7 @@ def test_features_of_any_width_are_those_of_the_expanded_resnet() -> None:
     torch.testing.assert_close(features, theirs(images), rtol=1e-4, atol=1e-4)
 
 
-def test_weights_of_vissls_own_trunk_fit() -> None:
+def test_weights_of_vissls_trunk_can_be_loaded() -> None:
     config = model_config("config.MODEL.TRUNK.RESNETS.DEPTH=50", "config.MODEL.TRUNK.NAME=resnet")
     torch.manual_seed(1)
     stock = get_model_trunk("resnet")(config, "resnet").eval()
@@ -96,12 +96,15 @@ def test_weights_of_vissls_own_trunk_fit() -> None:
         torch.testing.assert_close(ours(images, [name])[0], stock(images, [name])[0], rtol=1e-4, atol=1e-4)
 
 
-def test_what_it_cannot_be_is_a_sentence() -> None:
-    with pytest.raises(UserError, match=r"RESNETS.DEPTH of plain_resnet is one of 8, 18, 34, 50, 101, 152, got 20"):
+def test_invalid_options_raise_a_one_line_error() -> None:
+    with pytest.raises(UserError, match=r"DEPTH of plain_resnet must be one of 8, 18, 34, 50, 101, 152, got 20"):
         trunk("config.MODEL.TRUNK.RESNETS.DEPTH=20")
-    with pytest.raises(UserError, match=r"RESNETS.WIDTH_MULTIPLIER of plain_resnet is 1, got 2"):
+    with pytest.raises(UserError, match=r"RESNETS.WIDTH_MULTIPLIER of plain_resnet must be 1, got 2"):
         trunk("config.MODEL.TRUNK.RESNETS.WIDTH_MULTIPLIER=2")
-    for widths, message in (("[2048,512,8192]", r"is \[512, inner width, new width\]"), ("[512,512,700]", "got 700")):
+    for widths, message in (
+        ("[2048,512,8192]", r"\[512, bottleneck, new width\]"),
+        ("[512,512,700]", "got 700"),
+    ):
         with pytest.raises(UserError, match=f"RESNETS.Z_DIM_OLD_TMP_NEW.*{message}"):
             trunk(f"+config.MODEL.TRUNK.RESNETS.Z_DIM_OLD_TMP_NEW={widths}")
 
@@ -238,15 +241,15 @@ def test_features_that_a_trunk_does_not_have_are_an_error() -> None:
         ),
         ("deit", ["blkCLS2"], "'blkCLS2' is unknown"),
         ("regnet", ["res9"], "layer of regnet: 'res9' is unknown"),
-        ("convit", ["blkCLS0"], "convit has its last features alone"),
-        ("convnext", ["a", "b"], "convnext has its last features alone"),
+        ("convit", ["blkCLS0"], "convit returns only its last features"),
+        ("convnext", ["a", "b"], "convnext returns only its last features"),
     ):
         with pytest.raises(UserError, match=message):
             check_layers(evaluation_config(name, layers).MODEL)
 
 
 @pytest.mark.parametrize("name", ["regnet_v2", "regnet_fsdp"])
-def test_trunks_that_need_a_gpu_say_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trunks_that_need_a_gpu_raise_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words = ["config=feature_extraction/digits/extract", f"{_TRUNK}.NAME={name}"]
     with pytest.raises(UserError, match=f"{_TRUNK}.NAME={name} needs a GPU"):

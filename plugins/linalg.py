@@ -40,14 +40,14 @@ def squared_norm(matrix: Float[Tensor, "..."]) -> Float[Tensor, ""]:
     return torch.linalg.vector_norm(matrix).square()
 
 
-def joined_mean(values: Float[Tensor, " B"], comm: Collective = LOCAL) -> Float[Tensor, ""]:
-    """Average one number per row over the rows of all processes; the numbers of rows may differ.
+def joined_mean(values: Float[Tensor, " B *C"], comm: Collective = LOCAL) -> Float[Tensor, " *C"]:
+    """Average one number per row, or C numbers, over the rows of all processes; the numbers of rows may differ.
 
-    Differentiable by the rule of :mod:`plugins.distributed`. It communicates two floats and does not synchronise with
+    Differentiable by the rule of :mod:`plugins.distributed`. It communicates C + 1 floats and does not synchronise with
     the device.
 
     Args:
-        values: one number per row of this process.
+        values: the numbers of the rows of this process.
         comm: the processes that share the batch.
 
     Raises:
@@ -58,11 +58,11 @@ def joined_mean(values: Float[Tensor, " B"], comm: Collective = LOCAL) -> Float[
     """
     if comm.size == 1:
         check_count(values.shape[0], least=1, what="a batch mean")
-        return values.mean()
-    total = comm.sum(torch.stack([values.sum(), values.new_tensor(values.shape[0])]))
+        return values.mean(0)
+    total = comm.sum(torch.cat([values.sum(0).flatten(), values.new_tensor([values.shape[0]])]))
     if values.shape[0] == 0:  # the joined batch can be empty only in this case, so only this case synchronises
-        check_count(int(total[1].item()), least=1, what="a batch mean")
-    return total[0] / total[1]
+        check_count(int(total[-1].item()), least=1, what="a batch mean")
+    return (total[:-1] / total[-1]).view(values.shape[1:])
 
 
 def standardized_rows(
@@ -475,15 +475,15 @@ def spectral_radius(x: Float[Tensor, "*V n n"], *, shift: float = 0.0, steps: in
 
 
 def attach_gradient(
-    value: Float[Tensor, ""], inputs: Sequence[Float[Tensor, "..."]], gradients: Sequence[Float[Tensor, "..."]]
-) -> Float[Tensor, ""]:
+    value: Float[Tensor, " *B"], inputs: Sequence[Float[Tensor, "..."]], gradients: Sequence[Float[Tensor, "..."]]
+) -> Float[Tensor, " *B"]:
     """Attach analytic gradients to ``value``; its backward multiplies them by the incoming gradient.
 
     A second derivative raises an error, since it would lack the derivative of the gradients.
 
     Args:
-        value: a scalar computed without a graph.
-        inputs: the tensors that it is a function of.
+        value: a scalar, or one number per row, computed without a graph.
+        inputs: the tensors that it is a function of. Number i of a vector is one of row i of each tensor.
         gradients: its derivative with respect to each of the inputs.
 
     >>> x = torch.tensor([3.0], requires_grad=True)
@@ -505,4 +505,5 @@ class _AttachGradient(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # that is create_graph=True
             raise RuntimeError("an analytic gradient has no second derivative: differentiate without create_graph")
         gradients = ctx.saved_tensors
-        return None, *(outer[0] * gradient for gradient in gradients), *(None for _ in gradients)
+        scaled = (outer[0].view(outer[0].shape + (1,) * (g.ndim - outer[0].ndim)) * g for g in gradients)
+        return None, *scaled, *(None for _ in gradients)

@@ -14,6 +14,7 @@ from plugins.losses.matrix_ssl import (
     matrix_ssl_terms,
 )
 from plugins.losses.mec import MECLoss, MECTerms, mec_loss, mec_pair_terms, mec_terms, mec_warmup
+from plugins.losses.pirl import PIRLLoss, PIRLLossTerms, draw_negatives, pirl_loss, pirl_terms
 from plugins.losses.ssl_ey import SSLEYLoss, SSLEYLossTerms, ssl_ey_loss, ssl_ey_terms
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "MECTerms",
     "MatrixSSLLoss",
     "MatrixSSLTerms",
+    "PIRLLoss",
+    "PIRLLossTerms",
     "SSLEYLoss",
     "SSLEYLossTerms",
     "StallAlarm",
@@ -45,6 +48,7 @@ __all__ = [
     "dissl_loss",
     "dissl_terms",
     "dissl_warmup",
+    "draw_negatives",
     "isoloss",
     "isoloss_terms",
     "matrix_ssl_loss",
@@ -54,6 +58,8 @@ __all__ = [
     "mec_pair_terms",
     "mec_terms",
     "mec_warmup",
+    "pirl_loss",
+    "pirl_terms",
     "ssl_ey_loss",
     "ssl_ey_terms",
 ]

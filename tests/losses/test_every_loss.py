@@ -20,13 +20,23 @@ from plugins.losses import (
     matrix_ssl_terms,
     mec_loss,
     mec_terms,
+    pirl_loss,
     ssl_ey_loss,
 )
 from plugins.methods import METHODS
 from plugins.objective import Objective, embed
+from plugins.targets import IndexedBank
 from plugins.testing import devices
 
 pytestmark = pytest.mark.filterwarnings("ignore:the exact logarithm is another objective", "ignore:the series of")
+
+
+def _pirl(z_image, z_patches, form="info_nce"):
+    rows, width = z_image.shape
+    device = z_image.device
+    bank = IndexedBank(rows + 1, width).to(device)
+    return pirl_loss(z_image, z_patches, torch.arange(rows, device=device), bank, form=form)
+
 
 LOSSES = {
     "ssl_ey": lambda a, b, c, d: ssl_ey_loss(a, b),
@@ -46,6 +56,9 @@ LOSSES = {
     "matrix_ssl, exact, gram": partial(matrix_ssl_loss, logarithm="exact", form="gram"),
     "mec": partial(mec_loss, eps_d=0.5),
     "mec, strong": partial(mec_loss, eps_d=1 / 32),
+    "pirl": lambda a, b, c, d: _pirl(a, b),
+    "pirl, nce": lambda a, b, c, d: _pirl(a, b, form="nce"),
+    "pirl, nce_paper": lambda a, b, c, d: _pirl(a, b, form="nce_paper"),
 }
 """Each of four views: predictions, or a student's outputs, of two views and a teacher's."""
 _MATRIX = ["p0", "p1", "target0", "target1"]
@@ -57,6 +70,7 @@ NAMES = {
     "dissl": [r"student_logits\[0\]", r"student_logits\[1\]", r"teacher_logits\[0\]", r"teacher_logits\[1\]"],
     "matrix_ssl": _MATRIX,
     "mec": _MATRIX,
+    "pirl": ["z_image", "z_patches"],
 }
 """How an error message calls the four views."""
 LEAST = {"ssl_ey, split": 4, "ssl_ey, ustat": 4}
@@ -121,7 +135,7 @@ def test_an_input_that_is_not_finite_is_named(name, value):
     """On the CPU; on a GPU it shows in the loss, so that nothing waits for the device."""
     views = [torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     kind = name.partition(",")[0]
-    used = 2 if name.startswith("ssl_ey") else 3 if name.startswith(("byol", "isoloss", "dissl, one")) else 4
+    used = 2 if name.startswith(("ssl_ey", "pirl")) else 3 if name.startswith(("byol", "isoloss", "dissl, one")) else 4
     for index in range(used):
         if name.startswith("byol") and index == 1:
             continue

@@ -1,0 +1,252 @@
+"""Transforms from one image to a stack of small images: shuffled patches, or a turned view.
+
+PIRL (Misra & van der Maaten 2020, arXiv:1912.01991) compares an image with such a stack. The transforms take PIL
+images, so that the DataLoaders of all frameworks can use them. They draw from torch's global generator, which a
+DataLoader seeds in each worker.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+from torchvision import transforms as T
+
+from plugins.checks import check_choice, check_range, check_whole
+
+Scale = tuple[float, float]
+
+
+class Pieces(Protocol):
+    """A transform from one image to ``count`` images of one size."""
+
+    count: int
+
+    def __call__(self, image: Image.Image) -> list[Image.Image]: ...
+
+
+class Jigsaw:
+    """Cut a random resized crop into grid x grid cells; return a window of each, in random order.
+
+    Args:
+        side: of the crop, in pixels, a multiple of ``grid``.
+        window: side of the windows, in pixels, at most ``side / grid``. Each lies at a random place in its cell.
+        grid: cells per side.
+        scale: smallest and largest share of the image's area that the crop takes.
+        interpolation: of the crop.
+        permute: whether the order is random; otherwise it is row by row.
+
+    Raises:
+        ValueError: an argument is out of range, or the crop cannot be cut in this way.
+
+    Reference:
+        arXiv:1912.01991, section 3.3 and the appendix. VISSL's offsets never reach the last pixel of a cell; these do.
+
+    >>> [patch.size for patch in Jigsaw(20, 8, 2)(Image.new("RGB", (32, 32)))]
+    [(8, 8), (8, 8), (8, 8), (8, 8)]
+    """
+
+    def __init__(
+        self,
+        side: int = 255,
+        window: int = 64,
+        grid: int = 3,
+        *,
+        scale: Sequence[float] = (0.6, 1.0),
+        interpolation: T.InterpolationMode = T.InterpolationMode.BILINEAR,
+        permute: bool = True,
+    ) -> None:
+        for name, value in {"side": side, "window": window, "grid": grid}.items():
+            check_whole(name, value, low=1)
+        if side % grid:
+            raise ValueError(f"side must be a multiple of grid = {grid}, got {side}; {side // grid * grid} is one")
+        self.cell = side // grid
+        if window > self.cell:
+            raise ValueError(f"window must be at most side / grid = {self.cell} pixels, got {window}")
+        self.crop = T.RandomResizedCrop(side, scale=_scale(scale), interpolation=interpolation)
+        self.window, self.grid, self.permute = window, grid, permute
+        self.count = grid**2
+
+    def __call__(self, image: Image.Image) -> list[Image.Image]:
+        """Return the patches."""
+        crop = self.crop(image)
+        offsets = torch.randint(self.cell - self.window + 1, (self.count, 2)).tolist()
+        order = torch.randperm(self.count).tolist() if self.permute else range(self.count)
+        patches = []
+        for place in order:
+            row, column = divmod(place, self.grid)
+            left, top = column * self.cell + offsets[place][0], row * self.cell + offsets[place][1]
+            patches.append(crop.crop((left, top, left + self.window, top + self.window)))
+        return patches
+
+    def __repr__(self) -> str:
+        return f"Jigsaw({self.crop}, window={self.window}, grid={self.grid}, permute={self.permute})"
+
+
+class Rotation:
+    """Turn a random resized crop by 0, 90, 180 or 270 degrees: a stack of one image.
+
+    Args:
+        side: of the crop, in pixels.
+        scale: smallest and largest share of the image's area that the crop takes.
+        interpolation: of the crop.
+
+    Reference:
+        arXiv:1912.01991, section 4.4.
+
+    >>> [view.size for view in Rotation(16)(Image.new("RGB", (32, 32)))]
+    [(16, 16)]
+    """
+
+    count = 1
+
+    def __init__(
+        self,
+        side: int = 224,
+        *,
+        scale: Sequence[float] = (0.08, 1.0),
+        interpolation: T.InterpolationMode = T.InterpolationMode.BILINEAR,
+    ) -> None:
+        check_whole("side", side, low=1)
+        self.crop = T.RandomResizedCrop(side, scale=_scale(scale), interpolation=interpolation)
+
+    def __call__(self, image: Image.Image) -> list[Image.Image]:
+        """Return the turned view in a list."""
+        turn = int(torch.randint(4, ()))
+        crop = self.crop(image)
+        # a multiple of 90 degrees moves pixels and interpolates nothing
+        return [crop.transpose(_TURNS[turn - 1]) if turn else crop]
+
+    def __repr__(self) -> str:
+        return f"Rotation({self.crop})"
+
+
+_TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+
+
+class Stack:
+    """Apply a transform to each piece of an image by itself, and stack the results: ``[P, 3, h, w]``.
+
+    Args:
+        pieces: :class:`Jigsaw` or :class:`Rotation`.
+        each: transform from a PIL image to a tensor ``[3, h, w]``; it draws anew for each piece.
+
+    >>> Stack(Jigsaw(20, 8, 2), T.ToTensor())(Image.new("RGB", (32, 32))).shape
+    torch.Size([4, 3, 8, 8])
+    """
+
+    def __init__(self, pieces: Pieces, each: Callable[[Image.Image], Tensor]) -> None:
+        self.pieces, self.each = pieces, each
+
+    @property
+    def count(self) -> int:
+        """Number P of pieces."""
+        return self.pieces.count
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the stack."""
+        return torch.stack([self.each(piece) for piece in self.pieces(image)])
+
+    def __repr__(self) -> str:
+        return f"Stack({self.pieces}, {self.each})"
+
+
+class Photometric:
+    """Posterise, sharpen or soften, solarise and stretch the contrast of an image, with some probability.
+
+    It keeps 4 to 8 bits, multiplies the sharpness by 0.1 to 1.9, inverts values above 0 to 256, and applies
+    autocontrast, in this order.
+
+    Args:
+        p: probability that the image is changed; otherwise it is returned as it is.
+
+    Reference:
+        VISSL's ``ImgPilRandomPhotometric``, in its files of PIRL.
+
+    >>> Photometric(0.0)(Image.new("RGB", (2, 2), (1, 2, 3))).getpixel((0, 0))
+    (1, 2, 3)
+    """
+
+    def __init__(self, p: float = 0.66) -> None:
+        check_range("p", p, low=0.0, high=1.0)
+        self.p = p
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the changed image."""
+        happens, sharpness = torch.rand(2).tolist()
+        bits, threshold = int(torch.randint(4, 9, ())), int(torch.randint(257, ()))
+        if happens >= self.p:
+            return image
+        image = ImageEnhance.Sharpness(ImageOps.posterize(image, bits)).enhance(0.1 + 1.8 * sharpness)
+        return ImageOps.autocontrast(ImageOps.solarize(image, threshold))
+
+    def __repr__(self) -> str:
+        return f"Photometric({self.p})"
+
+
+_PUBLISHED: dict[str, Any] = {"jitter": (0.4, 0.4, 0.4, 0.2), "photometric": 0.66, "gray": 0.2, "flip": 0.5}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "imagenet": {**_PUBLISHED, "view": (224, (0.08, 1.0)), "jigsaw": (255, 64, 3)},
+    "cifar": {**_PUBLISHED, "view": (32, (0.2, 1.0)), "jigsaw": (48, 14, 3)},
+    "digits": {
+        "view": (16, (0.6, 1.0)),
+        "jigsaw": (20, 8, 2),
+        "jitter": (0.4, 0.4, 0.8, 0.5),
+        "photometric": 0.0,
+        "gray": 0.8,
+        "flip": 0.0,
+    },
+}
+"""Side and scale of a view; side, window and grid of the jigsaw; strength and probabilities of the steps."""
+PRESETS = tuple(_PRESETS)
+
+
+def pirl_views(
+    mean: Sequence[float], std: Sequence[float], *, preset: str = "imagenet", rotation: bool = False
+) -> tuple[Callable[[Image.Image], Tensor], Stack]:
+    """Build PIRL's two transforms of an image: a view, and a stack of its patches or of one turned view.
+
+    Both apply colour jitter, :class:`Photometric`, grey, a flip, and normalisation. In a stack each patch has draws of
+    its own.
+
+    Args:
+        mean: of each channel, in [0, 1].
+        std: of each channel.
+        preset: "imagenet" (a view of 224 pixels; 3 x 3 patches of 64 in cells of 85; the published steps), "cifar" (32;
+            3 x 3 patches of 14 in cells of 16; the same steps), or "digits" (16; 2 x 2 patches of 8 in cells of 10;
+            strong jitter and much grey, as in the configurations on digits).
+        rotation: whether the stack holds one turned view instead of patches.
+
+    Raises:
+        ValueError: the preset is unknown.
+
+    >>> image, stack = pirl_views((0.5,) * 3, (0.25,) * 3, preset="cifar")
+    >>> photo = Image.new("RGB", (40, 40))
+    >>> image(photo).shape, stack(photo).shape
+    (torch.Size([3, 32, 32]), torch.Size([9, 3, 14, 14]))
+    """
+    check_choice("preset", preset, PRESETS)
+    chosen = _PRESETS[preset]
+    side, scale = chosen["view"]
+    each = T.Compose(
+        [
+            T.ColorJitter(*chosen["jitter"]),
+            Photometric(chosen["photometric"]),
+            T.RandomGrayscale(chosen["gray"]),
+            T.RandomHorizontalFlip(chosen["flip"]),
+            T.ToTensor(),
+            T.Normalize(list(mean), list(std)),
+        ]
+    )
+    pieces = Rotation(side, scale=scale) if rotation else Jigsaw(*chosen["jigsaw"])
+    return T.Compose([T.RandomResizedCrop(side, scale=scale), each]), Stack(pieces, each)
+
+
+def _scale(scale: Sequence[float]) -> Scale:
+    low, high = scale
+    for name, value in {"scale[0]": low, "scale[1]": high}.items():
+        check_range(name, value, low=1e-6, high=1.0)
+    if low > high:
+        raise ValueError(f"scale must be (smallest, largest), got {tuple(scale)}")
+    return float(low), float(high)

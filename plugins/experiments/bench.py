@@ -35,8 +35,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from plugins.experiments import bench_data, bench_step
-from plugins.losses import byol_loss, cissl_loss, dissl_loss, isoloss, matrix_ssl_loss, mec_loss, ssl_ey_loss
+from plugins.losses import (
+    byol_loss,
+    cissl_loss,
+    dissl_loss,
+    draw_negatives,
+    isoloss,
+    matrix_ssl_loss,
+    mec_loss,
+    pirl_loss,
+    ssl_ey_loss,
+)
 from plugins.predictors import ClosedFormPredictor
+from plugins.targets import IndexedBank
 
 QUICK_SIZES = ((256, 128), (256, 512), (1024, 512), (256, 2048))
 SIZES = (*QUICK_SIZES, (1024, 2048), (2048, 2048), (2048, 8192))
@@ -241,6 +252,34 @@ def _ours_cissl(views: int, teacher: Tensor, student: Tensor) -> tuple[Tensor, .
     return torch.autograd.grad(loss, (teacher, student))
 
 
+IMAGES, NEGATIVES = 50_000, 4096
+"""Rows of PIRL's bank, and negatives of each image."""
+
+
+def _memory(rows: int, width: int, device: str) -> list[Tensor]:
+    """Return the outputs for images and patches, the positions of the images, the bank and the negatives."""
+    index = torch.arange(rows, device=device)
+    bank = IndexedBank(IMAGES, width).to(device)
+    return [*_views(rows, width, device), index, bank.rows, draw_negatives(index, IMAGES, NEGATIVES)]
+
+
+def _plain_pirl(image: Tensor, patches: Tensor, index: Tensor, bank: Tensor, negatives: Tensor) -> tuple[Tensor, ...]:
+    """Compute InfoNCE with gathered rows of the bank, as the published code."""
+    places = torch.cat([index[:, None], negatives], 1)
+    loss = image.new_zeros(())
+    for z in (patches, image):
+        weight = bank.index_select(0, places.flatten()).view(*places.shape, -1)
+        logits = torch.bmm(weight, F.normalize(z, dim=1).unsqueeze(2)).squeeze(2) / 0.1
+        loss = loss + F.cross_entropy(logits, torch.zeros_like(index)) / 2
+    return torch.autograd.grad(loss, (image, patches))
+
+
+def _ours_pirl(image: Tensor, patches: Tensor, index: Tensor, bank: Tensor, negatives: Tensor) -> tuple[Tensor, ...]:
+    memory = IndexedBank(None, bank.shape[1])
+    memory.rows = bank
+    return torch.autograd.grad(pirl_loss(image, patches, index, memory, negatives=negatives), (image, patches))
+
+
 def _view_cases() -> dict[str, Case]:
     """Return the cases of DISSL (2 teacher views) and CISSL (as many teacher views as student views).
 
@@ -271,6 +310,9 @@ LOSSES = {
     "isoloss": Case(_predicted_views, _plain_isoloss, _ours_isoloss),
     "matrix_ssl": Case(_four_views, _plain_matrix_ssl, _ours_matrix_ssl, sizes=WIDE_AND_TALL),
     "mec": Case(_four_views, _plain_mec, _ours_mec, sizes=WIDE_AND_TALL),
+    "pirl": Case(
+        _memory, _plain_pirl, _ours_pirl, sizes=((32, 128), (256, 128)), work=lambda rows, width: rows * width
+    ),
     **_view_cases(),
 }
 PREDICTORS = {

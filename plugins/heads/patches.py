@@ -24,6 +24,7 @@ class PatchHead(nn.Module):
         Misra & van der Maaten 2020, arXiv:1912.01991, section 3.3; the hidden layers are those of VISSL's model zoo.
 
     Example:
+        >>> import torch
         >>> head = PatchHead(64, 128, 9)
         >>> head(torch.zeros(2, 64)).shape, head(torch.zeros(2, 9, 64)).shape
         (torch.Size([2, 128]), torch.Size([2, 128]))

@@ -18,10 +18,8 @@ def _linear(layer, x):
 
 def test_equals_the_slow_reference():
     head, features = PatchHead(5, 3, 4).double(), torch.randn(2, 4, 5, dtype=torch.float64)
-    expected = [
-        _linear(head.join, np.concatenate([_linear(head.patch, patch) for patch in stack]))
-        for stack in features.numpy()
-    ]
+    patches = [[_linear(head.patch, patch) for patch in stack] for stack in features.numpy()]
+    expected = [_linear(head.join, np.concatenate(stack)) for stack in patches]
     np.testing.assert_allclose(head(features).detach().numpy(), expected, rtol=1e-12)
     image = features[:, 0]
     np.testing.assert_allclose(head(image).detach().numpy(), _linear(head.image, image.numpy()), rtol=1e-12)

@@ -204,6 +204,12 @@ def test_losses_of_many_views_take_less_memory(name, rows):
     assert result.ours_bytes < result.plain_bytes
 
 
+def test_pirl_gathers_no_rows_of_the_bank():
+    """Rows x negatives x width numbers for each of two terms, in the published code."""
+    result = compare("pirl", 16, 128, repeat=1)
+    assert 2 * 4 * 16 * 4096 * 128 < result.plain_bytes and 5 * result.ours_bytes < result.plain_bytes
+
+
 def test_predictor_solves_once_by_the_symmetric_solver():
     """The general solver takes about 25 D³ operations, the symmetric one 9 D³; each is one call."""
     case = CASES["closed_form_predictor"]

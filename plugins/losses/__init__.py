@@ -1,5 +1,11 @@
 """Each loss three ways: a pure function, ``*_terms`` with the parts for logging, and an ``nn.Module``."""
 
+from plugins.losses.barlow_twins import (
+    BarlowTwinsLoss,
+    BarlowTwinsLossTerms,
+    barlow_twins_loss,
+    barlow_twins_terms,
+)
 from plugins.losses.byol import BYOLLoss, BYOLLossTerms, byol_loss, byol_terms
 from plugins.losses.cissl import CISSLLoss, CISSLTerms, cissl_loss, cissl_terms
 from plugins.losses.dino import DINOTerms, dino_loss, dino_terms
@@ -20,6 +26,8 @@ from plugins.losses.ssl_ey import SSLEYLoss, SSLEYLossTerms, ssl_ey_loss, ssl_ey
 __all__ = [
     "BYOLLoss",
     "BYOLLossTerms",
+    "BarlowTwinsLoss",
+    "BarlowTwinsLossTerms",
     "CISSLLoss",
     "CISSLTerms",
     "DINOTerms",
@@ -39,6 +47,8 @@ __all__ = [
     "SSLEYLoss",
     "SSLEYLossTerms",
     "StallAlarm",
+    "barlow_twins_loss",
+    "barlow_twins_terms",
     "byol_loss",
     "byol_terms",
     "cissl_loss",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from plugins.methods import (
+    barlow_twins,
     byol,
     cissl,
     directcopy,
@@ -22,6 +23,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
     {
         spec.name: spec
         for spec in (
+            barlow_twins.SPEC,
             byol.SPEC,
             cissl.SPEC,
             directcopy.SPEC,

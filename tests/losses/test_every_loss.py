@@ -12,6 +12,7 @@ from plugins.distributed import LOCAL
 from plugins.losses import (
     MatrixSSLLoss,
     MECLoss,
+    barlow_twins_loss,
     byol_loss,
     cissl_loss,
     dissl_loss,
@@ -39,6 +40,8 @@ def _pirl(z_image, z_patches, form="info_nce"):
 
 
 LOSSES = {
+    "barlow_twins": lambda a, b, c, d: barlow_twins_loss(a, b),
+    "barlow_twins, gram": lambda a, b, c, d: barlow_twins_loss(a, b, form="gram"),
     "ssl_ey": lambda a, b, c, d: ssl_ey_loss(a, b),
     "ssl_ey, split": lambda a, b, c, d: ssl_ey_loss(a, b, estimator="split"),
     "ssl_ey, ustat": lambda a, b, c, d: ssl_ey_loss(a, b, estimator="ustat"),
@@ -63,6 +66,7 @@ LOSSES = {
 """Each of four views: predictions, or a student's outputs, of two views and a teacher's."""
 _MATRIX = ["p0", "p1", "target0", "target1"]
 NAMES = {
+    "barlow_twins": ["z0", "z1"],
     "ssl_ey": ["z0", "z1"],
     "byol": ["p", None, "target"],
     "isoloss": ["z", "p", "target"],
@@ -135,7 +139,8 @@ def test_an_input_that_is_not_finite_is_named(name, value):
     """On the CPU; on a GPU it shows in the loss, so that nothing waits for the device."""
     views = [torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     kind = name.partition(",")[0]
-    used = 2 if name.startswith(("ssl_ey", "pirl")) else 3 if name.startswith(("byol", "isoloss", "dissl, one")) else 4
+    two, three = ("barlow_twins", "pirl", "ssl_ey"), ("byol", "isoloss", "dissl, one")
+    used = 2 if name.startswith(two) else 3 if name.startswith(three) else 4
     for index in range(used):
         if name.startswith("byol") and index == 1:
             continue
@@ -217,6 +222,7 @@ def _broken_rank(comm, name, views):
 
 
 CALLS_OF_RANKS = {
+    "the Barlow Twins loss": lambda a, b, comm: barlow_twins_loss(a, b, comm=comm),
     "the BYOL loss": lambda a, b, comm: byol_loss(a, b, comm=comm),
     "the IsoLoss": lambda a, b, comm: isoloss(a, a, b, comm=comm),
     "the SSL-EY loss": lambda a, b, comm: ssl_ey_loss(a, b, comm=comm),

@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 
 CASES = {name: Case(name, {}) for name in METHODS}
-CASES["simclr"] = Case("cissl", {"heads": "simclr", "positives": "other"})
+CASES["cissl, simclr"] = Case("cissl", {"heads": "simclr", "positives": "other"})
 CROPS = {
     name: case._replace(sides=(16, 16, 8, 8)) for name, case in CASES.items() if METHODS[case.method].views is None
 }

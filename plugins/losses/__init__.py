@@ -21,6 +21,7 @@ from plugins.losses.matrix_ssl import (
 )
 from plugins.losses.mec import MECLoss, MECTerms, mec_loss, mec_pair_terms, mec_terms, mec_warmup
 from plugins.losses.pirl import PIRLLoss, PIRLLossTerms, draw_negatives, pirl_loss, pirl_terms
+from plugins.losses.simclr import SimCLRLoss, simclr_loss, simclr_terms
 from plugins.losses.ssl_ey import SSLEYLoss, SSLEYLossTerms, ssl_ey_loss, ssl_ey_terms
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "PIRLLossTerms",
     "SSLEYLoss",
     "SSLEYLossTerms",
+    "SimCLRLoss",
     "StallAlarm",
     "barlow_twins_loss",
     "barlow_twins_terms",
@@ -70,6 +72,8 @@ __all__ = [
     "mec_warmup",
     "pirl_loss",
     "pirl_terms",
+    "simclr_loss",
+    "simclr_terms",
     "ssl_ey_loss",
     "ssl_ey_terms",
 ]

@@ -71,17 +71,46 @@ def cissl_terms(
 ) -> CISSLTerms:
     """Return :func:`cissl_loss` and its bound on the mutual information."""
     check_choice("positives", positives, POSITIVES)
-    named = _check(student, teacher)
+    named, what = _check(student, teacher), "a contrastive loss"
+    return contrastive_terms(student, teacher, named, what, temperature=temperature, positives=positives, comm=comm)
+
+
+def contrastive_terms(
+    student: Views,
+    teacher: Views,
+    named: dict[str, Tensor],
+    what: str,
+    *,
+    temperature: float,
+    positives: str,
+    comm: Collective,
+) -> CISSLTerms:
+    """Return :func:`cissl_terms` of views whose numbers and shapes have been checked.
+
+    Args:
+        student: as in :func:`cissl_loss`.
+        teacher: as in :func:`cissl_loss`.
+        named: the views by the names that an error message shows.
+        what: the loss, for error messages.
+        temperature: as in :func:`cissl_loss`.
+        positives: as in :func:`cissl_loss`.
+        comm: as in :func:`cissl_loss`.
+    """
     check_range("temperature", temperature, low=1e-6)
     with torch.autocast(student[0].device.type, enabled=False):
-        u, w = _directions(student), _directions(teacher)
+        one_head = teacher is student
+        u = _directions(student)
+        w = u if one_head else _directions(teacher)
         (rows, students, _), teachers = u.shape, w.shape[1]
         counts = comm.row_counts(rows, u.device)
         images, before = sum(counts), sum(counts[: comm.rank])
-        check_count(images, least=2, what="a contrastive loss")
+        check_count(images, least=2, what=what)
         columns, own = images * teachers, None if positives == "all" else before
-        gathered = comm.gather_rows(torch.cat([u, w], 1).detach(), counts=counts)
-        all_u, all_w = (part.flatten(0, 1) for part in gathered.split([students, teachers], 1))
+        if one_head:
+            all_u = all_w = comm.gather_rows(u.detach(), counts=counts).flatten(0, 1)
+        else:
+            gathered = comm.gather_rows(torch.cat([u, w], 1).detach(), counts=counts)
+            all_u, all_w = (part.flatten(0, 1) for part in gathered.split([students, teachers], 1))
         flat_u, flat_w = u.detach().flatten(0, 1), w.detach().flatten(0, 1)
         # each row's mean positive, and what the rows of which a column is a positive add up to, each by its share
         if own is None:
@@ -113,9 +142,12 @@ def cissl_terms(
                     weights, _ = _exponentials(cosines, temperature, views, own, part.start, log_masses)
                     by_w[part] += weights @ all_u
             scale = comm.size / (images * students * temperature)
-            loss = attach_gradient(loss, [u, w], [(by_u * scale).view_as(u), (by_w * scale).view_as(w)])
+            if one_head:
+                loss = attach_gradient(loss, [u], [by_u.add_(by_w).mul_(scale).view_as(u)])
+            else:
+                loss = attach_gradient(loss, [u, w], [(by_u * scale).view_as(u), (by_w * scale).view_as(w)])
     without = 0 if own is None else teachers  # rows of an image whose own view is no column
-    check_result("a contrastive loss", loss, comm, **named)
+    check_result(what, loss, comm, **named)
     entropy = (without * math.log(columns - 1) + (students - without) * math.log(columns)) / students
     return CISSLTerms(loss, entropy - loss.detach(), loss.new_full((), entropy))
 

@@ -14,6 +14,7 @@ from plugins.methods import (
     isoloss,
     matrix_ssl,
     mec,
+    simclr,
     simsiam,
     ssl_ey,
 )
@@ -33,6 +34,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
             isoloss.SPEC,
             matrix_ssl.SPEC,
             mec.SPEC,
+            simclr.SPEC,
             simsiam.SPEC,
             ssl_ey.SPEC,
         )

@@ -15,10 +15,11 @@ from plugins.spec import Embeddings, MethodSpec, Option, Paper
 class _Loss(nn.Module):
     def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
         super().__init__()
-        self.lambd, self.comm = options["lambd"], comm
+        self.lambd, self.scale, self.comm = options["lambd"], options["scale_loss"], comm
 
     def forward(self, e: Embeddings) -> BarlowTwinsLossTerms:
-        return barlow_twins_terms(*e.z, lambd=self.lambd, comm=self.comm)
+        terms = barlow_twins_terms(*e.z, lambd=self.lambd, comm=self.comm)
+        return terms._replace(loss=terms.loss * self.scale)
 
 
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
@@ -41,6 +42,7 @@ SPEC = MethodSpec(
             aliases={"lamb": None, "lambda_": None, "lambda_param": None},
             low=0,
         ),
+        "scale_loss": Option(1.0, "factor of the loss, > 0; the authors, solo-learn and VISSL have one", low=1e-6),
         "log_eigvals": LOG_EIGVALS,
     },
     paper=Paper("Barlow Twins", "Zbontar, Jing, Misra, LeCun and Deny 2021, arXiv:2103.03230"),

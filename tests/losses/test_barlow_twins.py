@@ -10,7 +10,10 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plugins.distributed import LOCAL
 from plugins.losses import BarlowTwinsLoss, barlow_twins_loss, barlow_twins_terms
+from plugins.methods.barlow_twins import SPEC
+from plugins.spec import Embeddings
 from plugins.testing import DIFFICULT, assert_joined, devices, difficult_views, toy_mlp, toy_views
 
 FORMS = ("auto", "covariance", "gram")
@@ -92,6 +95,13 @@ def test_the_default_weight_and_terms():
     module = BarlowTwinsLoss(lambd=0.5, form="gram")
     assert torch.equal(module(*views), barlow_twins_loss(*views, lambd=0.5, form="gram"))
     assert "lambd=0.5, form='gram'" in repr(module)
+
+
+def test_the_method_multiplies_the_loss_alone():
+    views = toy_views(8, 3)
+    criterion = SPEC.loss(SPEC.resolve({"scale_loss": 0.1, "lamb": 0.3}), LOCAL)
+    found, terms = criterion(Embeddings(views, views, views)), barlow_twins_terms(*views, lambd=0.3)
+    assert found.loss.item() == pytest.approx(0.1 * terms.loss.item()) and found[1:] == terms[1:]
 
 
 # --- properties -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 
 from plugins.checks import NotFiniteError
 from plugins.distributed import LOCAL
+from plugins.heads import SharedHead
 from plugins.losses import (
     MatrixSSLLoss,
     MECLoss,
@@ -22,6 +23,7 @@ from plugins.losses import (
     mec_loss,
     mec_terms,
     pirl_loss,
+    simclr_loss,
     ssl_ey_loss,
 )
 from plugins.methods import METHODS
@@ -57,6 +59,7 @@ LOSSES = {
     "matrix_ssl, exact": partial(matrix_ssl_loss, logarithm="exact"),
     "matrix_ssl, exact, covariance": partial(matrix_ssl_loss, logarithm="exact", form="covariance"),
     "matrix_ssl, exact, gram": partial(matrix_ssl_loss, logarithm="exact", form="gram"),
+    "simclr": lambda a, b, c, d: simclr_loss([a, b, c, d]),
     "mec": partial(mec_loss, eps_d=0.5),
     "mec, strong": partial(mec_loss, eps_d=1 / 32),
     "pirl": lambda a, b, c, d: _pirl(a, b),
@@ -75,6 +78,7 @@ NAMES = {
     "matrix_ssl": _MATRIX,
     "mec": _MATRIX,
     "pirl": ["z_image", "z_patches"],
+    "simclr": [rf"views\[{view}\]" for view in range(4)],
 }
 """How an error message calls the four views."""
 LEAST = {"ssl_ey, split": 4, "ssl_ey, ustat": 4}
@@ -209,7 +213,10 @@ def test_a_broken_backbone_is_an_error_of_every_method_that_names_the_view(name)
         warnings.simplefilter("ignore")  # the watch over the series says so too
         assert objective(embed(features, head, predict)).loss.isfinite()
         features[1][2, 3] = float("nan")
-        with pytest.raises(NotFiniteError, match=r"^the loss needs finite numbers, got NaN or inf in z of view 1"):
+        both = "z of view 0, " if isinstance(head, SharedHead) else ""  # the views share the batch statistics
+        with pytest.raises(
+            NotFiniteError, match=f"^the loss needs finite numbers, got NaN or inf in {both}z of view 1"
+        ):
             objective(embed(features, head, predict))
 
 
@@ -228,6 +235,7 @@ CALLS_OF_RANKS = {
     "the SSL-EY loss": lambda a, b, comm: ssl_ey_loss(a, b, comm=comm),
     "a contrastive loss": lambda a, b, comm: cissl_loss([a, b], [a, b], comm=comm),
     "the DISSL loss": lambda a, b, comm: dissl_loss([a, b], [a, b], comm=comm),
+    "the SimCLR loss": lambda a, b, comm: simclr_loss([a, b], comm=comm),
     "the Matrix-SSL loss": lambda a, b, comm: matrix_ssl_loss(a, b, a, b, comm=comm),
     "the MEC loss": lambda a, b, comm: mec_loss(a, b, a, b, eps_d=0.5, comm=comm),
 }

@@ -127,6 +127,25 @@ def check_count(rows: int, *, least: int, what: str) -> None:
         raise ValueError(f"{what} needs at least {least} rows over all processes, got {rows}")
 
 
+def check_indices(name: str, index: Tensor, size: int) -> None:
+    """Require distinct positions ``[K]`` in a sequence, K ≥ 1. Values are read on the CPU only, not in compiled code.
+
+    Args:
+        name: the caller's name of the argument.
+        index: int64.
+        size: length of the sequence.
+
+    Raises:
+        ValueError: the dtype or shape is another, or an index is outside [0, size) or given twice.
+    """
+    if index.dtype != torch.int64 or index.ndim != 1 or len(index) == 0:
+        raise ValueError(f"{name} must be int64 indices [K], K >= 1, got {index.dtype} of shape {tuple(index.shape)}")
+    if index.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if bool((index < 0).any()) or bool((index >= size).any()) or len(index.unique()) < len(index):
+        raise ValueError(f"{name} must be distinct indices from 0 to {size - 1}, got {index.tolist()}")
+
+
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """Require one of the allowed strings.
 

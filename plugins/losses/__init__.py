@@ -21,6 +21,7 @@ from plugins.losses.matrix_ssl import (
 )
 from plugins.losses.mec import MECLoss, MECTerms, mec_loss, mec_pair_terms, mec_terms, mec_warmup
 from plugins.losses.pirl import PIRLLoss, PIRLLossTerms, draw_negatives, pirl_loss, pirl_terms
+from plugins.losses.relic import ReLICLoss, ReLICLossTerms, relic_loss, relic_terms
 from plugins.losses.simclr import SimCLRLoss, simclr_loss, simclr_terms
 from plugins.losses.ssl_ey import SSLEYLoss, SSLEYLossTerms, ssl_ey_loss, ssl_ey_terms
 
@@ -45,6 +46,8 @@ __all__ = [
     "MatrixSSLTerms",
     "PIRLLoss",
     "PIRLLossTerms",
+    "ReLICLoss",
+    "ReLICLossTerms",
     "SSLEYLoss",
     "SSLEYLossTerms",
     "SimCLRLoss",
@@ -72,6 +75,8 @@ __all__ = [
     "mec_warmup",
     "pirl_loss",
     "pirl_terms",
+    "relic_loss",
+    "relic_terms",
     "simclr_loss",
     "simclr_terms",
     "ssl_ey_loss",

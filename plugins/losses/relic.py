@@ -10,6 +10,7 @@ The N x N matrices of similarities are never stored: each block of rows gives it
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -131,36 +132,38 @@ def relic_terms(
         )
     jobs, contrastive_pairs, divergences = _jobs(views, large, kl, pairs)
     with torch.autocast(online[0].device.type, enabled=False):
-        q, t = (torch.stack([*side], 0) for side in (online, target))
-        dtype = compute_dtype(torch.promote_types(q.dtype, t.dtype))
-        q, t = q.to(dtype), t.to(dtype)
-        tau = temperature.to(q) if isinstance(temperature, Tensor) else q.new_full((), temperature)
-        own, inverse = unit_rows(torch.cat([q, t]))  # the sides: V online views, L targets
-        rows = own.shape[1]
-        counts = comm.row_counts(rows, q.device)
-        images, first = sum(counts), sum(counts[: comm.rank])
+        dtype = compute_dtype(reduce(torch.promote_types, [z.dtype for z in named.values()]))
+        z = [view.to(dtype) for view in (*online, *target)]
+        if any(view.requires_grad for view in z[views:]):  # they may be the online views
+            z[views:] = torch.stack(z[views:]).unbind()
+        tau = temperature.to(z[0]) if isinstance(temperature, Tensor) else z[0].new_full((), temperature)
+        counts = comm.row_counts(len(z[0]), z[0].device)
+        images = sum(counts)
         check_count(images, least=2, what="the ReLIC loss")
         if candidates is not None:
             check_indices("candidates", candidates, images)
-        shared = 0 if kl == "column" else views  # sides from here on are columns
-        columns = comm.gather_rows(own[shared:].transpose(0, 1), counts=counts).transpose(0, 1)
-
-        wanted = torch.is_grad_enabled() and (q.requires_grad or t.requires_grad or tau.requires_grad)
-        through_columns = wanted and (t.requires_grad or (kl == "column" and stop != "target"))
-        blocks = _Blocks(own, columns, shared, first, candidates, 1 / tau.detach(), wanted, through_columns)
+        wanted = [torch.is_grad_enabled() and leaf.requires_grad for leaf in (*z, tau)]
+        units = [unit_rows(view) for view in z]  # the sides: V online views, L targets
+        unit, inverse = [u for u, _ in units], [i for _, i in units]
+        blocks = _Blocks(unit, 0 if kl == "column" else views, candidates, 1 / tau.detach(), wanted, counts, comm)
         weights = 1 / (contrastive_pairs * images), alpha / (max(divergences, 1) * images)
-        sums = torch.zeros(2, dtype=dtype, device=q.device)
-        for part in _split(own):
-            for job in jobs:
-                sums = sums + blocks.run(job, part, *weights, stop)
-        contrastive, invariance = comm.sum(sums).div(images).unbind()
-        contrastive, invariance = contrastive / contrastive_pairs, invariance / max(divergences, 1)
+        parts = [blocks.run(job, part, *weights, stop) for part in _split(z[0]) for job in jobs]
+        contrastive, invariance = comm.sum(torch.stack(parts).sum(0)).unbind()
+        contrastive = contrastive / (contrastive_pairs * images)
+        invariance = invariance / (max(divergences, 1) * images)
         loss = contrastive + alpha * invariance
-        if wanted:
-            by_own, by_scale = blocks.gradients(counts, comm)
-            gradient = tangent(by_own.mul_(comm.size / tau.detach()), own, inverse)
-            by_tau = -comm.size * by_scale / tau.detach().square()
-            loss = attach_gradient(loss, [q, t, tau], [gradient[:views], gradient[views:], by_tau])
+        if any(wanted):
+            factor = comm.size / tau.detach()
+            by_scale = blocks.by_scale() if wanted[-1] else None
+            leaves = [leaf for leaf, its in zip((*z, tau), wanted, strict=True) if its]
+            gradients = [
+                tangent(blocks.gradient(side), unit[side], inverse[side] * factor)
+                for side in range(views + large)
+                if wanted[side]
+            ]
+            if by_scale is not None:
+                gradients.append(by_scale * (-factor / tau.detach()))
+            loss = attach_gradient(loss, leaves, gradients)
     check_result("the ReLIC loss", loss, comm, **named)
     return ReLICLossTerms(loss, contrastive, invariance, tau.detach().clone())
 
@@ -185,102 +188,117 @@ class _Blocks:
     """The loss and its gradient, a block of rows at a time.
 
     Args:
-        own: unit rows of all sides on this process.
-        columns: those of all processes, of the sides that are columns.
-        shared: the first of these sides.
-        first: number of rows on processes of lower rank.
+        unit: unit rows of all sides on this process.
+        shared: the first of the sides that are columns.
         candidates: the columns of the softmax besides the own one; None means all.
         scale: 1 / τ.
-        wanted: whether gradients are needed.
-        through_columns: whether rows also get a gradient as columns.
+        wanted: for each side and for τ, whether it needs a gradient.
+        counts: number of rows of each process.
+        comm: the processes that share the batch.
     """
 
     def __init__(
         self,
-        own: Float[Tensor, "S B D"],
-        columns: Float[Tensor, "T N D"],
+        unit: list[Tensor],
         shared: int,
-        first: int,
         candidates: Tensor | None,
         scale: Tensor,
-        wanted: bool,
-        through_columns: bool,
+        wanted: list[bool],
+        counts: list[int],
+        comm: Collective,
     ) -> None:
-        self.own, self.shared, self.first, self.candidates = own, shared, first, candidates
-        self.columns = columns if candidates is None else columns[:, candidates]
-        self.images, self.scaled = columns.shape[1], own * scale
-        self.wanted, self.through_columns = wanted, through_columns
-        self.by_rows = torch.zeros_like(own) if wanted else own
-        self.by_own = torch.zeros_like(own) if through_columns and candidates is not None else None
-        self.by_columns = torch.zeros_like(self.columns) if through_columns else None
+        self.unit, self.candidates, self.wanted, self.comm = unit, candidates, wanted, comm
+        self.images, self.first = sum(counts), sum(counts[: comm.rank])
+        self.scaled = [u * scale for u in (unit if shared == 0 else unit[:shared])]
+        every = unit[shared:]
+        if comm.size > 1:
+            every = comm.gather_rows(torch.stack(every, 1), counts=counts).unbind(1)
+        self.columns = {y: u if candidates is None else u[candidates] for y, u in enumerate(every, shared)}
+        self.by_rows: dict[int, Tensor] = {}
+        self.by_own: dict[int, Tensor] = {}
+        self.by_columns: dict[int, Tensor] = {}
 
     def run(self, job: _Job, part: slice, weight: float, kl_weight: float, stop: str) -> Tensor:
-        """Return the sums over a block of rows of both terms; add the gradients of the rows to the others."""
-        positive = torch.arange(part.start, part.stop, device=self.own.device)[:, None] + self.first
+        """Return the sums over a block of rows of both terms; add the block's part to the gradients."""
+        positive = torch.arange(part.start, part.stop, device=self.unit[0].device)[:, None] + self.first
         log_p = [self._log_softmax(x, y, part, positive) for x, y in job.matrices]
         if self.candidates is not None:
             positive = torch.full_like(positive, log_p[0].shape[1] - 1)
         contrastive = -sum(each.gather(1, positive).sum() for each in log_p[: job.contrastive])
-        if not (self.wanted or job.divergences):
-            return torch.stack([contrastive, torch.zeros_like(contrastive)])
+        invariance = torch.zeros_like(contrastive)
+        if not (any(self.wanted) or job.divergences):
+            return torch.stack([contrastive, invariance])
         p = [each.exp() for each in log_p]
         slopes: list[Tensor | None] = [None] * len(p)
-        if self.wanted:
-            minus = torch.full_like(positive, -weight, dtype=p[0].dtype)
-            slopes[: job.contrastive] = [
-                (each * weight).scatter_add_(1, positive, minus) for each in p[: job.contrastive]
-            ]
-        invariance = torch.zeros_like(contrastive)
+        if any(self.wanted):
+            for m, each in enumerate(p):
+                share = weight * (m < job.contrastive) + kl_weight * sum(g == m for _, g in job.divergences)
+                slopes[m] = each * share if share else None
         for f, g in job.divergences:
             weighted = torch.sub(log_p[f], log_p[g]).mul_(p[f])
             divergence = weighted.sum(1, keepdim=True)
             invariance = invariance + divergence.sum()
-            if not self.wanted:
+            if not any(self.wanted):
                 continue
-            slopes[g] = _added(slopes[g], p[g], kl_weight).sub_(p[f], alpha=kl_weight)
+            slopes[g] = _added(slopes[g], p[f], -kl_weight)
             if stop == "none":
                 slopes[f] = _added(slopes[f], weighted.addcmul_(p[f], divergence, value=-1), kl_weight)
             elif stop == "entropy":
                 crossed = torch.mul(p[f], log_p[g])
                 mean = crossed.sum(1, keepdim=True)
                 slopes[f] = _added(slopes[f], crossed.addcmul_(p[f], mean, value=-1), -kl_weight)
-        for (x, y), slope in zip(job.matrices, slopes, strict=True):
+        for m, ((x, y), slope) in enumerate(zip(job.matrices, slopes, strict=True)):
             if slope is not None:
+                if m < job.contrastive:
+                    slope.scatter_add_(1, positive, torch.full_like(slope[:, :1], -weight))
                 self._backward(x, y, part, slope)
         return torch.stack([contrastive, invariance])
 
     def _log_softmax(self, x: int, y: int, part: slice, positive: Tensor) -> Tensor:
-        rows = self.scaled[x, part]
-        logits = rows @ self.columns[y - self.shared].T
+        rows = self.scaled[x][part]
+        logits = rows @ self.columns[y].T
         if self.candidates is not None:  # the own image is the last column, and no other
             logits.masked_fill_(positive == self.candidates, LEAST)
-            logits = torch.cat([logits, (rows * self.own[y, part]).sum(1, keepdim=True)], 1)
+            logits = torch.cat([logits, (rows * self.unit[y][part]).sum(1, keepdim=True)], 1)
         return logits.log_softmax(1)
 
     def _backward(self, x: int, y: int, part: slice, slope: Tensor) -> None:
-        if self.candidates is not None:
-            slope, last = slope[:, :-1], slope[:, -1:]
-            self.by_rows[x, part].addcmul_(self.own[y, part], last)
-            if self.by_own is not None:
-                self.by_own[y, part].addcmul_(self.own[x, part], last)
-        self.by_rows[x, part].addmm_(slope, self.columns[y - self.shared])
-        if self.by_columns is not None:
-            self.by_columns[y - self.shared].addmm_(slope.T, self.own[x, part])
+        """Add the gradients by the cosines' rows and columns, times τ."""
+        others, last = (slope, None) if self.candidates is None else (slope[:, :-1], slope[:, -1:])
+        if self.wanted[x] or self.wanted[-1]:
+            product = others @ self.columns[y]
+            if last is not None:
+                product.addcmul_(self.unit[y][part], last)
+            self._add(self.by_rows, x, part, product)
+        if self.wanted[y]:
+            product = others.T @ self.unit[x][part]
+            self.by_columns[y] = product if y not in self.by_columns else self.by_columns[y].add_(product)
+            if last is not None:
+                self._add(self.by_own, y, part, self.unit[x][part] * last)
 
-    def gradients(self, counts: list[int], comm: Collective) -> tuple[Tensor, Tensor]:
-        """Return the gradients by ``own``, of all processes' rows, and by 1 / τ, of this process's, for cosines / 1."""
-        by_scale = (self.by_rows * self.own).sum()
-        total = self.by_rows
-        if self.by_columns is not None:
-            by_columns = self.by_columns
+    def _add(self, total: dict[int, Tensor], side: int, part: slice, product: Tensor) -> None:
+        if side not in total and len(product) == len(self.unit[side]):
+            total[side] = product
+        else:
+            total.setdefault(side, torch.zeros_like(self.unit[side]))[part].add_(product)
+
+    def gradient(self, side: int) -> Tensor:
+        """Return the gradient by the unit rows of a side of this process, of all processes' losses, times τ."""
+        if side in self.by_columns:
+            by_columns = self.by_columns[side]
             if self.candidates is not None:
-                by_columns = by_columns.new_zeros(len(by_columns), self.images, by_columns.shape[2])
-                by_columns[:, self.candidates] = self.by_columns
-            last = self.first + counts[comm.rank]
-            total[self.shared :] += comm.sum(by_columns)[:, self.first : last]
-            if self.by_own is not None:
-                total = total + self.by_own
-        return total, by_scale
+                by_columns = torch.zeros(self.images, by_columns.shape[1]).to(by_columns)
+                by_columns[self.candidates] = self.by_columns[side]
+            rows = slice(self.first, self.first + len(self.unit[side]))
+            total = self.comm.sum(by_columns)[rows]
+            for part in (self.by_rows.get(side), self.by_own.get(side)):
+                total = total if part is None else total + part
+            return total
+        return self.by_rows[side] if side in self.by_rows else torch.zeros_like(self.unit[side])
+
+    def by_scale(self) -> Tensor:
+        """Return the derivative by 1 / τ of this process's part of the loss. Call it before :meth:`gradient`."""
+        return torch.stack([(rows * self.unit[side]).sum() for side, rows in self.by_rows.items()]).sum()
 
 
 def _added(total: Tensor | None, part: Tensor, weight: float) -> Tensor:
@@ -288,10 +306,10 @@ def _added(total: Tensor | None, part: Tensor, weight: float) -> Tensor:
     return part * weight if total is None else total.add_(part, alpha=weight)
 
 
-def _split(own: Tensor) -> list[slice]:
+def _split(rows: Tensor) -> list[slice]:
     """Split the rows into blocks, whose logits fit the cache: memory does not grow with the square of the rows."""
-    rows, size = own.shape[1], 512 if own.device.type == "cpu" else 8192
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    count, size = len(rows), 512 if rows.device.type == "cpu" else 8192
+    return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
 
 
 def _check(temperature: float | Tensor, alpha: float, kl: str, stop: str, pairs: str) -> None:

@@ -47,6 +47,9 @@ class Case(NamedTuple):
 
 CASES = {name: Case(name, {}) for name in METHODS}
 CASES["cissl, simclr"] = Case("cissl", {"heads": "simclr", "positives": "other"})
+CASES["relicv2, own targets"] = Case(
+    "relicv2", {"num_negatives": 3, "kl": "column", "stop": "none", "target": "self", "predictor": "none"}
+)
 CROPS = {
     name: case._replace(sides=(16, 16, 8, 8)) for name, case in CASES.items() if METHODS[case.method].views is None
 }

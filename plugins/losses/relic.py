@@ -224,7 +224,7 @@ class _Blocks:
         log_p = [self._log_softmax(x, y, part, positive) for x, y in job.matrices]
         if self.candidates is not None:
             positive = torch.full_like(positive, log_p[0].shape[1] - 1)
-        contrastive = -sum(each.gather(1, positive).sum() for each in log_p[: job.contrastive])
+        contrastive = -torch.stack([each.gather(1, positive).sum() for each in log_p[: job.contrastive]]).sum()
         invariance = torch.zeros_like(contrastive)
         if not (any(self.wanted) or job.divergences):
             return torch.stack([contrastive, invariance])

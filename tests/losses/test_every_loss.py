@@ -23,6 +23,7 @@ from plugins.losses import (
     mec_loss,
     mec_terms,
     pirl_loss,
+    relic_loss,
     simclr_loss,
     ssl_ey_loss,
 )
@@ -59,6 +60,9 @@ LOSSES = {
     "matrix_ssl, exact": partial(matrix_ssl_loss, logarithm="exact"),
     "matrix_ssl, exact, covariance": partial(matrix_ssl_loss, logarithm="exact", form="covariance"),
     "matrix_ssl, exact, gram": partial(matrix_ssl_loss, logarithm="exact", form="gram"),
+    "relic": lambda a, b, c, d: relic_loss([a, b], [c, d]),
+    "relic, column": lambda a, b, c, d: relic_loss([a, b], [c, d], kl="column", stop="none", pairs="all"),
+    "relic, subset": lambda a, b, c, d: relic_loss([a, b], [c, d], stop="entropy", candidates=torch.tensor([1])),
     "simclr": lambda a, b, c, d: simclr_loss([a, b, c, d]),
     "mec": partial(mec_loss, eps_d=0.5),
     "mec, strong": partial(mec_loss, eps_d=1 / 32),
@@ -78,6 +82,7 @@ NAMES = {
     "matrix_ssl": _MATRIX,
     "mec": _MATRIX,
     "pirl": ["z_image", "z_patches"],
+    "relic": [r"online\[0\]", r"online\[1\]", r"target\[0\]", r"target\[1\]"],
     "simclr": [rf"views\[{view}\]" for view in range(4)],
 }
 """How an error message calls the four views."""
@@ -235,6 +240,7 @@ CALLS_OF_RANKS = {
     "the SSL-EY loss": lambda a, b, comm: ssl_ey_loss(a, b, comm=comm),
     "a contrastive loss": lambda a, b, comm: cissl_loss([a, b], [a, b], comm=comm),
     "the DISSL loss": lambda a, b, comm: dissl_loss([a, b], [a, b], comm=comm),
+    "the ReLIC loss": lambda a, b, comm: relic_loss([a, b], [a, b], comm=comm),
     "the SimCLR loss": lambda a, b, comm: simclr_loss([a, b], comm=comm),
     "the Matrix-SSL loss": lambda a, b, comm: matrix_ssl_loss(a, b, a, b, comm=comm),
     "the MEC loss": lambda a, b, comm: mec_loss(a, b, a, b, eps_d=0.5, comm=comm),

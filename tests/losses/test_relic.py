@@ -12,8 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from plugins.distributed import LOCAL
 from plugins.losses import ReLICLoss, relic_loss, relic_terms
 from plugins.losses.relic import KL, PAIRS, STOP
+from plugins.methods import METHODS
+from plugins.methods.relic import drawn_candidates
+from plugins.spec import Embeddings
 from plugins.testing import DIFFICULT, assert_joined, devices, difficult_views, toy_mlp, toy_views
 
 OPTIONS = [dict(zip(("kl", "stop", "pairs"), each, strict=True)) for each in itertools.product(KL, STOP, PAIRS)]
@@ -314,6 +318,93 @@ def test_a_learned_temperature_is_a_parameter_with_a_bound():
     assert "temperature=1.0 (learned, at least 0.2)" in repr(module)
     with pytest.raises(ValueError, match=r"a learned temperature must begin above min_temperature, 0.2, .* got 0.2"):
         ReLICLoss(learn_temperature=True, min_temperature=0.2)
+
+
+# --- the methods ----------------------------------------------------------------------------------------------------
+
+
+def _embeddings(rows=8, views=3):
+    every = toy_views(rows, 4, views=2 * views + 2)
+    return Embeddings(every[:views], every[views : 2 * views], every[2 * views :])
+
+
+def _criterion(name="relic", comm=LOCAL, **options):
+    return METHODS[name].loss(METHODS[name].resolve(options), comm)
+
+
+def test_the_method_compares_predictions_with_targets():
+    e = _embeddings()
+    assert torch.equal(_criterion(temperature=0.3)(e).loss, relic_loss(e.p, e.target, temperature=0.3))
+    own = _criterion(target="self", kl="symmetric", stop="none")
+    z = [view.requires_grad_() for view in e.z]
+    e = e._replace(p=z)
+    loss, expected = own(e).loss, relic_loss(z, z[:2], kl="symmetric", stop="none")
+    assert torch.equal(loss, expected)
+    plain = _plain(z, z[:2], kl="symmetric", stop="none")
+    torch.testing.assert_close(torch.autograd.grad(loss, z), torch.autograd.grad(plain, z))
+
+
+def test_without_a_predictor_the_predictions_are_the_projections():
+    spec = METHODS["relic"]
+    predictor = spec.predictor(spec.resolve({"predictor": "none"}), LOCAL)
+    z = toy_views(4, 3)
+    assert predictor.predict(z) is z and not predictor.state_dict()
+    assert spec.predictor(spec.resolve({}), LOCAL).state_dict()
+
+
+def test_a_subset_is_that_of_seed_and_step_and_of_all_micro_batches():
+    e = _embeddings(20)
+
+    def run(criterion, *, micro_batches=1):
+        clock = criterion.clock
+        for _ in range(3):
+            clock.before_step()
+            found = [criterion(e).loss.item() for _ in range(micro_batches)]
+            assert len(set(found)) == 1
+            yield found[0]
+            clock.after_step()
+
+    options = {"num_negatives": 3, "pairs": "cross", "stop": "target"}
+    first = [*run(_criterion("relicv2", **options))]
+    assert first == [*run(_criterion("relicv2", **options), micro_batches=2)]
+    expected = [relic_loss(e.p, e.target, candidates=drawn_candidates(20, 3, 0, step)).item() for step in range(3)]
+    assert first == expected and len({*expected}) == 3
+    assert first != [*run(_criterion("relicv2", negatives_seed=1, **options))]
+    resumed = _criterion("relicv2", **options)
+    resumed.load_state_dict({"clock.steps": torch.tensor(1)})
+    assert [*run(resumed)][:2] == expected[1:]
+    assert _criterion("relicv2", num_negatives=20, pairs="cross")(e).loss == relic_loss(e.p, e.target, stop="entropy")
+    assert not _criterion().state_dict()
+
+
+def test_draws_are_distinct_and_even():
+    counts = torch.zeros(20)
+    for step in range(400):
+        drawn = drawn_candidates(20, 5, 3, step)
+        assert len(drawn.unique()) == 5
+        counts[drawn] += 1
+    assert counts.min() > 60 and counts.max() < 140
+    assert len(drawn_candidates(4, 5, 0, 0)) == 4
+
+
+def test_the_methods_learn_a_temperature():
+    criterion = _criterion(temperature=1.0, learn_temperature=True, min_temperature=0.2)
+    assert [name for name, _ in criterion.named_parameters()] == ["loss.log_scale"]
+    criterion(_embeddings()).loss.backward()
+    assert criterion.loss.log_scale.grad != 0
+    assert criterion(_embeddings()).temperature.item() == pytest.approx(1)
+
+
+def _drawn_step(comm, model, *x):
+    criterion = _criterion("relicv2", comm, num_negatives=3)
+    z = [model(each) for each in x]
+    return criterion(Embeddings(z, z, [view.detach().flip(1) for view in z[:2]])).loss
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("counts", [(5, 3), (2, 5, 1)])
+def test_every_process_draws_the_same_rows_of_the_joined_batch(ranks, counts):
+    assert_joined(ranks, _drawn_step, toy_views(sum(counts), 5, views=3), counts)
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from plugins.checks import check_count, check_finite
+from plugins.checks import check_count, check_finite, check_range, check_whole, compute_dtype
 from plugins.distributed import LOCAL, Collective
 
 FORMS = ("auto", "covariance", "gram")
@@ -287,6 +287,55 @@ def tangent(
     """
     along = (gradient * unit).sum(-1, keepdim=True)
     return gradient.addcmul_(along, unit, value=-1).mul_(inverse)
+
+
+@torch.no_grad()
+def sinkhorn_codes(
+    scores: Float[Tensor, "*V B K"], *, epsilon: float = 0.05, iterations: int = 3, comm: Collective = LOCAL
+) -> Float[Tensor, "*V B K"]:
+    """Assign rows to prototypes such that all prototypes get about the same number of rows (Sinkhorn and Knopp).
+
+    ``Q = diag(a) exp(scores / ε) diag(b)``. Each iteration scales the columns such that each prototype has the mass
+    N / K, then the rows such that each sums to 1. After it, the rows sum to 1 exactly, the columns approximately. Only
+    the vectors a and b are iterated. Each row is shifted by its largest score, so that no row underflows.
+
+    Args:
+        scores: of the rows of this process with K prototypes, for each view; detached. Views are assigned separately.
+        epsilon: ε > 0, in the unit of the scores; a small one makes the assignments hard.
+        iterations: number of iterations, >= 1.
+        comm: the processes that share the batch; they exchange K numbers per view and iteration.
+
+    Returns:
+        The assignments Q, float32 (float64 for float64 input), without gradient.
+
+    Raises:
+        ValueError: ``epsilon`` or ``iterations`` is out of range.
+
+    Reference:
+        SwAV, arXiv:2006.09882, section 3.1 and appendix A.
+
+    >>> sinkhorn_codes(torch.tensor([[1.0, 0.0], [1.0, 0.0]])).tolist()  # no row is nearer to the second prototype
+    [[0.5, 0.5], [0.5, 0.5]]
+    """
+    check_range("epsilon", epsilon, low=1e-6)
+    check_whole("iterations", iterations, low=1)
+    with torch.autocast(scores.device.type, enabled=False):
+        scores = scores.detach().to(compute_dtype(scores.dtype))
+        top = scores.amax(-1, keepdim=True)
+        kernel = (scores - top).div_(epsilon).exp_()
+        largest = torch.cat([top, torch.full_like(top.sum(-2, keepdim=True), -torch.inf)], -2).amax(-2, keepdim=True)
+        if comm.size > 1:
+            largest = comm.gather_rows(largest.unsqueeze(0), counts=[1] * comm.size).amax(0)
+        a = (top - largest).div_(epsilon).exp_()
+        least = 1e6 * torch.finfo(a.dtype).tiny  # in units of the largest mass: the sum of K inverses must be finite
+        b = rows = a
+        for _ in range(iterations):
+            mass = comm.sum(a.mT @ kernel)
+            # the scale of b is arbitrary; with b >= 1 neither a nor the mass can grow from iteration to iteration
+            b = 1 / (mass / mass.amax(-1, keepdim=True)).clamp_min(least)
+            rows = kernel @ b.mT
+            a = 1 / rows
+        return kernel.mul_(b).div_(rows)
 
 
 def pack_symmetric(a: Float[Tensor, "*V D D"], b: Float[Tensor, "*V D D"]) -> Float[Tensor, "*V E D"]:

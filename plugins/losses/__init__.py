@@ -24,6 +24,7 @@ from plugins.losses.pirl import PIRLLoss, PIRLLossTerms, draw_negatives, pirl_lo
 from plugins.losses.relic import ReLICLoss, ReLICLossTerms, relic_loss, relic_terms
 from plugins.losses.simclr import SimCLRLoss, simclr_loss, simclr_terms
 from plugins.losses.ssl_ey import SSLEYLoss, SSLEYLossTerms, ssl_ey_loss, ssl_ey_terms
+from plugins.losses.swav import SwAVLoss, SwAVTerms, swav_loss, swav_terms
 
 __all__ = [
     "BYOLLoss",
@@ -52,6 +53,8 @@ __all__ = [
     "SSLEYLossTerms",
     "SimCLRLoss",
     "StallAlarm",
+    "SwAVLoss",
+    "SwAVTerms",
     "barlow_twins_loss",
     "barlow_twins_terms",
     "byol_loss",
@@ -81,4 +84,6 @@ __all__ = [
     "simclr_terms",
     "ssl_ey_loss",
     "ssl_ey_terms",
+    "swav_loss",
+    "swav_terms",
 ]

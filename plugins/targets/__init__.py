@@ -1,6 +1,7 @@
 """Targets that the predictions of the online branch are compared with."""
 
+from plugins.linalg import sinkhorn_codes
 from plugins.targets.bank import IndexedBank
 from plugins.targets.ema import EMATeacher, cosine_tau, needs_teacher, update_teacher
 
-__all__ = ["EMATeacher", "IndexedBank", "cosine_tau", "needs_teacher", "update_teacher"]
+__all__ = ["EMATeacher", "IndexedBank", "cosine_tau", "needs_teacher", "sinkhorn_codes", "update_teacher"]

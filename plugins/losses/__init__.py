@@ -20,6 +20,7 @@ from plugins.losses.matrix_ssl import (
     matrix_ssl_terms,
 )
 from plugins.losses.mec import MECLoss, MECTerms, mec_loss, mec_pair_terms, mec_terms, mec_warmup
+from plugins.losses.moco import MoCoLoss, MoCoTerms, moco_loss, moco_terms
 from plugins.losses.pirl import PIRLLoss, PIRLLossTerms, draw_negatives, pirl_loss, pirl_terms
 from plugins.losses.relic import ReLICLoss, ReLICLossTerms, relic_loss, relic_terms
 from plugins.losses.simclr import SimCLRLoss, simclr_loss, simclr_terms
@@ -45,6 +46,8 @@ __all__ = [
     "MECTerms",
     "MatrixSSLLoss",
     "MatrixSSLTerms",
+    "MoCoLoss",
+    "MoCoTerms",
     "PIRLLoss",
     "PIRLLossTerms",
     "ReLICLoss",
@@ -76,6 +79,8 @@ __all__ = [
     "mec_pair_terms",
     "mec_terms",
     "mec_warmup",
+    "moco_loss",
+    "moco_terms",
     "pirl_loss",
     "pirl_terms",
     "relic_loss",

@@ -3,5 +3,6 @@
 from plugins.linalg import sinkhorn_codes
 from plugins.targets.bank import IndexedBank
 from plugins.targets.ema import EMATeacher, cosine_tau, needs_teacher, update_teacher
+from plugins.targets.queue import RingQueue
 
-__all__ = ["EMATeacher", "IndexedBank", "cosine_tau", "needs_teacher", "sinkhorn_codes", "update_teacher"]
+__all__ = ["EMATeacher", "IndexedBank", "RingQueue", "cosine_tau", "needs_teacher", "sinkhorn_codes", "update_teacher"]

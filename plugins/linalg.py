@@ -271,6 +271,17 @@ def unit_rows(z: Float[Tensor, "*V B D"]) -> tuple[Float[Tensor, "*V B D"], Floa
     return z * inverse, inverse
 
 
+def directions(z: Float[Tensor, "*V B D"]) -> Float[Tensor, "*V B D"]:
+    """Normalise rows to unit length, with gradient. A row with a norm of at most 1e-8 becomes 0 and has no gradient.
+
+    >>> directions(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
+    lengths = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return z / torch.where(lengths > 1e-8, lengths, torch.inf)
+
+
 def tangent(
     gradient: Float[Tensor, "*V B D"], unit: Float[Tensor, "*V B D"], inverse: Float[Tensor, "*V B 1"]
 ) -> Float[Tensor, "*V B D"]:

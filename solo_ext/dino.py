@@ -14,7 +14,7 @@ from torch import nn
 
 from plugins.distributed import Collective
 from plugins.heads import SharedHead, issl_head, issl_init_
-from plugins.losses.dino import DINOLoss, DINOTerms
+from plugins.losses import DINOLoss, DINOTerms, dino
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
 from solo_ext.method import TeacherMethod
 
@@ -28,6 +28,7 @@ class _Criterion(DINOLoss):
             tau_student=options["student_temperature"],
             tau_teacher=teacher_temperature(options, 0),
             center_momentum=options["center_momentum"],
+            moves="view",
             comm=comm,
         )
 
@@ -38,8 +39,7 @@ class _Criterion(DINOLoss):
 def teacher_temperature(options: Mapping[str, Any], epoch: int) -> float:
     """Return τ_t of an epoch: equal steps from its first value, in epoch 0, to its last."""
     first, last = options["warmup_teacher_temperature"], options["teacher_temperature"]
-    epochs = options["warmup_teacher_temperature_epochs"]
-    return last if epoch >= epochs else first + (last - first) * epoch / max(epochs - 1, 1)
+    return dino.teacher_temperature(epoch, first=first, last=last, epochs=options["warmup_teacher_temperature_epochs"])
 
 
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:

@@ -7,12 +7,14 @@ for ImageNet ("fork"), with torch's default initialisation.
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_choice, check_range
+from plugins.checks import check_choice, check_range, compute_dtype
 from plugins.heads.init import issl_init_, projection_init_
+from plugins.linalg import directions
 
 KINDS = {
     "dissl": "issl: z → 1024 → low-rank C; low-rank C",
@@ -169,10 +171,11 @@ class Residual(nn.Sequential):
 
 
 class UnitRows(nn.Module):
-    """Normalise each row to unit length."""
+    """Normalise each row to unit length, in float32 or more. A zero row stays zero and has no gradient."""
 
     def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        return F.normalize(x, dim=1)
+        with torch.autocast(x.device.type, enabled=False):
+            return directions(x.to(compute_dtype(x.dtype))).to(x.dtype)
 
 
 class UnitLinear(nn.Linear):

@@ -8,7 +8,7 @@ from plugins.losses.barlow_twins import (
 )
 from plugins.losses.byol import BYOLLoss, BYOLLossTerms, byol_loss, byol_terms
 from plugins.losses.cissl import CISSLLoss, CISSLTerms, cissl_loss, cissl_terms
-from plugins.losses.dino import DINOTerms, dino_loss, dino_terms
+from plugins.losses.dino import DINOLoss, DINOTerms, dino_loss, dino_terms, teacher_temperature
 from plugins.losses.dissl import DISSLLoss, DISSLTerms, dissl_loss, dissl_terms
 from plugins.losses.dissl_monitor import DISSLWeights, ETFMonitor, ETFTerms, StallAlarm, dissl_warmup
 from plugins.losses.isoloss import IsoLoss, IsoLossTerms, isoloss, isoloss_terms
@@ -34,6 +34,7 @@ __all__ = [
     "BarlowTwinsLossTerms",
     "CISSLLoss",
     "CISSLTerms",
+    "DINOLoss",
     "DINOTerms",
     "DISSLLoss",
     "DISSLTerms",
@@ -91,4 +92,5 @@ __all__ = [
     "ssl_ey_terms",
     "swav_loss",
     "swav_terms",
+    "teacher_temperature",
 ]

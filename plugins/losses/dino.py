@@ -1,17 +1,18 @@
 """DINO: the student predicts the teacher's centred and sharpened assignments of the other views.
 
-Caron et al. 2021, arXiv:2104.14294, eq. 3. :class:`DINOLoss` is the variant of the authors of DISSL (Dubois et al.
-2022, arXiv:2209.06235), who move the centre after each teacher view; in the original it moves once per batch.
+Caron et al. 2021, arXiv:2104.14294, eqs. 1-4. The authors of DISSL (Dubois et al. 2022, arXiv:2209.06235) move the
+centre of :class:`DINOLoss` after each teacher view; in the original it moves once per batch, after the loss.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_range, check_result, check_views, compute_dtype
+from plugins.checks import check_choice, check_range, check_result, check_views, compute_dtype
+from plugins.clock import RowMeans, Stepped
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import joined_mean
 
@@ -96,8 +97,23 @@ def dino_terms(
     return terms
 
 
-class DINOLoss(nn.Module):
-    """:func:`dino_terms` with a running centre: in training ``c ← m c + (1 − m) mean(t)`` after each teacher view.
+def teacher_temperature(epoch: int, *, first: float = 0.04, last: float = 0.04, epochs: int = 0) -> float:
+    """Return τ_t of an epoch: from ``first`` in epoch 0 in equal steps to ``last`` in the last epoch of the warm-up.
+
+    Args:
+        epoch: number of the epoch, from 0.
+        first: τ_t in epoch 0.
+        last: τ_t after the warm-up.
+        epochs: number of epochs of the warm-up, >= 0.
+
+    >>> [round(teacher_temperature(epoch, first=0.04, last=0.07, epochs=4), 6) for epoch in (0, 1, 3, 9)]
+    [0.04, 0.05, 0.07, 0.07]
+    """
+    return last if epoch >= epochs else first + (last - first) * epoch / max(epochs - 1, 1)
+
+
+class DINOLoss(Stepped, nn.Module):
+    """:func:`dino_terms` with a running centre: in training ``c ← m c + (1 − m) mean(t)`` after the loss.
 
     The means are over the joined batch, so the centre is the same on all processes.
 
@@ -106,7 +122,13 @@ class DINOLoss(nn.Module):
         tau_student: τ_s > 0.
         tau_teacher: τ_t > 0; a schedule may change the attribute.
         center_momentum: m, in [0, 1].
+        moves: "batch": once per step, by the mean over all teacher views and over the micro-batches of the step, which
+            all see the same centre. "view": after each teacher view, as in the code of DISSL's authors; the next view
+            sees the new centre.
         comm: the processes that share the batch.
+
+    Buffers:
+        center: ``[C]``, 0 before the first step.
     """
 
     center: Tensor
@@ -118,31 +140,55 @@ class DINOLoss(nn.Module):
         tau_student: float = 0.1,
         tau_teacher: float = 0.04,
         center_momentum: float = 0.9,
+        moves: str = "batch",
         comm: Collective = LOCAL,
     ) -> None:
         super().__init__()
+        check_range("center_momentum", center_momentum, low=0.0, high=1.0)
+        check_choice("moves", moves, ("batch", "view"))
         self.register_buffer("center", torch.zeros(classes))
         self.tau_student, self.tau_teacher = tau_student, tau_teacher
-        self.center_momentum, self.comm = center_momentum, comm
+        self.center_momentum, self.moves, self.comm = center_momentum, moves, comm
+        self._seen: RowMeans | None = None  # mean of the teacher's logits over the open step
 
     def forward(self, student: Views, teacher: Views) -> DINOTerms:
-        centers = [self.center, *self._moved(teacher)]
         options = {"tau_student": self.tau_student, "tau_teacher": self.tau_teacher}
-        terms = dino_terms(student, teacher, centers[: len(teacher)], **options, comm=self.comm)
-        if self.training:
-            self.center.copy_(centers[-1])
+        if not self.training or not len(teacher):
+            return dino_terms(student, teacher, self.center, **options, comm=self.comm)
+        means, rows = self._means(teacher)
+        if self.moves == "batch":
+            terms = dino_terms(student, teacher, self.center, **options, comm=self.comm)
+            self._seen = self._seen or RowMeans()
+            self._seen.add([means.mean(0)], rows)
+            if not self.stepping:
+                self._move()
+            return terms
+        centers = [self.center]
+        for mean in means:
+            centers.append(centers[-1].lerp(mean, 1 - self.center_momentum))
+        terms = dino_terms(student, teacher, centers[:-1], **options, comm=self.comm)
+        self.center.copy_(centers[-1])
         return terms
 
+    def after_step(self) -> None:
+        """End the open step: move the centre by the mean over its micro-batches."""
+        super().after_step()
+        self._move()
+
     @torch.no_grad()
-    def _moved(self, teacher: Views) -> list[Tensor]:
-        """The centre after each teacher view; where it was, outside of training."""
-        if not self.training:
-            return [self.center] * len(teacher)
+    def _means(self, teacher: Views) -> tuple[Float[Tensor, "T C"], Float[Tensor, ""]]:
+        """Return the joined mean of each teacher view, and the number of joined rows."""
         sums = torch.stack([t.to(self.center.dtype).sum(0) for t in teacher])
         rows = sums.new_full((len(teacher), 1), len(teacher[0]))
         sums = self.comm.sum(torch.cat([sums, rows], 1))
-        moved, center = [], self.center
-        for mean in sums[:, :-1] / sums[:, -1:]:
-            center = center.lerp(mean, 1 - self.center_momentum)
-            moved.append(center)
-        return moved
+        return sums[:, :-1] / sums[:, -1:], sums[0, -1]
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        if self._seen is not None:
+            self.center.lerp_(self._seen.means[0], 1 - self.center_momentum)
+            self._seen = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._seen = None

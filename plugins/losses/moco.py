@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from plugins.checks import check_range, check_result, check_rows, compute_dtype
 from plugins.distributed import LOCAL, Collective
-from plugins.linalg import joined_mean
-
-EPS = 1e-8
+from plugins.linalg import directions, joined_mean
 
 
 class MoCoTerms(NamedTuple):
@@ -82,7 +80,7 @@ def moco_terms(
         raise ValueError(f"queue must have shape [K, {query.shape[1]}] with K >= 1, got {tuple(queue.shape)}")
     dtype = compute_dtype(query.dtype)
     with torch.autocast(query.device.type, enabled=False):
-        q, k = _directions(query.to(dtype)), _directions(key.detach().to(dtype))
+        q, k = directions(query.to(dtype)), directions(key.detach().to(dtype))
         positive = (q * k).sum(1, keepdim=True)
         negatives = q @ queue.detach().to(dtype).T
         log_mass = torch.cat([positive, negatives], 1).div(temperature).logsumexp(1, keepdim=True)
@@ -92,11 +90,6 @@ def moco_terms(
         similarity, accuracy = (joined_mean(column, comm) for column in shown.unbind(1))
     check_result("the MoCo loss", loss, comm, query=query, key=key, queue=queue)
     return MoCoTerms(loss, similarity, accuracy)
-
-
-def _directions(z: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    lengths = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    return z / torch.where(lengths > EPS, lengths, torch.inf)
 
 
 class MoCoLoss(nn.Module):

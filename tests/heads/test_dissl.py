@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from plugins.heads import Heads, dissl_heads, issl_head, issl_init_, projection_init_
-from plugins.heads.dissl import KINDS, Residual
+from plugins.heads.dissl import KINDS, Residual, UnitRows
 
 
 def hidden(width_in, width_out, act=nn.ReLU):
@@ -148,3 +148,13 @@ def test_rejects_bad_kinds():
     with pytest.raises(ValueError, match="out_dim"):
         dissl_heads("fork_dissl", 4, 0)
     assert isinstance(dissl_heads("simclr", 4, 4), Heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_zero_row_has_no_direction_and_no_gradient(dtype):
+    """Divided by the smallest allowed norm, its gradient was 1e12 times the incoming one."""
+    rows = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=dtype, requires_grad=True)
+    unit = UnitRows()(rows)
+    (gradient,) = torch.autograd.grad(unit[:, 0].sum(), rows)
+    assert unit.dtype == dtype and unit[1].tolist() == [0, 0] and gradient[1].tolist() == [0, 0]
+    torch.testing.assert_close(gradient[0].float(), torch.tensor([0.128, -0.096]), rtol=2e-2, atol=0)

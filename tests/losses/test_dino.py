@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from plugins.distributed import LOCAL
-from plugins.losses import dino_loss, dino_terms
-from plugins.losses.dino import DINOLoss
+from plugins.losses import DINOLoss, dino_loss, dino_terms, teacher_temperature
+from plugins.testing import DIFFICULT, devices, difficult_views
 
 
 def _softmax(logits):
@@ -37,8 +37,8 @@ def test_loss_is_that_of_the_formula_over_all_pairs_of_different_views(views):
     assert value.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_centre_moves_after_each_teacher_view_and_in_training_only():
-    loss = DINOLoss(5, center_momentum=0.7, tau_student=0.3, tau_teacher=0.2).double()
+def test_centre_of_views_moves_after_each_teacher_view_and_in_training_only():
+    loss = DINOLoss(5, moves="view", center_momentum=0.7, tau_student=0.3, tau_teacher=0.2).double()
     center = np.zeros(5)
     for seed in range(3):
         students, teachers = _views(seed=seed)
@@ -53,6 +53,47 @@ def test_centre_moves_after_each_teacher_view_and_in_training_only():
     before = loss.center.clone()
     loss.eval()(students, teachers)
     assert torch.equal(loss.center, before)
+
+
+def test_centre_moves_once_per_batch_after_the_loss():
+    """In the original. After one step it is 0.1 times the mean of the raw logits of all teacher views."""
+    loss, center = DINOLoss(5, tau_student=0.3, tau_teacher=0.2).double(), np.zeros(5)
+    for seed in range(3):
+        students, teachers = _views(seed=seed, views=(3, 2))
+        arrays = ([view.numpy() for view in views] for views in (students, teachers))
+        expected = _reference_dino(*arrays, [center] * 2, 0.2, 0.3)
+        assert loss(students, teachers).loss.item() == pytest.approx(expected, rel=1e-12)
+        center = 0.9 * center + 0.1 * torch.cat(teachers).numpy().mean(0)
+        np.testing.assert_allclose(loss.center.numpy(), center, rtol=1e-12)
+    before = loss.center.clone()
+    loss.eval()(students, teachers)
+    assert torch.equal(loss.center, before)
+
+
+def test_micro_batches_of_a_step_move_the_centre_once_as_one_batch():
+    students, teachers = _views(rows=7)
+    whole, parts = DINOLoss(5).double(), DINOLoss(5).double()
+    for _ in range(2):
+        value = whole(students, teachers).loss
+        parts.before_step()
+        values = [parts([s[r] for s in students], [t[r] for t in teachers]).loss for r in (slice(0, 2), slice(2, 7))]
+        torch.testing.assert_close((2 * values[0] + 5 * values[1]) / 7, value, rtol=1e-12, atol=0)
+        parts.after_step()
+        parts.after_step()
+        torch.testing.assert_close(parts.center, whole.center, rtol=1e-12, atol=0)
+    parts.before_step()
+    parts(students, teachers)
+    parts.load_state_dict(whole.state_dict())  # drops the open step
+    parts.after_step()
+    assert torch.equal(parts.center, whole.center)
+
+
+def test_temperature_of_the_teacher_rises_in_equal_steps():
+    assert teacher_temperature(0) == teacher_temperature(99) == 0.04
+    values = [teacher_temperature(epoch, first=0.04, last=0.07, epochs=30) for epoch in range(40)]
+    np.testing.assert_allclose(values[:30], np.linspace(0.04, 0.07, 30))
+    assert values[30:] == [0.07] * 10
+    assert teacher_temperature(0, first=0.04, last=0.07, epochs=1) == 0.04
 
 
 def test_terms_and_gradient():
@@ -82,26 +123,55 @@ def test_numbers_of_views_that_do_not_go_together_are_refused(views, message):
         dino_loss(*_views(views=views), torch.zeros(5, dtype=torch.float64))
 
 
+def test_wrong_options_are_refused():
+    with pytest.raises(ValueError, match="moves must be one of batch, view, got 'step'"):
+        DINOLoss(5, moves="step")
+    with pytest.raises(ValueError, match="center_momentum must be in"):
+        DINOLoss(5, center_momentum=1.1)
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("kind", DIFFICULT)
+def test_difficult_batches_are_finite(kind, device):
+    for shape in ((1, 5), (2, 40), (40, 6)):
+        loss = DINOLoss(shape[1]).to(device)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            views = [view.to(device, dtype).requires_grad_() for view in difficult_views(kind, *shape)]
+            value = loss(views, views).loss
+            assert value.dtype == torch.float32 and value.isfinite() and loss.center.isfinite().all()
+            assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, views))
+
+
+@pytest.mark.slow
+def test_compiles_to_one_graph():
+    students, teachers = ([view.float() for view in views] for views in _views())
+    compiled = torch.compile(dino_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(students, teachers, torch.zeros(5)), dino_loss(students, teachers, torch.zeros(5))
+    )
+
+
 def test_bare_tensors_are_refused():
     with pytest.raises(ValueError, match=r"student .* pass a list of views, such as \[s0, s1\]"):
         dino_loss(torch.zeros(4, 5), torch.zeros(4, 5), torch.zeros(5))
 
 
-def _step(comm, students, teachers):
-    loss = DINOLoss(5, comm=comm).double()
+def _step(comm, moves, students, teachers):
+    loss = DINOLoss(5, moves=moves, comm=comm).double()
     students = [view.requires_grad_() for view in students]
     value = loss(students, teachers).loss
     return value.detach(), loss.center, torch.autograd.grad(value, students)
 
 
 @pytest.mark.ddp
-def test_ranks_have_the_loss_and_the_centre_of_the_joined_batch(ranks):
+@pytest.mark.parametrize("moves", ["batch", "view"])
+@pytest.mark.parametrize("parts", [[slice(0, 2), slice(2, 7)], [slice(0, 1), slice(1, 1), slice(1, 7)]])
+def test_ranks_have_the_loss_and_the_centre_of_the_joined_batch(ranks, moves, parts):
     students, teachers = _views(rows=7)
-    value, center, gradients = _step(LOCAL, students, teachers)
+    value, center, gradients = _step(LOCAL, moves, students, teachers)
     students = [view.detach() for view in students]
-    parts = [slice(0, 2), slice(2, 7)]
-    found = ranks.run(_step, [([s[rows] for s in students], [t[rows] for t in teachers]) for rows in parts])
+    found = ranks.run(_step, [(moves, [s[rows] for s in students], [t[rows] for t in teachers]) for rows in parts])
     for (their_value, their_center, theirs), rows in zip(found, parts, strict=True):
         torch.testing.assert_close((their_value, their_center), (value, center), rtol=1e-12, atol=1e-14)
-        for ours, gradient in zip(theirs, gradients, strict=True):  # of which two processes take the mean
-            torch.testing.assert_close(ours / 2, gradient[rows], rtol=1e-10, atol=1e-14)
+        for ours, gradient in zip(theirs, gradients, strict=True):  # of which the processes take the mean
+            torch.testing.assert_close(ours / len(parts), gradient[rows], rtol=1e-10, atol=1e-14)

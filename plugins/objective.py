@@ -128,6 +128,9 @@ class Objective(nn.Module):
         super().__init__()
         self.comm = comm
         self.criterion = spec.loss(options, comm)
+        attach = getattr(self.criterion, "attach", None)
+        if attach is not None:  # a loss that also applies the predictor to rows of its own
+            attach(predictor)
         self.etf: ETFMonitor | None = None
         if isinstance(projector, TwoBranchHead):
             self.etf = ETFMonitor(projector.features_dim, comm=comm)

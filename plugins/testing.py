@@ -316,6 +316,11 @@ def waves(scale: float, rows: int, width: int) -> Tensor:
     return torch.sin(scale * i * j + 0.3 * scale) + 0.25 * torch.cos(1.7 * i + scale * j)
 
 
+NARROW = {
+    **{"num_prototypes": 16, "bottleneck_dim": 6, "queue_size": 24, "queue_epoch": 0},
+    **{"freeze_prototypes_steps": 0, "freeze_last_layer": 0},
+}
+"""Small values of options that some methods have, for tests that build every method; nothing waits for an epoch."""
 DIFFICULT = ("normal", "large", "small", "constant", "zero", "duplicated", "rank_deficient")
 
 

@@ -1,7 +1,8 @@
 """Select the class that trains a method: one of ours, which are made from the MethodSpecs, or one of solo-learn.
 
 If both have a method of a name (byol, dino, simsiam), solo-learn's class is used, unless the configuration has an
-option that only ours knows, such as ``log_eigvals``.
+option that only ours knows, such as ``log_eigvals``. A name in VARIANTS has a third class, which is used if the
+configuration has an option that only this one knows.
 """
 
 from collections.abc import Iterable
@@ -20,14 +21,16 @@ from solo_ext.method import TeacherlessMethod, TeacherMethod
 
 ALIASES = {"ssley": "ssl_ey"}
 """The forks' names of methods."""
+VARIANTS = {PublishedDINO.spec.name: PublishedDINO}
+"""Variants of a method that exist only for solo-learn."""
 MAIN_ONLY = ("all4one", "mae", "mocov3", "supcon", "vibcreg")
 """Methods of solo-learn's main branch that 1.0.2 does not have."""
 
 
 @lru_cache(maxsize=1)
 def plugin_methods() -> dict[str, type]:
-    """Return a solo-learn class for every MethodSpec, and those that exist only for solo-learn, by name."""
-    return {**{name: _adapt(spec) for name, spec in METHODS.items()}, PublishedDINO.spec.name: PublishedDINO}
+    """Return a solo-learn class for every MethodSpec, by name."""
+    return {name: _adapt(spec) for name, spec in METHODS.items()}
 
 
 def _adapt(spec: MethodSpec) -> type:
@@ -68,6 +71,8 @@ def method_class(cfg: DictConfig) -> type:
     name = ALIASES.get(cfg.method, cfg.method)
     natives, plugins = native_methods(), plugin_methods()
     given = dict(cfg.get("method_kwargs") or {})
+    if name in VARIANTS and set(given) & (_names(VARIANTS[name].spec) - _names(plugins[name].spec)):
+        plugins = {**plugins, **VARIANTS}
     if name in MAIN_ONLY and name not in natives:
         raise needs_main_error(f"method {name}", host_release())
     if name not in natives and name not in plugins:
@@ -112,5 +117,9 @@ def _check_native_crops(name: str, cfg: DictConfig) -> None:
 
 def _has_our_option(spec: MethodSpec, given: Iterable[str]) -> bool:
     """Return whether one of the options is known to our method and not to solo-learn's of that name."""
-    ours = {*spec.options, *(alias for option in spec.options.values() for alias in option.aliases)}
-    return any(key in ours - native_options(spec.name) for key in given)
+    return any(key in _names(spec) - native_options(spec.name) for key in given)
+
+
+def _names(spec: MethodSpec) -> set[str]:
+    """Return the names and aliases of a method's options."""
+    return {*spec.options, *(alias for option in spec.options.values() for alias in option.aliases)}

@@ -16,6 +16,7 @@ from plugins.distributed import LOCAL
 from plugins.heads import SharedHead, TwoBranchHead
 from plugins.methods import METHODS
 from plugins.spec import Embeddings
+from plugins.testing import NARROW
 from plugins.tools.resnet8 import resnet8
 from solo_ext.config import parse_pretrain
 from solo_ext.registry import method_class
@@ -30,7 +31,10 @@ from vissl_ext.task import PluginTask  # noqa: E402
 
 pytestmark = [pytest.mark.solo, pytest.mark.lightly, pytest.mark.vissl]
 CONFIGS = Path(__file__).parents[1] / "configs" / "solo" / "digits"
-SMALL = {"proj_hidden_dim": 24, "proj_output_dim": 12, "pred_hidden_dim": 20, "n_classes": 16, "log_eigvals": True}
+SMALL = {
+    **NARROW,
+    **{"proj_hidden_dim": 24, "proj_output_dim": 12, "pred_hidden_dim": 20, "n_classes": 16, "log_eigvals": True},
+}
 
 
 class Case(NamedTuple):

@@ -1,10 +1,11 @@
 """Projection heads: from the features of a backbone to the embedding that the loss takes."""
 
 from plugins.heads.classifier import normalized_classifier
-from plugins.heads.dissl import Heads, dissl_heads, issl_head
+from plugins.heads.dino import dino_head
+from plugins.heads.dissl import Heads, UnitRows, dissl_heads, issl_head
 from plugins.heads.expand import ExpandDim, expand_resnet_dim
 from plugins.heads.init import issl_init_, projection_init_
-from plugins.heads.mlp import mlp_head
+from plugins.heads.mlp import mlp_head, plain_head
 from plugins.heads.patches import PatchHead
 from plugins.heads.two_branch import SharedHead, TwoBranchHead
 
@@ -14,11 +15,14 @@ __all__ = [
     "PatchHead",
     "SharedHead",
     "TwoBranchHead",
+    "UnitRows",
+    "dino_head",
     "dissl_heads",
     "expand_resnet_dim",
     "issl_head",
     "issl_init_",
     "mlp_head",
     "normalized_classifier",
+    "plain_head",
     "projection_init_",
 ]

@@ -10,6 +10,7 @@ SimSiam (2011.10566), Matrix-SSL   ``mlp_head(2048, 2048, 2048, layers=3, bias=F
 =================================  ==================================================================================
 """
 
+from itertools import pairwise
 from typing import Literal
 
 from torch import nn
@@ -63,3 +64,31 @@ def mlp_head(
     if final_norm is not None:
         modules.append(nn.BatchNorm1d(out_dim, affine=final_norm == "affine"))
     return nn.Sequential(*modules)
+
+
+def plain_head(
+    in_dim: int, hidden_dim: int, out_dim: int, *, layers: int = 2, activation: type[nn.Module] = nn.ReLU
+) -> nn.Sequential:
+    """Build a projection head without BatchNorm, as MoCo, SEER and DINO have: ``[B, in_dim] → [B, out_dim]``.
+
+    Args:
+        in_dim: width of the backbone's features.
+        hidden_dim: width of the hidden layers.
+        out_dim: width of the embedding.
+        layers: number of Linear layers, ≥ 1.
+        activation: the module between two of them.
+
+    Raises:
+        ValueError: fewer than one layer, or a width below 1.
+
+    Example:
+        >>> [type(module).__name__ for module in plain_head(512, 2048, 128)]
+        ['Linear', 'ReLU', 'Linear']
+    """
+    for name, count in {"layers": layers, "in_dim": in_dim, "hidden_dim": hidden_dim, "out_dim": out_dim}.items():
+        check_range(name, count, low=1)
+    widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
+    modules: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        modules += [nn.Linear(before, after), activation()]
+    return nn.Sequential(*modules[:-1])

@@ -82,7 +82,8 @@ def moco_terms(
     with torch.autocast(query.device.type, enabled=False):
         q, k = directions(query.to(dtype)), directions(key.detach().to(dtype))
         positive = (q * k).sum(1, keepdim=True)
-        negatives = q @ queue.detach().to(dtype).T
+        # a copy: autograd stores it for backward, and the caller writes the keys to the queue before that
+        negatives = q @ queue.detach().to(dtype, copy=True).T
         log_mass = torch.cat([positive, negatives], 1).div(temperature).logsumexp(1, keepdim=True)
         rows = (log_mass - positive / temperature).squeeze(1)
         loss = joined_mean(rows, comm)

@@ -7,6 +7,7 @@ from plugins.methods import (
     barlow_twins,
     byol,
     cissl,
+    dino,
     directcopy,
     directpred,
     dissl,
@@ -14,11 +15,14 @@ from plugins.methods import (
     isoloss,
     matrix_ssl,
     mec,
+    moco,
     relic,
     relicv2,
+    seer,
     simclr,
     simsiam,
     ssl_ey,
+    swav,
 )
 from plugins.spec import MethodSpec
 
@@ -29,6 +33,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
             barlow_twins.SPEC,
             byol.SPEC,
             cissl.SPEC,
+            dino.SPEC,
             directcopy.SPEC,
             directpred.SPEC,
             dissl.SPEC,
@@ -39,8 +44,11 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
             relic.SPEC,
             relicv2.SPEC,
             simclr.SPEC,
+            moco.SPEC,
+            seer.SPEC,
             simsiam.SPEC,
             ssl_ey.SPEC,
+            swav.SPEC,
         )
     }
 )

@@ -3,5 +3,6 @@
 from plugins.predictors.closed_form import ClosedFormPredictor
 from plugins.predictors.mlp import MLPPredictor
 from plugins.predictors.moment import RunningMoment
+from plugins.predictors.prototypes import Prototypes
 
-__all__ = ["ClosedFormPredictor", "MLPPredictor", "RunningMoment"]
+__all__ = ["ClosedFormPredictor", "MLPPredictor", "Prototypes", "RunningMoment"]

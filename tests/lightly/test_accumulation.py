@@ -9,7 +9,7 @@ from lightly_ext.names import CLASS_NAMES
 from plugins.distributed import LOCAL
 from plugins.heads import Heads, TwoBranchHead
 from plugins.methods import METHODS
-from plugins.testing import assert_joined, toy_mlp, toy_views
+from plugins.testing import NARROW, assert_joined, toy_mlp, toy_views
 from plugins.tools.command import UserError
 
 pytestmark = pytest.mark.lightly
@@ -136,7 +136,7 @@ def normed(method: str, dropout: float = 0.0) -> models.MethodModel:
     """With batch norm in backbone, heads and teacher."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(dropout))
-    small = {"proj_hidden_dim": 12, "proj_output_dim": 4, "pred_hidden_dim": 10, "n_classes": 8}
+    small = {**NARROW, "proj_hidden_dim": 12, "proj_output_dim": 4, "pred_hidden_dim": 10, "n_classes": 8}
     small = {key: value for key, value in small.items() if key in METHODS[method].options}
     return perturbed(vars(models)[NAMES[method]](backbone, input_dim=6, **small).double())
 

@@ -25,11 +25,12 @@ from lightly_ext.lightning import pytorch
 from lightly_ext.names import CLASS_NAMES
 from plugins.methods import METHODS
 from plugins.targets import cosine_tau
+from plugins.testing import NARROW
 from plugins.tools.command import UserError
 
 pytestmark = pytest.mark.lightly
 
-SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "n_classes": 16}
+SMALL = {**NARROW, "proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "n_classes": 16}
 NAMES = {spec.name: name for name, spec in CLASS_NAMES.items()}
 
 
@@ -268,6 +269,7 @@ from lightly.transforms import VICRegTransform
 from lightly.utils.benchmarking import OnlineLinearClassifier
 from pytorch_lightning import LightningModule
 from torch import nn, optim
+from plugins.testing import NARROW
 
 
 class VICReg(LightningModule):

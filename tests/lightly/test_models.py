@@ -15,11 +15,11 @@ from plugins.heads import Heads, TwoBranchHead
 from plugins.methods import METHODS
 from plugins.spec import Embeddings
 from plugins.targets import EMATeacher
-from plugins.testing import assert_joined, toy_mlp, toy_views
+from plugins.testing import NARROW, assert_joined, toy_mlp, toy_views
 
 pytestmark = pytest.mark.lightly
 
-SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "n_classes": 16}
+SMALL = {**NARROW, "proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "n_classes": 16}
 NAMES = {spec.name: name for name, spec in CLASS_NAMES.items()}
 
 

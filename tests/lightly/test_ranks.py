@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from plugins.methods import METHODS
-from plugins.testing import POOL_SIZE
+from plugins.testing import NARROW, POOL_SIZE
 
 pytestmark = [pytest.mark.lightly, pytest.mark.slow, pytest.mark.ddp]
-SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "n_classes": 16, "log_eigvals": True}
+SMALL = {
+    **NARROW,
+    **{"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "n_classes": 16, "log_eigvals": True},
+}
 
 
 def _backbone() -> nn.Module:

@@ -30,7 +30,7 @@ from plugins.losses import (
 from plugins.methods import METHODS
 from plugins.objective import Objective, embed
 from plugins.targets import IndexedBank
-from plugins.testing import devices
+from plugins.testing import NARROW, devices
 
 pytestmark = pytest.mark.filterwarnings("ignore:the exact logarithm is another objective", "ignore:the series of")
 
@@ -208,6 +208,7 @@ def test_predictions_are_p_and_the_teachers_are_targets(name):
 def test_a_broken_backbone_is_an_error_of_every_method_that_names_the_view(name):
     spec = METHODS[name]
     narrow = {"proj_hidden_dim": 8, "proj_output_dim": 8, "pred_hidden_dim": 8, "n_classes": 8, "heads": f"fork_{name}"}
+    narrow.update(NARROW)
     options = spec.resolve({key: value for key, value in narrow.items() if key in spec.options})
     torch.manual_seed(0)
     head, predictor = spec.head(8, options), spec.predictor(options, LOCAL) if spec.predictor else None

@@ -21,7 +21,7 @@ from plugins.losses import (
 )
 from plugins.methods import METHODS
 from plugins.spec import Embeddings
-from plugins.testing import assert_joined, toy_views
+from plugins.testing import NARROW, assert_joined, toy_mlp, toy_views
 
 FORMS = ("covariance", "gram")
 SHAPES = [(6, 4), (5, 9)]  # (rows, width)
@@ -38,7 +38,7 @@ def _embeddings(rows, *, large, small, seed=0):
 
 def _criterion(method, comm=LOCAL):
     spec = METHODS[method]
-    given = {"proj_output_dim": WIDTH, "n_classes": WIDTH}
+    given = {**NARROW, "proj_output_dim": WIDTH, "n_classes": WIDTH, "num_prototypes": WIDTH}
     return spec.loss(spec.resolve({key: value for key, value in given.items() if key in spec.options}), comm)
 
 
@@ -166,6 +166,10 @@ def test_no_pair_is_refused(pair_terms):
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
+def _encoder():
+    return toy_mlp(WIDTH, WIDTH)
+
+
 class _Step:
     """A step of one method, in a form that can be sent to another process."""
 
@@ -182,4 +186,4 @@ class _Step:
 @pytest.mark.parametrize("counts", [(5, 5), (8, 3), (2, 6, 3)])
 @pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.views is None])
 def test_ranks_equal_the_joined_batch(ranks, method, counts):
-    assert_joined(ranks, _Step(method), toy_views(sum(counts), WIDTH, views=4), counts)
+    assert_joined(ranks, _Step(method), toy_views(sum(counts), WIDTH, views=4), counts, build=_encoder)

@@ -63,6 +63,15 @@ def test_gradient_is_the_querys_alone_and_orthogonal_to_it():
     assert torch.autograd.gradcheck(lambda q: moco_loss(q, key, queue), query)
 
 
+def test_the_queue_may_be_written_before_backward():
+    (query, key), queue = toy_views(5, 4), _queue(6, 4)
+    query.requires_grad_()
+    (expected,) = torch.autograd.grad(moco_loss(query, key, queue), query)
+    loss = moco_loss(query, key, queue)
+    queue[:5] = key
+    torch.testing.assert_close(torch.autograd.grad(loss, query)[0], expected, rtol=0, atol=0)
+
+
 def test_ignores_scales_and_orders():
     (query, key), queue = toy_views(5, 4), _queue(6, 4)
     value = moco_loss(query, key, queue).item()

@@ -9,7 +9,7 @@ import pytest
 
 from plugins.experiments.warm import WarmProcess
 from plugins.methods import METHODS
-from plugins.testing import tiny_backbone
+from plugins.testing import NARROW, tiny_backbone
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat import CHECKOUT, GENERATION, host_release
 
@@ -60,7 +60,7 @@ def compose(digits: Path, tmp_path: Path) -> Callable:
             "optimizer.batch_size=32",
             *("++max_epochs=1", "++check_val_every_n_epoch=1"),
         ]
-        widths = {"proj_hidden_dim": 32, "proj_output_dim": 16, "n_classes": 16}
+        widths = {"proj_hidden_dim": 32, "proj_output_dim": 16, "n_classes": 16, **NARROW}
         known = METHODS[name].options if name in METHODS else ("proj_hidden_dim", "proj_output_dim")
         small = [f"++method_kwargs.{key}={value}" for key, value in widths.items() if key in known]
         with initialize_config_dir(str(CONFIGS), version_base="1.2"):

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from plugins.methods import METHODS
-from plugins.testing import POOL_SIZE, tiny_backbone
+from plugins.testing import NARROW, POOL_SIZE, tiny_backbone
 
 pytestmark = [pytest.mark.solo, pytest.mark.slow, pytest.mark.ddp]
 CONFIGS = Path(__file__).parents[2] / "configs" / "solo" / "digits"
-SMALL = {"proj_hidden_dim": 16, "proj_output_dim": 8, "pred_hidden_dim": 8, "n_classes": 16, "log_eigvals": "true"}
+SMALL = {
+    **NARROW,
+    **{"proj_hidden_dim": 16, "proj_output_dim": 8, "pred_hidden_dim": 8, "n_classes": 16, "log_eigvals": "true"},
+}
 
 
 def _kept(model: nn.Module) -> dict[str, Tensor]:

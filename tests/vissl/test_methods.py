@@ -14,6 +14,7 @@ from plugins.distributed import LOCAL
 from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
 from plugins.spec import Embeddings
+from plugins.testing import NARROW
 from plugins.tools.command import UserError
 from vissl_ext.hooks import EMATeacherHook
 from vissl_ext.methods import copy_model
@@ -23,7 +24,10 @@ from vissl_ext.task import PluginTask, check_config
 register()
 pytestmark = pytest.mark.vissl
 
-SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "n_classes": 16, "log_eigvals": True}
+SMALL = {
+    **NARROW,
+    **{"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "n_classes": 16, "log_eigvals": True},
+}
 
 
 def configuration(method: str, *overrides: str) -> Any:

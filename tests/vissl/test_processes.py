@@ -23,12 +23,15 @@ from vissl.config import AttrDict
 
 from plugins.distributed import Collective
 from plugins.methods import METHODS
-from plugins.testing import RankPool
+from plugins.testing import NARROW, RankPool
 from plugins.tools.process import LOCK
 
 pytestmark = [pytest.mark.vissl, pytest.mark.ddp]
 
-SMALL = {"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "n_classes": 16, "log_eigvals": True}
+SMALL = {
+    **NARROW,
+    **{"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "n_classes": 16, "log_eigvals": True},
+}
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

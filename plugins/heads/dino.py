@@ -1,0 +1,37 @@
+"""The head of DINO (Caron et al. 2021, arXiv:2104.14294, appendix C)."""
+
+from collections import OrderedDict
+
+from torch import nn
+
+from plugins.checks import check_range
+from plugins.heads.dissl import UnitLinear, UnitRows
+from plugins.heads.mlp import plain_head
+
+
+def dino_head(in_dim: int, hidden_dim: int, bottleneck: int, out_dim: int) -> nn.Sequential:
+    """Build DINO's head: an MLP of three layers with GELU, unit rows, and a Linear layer with unit weight rows.
+
+    The last layer is weight-normalised with the gain 1. It is the submodule ``last_layer``, which DINO freezes at
+    first. Its input and its weights have unit rows, so that the logits are cosines.
+
+    Args:
+        in_dim: width of the backbone's features.
+        hidden_dim: width of the two hidden layers; 2048.
+        bottleneck: width of the unit rows; 256.
+        out_dim: number of prototypes, the width of the logits; 65536 for ImageNet.
+
+    Raises:
+        ValueError: a width is below 1.
+
+    >>> [name for name, _ in dino_head(8, 4, 3, 10).named_children()]
+    ['mlp', 'unit', 'last_layer']
+    """
+    check_range("out_dim", out_dim, low=1)
+    mlp = plain_head(in_dim, hidden_dim, bottleneck, layers=3, activation=nn.GELU)
+    for module in mlp:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+    last = UnitLinear(bottleneck, out_dim, bias=False)
+    return nn.Sequential(OrderedDict(mlp=mlp, unit=UnitRows(), last_layer=last))

@@ -13,6 +13,7 @@ from torch import nn
 
 from plugins.distributed import Collective
 from plugins.heads import plain_head
+from plugins.linalg import directions
 from plugins.losses import MoCoTerms, moco_terms
 from plugins.methods.common import LOG_EIGVALS, projector_options
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
@@ -36,8 +37,7 @@ class _Loss(nn.Module):
         keys = torch.cat([key] * len(queries))
         terms = moco_terms(torch.cat(queries), keys, self.queue.rows, temperature=self.temperature, comm=self.comm)
         if self.training:
-            unit = nn.functional.normalize(key.detach().to(self.queue.rows.dtype), dim=1)
-            self.queue.write(unit, self.comm)
+            self.queue.write(directions(key.detach().to(self.queue.rows.dtype)), self.comm)
         return terms
 
 

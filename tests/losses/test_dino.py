@@ -5,7 +5,11 @@ import pytest
 import torch
 
 from plugins.distributed import LOCAL
+from plugins.heads import dino_head
 from plugins.losses import DINOLoss, dino_loss, dino_terms, teacher_temperature
+from plugins.methods import METHODS
+from plugins.objective import Objective
+from plugins.spec import Embeddings
 from plugins.testing import DIFFICULT, devices, difficult_views
 
 
@@ -121,6 +125,58 @@ def test_terms_and_gradient():
 def test_numbers_of_views_that_do_not_go_together_are_refused(views, message):
     with pytest.raises(ValueError, match=message):
         dino_loss(*_views(views=views), torch.zeros(5, dtype=torch.float64))
+
+
+def _method(**given):
+    spec = METHODS["dino"]
+    small = {"proj_hidden_dim": 6, "bottleneck_dim": 4, "num_prototypes": 5, **given}
+    options = spec.resolve(small)
+    torch.manual_seed(0)
+    head = spec.head(3, options)
+    return Objective(spec, options, LOCAL, None, head).double(), head.double()
+
+
+def test_last_layer_is_frozen_for_epochs_and_the_temperature_follows_the_epoch():
+    temperatures = {"teacher_temperature": 0.07, "warmup_teacher_temperature_epochs": 3}
+    objective, head = _method(freeze_last_layer=1, **temperatures)
+    features = list(torch.randn(3, 6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    found, center = [], np.zeros(5)
+    for epoch in range(4):
+        objective.start_epoch(epoch)
+        objective.before_step()
+        z = [head(view) for view in features]
+        teachers = [view.detach().flip(0) for view in z[:2]]
+        loss = objective(Embeddings(z, z, teachers)).loss
+        tau = [0.04, 0.055, 0.07, 0.07][epoch]
+        arrays = [view.detach().numpy() for view in z], [view.numpy() for view in teachers]
+        assert loss.item() == pytest.approx(_reference_dino(*arrays, [center] * 2, tau, 0.1), rel=1e-9)
+        center = 0.9 * center + 0.1 * torch.cat(teachers).numpy().mean(0)
+        loss.backward()
+        objective.after_backward()
+        found.append([head.mlp[0].weight.grad is not None, head.last_layer.weight.grad is not None])
+        head.zero_grad()
+        objective.after_step()
+    assert found == [[True, False]] + [[True, True]] * 3
+    np.testing.assert_allclose(objective.state_dict()["criterion.dino.center"], center, rtol=1e-9)
+    assert objective.state_dict()["criterion.clock.steps"] == 4
+
+
+def test_a_warm_up_needs_the_epoch():
+    objective, _ = _method(freeze_last_layer=0, warmup_teacher_temperature_epochs=3)
+    views = _views()[0]
+    with pytest.raises(ValueError, match=r"whose number is unknown; call start_epoch .* or set warmup_teacher"):
+        objective(Embeddings(views, views, views))
+
+
+def test_logits_are_cosines_with_the_rows_of_the_last_layer():
+    head = dino_head(3, 6, 4, 5)
+    x = torch.randn(7, 3)
+    unit = head.unit(head.mlp(x))
+    torch.testing.assert_close(unit.norm(dim=1), torch.ones(7))
+    rows = torch.nn.functional.normalize(head.last_layer.weight, dim=1)
+    torch.testing.assert_close(head(x), unit @ rows.T)
+    assert [type(layer).__name__ for layer in head.mlp] == ["Linear", "GELU", "Linear", "GELU", "Linear"]
+    assert head.last_layer.bias is None
 
 
 def test_wrong_options_are_refused():

@@ -1,4 +1,4 @@
-"""MoCo: known values, slow reference, limits, gradient, processes, degenerate batches."""
+"""MoCo: known values, slow reference, limits, gradient, processes, degenerate batches, the queue of the method."""
 
 import math
 
@@ -7,7 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from plugins.distributed import LOCAL
 from plugins.losses import MoCoLoss, moco_loss, moco_terms
+from plugins.methods import METHODS
+from plugins.objective import Objective
+from plugins.spec import Embeddings
 from plugins.testing import DIFFICULT, assert_joined, devices, difficult_views, toy_views
 
 
@@ -121,6 +125,71 @@ def _step(comm, model, x0, x1):
 @pytest.mark.parametrize("counts", [(8, 3), (2, 9, 1), (6, 0)])
 def test_ranks_equal_the_joined_batch(ranks, counts):
     assert_joined(ranks, _step, toy_views(sum(counts), 5), counts)
+
+
+def _method(comm=LOCAL, **given):
+    spec = METHODS["moco"]
+    options = spec.resolve({"proj_output_dim": 4, "queue_size": 10, **given})
+    return Objective(spec, options, comm).double()
+
+
+def _embeddings(rows=4, views=2, seed=0):
+    every = toy_views(rows, 4, views=views + 2, seed=seed)
+    return Embeddings(every[:views], every[:views], every[views:])
+
+
+def test_keys_are_written_after_the_logits_and_wrap():
+    objective, queue, keys = _method(), _queue(10, 4), []
+    objective.criterion.queue.rows.copy_(queue)
+    for step in range(4):
+        e = _embeddings(seed=step)
+        assert objective(e).loss.item() == pytest.approx(_reference_moco(e.p[0], e.target[1], queue, 0.2), rel=1e-9)
+        keys.extend(F.normalize(e.target[1], dim=1))
+        for number in range(4 * step, 4 * step + 4):
+            queue[number % 10] = keys[number]
+        torch.testing.assert_close(objective.criterion.queue.rows, queue)
+        if step == 0:
+            torch.testing.assert_close(objective.criterion.queue.rows[:4], torch.stack(keys))
+    state = {name: value.clone() for name, value in objective.state_dict().items()}
+    objective.eval()(e)
+    torch.testing.assert_close(dict(objective.state_dict()), state, rtol=0, atol=0)
+    other = _method()
+    other.load_state_dict(state)
+    assert torch.equal(other(e).loss, objective(e).loss)
+
+
+@pytest.mark.parametrize("views", [3, 5])
+def test_every_view_but_the_key_is_a_query(views):
+    e, objective = _embeddings(views=views), _method()
+    queue = objective.criterion.queue.rows.clone()
+    values = [_reference_moco(e.p[v], e.target[1], queue, 0.2) for v in range(views) if v != 1]
+    assert objective(e).loss.item() == pytest.approx(np.mean(values), rel=1e-9)
+
+
+def test_heads_are_those_of_the_papers():
+    spec = METHODS["moco"]
+    for name, kinds in (("linear", "Linear"), ("mlp", "Linear ReLU Linear")):
+        head = spec.head(6, spec.resolve({"head": name, "proj_hidden_dim": 5, "proj_output_dim": 4}))
+        assert " ".join(type(layer).__name__ for layer in head) == kinds and head(torch.zeros(2, 6)).shape == (2, 4)
+
+
+def _steps(comm, *batches):
+    objective = _method(comm)
+    for views in batches:
+        z = [view.requires_grad_() for view in views[:2].clone()]
+        loss = objective(Embeddings(z, z, [*views[2:]])).loss
+    return loss.detach(), torch.autograd.grad(loss, z[0])[0] / comm.size, dict(objective.state_dict())
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("counts", [(4, 3), (1, 4, 2)])
+def test_ranks_share_the_queue(ranks, counts):
+    batches = [torch.stack(toy_views(7, 4, views=4, seed=seed)) for seed in range(3)]
+    loss, gradient, state = _steps(LOCAL, *batches)
+    found = ranks.run(_steps, [*zip(*(batch.split(counts, 1) for batch in batches), strict=True)])
+    torch.testing.assert_close(torch.cat([of_rank for _, of_rank, _ in found]), gradient, rtol=1e-10, atol=1e-12)
+    for their_loss, _, theirs in found:
+        torch.testing.assert_close((their_loss, theirs), (loss, state), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.slow

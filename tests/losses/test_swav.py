@@ -1,4 +1,4 @@
-"""SwAV: known values, slow references of codes and loss, limits, gradient, processes, degenerate batches."""
+"""SwAV and SEER: known values, slow references of codes and loss, gradient, processes, difficult batches, queue."""
 
 import math
 
@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plugins.distributed import LOCAL
 from plugins.losses import SwAVLoss, swav_loss, swav_terms
+from plugins.methods import METHODS
+from plugins.objective import Objective
+from plugins.spec import Embeddings
 from plugins.targets import sinkhorn_codes
 from plugins.testing import DIFFICULT, assert_joined, devices, difficult_views, toy_views
 
@@ -226,6 +230,103 @@ def _queue_step(comm, model, *views):
 @pytest.mark.parametrize("step", [_step, _queue_step])
 def test_ranks_equal_the_joined_batch(ranks, step, counts):
     assert_joined(ranks, step, toy_views(sum(counts), 5, views=3), counts)
+
+
+# --- the method -----------------------------------------------------------------------------------------------------
+
+
+def _method(name="swav", comm=LOCAL, **given):
+    """The objective and its prototypes, for projections of width 4."""
+    torch.manual_seed(0)
+    spec = METHODS[name]
+    options = spec.resolve({"proj_output_dim": 4, "num_prototypes": 5, "freeze_prototypes_steps": 0, **given})
+    predictor = spec.predictor(options, comm).double()
+    return Objective(spec, options, comm, predictor, spec.head(3, options)).double(), predictor
+
+
+def _embeddings(predictor, rows=6, views=3, seed=0):
+    z = [F.normalize(view, dim=1) for view in toy_views(rows, 4, views=views, seed=seed)]
+    return Embeddings(z, predictor.predict(z), z[:2])
+
+
+def test_codes_come_from_the_queue_once_it_is_full():
+    objective, predictor = _method(queue_size=9, queue_epoch=1, epsilon=0.2)
+    seen = [[], []]
+    for step in range(6):
+        objective.start_epoch(step // 2)
+        e = _embeddings(predictor, seed=step)
+        # epoch 0: no queue; steps 2 and 3 fill it with 12 rows, of which 9 remain
+        queue = [torch.cat(rows)[-9:] @ predictor.weight.detach().T for rows in seen] if step >= 4 else None
+        expected = _reference_swav([view.detach() for view in e.p], 2, 0.1, queue, epsilon=0.2)
+        assert objective(e).loss.item() == pytest.approx(expected, rel=1e-9), step
+        for rows, view in zip(seen, e.z, strict=False):
+            rows.extend([view] if step >= 2 else [])
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    assert {f"criterion.queues.{slot}.rows" for slot in (0, 1)} <= {*before}
+    objective.eval()(_embeddings(predictor))
+    torch.testing.assert_close(dict(objective.state_dict()), before, rtol=0, atol=0)
+    other, _ = _method(queue_size=9, queue_epoch=1, epsilon=0.2)
+    other.load_state_dict(before)
+    for each in (objective.train(), other):
+        each.start_epoch(3)
+        each.criterion.attach(predictor)
+    assert torch.equal(objective(e).loss, other(e).loss)
+
+
+def test_the_queue_needs_the_epoch_and_codes_need_large_views():
+    objective, predictor = _method(queue_size=9)
+    with pytest.raises(ValueError, match=r"the queue begins in epoch 15, but .* or set queue_epoch to 0"):
+        objective(_embeddings(predictor))
+    objective, predictor = _method(code_views=3)
+    with pytest.raises(ValueError, match="code_views=3 needs as many large views, got 2"):
+        objective(_embeddings(predictor))
+
+
+def test_prototypes_are_frozen_for_steps_and_seer_has_its_own_defaults():
+    objective, predictor = _method(freeze_prototypes_steps=2)
+    moved = []
+    for step in range(4):
+        objective.before_step()
+        objective(_embeddings(predictor, seed=step)).loss.backward()
+        objective.after_backward()
+        moved.append(predictor.weight.grad is not None)
+        predictor.weight.grad = None
+        objective.after_step()
+    assert moved == [False, False, True, True]
+    assert METHODS["swav"].resolve({})["freeze_prototypes_steps"] == 313
+    assert [METHODS[name].resolve({})["num_prototypes"] for name in ("swav", "seer")] == [3000, 16000]
+    assert [METHODS[name].resolve({})["iterations"] for name in ("swav", "seer")] == [3, 10]
+    options = {"proj_hidden_dim": 7, "proj_output_dim": 4}
+    heads = {name: METHODS[name].head(3, METHODS[name].resolve(options)) for name in ("swav", "seer")}
+    kinds = {name: " ".join(type(layer).__name__ for layer in head) for name, head in heads.items()}
+    assert kinds == {
+        "swav": "Linear BatchNorm1d ReLU Linear UnitRows",
+        "seer": "Linear ReLU Linear ReLU Linear UnitRows",
+    }
+    rows = heads["seer"](torch.randn(5, 3))
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(5))
+
+
+def _steps(comm, *batches):
+    """Loss, gradient of the prototypes and queues after three steps; the queue is full in the last."""
+    objective, predictor = _method(comm=comm, queue_size=9, queue_epoch=0, epsilon=0.2)
+    for views in batches:
+        z = [F.normalize(view, dim=1) for view in views]
+        loss = objective(Embeddings(z, predictor.predict(z), z[:2])).loss
+        gradient = torch.autograd.grad(loss, predictor.weight)[0]
+    return loss.detach(), gradient, dict(objective.state_dict())
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("counts", [(4, 3), (1, 4, 2)])
+def test_ranks_share_the_queue(ranks, counts):
+    batches = [torch.stack(toy_views(7, 4, views=3, seed=seed)) for seed in range(3)]
+    loss, gradient, state = _steps(LOCAL, *batches)
+    found = ranks.run(_steps, [*zip(*(batch.split(counts, 1) for batch in batches), strict=True)])
+    mean = torch.stack([of_rank for _, of_rank, _ in found]).mean(0)
+    torch.testing.assert_close(mean, gradient, rtol=1e-10, atol=1e-12)
+    for their_loss, _, theirs in found:
+        torch.testing.assert_close((their_loss, theirs), (loss, state), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.slow

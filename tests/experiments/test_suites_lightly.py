@@ -25,16 +25,23 @@ def parsed(step):
     return validate(vars(parser().parse_args(step.arguments[2:])))
 
 
-def test_every_method_has_a_column(in_checkout):
-    assert [run.method for run in lightly.digits(Request())] == sorted(METHODS)
+@pytest.fixture(scope="module")
+def column():
+    """The runs by their methods; listing them composes every configuration."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return {run.method: run for run in lightly.digits(Request())}
+
+
+def test_every_method_has_a_column(column):
+    assert list(column) == sorted(METHODS)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_settings_are_those_of_solo_learns_column(in_checkout, method):
+def test_settings_are_those_of_solo_learns_column(in_checkout, column, method):
     with initialize_config_dir(str(ROOT / "configs" / "solo" / "digits"), version_base="1.2"):
         theirs, linear, linear_5 = compose(method), compose("linear"), compose("linear_5")
-    run = next(run for run in lightly.digits(Request()) if run.method == method)
-    train, few = map(parsed, run.steps)
+    train, few = map(parsed, column[method].steps)
     assert train.methods == few.methods == [method]
     assert train.epochs == theirs.max_epochs and few.epochs == 0
     for name in ("lr", "weight_decay"):
@@ -68,10 +75,10 @@ def test_commands_name_seed_folders_data_and_checkpoint(in_checkout):
     assert few.skip_knn_eval and not train.skip_knn_eval and train.skip_finetune_eval and few.skip_finetune_eval
 
 
-def test_neighbours_are_counted_as_in_solo_learns_column(in_checkout):
+def test_neighbours_are_counted_as_in_solo_learns_column(in_checkout, column):
     run = next(run for run in solo.digits(Request()) if run.method == "byol")
     words = run.steps[1].arguments
-    train = parsed(lightly.digits(Request())[0].steps[0])
+    train = parsed(column["byol"].steps[0])
     assert float(words[words.index("--k") + 1]) == train.knn_k
     assert float(words[words.index("--temperature") + 1]) == train.knn_t
 

@@ -12,17 +12,38 @@ import torch
 from plugins.testing import RankPool
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Start with the files that hold the most slow tests, where several workers (pytest-xdist) share the files.
+    """Mark the cases that ``--fast`` leaves out, and sort the files.
 
-    A worker takes a whole file (``--dist loadfile``). If a file of minutes came last, the other workers would be idle.
+    Several workers (pytest-xdist) start with the files that hold the most slow tests. A worker takes a whole file
+    (``--dist loadfile``): if a file of minutes came last, the other workers would be idle.
     """
+    _mark_further_cases(config, items)
     if not hasattr(config, "workerinput"):
         return
     weights: Counter[Path] = Counter()
     for item in items:
         weights[item.path] += 10 if item.get_closest_marker("slow") else 3 if item.get_closest_marker("ddp") else 0
     items.sort(key=lambda item: -weights[item.path])  # stable: files of equal weight keep their order
+
+
+def _mark_further_cases(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give the marker ``more`` to the cases that a test's marker ``sample`` does not name."""
+    kept: dict[str, bool] = {}
+    for item in items:
+        marker, callspec = item.get_closest_marker("sample"), getattr(item, "callspec", None)
+        if marker is None or callspec is None:
+            continue
+        name = item.nodeid.removesuffix(f"[{callspec.id}]")
+        kept.setdefault(name, False)
+        if callspec.id in marker.args:
+            kept[name] = True
+        else:
+            item.add_marker("more")
+    without = [name for name, any_case in kept.items() if not any_case]
+    if without and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"the marker sample names no case of {', '.join(without)}")
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,8 @@ environment .venv (several GB); later calls use it as it is, until pyproject.tom
   ./run_experiments.sh dissl_table1_contrastive  CISSL on TinyImageNet; so dissl_table1_distillation, dissl_fig7a, dissl_fig7c
   ./run_experiments.sh matrix_ssl               Matrix-SSL and MEC on ImageNet, linear probing, weights for COCO; wants GPUs
   ./run_experiments.sh test -k isoloss          checks, then the tests that match
-  ./run_experiments.sh test --fast              checks, then the tests that are neither slow nor run on several processes
+  ./run_experiments.sh test --fast              ruff and lint-imports, then the tests that are neither slow nor run on
+                                                several processes, and a few cases of those with many; 90 s on two cores
   PIP_INSTALLS=1 ./run_experiments.sh test      install the wheel with pip from the package index too; several GB
   SOLO_LEARN_CHECKOUT=FOLDER ./run_experiments.sh test   the tests of solo_ext a second time, on a checkout of
                                                 solo-learn's main branch
@@ -161,10 +162,10 @@ finish() {
 }
 
 run_tests() {
-    local passed="" failed="" name status workers logs pyright mkdocs options=()
+    local passed="" failed="" name status workers logs="" pyright mkdocs options=()
     if [[ ${1:-} == --fast ]]; then
         shift
-        options=(-m "not slow and not ddp")
+        options=(-m "not slow and not more and not ddp")
         share_cores 100
     else
         share_cores 150  # slow tests wait for processes that they start
@@ -184,20 +185,24 @@ run_tests() {
     check "ruff check" ruff check .
     check "ruff format" ruff format --check .
     check "lint-imports" lint-imports
-    # These two take half a minute and run beside the tests.
-    logs="$(mktemp -d)"
-    pyright plugins >"$logs/pyright" 2>&1 &
-    pyright=$!
-    NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$logs/site" >"$logs/mkdocs" 2>&1 &
-    mkdocs=$!
-    # expanded now, since the variables are local
-    # shellcheck disable=SC2064
-    trap "kill $pyright $mkdocs 2>/dev/null || true; rm -rf '$logs'" EXIT
+    # These two take 40 s of processor time: --fast leaves them out, and otherwise they run beside the tests.
+    if [[ ${#options[@]} == 0 ]]; then
+        logs="$(mktemp -d)"
+        pyright plugins >"$logs/pyright" 2>&1 &
+        pyright=$!
+        NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$logs/site" >"$logs/mkdocs" 2>&1 &
+        mkdocs=$!
+        # expanded now, since the variables are local
+        # shellcheck disable=SC2064
+        trap "kill $pyright $mkdocs 2>/dev/null || true; rm -rf '$logs'" EXIT
+    fi
     check "pytest" env -u SOLO_LEARN_CHECKOUT python -m pytest --numprocesses "$workers" --durations=10 ${options[@]+"${options[@]}"} "$@"
-    check "pyright" finish "$pyright" "$logs/pyright"
-    check "mkdocs" finish "$mkdocs" "$logs/mkdocs"
-    trap - EXIT
-    rm -rf "$logs"
+    if [[ -n $logs ]]; then
+        check "pyright" finish "$pyright" "$logs/pyright"
+        check "mkdocs" finish "$mkdocs" "$logs/mkdocs"
+        trap - EXIT
+        rm -rf "$logs"
+    fi
     # A process holds one solo-learn only: its tests run a second time, on the main branch.
     if [[ -n ${SOLO_LEARN_CHECKOUT:-} ]]; then
         check "pytest, solo-learn main" test_main_branch ${options[@]+"${options[@]}"} "$@"
@@ -213,7 +218,7 @@ run_tests() {
         say "NOT TESTED: pip install from the package index. Set PIP_INSTALLS=1 to test it too; it fetches several GB"
     fi
     if [[ ${#options[@]} != 0 ]]; then
-        say "NOT TESTED: the slow tests and those on several processes. Leave out --fast to run them too"
+        say "NOT TESTED: pyright, mkdocs, the slow tests, further cases of a test, and those on several processes. Leave out --fast to run them too"
     fi
     if [[ -n $failed ]]; then
         fail "failed: $failed"

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def _mark_further_cases(config: pytest.Config, items: list[pytest.Item]) -> None
             continue
         name = item.nodeid.removesuffix(f"[{callspec.id}]")
         kept.setdefault(name, False)
-        if callspec.id in marker.args:
+        if any(fnmatchcase(callspec.id, pattern) for pattern in marker.args):
             kept[name] = True
         else:
             item.add_marker("more")

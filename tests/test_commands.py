@@ -69,6 +69,7 @@ def run(tmp_path):
     return go
 
 
+@pytest.mark.slow
 def test_console_scripts_do_not_mind_another_plugins(run):
     results = run("script", SCRIPTS)
     for name, (status, output) in results.items():

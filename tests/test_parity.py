@@ -226,12 +226,14 @@ def run(build: Callable[[Case], tuple[Parts, Step]], case: Case, dtype: torch.dt
     return loss.detach(), dict(zip(names, gradients, strict=True)), weights
 
 
+@pytest.mark.sample("isoloss-float64", "cissl-float32")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_every_framework_computes_the_same(name: str, dtype: torch.dtype) -> None:
     compare(CASES[name], dtype)
 
 
+@pytest.mark.sample("isoloss")
 @pytest.mark.parametrize("name", sorted(CROPS))
 def test_every_framework_computes_the_same_with_small_crops(name: str) -> None:
     compare(CROPS[name], torch.float64)
@@ -253,6 +255,7 @@ def compare(case: Case, dtype: torch.dtype) -> None:
                 assert error <= tolerance * gradient.norm() + 1e-30, (build.__name__, key, error / gradient.norm())
 
 
+@pytest.mark.sample("isoloss")
 @pytest.mark.parametrize("method", METHODS)
 def test_the_digits_are_trained_with_the_same_settings(method: str) -> None:
     """solo-learn's file and VISSL's; lightly's arguments come from the former (see test_suites_lightly)."""

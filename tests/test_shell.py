@@ -190,9 +190,10 @@ def test_fast_leaves_out_the_slow_tests_and_says_so(checkout):
     done = call(checkout, "test", "--fast", "-x", SOLO_LEARN_CHECKOUT=str(checkout))
     assert done.returncode == 0, done.stderr
     runs = [line for line in calls(checkout) if line.startswith("python -m pytest")]
-    assert len(runs) == 2 and all(line.endswith("-m not slow and not ddp -x") for line in runs)
-    assert "NOT TESTED: the slow tests" in done.stdout
-    assert "NOT TESTED: the slow tests" not in call(checkout, "test").stdout
+    assert len(runs) == 2 and all(line.endswith("-m not slow and not more and not ddp -x") for line in runs)
+    assert not any(line.startswith(("pyright", "mkdocs")) for line in calls(checkout))
+    assert "NOT TESTED: pyright, mkdocs, the slow tests" in done.stdout
+    assert "NOT TESTED: pyright" not in call(checkout, "test").stdout
 
 
 def test_slow_tests_have_more_workers_than_cores(checkout):

@@ -29,6 +29,7 @@ def test_images_are_jpegs_of_the_size_of_photographs(tmp_path):
         assert 10_000 < file.stat().st_size < 60_000
 
 
+@pytest.mark.slow
 def test_ratio_is_of_the_same_work(jpegs):
     result = bench_data(jpegs, batch_size=4, workers=1, crop=16, batches=3, rounds=3)
     assert (result.images, result.crop, result.batch_size, result.device) == (24, 16, 4, "cpu")

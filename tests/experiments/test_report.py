@@ -92,6 +92,7 @@ def test_command_writes_table_and_figures(results, capsys):
     assert (results / "figure.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_figure_is_the_same_each_time(results):
     report.main([str(results)])
     first = [(results / name).read_bytes() for name in ("figure.png", "figure.pdf")]

@@ -29,6 +29,7 @@ def training(run):
     return composed(run.steps[0].arguments)
 
 
+@pytest.mark.sample("tinyimagenet-dissl_fig7a", "digits-dissl_table1_contrastive")
 @pytest.mark.parametrize("suite", NAMES)
 @pytest.mark.parametrize("dataset", ["tinyimagenet", "digits"])
 def test_runs_and_their_folders(suite, dataset):
@@ -57,6 +58,7 @@ def _strength(cfg):
     return view.rrc.crop_min_scale, jitter.brightness, jitter.hue, view.grayscale.prob, blur
 
 
+@pytest.mark.slow
 def test_what_each_run_on_tinyimagenet_trains():
     """(method, width, epochs, batch, strength of the views) as published; views of strength s as their formula says."""
     table = {

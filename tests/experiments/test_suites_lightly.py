@@ -37,6 +37,7 @@ def test_every_method_has_a_column(column):
     assert list(column) == sorted(METHODS)
 
 
+@pytest.mark.sample("isoloss", "ssl_ey")
 @pytest.mark.parametrize("method", METHODS)
 def test_settings_are_those_of_solo_learns_column(in_checkout, column, method):
     with initialize_config_dir(str(ROOT / "configs" / "solo" / "digits"), version_base="1.2"):

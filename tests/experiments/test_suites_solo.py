@@ -110,6 +110,7 @@ def test_forty_runs_with_the_names_of_the_original_script(in_checkout):
     assert len({run.folder for run in runs}) == 40
 
 
+@pytest.mark.slow
 def test_the_forty_commands_train_what_the_table_says(in_checkout):
     """(method, teacher, weight decay, rho, alpha, eps) of each of the ten blocks, on each of the four data sets."""
     table = {
@@ -229,6 +230,7 @@ def test_unsorted_or_incomplete_images_are_told_before_anything_is_trained(tmp_p
     assert "got 200 and 1: create it from its archive with" in error
 
 
+@pytest.mark.slow
 def test_without_a_network_there_is_one_sentence_and_nothing_is_trained(tmp_path, monkeypatch, capfd):
     """The whole suite, on a machine whose look-ups of names fail."""
     monkeypatch.chdir(tmp_path)

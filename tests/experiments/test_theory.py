@@ -133,6 +133,7 @@ def test_p11_weight_decay_kills_no_mode_of_iso(gamma, survivor):
     np.testing.assert_allclose(path[-1], survivor, atol=1e-3)
 
 
+@pytest.mark.sample("iso-*")
 @pytest.mark.parametrize(
     ("rule", "step", "deviation"),
     [

@@ -121,6 +121,7 @@ def test_known_numbers_of_the_eigenvalue_figure(tmp_path):
     assert rows["cosine, no stop-gradient"].deviation > 0.1
 
 
+@pytest.mark.slow
 def test_known_numbers_of_weight_decay_and_growth(tmp_path):
     """A third of the steps is enough for the survivors to arrive."""
     rows = {row.case: row for row in toy_dynamics.draw("weight_decay", tmp_path, fraction=0.34)}

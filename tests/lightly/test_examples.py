@@ -96,6 +96,7 @@ def test_every_lightning_class_learns_the_digits_with_its_defaults(
     assert common.knn(model, all_digits) > before + 10
 
 
+@pytest.mark.sample("isoloss-*", "dissl-plain_pytorch")
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_script_trains_every_method(
@@ -181,6 +182,7 @@ def simclr_views(digits: Path) -> list[list[torch.Tensor]]:
     return [[torch.stack(view) for view in zip(*map(transform, images), strict=True)] for _ in range(2)]
 
 
+@pytest.mark.sample("isoloss", "ssl_ey")
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_stable_with_lightlys_usual_sgd(method: str, simclr_views: list[list[torch.Tensor]]) -> None:
     """Model class, stock transform, learning rate 0.06: SSL-EY gave 2.4e4, 1.2e25, NaN."""

@@ -29,6 +29,7 @@ MODULES = sorted(
 )
 
 
+@pytest.mark.sample("lightly_ext.[!m]*", "lightly_ext.models.*")
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_docstrings_run(name: str) -> None:
     module = importlib.import_module(name)

@@ -64,6 +64,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, other[name], **EXACT, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.sample("isoloss")
 @pytest.mark.parametrize("method", ["dissl", "mec", "isoloss", "ssl_ey"])
 def test_accumulated_batches_are_one_step(method, compose) -> None:
     """The last of three steps has two micro-batches only; no weight moves."""
@@ -79,6 +80,7 @@ def test_accumulated_batches_are_one_step(method, compose) -> None:
     assert (other.objective.clock.total, other.objective.clock.steps_per_epoch) == (3, 3)
 
 
+@pytest.mark.sample("isoloss", "dissl")
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_the_joined_loss_trains_as_one_batch(method, compose) -> None:
     """Three steps, of 4, 4 and 2 micro-batches."""
@@ -106,6 +108,7 @@ def test_what_cannot_be_joined_is_a_sentence(compose) -> None:
         built(compose, "isoloss", "++accumulate=sum")
 
 
+@pytest.mark.sample("options1-*")
 @pytest.mark.parametrize(
     ("options", "by_step", "by_epoch"),
     [

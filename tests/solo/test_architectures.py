@@ -41,6 +41,13 @@ def _build(name: str, **kwargs) -> nn.Module:
         return ARCHITECTURES[name]("isoloss", **kwargs)
 
 
+@pytest.fixture
+def unset_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights stay as allocated: random numbers for a hundred million parameters take seconds."""
+    for name in ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+
+
 @torch.no_grad()
 def _shape(network: nn.Module, pixels: int) -> tuple[int, ...]:
     """Shape of the features of two images."""
@@ -98,8 +105,9 @@ def test_expanded_mistakes(options, sentence):
         _build("expanded_resnet18", **options)
 
 
+@pytest.mark.sample("resnet34", "wide_resnet50", "regnet_y_400mf")
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
-def test_width_and_number_of_parameters(name):
+def test_width_and_number_of_parameters(name, unset_weights):
     width, weights = PUBLISHED[name]
     network = _build(name)
     assert network.num_features == width
@@ -164,6 +172,7 @@ def test_an_unknown_option_is_named(name, key):
         _build(name, **{key: 1})
 
 
+@pytest.mark.slow
 def test_features_and_gradients_are_finite():
     torch.manual_seed(0)
     for name in ("regnet_y_400mf", "resnext50"):
@@ -174,9 +183,10 @@ def test_features_and_gradients_are_finite():
         assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
+@pytest.mark.sample("cifar10-resnet34", "custom-regnet_y_400mf")
 @pytest.mark.parametrize("name", ["resnet34", "wide_resnet50", "regnet_y_400mf"])
 @pytest.mark.parametrize("dataset", ["cifar10", "custom"])
-def test_the_host_builds_student_and_teacher(name, dataset):
+def test_the_host_builds_student_and_teacher(name, dataset, unset_weights):
     from omegaconf import OmegaConf
 
     from solo_ext.backbones import build_backbone
@@ -198,6 +208,7 @@ def test_the_host_builds_student_and_teacher(name, dataset):
     assert method.features_dim == method.classifier.in_features == expected.num_features
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_every_backbone_is_exported_whole_and_alone(tmp_path: Path) -> None:
     """From the checkpoint of a compiled model too; the weights are views of one number, whatever the network's size."""

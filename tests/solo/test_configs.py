@@ -68,6 +68,7 @@ def test_first_lines_say_purpose_and_command(path):
         assert "--config-name" in "\n".join(head)
 
 
+@pytest.mark.sample("digits/isoloss.yaml", "digits/short/cissl.yaml", "cifar/dissl.yaml", "imagenet/mec.yaml")
 @pytest.mark.parametrize("path", SELF_SUPERVISED, ids=str)
 def test_pretraining_builds(path, images):
     """The configuration is accepted as it is; the network is built, with small heads, where it is not as in CIFAR."""
@@ -104,6 +105,7 @@ def test_linear_evaluation_parses(path, images):
     assert cfg.optimizer.lr > 0
 
 
+@pytest.mark.sample("ema-isoloss-cifar", "none-directpred-stl10")
 @pytest.mark.parametrize("folder", ["cifar", "stl10", "tinyimagenet"])
 @pytest.mark.parametrize("method", ["byol", "directpred", "directcopy", "isoloss", "isocopy"])
 @pytest.mark.parametrize("teacher", ["ema", "none"])

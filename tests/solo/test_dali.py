@@ -63,6 +63,7 @@ def _same(one, other):
     )
 
 
+@pytest.mark.slow
 def test_lightning_takes_every_step_of_every_epoch(compose, digits):
     """solo-learn's pipeline lost every second epoch: accuracy far below the table."""
     cfg = parse_pretrain(compose("isoloss", *DALI, "optimizer.batch_size=20"))
@@ -106,6 +107,7 @@ def test_an_index_is_the_index_of_its_image(compose, digits):
         torch.testing.assert_close(view, views[1][index], rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_resumed_epoch_is_the_same_bytes(compose):
     _, epochs = _train(pretrain_images(parse_pretrain(compose("isoloss", *DALI, "data.num_workers=3"))), 3)
     resumed = pretrain_images(parse_pretrain(compose("isoloss", *DALI, "data.num_workers=0")))
@@ -117,6 +119,7 @@ def test_a_resumed_epoch_is_the_same_bytes(compose):
     assert not _same(epochs[2], list(other.train_dataloader()))
 
 
+@pytest.mark.slow
 def test_processes_share_the_images(compose):
     images = pretrain_images(parse_pretrain(compose("isoloss", *DALI, "optimizer.batch_size=16")))
     found = []
@@ -161,6 +164,7 @@ def _plain(colour, side=8):
 _JITTER = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
 
 
+@pytest.mark.sample("order")
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
@@ -188,6 +192,7 @@ def test_statistics_of_the_dataset_are_used(compose, digits):
     assert views.mean((0, 2, 3)).numpy() == pytest.approx(wanted, abs=1e-4)
 
 
+@pytest.mark.sample("0.3")
 @pytest.mark.parametrize("prob", [0.0, 0.3, 1.0])
 def test_a_view_is_changed_as_often_as_said(prob, view):
     solarised = view([_plain((200, 100, 50))] * 200, solarization={"prob": prob})[:, 0, 0, 0] < 100

@@ -218,6 +218,7 @@ def test_auto_resume_takes_the_same_run_only(compose, tmp_path):
     assert auto_resume(cfg, "isoloss") is None  # older than max_hours
 
 
+@pytest.mark.sample("1")
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_the_means_of_an_epoch_outlive_a_kill_after_its_checkpoint(epochs, digits, tmp_path, monkeypatch):
     """Lightning logs them after the checkpoint; without a kill they are there once."""
@@ -268,6 +269,7 @@ _REFUSED = {
 }
 
 
+@pytest.mark.sample("misspelt option", "too few images")
 @pytest.mark.parametrize("case", _REFUSED)
 def test_a_mistake_is_one_sentence_and_status_2(case, digits, tmp_path, monkeypatch, capfd):
     more, sentence = _REFUSED[case]
@@ -318,6 +320,7 @@ def test_checkpoint_of_another_method(untrained, digits, tmp_path, monkeypatch, 
     assert "is a checkpoint of dataset digits, this run trains dataset custom" in said
 
 
+@pytest.mark.slow
 def test_linear_refuses_what_is_no_checkpoint(untrained, digits, tmp_path, monkeypatch, capfd):
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(b"nonsense")
@@ -498,6 +501,7 @@ _REFUSED_TOO = {
 }
 
 
+@pytest.mark.sample("native option", "no override", "seed")
 @pytest.mark.parametrize("case", _REFUSED_TOO)
 def test_more_mistakes_are_one_sentence(case, digits, tmp_path, monkeypatch, capfd):
     more, sentence = _REFUSED_TOO[case]
@@ -525,6 +529,7 @@ _OUT_OF_RANGE = {
 }
 
 
+@pytest.mark.sample("isoloss rho=2", "mec eps=1e-6")
 @pytest.mark.parametrize("case", _OUT_OF_RANGE)
 def test_a_number_out_of_range_is_refused_before_the_run_has_a_folder(case, digits, tmp_path, monkeypatch, capfd):
     name, *given = case.split()

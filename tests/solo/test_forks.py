@@ -228,6 +228,7 @@ _MEANINGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample("isoloss-noema-*")
 @pytest.mark.parametrize(("name", "overrides", "ours", "given"), _MEANINGS)
 def test_directpreds_options_are_those_of_our_methods(name, overrides, ours, given, composed):
     cfg = parse_pretrain(composed(name, *overrides))
@@ -398,6 +399,7 @@ def test_ssleys_file_logs_its_name(train):
     )
 
 
+@pytest.mark.sample("isoloss")
 @pytest.mark.parametrize("name", ["isoloss", "byol", "ssley"])
 def test_unlabelled_images_count_as_wrong_and_not_in_the_loss(name, composed):
     """STL-10: of 8 images two have a label, the classifier is right about one; with no label at all the loss is 0."""

@@ -160,6 +160,7 @@ def test_two_processes_have_the_gradients_of_one(device, compose):
                     )
 
 
+@pytest.mark.sample("isoloss-*")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_channels_last_changes_nothing_but_the_order_of_sums(name, device, compose):
@@ -181,6 +182,7 @@ def test_channels_last_changes_nothing_but_the_order_of_sums(name, device, compo
         torch.testing.assert_close(gradients[1][key].contiguous(), gradient, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.sample("isoloss-*")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["byol", "isoloss", "simsiam", "ssl_ey"])
 def test_losses_compile_to_one_graph(name, device):

@@ -61,6 +61,7 @@ def test_seeds_give_mean_and_deviation(results):
     assert "over up to 2 seeds" in text
 
 
+@pytest.mark.slow
 def test_unfinished_and_broken_runs_are_shown_as_missing(results, capsys):
     add_run(results, "isoloss")
     broken = add_run(results, "simsiam", curves=False, **SCORES)
@@ -110,6 +111,7 @@ def test_baselines_alone_do_not_crash(tmp_path):
     assert report.main([str(tmp_path)]) == 0
 
 
+@pytest.mark.slow
 def test_many_rows_wrap(tmp_path):
     for number in range(9):
         add_run(tmp_path, f"method_{number}", **SCORES)

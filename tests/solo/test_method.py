@@ -37,6 +37,7 @@ def _batch(dtype=torch.float32, rows=8):
     return torch.arange(rows), views, torch.arange(rows) % 10
 
 
+@pytest.mark.sample("isoloss", "dissl")
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_loss_and_gradients_are_those_of_plugins(name, compose):
     plain = ["++method_kwargs.log_eigvals=False"] if "log_eigvals" in METHODS[name].options else []

@@ -51,6 +51,7 @@ def test_images_are_rgb_of_the_asked_size(digits, tmp_path):
     assert Image.open(next((tmp_path / "large" / "val").glob("*/*.png"))).size == (20, 20)
 
 
+@pytest.mark.slow
 def test_bytes_depend_on_the_seed_alone(digits, tmp_path):
     data.make_digits(tmp_path / "again")
     data.make_digits(tmp_path / "other", seed=1)

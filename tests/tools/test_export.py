@@ -61,6 +61,7 @@ def checkpoint(kind: str, model: nn.Module) -> dict:
     return model.state_dict()
 
 
+@pytest.mark.sample("vissl")
 @pytest.mark.parametrize("kind", ["solo main", "solo 1.0.2", "lightly", "vissl", "bare", "original"])
 def test_features_are_the_same(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = resnet()
@@ -86,6 +87,7 @@ def test_features_are_the_same(kind: str, tmp_path: Path, capsys: pytest.Capture
     torch.testing.assert_close(features(other), features(model), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.sample("bare")
 @pytest.mark.parametrize("kind", ["solo main", "solo 1.0.2", "lightly", "vissl", "bare"])
 def test_detectron2(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Every tensor under its name there, which is spelt out here from detectron2's side."""
@@ -232,6 +234,7 @@ def test_detectron2_trains_on_the_exported_backbone(tmp_path: Path) -> None:
     assert 0 < moved < 0.1  # trained, and from our weights
 
 
+@pytest.mark.sample("module.{}")
 @pytest.mark.parametrize(
     "wrap", ["_orig_mod.{}", "module.{}", "module._orig_mod.{}", "backbone._orig_mod.{}", "model.{}"]
 )
@@ -315,6 +318,7 @@ def test_other_architectures_are_named(tmp_path: Path) -> None:
     assert all(torch.equal(written[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = resnet()
     state = prefixed(model, "backbone.")

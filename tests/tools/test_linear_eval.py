@@ -73,6 +73,7 @@ def test_two_pairs_of_files(files, quick, select, tmp_path, capsys):
     assert lines[6].startswith("logistic probe, 90 labels: top-1 ") and "chosen" not in lines[6]
 
 
+@pytest.mark.slow
 def test_published_grid_separates_what_is_separable(tmp_path, files):
     for split, seed in (("train", 0), ("test", 1)):
         features, labels = blobs(90, seed=seed, spread=0.1)
@@ -243,6 +244,7 @@ def test_sides_of_unequal_width_and_too_few_labels(files, quick, tmp_path):
         run(*files, *quick)
 
 
+@pytest.mark.slow
 def test_command_needs_no_framework_and_ends_in_one_sentence(files, quick, tmp_path):
     block = (
         "import sys\n"

@@ -168,6 +168,7 @@ print("sum", total.item(), "of", dist.get_world_size(), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_two_local_processes_find_each_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -70,6 +70,7 @@ def test_resnet50_of_the_published_sizes(dim, tensors, tmp_path):
     )
 
 
+@pytest.mark.sample("<lambda>-fits no ResNet")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -122,6 +123,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.sample("no trunk-*", "sparse-export")
 @pytest.mark.parametrize("reader", ["load_dissl", "export"])
 @pytest.mark.parametrize("broken", BROKEN)
 def test_broken_files_are_one_sentence(broken, reader, model, tmp_path, capsys):
@@ -136,6 +138,7 @@ def test_broken_files_are_one_sentence(broken, reader, model, tmp_path, capsys):
     assert not (tmp_path / "out.torch").exists()
 
 
+@pytest.mark.sample("dtype1")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_any_precision_become_single(dtype, model, tmp_path):
     state = {key: value.to(dtype) for key, value in published(model).items()}  # counts of batches too, as some do

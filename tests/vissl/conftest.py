@@ -3,11 +3,11 @@
 import importlib
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,7 @@ _ROWS = {
         r"^\| ([^|]+?) \| (pretrain/\S+) \| ([^|]*=[^|]*) \|$", _PAGE, re.MULTILINE
     )
 }
+_PARSED: dict[tuple[str, str], bytes] = {}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -38,17 +39,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("stock", _ROWS)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def files_are_parsed_once() -> Iterator[None]:
     """Hydra reads and parses VISSL's long defaults twice for each configuration; a test file may compose hundreds."""
-    parse, parsed = yaml.load, {}
+    parse = yaml.load
 
     def load(stream: Any, Loader: Any) -> Any:
         text = stream if isinstance(stream, str) else stream.read()
         key = (text, Loader.__name__)
-        if key not in parsed:
-            parsed[key] = parse(text, Loader)
-        return deepcopy(parsed[key])
+        if key not in _PARSED:
+            _PARSED[key] = pickle.dumps(parse(text, Loader))
+        return pickle.loads(_PARSED[key])  # faster than deepcopy
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(yaml, "load", load)

@@ -57,6 +57,7 @@ def _write_for_ever(folder: Path, done: Any) -> None:
         done.send(epoch)
 
 
+@pytest.mark.slow
 def test_twenty_kills_lose_no_checkpoint(tmp_path: Path) -> None:
     draw, reached = random.Random(0), []
     for _ in range(20):

@@ -88,6 +88,7 @@ def test_numpy_names_are_needed(bare):
     assert np.in1d([1, 2], [2]).tolist() == [False, True] and np.bool is not None
 
 
+@pytest.mark.slow
 def test_import_warnings_are_left_out(bare):
     amp = ("cuda.amp.autocast", "cuda.amp.GradScaler")
     for text in ("_functional_video", "_transforms_video", "torch.jit.script", *amp):

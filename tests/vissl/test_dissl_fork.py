@@ -39,7 +39,7 @@ from vissl_ext.transforms import ImgTensor2RGBA, ImgTensorMask, WarmupRandomAppl
 from vissl_ext.trunks import ConvNeXtTrunk, WideResNeXt
 
 register()
-pytestmark = [pytest.mark.vissl, pytest.mark.usefixtures("files_are_parsed_once")]
+pytestmark = pytest.mark.vissl
 
 CHECKOUT = "VISSL_FORK_CHECKOUT"
 _LINEAR = '"use_relu": False, "use_bn": True, "use_bias": False, "skip_last_layer_relu_bn": False'
@@ -457,6 +457,7 @@ def test_files_of_the_fork_pass_the_checks_and_build(path: Path, prepared: Calla
     assert teacher.shape[1] == student.shape[1] == model.heads[0][-1].clf[0].out_features
 
 
+@pytest.mark.slow
 def test_the_trunk_convnext_is_torchvisions(prepared: Callable) -> None:
     """Weights of torchvision's ConvNeXt, which is written independently of timm's, give the same features."""
     depths, dims = [1, 2, 3, 1], [8, 16, 24, 4096]
@@ -491,6 +492,7 @@ def test_the_trunk_convnext_is_torchvisions(prepared: Callable) -> None:
     torch.testing.assert_close(features, expected)
 
 
+@pytest.mark.slow
 def test_convnext_is_trained_with_four_channels(prepared: Callable) -> None:
     shape = "config.MODEL.TRUNK.CONVNEXT={DEPTH: [1, 1, 1, 1], DIMS: [8, 8, 8, 4096]}"
     config = prepared("pretrain/small/dstl", "config.MODEL.TRUNK.NAME=convnext", shape)
@@ -519,6 +521,7 @@ def test_invalid_options_of_convnext_raise_an_error(given: str, message: str, pr
         prepared("pretrain/small/dstl", "config.MODEL.TRUNK.NAME=convnext", f"config.MODEL.TRUNK.CONVNEXT={given}")
 
 
+@pytest.mark.slow
 def test_heads_see_groups_of_resolutions_and_the_loss_is_that_of_plugins(prepared: Callable) -> None:
     """Two steps of training, with the weights of the β warm-up at k = 1 and 2."""
     task = built(prepared("pretrain/small/dstl"))
@@ -593,6 +596,7 @@ def test_the_first_head_can_have_the_features_of_before_the_block(prepared: Call
     torch.testing.assert_close(outputs[1], model.heads[1](wide))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_its_warm_up(folder: Path, few_digits: Path, launches: Callable) -> None:
     """96 images, 3 steps an epoch; the launcher's own command."""
     words = ["config=pretrain/small/dstl", "--config-dir", str(folder), "config.MACHINE.DEVICE=cpu"]
@@ -838,6 +842,7 @@ def test_a_stall_is_reported_after_the_warm_up_of_a_resumed_run() -> None:
         assert [str(each.message).startswith("DISSL has stalled") for each in heard] == [True] * rings
 
 
+@pytest.mark.sample("cntr-*buffer_params*", "dstl-*beta_pM_unif*")
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [

@@ -45,6 +45,7 @@ def test_the_same_run_may_go_on_with_more_epochs_and_on_another_machine(tmp_path
     )
 
 
+@pytest.mark.sample("SimCLR")
 @pytest.mark.parametrize("method", ["SimCLR", "SwAV", "DeepCluster v2"])
 def test_what_vissl_derives_for_a_loss_from_the_processes_and_the_folder_is_not_compared(
     method: str, stock_commands: dict, tmp_path: Path
@@ -64,6 +65,7 @@ def test_what_vissl_derives_for_a_loss_from_the_processes_and_the_folder_is_not_
     begin(tmp_path / "moved", 1, 8)
 
 
+@pytest.mark.sample("config.SEED_VALUE=9-*")
 @pytest.mark.parametrize(
     ("override", "name", "there", "here"),
     [

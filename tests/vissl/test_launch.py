@@ -28,7 +28,7 @@ from vissl_ext.registry import register
 
 register()
 
-pytestmark = [pytest.mark.vissl, pytest.mark.usefixtures("files_are_parsed_once")]
+pytestmark = pytest.mark.vissl
 SIMCLR = "config=pretrain/simclr/simclr_8node_resnet"
 LOSS = "config.LOSS.simclr_info_nce_loss"
 
@@ -90,6 +90,7 @@ def test_a_section_with_nothing_in_it_keeps_the_defaults():
         checked("config=pretrain/datasets/imagenet", "config.MACHINE=null")
 
 
+@pytest.mark.slow
 def test_every_stock_file_passes_the_checks():
     refused = {}
     stock = Path(configs.__file__).parent / "config"
@@ -118,6 +119,7 @@ _LR = "config.OPTIMIZER.param_schedulers.lr"
 _RESNETS = "config.MODEL.TRUNK.RESNETS"
 
 
+@pytest.mark.sample("words0-*", "words22-*", "words48-*")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -273,6 +275,7 @@ def test_apex_raises_an_error_if_it_is_not_installed(gpu):
 # errors
 
 
+@pytest.mark.sample("overrides1-*", "overrides20-*", "overrides25-*")
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [

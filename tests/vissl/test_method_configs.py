@@ -31,6 +31,7 @@ def test_every_method_has_its_three() -> None:
     assert expected | {f"pretrain/{method}/imagenet100" for method in ("matrix_ssl", "mec")} <= set(OURS)
 
 
+@pytest.mark.sample("pretrain/isoloss/digits", "pretrain/dissl/cifar", "pretrain/cissl/imagenet_rn50")
 @pytest.mark.parametrize("name", OURS)
 def test_pretraining_configuration_builds(name: str) -> None:
     from PIL import Image
@@ -96,6 +97,7 @@ def test_linear_evaluation_with_larc_builds(data: str, classes: int, rate: float
     assert schedule((epochs / 2) / epochs) == pytest.approx(rate / 2)
 
 
+@pytest.mark.sample("100-400-mec")
 @pytest.mark.parametrize("method", ["matrix_ssl", "mec"])
 @pytest.mark.parametrize(("suffix", "epochs"), [("_rn50", 100), ("_rn50_e200", 200), ("_rn50_e400", 400), ("100", 400)])
 def test_ten_epochs_of_warm_up_however_long_the_run(method: str, suffix: str, epochs: int) -> None:

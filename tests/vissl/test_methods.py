@@ -79,6 +79,7 @@ def plugins_loss(method: str, options: Any, trunk: nn.Module, head: Any, teacher
     return spec.loss(options, LOCAL)(Embeddings(z, p, target)).loss
 
 
+@pytest.mark.sample("isoloss-dtype0", "dissl-dtype1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_and_gradients_are_those_of_plugins(method: str, dtype: torch.dtype) -> None:
@@ -113,6 +114,7 @@ def test_loss_and_gradients_are_those_of_plugins(method: str, dtype: torch.dtype
             torch.testing.assert_close(ours, theirs, **tolerance)
 
 
+@pytest.mark.sample("isoloss")
 @pytest.mark.parametrize("method", ["isoloss", "byol"])
 def test_batches_of_any_collator(method: str) -> None:
     """simclr_collator's tensor is the views one after another; resolutions may differ with multicrop_collator."""
@@ -205,6 +207,7 @@ def test_process_groups_are_shared_by_teacher_and_student() -> None:
     assert torch.equal(copied[0].weight, model[0].weight)
 
 
+@pytest.mark.sample("isoloss")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_parameter_is_trained_once(method: str) -> None:
     task = built(method)
@@ -242,6 +245,7 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
     assert not list(built("isoloss").base_model.heads[0].predictor.parameters())
 
 
+@pytest.mark.sample("overrides1-*", "overrides17-*")
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
@@ -294,6 +298,7 @@ def test_one_large_view_is_too_few_for_two_branches() -> None:
         check_config(configuration("cissl", f"config.DATA.TRAIN.TRANSFORMS={crops}"))
 
 
+@pytest.mark.sample("mec-eps=0-*")
 @pytest.mark.parametrize(
     ("method", "given", "sentence"),
     [

@@ -41,6 +41,7 @@ def trunk(*overrides: str) -> Any:
     return get_model_trunk("plain_resnet")(model_config(*overrides), "plain_resnet")
 
 
+@pytest.mark.sample("18-512")
 @pytest.mark.parametrize(("depth", "width"), [(18, 512), (34, 512), (50, 2048)])
 def test_computes_what_torchvision_computes(depth: int, width: int) -> None:
     ours = trunk(f"config.MODEL.TRUNK.RESNETS.DEPTH={depth}").eval()
@@ -191,6 +192,7 @@ def evaluation_config(name: str, layers: list[str]) -> Any:
     return convert_to_attrdict(compose(["config=feature_extraction/digits/extract", *words])[0], dump_config=False)[1]
 
 
+@pytest.mark.sample("plain_resnet", "convnext")
 @pytest.mark.parametrize("name", TINY)
 def test_every_trunk_that_trains_can_be_evaluated_and_exported(name: str, tmp_path: Path) -> None:
     config = evaluation_config(name, TINY[name][1])

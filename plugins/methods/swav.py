@@ -23,10 +23,10 @@ class _Loss(nn.Module):
         self.large, self.queue_epoch, self.comm = options["code_views"], options["queue_epoch"], comm
         self.clock = Clock()
         slots = self.large if options["queue_size"] else 0
-        self.queues = nn.ModuleList(
+        self.queues: Any = nn.ModuleList(
             RingQueue(options["queue_size"], options["proj_output_dim"], seed=None) for _ in range(slots)
         )
-        self._prototypes: list[nn.Module | None] = [None]  # in a list: it is not a submodule of the loss
+        self._prototypes: list[Any] = [None]  # in a list: it is not a submodule of the loss
 
     def attach(self, predictor: nn.Module | None) -> None:
         """Set the prototypes with which the rows of the queue are scored."""

@@ -97,8 +97,9 @@ class WholeSet:
 def share_buffers(modules: Sequence[nn.Module], comm: Collective) -> None:
     """Give the buffers of modules on each process the values of the first process."""
     if comm.size > 1:
+        first = 0 if comm.group is None else dist.get_global_rank(comm.group, 0)
         for buffer in (buffer for module in modules for buffer in module.buffers()):
-            dist.broadcast(buffer, dist.get_global_rank(comm.group or dist.group.WORLD, 0), group=comm.group)
+            dist.broadcast(buffer, first, group=comm.group)
 
 
 def shares(size: int, batch_size: int, rank: int, processes: int) -> list[list[int]]:

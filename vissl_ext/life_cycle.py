@@ -41,9 +41,7 @@ class LifeCycleHook(SilentHook):
         loss = task.base_loss
         if not (isinstance(loss, MethodLoss) and task.train):
             return
-        epoch, phase = divmod(task.train_phase_idx, task.num_train_phases_per_epoch)
-        # VISSL divides an epoch into phases on request: only the first one passes over the training set
-        for parameter in loss.objective.start_epoch(epoch, None if phase else feed(task)):
+        for parameter in loss.objective.start_epoch(task.train_phase_idx, feed(task)):
             task.optimizer.optimizer.state.pop(parameter, None)
 
     def on_forward(self, task: Any) -> None:

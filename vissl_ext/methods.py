@@ -32,6 +32,7 @@ from plugins.objective import Objective, embed
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, MethodSpec
 from plugins.targets import EMATeacher, cosine_tau, needs_teacher
+from plugins.tools.command import UserError
 
 HEAD = "method_head"
 TAUS = {"base_tau": 0.99, "final_tau": 1.0}
@@ -249,6 +250,20 @@ class MethodLoss(TeacherLoss):
         memory bank, in each step, and adds "module." to the names in a checkpoint.
         """
         return False
+
+    def allocate(self, size: int) -> None:
+        """Allocate the memory of images, if the method has one and no checkpoint has filled it.
+
+        Args:
+            size: number of training images.
+
+        Raises:
+            UserError: the checkpoint is that of another number of images.
+        """
+        try:
+            self.objective.allocate(size)
+        except ValueError as error:
+            raise UserError(f"config.DATA.TRAIN: {error}") from None
 
     def set_index(self, sample: Mapping[str, Any]) -> None:
         """Set the positions of a batch's images in the training set, if the method reads them.

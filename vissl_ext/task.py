@@ -194,10 +194,8 @@ class PluginTask(SelfSupervisionTask):
         check_config(self.config)
         task = super().prepare(pin_memory=pin_memory)
         if isinstance(self.base_loss, MethodLoss):
-            try:  # after a checkpoint has been loaded, which fills the memory of images
-                self.base_loss.objective.allocate(len(self.datasets["train"]))
-            except ValueError as error:
-                raise UserError(f"config.DATA.TRAIN: {error}") from None
+            # after a checkpoint, which fills the memory of images, has been loaded
+            self.base_loss.allocate(len(self.datasets["train"]))
         return task
 
     def _build_model(self) -> Any:

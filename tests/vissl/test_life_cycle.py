@@ -1,19 +1,53 @@
 """A method with a memory of images, patches, a frozen and re-initialised predictor and a loss with parameters."""
 
+import importlib
 import json
 import signal
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-pytestmark = pytest.mark.vissl
+import vissl_ext.task  # mends VISSL before it is imported
+from plugins.distributed import Collective
+from plugins.testing import RankPool
+from plugins.tools.command import UserError
+from vissl_ext.compat.rank_states import restore_rank_state
+from vissl_ext.hooks import EMATeacherHook
+from vissl_ext.life_cycle import LifeCycleHook, average_gradients, feed
+from vissl_ext.registry import register
+from vissl_ext.task import PluginTask, check_config
+
+register()
+pytestmark = [pytest.mark.vissl, pytest.mark.usefixtures("files_are_parsed_once")]
 
 EPOCHS = 2
+STEPS = 6
+"""More than those in which the predictor is frozen."""
+
+
+def configuration(toys: ModuleType, *overrides: str) -> Any:
+    from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
+
+    return convert_to_attrdict(compose_hydra_configuration([*toys.CONFIG, *overrides]), dump_config=False)[1]
+
+
+def built(toys: ModuleType, *overrides: str) -> Any:
+    """Task with the model, the optimiser and the loss that ``prepare`` builds."""
+    task = PluginTask.from_config(configuration(toys, *overrides))
+    torch.manual_seed(0)
+    task.base_model = task._build_model()
+    task.optimizer = task._build_optimizer()
+    task.optimizer_schedulers = task._build_optimizer_schedulers()
+    task.prepare_optimizer()
+    task.base_loss = task._build_loss()
+    return task
 
 
 @pytest.mark.slow
@@ -61,3 +95,154 @@ def assert_same(ours: Any, theirs: Any) -> None:
         assert torch.equal(ours, theirs)
     else:
         assert ours == theirs
+
+
+def trained(toys: ModuleType, batches: list[list[Tensor]], rank: int | None = None) -> dict[str, Tensor]:
+    """What a training holds after steps as VISSL takes them; without a rank in this process."""
+    from classy_vision.generic.distributed_util import init_distributed_data_parallel_model, set_cpu_device
+
+    task = built(toys)
+    task.base_model.double().train()
+    task.base_loss.double().allocate(12)
+    for module in (*task.base_model.modules(), *task.base_loss.modules()):
+        if isinstance(module, nn.BatchNorm2d):  # on a CPU its statistics would be those of one process
+            module.eval()
+    hooks, model, task.max_iteration = [LifeCycleHook(), EMATeacherHook()], task.base_model, STEPS
+    hooks[0].on_start(task)
+    if rank is not None:
+        set_cpu_device()
+        model = init_distributed_data_parallel_model(task.base_model, broadcast_buffers=True)
+    for task.iteration, (index, images, stack) in enumerate(batches):
+        (output,) = model([images, stack])
+        task.last_batch = SimpleNamespace(sample={"input": [images, stack], "data_idx": [index.repeat(2)]})
+        for hook in hooks:
+            hook.on_forward(task)
+        loss = task.base_loss(output, torch.zeros(1))
+        task.optimizer.zero_grad()
+        loss.backward()
+        for hook in hooks:
+            hook.on_backward(task)
+        task.optimizer.step(where=task.iteration / STEPS)
+        for hook in hooks:
+            hook.on_update(task)
+    return {**task.base_model.state_dict(), **task.base_loss.state_dict(), "loss": loss.detach()}
+
+
+def trained_as_rank(comm: Collective, batches: list[list[Tensor]], counts: list[int]) -> dict[str, Tensor]:
+    sys.path.append(str(Path(__file__).with_name("in_ranks")))
+    toys = importlib.import_module("toys")
+    toys.install()
+    ours = [[part.split(counts)[comm.rank] for part in batch] for batch in batches]
+    return trained(toys, ours, comm.rank)
+
+
+@pytest.mark.ddp
+def test_two_processes_with_unequal_rows_step_as_one(toys: ModuleType) -> None:
+    torch.manual_seed(1)
+    batches = [
+        [torch.randint(12, (10,)), *(torch.randn(10, *shape).double() for shape in ((3, 16, 16), (2, 3, 8, 8)))]
+        for _ in range(STEPS)
+    ]
+    expected = trained(toys, batches)
+    assert expected["heads.0.predictor.passes"].tolist() == [0, 0, STEPS, STEPS]
+    weight = "heads.0.predictor.layer.weight"
+    frozen = trained(toys, batches[:4])[weight]
+    assert torch.equal(frozen, built(toys).base_model.state_dict()[weight].double())
+    assert not torch.equal(frozen, expected[weight])
+    with RankPool(2, timeout=600) as two:
+        for result in two.run(trained_as_rank, [(batches, [6, 4])] * 2):
+            assert result.keys() == expected.keys()
+            for name, value in result.items():
+                torch.testing.assert_close(
+                    value, expected[name], rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+                )
+
+
+class _Two(Collective):
+    """The other of two processes has the same gradients."""
+
+    size = 2
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return 2 * tensor
+
+
+def test_a_parameter_without_gradient_on_all_processes_stays_so() -> None:
+    used, unused = (nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    used.grad = torch.arange(6.0).view(2, 3)
+    average_gradients([used, unused], _Two())
+    assert unused.grad is None and torch.equal(used.grad, torch.arange(6.0).view(2, 3))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_optimiser_follows_the_hints(toys: ModuleType, optimizer: str) -> None:
+    task = built(toys, f"config.OPTIMIZER.name={optimizer}")
+    criterion, predictor = task.base_loss.objective.criterion, task.base_model.heads[0].predictor
+    groups = task.optimizer.optimizer.param_groups
+    of = {id(parameter): group for group in groups for parameter in group["params"]}
+    trainable = [*task.base_model.parameters(), *criterion.parameters()]
+    assert of.keys() == {id(parameter) for parameter in trainable} and len(of) == sum(len(g["params"]) for g in groups)
+    task.optimizer._update_schedule(task.optimizer._run_schedulers(0.5, None))
+    loss, predicted, trunk = (of[id(p)] for p in (criterion.scale, predictor.layer.weight, next(iter(trainable))))
+    peak = max(task.optimizer_schedulers["lr"](step / 4096) for step in range(4096))
+    assert loss["lr"] == pytest.approx(0.1 * peak) and predicted["lr"] == trunk["lr"] < peak
+    assert loss["weight_decay"] == 0 and predicted["weight_decay"] == trunk["weight_decay"] == 0.01
+    momenta = [group["momentum"] if optimizer == "sgd" else group["betas"][0] for group in (loss, predicted, trunk)]
+    assert momenta == [0.9, 0.0, 0.9]
+
+
+def test_a_memory_of_another_number_of_images_is_refused(toys: ModuleType) -> None:
+    task, resumed = built(toys), built(toys)
+    task.base_loss.allocate(6)
+    state = task.base_loss.state_dict()
+    restore_rank_state({"loss": state}, resumed.base_loss)
+    resumed.base_loss.load_state_dict(state)
+    with pytest.raises(UserError, match=r"config.DATA.TRAIN: the memory bank holds 6 images.*the training set has 7"):
+        resumed.base_loss.allocate(7)
+    resumed.base_loss.allocate(6)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("config.DATA.TRAIN.TRANSFORMS=[{name:ToTensor}]", "toy takes 1 stack of patches per image.*make none"),
+        (
+            "config.DATA.TRAIN.COLLATE_FUNCTION=simclr_collator",
+            "requires config.DATA.TRAIN.COLLATE_FUNCTION=multicrop_collator, got simclr_collator",
+        ),
+    ],
+)
+def test_views_and_collators_that_the_method_cannot_take(toys: ModuleType, override: str, message: str) -> None:
+    config = configuration(toys)
+    check_config(config)
+    with pytest.raises(UserError, match=message):
+        check_config(configuration(toys, override))
+
+
+def test_hints_for_missing_parameters_are_refused_before_the_start(
+    toys: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = replace(toys.SPEC, hints=lambda options: {"projector.last": toys.SPEC.hints(options)["loss"]})
+    monkeypatch.setitem(vissl_ext.task.METHODS, "toy", wrong)
+    with pytest.raises(UserError, match=r"toy gives hints for projector\.last, which have no parameters"):
+        check_config(configuration(toys))
+
+
+def test_a_pass_in_the_evaluation_view_needs_its_transforms(toys: ModuleType) -> None:
+    task = built(toys, "config.DATA.TEST.TRANSFORMS=[]")
+    task.datasets = {"train": SimpleNamespace(transform=None)}
+    with pytest.raises(UserError, match=r"LOSS.name=toy reads the training images .* set config.DATA.TEST.TRANSFORMS"):
+        next(feed(task)(view="eval"))
+
+
+def test_an_epoch_drops_the_optimisers_state_of_parameters_that_it_initialises(
+    toys: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, calls = built(toys), []
+    new = task.base_model.heads[0].predictor.layer.weight
+    monkeypatch.setattr("vissl_ext.life_cycle.feed", lambda task: "pass")
+    monkeypatch.setattr(task.base_loss.objective, "start_epoch", lambda *given: calls.append(given) or [new])
+    task.train, task.train_phase_idx, state = True, 3, task.optimizer.optimizer.state
+    state[new], state["another"] = {"momentum_buffer": 1}, {}
+    LifeCycleHook().on_phase_start(task)
+    assert list(state) == ["another"] and calls == [(3, "pass")]

@@ -111,7 +111,6 @@ class TrainingSteps:
         self.batch_size_per_device = batch_size_per_device
         topk = (1, 5) if num_classes >= 5 else (1,)
         self.online_classifier = OnlineLinearClassifier(self.feature_dim, num_classes, topk=topk)
-        self._steps_done = 0
         self._joined: JoinedBatch | None = None
         self._joining = False  # whether losses are joined
         self._last = True  # whether this micro-batch is the last of its step
@@ -187,7 +186,7 @@ class TrainingSteps:
         return cls_loss
 
     def on_train_start(self) -> None:
-        """Allocate a memory of images, and set the counters to the steps that a resumed run has already made.
+        """Allocate a memory of images, and tell the method the length of the run.
 
         Raises:
             UserError: the method needs the number of training images, which the data loader does not tell.
@@ -200,16 +199,11 @@ class TrainingSteps:
                 f"method {self.spec.name} needs the number of training images, which the data loader does not tell; "
                 "make the module with num_samples=<number>"
             )
-        self._steps_done = self.trainer.global_step
         self.after_step()  # of a run that was cut off within one
         set_clock(self.trainer, self.objective.clock)
         self._joined = None
         if self.hparams.accumulate == "joined":
             check_joined(self.trainer)
-
-    def on_train_epoch_start(self) -> None:
-        """Start an epoch of the method."""
-        self.start_epoch(self.current_epoch, self.trainer.train_dataloader, self.optimizers(use_pl_optimizer=False))
 
     def _features(self, views: list[Tensor]) -> list[Tensor]:
         """Compute the features of the views of a pass over the training set, in the precision of the Trainer."""
@@ -221,16 +215,24 @@ class TrainingSteps:
         self.after_backward()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Open a step of the optimizer; the batches that it accumulates are its micro-batches."""
+        """Start an epoch of the method, and open a step of the optimizer, whose micro-batches are those it accumulates.
+
+        Lightning leaves ``on_train_epoch_start`` out if it resumes from a checkpoint after the last batch of an epoch.
+        """
+        if batch_idx == 0:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            self.start_epoch(self.current_epoch, self.trainer.train_dataloader, optimizer)
         self.before_step()
         self._joining = self.hparams.accumulate == "joined" and self.trainer.accumulate_grad_batches > 1
         self._last = ends_step(self.trainer, batch_idx)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """End the step of the optimizer, if this batch was its last, and move the teacher."""
-        if self.trainer.global_step == self._steps_done:
-            return
-        done, self._steps_done = self._steps_done, self.trainer.global_step
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Make a step of the optimizer, end the step of the method, and move the teacher.
+
+        Callbacks such as ModelCheckpoint come before ``on_train_batch_end``, so that it would be too late there.
+        """
+        done = self.trainer.global_step
+        super().optimizer_step(*args, **kwargs)
         if self.teacher_backbone is None:
             self.after_step()
             return

@@ -355,3 +355,129 @@ def test_the_memory_is_not_broadcast(ranks) -> None:
         "objective.criterion.clock.steps",
         "objective.criterion.bank.rows",
     ]
+
+
+# ------------------------------------------------------------------------------------------------ Lightning
+
+
+class _Killed(Exception):
+    pass
+
+
+def _module(**options: Any) -> nn.Module:
+    from pytorch_lightning import LightningModule
+
+    from lightly_ext.lightning.module import TrainingSteps
+
+    torch.manual_seed(0)
+    cls = type("ToyModule", (TrainingSteps, Toy, LightningModule), {})
+    given = {"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.01, "warmup_epochs": 0, "base_tau": 0.5, **options}
+    module = cls(4, 4, backbone(), **given).double()
+    with torch.no_grad():
+        for parameter in module.teacher_backbone.parameters():
+            parameter.mul_(0.9)
+    return module
+
+
+def _fit(module: nn.Module, loader: Any, *, resume: Path | None = None, **options: Any) -> Any:
+    from pytorch_lightning import Trainer
+
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    host = Trainer(**{**quiet, "max_epochs": 3, "accelerator": "cpu", "devices": 1, **options})
+    host.fit(module, loader, ckpt_path=None if resume is None else str(resume), weights_only=False)
+    return host
+
+
+def _batches(order: list[list[int]]) -> DataLoader:
+    """A loader of images whose batches are given."""
+    return DataLoader(dataset(), batch_sampler=order)
+
+
+WHOLE = [[0, 5, 3, 7], [1, 2, 9, 8], [4, 6, 10, 11]]
+
+
+def test_lightning_allocates_starts_epochs_and_freezes() -> None:
+    module = _module()
+    host = _fit(module, _batches(WHOLE), max_epochs=1)
+    assert module.num_samples == N and module.objective.criterion.bank.size == N
+    assert [view for view, _ in module.prediction_head.seen] == ["eval", "train"]
+    assert int(module.objective.clock.steps) == 3 and module.objective.clock.epoch == 0
+    groups = {group["name"]: group for group in host.optimizers[0].param_groups}
+    assert [*groups] == [
+        *("backbone", "backbone_norms_and_biases", "prediction_head", "loss", "projection_head.layer"),
+        *("projection_head.layer_norms_and_biases", "online_classifier"),
+    ]
+    base = 1.0 * 4 / 256
+    assert groups["prediction_head"]["initial_lr"] == groups["prediction_head"]["lr"] == 0.5 * base
+    assert groups["backbone"]["lr"] < groups["backbone"]["initial_lr"] == base
+    assert groups["loss"]["weight_decay"] == 0 and groups["backbone"]["weight_decay"] == 0.01
+    assert [groups[name]["momentum"] for name in ("projection_head.layer", "loss")] == [0.0, 0.9]
+    fresh = _module()
+    fresh.allocate(N)
+    fresh.trainer = host
+    fresh.start_epoch(0, _batches(WHOLE), host.optimizers[0])
+    moved = module.prediction_head.layer.weight
+    assert not torch.equal(moved, fresh.prediction_head.layer.weight), "the third step trains it"
+    two = _module()
+    _fit(two, _batches(WHOLE[:2]), max_epochs=1)
+    assert torch.equal(two.prediction_head.layer.weight, fresh.prediction_head.layer.weight)
+
+
+def test_adam_without_momentum() -> None:
+    host = _fit(_module(optimizer="adamw", lr=0.1), _batches(WHOLE), max_epochs=1)
+    betas = {group["name"]: group["betas"] for group in host.optimizers[0].param_groups}
+    assert betas["projection_head.layer"] == (0.0, 0.999) and betas["backbone"] == (0.9, 0.999)
+
+
+def test_lightning_counts_an_accumulated_step_once() -> None:
+    """The mean of equal micro-batches' losses, and the joined loss of unequal ones."""
+    whole = _module()
+    _fit(whole, _batches(WHOLE))
+    mean, joined = _module(), _module(accumulate="joined")
+    _fit(mean, _batches([part for rows in WHOLE for part in (rows[:2], rows[2:])]), accumulate_grad_batches=2)
+    _fit(joined, _batches([part for rows in WHOLE for part in (rows[:1], rows[1:])]), accumulate_grad_batches=2)
+    same(mean.state_dict(), whole.state_dict())
+    same(joined.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("steps", [3, 5])
+def test_a_killed_run_resumes_to_the_same_bits(steps: int, tmp_path: Path) -> None:
+    """At the end of an epoch, and within one; the module does not know the number of images before the training."""
+    from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+
+    class Kill(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == steps:
+                raise _Killed
+
+    # Lightning does not restore the position of a DataLoader within an epoch
+    order = WHOLE if steps == 3 else [WHOLE[0]] * 3
+    straight = _module()
+    expected = _fit(straight, _batches(order))
+    killed = _module()
+    save = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=steps)
+    with pytest.raises(_Killed):
+        _fit(killed, _batches(order), callbacks=[save, Kill()], enable_checkpointing=True)
+    resumed = _module()
+    host = _fit(resumed, _batches(order), resume=tmp_path / "last.ckpt")
+    assert host.global_step == 9 and resumed.objective.criterion.bank.size == N
+    same(resumed.state_dict(), straight.state_dict(), rtol=0.0, atol=0.0)
+    ours, theirs = (each.optimizers[0].state_dict()["state"] for each in (host, expected))
+    for number, state in theirs.items():
+        assert all(torch.equal(value, ours[number][name]) for name, value in state.items() if value is not None)
+
+
+def test_what_lightning_needs_is_a_sentence() -> None:
+    from plugins.tools.command import UserError
+
+    whole = [batch(rows) for rows in WHOLE]
+    with pytest.raises(UserError, match=r"toy needs the number of training images, .* with num_samples=<number>"):
+        _fit(_module(), DataLoader([(views, torch.zeros(4).long(), i) for views, i in whole], batch_size=None))
+    files = dataset()
+    files.__class__ = type("Files", (IndexedDataset,), {"__getitem__": lambda self, i: self.dataset[i]})
+    with pytest.raises(ValueError, match=r"got a (list|tuple); wrap the data set in"):
+        _fit(_module(), DataLoader(files, batch_size=4))
+    shifted = lambda self, i: (*IndexedDataset.__getitem__(self, i)[:2], i + 1)  # noqa: E731
+    files.__class__ = type("Shifted", (IndexedDataset,), {"__getitem__": shifted})
+    with pytest.raises(ValueError, match=r"in \[0, 12\) for 12 training images, got 5 to 12; wrap"):
+        _fit(_module(), DataLoader(files, batch_sampler=WHOLE[::-1]))

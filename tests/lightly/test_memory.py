@@ -1,6 +1,7 @@
 """Methods that remember images, see patches, freeze parameters and pass over the training set: a toy of this file."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -371,8 +372,8 @@ def _module(**options: Any) -> nn.Module:
 
     torch.manual_seed(0)
     cls = type("ToyModule", (TrainingSteps, Toy, LightningModule), {})
-    given = {"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.01, "warmup_epochs": 0, "base_tau": 0.5, **options}
-    module = cls(4, 4, backbone(), **given).double()
+    given = {"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.01, "warmup_epochs": 0, "base_tau": 0.5}
+    module = cls(**{"batch_size_per_device": 4, "num_classes": 4, "backbone": backbone(), **given, **options}).double()
     with torch.no_grad():
         for parameter in module.teacher_backbone.parameters():
             parameter.mul_(0.9)
@@ -481,3 +482,33 @@ def test_what_lightning_needs_is_a_sentence() -> None:
     files.__class__ = type("Shifted", (IndexedDataset,), {"__getitem__": shifted})
     with pytest.raises(ValueError, match=r"in \[0, 12\) for 12 training images, got 5 to 12; wrap"):
         _fit(_module(), DataLoader(files, batch_sampler=WHOLE[::-1]))
+
+
+def _lightning_rank(comm, order):
+    place = {"LOCAL_RANK": comm.rank, "NODE_RANK": 0, "WORLD_SIZE": comm.size}
+    place.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=1)  # the group is there already
+    before = dict(os.environ)
+    os.environ.update({name: str(value) for name, value in place.items()})
+    try:
+        module, ignored = _module(), []
+        module.on_train_end = lambda: ignored.extend(module.trainer.strategy.model.parameters_to_ignore)
+        strategy = {"strategy": "ddp_find_unused_parameters_true", "devices": comm.size}
+        _fit(module, _batches(order), use_distributed_sampler=False, max_epochs=2, **strategy)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return module.state_dict(), module.prediction_head.seen, ignored
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_lightning_on_ranks_trains_as_one(ranks) -> None:
+    """Unequal rows; the online classifier's loss alone is the mean of the processes'."""
+    one = _module(batch_size_per_device=12)
+    _fit(one, _batches([[0, 5, 3, 7, 8, 10, 11], [1, 2, 9, 4, 6, 0, 5]]), max_epochs=2)
+    expected = {name: value for name, value in one.state_dict().items() if not name.startswith("online")}
+    found = ranks.run(_lightning_rank, [([[0, 5], [1, 2, 9]],), ([[3, 7], [4, 6]],), ([[8, 10, 11], [0, 5]],)])
+    for rank, (state, seen, ignored) in enumerate(found):
+        same({name: value for name, value in state.items() if not name.startswith("online")}, expected)
+        assert seen == [(view, [*range(rank, N, 3)]) for view in ("eval", "train")] * 2
+        assert "objective.criterion.bank.rows" in ignored

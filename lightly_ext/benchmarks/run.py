@@ -95,7 +95,7 @@ def _one(setup: Setup, name: str, folder: Path) -> dict[str, Any]:
 def _pretrain(setup: Setup, name: str, model: LightningModule, folder: Path) -> dict[str, Any]:
     options = setup.options
     print_on_rank_zero(f"{name}: pre-training for {options.epochs} epochs")
-    train = setup.loader(options.train_dir, setup.transform(name), shuffle=True)
+    train = setup.loader(options.train_dir, setup.transform(name), shuffle=True, indexed=setup.is_ours(name))
     held_out: Any = setup.loader(options.val_dir, setup.plain())
     if setup.wants_knn(name):
         held_out = [setup.loader(options.train_dir, setup.plain()), held_out]

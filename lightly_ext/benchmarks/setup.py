@@ -16,6 +16,7 @@ from torchvision import transforms as T
 
 from lightly_ext.benchmarks.methods import METHODS
 from lightly_ext.benchmarks.schema import Options
+from lightly_ext.data import IndexedDataset
 from lightly_ext.models import MethodModel
 from lightly_ext.transforms import TwoViewTransform
 from plugins.tools.command import UserError
@@ -140,17 +141,20 @@ class Setup:
         flip = T.RandomHorizontalFlip(options.eval_hf_prob)
         return T.Compose([crop, flip, T.ToTensor(), T.Normalize(**self.normalize)])
 
-    def loader(self, folder: Path, transform: Any, *, shuffle: bool = False) -> DataLoader:
+    def loader(self, folder: Path, transform: Any, *, shuffle: bool = False, indexed: bool = False) -> DataLoader:
         """Return the batches of a folder.
 
         Args:
             folder: with one folder for each class.
             transform: of a PIL image.
             shuffle: whether they are for training: shuffled, and all of the same size.
+            indexed: whether each image comes with its position in place of its file name, and can be had as it is
+                evaluated.
         """
         options = self.options
+        images: Any = image_folder(folder, transform)
         return DataLoader(
-            image_folder(folder, transform),
+            IndexedDataset(images, evaluation=image_folder(folder, self.plain())) if indexed else images,
             batch_size=options.batch_size_per_device,
             shuffle=shuffle,
             drop_last=shuffle,

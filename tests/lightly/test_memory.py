@@ -484,6 +484,47 @@ def test_what_lightning_needs_is_a_sentence() -> None:
         _fit(_module(), DataLoader(files, batch_sampler=WHOLE[::-1]))
 
 
+class _Views:
+    """Two views and a stack of patches, as a transform of the benchmarks."""
+
+    def __init__(self, input_size: int = 16, normalize: Any = None) -> None:
+        self.size = input_size
+
+    def __call__(self, image: Any) -> list[Tensor]:
+        from torchvision.transforms import functional as T
+
+        view = T.to_tensor(image.resize((self.size, self.size)))
+        return [view, view.flip(-1), torch.stack([view[:, :8, :8], view[:, 8:, 8:]])]
+
+
+@pytest.mark.slow
+def test_the_benchmarks_train_continue_and_evaluate(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightly_ext.benchmarks import __main__ as command
+    from lightly_ext.benchmarks.methods import METHODS
+
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # restored after the test
+    monkeypatch.setitem(METHODS, "toy", {"model": type(_module()), "transform": _Views()})
+    checkpoint = tmp_path / "toy" / "checkpoint.ckpt"
+
+    def run(train: str, epochs: int, *more: str) -> Tensor:
+        command.main(
+            [
+                *("--train-dir", str(digits / train), "--val-dir", str(digits / "val"), "--log-dir", str(tmp_path)),
+                *("--methods", "toy", "--epochs", str(epochs), "--batch-size-per-device", "16", "--num-workers", "0"),
+                *("--accelerator", "cpu", "--input-size", "16", "--seed", "0", "--backbone", "resnet8", "--knn-k", "5"),
+                *("--lr", "1e-6", "--skip-linear-eval", "--skip-finetune-eval", *more),
+            ]
+        )
+        return torch.load(checkpoint, weights_only=True)["state_dict"]["objective.criterion.bank.rows"]
+
+    first = run("train", 1)
+    second = run("train", 2, "--ckpt-path", str(checkpoint))
+    assert first.shape == second.shape == (80, D) and not torch.equal(first, second)
+    run("val", 0, "--ckpt-path", str(checkpoint))  # other images
+
+
 def _lightning_rank(comm, order):
     place = {"LOCAL_RANK": comm.rank, "NODE_RANK": 0, "WORLD_SIZE": comm.size}
     place.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=1)  # the group is there already

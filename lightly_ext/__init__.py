@@ -4,6 +4,7 @@
 lightly_ext.loss                   losses, with ``gather_distributed``
 lightly_ext.models.modules.heads   projection and prediction heads
 lightly_ext.transforms             augmentations
+lightly_ext.data                   IndexedDataset, for methods that remember images
 lightly_ext.models                 model classes for a backbone of your own
 lightly_ext.lightning              the same as LightningModules, with the constructor of lightly's benchmarks
 lightly_ext.benchmarks             METHODS, and ``python -m lightly_ext.benchmarks``

@@ -46,6 +46,9 @@ class TrainingSteps:
     the embedding's second moment is tracked, it logs ``eigval_{min,max,mean,std}`` and ``part_ratio`` (participation
     ratio of the eigenvalues) at the end of each epoch.
 
+    Batches are (views, targets, …). A method with a memory of images reads the third element of those of a
+    ``lightly_ext.data.IndexedDataset``, whose length is the size of the memory.
+
     Args:
         batch_size_per_device: for the learning rate, which is ``lr`` for 256 images over all devices.
         num_classes: classes of the online classifier.
@@ -63,7 +66,7 @@ class TrainingSteps:
         accumulate: with ``accumulate_grad_batches`` above 1 the loss of a step is the "mean" of its micro-batches'
             losses, or that of their "joined" rows, at the cost of one more forward pass. The images of all
             micro-batches are held, the activations of one at a time.
-        options: those of the model class: input_dim, projection_head, teacher, … and the method's own.
+        options: those of the model class: input_dim, projection_head, teacher, num_samples, … and the method's own.
 
     Raises:
         ValueError: a value is out of range, or the model class does not accept an option.

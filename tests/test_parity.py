@@ -15,7 +15,9 @@ from lightly_ext.names import CLASS_NAMES
 from plugins.distributed import LOCAL
 from plugins.heads import SharedHead, TwoBranchHead
 from plugins.methods import METHODS
+from plugins.objective import encode
 from plugins.spec import Embeddings
+from plugins.targets import IndexedBank
 from plugins.testing import NARROW
 from plugins.tools.resnet8 import resnet8
 from solo_ext.config import parse_pretrain
@@ -38,11 +40,13 @@ SMALL = {
 
 
 class Case(NamedTuple):
-    """A method, options of it that are not the default, and the sides of the views; the first two are large."""
+    """A method, options of it that are not the default, and the sides of the views; those of 16 pixels are large."""
 
     method: str
     options: dict[str, Any]
     sides: tuple[int, ...] = (16, 16)
+    patches: int = 0
+    """Number of patches in a stack of each image; 0: there is no stack."""
 
     @property
     def large(self) -> int:
@@ -54,9 +58,14 @@ CASES["cissl, simclr"] = Case("cissl", {"heads": "simclr", "positives": "other"}
 CASES["relicv2, own targets"] = Case(
     "relicv2", {"num_negatives": 3, "kl": "column", "stop": "none", "target": "self", "predictor": "none"}
 )
+CASES["pirl"] = Case("pirl", {"patches": 4}, (16,), patches=4)
 CROPS = {
     name: case._replace(sides=(16, 16, 8, 8)) for name, case in CASES.items() if METHODS[case.method].views is None
 }
+
+
+IMAGES, INDEX = 20, torch.tensor([7, 0, 3, 19, 4, 11, 12, 2])
+"""Size of the training set, and the positions of the images of the batch."""
 
 
 class Parts(NamedTuple):
@@ -93,7 +102,7 @@ def in_plugins(case: Case) -> tuple[Parts, Step]:
     parts = Parts(*encoder(), predictor, *(encoder() if spec.teacher else (None, None)))
 
     def step(views: list[Tensor]) -> Tensor:
-        features = [parts.backbone(view) for view in views]
+        features = [encode(parts.backbone, view) for view in views]
         if isinstance(parts.projector, SharedHead):
             z = list(parts.projector(torch.cat(features)).chunk(len(views)))
         else:
@@ -106,7 +115,11 @@ def in_plugins(case: Case) -> tuple[Parts, Step]:
         if spec.teacher:
             with torch.no_grad():
                 target = [parts.teacher_projector(parts.teacher_backbone(view)) for view in views[: case.large]]
-        return spec.loss(options, LOCAL)(Embeddings(z, p, target)).loss
+        loss = spec.loss(options, LOCAL)
+        for part in loss.modules():
+            if isinstance(part, IndexedBank):
+                part.allocate(IMAGES)
+        return loss(Embeddings(z, p, target, index=INDEX)).loss
 
     return parts, step
 
@@ -135,8 +148,8 @@ def in_solo(case: Case) -> tuple[Parts, Step]:
 
     def step(views: list[Tensor]) -> Tensor:
         model.to(views[0].dtype)  # the classifiers, too
-        rows = torch.arange(len(views[0]))
-        model.training_step((rows, views, rows % 10), 0)
+        model.objective.allocate(IMAGES)
+        model.training_step((INDEX, views, INDEX % 10), 0)
         return losses.pop()
 
     return parts, step
@@ -157,7 +170,8 @@ def in_lightly(case: Case) -> tuple[Parts, Step]:
         model.teacher_backbone,
         model.teacher_projection_head,
     )
-    return parts, model.loss
+    model.allocate(IMAGES)
+    return parts, lambda views: model.loss(views, INDEX)
 
 
 def in_vissl(case: Case) -> tuple[Parts, Step]:
@@ -182,7 +196,9 @@ def in_vissl(case: Case) -> tuple[Parts, Step]:
     )
 
     def step(views: list[Tensor]) -> Tensor:
-        batch = SimpleNamespace(sample={"input": views})
+        task.base_loss.objective.allocate(IMAGES)
+        batch = SimpleNamespace(sample={"input": views, "data_idx": [INDEX] * len(views)})
+        task.base_loss.set_index(batch.sample)
         EMATeacherHook().on_forward(SimpleNamespace(base_loss=task.base_loss, last_batch=batch))
         (output,) = task.base_model(views)
         return task.base_loss(output, torch.zeros(1))
@@ -214,6 +230,9 @@ def run(build: Callable[[Case], tuple[Parts, Step]], case: Case, dtype: torch.dt
     generator = torch.Generator().manual_seed(2)
     draws = [torch.randn(8, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype) for _ in case.sides]
     views = [view[..., :side, :side] for view, side in zip(draws, case.sides, strict=True)]
+    if case.patches:
+        stack = torch.randn(8, case.patches, 3, 8, 8, generator=generator, dtype=torch.float64)
+        views.append(stack.to(dtype))
     loss = step(views)
     names = {
         (part, key): parameter

@@ -16,12 +16,16 @@ class PatchHead(nn.Module):
         dim: width D of the embedding.
         patches: number P of patches.
         hidden: width of the hidden layer of ``image`` and ``patch``, Linear, ReLU, Linear; None: one Linear layer each.
+        norm: whether BatchNorm follows the first layer, if there is a hidden one. Its statistics are those of the
+            images, or of all patches of a batch. It removes the direction that the outputs of an untrained network have
+            in common; without it they take many epochs to separate.
 
     Raises:
         ValueError: an argument is below 1; in a call, the features have another shape.
 
     Reference:
-        Misra & van der Maaten 2020, arXiv:1912.01991, section 3.3; the hidden layers are those of VISSL's model zoo.
+        Misra & van der Maaten 2020, arXiv:1912.01991, section 3.3; hidden layers without BatchNorm are in
+        VISSL's model zoo.
 
     Example:
         >>> import torch
@@ -30,13 +34,15 @@ class PatchHead(nn.Module):
         (torch.Size([2, 128]), torch.Size([2, 128]))
     """
 
-    def __init__(self, features_dim: int, dim: int, patches: int = 9, *, hidden: int | None = None) -> None:
+    def __init__(
+        self, features_dim: int, dim: int, patches: int = 9, *, hidden: int | None = None, norm: bool = False
+    ) -> None:
         super().__init__()
         for name, value in {"features_dim": features_dim, "dim": dim, "patches": patches}.items():
             check_whole(name, value, low=1)
         self.features_dim, self.patches = features_dim, patches
-        self.image = _branch(features_dim, hidden, dim)
-        self.patch = _branch(features_dim, hidden, dim)
+        self.image = _branch(features_dim, hidden, dim, norm)
+        self.patch = _branch(features_dim, hidden, dim, norm)
         self.join = nn.Linear(patches * dim, dim) if patches > 1 else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
@@ -49,11 +55,12 @@ class PatchHead(nn.Module):
                 f"{self.features_dim}] of stacks of {self.patches} patches, got shape {tuple(features.shape)}; "
                 "set the option patches to the number of patches that the augmentations make"
             )
-        return self.join(self.patch(features).flatten(1))
+        return self.join(self.patch(features.flatten(0, 1)).unflatten(0, features.shape[:2]).flatten(1))
 
 
-def _branch(features_dim: int, hidden: int | None, dim: int) -> nn.Module:
+def _branch(features_dim: int, hidden: int | None, dim: int, norm: bool) -> nn.Module:
     if hidden is None:
         return nn.Linear(features_dim, dim)
     check_whole("hidden", hidden, low=1)
-    return nn.Sequential(nn.Linear(features_dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+    between = [nn.BatchNorm1d(hidden)] if norm else []
+    return nn.Sequential(nn.Linear(features_dim, hidden), *between, nn.ReLU(), nn.Linear(hidden, dim))

@@ -142,9 +142,10 @@ def pirl_terms(
     """
     check_rows(z_image=z_image, z_patches=z_patches)
     _check_numbers(num_negatives, temperature, patch_weight, form, sampling)
-    if index.dtype != torch.int64 or index.shape != z_image.shape[:1]:
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.shape != z_image.shape[:1]:
+        given = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else repr(index)
         raise ValueError(
-            f"index must be int64 [B] with B = {len(z_image)} rows, got {index.dtype} of shape {tuple(index.shape)}"
+            f"index must be int64 [B] with B = {len(z_image)} rows, positions in the training set, got {given}"
         )
     if bank.size < 2:
         raise ValueError(

@@ -50,6 +50,15 @@ def test_published_sizes():
     assert shapes == {**wanted, "join.weight": (128, 1152)}
 
 
+def test_batch_norm_sees_all_patches_of_a_batch():
+    head, features = PatchHead(5, 3, 4, hidden=7, norm=True).double(), torch.randn(6, 4, 5, dtype=torch.float64)
+    rows = head.patch[0](features.flatten(0, 1))
+    unit = (rows - rows.mean(0)) / (rows.var(0, unbiased=False) + 1e-5).sqrt()
+    expected = head.join(head.patch[3](unit.relu()).view(6, 12))
+    torch.testing.assert_close(head(features), expected, rtol=1e-10, atol=1e-12)
+    assert head.image[1].num_batches_tracked == 0
+
+
 def test_a_turned_view_has_a_single_layer():
     head, features = PatchHead(5, 3, 1), torch.randn(2, 1, 5)
     torch.testing.assert_close(head(features), head.patch(features[:, 0]))

@@ -213,17 +213,18 @@ def test_a_broken_backbone_is_an_error_of_every_method_that_names_the_view(name)
     torch.manual_seed(0)
     head, predictor = spec.head(8, options), spec.predictor(options, LOCAL) if spec.predictor else None
     objective = Objective(spec, options, LOCAL, predictor, head)
-    features = [torch.randn(6, 8) for _ in range(2)]
-    predict = predictor.predict if predictor else None
+    objective.allocate(10)
+    features = [torch.randn(6, 8), torch.randn(6, options["patches"], 8) if spec.stacks else torch.randn(6, 8)]
+    predict, index = predictor.predict if predictor else None, torch.arange(6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the watch over the series says so too
-        assert objective(embed(features, head, predict)).loss.isfinite()
-        features[1][2, 3] = float("nan")
+        assert objective(embed(features, head, predict, index=index)).loss.isfinite()
+        features[1][2, ..., 3] = float("nan")
         both = "z of view 0, " if isinstance(head, SharedHead) else ""  # the views share the batch statistics
         with pytest.raises(
             NotFiniteError, match=f"^the loss needs finite numbers, got NaN or inf in {both}z of view 1"
         ):
-            objective(embed(features, head, predict))
+            objective(embed(features, head, predict, index=index))
 
 
 def _broken_rank(comm, name, views):

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from plugins.checks import NotFiniteError
 from plugins.distributed import LOCAL
 from plugins.losses import PIRLLoss, draw_negatives, pirl_loss, pirl_terms
+from plugins.methods import METHODS
+from plugins.objective import Objective, embed, encode
 from plugins.targets import IndexedBank
 from plugins.testing import DIFFICULT, assert_joined, difficult_views, toy_views
 
@@ -354,6 +356,64 @@ def test_the_module_waits_for_the_device_in_its_first_step_only(monkeypatch):
     loss(image, patches, index)
 
 
+# --- the method ------------------------------------------------------------------------------------------------------
+
+
+def _method(seed=0, **options):
+    torch.manual_seed(seed)
+    spec = METHODS["pirl"]
+    options = spec.resolve({"proj_hidden_dim": 16, "proj_output_dim": 8, "num_negatives": 6, **options})
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10), torch.nn.ReLU())
+    head = spec.head(10, options)
+    objective = Objective(spec, options, projector=head)
+    return network, head, objective
+
+
+def _train(network, head, objective, steps, pieces=4):
+    parameters = [*network.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        views = torch.randn(6, 3, 2, 2, generator=generator), torch.randn(6, pieces, 3, 2, 2, generator=generator)
+        index = torch.randperm(20, generator=generator)[:6]
+        objective.before_step()
+        e = embed([encode(network, view) for view in views], head, large=1, index=index)
+        optimizer.zero_grad()
+        terms = objective(e)
+        terms.loss.backward()
+        optimizer.step()
+        objective.after_step()
+    return terms
+
+
+@pytest.mark.parametrize("options", [{}, {"form": "nce", "sampling": "vissl"}, {"head": "linear"}, {"head": "mlp"}])
+def test_the_method_resumes_to_the_same_bits(options):
+    whole = _method(patches=4, **options)
+    whole[2].allocate(20)
+    _train(*whole, range(2))
+    saved = [copy.deepcopy(part.state_dict()) for part in whole]
+    expected = _train(*whole, range(2, 4))
+    resumed = _method(seed=1, patches=4, **options)
+    for part, state in zip(resumed, saved, strict=True):
+        part.load_state_dict(state)
+    resumed[2].allocate(20)
+    assert _train(*resumed, range(2, 4)) == expected
+    assert all(p.grad is not None for p in whole[1].parameters())
+
+
+def test_the_method_takes_a_turned_view_and_names_a_wrong_number_of_patches():
+    turned = _method(patches=1)
+    turned[2].allocate(20)
+    assert _train(*turned, [0], pieces=1).loss.isfinite()
+    nine = _method()
+    nine[2].allocate(20)
+    with pytest.raises(ValueError, match=r"stacks of 9 patches, got shape \(6, 4, 10\); set the option patches"):
+        _train(*nine, [0])
+    METHODS["pirl"].check_views(1, 0, 1)
+    with pytest.raises(ValueError, match="takes 1 stack of patches"):
+        METHODS["pirl"].check_views(1, 0, 0)
+
+
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
@@ -436,7 +496,11 @@ def test_a_batch_of_equal_images_in_a_bank_of_two():
     ("change", "sentence"),
     [
         ({"z_patches": torch.ones(5, 3)}, "z_patches must have the shape of z_image, (5, 4), got (5, 3)"),
-        ({"index": torch.arange(4)}, "index must be int64 [B] with B = 5 rows, got torch.int64 of shape (4,)"),
+        ({"index": torch.arange(4)}, "positions in the training set, got torch.int64 of shape (4,)"),
+        (
+            {"index": None},
+            "index must be int64 [B] with B = 5 rows, positions in the training set, got None",
+        ),
         ({"index": torch.arange(5.0)}, "int64"),
         ({"negatives": torch.ones(4, 3, dtype=torch.int64)}, "negatives must be [B, K] or [2, B, K] with B = 5 rows"),
         ({"negatives": torch.ones(3, 5, 3, dtype=torch.int64)}, "got shape (3, 5, 3)"),

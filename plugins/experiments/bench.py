@@ -2,10 +2,11 @@
 
 ``losses`` and ``predictors`` run forward and backward of two functions of the same inputs in one process, interleaved.
 "plain" is a direct implementation of the published formula with autograd (for the predictor: with the general
-eigensolver). "ours" is the implementation of this package. The table has the median times, the median ratio over
-rounds, and the ratio of the operation counts ("floor"), which is the speed-up that the arithmetic alone explains. The
-results of the two functions are compared as well. ``step`` measures complete training steps, ``data`` the loading of
-images: see :mod:`plugins.experiments.bench_step` and :mod:`plugins.experiments.bench_data`.
+eigensolver; for Barlow Twins: lightly's loss, if lightly is installed). "ours" is the implementation of this package.
+The table has the median times, the median ratio over rounds, and the ratio of the operation counts ("floor"), which is
+the speed-up that the arithmetic alone explains. The results of the two functions are compared as well. ``step``
+measures complete training steps, ``data`` the loading of images: see :mod:`plugins.experiments.bench_step` and
+:mod:`plugins.experiments.bench_data`.
 
     python -m plugins.experiments.bench losses --sizes 256x512 256x2048
     python -m plugins.experiments.bench predictors --device cuda
@@ -15,6 +16,7 @@ images: see :mod:`plugins.experiments.bench_step` and :mod:`plugins.experiments.
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 import re
@@ -36,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from plugins.experiments import bench_data, bench_step
 from plugins.losses import (
+    barlow_twins_loss,
     byol_loss,
     cissl_loss,
     dissl_loss,
@@ -44,6 +47,7 @@ from plugins.losses import (
     matrix_ssl_loss,
     mec_loss,
     pirl_loss,
+    relic_loss,
     ssl_ey_loss,
 )
 from plugins.predictors import ClosedFormPredictor
@@ -280,6 +284,30 @@ def _ours_pirl(image: Tensor, patches: Tensor, index: Tensor, bank: Tensor, nega
     return torch.autograd.grad(pirl_loss(image, patches, index, memory, negatives=negatives), (image, patches))
 
 
+def _plain_relic(q0: Tensor, q1: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
+    """Compute the loss from N x N matrices."""
+    pairs = [[F.normalize(z, dim=1) for z in pair] for pair in ((q0, t1), (q1, t0))]
+    first, second = ((q @ t.T / 0.2).log_softmax(1) for q, t in pairs)
+    contrastive = -(first.diagonal().mean() + second.diagonal().mean()) / 2
+    invariance = F.kl_div(second, first.detach(), log_target=True, reduction="batchmean")
+    return torch.cat(torch.autograd.grad(contrastive + invariance, (q0, q1)))
+
+
+def _ours_relic(q0: Tensor, q1: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(relic_loss([q0, q1], [t0, t1]), (q0, q1)))
+
+
+def _lightly_barlow_twins(x: Tensor, y: Tensor) -> Tensor:
+    from lightly.loss import BarlowTwinsLoss
+
+    loss = BarlowTwinsLoss(lambda_param=0.0051).forward(x, y)  # a hook of the operation counter accepts no module here
+    return torch.cat(torch.autograd.grad(loss, (x, y)))
+
+
+def _ours_barlow_twins(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(barlow_twins_loss(x, y), (x, y)))
+
+
 def _view_cases() -> dict[str, Case]:
     """Return the cases of DISSL (2 teacher views) and CISSL (as many teacher views as student views).
 
@@ -314,7 +342,17 @@ LOSSES = {
         _memory, _plain_pirl, _ours_pirl, sizes=((32, 128), (256, 128)), work=lambda rows, width: rows * width
     ),
     **_view_cases(),
+    "relic": Case(
+        _four_views,
+        _plain_relic,
+        _ours_relic,
+        sizes=((256, 128), (256, 256), (1024, 256), (4096, 256)),
+        work=lambda rows, width: rows**2 * width,
+    ),
 }
+if importlib.util.find_spec("lightly") is not None:
+    sizes = ((256, 512), (256, 2048), (1024, 512), (2048, 1024))
+    LOSSES["barlow_twins"] = Case(_views, _lightly_barlow_twins, _ours_barlow_twins, sizes=sizes)
 PREDICTORS = {
     "closed_form_predictor": Case(
         _moments, _plain_predictor, _ours_predictor, lambda width: (GENERAL_EIG * width**3, SYMMETRIC_EIG * width**3)

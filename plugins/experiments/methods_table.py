@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import torch
 
+from plugins.distributed import LOCAL
 from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
+from plugins.predictors import RunningMoment
 from plugins.spec import MethodSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,9 +31,13 @@ class Facts(NamedTuple):
 
 def facts(spec: MethodSpec) -> Facts:
     """Derive the cells of a method from its SPEC."""
-    predictor = "none" if spec.predictor is None else "closed form" if "alpha" in spec.options else "MLP"
+    options = spec.resolve({})
+    predictor = "none"
     with torch.device("meta"):
-        branches = isinstance(spec.head(8, spec.resolve({})), TwoBranchHead)
+        branches = isinstance(spec.head(8, options), TwoBranchHead)
+        if spec.predictor is not None:
+            closed = isinstance(spec.predictor(options, LOCAL), RunningMoment)
+            predictor = "closed form" if closed else "MLP"
     teacher = "EMA" if spec.teacher else "second head" if branches else "none"
     year = re.search(r"\b(?:19|20)\d\d\b", spec.reference)
     link = re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", spec.reference)

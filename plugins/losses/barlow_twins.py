@@ -89,85 +89,101 @@ def barlow_twins_terms(
     with torch.autocast(z0.device.type, enabled=False):
         views = [z.to(dtype) for z in named.values()]
         counts = comm.row_counts(len(z0), z0.device)
-        check_count(sum(counts), least=2, what="the Barlow Twins loss")
+        rows = sum(counts)
+        check_count(rows, least=2, what="the Barlow Twins loss")
         wanted = torch.is_grad_enabled() and any(view.requires_grad for view in views)
-        gram = form == "gram" or (form == "auto" and gram_is_cheaper(sum(counts), z0.shape[1]))
-        terms, gradients = (_gram if gram else _covariance)(views, lambd, counts, wanted, comm)
+        z = torch.stack(views, 1).detach()
+        if form == "gram" or (form == "auto" and gram_is_cheaper(rows, z0.shape[1])):
+            every, inverse = _standardized(comm.gather_rows(z, counts=counts).transpose(0, 1), rows, LOCAL)
+            first = sum(counts[: comm.rank])
+            s = every[:, first : first + len(z)]
+            diagonals, squares, products, sums = _gram(every, s, wanted, comm)
+        else:
+            s, inverse = _standardized(z.transpose(0, 1), rows, comm)
+            diagonals, squares, products, sums = _covariance(s, wanted, comm)
+        pairs = len(diagonals)
+        invariance = (diagonals - 1).square().sum() / pairs
+        redundancy = (squares - diagonals.square().sum()).clamp_min(0) / pairs
+        loss = invariance + lambd * redundancy
         if wanted:
-            terms = terms._replace(loss=attach_gradient(terms.loss, views, gradients))
+            slopes = 2 * (diagonals - 1) - 2 * lambd * diagonals  # of C_ii, beyond the 2 lambd C_ij of all entries
+            gradients = _gradients(s, inverse, diagonals, slopes, products, sums, 2 * lambd, comm.size / pairs)
+            loss = attach_gradient(loss, views, gradients)
+    terms = BarlowTwinsLossTerms(loss, invariance, redundancy)
     check_result("the Barlow Twins loss", terms.loss, comm, **named)
     return terms
 
 
-def _covariance(
-    views: list[Tensor], lambd: float, counts: list[int], wanted: bool, comm: Collective
-) -> tuple[BarlowTwinsLossTerms, list[Tensor]]:
-    """Return the terms and the gradients from one D x D matrix per pair; K(a, b) is dL / dC_ab times N."""
-    rows = sum(counts)
-    s, inverse = _standardized(torch.stack(views).detach(), rows, comm)
-    pairs = list(combinations(range(len(views)), 2))
-    gradient, along = torch.zeros_like(s), s.new_zeros(len(views), s.shape[-1])
-    on, off = s.new_zeros(()), s.new_zeros(())
-    for a, b in pairs:
-        matrix = comm.sum(s[a].T @ s[b]).div_(rows)
-        diagonal = matrix.diagonal()
-        own = diagonal.square().sum()
-        on = on + (diagonal - 1).square().sum()
-        off = off + squared_norm(matrix) - own
+def _gradients(
+    s: Tensor,
+    inverse: Tensor,
+    diagonals: Tensor,
+    slopes: Tensor,
+    products: list[Tensor],
+    sums: list[Tensor],
+    weight: float,
+    scale: float,
+) -> list[Tensor]:
+    """Return the gradients by z_a: ``g_a - S_a diag(S_a^T g_a)`` over the standard deviation, g_a the gradient by S_a."""
+    pairs = list(combinations(range(len(s)), 2))
+    found = []
+    for a, (product, along) in enumerate(zip(products, sums, strict=True)):
+        factor, along = inverse[a] * scale, weight * along
+        gradient = product.mul_(weight * factor)
+        for pair, diagonal, slope in zip(pairs, diagonals, slopes, strict=True):
+            if a in pair:
+                other = pair[0] if pair[1] == a else pair[1]
+                gradient.addcmul_(s[other], slope * factor)
+                along = along + slope * diagonal
+        found.append(gradient.addcmul_(s[a], along * factor, value=-1))
+    return found
+
+
+def _covariance(s: Tensor, wanted: bool, comm: Collective) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Compute one D x D matrix per pair of views.
+
+    Returns:
+        ``diag C_ab`` of each pair, the sum of the squares of all C_ab, and of each view ``sum_b S_b C_ab^T`` and
+        ``diag sum_b C_ab C_ab^T``, on which the gradients depend.
+    """
+    views = range(len(s))
+    diagonals, squares = [], s.new_zeros(())
+    by_view: list[list[tuple[Tensor, Tensor]]] = [[] for _ in views]
+    for a, b in combinations(views, 2):
+        matrix = comm.sum(s[a].T @ s[b])
+        diagonals.append(matrix.diagonal().clone())
+        of_rows = torch.linalg.vector_norm(matrix, dim=1).square()
+        squares = squares + of_rows.sum()
         if wanted:
-            slope = matrix.mul(2 * lambd)
-            slope.diagonal().copy_(2 * (diagonal - 1))
-            gradient[a].addmm_(s[b], slope.T)
-            gradient[b].addmm_(s[a], slope)
-            products = slope.mul_(matrix)
-            along[a] += products.sum(1)
-            along[b] += products.sum(0)
-    gradient.addcmul_(s, along.unsqueeze(1), value=-1).mul_(inverse * (comm.size / (rows * len(pairs))))
-    return _terms(on / len(pairs), off / len(pairs), lambd), list(gradient.unbind())
+            by_view[a].append((s[b] @ matrix.T, of_rows))
+            by_view[b].append((s[a] @ matrix, torch.linalg.vector_norm(matrix, dim=0).square()))
+    products = [reduce(Tensor.add_, [product for product, _ in its]) for its in by_view if its]
+    sums = [torch.stack([own for _, own in its]).sum(0) for its in by_view if its]
+    return torch.stack(diagonals), squares, products, sums
 
 
 def _gram(
-    views: list[Tensor], lambd: float, counts: list[int], wanted: bool, comm: Collective
-) -> tuple[BarlowTwinsLossTerms, list[Tensor]]:
-    """Return the same from one N x N matrix per view: the gradient by S_a of ``||C_ab||^2`` is 2 G_b S_a / N.
-
-    ``along`` is the column sum of S_a times that gradient.
-    """
-    rows, count = sum(counts), len(views)
-    every = comm.gather_rows(torch.stack(views, 1).detach(), counts=counts).transpose(0, 1)
-    s, inverse = _standardized(every, rows, LOCAL)
-    grams = (s @ s.mT).div_(rows)
-    pairs = list(combinations(range(count), 2))
-    diagonals = torch.stack([(s[a] * s[b]).sum(0) for a, b in pairs]).div_(rows)
-    own = diagonals.square().sum()
+    every: Tensor, s: Tensor, wanted: bool, comm: Collective
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Compute the same from this process's rows of one N x N matrix per view: ``sum_b S_b C_ab^T = sum_b G_b S_a``."""
+    grams = s @ every.mT
     total = grams.sum(0)
-    off = (squared_norm(total) - squared_norm(grams)) / 2 - own
-    terms = _terms((diagonals - 1).square().sum() / len(pairs), off / len(pairs), lambd)
+    squares = (squared_norm(total) - squared_norm(grams)) / 2
+    diagonals = torch.stack([(every[a] * every[b]).sum(0) for a, b in combinations(range(len(s)), 2)])
     if not wanted:
-        return terms, []
-    gradient = torch.sub(total, grams).mul_(2 * lambd) @ s
-    # of the diagonal, which has other derivatives: 2 (C_ii - 1) in place of 2 lambd C_ii
-    slopes = 2 * (diagonals - 1) - 2 * lambd * diagonals
-    for (a, b), slope in zip(pairs, slopes, strict=True):
-        gradient[a].addcmul_(s[b], slope)
-        gradient[b].addcmul_(s[a], slope)
-    along = (s * gradient).sum(1, keepdim=True).div_(rows)
-    gradient.addcmul_(s, along, value=-1).mul_(inverse * (comm.size / (rows * len(pairs))))
-    first = sum(counts[: comm.rank])
-    return terms, list(gradient[:, first : first + counts[comm.rank]].unbind())
-
-
-def _terms(invariance: Tensor, redundancy: Tensor, lambd: float) -> BarlowTwinsLossTerms:
-    redundancy = redundancy.clamp_min(0)  # the difference of two sums
-    return BarlowTwinsLossTerms(invariance + lambd * redundancy, invariance, redundancy)
+        return diagonals, comm.sum(squares), [], []
+    products = torch.sub(total, grams) @ every
+    sums = torch.cat([squares.reshape(1), (s * products).sum(1).flatten()])
+    squares, *_ = sums = comm.sum(sums)
+    return diagonals, squares, list(products.unbind()), list(sums[1:].view(len(s), -1).unbind())
 
 
 def _standardized(
     z: Float[Tensor, "V B D"], rows: int, comm: Collective
 ) -> tuple[Float[Tensor, "V B D"], Float[Tensor, "V 1 D"]]:
-    """Standardise the columns over all processes; return them and ``1 / sqrt(var + eps)``."""
+    """Return S_v, standardised columns over the square root of N, and ``1 / sqrt(N (var + eps))``."""
     s = z - comm.sum(z.sum(1, keepdim=True)) / rows
-    inverse = (comm.sum(s.square().sum(1, keepdim=True)) / rows + EPS).rsqrt()
+    inverse = (comm.sum(torch.linalg.vector_norm(s, dim=1, keepdim=True).square()) + rows * EPS).rsqrt()
     return s.mul_(inverse), inverse
 
 

@@ -86,6 +86,11 @@ def test_matrix_losses_take_less_memory_at_any_size(name, rows, width):
     assert result.ours_bytes < result.plain_bytes
 
 
+def test_relic_takes_a_third_of_the_memory():
+    result = compare("relic", 4096, 16, repeat=1, budget=0)
+    assert 3 * result.ours_bytes < result.plain_bytes
+
+
 @pytest.mark.slow
 @pytest.mark.solo
 def test_step_compares_each_method_with_one_of_solo_learns(one_thread, tmp_path, capsys):

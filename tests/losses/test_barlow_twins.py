@@ -205,9 +205,9 @@ def _traffic(comm, *views):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize(("width", "sent"), [(4, [2, 8, 8, 16]), (30, [2, 2 * 10 * 30])])
+@pytest.mark.parametrize(("width", "sent"), [(4, [2, 8, 8, 16]), (30, [2, 2 * 10 * 30, 1 + 2 * 30])])
 def test_sends_the_smaller_thing_and_nothing_in_backward(ranks, width, sent):
-    """Counts, means, variances and C; or counts and rows."""
+    """Counts, means, variances and C; or counts, rows, and sums of the columns."""
     parts = list(zip(*(view.split(10) for view in toy_views(20, width)), strict=True))
     assert ranks.run(_traffic, parts) == [(sent, 0)] * 2
 

@@ -18,7 +18,7 @@ from plugins.methods.common import (
     two_layer_head,
     two_layer_predictor,
 )
-from plugins.spec import Embeddings, MethodSpec, Option, Paper
+from plugins.spec import Embeddings, Hints, MethodSpec, Option, Paper, predictor_hints
 
 TARGETS = ("ema", "self")
 PREDICTORS = ("mlp", "none")
@@ -76,6 +76,11 @@ def _predictor(options: Mapping[str, Any], comm: Collective) -> nn.Module:
     return NoPredictor() if options["predictor"] == "none" else two_layer_predictor(options, comm)
 
 
+def _hints(options: Mapping[str, Any]) -> Mapping[str, Hints]:
+    """Return those of the predictor, and a learned temperature without weight decay, which would pull it to 1."""
+    return {**predictor_hints(options), "loss": Hints(no_decay=True)}
+
+
 SPEC = MethodSpec(
     name="relic",
     loss=ReLICCriterion,
@@ -111,5 +116,6 @@ SPEC = MethodSpec(
         "negatives_seed": Option(0, "seed of these draws, >= 0", low=0),
         "log_eigvals": LOG_EIGVALS,
     },
+    hints=_hints,
     paper=Paper("ReLIC", "Mitrovic, McWilliams, Walker, Buesing and Blundell 2021, arXiv:2010.07922, eq. 3"),
 )

@@ -18,5 +18,5 @@ SPEC = replace(
             for name, default in {"pairs": "all", "num_negatives": 10, "stop": "entropy"}.items()
         },
     },
-    paper=Paper("ReLICv2", "Tomasev, Bica, McWilliams, Buesing, Pascanu, Blundell and Mitrovic 2022, arXiv:2201.05119"),
+    paper=Paper("ReLICv2", "Tomasev et al. 2022, arXiv:2201.05119"),
 )

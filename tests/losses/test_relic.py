@@ -17,7 +17,8 @@ from plugins.losses import ReLICLoss, relic_loss, relic_terms
 from plugins.losses.relic import KL, PAIRS, STOP
 from plugins.methods import METHODS
 from plugins.methods.relic import drawn_candidates
-from plugins.spec import Embeddings
+from plugins.objective import Objective
+from plugins.spec import Embeddings, Hints
 from plugins.testing import DIFFICULT, assert_joined, devices, difficult_views, toy_mlp, toy_views
 
 OPTIONS = [dict(zip(("kl", "stop", "pairs"), each, strict=True)) for each in itertools.product(KL, STOP, PAIRS)]
@@ -393,6 +394,19 @@ def test_the_methods_learn_a_temperature():
     criterion(_embeddings()).loss.backward()
     assert criterion.loss.log_scale.grad != 0
     assert criterion(_embeddings()).temperature.item() == pytest.approx(1)
+
+
+def test_a_learned_temperature_is_trained_without_decay():
+    spec = METHODS["relic"]
+    for learned in (False, True):
+        options = spec.resolve({"learn_temperature": learned, "pred_lr_scale": 3.0})
+        objective = Objective(spec, options)
+        groups = {group.name: group for group in objective.groups}
+        assert [*groups] == ["loss"] * learned
+        if learned:
+            assert [*groups["loss"].parameters] == ["loss.loss.log_scale"]
+            assert groups["loss"].hints == Hints(no_decay=True)
+    assert spec.hints(options)["predictor"].lr_scale == 3
 
 
 def _drawn_step(comm, model, *x):

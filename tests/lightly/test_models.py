@@ -13,6 +13,7 @@ from lightly_ext.names import CLASS_NAMES
 from plugins.distributed import LOCAL
 from plugins.heads import Heads, TwoBranchHead
 from plugins.methods import METHODS
+from plugins.objective import project
 from plugins.spec import Embeddings
 from plugins.targets import EMATeacher
 from plugins.testing import NARROW, assert_joined, toy_mlp, toy_views
@@ -55,7 +56,7 @@ def plugins_loss(method: str, model: models.MethodModel, views: list[Tensor]) ->
     spec = METHODS[method]
     options = spec.resolve(small(method))
     features = [model.backbone(view).flatten(1) for view in views]
-    z = [model.projection_head(h) for h in features]
+    z = project(model.projection_head, features)
     p = z if spec.predictor is None else model.prediction_head.predict(z)
     if spec.teacher:
         with torch.no_grad():

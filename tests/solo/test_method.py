@@ -7,6 +7,7 @@ import torch
 from plugins.distributed import LOCAL
 from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
+from plugins.objective import project
 from plugins.spec import Embeddings
 from plugins.tools.command import UserError
 from solo_ext.compat import native_methods, pl
@@ -50,7 +51,7 @@ def test_loss_and_gradients_are_those_of_plugins(name, compose):
 
     model.load_state_dict(state)
     feats = [model.backbone(view) for view in batch[1]]
-    z = [model.projector(f) for f in feats]
+    z = project(model.projector, feats)
     p = model.predictor.predict(z) if model.predictor is not None else z
     if METHODS[name].teacher:
         with torch.no_grad():

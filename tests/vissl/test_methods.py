@@ -13,6 +13,7 @@ from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_att
 from plugins.distributed import LOCAL
 from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
+from plugins.objective import project
 from plugins.spec import Embeddings
 from plugins.testing import NARROW
 from plugins.tools.command import UserError
@@ -67,7 +68,7 @@ def plugins_loss(method: str, options: Any, trunk: nn.Module, head: Any, teacher
     """The same from the SPEC alone, each view by itself."""
     spec = METHODS[method]
     features = [trunk(view, [])[0].flatten(1) for view in views]
-    z = [head.projector(h) for h in features]
+    z = project(head.projector, features)
     p = z if spec.predictor is None else head.predictor.predict(z)
     if isinstance(head.projector, TwoBranchHead):
         target = [head.projector.teacher(h) for h in features]

@@ -124,7 +124,7 @@ def _gradients(
     weight: float,
     scale: float,
 ) -> list[Tensor]:
-    """Return the gradients by z_a: ``g_a - S_a diag(S_a^T g_a)`` over the standard deviation, g_a the gradient by S_a."""
+    """Return the gradients by z_a: ``g_a - S_a diag(S_a^T g_a)`` over the standard deviation; g_a is that by S_a."""
     pairs = list(combinations(range(len(s)), 2))
     found = []
     for a, (product, along) in enumerate(zip(products, sums, strict=True)):

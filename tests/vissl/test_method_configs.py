@@ -53,11 +53,12 @@ def test_pretraining_configuration_builds(name: str) -> None:
     transform = get_transform(config.DATA.TRAIN.TRANSFORMS)
     noise = Image.effect_noise((300, 300), 50).convert("RGB")
     views = transform({"data": [noise], "label": [0], "data_valid": [True], "data_idx": [0]})["data"]
-    assert len(views) == 2
+    assert len(views) == (config.DATA.TRAIN.TRANSFORMS[0].get("total_num_crops") or 2)
     crop = {"digits": 16, "cifar": 32, "imagenet100": 224, "imagenet_rn50": 224}[
         name.rpartition("/")[2].partition("_e")[0]
     ]
-    assert all(view.shape == (3, crop, crop) for view in views)
+    assert all(view.shape == (3, crop, crop) for view in views[:2])
+    assert all(view.shape == (3, 96, 96) for view in views[2:])
 
     # the peak of the schedule is the base value times the images of a step over 256
     images = (

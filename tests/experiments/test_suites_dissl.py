@@ -103,6 +103,7 @@ def test_baselines_have_the_published_heads():
         assert cfg.method == "dino" and "n_classes" in cfg.method_kwargs, "solo-learn's own has num_prototypes"
 
 
+@pytest.mark.slow
 def test_clusters_heads_and_probes():
     clusters = {name: training(run).method_kwargs.n_classes for name, run in runs("dissl_fig7a").items()}
     assert clusters == {"dissl-quarter": 24000, "dissl-half": 20000, "dissl-one": 16384}

@@ -24,6 +24,7 @@ def test_both_methods_for_100_200_and_400_epochs(in_checkout):
         assert all([step.name for step in run.steps] == ["pretrain", "linear", "export"] for run in found)
 
 
+@pytest.mark.slow
 def test_steps_hand_their_files_on_in_solo(in_checkout):
     for run in matrix_ssl.in_solo(Request(data_folder=Path("/data"))):
         pretrain = composed(run.steps[0].arguments)

@@ -151,6 +151,7 @@ def test_discrete_descent_follows_the_differential_equation(rule, step, deviatio
     assert deviation / 2 < error.max() < deviation
 
 
+@pytest.mark.sample("1.0")
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
 def test_iso_closed_form(alpha):
     path = matrix_trajectory(5000, step=1e-3, noise=NOISE, alpha=alpha, rule="iso")
@@ -396,6 +397,7 @@ def participation_while_trained(metric, iso, at):
     return ratios
 
 
+@pytest.mark.sample("cosine")
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_p15_iso_recruits_modes_sooner_end_to_end(metric):
     early_direct, late_direct = participation_while_trained(metric, False, (60, 300))

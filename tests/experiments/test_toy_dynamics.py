@@ -67,6 +67,7 @@ def test_the_suite_draws_figures_and_a_table(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().out.count("skipped, finished before") == 4
 
 
+@pytest.mark.slow
 def test_same_numbers_give_the_same_files(tmp_path):
     for folder in ("a", "b"):
         toy_dynamics.draw("early_growth", tmp_path / folder, fraction=0.01)

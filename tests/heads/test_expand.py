@@ -47,6 +47,7 @@ def test_tells_its_new_width(name, width):
     assert model.inplanes == 2 * width and isinstance(model.fc, nn.Identity)
 
 
+@pytest.mark.sample("16-128")
 @pytest.mark.parametrize("dim", [128, 512, 1024])
 @pytest.mark.parametrize("bottleneck", [16, None])
 def test_represents_in_the_new_width(dim, bottleneck):

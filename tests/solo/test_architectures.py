@@ -73,6 +73,7 @@ EXPANDED = {
 }
 
 
+@pytest.mark.sample("expanded_resnet18")
 @pytest.mark.parametrize("name", sorted(EXPANDED))
 def test_expanded_widths(name):
     own, wide, count, expanded = EXPANDED[name]

@@ -99,6 +99,7 @@ def test_imagenet_settings(name, images):
     assert [view.gaussian_blur.prob for view in cfg.augmentations] == [1.0, 0.1]
 
 
+@pytest.mark.sample("digits/linear.yaml", "imagenet/linear_finetune.yaml")
 @pytest.mark.parametrize("path", [path for path in COMPLETE if path not in SELF_SUPERVISED], ids=str)
 def test_linear_evaluation_parses(path, images):
     cfg = parse_linear(load(path, "pretrained_feature_extractor=x", *local(images)))
@@ -182,6 +183,7 @@ def test_settings_of_matrix_ssl_and_mec(folder, name, images):
         assert cfg.method_kwargs.warmup_iter == 10 * per_epoch
 
 
+@pytest.mark.sample("200-mec")
 @pytest.mark.parametrize("name", ["matrix_ssl", "mec"])
 @pytest.mark.parametrize("epochs", [100, 200, 400])
 def test_learning_rate_of_matrix_ssl_and_mec(name, epochs, images):

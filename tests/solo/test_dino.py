@@ -115,6 +115,7 @@ def test_step_is_the_loss_of_both_views_through_one_batch_norm(configured):
     assert "objective.criterion.center" in state
 
 
+@pytest.mark.sample("0-True")
 @pytest.mark.parametrize(("epoch", "frozen"), [(0, True), (1, False)])
 def test_the_last_layer_stays_in_the_first_epoch(configured, monkeypatch, epoch, frozen):
     model = _model(configured())

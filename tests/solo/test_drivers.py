@@ -307,6 +307,7 @@ def test_help(monkeypatch, capfd):
         assert stopped.value.code == 0 and word in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_method(untrained, digits, tmp_path, monkeypatch, capfd):
     checkpoint = find_checkpoint(untrained)
     more = (f"++resume_from_checkpoint='{checkpoint}'",)

@@ -30,6 +30,7 @@ _UNKNOWN = {
 }
 
 
+@pytest.mark.sample("lr", "auto_resume.enable")
 @pytest.mark.parametrize("key", _UNKNOWN)
 def test_an_unknown_entry_names_the_nearest(key, compose):
     value = "x" if key.startswith("limit") else "1"

@@ -151,6 +151,7 @@ def _of_images(root: Path) -> list[str]:
     return ["--weights", str(root / "file.torch"), *folders, "--num-workers", "0", "--batch-size", "3"]
 
 
+@pytest.mark.slow
 def test_images_by_a_file_of_weights(images, tmp_path):
     config = tmp_path / "svc.yaml"
     config.write_text("probes: [{kind: svc, C: 1}, {kind: logistic, C: [1, 10]}]\nholdout: 0.25\n")

@@ -169,6 +169,7 @@ def test_normalized_probe_sees_neither_scale_nor_offset():
     assert accuracy(without, odd, labels)[0] < 90
 
 
+@pytest.mark.sample("probe0", "probe5")
 @pytest.mark.parametrize(
     "probe",
     [
@@ -225,6 +226,7 @@ def test_drawn_strengths_are_log_uniform():
     assert [row["C"] for row in grid] == draw_strengths(3, 3)
 
 
+@pytest.mark.sample("probe1")
 @pytest.mark.parametrize(
     "probe", [QUICK._replace(grid=(Setting(1.0, 1e-4), *TWO)), Probe("logistic", C=(1e-4, 1e-2, 1.0))]
 )

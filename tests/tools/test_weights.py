@@ -48,6 +48,7 @@ def forms(model: nn.Module) -> dict[str, dict]:
     }
 
 
+@pytest.mark.sample("flat")
 @pytest.mark.parametrize("form", ["flat", "our own names", "prefixed", "trunk", "model_state_dict", "vissl"])
 def test_every_form_gives_the_same_model(form, model, tmp_path):
     torch.save(forms(model)[form], tmp_path / "file.torch")
@@ -56,6 +57,7 @@ def test_every_form_gives_the_same_model(form, model, tmp_path):
     assert not loaded.training and all(parameter.requires_grad for parameter in loaded.parameters())
 
 
+@pytest.mark.sample("2048-318")
 @pytest.mark.parametrize(("dim", "tensors"), [(2048, 318), (8192, 336)])
 def test_resnet50_of_the_published_sizes(dim, tensors, tmp_path):
     with torch.device("meta"):
@@ -250,6 +252,7 @@ def test_preprocessor():
     assert prepared[1].mean().item() == pytest.approx((0.485 - 0.456) / 0.224, abs=0.02)
 
 
+@pytest.mark.sample("vissl")
 @pytest.mark.parametrize("kind", ["solo", "lightly", "vissl"])
 def test_checkpoints_trained_here_become_such_files(kind, model, tmp_path, capsys):
     def prefixed(module, prefix):

@@ -95,6 +95,7 @@ def test_other_sources_are_left_alone(folders):
     assert list(cfg.config.DATA.TRAIN.DATA_SOURCES) == ["synthetic"]
 
 
+@pytest.mark.sample("*-missing-*")
 @pytest.mark.parametrize(
     ("config", "name", "overrides", "text"),
     [

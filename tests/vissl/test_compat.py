@@ -59,6 +59,7 @@ def bare() -> dict:
     return json.loads(process.stdout)
 
 
+@pytest.mark.slow
 def test_pkg_resources_is_needed(bare):
     assert bare["misc"] == bare["collect_env"] == "ModuleNotFoundError: No module named 'pkg_resources'"
     import pkg_resources
@@ -70,11 +71,13 @@ def test_pkg_resources_is_needed(bare):
         pkg_resources.get_distribution("no such thing")
 
 
+@pytest.mark.slow
 def test_kinetics400_is_needed(bare):
     assert bare["kinetics"].startswith("ImportError: cannot import name 'Kinetics400'")
     import classy_vision.dataset.classy_kinetics400  # noqa: F401
 
 
+@pytest.mark.slow
 def test_numpy_names_are_needed(bare):
     assert "has no attribute 'float'" in bare["svm"]
     assert "has no attribute 'int'" in bare["rmac"]
@@ -108,6 +111,7 @@ def test_import_warnings_are_left_out(bare):
     assert process.stdout == "" and len(process.stderr.splitlines()) == 1 and process.stderr.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_nan_output_is_needed(bare):
     assert bare["nan"].startswith("AttributeError")
     from vissl.hooks import CheckNanModelOutputHook

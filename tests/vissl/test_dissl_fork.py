@@ -507,6 +507,7 @@ def test_convnext_is_trained_with_four_channels(prepared: Callable) -> None:
     assert not missed
 
 
+@pytest.mark.sample("{DIMS*")
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -564,6 +565,7 @@ def test_heads_see_groups_of_resolutions_and_the_loss_is_that_of_plugins(prepare
     assert model.trunk._feature_blocks["conv1"].in_channels == 4
 
 
+@pytest.mark.sample("cntr_issl_loss")
 @pytest.mark.parametrize("name", ["cntr_issl_loss", "simple_cntr_issl_loss"])
 def test_two_features_have_a_head_each(name: str, prepared: Callable) -> None:
     task = built(prepared("pretrain/small/cntr", f"config.LOSS.name={name}"))
@@ -620,6 +622,7 @@ def test_a_resumed_run_goes_on_in_its_warm_up(folder: Path, few_digits: Path, la
     assert {"H_M", "H_Mlz", "distillation", "invariance"} <= set(rows[0].split(","))
 
 
+@pytest.mark.slow
 def test_the_warm_up_of_the_learning_rate_is_kept(prepared: Callable) -> None:
     """VISSL deletes it where there is one machine: its schedule is then the cosine alone."""
     assert [part["name"] for part in _lr(prepared("pretrain/small/dstl")).schedulers] == ["linear", "cosine"]
@@ -634,6 +637,7 @@ def test_the_warm_up_of_the_learning_rate_is_kept(prepared: Callable) -> None:
     assert schedule.name == "cosine"
 
 
+@pytest.mark.slow
 def test_simclr_of_the_forks_folder_is_warmed_up_as_written(folder: Path, tmp_path: Path, prepared: Callable) -> None:
     """Its loss is VISSL's; what tells the fork's files is the folder pretrain/dstl or pretrain/cntr beside them."""
 
@@ -663,6 +667,7 @@ def _lr(config: Any) -> Any:
     return config.OPTIMIZER.param_schedulers.lr
 
 
+@pytest.mark.slow
 def test_without_the_forks_keys_vissls_own_parts_are_built(prepared: Callable) -> None:
     """Same random weights, same keys, same outputs, crops of two sizes included."""
     config = prepared("pretrain/simclr/simclr_8node_resnet", "config.MODEL.SYNC_BN_CONFIG.SYNC_BN_TYPE=pytorch").MODEL
@@ -768,6 +773,8 @@ def test_the_epoch_is_set_in_the_transforms_before_the_data_are_loaded(prepared:
 
 
 def test_the_epoch_is_set_before_the_iterator_is_made(prepared: Callable) -> None:
+@pytest.mark.slow
+def test_the_epoch_is_told_before_the_iterator_is_made(prepared: Callable) -> None:
     """VISSL's hooks at the start of a phase come after the loader's processes have their copy of the transforms."""
     task = built(prepared("pretrain/small/dstl"))
     transform = get_transform(task.config.DATA.TRAIN.TRANSFORMS)

@@ -32,6 +32,7 @@ def claimed(folder: Path, *overrides: str, engine: str = "train") -> dict[str, A
     return ours
 
 
+@pytest.mark.slow
 def test_the_same_run_may_go_on_with_more_epochs_and_on_another_machine(tmp_path: Path) -> None:
     claimed(tmp_path)
     (tmp_path / "model_phase1.torch").touch()

@@ -249,6 +249,7 @@ def test_settings_that_need_a_gpu_are_changed_on_a_cpu_and_reported(no_gpu):
     assert OmegaConf.to_container(cfg) == before
 
 
+@pytest.mark.sample("config.MACHINE.DEVICE=gpu-*")
 @pytest.mark.parametrize(
     ("override", "text"),
     [
@@ -378,6 +379,7 @@ def test_more_classes_than_outputs_raise_an_error(few_digits: Path, tmp_path: Pa
         prepare([*words, head, f"config.CHECKPOINT.DIR={tmp_path}"], [])
 
 
+@pytest.mark.sample("pickle")
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -74,6 +74,7 @@ def test_pretraining_configuration_builds(name: str) -> None:
 LINEAR = "benchmark/linear_image_classification"
 
 
+@pytest.mark.sample("digits-*")
 @pytest.mark.parametrize(("data", "classes", "rate"), [("imagenet1k", 1000, 0.48), ("digits", 10, 1.0)])
 def test_linear_evaluation_with_larc_builds(data: str, classes: int, rate: float) -> None:
     """A frozen ResNet-50, the norm without scale and shift, LARC without decay, a cosine epoch by epoch."""
@@ -121,6 +122,7 @@ def test_ten_epochs_of_warm_up_however_long_the_run(method: str, suffix: str, ep
     assert 0 < schedule((total - 1) / total) < 1e-7
 
 
+@pytest.mark.sample("mec-of_loss1-_e200")
 @pytest.mark.parametrize("suffix", ["", "_e200", "_e400"])
 @pytest.mark.parametrize(
     ("method", "of_loss"),

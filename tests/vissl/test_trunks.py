@@ -87,6 +87,8 @@ def test_features_of_any_width_are_those_of_the_expanded_resnet() -> None:
 
 
 def test_weights_of_vissls_trunk_can_be_loaded() -> None:
+@pytest.mark.slow
+def test_weights_of_vissls_own_trunk_fit() -> None:
     config = model_config("config.MODEL.TRUNK.RESNETS.DEPTH=50", "config.MODEL.TRUNK.NAME=resnet")
     torch.manual_seed(1)
     stock = get_model_trunk("resnet")(config, "resnet").eval()
@@ -124,6 +126,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 _REGNET = "{depth:4,w_0:8,w_a:8.0,w_m:2.0,group_width:8,bn_epsilon:1e-05,bn_momentum:0.1}"
 
 
+@pytest.mark.sample("overrides1")
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -111,7 +111,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     from vissl_ext import catalog, ranks
     from vissl_ext.checks import check, check_outputs, check_sections
     from vissl_ext.compat.checkpoints import reopen, set_aside, torn_name
-    from vissl_ext.compat.folder_images import forget_unreadable
+    from vissl_ext.compat.folder_images import reset_unreadable
     from vissl_ext.compose import compose
     from vissl_ext.defaults import adapt, without_slurm
     from vissl_ext.identity import check_same, claim, identity
@@ -160,7 +160,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
                     "the learning rate and other schedules follow the new number of epochs"
                 )
         claim(folder, ours)
-        forget_unreadable(folder)
+        reset_unreadable(folder)
         save_attrdict_to_disk(_plain(config))
         catalog.write_lists(lists)
     except OSError as error:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-import vissl_ext  # noqa: F401 - mends VISSL before a test imports it
+import vissl_ext  # noqa: F401 - patches VISSL before a test imports it
 
 collect_ignore = ["in_ranks", "runner.py", "upstream.py"]  # not tests; the search for doctests would import them
 ROOT = Path(__file__).parents[2]

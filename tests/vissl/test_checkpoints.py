@@ -286,4 +286,4 @@ def test_an_image_that_cannot_be_read_is_named_once(
     assert result["status"] == 0, result["output"][-3000:]
     named = sorted(line for line in result["output"].splitlines() if "cannot be read" in line)
     assert [line.partition(" cannot be read as an image: ")[0] for line in named] == [str(torn), str(empty)]
-    assert all(line.endswith("; a grey image, or another one, takes its place in the training") for line in named)
+    assert all(line.endswith("; it is replaced by a grey image or by another image of the training") for line in named)

@@ -1,4 +1,4 @@
-"""What vissl_ext.compat mends: each test fails when the mending is no longer needed, or no longer works."""
+"""Patches of vissl_ext.compat: each test fails if the patch is no longer needed, or no longer works."""
 
 import json
 import os

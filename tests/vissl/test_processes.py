@@ -209,7 +209,7 @@ def received(comm: Collective, path: str, gpu: bool) -> dict[str, Any]:
     from classy_vision.generic.distributed_util import set_cpu_device, set_cuda_device_index
     from classy_vision.generic.util import load_and_broadcast_checkpoint
 
-    import vissl_ext  # noqa: F401 - mends Classy Vision
+    import vissl_ext  # noqa: F401 - patches Classy Vision
 
     set_cuda_device_index(comm.rank) if gpu else set_cpu_device()
     return load_and_broadcast_checkpoint(path)

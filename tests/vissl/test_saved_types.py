@@ -155,4 +155,4 @@ def test_clusters_need_it(tmp_path: Path, no_types_of_ours: None) -> None:
     written = SimpleNamespace(config=AttrDict({}), cluster_assignments={})
     ClusterAssignmentLoader.save_cluster_assignment(str(tmp_path), written)
     with pytest.raises(Exception, match=r"Weights only load failed[\s\S]*vissl.config.attr_dict.AttrDict"):
-        ClusterAssignmentLoader.load_cluster_assigment.mends(str(tmp_path / "cluster_assignments.torch"))
+        ClusterAssignmentLoader.load_cluster_assigment.__wrapped__(str(tmp_path / "cluster_assignments.torch"))

@@ -1,8 +1,8 @@
-"""What VISSL 0.1.6 needs to run on today's stack, one small module each, named after what it mends.
+"""Patches with which VISSL 0.1.6 runs with current package versions, one module per problem.
 
-The docstring of each module names the file and line that needs it; the tests show that it still does. Most modules have
-``activate()``, which may be called again without harm; ``cuda_calls``, ``rank_states`` and ``restored_losses`` are used
-in each training.
+The docstring of each module names the file and line that needs the patch, and a test fails when the patch is no longer
+needed. Most modules have ``activate()``, whose repeated calls have no effect. The launcher and the task use
+``cuda_calls``, ``rank_states`` and ``restored_losses`` in each run.
 """
 
 from importlib.util import find_spec
@@ -25,12 +25,12 @@ from vissl_ext.compat import (
 
 
 def activate() -> None:
-    """Mend everything; does nothing where VISSL is not installed."""
+    """Apply all patches, if VISSL is installed."""
     if find_spec("vissl") is None:
         return
-    mends = (
+    patches = (
         *(import_warnings, pkg_resources, numpy_names, kinetics400, broadcasts, checkpoints, folder_images),
         *(linear_warmup, local_copies, missing_weights, nan_output, safe_files, saved_types),
     )
-    for mend in mends:
-        mend.activate()
+    for patch in patches:
+        patch.activate()

@@ -1,8 +1,8 @@
-"""Images of a folder, decoded by :mod:`plugins.tools.images`, once each, with the file's name in an error.
+"""Decoding of image files by :mod:`plugins.tools.images`, once per image, with the path in error messages.
 
-vissl/data/disk_dataset.py:121 decodes an image of a class folder to have its path for a message, and line 132 decodes
+vissl/data/disk_dataset.py:121 decodes an image of a class folder to find its path for a message, and line 132 decodes
 it again. Line 148 decodes an image of a list of files with ``convert("RGB")``, which clips 16-bit and floating-point
-images. An image of a list that cannot be read is replaced, at line 146, by a grey one, of which the log alone hears.
+images. Line 146 replaces an image of a list that cannot be read by a grey image, which only the log reports.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from plugins.tools.folders import ImageFolder
 from plugins.tools.images import open_image
 
 _UNREADABLE = "unreadable_images.txt"
-"""In the run's folder: the images that have been named, by all processes, whose loaders begin anew each epoch."""
+"""File in the run's folder with the images that any process has reported, because workers restart in each epoch."""
 
 
 class PairedReads(ImageFolder):
-    """torchvision's ImageFolder for a reader that asks for each image twice in a row and decodes it once.
+    """torchvision's ImageFolder that decodes an image once if it is read twice in succession.
 
     Args:
-        root: the folder with a folder for each class.
+        root: folder with one subfolder per class.
     """
 
     last: tuple[int, Any] | None = None
@@ -50,53 +50,53 @@ def _open(file: Any) -> Any:
     return open_image(file, file.name)
 
 
-def forget_unreadable(folder: Path) -> None:
-    """Let images that cannot be read be named anew.
+def reset_unreadable(folder: Path) -> None:
+    """Delete the list of images that have been reported as unreadable.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
     """
     (folder / _UNREADABLE).unlink(missing_ok=True)
 
 
-def _name(path: str, folder: Path) -> None:
-    """Say that an image cannot be read, unless a process of the run has said so."""
-    said = folder / _UNREADABLE
-    if said.is_file() and path in said.read_text().splitlines():
+def _report(path: str, folder: Path) -> None:
+    """Print that an image cannot be read, unless a process of the run has reported it."""
+    reported = folder / _UNREADABLE
+    if reported.is_file() and path in reported.read_text().splitlines():
         return
     try:
         open_image(path)
         reason = "it cannot be read"
     except UserError as error:
         reason = str(error)
-    print(f"{reason}; a grey image, or another one, takes its place in the training", flush=True)
+    print(f"{reason}; it is replaced by a grey image or by another image of the training", flush=True)
     try:
-        with said.open("a") as file:
+        with reported.open("a") as file:
             file.write(f"{path}\n")
     except OSError:
-        pass  # then it is said again
+        pass  # it will be reported again
 
 
-def _named(get: Callable[..., Any]) -> Callable[..., Any]:
-    """An item of VISSL's data set; an image that cannot be read is named on the console."""
+def _reporting(get: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``__getitem__`` of VISSL's data set so that it reports images that cannot be read."""
 
     @wraps(get)
     def item(self: Any, index: int) -> Any:
         image, success = get(self, index)
         if not success and self.data_source == "disk_filelist":
             path = self._replace_img_path_prefix(str(self.image_dataset[index]), self._remove_prefix, self._new_prefix)
-            _name(path, Path(self.cfg["CHECKPOINT"]["DIR"]))
+            _report(path, Path(self.cfg["CHECKPOINT"]["DIR"]))
         return image, success
 
     return item
 
 
 def activate() -> None:
-    """Replace VISSL's ways to read an image file."""
+    """Replace the functions with which VISSL reads image files."""
     from vissl.data import disk_dataset
 
     disk_dataset.ImageFolder = PairedReads
     disk_dataset.Image = SimpleNamespace(open=_open)
     dataset = disk_dataset.DiskImageDataset
     if not hasattr(dataset.__getitem__, "__wrapped__"):
-        dataset.__getitem__ = _named(dataset.__getitem__)
+        dataset.__getitem__ = _reporting(dataset.__getitem__)

@@ -1,4 +1,4 @@
-"""Warnings that VISSL's own code raises, which a user of it cannot act on.
+"""Warnings due to VISSL's code, which a user cannot avoid.
 
 classy_vision/dataset/transforms/__init__.py:15 (torchvision's video transforms), classy_vision/models/mlp.py and others
 (torch.jit), vissl/utils/hydra_config.py:124 (Hydra's version_base), vissl/trainer/train_task.py:203 and
@@ -18,7 +18,7 @@ _MESSAGES = (
 
 
 def activate() -> None:
-    """Leave them out."""
+    """Filter these warnings."""
     for message in _MESSAGES:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""The linear warm-up of a learning rate that is scaled automatically.
+"""Linear warm-up of a learning rate with automatic scaling.
 
-vissl/utils/hydra_config.py:171 deletes it on a single machine, and line 168 gives it another first value on several;
-VISSL's fork of DISSL (arXiv:2209.06235) trains with the warm-up that its files have.
+vissl/utils/hydra_config.py:171 removes the warm-up on a single machine, and line 168 changes its first value on
+several. DISSL's fork of VISSL (arXiv:2209.06235) trains with the warm-up in its files.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def activate() -> None:
-    """Keep the warm-up as it is written where ``auto_lr_scaling.keep_warmup`` is true; with a loss of ours by default.
+    """Keep the configured warm-up if ``auto_lr_scaling.keep_warmup`` is true, the default for losses of this package.
 
-    ``compose`` sets it for the files of the fork with a loss of VISSL's.
+    ``compose`` sets it for the files of DISSL's fork.
     """
     from vissl.utils import hydra_config
 

@@ -1,9 +1,9 @@
-"""Images that are copied to a local disk before the training, ``DATA.TRAIN.COPY_TO_LOCAL_DISK``.
+"""Copying of images to a local disk before the training, ``DATA.TRAIN.COPY_TO_LOCAL_DISK``.
 
-vissl/utils/io.py:271 returns one value where two are expected if a folder has been copied before, otherwise it needs
-the programs ``parallel`` and ``rsync``; without COPY_DESTINATION_DIR a folder goes to ``./None``.
-vissl/data/dataset_catalog.py:138 takes the copies of two folders of one name for the same, and
-vissl/utils/distributed_launcher.py:57 deletes the whole COPY_DESTINATION_DIR at the end, with what else is in it.
+vissl/utils/io.py:271 returns one value instead of two if a folder has been copied before, and otherwise needs the
+programs ``parallel`` and ``rsync``. Without COPY_DESTINATION_DIR it copies a folder to ``./None``.
+vissl/data/dataset_catalog.py:138 confuses the copies of two folders with the same name, and
+vissl/utils/distributed_launcher.py:57 deletes all of COPY_DESTINATION_DIR at the end, including other files.
 """
 
 import os
@@ -17,24 +17,24 @@ from plugins.tools.command import UserError, print_on_rank_zero
 from plugins.tools.folders import walk
 
 _DONE = "copy_complete"
-"""The file that VISSL looks for in a folder that has been copied."""
+"""File by which VISSL recognises a folder that has been copied."""
 
 
 def activate() -> None:
-    """Copy with this, to a folder of each split's own, which alone is deleted at the end."""
+    """Copy each split to a separate folder; only these folders are deleted at the end."""
     from vissl.utils import distributed_launcher
 
     distributed_launcher._copy_to_local = copy_to_local
 
 
 def copy_to_local(config: Any) -> None:
-    """Copy the data of the splits that ask for it, and write the place into the configuration.
+    """Copy the data of the splits with COPY_TO_LOCAL_DISK, and set the folders of the copies in the configuration.
 
     Args:
-        config: VISSL's configuration, below ``config``.
+        config: VISSL's configuration, below ``config``; changed in place.
 
     Raises:
-        UserError: the copies cannot be written, or two of them would have one name.
+        UserError: the copies cannot be written, or two of them would have the same name.
     """
     from vissl.data.dataset_catalog import get_data_files
 
@@ -42,7 +42,7 @@ def copy_to_local(config: Any) -> None:
         data = config.DATA[split]
         if not data.COPY_TO_LOCAL_DISK:
             continue
-        data.COPY_TO_LOCAL_DISK = False  # the paths of the originals
+        data.COPY_TO_LOCAL_DISK = False  # so that get_data_files returns the original paths
         files, labels = get_data_files(split, config.DATA)
         data.COPY_TO_LOCAL_DISK = True
         sources = [Path(path) for path in (*files, *labels) if path and isinstance(path, str)]
@@ -50,7 +50,7 @@ def copy_to_local(config: Any) -> None:
         key = f"config.DATA.{split}.COPY_TO_LOCAL_DISK"
         if len({source.name for source in sources}) < len(sources):
             raise UserError(
-                f"{key}: two of {', '.join(map(str, sources))} have one name; rename one, or set it to false"
+                f"{key}: two of {', '.join(map(str, sources))} have the same name; rename one, or set it to false"
             )
         try:
             place = Path(data.COPY_DESTINATION_DIR or tempfile.mkdtemp(), split.lower())

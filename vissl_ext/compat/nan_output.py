@@ -1,14 +1,14 @@
-"""The end of a training whose network gives inf or NaN.
+"""Error for a model whose output is inf or NaN.
 
-vissl/hooks/state_update_hooks.py:153 calls a method that its class does not have. The hook before it has saved the
-model and its input by then.
+vissl/hooks/state_update_hooks.py:153 calls a method that its class does not have. The hook before it has already saved
+the model and its input.
 """
 
 from typing import Any
 
 
 def activate() -> None:
-    """Say what is wrong instead."""
+    """Add the missing method, which raises a FloatingPointError."""
     from vissl.hooks.state_update_hooks import CheckNanModelOutputHook
 
     if not hasattr(CheckNanModelOutputHook, "_checkpoint_model"):
@@ -16,4 +16,4 @@ def activate() -> None:
 
 
 def _stop(self: Any, task: Any, **kwargs: Any) -> None:
-    raise FloatingPointError(f"the network's output is inf or NaN in iteration {task.iteration + 1}")
+    raise FloatingPointError(f"the output of the model is inf or NaN in iteration {task.iteration + 1}")

@@ -1,4 +1,4 @@
-"""``pkg_resources``, which setuptools has dropped.
+"""``pkg_resources``, which setuptools has removed.
 
 Imported by vissl/utils/misc.py:16 and vissl/utils/collect_env.py:12.
 """
@@ -11,10 +11,10 @@ from types import ModuleType
 
 
 def activate() -> None:
-    """Put a stand-in with the two functions that VISSL calls where there is no ``pkg_resources``."""
+    """Add a module with the two functions that VISSL calls, if ``pkg_resources`` is not installed."""
     if "pkg_resources" in sys.modules or find_spec("pkg_resources") is not None:
         return
-    stand_in = ModuleType("pkg_resources", "Stands in for setuptools' pkg_resources, for VISSL.")
+    stand_in = ModuleType("pkg_resources", "Replacement of setuptools' pkg_resources for VISSL.")
     stand_in.get_distribution = distribution
     stand_in.DistributionNotFound = PackageNotFoundError
     stand_in.resource_filename = _resource_filename
@@ -22,5 +22,5 @@ def activate() -> None:
 
 
 def _resource_filename(package: str, name: str) -> str:
-    """The path of a file that a package carries, whether or not it is there."""
+    """Return the path of a file in a package, whether or not it exists."""
     return str(files(package).joinpath(name))

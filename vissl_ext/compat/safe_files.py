@@ -1,8 +1,8 @@
-"""VISSL's readers of .npy, .pkl and .yaml files, without code.
+"""Readers of .npy, .pkl and .yaml files that run no code of the file.
 
-vissl/utils/io.py:105 unpickles whatever a .pkl file holds, and vissl/data/ssl_dataset.py:176 lets a .npy file of labels
-hold pickles: both run the code of a malicious file. Lists of images (vissl/data/disk_dataset.py:81), permutations of
-patches (vissl/data/ssl_transforms/shuffle_img_patches.py:49), features and labels are read by them.
+vissl/utils/io.py:105 unpickles any content of a .pkl file, and vissl/data/ssl_dataset.py:176 allows pickles in .npy
+files of labels: both run the code in a malicious file. VISSL reads lists of images (vissl/data/disk_dataset.py:81),
+permutations of patches (vissl/data/ssl_transforms/shuffle_img_patches.py:49), features and labels with them.
 """
 
 import json
@@ -25,32 +25,32 @@ _NAMED = {
     *(("__builtin__", name) for name in ("set", "frozenset", "complex")),
     ("_codecs", "encode"),  # bytes, as Python 2's protocol writes them
 }
-"""What a pickle of plain values and NumPy's arrays names."""
+"""Module and name of the classes and functions in a pickle of plain values and NumPy arrays."""
 
 
 class _Reader(pickle.Unpickler):
-    """Reads plain values and NumPy's arrays."""
+    """Unpickler of plain values and NumPy arrays."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Find what a pickle names.
+        """Return a class or function of the pickle.
 
         Raises:
-            UnpicklingError: it is none of the names that hold values.
+            UnpicklingError: it is not allowed.
         """
         if (module, name) not in _NAMED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
+            raise pickle.UnpicklingError(f"it contains {module}.{name}, which could run code")
         return super().find_class(module, name)
 
 
 def load_file(filename: str, mmap_mode: str | None = None) -> Any:
-    """Read a .npy, .pkl, .pickle, .json or .yaml file; no code in it runs.
+    """Read a .npy, .pkl, .pickle, .json or .yaml file without running code of the file.
 
     Args:
-        filename: the path.
-        mmap_mode: of ``numpy.load``, for .npy files.
+        filename: path of the file.
+        mmap_mode: argument of ``numpy.load`` for .npy files.
 
     Raises:
-        UserError: it cannot be read, or holds more than plain values and arrays.
+        UserError: the file cannot be read, or contains other objects than plain values and arrays.
     """
     from iopath.common.file_io import g_pathmgr
 
@@ -67,7 +67,7 @@ def load_file(filename: str, mmap_mode: str | None = None) -> Any:
                 return yaml.safe_load(file)
     except UserError:
         raise
-    except Exception as error:  # a broken pickle makes Python raise nearly anything
+    except Exception as error:  # an invalid pickle may raise an exception of almost any class
         reason = " ".join((str(error).strip() or type(error).__name__).split())
         raise UserError(f"{filename} cannot be read as a {kind} file of plain values: {reason}") from None
     raise UserError(f"{filename} cannot be read: its name must end in .npy, .pkl, .pickle, .json or .yaml")
@@ -88,14 +88,14 @@ def _load_npy(filename: str, mmap_mode: Any) -> Any:
 
 
 def _load_labels(self: Any, path: str) -> Any:
-    """The labels of a .npy file, in place of ``GenericSSLDataset.load_single_label_file``."""
+    """Read a .npy file of labels, in place of ``GenericSSLDataset.load_single_label_file``."""
     if Path(path).suffix != ".npy":
-        raise UserError(f"{path} is no .npy file of labels")
+        raise UserError(f"the labels must be a .npy file, got {path}")
     return load_file(path, "r" if self.cfg["DATA"][self.split].MMAP_MODE else None)
 
 
 def activate() -> None:
-    """Let VISSL use these readers, also in modules that have imported its own already."""
+    """Replace VISSL's readers, also in modules that have already imported them."""
     from vissl.data import ssl_dataset
     from vissl.utils import io
 

@@ -1,14 +1,14 @@
-"""What files of former VISSL hold besides tensors, read as torch reads files from outside: with ``weights_only``.
+"""Types in VISSL's files that torch must be allowed to load with ``weights_only``.
 
 classy_vision/generic/util.py:280 reads checkpoints and the weights of MODEL.WEIGHTS_INIT.PARAMS_FILE, and
-classy_vision/generic/distributed_util.py:283 hands them to the other processes; since torch 2.6 both refuse NumPy's
-numbers and arrays, VISSL's AttrDict and the argparse.Namespace of other people's releases. vissl/utils/
-cluster_utils.py:45 reads the AttrDict that it has written itself. The types below hold values and run no code; all
-others stay refused.
+classy_vision/generic/distributed_util.py:283 broadcasts them. Since torch 2.6 both reject NumPy scalars and arrays,
+VISSL's AttrDict, and the argparse.Namespace of some released weights. vissl/utils/cluster_utils.py:45 reads an AttrDict
+that VISSL has written. The types below contain values and run no code; all others remain rejected.
 """
 
 from argparse import Namespace
 from collections import OrderedDict
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy import dtypes
 
 
 class _Mapping:
-    """Stands in for AttrDict: torch's reader fills this kind of mapping only."""
+    """Replacement of AttrDict by OrderedDict, the only mapping that torch's unpickler can fill."""
 
     def __new__(cls, *args: Any) -> Any:
         return OrderedDict()
@@ -35,47 +35,47 @@ _ARRAY = np.zeros(0).__reduce__()[0]
 
 
 def activate() -> None:
-    """Let torch.load read them."""
+    """Allow torch.load to load these types."""
     named = [(_SCALAR, "scalar"), (_ARRAY, "_reconstruct")]
     torch.serialization.add_safe_globals(
         [
-            # NumPy 2 has moved them; files name the former place, or the present one
+            # NumPy 2 has moved them; a file has the former module name or the present one
             *((function, f"numpy.{core}.multiarray.{name}") for function, name in named for core in ("core", "_core")),
             *(getattr(dtypes, f"{name}DType") for name in _NUMBERS),
             *(np.dtype, np.ndarray, Namespace),
-            # its former place, and the present one
+            # the former module name and the present one
             *((_Mapping, f"vissl.{module}.AttrDict") for module in ("utils.hydra_config", "config.attr_dict")),
         ]
     )
-    _read_clusters_as_written()
+    _restore_cluster_config()
 
 
-def _read_clusters_as_written() -> None:
+def _restore_cluster_config() -> None:
     from vissl.config import AttrDict
     from vissl.utils.cluster_utils import ClusterAssignmentLoader
 
     stock = ClusterAssignmentLoader.load_cluster_assigment
-    if hasattr(stock, "mends"):
+    if hasattr(stock, "__wrapped__"):
         return
 
+    @wraps(stock)
     def load_cluster_assigment(file_path: str) -> Any:
-        """The assignment of a file, its configuration an AttrDict again."""
+        """Load an assignment, and convert its configuration to an AttrDict."""
         assignment = stock(file_path)
         assignment.config = AttrDict(assignment.config)
         return assignment
 
-    load_cluster_assigment.mends = stock
     ClusterAssignmentLoader.load_cluster_assigment = staticmethod(load_cluster_assigment)
 
 
 def unknown_types(path: str) -> list[str]:
-    """What a file names that torch.load refuses to read.
+    """Return the names of the types in a file that torch.load rejects.
 
     Args:
-        path: of a file of torch.save.
+        path: path of a file of torch.save.
 
     Returns:
-        Sorted names; empty where all is known, or the file is of torch's format of before 1.6, which cannot be asked.
+        Sorted names; empty if there are none, or if the file has torch's format before 1.6, which cannot be examined.
     """
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vissl_ext import ranks  # mends VISSL
+from vissl_ext import ranks  # patches VISSL
 
 # isort: split
 from vissl.models.trunks import register_model_trunk

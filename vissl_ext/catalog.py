@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
+from torchvision.datasets.folder import is_image_file
+from vissl.data.dataset_catalog import VisslDatasetCatalog
 
 from plugins.tools.command import UserError
 from plugins.tools.files import atomic
 from plugins.tools.folders import check_same_classes, class_names, walk
 from vissl_ext.compat.safe_files import load_file
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _FILES = ("disk_folder", "disk_filelist")
 _NOT_FILES = ("synthetic", "torchvision_dataset", "airstore")
 """Data sources for which a path is not a folder of images."""
@@ -66,13 +67,16 @@ def complete(config: DictConfig, given: dict[str, Any], *, same_classes: bool = 
             raise UserError(
                 f"config.DATA.{split}.DATA_SOURCES is {list(data.DATA_SOURCES)}, but DATA_PATHS needs {sources}"
             )
-        wanted = len(data.LABEL_SOURCES) > 0 and len(data.LABEL_PATHS) == 0
-        if wanted and any(_unlabelled(name, source) for name, source in zip(names, sources, strict=True)):
+        labelled = len(data.LABEL_SOURCES) > 0 and len(data.LABEL_PATHS) == 0
+        if labelled and any(
+            source == "disk_filelist" and not VisslDatasetCatalog.has_data(name)
+            for name, source in zip(names, sources, strict=True)
+        ):
             raise UserError(
                 f"config.DATA.{split}.LABEL_SOURCES needs labels, but {data.DATA_PATHS[0]} has no class folders"
             )
         data.DATA_PATHS, data.DATA_SOURCES, data.DATASET_NAMES = paths, sources, names
-        if wanted and "disk_folder" in sources:
+        if labelled and "disk_folder" in sources:
             data.LABEL_SOURCES = sources
     if same_classes:
         _check_classes([config.DATA[split] for split in splits])
@@ -127,8 +131,6 @@ def register(config: Any) -> None:
     Args:
         config: VISSL's configuration, below ``config``.
     """
-    from vissl.data.dataset_catalog import VisslDatasetCatalog
-
     for split in ("TRAIN", "TEST"):
         data = config.DATA[split]
         if len(data.DATA_PATHS) != len(data.DATASET_NAMES):
@@ -154,8 +156,6 @@ def _replaced(split: str, data: DictConfig, given: dict[str, Any]) -> bool:
 
 
 def _check_names(split: str, data: DictConfig) -> None:
-    from vissl.data.dataset_catalog import VisslDatasetCatalog
-
     hint = f"set a folder with config.DATA.{split}.DATA_PATHS=[FOLDER]"
     if len(data.DATA_SOURCES) == 0:
         unless = "set config.TEST_MODEL=false" if split == "TEST" else "set DATA_SOURCES"
@@ -172,17 +172,9 @@ def _check_names(split: str, data: DictConfig) -> None:
 
 def _name(split: str, data: DictConfig, index: int, path: str) -> str:
     """Return the configured name if the catalogue has it, because its labels may be needed, else a new name."""
-    from vissl.data.dataset_catalog import VisslDatasetCatalog
-
     if index < len(data.DATASET_NAMES) and VisslDatasetCatalog.has_data(data.DATASET_NAMES[index]):
         return data.DATASET_NAMES[index]
     return f"{split.lower()}:{path}"
-
-
-def _unlabelled(name: str, source: str) -> bool:
-    from vissl.data.dataset_catalog import VisslDatasetCatalog
-
-    return source == "disk_filelist" and not VisslDatasetCatalog.has_data(name)
 
 
 def _kind(split: str, given: str) -> tuple[str, list[str] | None]:
@@ -194,7 +186,7 @@ def _kind(split: str, given: str) -> tuple[str, list[str] | None]:
         hint = _DIGITS if path.parent.name == "digits" else ""
         raise UserError(f"config.DATA.{split}.DATA_PATHS: {given} is no folder and no .npy list of images{hint}")
     folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    if not any(_is_image(entry.name) for entry in os.scandir(path)):
+    if not any(is_image_file(entry.name) for entry in os.scandir(path)):
         if {"train", "val"} <= set(folders):
             raise UserError(f"config.DATA.{split}.DATA_PATHS: {given} contains train and val; choose one of the two")
         if folders:
@@ -211,9 +203,5 @@ def _kind(split: str, given: str) -> tuple[str, list[str] | None]:
 def _images(folder: Path) -> Any:
     for place, names in walk(folder.resolve()):
         for name in names:
-            if _is_image(name):
+            if is_image_file(name):
                 yield f"{place}/{name}"
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(_IMAGES)

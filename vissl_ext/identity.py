@@ -24,7 +24,7 @@ _DERIVED = {"world_size", "local_queue_length", "BATCHSIZE_PER_REPLICA", "output
 of a process, and the run's folder."""
 
 
-def identity(engine: str, config: Any, paths: Mapping[str, list[str]] | None = None) -> dict[str, Any]:
+def run_settings(engine: str, config: Any, paths: Mapping[str, list[str]] | None = None) -> dict[str, Any]:
     """Return the settings of a run that determine its images, objective and optimisation, and its number of epochs.
 
     Devices, precision, the number of processes at equal joined batch size, logging, checkpoints, test data and meters
@@ -41,13 +41,13 @@ def identity(engine: str, config: Any, paths: Mapping[str, list[str]] | None = N
     loss, data = config.LOSS.name, config.DATA.TRAIN
     images = {key: value for key, value in data.items() if key not in _EXCLUDED}
     if len(data.DATA_PATHS):
-        given = (paths or {}).get("TRAIN", data.DATA_PATHS)
-        images["DATA_PATHS"] = [str(Path(str(path)).expanduser().absolute()) for path in given]
+        original = (paths or {}).get("TRAIN", data.DATA_PATHS)
+        images["DATA_PATHS"] = [str(Path(str(path)).expanduser().absolute()) for path in original]
         images["DATASET_NAMES"] = [name for name in data.DATASET_NAMES if not str(name).startswith("train:")]
         if len(data.LABEL_SOURCES):
             images["LABEL_SOURCES"] = list(data.LABEL_SOURCES)
     processes = config.DISTRIBUTED.NUM_NODES * config.DISTRIBUTED.NUM_PROC_PER_NODE
-    found: dict[str, Any] = plain(
+    settings: dict[str, Any] = plain(
         {
             "engine_name": engine,
             "config.LOSS.name": loss,
@@ -65,7 +65,7 @@ def identity(engine: str, config: Any, paths: Mapping[str, list[str]] | None = N
             _EPOCHS: config.OPTIMIZER.num_epochs,
         }
     )
-    return found
+    return settings
 
 
 def _without_derived(value: Any) -> Any:
@@ -74,7 +74,7 @@ def _without_derived(value: Any) -> Any:
     return value
 
 
-def check_same(folder: Path, ours: Mapping[str, Any]) -> int | None:
+def check_same(folder: Path, current: Mapping[str, Any]) -> int | None:
     """Check that the run in a folder, if any, has the same settings.
 
     A folder of another launcher has no record and is accepted. Settings that an earlier release did not record are not
@@ -82,7 +82,7 @@ def check_same(folder: Path, ours: Mapping[str, Any]) -> int | None:
 
     Args:
         folder: folder of the run.
-        ours: result of :func:`identity`.
+        current: result of :func:`run_settings`.
 
     Returns:
         The recorded number of epochs if it differs, else None.
@@ -94,28 +94,28 @@ def check_same(folder: Path, ours: Mapping[str, Any]) -> int | None:
     if not path.is_file() or not checkpoints(folder):
         return None
     try:
-        theirs = read_json(path)
+        recorded = read_json(path)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}; set another config.CHECKPOINT.DIR") from None
-    if not isinstance(theirs, dict):
+    if not isinstance(recorded, dict):
         raise UserError(f"{path} was not written by this launcher; set another config.CHECKPOINT.DIR")
-    theirs = _without_derived(theirs)  # earlier releases recorded them
-    for key, value in ours.items():
-        if key != _EPOCHS and theirs.get(key, value) != value:
-            name, there, here = difference(key, theirs[key], value)
+    recorded = _without_derived(recorded)  # earlier releases recorded them
+    for key, value in current.items():
+        if key != _EPOCHS and recorded.get(key, value) != value:
+            name, there, here = difference(key, recorded[key], value)
             raise UserError(
                 f"{folder} contains a run with {name}={there}, this one has {here}; set {name}={there} to continue it, "
                 "or set another config.CHECKPOINT.DIR"
             )
-    before = theirs.get(_EPOCHS)
-    return before if before != ours[_EPOCHS] else None
+    before = recorded.get(_EPOCHS)
+    return before if before != current[_EPOCHS] else None
 
 
-def claim(folder: Path, ours: Mapping[str, Any]) -> None:
+def write_settings(folder: Path, current: Mapping[str, Any]) -> None:
     """Write the record of a run.
 
     Args:
         folder: folder of the run.
-        ours: result of :func:`identity`.
+        current: result of :func:`run_settings`.
     """
-    write_json(folder / _FILE, ours)
+    write_json(folder / _FILE, current)

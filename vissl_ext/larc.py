@@ -104,8 +104,3 @@ def needs_plain_larc(config: Any) -> bool:
     if not config.use_larc or config.name != "sgd":
         return False
     return not is_apex_available() or "exclude_bias_and_norm" in config.larc_config
-
-
-def plain_larc(config: Any) -> PlainLARC:
-    """Create the optimiser of an OPTIMIZER section with ``use_larc``."""
-    return PlainLARC.from_config(config)

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import zipfile
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,9 +111,10 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     from vissl_ext.checks import check, check_outputs, check_sections
     from vissl_ext.compat.checkpoints import reopen, set_aside, torn_name
     from vissl_ext.compat.folder_images import reset_unreadable
+    from vissl_ext.compat.missing_weights import check_weights_file
     from vissl_ext.compose import compose
     from vissl_ext.defaults import adapt, without_slurm
-    from vissl_ext.identity import check_same, claim, identity
+    from vissl_ext.identity import check_same, run_settings, write_settings
     from vissl_ext.locks import lock
 
     ranks.hide_warnings()
@@ -134,7 +134,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     check(cfg, given)
     if cfg.engine_name == "train":
         check_outputs(cfg.config)
-    _check_weights(weights)
+    check_weights_file(weights)
     try:
         args, config = convert_to_attrdict(cfg, dump_config=False)
         build_optimizer_schedulers(deepcopy(config.OPTIMIZER))
@@ -144,8 +144,8 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder, args.node_id)
-        ours = identity(cfg.engine_name, config, paths)
-        before = check_same(folder, ours)
+        settings = run_settings(cfg.engine_name, config, paths)
+        before = check_same(folder, settings)
         for name in set_aside(folder):
             print_on_rank_zero(
                 f"{name} is incomplete: it was renamed to {torn_name(name)}, and the checkpoint before it is used"
@@ -159,7 +159,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
                     f"config.OPTIMIZER.num_epochs was {before} and is now {config.OPTIMIZER.num_epochs}: from here on "
                     "the learning rate and other schedules follow the new number of epochs"
                 )
-        claim(folder, ours)
+        write_settings(folder, settings)
         reset_unreadable(folder)
         save_attrdict_to_disk(_plain(config))
         catalog.write_lists(lists)
@@ -170,46 +170,6 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     if changed:
         print_on_rank_zero(f"on the CPU: {', '.join(changed)}")
     return args, config
-
-
-def _check_weights(weights: Any) -> None:
-    """Check that the weights file exists, is complete, and contains weights and no code.
-
-    Args:
-        weights: the section MODEL.WEIGHTS_INIT.
-
-    Raises:
-        UserError: the file does not exist, torch cannot read it, or it has other content.
-    """
-    import torch
-
-    from vissl_ext.compat.missing_weights import check_content
-    from vissl_ext.compat.saved_types import unknown_types
-
-    path, key = weights.PARAMS_FILE, "config.MODEL.WEIGHTS_INIT.PARAMS_FILE"
-    if not path or "://" in path:
-        return
-    if not Path(path).is_file():
-        if path == "specify the model weights":
-            raise UserError(f"{key} must be the checkpoint to evaluate, got {path!r}")
-        raise UserError(f"{key}: there is no file {path}")
-    try:
-        unknown = unknown_types(path)
-    except RuntimeError:
-        raise UserError(f"{key}: {path} is incomplete, or was not written by torch.save") from None
-    if unknown:
-        raise UserError(
-            f"{key}: {path} contains {', '.join(unknown)}, which could run code, and is not loaded; save a file that "
-            "contains only the tensors"
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        reason = "it is text, a plain pickle or another format"
-        if "Unsupported global" in str(error):
-            reason = "it contains code or objects other than tensors"
-        raise UserError(f"{key}: {path} is not a file of torch.save that contains only weights: {reason}") from None
-    check_content(content, weights.STATE_DICT_KEY_NAME, path)
 
 
 def _plain(config: Any) -> Any:

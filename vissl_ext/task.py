@@ -26,7 +26,7 @@ from vissl_ext.compat.broadcasts import broadcast_from_rank_zero
 from vissl_ext.compat.rank_states import KEY, RankStates, restore_rank_state
 from vissl_ext.hooks import MetricsHook, extra_hooks
 from vissl_ext.labels import add_label_check, uses_class_labels
-from vissl_ext.larc import needs_plain_larc, plain_larc
+from vissl_ext.larc import PlainLARC, needs_plain_larc
 from vissl_ext.life_cycle import LifeCycleHook
 from vissl_ext.methods import HEAD, MethodLoss, TeacherLoss, method_options
 from vissl_ext.model import check_groups
@@ -231,7 +231,7 @@ class PluginTask(SelfSupervisionTask):
 
     def _build_optimizer(self) -> Any:
         if needs_plain_larc(self.config.OPTIMIZER):
-            return plain_larc(self.config.OPTIMIZER)
+            return PlainLARC.from_config(self.config.OPTIMIZER)
         return super()._build_optimizer()
 
     def prepare_optimizer(self) -> None:

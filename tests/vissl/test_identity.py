@@ -13,7 +13,7 @@ from vissl.models import base_ssl_model
 import vissl_ext  # noqa: F401  (the shims)
 from plugins.tools.command import UserError
 from vissl_ext.compose import compose
-from vissl_ext.identity import check_same, claim, identity
+from vissl_ext.identity import check_same, run_settings, write_settings
 from vissl_ext.launch import prepare
 
 pytestmark = pytest.mark.vissl
@@ -26,9 +26,9 @@ def config_of(*overrides: str):
 
 
 def claimed(folder: Path, *overrides: str, engine: str = "train") -> dict[str, Any]:
-    ours = identity(engine, config_of(*overrides))
+    ours = run_settings(engine, config_of(*overrides))
     check_same(folder, ours)
-    claim(folder, ours)
+    write_settings(folder, ours)
     return ours
 
 
@@ -36,7 +36,7 @@ def claimed(folder: Path, *overrides: str, engine: str = "train") -> dict[str, A
 def test_the_same_run_may_go_on_with_more_epochs_and_on_another_machine(tmp_path: Path) -> None:
     claimed(tmp_path)
     (tmp_path / "model_phase1.torch").touch()
-    more = identity("train", config_of("config.OPTIMIZER.num_epochs=99"))
+    more = run_settings("train", config_of("config.OPTIMIZER.num_epochs=99"))
     assert check_same(tmp_path, more) == 10
     claimed(
         tmp_path,
@@ -119,7 +119,7 @@ def test_another_run_is_refused_where_there_are_checkpoints(tmp_path, override, 
 def test_a_run_that_wrote_down_less_goes_on(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"config.LOSS.name": "isoloss", "config.OPTIMIZER.name": "adamw"}')
     (tmp_path / "model_phase1.torch").touch()
-    assert check_same(tmp_path, identity("train", config_of("config.SEED_VALUE=9"))) is None
+    assert check_same(tmp_path, run_settings("train", config_of("config.SEED_VALUE=9"))) is None
     with pytest.raises(UserError, match=r"config\.OPTIMIZER\.name=adamw, this one has sgd"):
         claimed(tmp_path, "config.OPTIMIZER.name=sgd")
 

@@ -9,7 +9,7 @@ import torch
 from classy_vision.optim import build_optimizer
 from vissl.config import AttrDict
 
-from vissl_ext.larc import LARC, PlainLARC, needs_plain_larc, plain_larc
+from vissl_ext.larc import LARC, PlainLARC, needs_plain_larc
 from vissl_ext.registry import register
 
 register()
@@ -109,7 +109,7 @@ def test_takes_the_place_of_apex() -> None:
     with pytest.raises(RuntimeError, match="Apex needed for LARC"):
         stock.prepare([{"params": [p]}])
     assert needs_plain_larc(config)
-    optimizer = plain_larc(config)
+    optimizer = PlainLARC.from_config(config)
     optimizer.set_param_groups([p], lr=0.1, weight_decay=1e-4)
     assert isinstance(optimizer, PlainLARC)
     assert isinstance(optimizer.optimizer, LARC)

@@ -5,12 +5,17 @@ weights of the file. Only log.txt reports it, so a checkpoint of a ResNet-18 can
 vissl/utils/checkpoint.py:877 asserts that shapes agree.
 """
 
+import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from plugins.tools.command import UserError, print_on_rank_zero
 from plugins.tools.fitting import differences, mismatch, plain_names
+from vissl_ext.compat.saved_types import unknown_types
 
 _KEY = "config.MODEL.WEIGHTS_INIT"
 
@@ -44,6 +49,41 @@ def _checked(load: Callable[..., Any], config: Any, model: Any, state_dict: Any,
             found = append_module_prefix(found, how["append_prefix"])
     _compare(config, model, found, how.get("skip_layers") or [])
     return load(config, model, state_dict, **how)
+
+
+def check_weights_file(weights: Any) -> None:
+    """Check that the weights file exists, is complete, and contains weights and no code.
+
+    Args:
+        weights: the section MODEL.WEIGHTS_INIT.
+
+    Raises:
+        UserError: the file does not exist, torch cannot read it, or it has other content.
+    """
+    path, key = weights.PARAMS_FILE, f"{_KEY}.PARAMS_FILE"
+    if not path or "://" in path:
+        return
+    if not Path(path).is_file():
+        if path == "specify the model weights":
+            raise UserError(f"{key} must be the checkpoint to evaluate, got {path!r}")
+        raise UserError(f"{key}: there is no file {path}")
+    try:
+        unknown = unknown_types(path)
+    except RuntimeError:
+        raise UserError(f"{key}: {path} is incomplete, or was not written by torch.save") from None
+    if unknown:
+        raise UserError(
+            f"{key}: {path} contains {', '.join(unknown)}, which could run code, and is not loaded; save a file that "
+            "contains only the tensors"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        reason = "it is text, a plain pickle or another format"
+        if "Unsupported global" in str(error):
+            reason = "it contains code or objects other than tensors"
+        raise UserError(f"{key}: {path} is not a file of torch.save that contains only weights: {reason}") from None
+    check_content(content, weights.STATE_DICT_KEY_NAME, path)
 
 
 def check_content(content: Any, key: str | None, path: str) -> None:

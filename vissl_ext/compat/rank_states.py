@@ -1,8 +1,8 @@
-"""The state of the loss of every process, in VISSL's checkpoints.
+"""State of the loss of each process in VISSL's checkpoints.
 
-vissl/hooks/log_hooks.py:450 saves the loss of the first process alone, and vissl/trainer/train_task.py:758 loads it in
-every process. The queues of SwAV and the memory banks of DeepCluster v2 differ between processes, so a resumed run
-would continue with copies of the first process's.
+vissl/hooks/log_hooks.py:450 saves only the loss of rank 0, and vissl/trainer/train_task.py:758 loads it in every
+process. The queues of SwAV and the memory banks of DeepCluster v2 differ between processes, so a resumed run would
+continue with copies of those of rank 0.
 """
 
 import hashlib
@@ -47,13 +47,13 @@ class RankStates(SilentHook):
 
 
 def differing_tensors(state: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]] | None:
-    """Gather, in the first process, the tensors that are not the same in all processes. All processes must call it.
+    """Gather the tensors that differ between the processes on rank 0. All processes must call the function.
 
     Args:
-        state: of this process. The names are the same in all processes.
+        state: state dict of this process. The names are the same in all processes.
 
     Returns:
-        One dictionary per process, on the CPU; None in the other processes, and where all tensors are the same.
+        On rank 0 one dictionary per process, on the CPU. None on the other ranks, or if all tensors are the same.
     """
     digests: list[Any] = [None] * get_world_size()
     torch.distributed.all_gather_object(digests, {name: _digest(value) for name, value in state.items()})
@@ -74,11 +74,11 @@ def restore_rank_state(checkpoint: Mapping[str, Any], loss: torch.nn.Module) -> 
     """Put this process's own tensors into a checkpoint that is about to be loaded.
 
     Args:
-        checkpoint: of VISSL; its loss states are changed in place.
+        checkpoint: VISSL's checkpoint; the states of the loss are changed in place.
         loss: the loss that will load it.
 
     Raises:
-        UserError: another number of processes wrote the checkpoint, and their tensors do not fit this number.
+        UserError: the checkpoint was written by another number of processes, and the shapes differ.
     """
     content = checkpoint.get("classy_state_dict") or {}
     states = content.get(KEY)
@@ -89,7 +89,7 @@ def restore_rank_state(checkpoint: Mapping[str, Any], loss: torch.nn.Module) -> 
         saved = checkpoint.get("loss", {}).get(name, ours)
         if saved.shape != ours.shape and ours.numel():  # an empty one takes the size of the saved one
             raise UserError(
-                f"the checkpoint has a loss with {name} of shape {tuple(saved.shape)}, this run one of shape "
-                f"{tuple(ours.shape)}; a loss that keeps a part of the images in each process is resumed with the same "
-                "config.DISTRIBUTED.NUM_NODES and NUM_PROC_PER_NODE"
+                f"the loss has {name} of shape {tuple(saved.shape)} in the checkpoint and {tuple(ours.shape)} in this "
+                "run; resume with the same config.DISTRIBUTED.NUM_NODES and NUM_PROC_PER_NODE, because each process "
+                "stores a part of the images"
             )

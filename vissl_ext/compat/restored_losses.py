@@ -1,4 +1,4 @@
-"""Restore what VISSL's own losses keep outside of their state dict when a run is resumed.
+"""Restore the state of VISSL's losses that is not in their state dict when a run is resumed.
 
 vissl/hooks/moco_hooks.py:152, vissl/hooks/dino_hooks.py:128 and vissl/hooks/swav_momentum_hooks.py:127 build the
 momentum encoder in the first forward pass of a process. In a resumed run that pass then skips the encoder's momentum
@@ -7,7 +7,7 @@ step, and the random numbers that building the encoder takes are missing from th
 vissl/losses/swav_loss.py:98 sets ``use_queue`` in the forward pass, after the hook that reads it
 (vissl/hooks/swav_hooks.py:36): the first step of a resumed run would use outdated scores of the queue.
 vissl/losses/nce_loss.py:173 averages the memory bank over the processes once per process's life, which rounds the
-restored bank with more than two processes.
+restored bank if there are more than two processes.
 """
 
 from typing import Any
@@ -21,14 +21,14 @@ _BUILDERS = {
     "momentum_teacher": "_build_momentum_network",
     "momentum_encoder": "_build_momentum_network",
 }
-"""The attribute of a loss that holds its encoder, and the method of a hook that makes it."""
+"""Attribute of a loss that contains the momentum encoder → method of a hook that builds it."""
 
 
 class RestoreLoss(SilentHook):
     """Build the momentum encoder of a resumed run, and set the flags of its loss, before the first step.
 
     Args:
-        hooks: VISSL's default ones.
+        hooks: VISSL's default hooks.
     """
 
     def __init__(self, hooks: list[Any]) -> None:
@@ -36,7 +36,7 @@ class RestoreLoss(SilentHook):
         self.hooks = hooks
 
     def on_start(self, task: Any) -> None:
-        """Restore both, if the run is resumed."""
+        """Restore the encoder and the flags if the run is resumed."""
         loss = task.loss
         if task.checkpoint:
             criterion = getattr(loss, "swav_criterion", None)

@@ -11,7 +11,7 @@ from typing import Any
 
 from plugins.install import not_installed
 from plugins.tools.command import UserError, exit_on_user_error, print_on_rank_zero, with_command_name
-from plugins.tools.process import hide_dropped
+from plugins.tools.process import Stopped, exit_when_stopped
 
 USAGE = """usage: python -m vissl_ext.launch config=NAME [OVERRIDE ...] [--config-dir FOLDER]
 
@@ -201,8 +201,6 @@ def run(args: Any, config: Any) -> None:
     if config.SLURM.USE_SLURM:
         distributed_launcher.launch_distributed_on_slurm(engine_name=args.engine_name, cfg=config)
         return
-    for number in _SIGNALS:
-        signal.signal(number, _interrupt)
     # Python's resource tracker removes the semaphores of killed processes, and would warn after the last line
     quiet = ("ignore:resource_tracker:UserWarning", os.environ.get("PYTHONWARNINGS"))
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, quiet))
@@ -214,66 +212,24 @@ def run(args: Any, config: Any) -> None:
             "config.OPTIMIZER.num_epochs to continue it"
         )
         return
-    try:
-        distributed_launcher.launch_distributed(
-            cfg=config, node_id=args.node_id, engine_name=args.engine_name, hook_generator=ranks.hooks
-        )
-    except _Interrupted as interrupted:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        _end(multiprocessing.active_children())
-        raise _unfinished(folder, interrupted.number) from None
-    except ProcessExitedException as error:
-        _end(multiprocessing.active_children())
-        number = next((number for number in _SIGNALS if error.exit_code in (-number, 128 + number)), None)
-        if number is not None:  # a signal to all processes may reach the other processes first
-            raise _unfinished(folder, number) from None
-        how = f"was killed by {error.signal_name}" if error.signal_name else f"exited with status {error.exit_code}"
-        print_on_rank_zero(f"process {error.error_index} of the run {how}; {resume_hint(Path(folder))}")
-        raise SystemExit(128 - error.exit_code if error.exit_code < 0 else error.exit_code or 1) from None
-    except ProcessRaisedException as error:
-        if "UserError: " not in str(error):
-            raise
-        raise UserError(str(error)) from None
-
-
-_RETRY_SECONDS = 2.0
-"""Seconds after which an interruption that has not ended the launcher is raised again."""
-_SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-"""Signal that ends a run → the message that is printed."""
-
-
-class _Interrupted(BaseException):
-    """SIGINT or SIGTERM. vissl/utils/distributed_launcher.py:161 discards a KeyboardInterrupt and continues the run.
-
-    Args:
-        number: number of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    for ignored in _SIGNALS:
-        signal.signal(ignored, signal.SIG_IGN)
-
-    def interrupt(*_: Any) -> None:
-        signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
-        raise _Interrupted(number)
-
-    # Python discards an exception in a finalizer, such as that of a data loader: raise it until it ends the launcher
-    hide_dropped(_Interrupted)
-    signal.signal(signal.SIGALRM, interrupt)
-    interrupt()
-
-
-def _unfinished(folder: str, number: int) -> SystemExit:
-    """Print that a signal ended the run and how to resume it, and return the exit status of the launcher."""
-    from vissl_ext.compat.checkpoints import resume_hint
-
-    print_on_rank_zero(f"{_SIGNALS[signal.Signals(number)]}; {resume_hint(Path(folder))}")
-    return SystemExit(128 + number)
+    with exit_when_stopped(lambda: resume_hint(Path(folder))):
+        try:
+            distributed_launcher.launch_distributed(
+                cfg=config, node_id=args.node_id, engine_name=args.engine_name, hook_generator=ranks.hooks
+            )
+        except ProcessExitedException as error:
+            for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes, of which another was the first
+                if error.exit_code in (-number, 128 + number):
+                    raise Stopped(number) from None
+            how = f"was killed by {error.signal_name}" if error.signal_name else f"exited with status {error.exit_code}"
+            print_on_rank_zero(f"process {error.error_index} of the run {how}; {resume_hint(Path(folder))}")
+            raise SystemExit(128 - error.exit_code if error.exit_code < 0 else error.exit_code or 1) from None
+        except ProcessRaisedException as error:
+            if "UserError: " not in str(error):
+                raise
+            raise UserError(str(error)) from None
+        finally:
+            _end(multiprocessing.active_children())
 
 
 def _end(processes: list[Any]) -> None:

@@ -89,7 +89,7 @@ def test_a_home_folder_is_found(folders, monkeypatch):
     assert list(cfg.config.DATA.TRAIN.DATA_PATHS) == [str(folders / "labelled")]
 
 
-def test_other_sources_are_left_alone(folders):
+def test_other_sources_are_not_changed(folders):
     cfg, given = compose([SIMCLR, "config.DATA.TRAIN.DATA_SOURCES=[synthetic]", "config.DATA.TRAIN.DATA_PATHS=[x]"])
     assert catalog.complete(cfg.config, given) == {}
     assert list(cfg.config.DATA.TRAIN.DATA_SOURCES) == ["synthetic"]

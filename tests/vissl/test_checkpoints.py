@@ -121,7 +121,7 @@ def test_a_full_disk_raises_an_error_and_keeps_the_checkpoint_before(
     assert newest(tmp_path) == 0
 
 
-def test_files_of_a_user_are_left_alone(tmp_path: Path) -> None:
+def test_files_of_a_user_are_not_changed(tmp_path: Path) -> None:
     for name in ("my-favourite.ckpt", "my-favourite.torch", "best_model_final.torch", "model_phase1.old.torch"):
         (tmp_path / name).write_bytes(b"PK not one of torch")
     (tmp_path / "checkpoint.torch").write_bytes(b"kept by hand")
@@ -135,7 +135,7 @@ def test_files_of_a_user_are_left_alone(tmp_path: Path) -> None:
     assert newest(tmp_path) == 0
 
 
-def test_a_training_ends_with_its_epochs_and_goes_on_with_more(tmp_path: Path) -> None:
+def test_a_training_ends_after_its_epochs_and_continues_with_more(tmp_path: Path) -> None:
     write(tmp_path, 1)
     write(tmp_path, 2, final=True)
     for epochs, finished in ((2, True), (3, True), (4, False)):
@@ -156,7 +156,7 @@ def _hold(folder: Path, begun: Any) -> None:
     signal.pause()
 
 
-def test_a_second_launcher_is_refused_until_the_first_is_gone(few_digits: Path, tmp_path: Path) -> None:
+def test_a_second_launcher_raises_an_error_until_the_first_has_ended(few_digits: Path, tmp_path: Path) -> None:
     argv = ["config=pretrain/isoloss/digits", f"config.DATA.TRAIN.DATA_PATHS=[{few_digits}/train]"]
     argv.append(f"config.CHECKPOINT.DIR={tmp_path}")
     ours, theirs = FORK.Pipe(duplex=False)
@@ -210,7 +210,7 @@ def test_a_rank_ends_with_the_process_that_started_it() -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_training_goes_on_with_more_epochs(
+def test_a_finished_training_continues_with_more_epochs(
     few_digits: Path, tmp_path: Path, launches: Callable, watched: ModuleType
 ) -> None:
     def job(epochs: int) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def test_nan_output_is_needed(bare):
         CheckNanModelOutputHook().on_forward(SimpleNamespace(last_batch=output, iteration=7))
 
 
-def test_activating_twice_changes_nothing():
+def test_activating_twice_has_no_effect():
     from vissl.utils import checkpoint
 
     before = checkpoint.get_resume_checkpoint, sys.modules["pkg_resources"]
@@ -141,7 +141,7 @@ def _half_written(state, file):
     raise _Killed
 
 
-def test_stock_leaves_half_a_checkpoint_and_ours_none(tmp_path, monkeypatch):
+def test_vissl_leaves_an_incomplete_checkpoint_and_the_patch_does_not(tmp_path, monkeypatch):
     from classy_vision.generic.util import save_checkpoint
     from vissl.utils.checkpoint import CheckpointWriter, has_final_checkpoint
 

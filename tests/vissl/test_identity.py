@@ -102,7 +102,7 @@ def test_what_vissl_derives_for_a_loss_from_the_processes_and_the_folder_is_not_
         (None, "engine_name", "train", "knn"),
     ],
 )
-def test_another_run_is_refused_where_there_are_checkpoints(tmp_path, override, name, there, here) -> None:
+def test_another_run_raises_an_error_if_there_are_checkpoints(tmp_path, override, name, there, here) -> None:
     claimed(tmp_path)
     before = (tmp_path / "run.json").read_text()
     (tmp_path / "model_final_checkpoint_phase1.torch").touch()
@@ -116,7 +116,7 @@ def test_another_run_is_refused_where_there_are_checkpoints(tmp_path, override, 
     assert (tmp_path / "run.json").read_text() != before
 
 
-def test_a_run_that_wrote_down_less_goes_on(tmp_path: Path) -> None:
+def test_a_run_with_fewer_recorded_settings_is_resumed(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"config.LOSS.name": "isoloss", "config.OPTIMIZER.name": "adamw"}')
     (tmp_path / "model_phase1.torch").touch()
     assert check_same(tmp_path, run_settings("train", config_of("config.SEED_VALUE=9"))) is None
@@ -141,8 +141,8 @@ def test_a_folder_without_classes_is_the_folder_of_the_run(few_digits: Path, tmp
         words = [f"config.DATA.TRAIN.DATA_PATHS=[{tmp_path}/{name}]", f"config.CHECKPOINT.DIR={tmp_path}/run"]
         if name == "two":
             torch.save({}, tmp_path / "run" / "model_phase3.torch")
-            sentence = re.escape(f"config.DATA.TRAIN.DATA_PATHS.0={tmp_path}/one, this one has {tmp_path}/two; set")
-            with pytest.raises(UserError, match=sentence):
+            message = re.escape(f"config.DATA.TRAIN.DATA_PATHS.0={tmp_path}/one, this one has {tmp_path}/two; set")
+            with pytest.raises(UserError, match=message):
                 prepare(["config=pretrain/isoloss/digits", *words], [])
         else:
             prepare(["config=pretrain/isoloss/digits", *words], [])
@@ -177,7 +177,7 @@ def test_unlabelled_images_are_enough_for_our_methods(few_digits: Path, tmp_path
         assert config.DATA.TRAIN.DATA_SOURCES == ["disk_filelist"]
 
 
-def test_a_checkpoint_of_another_trunk_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_trunk_raises_an_error(tmp_path: Path) -> None:
     """VISSL leaves what it does not find at random."""
 
     class Model(torch.nn.Module):

@@ -14,15 +14,15 @@ OUTPUT = torch.zeros(3, 5)
 
 
 @pytest.mark.parametrize(
-    ("labels", "sentence"),
+    ("labels", "message"),
     [
         ([0, 9, 7], "WHERE has the label 9, but .* has 5 outputs, for the labels 0 to 4; it needs at least 10$"),
         ([0, -1, 4], "WHERE has the label -1, but .* for the labels 0 to 4$"),
     ],
 )
-def test_a_label_without_an_output_raises_an_error(labels: list[int], sentence: str) -> None:
+def test_a_label_without_an_output_raises_an_error(labels: list[int], message: str) -> None:
     for output in (OUTPUT, [torch.zeros(3, 50), OUTPUT]):
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(UserError, match=message):
             check_labels(output, torch.tensor(labels), -100, "WHERE")
 
 

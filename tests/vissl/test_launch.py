@@ -1,10 +1,7 @@
 """The command line: search for configurations, settings on a CPU, and one-line errors."""
 
-import os
 import pickle
 import re
-import signal
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +14,6 @@ from omegaconf import OmegaConf
 
 import configs
 from plugins.tools.command import UserError
-from vissl_ext import launch as launcher
 from vissl_ext.checks import check, check_sections
 from vissl_ext.compat.checkpoints import set_aside
 from vissl_ext.compose import compose, config_names
@@ -83,7 +79,7 @@ def test_a_file_of_the_user_hides_the_stock_one(tmp_path):
     assert compose([SIMCLR], [str(tmp_path)])[0].config.SEED_VALUE == 77
 
 
-def test_a_section_with_nothing_in_it_keeps_the_defaults():
+def test_an_empty_section_keeps_the_defaults():
     cfg, _ = compose(["config=pretrain/datasets/imagenet"])
     assert cfg.config.MACHINE == {"DEVICE": "gpu"}
     with pytest.raises(UserError, match=r"config\.MACHINE must be a mapping, got None"):
@@ -414,7 +410,7 @@ def test_without_slurm_a_file_for_slurm_runs_here(monkeypatch):
         without_slurm(*[(cfg := compose([SIMCLR, "config.SLURM.USE_SLURM=true"]))[0].config, cfg[1]])
 
 
-def test_a_folder_without_configurations_is_refused(tmp_path):
+def test_a_folder_without_configurations_raises_an_error(tmp_path):
     with pytest.raises(UserError, match="a subfolder 'config'"):
         compose([SIMCLR], [str(tmp_path)])
 
@@ -561,23 +557,3 @@ def test_lines_come_at_growing_intervals(monkeypatch, capsys):
 
 def test_nothing_is_set_aside_in_a_new_folder(tmp_path):
     assert set_aside(tmp_path / "new") == []
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interruption_that_a_finalizer_drops_comes_again(monkeypatch):
-    class Finalized:
-        def __del__(self):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
-
-    monkeypatch.setattr(launcher, "_RETRY_SECONDS", 0.3)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
-    signal.signal(signal.SIGINT, launcher._interrupt)
-    try:
-        Finalized()  # dropped at once, with the interruption
-        with pytest.raises(launcher._Interrupted):
-            time.sleep(20)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)

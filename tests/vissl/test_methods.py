@@ -248,7 +248,7 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
 
 @pytest.mark.sample("overrides1-*", "overrides17-*")
 @pytest.mark.parametrize(
-    ("overrides", "sentence"),
+    ("overrides", "message"),
     [
         (
             ["+config.LOSS.isoloss.alhpa=1.0"],
@@ -286,10 +286,10 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
         (["config.LOSS.name=barlow_twins_loss"], "method_head requires config.LOSS.name to be one of byol, "),
     ],
 )
-def test_invalid_settings_raise_a_one_line_error(overrides: list[str], sentence: str) -> None:
+def test_invalid_settings_raise_a_one_line_error(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
         check_config(configuration("isoloss", *overrides))
-    assert sentence in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -301,7 +301,7 @@ def test_one_large_view_is_too_few_for_two_branches() -> None:
 
 @pytest.mark.sample("mec-eps=0-*")
 @pytest.mark.parametrize(
-    ("method", "given", "sentence"),
+    ("method", "given", "message"),
     [
         ("matrix_ssl", "mce_order=0", "method matrix_ssl: mce_order must be in [1, inf), got 0"),
         ("matrix_ssl", "mce_mu=-1", "method matrix_ssl: mce_mu must be in [0, inf), got -1"),
@@ -319,10 +319,10 @@ def test_one_large_view_is_too_few_for_two_branches() -> None:
         ("ssl_ey", "proj_output_dim=0", "method ssl_ey: proj_output_dim must be in [1, inf), got 0"),
     ],
 )
-def test_a_number_out_of_range_raises_a_one_line_error(method: str, given: str, sentence: str) -> None:
+def test_a_number_out_of_range_raises_a_one_line_error(method: str, given: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         check_config(configuration(method, *(f"++config.LOSS.{method}.{option}" for option in given.split())))
-    assert sentence in str(error.value)
+    assert message in str(error.value)
     assert str(error.value).startswith(f"config.LOSS.{method}: ") and "\n" not in str(error.value)
 
 

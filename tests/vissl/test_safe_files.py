@@ -42,7 +42,7 @@ def write(path: Path, marker: Path) -> None:
 
 @pytest.mark.parametrize("module", [io, disk_dataset, shuffle_img_patches], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("kind", [".npy", ".pkl", ".pickle", ".yaml"])
-def test_files_run_nothing(kind: str, module: Any, tmp_path: Path) -> None:
+def test_files_run_no_code(kind: str, module: Any, tmp_path: Path) -> None:
     path, marker = tmp_path / f"evil{kind}", tmp_path / "ran"
     write(path, marker)
     with pytest.raises(UserError, match=f"^{path} cannot be read") as error:
@@ -51,7 +51,7 @@ def test_files_run_nothing(kind: str, module: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mapped", [True, False])
-def test_labels_run_nothing(mapped: bool, tmp_path: Path) -> None:
+def test_labels_run_no_code(mapped: bool, tmp_path: Path) -> None:
     path, marker = tmp_path / "labels.npy", tmp_path / "ran"
     write(path, marker)
     dataset = SimpleNamespace(cfg=AttrDict({"DATA": {"TRAIN": {"MMAP_MODE": mapped}}}), split="TRAIN")

@@ -133,7 +133,7 @@ def test_former_checkpoint_initialises_a_model(zipped: bool, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_stays_refused(zipped: bool, tmp_path: Path) -> None:
+def test_code_is_rejected(zipped: bool, tmp_path: Path) -> None:
     path = tmp_path / "code.torch"
     torch.save({"schedule": partial(print, "ran")}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(Exception, match=r"Weights only load failed[\s\S]*functools.partial"):

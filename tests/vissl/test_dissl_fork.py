@@ -772,9 +772,8 @@ def test_the_epoch_is_set_in_the_transforms_before_the_data_are_loaded(prepared:
     assert transform.transforms[-1]._is_grouping_transform()
 
 
-def test_the_epoch_is_set_before_the_iterator_is_made(prepared: Callable) -> None:
 @pytest.mark.slow
-def test_the_epoch_is_told_before_the_iterator_is_made(prepared: Callable) -> None:
+def test_the_epoch_is_set_before_the_iterator_is_made(prepared: Callable) -> None:
     """VISSL's hooks at the start of a phase come after the loader's processes have their copy of the transforms."""
     task = built(prepared("pretrain/small/dstl"))
     transform = get_transform(task.config.DATA.TRAIN.TRANSFORMS)

@@ -86,9 +86,8 @@ def test_features_of_any_width_are_those_of_the_expanded_resnet() -> None:
     torch.testing.assert_close(features, theirs(images), rtol=1e-4, atol=1e-4)
 
 
-def test_weights_of_vissls_trunk_can_be_loaded() -> None:
 @pytest.mark.slow
-def test_weights_of_vissls_own_trunk_fit() -> None:
+def test_weights_of_vissls_trunk_can_be_loaded() -> None:
     config = model_config("config.MODEL.TRUNK.RESNETS.DEPTH=50", "config.MODEL.TRUNK.NAME=resnet")
     torch.manual_seed(1)
     stock = get_model_trunk("resnet")(config, "resnet").eval()

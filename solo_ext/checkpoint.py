@@ -1,7 +1,8 @@
-"""Checkpoints: their place, how they are written, and the checks before training is resumed from one.
+"""Checkpoints: where and how they are written, and the checks before training is resumed from one.
 
 The layout is solo-learn's: ``<checkpoint.dir>/<method>/<version>/<name>-<version>-ep=<epoch>.ckpt``, and the
-configuration beside it in args.json. After a kill or on a full disk the previous checkpoint is still there.
+configuration beside it in args.json. Checkpoints are written atomically: if the process is killed or the disk is full,
+the previous checkpoint is kept.
 """
 
 import glob
@@ -32,7 +33,7 @@ ARGS = "args.json"
 _VERSION = "SOLO_EXT_RUN_VERSION"
 _MARK = "solo_ext"
 
-# Entries that cannot change when training is resumed.
+# Entries that must not change when training is resumed.
 _STATE = (
     "method",
     "method_kwargs",
@@ -56,7 +57,7 @@ _IDENTITY = (
     *("auto_augment", "mixup", "cutmix", "label_smoothing"),
     *("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "overfit_batches"),
 )
-# Entries of ``data`` that do not identify a run: how images are read, evaluated and counted.
+# Entries of ``data`` that do not identify a run: the reader, the validation images, and derived numbers.
 _NOT_OF_IDENTITY = ("dataset", "val_path", "num_workers", "num_classes", "num_large_crops", "num_small_crops")
 
 
@@ -74,7 +75,7 @@ def run_folder(cfg: DictConfig, kind: str) -> Path:
 def _new_version() -> str:
     """Return a random name that is the same in all processes of a run.
 
-    Processes that Lightning starts inherit it. Those that SLURM or torchrun start draw it from the job's number.
+    Processes that Lightning starts inherit the name. Processes of SLURM or torchrun draw it with the job's id as seed.
     """
     if not first_process() and _VERSION in os.environ:
         return os.environ[_VERSION]
@@ -87,16 +88,16 @@ def _new_version() -> str:
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """Return the part of a configuration that identifies a run, in plain values.
+    """Return the part of a configuration that identifies a run, as plain values.
 
     Args:
-        cfg: the configuration, before the learning rate is multiplied by the number of devices, which may change.
+        cfg: the configuration, before the learning rate is multiplied by the number of devices: that number may change.
     """
     return _identity(OmegaConf.to_container(cfg))
 
 
 def _identity(cfg: dict[str, Any]) -> dict[str, Any]:
-    """Return the identity of a configuration in plain values; None for an entry that is missing."""
+    """Return the identity of a configuration of plain values; the value of a missing entry is None."""
     same = {key: cfg.get(key) for key in _IDENTITY}
     data = {key: value for key, value in cfg["data"].items() if key not in _NOT_OF_IDENTITY}
     for holder, key in ((data, "train_path"), (same, "pretrained_feature_extractor")):
@@ -106,7 +107,7 @@ def _identity(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recorded(args: dict[str, Any]) -> dict[str, Any]:
-    """Return the identity of the run that wrote an args.json; missing entries are taken from its configuration."""
+    """Return the identity in an args.json; entries that an earlier release did not record are taken from the rest."""
     recorded = args["identity"]
     if "data" in recorded:
         return recorded
@@ -116,12 +117,12 @@ def _recorded(args: dict[str, Any]) -> dict[str, Any]:
         (complete, args, "pretrained_feature_extractor"),
     ):
         if not Path(given.get(key) or "").is_absolute():
-            holder.pop(key, None)  # relative to a working directory that is unknown
+            holder.pop(key, None)  # the path is relative to an unknown working directory
     return complete
 
 
 def _contradiction(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """Return the first entry in which two identities differ: its full name and both values; None if they agree."""
+    """Return the full name and both values of the first entry in which two identities differ, or None if equal."""
     ours = {**ours, "data": dict(ours["data"])}
     for there, here, key in (
         (theirs, ours, "pretrained_feature_extractor"),
@@ -134,11 +135,11 @@ def _contradiction(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, A
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Make a folder, and check that a file can be written there.
+    """Create a folder, and check that files can be written in it.
 
     Args:
         folder: the folder.
-        option: the option that gives the folder, for the message.
+        option: name of the option that gives the folder, for the error message.
 
     Raises:
         UserError: no file can be written there.
@@ -152,7 +153,7 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def claim_folder(folder: Path, resumed: Path | None) -> ExitStack:
-    """Make a run's folder, and lock it against other runs.
+    """Create the folder of a run and lock it, so that no other run writes to it.
 
     Args:
         folder: the run's folder.
@@ -162,17 +163,17 @@ def claim_folder(folder: Path, resumed: Path | None) -> ExitStack:
         An ExitStack that releases the lock when it is closed.
 
     Raises:
-        UserError: the folder holds a checkpoint and this run does not resume it, or another run writes to it.
+        UserError: the folder contains a checkpoint that this run does not resume, or another run writes to it.
     """
     check_writable(folder, "checkpoint.dir")
     with ExitStack() as lock:
         if first_process():
             lock.enter_context(locked_folder(folder))
-        held = sorted(folder.glob("*.ckpt"))
-        if held and (resumed is None or resumed.resolve().parent != folder.resolve()):
+        existing = sorted(folder.glob("*.ckpt"))
+        if existing and (resumed is None or resumed.resolve().parent != folder.resolve()):
             raise UserError(
-                f"{folder} already holds a run ({held[-1].name}); give another checkpoint.version, delete it, "
-                "or resume it with auto_resume.enabled=True and the same settings"
+                f"{folder} already contains a run ({existing[-1].name}); set another checkpoint.version, delete the "
+                "folder, or resume the run with auto_resume.enabled=True and the same settings"
             )
         return lock.pop_all()
 
@@ -182,7 +183,7 @@ class _CheckpointIO(AtomicCheckpointIO, pl.plugins.io.TorchCheckpointIO):
 
 
 class Checkpointer(pl.Callback):
-    """Save a checkpoint every ``checkpoint.frequency`` epochs and after the last, and args.json at the start.
+    """Save args.json when training starts, and a checkpoint every ``checkpoint.frequency`` epochs and after the last.
 
     Args:
         cfg: the configuration.
@@ -194,14 +195,14 @@ class Checkpointer(pl.Callback):
         self.cfg = cfg
         self.folder = folder
         self.resumed = resumed
-        self._replaced: list[str] = []  # checkpoints of this run that the next one replaces
+        self._replaced: list[str] = []  # checkpoints of this run that are deleted after the next one is saved
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the names of the checkpoints that the next one replaces: a resumed run removes only those."""
+        """Return the names of the checkpoints to delete after the next one is saved; a resumed run deletes no other."""
         return {"replaced": list(self._replaced)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore these names."""
+        """Restore the names of the checkpoints to delete."""
         self._replaced = list(state_dict["replaced"])
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
@@ -213,14 +214,14 @@ class Checkpointer(pl.Callback):
         self.write_args(trainer)
 
     def write_args(self, trainer: pl.Trainer) -> None:
-        """Write the configuration, from the first process."""
+        """Write the configuration to args.json on rank 0."""
         if trainer.is_global_zero:
             args = OmegaConf.to_container(self.cfg, resolve=True)
             args["wandb_run_id"] = self.folder.name if self.cfg.wandb.enabled else None
             write_json(self.folder / ARGS, args)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Save a checkpoint if one is due."""
+        """Save a checkpoint at the epochs that ``checkpoint.frequency`` selects."""
         epoch = trainer.current_epoch
         if (epoch + 1) % self.cfg.checkpoint.frequency == 0 or epoch + 1 == trainer.max_epochs:
             self.save(trainer, epoch)
@@ -229,18 +230,18 @@ class Checkpointer(pl.Callback):
         return self.folder / f"{self.cfg.name}-{self.folder.name}-ep={epoch}.ckpt"
 
     def save_weights(self, model: torch.nn.Module) -> None:
-        """Write the weights of an untrained network, with the run's identity."""
+        """Save the weights of an untrained network together with the run's identity."""
         content = {"state_dict": model.state_dict(), _MARK: OmegaConf.to_container(self.cfg.identity)}
         save_atomically(content, self._path(0))
 
     def save(self, trainer: pl.Trainer, epoch: int) -> None:
-        """Save a checkpoint and, unless ``checkpoint.keep_prev``, remove the previous one; call it in all processes."""
+        """Save a checkpoint and, unless ``checkpoint.keep_prev``, delete the previous one. Call it on all ranks."""
         path = self._path(epoch)
-        before = [name for name in self._replaced if name != path.name]
-        self._replaced = [] if self.cfg.checkpoint.keep_prev else [*before, path.name]
+        previous = [name for name in self._replaced if name != path.name]
+        self._replaced = [] if self.cfg.checkpoint.keep_prev else [*previous, path.name]
         trainer.save_checkpoint(path)
         if trainer.is_global_zero and self._replaced:
-            for name in before:
+            for name in previous:
                 (self.folder / name).unlink(missing_ok=True)
             self._replaced = [path.name]
 
@@ -249,8 +250,8 @@ class Checkpointer(pl.Callback):
         checkpoint[_MARK] = OmegaConf.to_container(self.cfg.identity)
 
     def resume_hint(self) -> str:
-        """Return how a user can resume this run after it was stopped."""
-        # from the disk, since the signal may arrive right after a checkpoint was written
+        """Return the instruction for resuming this run, for the last line of a stopped run."""
+        # look on the disk, since the signal may arrive just after a checkpoint was written
         saved = _newest_first(self.folder.glob("*-ep=*.ckpt")) if self.cfg.checkpoint.enabled else []
         last = saved[0] if saved else self.resumed
         if last is None:
@@ -261,29 +262,29 @@ class Checkpointer(pl.Callback):
 
 
 def read_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
-    """Load tensors and plain values of a checkpoint onto the CPU; code in the file is neither run nor kept.
+    """Load the tensors and plain values of a checkpoint onto the CPU, without running code in the file.
 
     Args:
         path: the file.
         to_resume: whether the complete content is needed, not only the weights.
 
     Raises:
-        UserError: the file is missing, broken or dangerous, or contains code although ``to_resume``.
+        UserError: the file is missing, corrupt or not safe to load, or ``to_resume`` is True and it contains code.
     """
     checkpoint, code = _read(path)
     if to_resume:
-        _refuse_code(path, code)
+        _check_no_code(path, code)
     return checkpoint
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Load a checkpoint; return its content and the names of the code in it."""
+    """Load a checkpoint; return its content and the names of the functions and classes in it."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
         checkpoint, code = load_without_code(path)
     except Exception as error:
-        reason = "it was not written by torch.save, or holds code that may do harm"
+        reason = "it was not written by torch.save, or it contains code that is not safe to load"
         if isinstance(error, OSError | RuntimeError) and str(error).strip():
             reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from None
@@ -292,16 +293,16 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     return checkpoint, code
 
 
-def _refuse_code(path: Path, code: list[str]) -> None:
+def _check_no_code(path: Path, code: list[str]) -> None:
     if code:
         raise UserError(
-            f"{path} holds code ({code[0]}, …), as solo-learn's own scripts write it: "
+            f"{path} contains code ({code[0]}, …), as the checkpoints of solo-learn's own scripts do: "
             "its weights can be evaluated, but training cannot be resumed from it"
         )
 
 
 def find_checkpoint(place: str | Path) -> Path:
-    """Return the checkpoint at a path, or the newest readable one in a run's folder.
+    """Return the checkpoint at a path; if the path is a run's folder, the newest readable checkpoint in it.
 
     Raises:
         UserError: there is no checkpoint.
@@ -312,7 +313,7 @@ def find_checkpoint(place: str | Path) -> Path:
         if not found:
             raise UserError(f"there is no checkpoint in {place}")
         if len(found) == 1:
-            return found[0]  # the only one: the caller reports it if it cannot be read
+            return found[0]  # if it cannot be read, the caller raises the error
         readable = _first_readable(found)
         return readable[0] if readable else found[0]
     if not place.is_file():
@@ -325,7 +326,7 @@ def _newest_first(paths: Iterable[Path]) -> list[Path]:
 
 
 def _first_readable(paths: list[Path]) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """Return the first checkpoint that can be read, its content and code; print a line for each one skipped."""
+    """Return the path, content and code of the first readable checkpoint; print a line for each skipped one."""
     for path in paths:
         try:
             return path, *_read(path)
@@ -335,54 +336,55 @@ def _first_readable(paths: list[Path]) -> tuple[Path, dict[str, Any], list[str]]
 
 
 def check_resumable(path: Path, checkpoint: dict[str, Any], cfg: DictConfig, model: torch.nn.Module) -> int:
-    """Check that a checkpoint is one of this method and this network.
+    """Check that a checkpoint has the method, the settings and the network of this run.
 
     Args:
-        path: the file, for messages.
+        path: the file, for error messages.
         checkpoint: its content.
         cfg: the configuration.
         model: the network to be trained.
 
     Returns:
-        The number of epochs it was trained for.
+        The number of epochs that the network of the checkpoint was trained for.
 
     Raises:
-        UserError: the message names what differs.
+        UserError: the checkpoint belongs to another method or network; the message names the first difference.
     """
-    mark = checkpoint.get(_MARK, {})
-    here = OmegaConf.to_container(cfg.identity)
+    recorded = checkpoint.get(_MARK, {})
+    current = OmegaConf.to_container(cfg.identity)
     for key in (*_STATE, "dataset"):
-        if key in mark and mark[key] != here[key]:
-            name, theirs, ours = difference(key, mark[key], here[key])
-            raise UserError(f"{path} is a checkpoint of {name} {theirs}, this run trains {name} {ours}")
+        if key in recorded and recorded[key] != current[key]:
+            name, theirs, ours = difference(key, recorded[key], current[key])
+            raise UserError(f"{path} is a checkpoint with {name} {theirs}, but this run has {name} {ours}")
     theirs, ours = checkpoint["state_dict"], model.state_dict()
     theirs = {name: tensor for name, tensor in theirs.items() if name in ours or name not in LATE_BUFFERS}
     for name in (*sorted(set(ours) - set(theirs)), *sorted(set(theirs) - set(ours))):
         raise UserError(f"{path} is a checkpoint of another network: {name} is in only one of the two")
     for name, tensor in ours.items():
-        allocated = len(tensor) > 0 or tensor.shape[1:] != theirs[name].shape[1:] if tensor.ndim else True
-        # a memory of the training images has its size when training starts, or from the checkpoint
-        if allocated and theirs[name].shape != tensor.shape:
-            shapes = f"{tuple(theirs[name].shape)} there, {tuple(tensor.shape)} here"
-            raise UserError(f"{path} is a checkpoint of another network: {name} is {shapes}")
+        # a memory of the training images gets its size when training starts, or from the checkpoint
+        empty = tensor.ndim > 0 and len(tensor) == 0 and tensor.shape[1:] == theirs[name].shape[1:]
+        if not empty and theirs[name].shape != tensor.shape:
+            shapes = f"{tuple(theirs[name].shape)}, but {tuple(tensor.shape)} in this run"
+            raise UserError(f"{path} is a checkpoint of another network: {name} has the shape {shapes}")
     try:
         return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     except KeyError:
-        raise UserError(f"{path} holds weights only; training cannot be resumed from it") from None
+        raise UserError(f"{path} contains only weights; training cannot be resumed from it") from None
 
 
 def auto_resume(cfg: DictConfig, kind: str) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest readable checkpoint of the same run and its content, or None.
 
-    It must not be older than ``auto_resume.max_hours``. The same run has the same :func:`identity`. With
-    ``checkpoint.version`` its ``max_epochs`` may differ: the run becomes longer or shorter.
+    The checkpoint must not be older than ``auto_resume.max_hours``. Runs are the same if they have the same
+    :func:`identity`. With ``checkpoint.version``, ``max_epochs`` may differ, so that a run can be made longer.
 
     Args:
         cfg: the configuration.
         kind: the method's name, or "linear".
 
     Raises:
-        UserError: ``checkpoint.version`` names another run, the same run is in progress, or the checkpoint holds code.
+        UserError: ``checkpoint.version`` is the version of a run with other settings, the same run is in progress, or
+            the checkpoint contains code.
     """
     oldest = time.time() - cfg.auto_resume.max_hours * 3600
     found = []
@@ -398,35 +400,38 @@ def auto_resume(cfg: DictConfig, kind: str) -> tuple[Path, dict[str, Any]] | Non
                 ours["max_epochs"] = theirs["max_epochs"]
             other = _contradiction(theirs, ours)
         except (ValueError, KeyError, TypeError):
-            continue  # args.json of another program
+            continue  # another program wrote this args.json
         if other is None:
             found += checkpoints
         elif version is not None:
-            name, there, here = other
+            name, theirs, ours = other
             raise UserError(
-                f"{args.parent} holds another run: {name} is {there} there, {here} here; "
-                "give another checkpoint.version, or the settings of that run"
+                f"{args.parent} contains a run with other settings: {name} is {theirs} there, and {ours} in this run; "
+                "set another checkpoint.version, or use the settings of that run"
             )
     if first_process():
         for folder in {path.parent for path in found}:
-            with locked_folder(folder):  # a run in progress replaces its checkpoints
+            with locked_folder(folder):  # raises an error if a run in progress may still replace the checkpoints
                 pass
     readable = _first_readable(_newest_first(found))
     if readable is None:
         return None
     path, checkpoint, code = readable
-    _refuse_code(path, code)
+    _check_no_code(path, code)
     return path, checkpoint
 
 
 def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Module) -> tuple[Path, Path | None, int]:
-    """Return where a run continues: its folder, the checkpoint or None, and the number of epochs already trained.
+    """Find the checkpoint to resume from.
 
     Args:
-        cfg: the configuration. ``resume_from_checkpoint`` names a checkpoint, or ``auto_resume`` looks for one.
+        cfg: the configuration; ``resume_from_checkpoint`` or ``auto_resume`` selects the checkpoint.
         kind: the method's name, or "linear".
         folder: the folder of a run that is not resumed.
         model: the network to be trained.
+
+    Returns:
+        The run's folder, the checkpoint or None, and the number of completed epochs.
 
     Raises:
         UserError: the checkpoint belongs to another method, network or configuration.
@@ -446,24 +451,24 @@ def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Modul
 
 
 def load_backbone(place: str | Path, backbone: torch.nn.Module) -> None:
-    """Load the backbone of a checkpoint, strictly.
+    """Load the backbone of a checkpoint; every weight must match.
 
     Args:
         place: a checkpoint, or the folder of a run.
-        backbone: the network, changed in place.
+        backbone: the network that receives the weights.
 
     Raises:
         UserError: a weight is missing, unexpected or of another shape.
     """
     path = find_checkpoint(place)
     state = plain_names(read_checkpoint(path)["state_dict"])
-    # solo-learn 1.0.2 calls the backbone encoder
+    # solo-learn 1.0.2 names the backbone encoder
     weights = {}
     for prefix in ("backbone.", "encoder."):
         weights.update({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
     weights = plain_names(weights)
     if not weights:
-        raise UserError(f"{path} holds no backbone")
+        raise UserError(f"{path} contains no backbone: no weight has the prefix backbone. or encoder.")
     if reason := mismatch(weights, backbone.state_dict()):
-        raise UserError(f"{path} holds another backbone: {reason}")
+        raise UserError(f"{path} contains another backbone: {reason}")
     backbone.load_state_dict(weights)

@@ -312,13 +312,13 @@ def test_checkpoint_of_another_method(untrained, digits, tmp_path, monkeypatch, 
     checkpoint = find_checkpoint(untrained)
     more = (f"++resume_from_checkpoint='{checkpoint}'",)
     said = _refused(main_pretrain.main, _arguments(digits, tmp_path, "ssl_ey", *more), monkeypatch, capfd)
-    assert "is a checkpoint of method isoloss, this run trains method ssl_ey" in said
+    assert "is a checkpoint with method isoloss, but this run has method ssl_ey" in said
     more = (*more, "method_kwargs.rho=0.5")
     said = _refused(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", *more), monkeypatch, capfd)
-    assert "is a checkpoint of method_kwargs.rho 0.99, this run trains method_kwargs.rho 0.5" in said
+    assert "is a checkpoint with method_kwargs.rho 0.99, but this run has method_kwargs.rho 0.5" in said
     more = (more[0], "data.dataset=custom")
     said = _refused(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", *more), monkeypatch, capfd)
-    assert "is a checkpoint of dataset digits, this run trains dataset custom" in said
+    assert "is a checkpoint with dataset digits, but this run has dataset custom" in said
 
 
 @pytest.mark.slow
@@ -337,7 +337,7 @@ def test_linear_refuses_what_is_no_checkpoint(untrained, digits, tmp_path, monke
         assert sentence in _refused(main_linear.main, _arguments(digits, tmp_path, "linear", *more), monkeypatch, capfd)
     more = (f"pretrained_feature_extractor={untrained}", "backbone.name=resnet50")
     said = _refused(main_linear.main, _arguments(digits, tmp_path, "linear", *more), monkeypatch, capfd)
-    assert "holds another backbone" in said
+    assert "contains another backbone" in said
 
 
 def test_checkpoints_are_read_without_running_code(tmp_path):
@@ -404,11 +404,11 @@ def test_a_run_can_be_made_longer_and_its_folder_is_safe(digits, tmp_path, monke
     checkpoint_copy = tmp_path / "copy.ckpt"
     checkpoint_copy.write_bytes(checkpoint.read_bytes())
     argv = _arguments(digits, tmp_path, "isoloss", "max_epochs=3", *common)
-    assert "already holds a run" in _refused(main_pretrain.main, argv, monkeypatch, capfd)
+    assert "already contains a run" in _refused(main_pretrain.main, argv, monkeypatch, capfd)
 
     resume = f"++resume_from_checkpoint='{checkpoint}'"
     said = _refused(main_pretrain.main, [*argv, resume, "optimizer.lr=0.5"], monkeypatch, capfd)
-    assert "is a checkpoint of optimizer.lr " in said
+    assert "is a checkpoint with optimizer.lr " in said
     _run(main_pretrain.main, [*argv, resume], monkeypatch)
     state = torch.load(find_checkpoint(tmp_path / "isoloss" / "v"), weights_only=True)
     assert state["lr_schedulers"][0]["last_epoch"] == 9 and state["epoch"] == 2

@@ -176,14 +176,14 @@ def test_another_run_in_the_folder_is_named(run):
     ):
         run("max_epochs=2", "auto_resume.enabled=true", other, status=2)
         (error,) = run.said("stopped by ")
-        assert f"{run.folder} holds another run: {name} is {theirs} there, {ours} here" in error
+        assert f"{run.folder} contains a run with other settings: {name} is {theirs} there, and {ours} in this run" in error
     # a run of before these entries were recorded
     args = json.loads((run.folder / "args.json").read_text())
     del args["identity"]["data"], args["identity"]["gradient_clip_val"]
     args["identity"]["custom_data"] = None
     (run.folder / "args.json").write_text(json.dumps(args))
     run("max_epochs=2", "auto_resume.enabled=true", shares[1], status=2)
-    assert "data.fraction is -1 there, 0.5 here" in run.log.read_text()
+    assert "data.fraction is -1 there, and 0.5 in this run" in run.log.read_text()
     assert "resuming after epoch 1 of 2" in run("max_epochs=2", "auto_resume.enabled=true")
     assert "nothing left to train" in run("max_epochs=2", "auto_resume.enabled=true")
 

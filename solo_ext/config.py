@@ -1,7 +1,7 @@
 """Validate a configuration before training starts.
 
-:mod:`solo_ext.schema` describes the entries; this module checks what depends on files, the machine and other packages.
-The format is that of solo-learn's main branch. An invalid configuration raises a UserError that names all mistakes.
+:mod:`solo_ext.schema` defines the entries; this module checks what depends on files, the machine and other packages.
+The format is that of solo-learn's main branch. An invalid configuration raises a UserError that lists all errors.
 """
 
 import inspect
@@ -39,7 +39,7 @@ def parse_pretrain(cfg: DictConfig) -> DictConfig:
     cfg = fill_defaults(_checked(cfg, Pretrain))
     cfg.data.num_large_crops, cfg.data.num_small_crops = large_and_small(cfg.augmentations)
     if cfg.data.val_path is None or cfg.data.no_labels:
-        cfg.knn_eval.enabled = False  # nothing is validated
+        cfg.knn_eval.enabled = False  # there are no labelled validation images
     cfg.identity = identity(cfg)
     scale = _batch_scale(cfg)
     cfg.optimizer.lr *= scale
@@ -48,7 +48,7 @@ def parse_pretrain(cfg: DictConfig) -> DictConfig:
 
 
 def large_and_small(augmentations: Sequence[Any]) -> tuple[int, int]:
-    """Return how many large views and how many small crops ``augmentations`` makes of an image, without stacks.
+    """Return the number of large views and of small crops that ``augmentations`` produces of an image, without stacks.
 
     Raises:
         UserError: small crops come before large views, or stacks of patches before either.
@@ -72,7 +72,7 @@ def count_stacks(augmentations: Sequence[Any]) -> int:
 
 
 def parse_linear(cfg: DictConfig) -> DictConfig:
-    """Complete and validate the configuration of a linear evaluation or fine-tuning; ``lr`` is scaled as above.
+    """Complete and validate the configuration of a linear evaluation; ``lr`` is scaled as in pre-training.
 
     Raises:
         UserError: the configuration is invalid.
@@ -84,38 +84,38 @@ def parse_linear(cfg: DictConfig) -> DictConfig:
 
 
 def _checked(cfg: DictConfig, model: type[Run]) -> DictConfig:
-    """Return the complete configuration; report all invalid entries together, then all other mistakes together."""
-    referred = set(re.findall(r"\$\{(\w+)", OmegaConf.to_yaml(cfg)))
+    """Return the complete configuration. Report all invalid entries at once, then all other errors at once."""
+    variables = set(re.findall(r"\$\{(\w+)", OmegaConf.to_yaml(cfg)))
     try:
         given = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
-        place = f" ({error.full_key})" if error.full_key else ""
-        raise UserError(f"the configuration does not resolve: {str(error).splitlines()[0]}{place}") from None
+        key = f" ({error.full_key})" if error.full_key else ""
+        raise UserError(f"the configuration does not resolve: {str(error).splitlines()[0]}{key}") from None
     trainer = {name: one.annotation for name, one in inspect.signature(pl.Trainer.__init__).parameters.items()}
     trainer.pop("self")
-    cfg = OmegaConf.create(validate(model, given, trainer, referred))
-    mistakes = []
+    cfg = OmegaConf.create(validate(model, given, trainer, variables))
+    errors = []
     for check in (check_data, _check_trainer, _check_optimizer):
         try:
             check(cfg)
         except UserError as error:
-            mistakes.append(str(error))
-    if mistakes:
-        raise UserError(join_messages(mistakes))
+            errors.append(str(error))
+    if errors:
+        raise UserError(join_messages(errors))
     return cfg
 
 
 def check_data(cfg: DictConfig) -> None:
-    """Complete ``data`` and ``dali``, and check that the files exist.
+    """Fill in the defaults of ``data`` and ``dali``, and check that the files exist.
 
     Raises:
         UserError: an entry is invalid or a file is missing.
     """
     data = cfg.data
     if data.format != "image_folder" and data.dataset in DOWNLOADED:
-        raise UserError(f"data.format={data.format} needs image files, {data.dataset} has none; use image_folder")
+        raise UserError(f"data.format={data.format} needs image files, but {data.dataset} has none; use image_folder")
     if data.no_labels and (data.dataset != "custom" or data.format == "h5"):
-        raise UserError("data.no_labels is for data.dataset=custom, a folder of images without class folders")
+        raise UserError("data.no_labels needs data.dataset=custom and a folder of images without class folders")
     if data.format == "dali":
         _check_dali(cfg)
     for key, split in (("train_path", "train"), ("val_path", "val")):
@@ -132,7 +132,7 @@ def check_data(cfg: DictConfig) -> None:
 
 
 def _count_classes(data: DictConfig) -> int:
-    """Return the number of classes of custom images; 1 without labels, since solo-learn's classifier needs one."""
+    """Return the number of classes of custom images; 1 without labels, since solo-learn's classifier needs a class."""
     if data.no_labels:
         return 1
     if data.format == "h5":
@@ -141,7 +141,7 @@ def _count_classes(data: DictConfig) -> int:
 
 
 def _check_dali(cfg: DictConfig) -> None:
-    """Check that DALI is installed and can use ``dali.device``, by default the device of the network."""
+    """Check that DALI is installed and can use ``dali.device``; the default is the device of the network."""
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
@@ -155,14 +155,14 @@ def _check_dali(cfg: DictConfig) -> None:
     if any(is_stack(view) or view.photometric.prob for view in steps):
         raise UserError("jigsaw, rotation and photometric are not available with DALI; use data.format=image_folder")
     if cfg.get("auto_augment"):
-        raise UserError("auto_augment is not available with DALI; use data.format=image_folder")
+        raise UserError("auto_augment is not available with data.format=dali; use data.format=image_folder")
 
 
 def device_list(given: Any) -> int | list[int]:
-    """Return ``devices`` as a number or a list of indexes; "auto" and -1 mean all devices.
+    """Convert ``devices`` to a number or a list of indexes; "auto" and -1 mean all devices.
 
     Raises:
-        UserError: the value is neither a number nor a list.
+        UserError: the value is neither a number above 0 nor a list of indexes.
     """
     if given in ("auto", -1, "-1"):
         return max(torch.cuda.device_count(), 1)
@@ -188,7 +188,7 @@ def settle_devices(cfg: DictConfig, devices: int | list[int]) -> None:
         cfg.accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     cfg.devices = devices
     if cfg.accelerator == "cpu":
-        # on a CPU, Lightning accepts a number of processes, not a list of indexes
+        # on a CPU, Lightning accepts only a number of processes
         cfg.devices = devices if isinstance(devices, int) else len(devices)
         cfg.sync_batchnorm = False
     if cfg.strategy is None:
@@ -200,7 +200,7 @@ def _check_trainer(cfg: DictConfig) -> None:
     if cfg.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError("accelerator is gpu, but this machine has no GPU; add ++accelerator=cpu to train on the CPU")
     if cfg.accelerator == "cpu" and str(cfg.precision).startswith("16"):
-        print_on_rank_zero("precision 16 needs a GPU; the CPU trains in 32 bits")
+        print_on_rank_zero(f"precision={cfg.precision} needs a GPU; training uses precision=32 on the CPU")
         cfg.precision = 32
     if cfg.resume_from_checkpoint is not None and not Path(cfg.resume_from_checkpoint).is_file():
         raise UserError(f"resume_from_checkpoint is not a file: {cfg.resume_from_checkpoint}")

@@ -1,4 +1,4 @@
-"""Shared by the commands: find configurations, start Hydra, build the trainer."""
+"""Functions that the commands share: find a configuration, run Hydra, and build Lightning's Trainer."""
 
 import inspect
 import logging
@@ -23,36 +23,36 @@ from solo_ext.foreign_yaml import check_hydra
 from solo_ext.schema import help_text
 
 _PACKAGE = Path(__file__).parent
-_HYDRAS = (
+_HYDRA_OPTIONS = (
     *("--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info"),
     *("--shell-completion", "--config-dir", "--experimental-rerun"),
 )
-"""Hydra's own options."""
-_OF_COMPOSING = (YAMLError, ValueError, TypeError, AttributeError, AssertionError, RecursionError, FileNotFoundError)
-"""Exceptions, beside Hydra's own, that Hydra raises while it reads and composes files."""
+"""Options of the command line that belong to Hydra."""
+_COMPOSE_ERRORS = (YAMLError, ValueError, TypeError, AttributeError, AssertionError, RecursionError, FileNotFoundError)
+"""Exceptions that Hydra raises while it reads and composes files, in addition to those of its own classes."""
 
 
 def config_folder(given: str) -> Path:
-    """Find ``--config-path`` below the working directory or among the configurations of this package.
+    """Find the folder ``--config-path`` in the working directory or among the configurations of this package.
 
     Raises:
-        UserError: neither has such a folder.
+        UserError: there is no such folder.
     """
     path = Path(given).expanduser()
-    # an installed copy has configs/solo inside the package, a checkout beside it
+    # configs/solo is inside the package in an installed copy, and beside it in a checkout
     shipped = Path(*path.parts[2:]) if path.parts[:2] == ("configs", "solo") else path
-    places = [path, _PACKAGE / "configs" / shipped, _PACKAGE.parent / "configs" / "solo" / shipped]
-    for place in places:
-        if place.is_dir():
-            return place.resolve()
+    for folder in (path, _PACKAGE / "configs" / shipped, _PACKAGE.parent / "configs" / "solo" / shipped):
+        if folder.is_dir():
+            return folder.resolve()
     raise UserError(f"--config-path is not a folder: {given}")
 
 
 def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> None:
-    """Run a task with the configuration that the command line selects, as solo-learn's scripts do.
+    """Compose the configuration that the command line selects, and call a function with it.
 
     Args:
-        task: the function to run; a UserError or FloatingPointError in it ends the process with one line and status 2.
+        task: the function. If it raises a UserError or FloatingPointError, the command prints a one-line error and
+            exits with status 2.
         usage: printed for ``--help``, and when no configuration is given.
         command: a key of ``schema.COMMANDS``, for ``--help-config``.
     """
@@ -73,53 +73,53 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> N
         if file is None:
             have = sorted(path.stem for path in folder.glob("*.yaml"))
             near = nearest(name, have)
-            hint = f"did you mean {near}?" if near else f"it has {', '.join(have) or 'none'}"
+            hint = f"did you mean {near}?" if near else f"the folder contains: {', '.join(have) or 'none'}"
             raise UserError(f"there is no configuration {name!r} in {folder}; {hint}")
         check_file(file)
-        for word in rest:
-            if word.startswith("--") and word.partition("=")[0] not in _HYDRAS:
-                raise UserError(f"there is no option {word}; entries are given as key=value; see --help")
+        for argument in rest:
+            if argument.startswith("--") and argument.partition("=")[0] not in _HYDRA_OPTIONS:
+                raise UserError(f"there is no option {argument}; set entries with key=value; see --help")
         sys.argv[1:] = ["--config-path", str(folder), "--config-name", name, *map(quote_override, rest)]
 
         check_hydra(folder, name, sys.argv[5:])
-        started, mistake = False, None
+        started, user_error = False, None
 
         def guarded(cfg: DictConfig) -> None:
-            nonlocal started, mistake
+            nonlocal started, user_error
             started = True
             try:
                 task(cfg)
             except (UserError, FloatingPointError) as error:
-                # raised again outside of Hydra, which would print the overrides first
-                mistake = error
+                # it is raised outside of Hydra, since Hydra would print the overrides first
+                user_error = error
 
         hide_warnings()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # without it Hydra prints its own lines and exits with status 1
         try:
             hydra.main(version_base="1.2", config_path=None)(guarded)()
-        except (HydraException, OmegaConfBaseException, *_OF_COMPOSING) as error:
+        except (HydraException, OmegaConfBaseException, *_COMPOSE_ERRORS) as error:
             if started:
                 raise
             for path in sorted(folder.rglob("*.y*ml")):
-                check_file(path, whole=False)
+                check_file(path, complete=False)
             if str(error).startswith("Ambiguous value"):
                 raise UserError(
                     "an override has a comma outside of quotes; use key='a,b' for a string or key=[a,b] for a list"
                 ) from None
-            # the first two lines name the mistake and the remedy; the others are about Hydra's internals
+            # the first two lines describe the error and its correction; the others are about Hydra's internals
             override = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
             raise UserError(override + " ".join(str(error).splitlines()[:2])[:300]) from None
-        if mistake is not None:
-            raise mistake
+        if user_error is not None:
+            raise user_error
 
 
-def check_file(path: Path, *, whole: bool = True) -> None:
+def check_file(path: Path, *, complete: bool = True) -> None:
     """Check that Hydra can use a YAML file.
 
     Args:
         path: the file.
-        whole: whether it is a configuration, which must have entries; else it is a part of one, which may be a list
-            or empty.
+        complete: whether the file is a configuration, which must have entries; otherwise it is a part of one, which may
+            be a list or empty.
 
     Raises:
         UserError: the file cannot be read, is not YAML, or has no entries.
@@ -132,17 +132,17 @@ def check_file(path: Path, *, whole: bool = True) -> None:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        position = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{path} is not valid YAML: {problem}{place}") from None
+        raise UserError(f"{path} is not valid YAML: {problem}{position}") from None
     except (OmegaConfBaseException, RecursionError, AssertionError) as error:
-        problem = (str(error) or "it holds no entries").splitlines()[0][:200]
+        problem = (str(error) or "it contains no entries").splitlines()[0][:200]
         raise UserError(f"{path} is not a configuration: {problem}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if whole and not isinstance(content, dict):
-        held = "is empty" if content is None else f"holds {'a list' if isinstance(content, list) else repr(content)}"
-        raise UserError(f"{path} {held}; a configuration has entries, such as max_epochs: 100")
+    if complete and not isinstance(content, dict):
+        found = "is empty" if content is None else f"is {'a list' if isinstance(content, list) else repr(content)}"
+        raise UserError(f"{path} {found}, but a configuration is a mapping with entries such as max_epochs: 100")
 
 
 def hide_warnings() -> None:
@@ -166,10 +166,10 @@ def hide_warnings() -> None:
 
 @contextmanager
 def as_user_error(what: str) -> Iterator[None]:
-    """Turn errors of a constructor about its arguments into a UserError.
+    """Convert errors that a constructor raises for its arguments to a UserError.
 
     Args:
-        what: name of the object under construction, for the message.
+        what: name of the object that is constructed, for the error message.
     """
     try:
         yield
@@ -197,7 +197,7 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Any]) -> 
     given.setdefault("enable_progress_bar", sys.stderr.isatty())
     given.setdefault("enable_model_summary", False)
     given.setdefault("num_sanity_val_steps", 0)
-    given["use_distributed_sampler"] = False  # our loaders divide the images, each image once
+    given["use_distributed_sampler"] = False  # our loaders divide the images among the processes, each image once
     try:
         return pl.Trainer(**given)
     except (TypeError, ValueError, ImportError, pl.utilities.exceptions.MisconfigurationException) as error:

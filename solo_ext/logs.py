@@ -1,7 +1,7 @@
-"""Logging: metrics, spectrum, progress and summary of a run.
+"""Log the metrics, the spectrum, the progress and the summary of a run.
 
-A run's folder has metrics.csv and TensorBoard events of all logged values, eigenvalues.csv with ``log_eigvals``, and a
-JSON summary. With ``wandb.enabled`` the values also go to Weights & Biases.
+A run's folder contains metrics.csv and TensorBoard events with all logged values, eigenvalues.csv if ``log_eigvals`` is
+set, and a JSON summary. With ``wandb.enabled`` the values are also logged to Weights & Biases.
 """
 
 import csv
@@ -30,7 +30,7 @@ def loggers(cfg: DictConfig, folder: Path, epochs: int) -> list[Any]:
     Args:
         cfg: the configuration.
         folder: the run's folder.
-        epochs: the number of epochs already trained, for a resumed run.
+        epochs: number of completed epochs of a resumed run.
     """
     found: list[Any] = [
         AppendingCSVLogger(folder, epochs),
@@ -42,7 +42,7 @@ def loggers(cfg: DictConfig, folder: Path, epochs: int) -> list[Any]:
 
 
 def _wandb_logger(cfg: DictConfig, folder: Path) -> Any:
-    """Build the logger of Weights & Biases; offline on request, and without an account or a network."""
+    """Build the logger of Weights & Biases; it is offline if requested, or if there is no account or no network."""
     import wandb
 
     def start(mode: str | None) -> Any:
@@ -50,7 +50,7 @@ def _wandb_logger(cfg: DictConfig, folder: Path) -> Any:
             name=cfg.name,
             project=cfg.wandb.project,
             entity=cfg.wandb.entity,
-            mode=mode,  # None: the environment decides
+            mode=mode,  # None: the environment variable WANDB_MODE decides
             id=folder.name,
             resume="allow",
         )
@@ -62,7 +62,7 @@ def _wandb_logger(cfg: DictConfig, folder: Path) -> Any:
     except wandb.errors.Error as error:
         reason = str(error).strip().splitlines()[0]
         print_on_rank_zero(
-            f"wandb logs offline to ./wandb, 'wandb sync' uploads it later; it cannot log online: {reason}"
+            f"wandb cannot log online: {reason}; it logs offline to ./wandb, and 'wandb sync' uploads the logs later"
         )
         return start("offline")
 
@@ -81,11 +81,11 @@ def callbacks(cfg: DictConfig) -> list[pl.Callback]:
 
 
 class RunGuard(Guard, pl.Callback):
-    """End an unfinished run with a non-zero status, and end all of its processes."""
+    """Exit with a non-zero status if the run is interrupted, and end all of its processes."""
 
 
 class EpochSeed(pl.Callback):
-    """Seed torch in each epoch, so that a resumed run draws the same numbers as an uninterrupted one.
+    """Seed torch at the start of each epoch, so that a resumed run draws the same numbers as an uninterrupted one.
 
     Args:
         seed: the seed of the run.
@@ -95,22 +95,22 @@ class EpochSeed(pl.Callback):
         self.seed = seed
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Seed from (seed, epoch, process)."""
+        """Set the seed from (seed, epoch, rank)."""
         torch.manual_seed(hash((self.seed, trainer.current_epoch, trainer.global_rank)) & 0x7FFFFFFF)
 
 
 class FlushMetrics(pl.Callback):
     """Write metrics.csv at the end of each epoch, before the checkpoint.
 
-    Lightning logs the means over an epoch after the checkpoint of that epoch. The checkpoint has them too, for a run
-    that was killed in between.
+    Lightning writes the means over an epoch after the checkpoint of that epoch. The checkpoint contains them too, so
+    that they are not lost if the run is killed in between.
     """
 
     def __init__(self) -> None:
         self._means: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the means over the last epoch for the checkpoint."""
+        """Return the means over the last epoch."""
         return {"means": dict(self._means)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ class FlushMetrics(pl.Callback):
         self._means = dict(state_dict["means"])
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Add the means of the epoch before a resume to metrics.csv if they are missing."""
+        """Write the means of the last epoch before a resume to metrics.csv if they are missing there."""
         for logger in trainer.loggers:
             if trainer.is_global_zero and self._means and isinstance(logger, AppendingCSVLogger):
                 logger.experiment.restore(self._means)
@@ -133,10 +133,10 @@ class FlushMetrics(pl.Callback):
 
 
 class StopWhenNotFinite(pl.Callback):
-    """End a run whose loss is inf or NaN.
+    """Stop a run whose loss is inf or NaN.
 
     Raises:
-        UserError: at the end of the first such epoch; the previous checkpoint is kept.
+        UserError: a loss of the epoch is inf or NaN. The checkpoint of the previous epoch is kept.
     """
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -150,10 +150,10 @@ class StopWhenNotFinite(pl.Callback):
 
 
 class EpochLines(pl.Callback):
-    """Print one line per epoch, when there is no terminal for a progress bar."""
+    """Print one line per epoch. It replaces the progress bar if the output is not a terminal."""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Start the clock."""
+        """Start measuring the time."""
         self.began = time.perf_counter()
         self.first = trainer.current_epoch
 
@@ -162,12 +162,12 @@ class EpochLines(pl.Callback):
         if not trainer.is_global_zero:
             return
         done = trainer.current_epoch + 1
-        passed = time.perf_counter() - self.began
-        left = passed / (done - self.first) * (trainer.max_epochs - done)
+        elapsed = time.perf_counter() - self.began
+        remaining = elapsed / (done - self.first) * (trainer.max_epochs - done)
         shown = ("train_ssl_loss_epoch", "train_loss_epoch", "train_acc1_epoch", "val_acc1", "val_knn_acc1")
         values = trainer.callback_metrics
         text = "  ".join(f"{name.removesuffix('_epoch')} {values[name]:.4g}" for name in shown if name in values)
-        print(f"epoch {done}/{trainer.max_epochs}  {text}  {passed:.0f} s, {left:.0f} s left", flush=True)
+        print(f"epoch {done}/{trainer.max_epochs}  {text}  {elapsed:.0f} s, {remaining:.0f} s left", flush=True)
 
 
 class SpectrumWriter(pl.Callback):
@@ -175,7 +175,7 @@ class SpectrumWriter(pl.Callback):
 
     Args:
         folder: the run's folder; eigenvalues.csv has the columns epoch, eigval_1 ≥ eigval_2 ≥ …
-        epochs: rows of this epoch and later, from an interrupted run, are dropped.
+        epochs: number of completed epochs. Later rows of an interrupted run are deleted.
     """
 
     def __init__(self, folder: Path, epochs: int) -> None:
@@ -183,7 +183,7 @@ class SpectrumWriter(pl.Callback):
         self.epochs = epochs
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Drop the rows of epochs that are trained again."""
+        """Delete the rows of epochs that are trained again."""
         if trainer.is_global_zero and self.path.is_file():
             rows = read_rows(self.path)
             kept = [row for row in rows if int(row["epoch"]) < self.epochs]
@@ -197,10 +197,10 @@ class SpectrumWriter(pl.Callback):
         if not trainer.is_global_zero or module.moment is None:
             return
         spectrum = module.moment.spectrum().cpu()
-        new = not self.path.is_file()
+        is_new = not self.path.is_file()
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file)
-            if new:
+            if is_new:
                 writer.writerow(["epoch", *(f"eigval_{index}" for index in range(1, len(spectrum) + 1))])
             writer.writerow([trainer.current_epoch, *spectrum.tolist()])
         for logger in trainer.loggers:
@@ -212,7 +212,7 @@ class SpectrumWriter(pl.Callback):
                 logger.experiment.log({"eigenvalues": wandb.Histogram(spectrum.numpy())}, commit=False)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Log the table ``eigvals`` to wandb: one row per epoch, including those before a resume."""
+        """Log the table ``eigvals`` to wandb, with one row per epoch, including the epochs before a resume."""
         if not trainer.is_global_zero or not self.path.is_file():
             return
         for logger in trainer.loggers:
@@ -226,9 +226,9 @@ class SpectrumWriter(pl.Callback):
 
 
 class Totals(pl.Callback):
-    """Totals of the run for its summary, continued after a resume; must come after the callbacks that log.
+    """Collect totals for the summary of a run, also over a resume. Place it after the callbacks that log values.
 
-    ``metrics`` has the last value of each metric, ``seconds`` the time of training and validation.
+    ``metrics`` contains the last value of each metric, ``seconds`` the time of training and validation.
     """
 
     def __init__(self) -> None:
@@ -237,29 +237,29 @@ class Totals(pl.Callback):
 
     @property
     def seconds(self) -> float:
-        """Time of this process, and of the resumed ones up to their last checkpoint."""
+        """Seconds of this process and of the interrupted processes of the run up to their last checkpoint."""
         return self._before + time.perf_counter() - self._began
 
     def update(self, trainer: pl.Trainer) -> None:
-        """Store the logged values."""
+        """Store the last value of each logged metric."""
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         self.metrics.update(found)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Store the values that the epoch has logged."""
+        """Store the values that were logged in the epoch."""
         self.update(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the values for the checkpoint."""
+        """Return the metrics and the time."""
         return {"metrics": dict(self.metrics), "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from these values."""
+        """Restore the metrics and the time."""
         self.metrics, self._before = dict(state_dict["metrics"]), state_dict["seconds"]
 
 
 class Throughput(pl.Callback):
-    """Measure the training images per second, without validation."""
+    """Measure the number of training images per second, excluding validation."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -267,47 +267,47 @@ class Throughput(pl.Callback):
 
     @property
     def images_per_second(self) -> float | None:
-        """Images of this process per second, each counted once for any number of views; None before the first batch."""
+        """Images per second of this process, or None before the first batch. Several views count as one image."""
         return self.images / self.seconds if self.images else None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Start the clock."""
+        """Start measuring the time."""
         self._began: float | None = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch, and stop the clock after the last of the epoch."""
+        """Count the images, and stop measuring the time after the last batch of the epoch."""
         self.images += len(batch[-1])
         if trainer.is_last_batch and self._began is not None:
             self.seconds += time.perf_counter() - self._began
             self._began = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts for the checkpoint."""
+        """Return the number of images and the time."""
         return {"images": self.images, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from these values."""
+        """Restore the number of images and the time."""
         self.images, self.seconds = state_dict["images"], state_dict["seconds"]
 
 
 class BestAccuracy(pl.Callback):
-    """Store the best validation accuracy of all epochs in ``acc1`` (per cent; -inf before the first)."""
+    """Store the best validation accuracy of all epochs in ``acc1``, in per cent; -inf before the first validation."""
 
     acc1 = float("-inf")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Compare the accuracy of this epoch."""
+        """Update the best accuracy with that of this epoch."""
         if "val_acc1" in trainer.callback_metrics:
             self.acc1 = max(self.acc1, float(trainer.callback_metrics["val_acc1"]))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the values for the checkpoint."""
+        """Return the best accuracy."""
         return {"acc1": self.acc1}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from these values."""
+        """Restore the best accuracy."""
         self.acc1 = state_dict["acc1"]
 
 

@@ -332,7 +332,7 @@ def test_a_method_with_a_memory_of_the_images(compose):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (("data.dataset=cifar10",), "data.format=dali needs image files, cifar10 has none"),
+        (("data.dataset=cifar10",), "data.format=dali needs image files, but cifar10 has none"),
         (("++dali.device=tpu",), "dali.device must be cpu or gpu, got 'tpu'"),
         (("++dali.devise=cpu",), "dali has no entry 'devise'; known entries: device"),
         (("++dali=cpu",), "dali must be a mapping"),

@@ -309,9 +309,9 @@ def test_the_common_folder_of_all_datasets_is_understood(tmp_path, compose):
     [
         (("data.fraction=1.5",), "data.fraction must be above 0 and at most 1, or -1 for all images, got 1.5"),
         (("data.fraction=0",), "data.fraction must be above 0"),
-        (("data.no_labels=true",), "data.no_labels is for data.dataset=custom"),
+        (("data.no_labels=true",), "data.no_labels needs data.dataset=custom"),
         (("data.num_workers=-1",), r"data.num_workers must be an integer in \[0, 1024\], got -1"),
-        (("data.format=h5", "data.dataset=cifar10"), "data.format=h5 needs image files, cifar10 has none"),
+        (("data.format=h5", "data.dataset=cifar10"), "data.format=h5 needs image files, but cifar10 has none"),
         (("data.format=h5", "data.train_path=nowhere.h5"), "data.train_path is not a file: nowhere.h5"),
         (
             ("data.dataset=tinyimagenet", "data.train_path=nowhere"),

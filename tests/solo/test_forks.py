@@ -373,7 +373,7 @@ def test_wandb_without_an_account_logs_offline(train, tmp_path, monkeypatch, cap
         folder = train("isoloss-noema")
         wandb.finish()
         wandb.teardown()  # until the log is on the disk
-    assert capfd.readouterr().out.count("wandb logs offline to ./wandb") == 1
+    assert capfd.readouterr().out.count("it logs offline to ./wandb") == 1
     (run,) = tmp_path.glob("wandb/offline-run-*")
     (table,) = (run / "files" / "media" / "table").glob("eigvals*.json")
     table = json.loads(table.read_text())

@@ -176,7 +176,10 @@ def test_another_run_in_the_folder_is_named(run):
     ):
         run("max_epochs=2", "auto_resume.enabled=true", other, status=2)
         (error,) = run.said("stopped by ")
-        assert f"{run.folder} contains a run with other settings: {name} is {theirs} there, and {ours} in this run" in error
+        assert (
+            f"{run.folder} contains a run with other settings: {name} is {theirs} there, and {ours} in this run"
+            in error
+        )
     # a run of before these entries were recorded
     args = json.loads((run.folder / "args.json").read_text())
     del args["identity"]["data"], args["identity"]["gradient_clip_val"]

@@ -1,9 +1,9 @@
-"""Backbones that solo-learn lacks: ResNet-8 for small images, and from torchvision deeper and wider ResNets, ResNeXts
-and RegNets, all untrained.
+"""Backbones that solo-learn does not have: ResNet-8 for small images, and torchvision's deeper and wider ResNets,
+ResNeXts and RegNets, all untrained.
 
-The classifier is removed, and ``num_features`` is the width of the features. On CIFAR a ResNet gets the stem of
-solo-learn's own ResNets: a 3×3 convolution of stride 1 and padding 2 (32 pixels become 34) and no max-pool. A RegNet
-keeps its 3×3 stem with stride 1, so that 32 pixels stay 32.
+The classifier is removed, and ``num_features`` is the width of the features. On CIFAR, a ResNet has the stem of
+solo-learn's own ResNets: a 3×3 convolution with stride 1 and padding 2 (32 pixels become 34) and no max-pool. A RegNet
+has its own 3×3 stem with stride 1, so that 32 pixels stay 32.
 
 ``expanded_resnet18``, ``34``, ``50`` and ``101`` are ResNets of any feature width, with the initialisation and the
 stems of the published TinyImageNet code (Dubois et al. 2022, arXiv:2209.06235)::
@@ -64,10 +64,10 @@ def _expanded(
         name: a key of ARCHITECTURES.
         method: name of the method that is trained; ignored.
         cifar: whether the images have 32 pixels.
-        dim: width of the representation: a multiple of the ResNet's own, which is the default, or less.
-        bottleneck: inner width of the block that widens it; None makes the block one 1×1 convolution.
-        stem: "7x7", or "3x3" with stride 1 for images below 100 pixels, or "cifar", which has no max-pool either. None:
-            "cifar" for images of 32 pixels, else "7x7".
+        dim: width of the representation: a multiple of the ResNet's own width, which is the default, or less.
+        bottleneck: inner width of the block that expands the representation; None means a single 1×1 convolution.
+        stem: "7x7"; "3x3" with stride 1, for images below 100 pixels; "cifar", which is "3x3" without a max-pool. None
+            means "cifar" for images of 32 pixels, else "7x7".
 
     Raises:
         TypeError: the width is not possible, or the stem is unknown.
@@ -76,7 +76,7 @@ def _expanded(
     network.num_features = network.fc.in_features
     stem = stem or ("cifar" if cifar else "7x7")
     if stem not in _STEMS:
-        raise TypeError(f"stem of backbone {name} is one of {', '.join(_STEMS)}, got {stem!r}")
+        raise TypeError(f"stem of backbone {name} must be one of {', '.join(_STEMS)}, got {stem!r}")
     if stem != "7x7":
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
     if stem == "cifar":
@@ -102,7 +102,7 @@ def _build(name: str, method: str, *, cifar: bool = False, **kwargs: Any) -> nn.
         TypeError: the network has no such option.
     """
     build, cls = (_RESNETS[name], resnet.ResNet) if name in _RESNETS else (_REGNETS[name], regnet.RegNet)
-    # the classifier is removed, and the arguments that define the architecture are fixed
+    # options of the classifier, which is removed, and of the architecture, which the name defines
     fixed = {"self", "num_classes", "block", "layers", "block_params", "groups", "width_per_group"}
     known = sorted(set(inspect.signature(cls.__init__).parameters) - fixed)
     for key in kwargs:
@@ -123,4 +123,4 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(_build, name) for name in sorted((*_RESNETS, *_REGNETS))},
     **{name: partial(_expanded, name) for name in _EXPANDED},
 }
-"""Name → factory(method, cifar=False, **kwargs) → network; images ``[B, 3, H, W]`` → features ``[B, num_features]``."""
+"""{name: factory(method, cifar=False, **kwargs)}; a network maps images ``[B, 3, H, W]`` to ``[B, num_features]``."""

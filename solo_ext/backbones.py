@@ -10,11 +10,11 @@ from solo_ext.compat import BaseMethod
 
 
 def build_backbone(name: str, kwargs: dict[str, Any], dataset: str, crop_size: int) -> nn.Module:
-    """Build an untrained backbone as pre-training does: without classifier, on CIFAR with the CIFAR stem.
+    """Build an untrained backbone as pre-training does: without a classifier, and with the CIFAR stem for CIFAR.
 
     Args:
-        name: of the backbone.
-        kwargs: of its constructor.
+        name: name of the backbone.
+        kwargs: arguments of its constructor.
         dataset: name of the dataset.
         crop_size: side of the images, in pixels.
 

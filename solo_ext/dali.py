@@ -1,24 +1,27 @@
-"""Training images through NVIDIA DALI (``data.format: dali``), the same for both generations of solo-learn.
+"""Read training images with NVIDIA DALI (``data.format: dali``), in the same way for both generations of solo-learn.
 
-The pipelines are ours and not the host's, for these reasons:
+This module has its own pipelines instead of solo-learn's, for these reasons:
 
-* the host's pipelines need a GPU: their ``device_id`` is a number, which must be None on a CPU;
-* the host uses DALI's order of images, which ignores the seed and restarts when a run is resumed;
-* the host's iterator is reset at the end of each epoch, after which Lightning skips every second epoch;
+* solo-learn's pipelines need a GPU: their ``device_id`` is a number, but must be None on a CPU.
+* solo-learn uses DALI's order of images, which ignores the seed and restarts when a run is resumed.
+* solo-learn resets the iterator at the end of each epoch, after which Lightning skips every second epoch.
 * 1.0.2 computes every random step for every image and discards half of the results, and both generations blur with a
-  kernel of 23 pixels for every width. On a CPU that makes DALI slower than the ordinary loader.
+  kernel of 23 pixels for every width. On a CPU, DALI is then slower than the ordinary loader.
 
-Each epoch has its own pipeline, which reads the files of that epoch in the order of the ordinary loader and uses a seed
-made from (seed of the run, epoch, rank). Building it takes 0.1 s, or 2 s for the 1.28 million files of ImageNet.
-Therefore both formats put the same images into a batch; labels and indexes are always correct, with or without
-``dali.encode_indexes_into_labels``; and a resumed run on the CPU reads the same bytes as an uninterrupted one, with any
-``data.num_workers`` and the same number of processes. On a GPU, order, labels and random draws are reproducible too,
-and the pixels if the GPU's decoder is.
+Each epoch has its own pipeline, which reads the files of that epoch in the order of the ordinary loader. Its seed
+depends on (seed of the run, epoch, rank). Building it takes 0.1 s, or 2 s for the 1.28 million files of ImageNet.
+Consequences:
 
-Each step draws from the same distribution as in the host. The pixels differ from those of the ordinary loader, which
+* Both formats put the same images into a batch.
+* Labels and indexes are always correct, with or without ``dali.encode_indexes_into_labels``.
+* On a CPU, a resumed run reads the same pixels as an uninterrupted one, for any ``data.num_workers`` and the same
+  number of processes. On a GPU, the order, the labels and the random numbers are reproducible too; the pixels are if
+  the GPU's decoder is deterministic.
+
+Each step draws from the same distribution as in solo-learn. The pixels differ from those of the ordinary loader, which
 uses Pillow: DALI's contrast is relative to mid-grey, Pillow's to the mean of the image.
 
-Validation images are read by the ordinary loader, as in solo-learn's main branch.
+The ordinary loader reads validation images, as in solo-learn's main branch.
 """
 
 import gc
@@ -38,12 +41,12 @@ from solo_ext.transforms import LinearCrop, statistics
 
 
 def _cropped(images: Any, side: int, area: tuple[float, float]) -> Any:
-    """Take a random part of each image, with a random aspect ratio, and resize it to a square."""
+    """Crop each image at random, with a random aspect ratio, and resize the crop to a square."""
     return fn.random_resized_crop(images, size=side, random_area=area, interp_type=types.INTERP_CUBIC)
 
 
 def _normalized(images: Any, side: int, flip: float, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """Flip, crop at the centre and normalise: the last step of every view."""
+    """Flip at random, crop at the centre and normalise: the last step of every view."""
     return fn.crop_mirror_normalize(
         images,
         crop=(side, side),
@@ -56,7 +59,7 @@ def _normalized(images: Any, side: int, flip: float, mean: Sequence[float], std:
 
 
 def _sometimes(prob: float, change: Callable[[Any], Any], images: Any) -> Any:
-    """Apply a step to each image with a probability; DALI turns the ``if`` into a branch per image."""
+    """Apply a step to each image with a probability. DALI converts the ``if`` to a branch for each image."""
     if fn.random.coin_flip(probability=prob, dtype=types.BOOL):  # noqa: SIM108  (DALI needs this form)
         result = change(images)
     else:
@@ -65,7 +68,7 @@ def _sometimes(prob: float, change: Callable[[Any], Any], images: Any) -> Any:
 
 
 def _uniform(low: float, high: float) -> Any:
-    """Draw a number for each image; DALI does not accept an empty range."""
+    """Draw a number for each image. DALI does not accept an empty range."""
     return fn.random.uniform(range=[low, high]) if low < high else low
 
 
@@ -99,11 +102,11 @@ def _solarize(images: Any) -> Any:
 
 
 class View:
-    """An entry of ``augmentations`` in DALI: a batch of images → a batch of crops, steps in main's order.
+    """An entry of ``augmentations`` in DALI, which maps a batch of images to a batch of crops.
 
     Args:
-        cfg: the entry, complete.
-        mean, std: of each channel, in [0, 1].
+        cfg: the complete entry.
+        mean, std: mean and standard deviation of each channel, in [0, 1].
     """
 
     def __init__(self, cfg: DictConfig, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -115,10 +118,11 @@ class View:
             (cfg.solarization.prob, _solarize),
             (cfg.equalization.prob, fn.equalize),
         ]
+        # in main's order
         self.steps = [(prob, change) for prob, change in steps if prob]
 
     def __call__(self, images: Any) -> Any:
-        """Add the view to the pipeline under definition."""
+        """Add the view to the pipeline that is being defined."""
         side, crop = self.cfg.crop_size, self.cfg.rrc
         if crop.enabled:
             images = _cropped(images, side, (crop.crop_min_scale, crop.crop_max_scale))
@@ -130,7 +134,7 @@ class View:
 
 
 def pretrain_views(cfg: DictConfig) -> list[View]:
-    """Return all views of ``cfg.augmentations``, each ``num_crops`` times."""
+    """Return the views of ``cfg.augmentations``, each repeated ``num_crops`` times."""
     views: list[View] = []
     for view in cfg.augmentations:
         views += [View(view, *statistics(cfg.data.dataset, view))] * view.num_crops
@@ -138,7 +142,7 @@ def pretrain_views(cfg: DictConfig) -> list[View]:
 
 
 def linear_view(crop: LinearCrop) -> Callable[[Any], Any]:
-    """Return the training augmentation of a linear evaluation: a batch of images → a batch of crops."""
+    """Return the training augmentation of a linear evaluation, which maps a batch of images to a batch of crops."""
 
     def view(images: Any) -> Any:
         images = _cropped(images, crop.side, (crop.min_scale, 1.0))
@@ -149,21 +153,21 @@ def linear_view(crop: LinearCrop) -> Callable[[Any], Any]:
 
 @pipeline_def(enable_conditionals=True)
 def _epoch(files: list[str], rows: list[int], views: Sequence[Any], device: str) -> tuple[Any, ...]:
-    """One epoch: the crops of each file, and its row in the dataset."""
+    """Define the pipeline of one epoch: the crops of each file and its index in the dataset."""
     encoded, row = fn.readers.file(files=files, labels=rows, name="Reader")
     images = fn.decoders.image(encoded, device="mixed" if device == "gpu" else "cpu", output_type=types.RGB)
     return (*(view(images) for view in views), fn.cast(row, dtype=types.INT64))
 
 
 class DALILoader:
-    """The batches of one process, with the interface of a DataLoader that Lightning uses.
+    """The batches of one process, with the part of a DataLoader's interface that Lightning uses.
 
     Args:
         sampler: the order of the images; Lightning sets its epoch.
-        dataset: a class folder or flat folder, or a subset of one.
-        views: functions in DALI from a batch of images to a batch of crops.
+        dataset: a class folder, a flat folder, or a subset of either.
+        views: functions of DALI that map a batch of images to a batch of crops.
         cfg: the configuration.
-        indexed: whether batches are ``[indexes, [crops], targets]``, else ``[crops of the first view, targets]``.
+        indexed: whether batches are ``[indexes, [crops], targets]`` or ``[crops of the first view, targets]``.
 
     Raises:
         UserError: DALI cannot read one of the files; the message names it.
@@ -180,7 +184,7 @@ class DALILoader:
         self.files, self.labels = files, torch.tensor(labels)
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch, the same as of the ordinary loader."""
+        """Return the number of batches in an epoch, which is that of the ordinary loader."""
         count = len(self.sampler)
         return count // self.batch_size if self.sampler.drop_last else -(-count // self.batch_size)
 
@@ -201,13 +205,13 @@ class DALILoader:
                 yield [index, crops, self.labels[index]] if self.indexed else [crops[0], self.labels[index]]
                 done += self.batch_size
         except RuntimeError:
-            # DALI does not name the image; it is at most a few batches ahead. (DALI 2.4 may crash instead: after an
-            # error, threads of its decoder may still read freed memory.)
+            # DALI's error does not name the image, which is at most a few batches ahead: read these with Pillow, whose
+            # error does. (DALI 2.4 may crash instead: after an error, its decoder may still read freed memory.)
             for row in rows[done : done + 4 * self.batch_size]:
                 open_image(self.files[row])
             raise
         finally:
-            # DALI's objects form reference cycles: without this, memory of old epochs is freed late
+            # DALI's objects form reference cycles, so that the memory of old epochs would be freed late
             del batches
             gc.collect()
 
@@ -228,15 +232,15 @@ class DALILoader:
 
 
 class DALIImages(Images):
-    """A data module with training images through DALI and validation images through the ordinary loader.
+    """A data module that reads training images with DALI and validation images with the ordinary loader.
 
     Args:
-        train: training images: a class folder or flat folder, or a subset of one.
+        train: training images: a class folder, a flat folder, or a subset of either.
         val: validation images, or None.
         cfg: the configuration.
-        views: as of DALILoader.
-        indexed: as of DALILoader.
-        drop_last: whether the last, smaller batch of an epoch is left out.
+        views: see :class:`DALILoader`.
+        indexed: see :class:`DALILoader`.
+        drop_last: whether the last, smaller batch of an epoch is dropped.
 
     Raises:
         UserError: there are fewer training images than one batch.
@@ -256,5 +260,5 @@ class DALIImages(Images):
         self.views, self.indexed = views, indexed
 
     def loader(self, sampler: EpochSampler) -> DALILoader:
-        """The batches of this process, in the sampler's order."""
+        """Return the batches of this process, in the sampler's order."""
         return DALILoader(sampler, self.train, self.views, self.cfg, indexed=self.indexed)

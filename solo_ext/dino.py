@@ -1,9 +1,9 @@
 """DINO as the authors of DISSL trained it (Dubois et al. 2022, arXiv:2209.06235), for comparison with their results.
 
-Select it with ``method: dino`` and one of the options that solo-learn's own DINO lacks, such as ``n_classes``. It
-differs from solo-learn's: the head has one hidden layer and normalises rows before the bottleneck, batch statistics are
-those of both views together, the teacher's head has its own random initialisation, and the centre moves after each
-view (:mod:`plugins.losses.dino`).
+``method: dino`` selects it together with an option that solo-learn's own DINO does not have, such as ``n_classes``. It
+differs from solo-learn's DINO: the head has one hidden layer and normalises rows before the bottleneck, batch
+statistics are computed over both views, the teacher's head has its own random initialisation, and the centre is updated
+after each view (:mod:`plugins.losses.dino`).
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class _Criterion(DINOLoss):
 
 
 def teacher_temperature(options: Mapping[str, Any], epoch: int) -> float:
-    """Return τ_t of an epoch: equal steps from its first value, in epoch 0, to its last."""
+    """Return the teacher's temperature τ_t in an epoch, which changes linearly from its first to its last value."""
     first, last = options["warmup_teacher_temperature"], options["teacher_temperature"]
     return dino.teacher_temperature(epoch, first=first, last=last, epochs=options["warmup_teacher_temperature_epochs"])
 
@@ -61,10 +61,10 @@ SPEC = MethodSpec(
         "proj_output_dim": Option(256, "width of the head's bottleneck, > 0", low=1),
         "student_temperature": Option(0.1, "temperature of the predictions, > 0", low=1e-6),
         "teacher_temperature": Option(0.07, "temperature of the assignments, > 0", low=1e-6),
-        "warmup_teacher_temperature": Option(0.04, "the same in the first epoch, > 0", low=1e-6),
-        "warmup_teacher_temperature_epochs": Option(50, "epochs from the one to the other, >= 0", low=0),
-        "center_momentum": Option(0.9, "what is kept of the centre, in [0, 1]", low=0, high=1),
-        "freeze_last_layer": Option(1, "epochs in which the last layer stays as it is, >= 0", low=0),
+        "warmup_teacher_temperature": Option(0.04, "temperature of the assignments in the first epoch, > 0", low=1e-6),
+        "warmup_teacher_temperature_epochs": Option(50, "epochs of the change to teacher_temperature, >= 0", low=0),
+        "center_momentum": Option(0.9, "momentum of the centre, in [0, 1]", low=0, high=1),
+        "freeze_last_layer": Option(1, "first epochs in which the last layer is not trained, >= 0", low=0),
     },
     paper=Paper("DINO", "Caron et al. 2021, arXiv:2104.14294, as in Dubois et al. 2022, arXiv:2209.06235"),
     width="n_classes",
@@ -86,7 +86,7 @@ class PublishedDINO(TeacherMethod):
         self.objective.criterion.tau_teacher = teacher_temperature(self.options, self.current_epoch)
 
     def on_after_backward(self) -> None:
-        """Drop the last layer's gradient in the first epochs."""
+        """Remove the gradient of the last layer in the first epochs."""
         super().on_after_backward()
         if self.current_epoch < self.options["freeze_last_layer"]:
             self.projector[-1].weight.grad = None

@@ -1,4 +1,4 @@
-"""Shared by main_knn, main_probe and main_umap: the network of a run, images, and features of the images."""
+"""Functions that main_knn, main_probe and main_umap share: load the network of a run, and extract features."""
 
 import argparse
 from collections.abc import Callable
@@ -25,11 +25,11 @@ from solo_ext.registry import method_class
 from solo_ext.transforms import DATASETS, evaluation_transform
 
 Extractor = Callable[[Tensor], dict[str, Tensor]]
-"""Images ``[B, 3, H, W]`` → features ``[B, D]`` by name: "backbone", and "projector" on request."""
+"""Maps images ``[B, 3, H, W]`` to features ``[B, D]`` by name: "backbone" and, if requested, "projector"."""
 
-_FLAT_DATA = {"num_classes": 2, "num_large_crops": 2, "num_small_crops": 0}
+_DATA_DEFAULTS = {"num_classes": 2, "num_large_crops": 2, "num_small_crops": 0}
 _RENAMED = {"encoder.": "backbone.", "momentum_encoder.": "momentum_backbone."}
-"""Prefixes of weights in 1.0.2, and their names in main."""
+"""Prefixes of weights in checkpoints of 1.0.2, and their names in main."""
 
 
 class Run(NamedTuple):
@@ -45,19 +45,19 @@ class Run(NamedTuple):
 
     @property
     def view(self) -> dict[str, Any]:
-        """The first entry of its augmentations, with ``crop_size``, ``mean`` and ``std``."""
+        """The first entry of ``augmentations``, with ``crop_size``, ``mean`` and ``std``."""
         views = self.config.get("augmentations") or self.config["data"].get("augmentations") or {}
         return dict(views[0] if isinstance(views, list) else views)
 
     @property
     def crop_size(self) -> int:
-        """Side of its training images, in pixels."""
+        """Side of the training images in pixels."""
         own = DATASETS.get(self.config["data"].get("dataset"))
         return self.view.get("crop_size", own.side if own else 224)
 
 
 def read_run(folder: Path) -> Run:
-    """Read the args.json of a run: ours, that of solo-learn's main, or the flat one of solo-learn until 1.0.5.
+    """Read the args.json of a run, in our format, that of solo-learn's main branch, or the flat one until 1.0.5.
 
     Args:
         folder: the run's folder.
@@ -80,7 +80,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """Convert the flat args.json of solo-learn until 1.0.5 to main's format, as far as a network needs it."""
+    """Convert the entries that define a network from the flat args.json of solo-learn until 1.0.5 to main's format."""
     name, method = flat.get("encoder", flat.get("backbone")), flat.get("method")
     if not isinstance(name, str):
         return {}
@@ -93,7 +93,10 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     return {
         "method": method,
         "backbone": {"name": name, "kwargs": kwargs},
-        "data": {"dataset": flat["dataset"], **{key: flat.get(key, least) for key, least in _FLAT_DATA.items()}},
+        "data": {
+            "dataset": flat["dataset"],
+            **{key: flat.get(key, value) for key, value in _DATA_DEFAULTS.items()},
+        },
         "augmentations": [view],
         "max_epochs": flat.get("max_epochs", 1),
         "optimizer": {"name": "sgd", "batch_size": flat.get("batch_size", 1), **rates},
@@ -111,7 +114,7 @@ def extractor(run: Run, device: torch.device, *, projector: bool) -> Extractor:
         projector: whether to compute projections too.
 
     Raises:
-        UserError: the checkpoint holds another network, or no projector.
+        UserError: the checkpoint contains another network, or no projector.
     """
     if projector:
         method = _load_method(run).to(device).eval()
@@ -123,8 +126,8 @@ def extractor(run: Run, device: torch.device, *, projector: bool) -> Extractor:
             return {"backbone": out["feats"], "projector": out["z"]}
 
         return extract
-    wanted = run.config["backbone"]
-    backbone = build_backbone(wanted["name"], wanted.get("kwargs") or {}, run.config["data"]["dataset"], run.crop_size)
+    entry = run.config["backbone"]
+    backbone = build_backbone(entry["name"], entry.get("kwargs") or {}, run.config["data"]["dataset"], run.crop_size)
     load_backbone(run.checkpoint, backbone)
     backbone.to(device).eval()
     return lambda images: {"backbone": backbone(images)}
@@ -142,25 +145,25 @@ def _load_method(run: Run) -> torch.nn.Module:
         old = next((prefix for prefix in _RENAMED if name.startswith(prefix)), "")
         weights[_RENAMED.get(old, "") + name[len(old) :]] = value
     wanted = method.state_dict()
-    # further parts of the checkpoint, such as an online classifier, are not used
+    # other parts of the checkpoint, such as an online classifier, are ignored
     parts = {name.partition(".")[0] for name in wanted}
     weights = {name: value for name, value in weights.items() if name in wanted or name.partition(".")[0] in parts}
     if reason := mismatch(weights, wanted):
-        raise UserError(f"{run.checkpoint} holds another network: {reason}")
+        raise UserError(f"{run.checkpoint} contains another network: {reason}")
     method.load_state_dict(weights)
     return method
 
 
 def open_images(args: argparse.Namespace, run: Run, *, need_labels: bool) -> dict[str, Dataset]:
-    """Open the training and validation images of the command line, with the transform of evaluation.
+    """Open the training and validation images that the command line selects, with the evaluation transform.
 
     Args:
         args: the options of ``main_knn.add_arguments``.
-        run: the run that gives the crop size, and for custom data mean and standard deviation.
-        need_labels: whether a folder without class folders is an error; else its images are unlabelled.
+        run: the run; it gives the crop size and, for custom data, mean and standard deviation.
+        need_labels: whether a folder without class folders is an error; otherwise its images are unlabelled.
 
     Returns:
-        {"train": images, "val": images}; without a path there is no "val".
+        {"train": images, "val": images}; "val" is missing if there is no path to validation images.
 
     Raises:
         UserError: an option is invalid, a path is missing, or the classes differ.
@@ -170,7 +173,7 @@ def open_images(args: argparse.Namespace, run: Run, *, need_labels: bool) -> dic
     if not (args.data_fraction == -1 or 0 < args.data_fraction < 1):
         raise UserError(f"--data_fraction must be in (0, 1), or -1 for all images, got {args.data_fraction}")
     if args.no_labels and args.dataset != "custom":
-        raise UserError(f"--no_labels is for --dataset custom, not {args.dataset}")
+        raise UserError(f"--no_labels needs --dataset custom, got {args.dataset}")
     given = {key: getattr(args, key) for key in ("mean", "std") if getattr(args, key)}
     transform = evaluation_transform(args.dataset, run.crop_size, {**run.view, **given})
     downloaded = args.dataset in DOWNLOADED
@@ -199,7 +202,7 @@ def open_images(args: argparse.Namespace, run: Run, *, need_labels: bool) -> dic
 
 
 def open_evaluation(args: argparse.Namespace, why: str) -> tuple[Run, torch.device, dict[str, Dataset]]:
-    """Open the run, the device and the images of an evaluation with labels.
+    """Open the run, the device and the labelled images of an evaluation.
 
     Args:
         args: the options of ``main_knn.add_arguments``, and ``output``.
@@ -211,16 +214,16 @@ def open_evaluation(args: argparse.Namespace, why: str) -> tuple[Run, torch.devi
     if args.output is not None:
         check_writable(args.output.parent, "--output")
     if args.no_labels:
-        raise UserError(f"{why}: leave out --no_labels")
+        raise UserError(f"{why}: remove --no_labels")
     run, device = read_run(Path(args.pretrained_checkpoint_dir)), usable_device(args.device)
     images = open_images(args, run, need_labels=True)
     if "val" not in images:
-        raise UserError("--val_data_path is missing: give the folder of the validation images")
+        raise UserError("--val_data_path is missing: set it to the folder of the validation images")
     return run, device, images
 
 
 def class_names(images: Dataset) -> list[str]:
-    """Return the names of the classes by label; empty without labels."""
+    """Return the names of the classes, in the order of their labels; an empty list without labels."""
     while isinstance(images, Subset):
         images = images.dataset
     return list(getattr(images, "classes", []))
@@ -236,8 +239,8 @@ def collect(
         images: a dataset of (image, label).
         extract: the network.
         device: the device to compute on.
-        batch_size: images at a time.
-        workers: number of processes that read images.
+        batch_size: batch size.
+        workers: number of worker processes of the data loader.
         title: title of the progress bar.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Check that the section ``hydra`` of a configuration runs no foreign code.
+"""Check that the section ``hydra`` of a configuration does not run code from an untrusted source.
 
-The section names classes and functions that Hydra calls: callbacks, launchers, sweepers and handlers of Python's
-logging. A file from another person could name ``os.system``.
+The section contains names of classes and functions that Hydra calls: callbacks, launchers, sweepers and handlers of
+Python's logging. A YAML file from another person could contain ``os.system``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,23 +29,23 @@ _KNOWN = {
 }
 
 
-def check_hydra(folder: Path, name: str, words: Sequence[str]) -> None:
-    """Compose the section ``hydra`` without executing it, and check what it would call.
+def check_hydra(folder: Path, name: str, arguments: Sequence[str]) -> None:
+    """Compose the section ``hydra`` without executing it, and check the names that Hydra would call.
 
     Args:
         folder: the folder of the YAML files.
         name: the file to compose.
-        words: the overrides of the command line; values in them are trusted.
+        arguments: options and overrides of the command line. The values of overrides are trusted.
 
     Raises:
-        UserError: the section names something that is not part of Hydra, or sets environment variables, or a file
-            has YAML tags for Python objects.
+        UserError: the section contains a name that is not one of Hydra's defaults, or sets environment variables, or a
+            file has YAML tags for Python objects.
     """
     parser, overrides = OverridesParser.create(), []
     try:
-        for word in words:
-            if not word.startswith("-") and not parser.parse_override(word).is_sweep_override():
-                overrides.append(word)
+        for argument in arguments:
+            if not argument.startswith("-") and not parser.parse_override(argument).is_sweep_override():
+                overrides.append(argument)
         with initialize_config_dir(str(folder), version_base="1.2"):
             section = compose(name, overrides=overrides, return_hydra_config=True).hydra
     except YAMLError as error:
@@ -55,21 +55,21 @@ def check_hydra(folder: Path, name: str, words: Sequence[str]) -> None:
     finally:
         GlobalHydra.instance().clear()
     content = OmegaConf.to_container(section, resolve=False)
-    trusted = _KNOWN | {word.partition("=")[2] for word in words}
-    for place, value in _calls(content, "hydra"):
+    trusted = _KNOWN | {argument.partition("=")[2] for argument in arguments}
+    for key, value in _calls(content, "hydra"):
         if value not in trusted:
-            raise UserError(f"{folder / name}: {place} lets Hydra call or write {value!r}; remove it from the file")
+            raise UserError(f"{folder / name}: {key} lets Hydra call or write {value!r}; remove it from the file")
     if content.get("job", {}).get("env_set"):
         raise UserError(f"{folder / name}: hydra.job.env_set changes environment variables; set them in your shell")
 
 
-def _calls(content: Any, place: str) -> Iterator[tuple[str, str]]:
-    """Yield each entry below ``content`` that names something to import or call, and its value."""
+def _calls(content: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Yield the path and value of each entry that Hydra or ``logging.config`` imports, calls or opens for writing."""
     if isinstance(content, list):
         content = dict(enumerate(content))
     if isinstance(content, dict):
         for key, value in content.items():
             if key in _CALLED or str(value).startswith(("ext://", "cfg://")):
-                yield f"{place}.{key}", str(value)
+                yield f"{path}.{key}", str(value)
             else:
-                yield from _calls(value, f"{place}.{key}")
+                yield from _calls(value, f"{path}.{key}")

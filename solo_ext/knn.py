@@ -1,7 +1,7 @@
-"""solo-learn's k-nearest-neighbour classifier with bounded memory, for several processes.
+"""A replacement for solo-learn's k-nearest-neighbour classifier, with bounded memory and for several processes.
 
-solo-learn's own classifier keeps all features on the GPU, does not normalise them for the cosine, and takes the number
-of classes from the labels in the batch.
+solo-learn's own classifier keeps all features on the GPU, does not normalise them for the cosine distance, and takes
+the number of classes from the labels of a batch.
 """
 
 import torch
@@ -12,17 +12,18 @@ from plugins.tools.knn import MAX_ELEMENTS, knn_accuracy
 
 
 class WeightedKNNClassifier:
-    """k-NN on features, weighted by similarity (Wu et al. 2018, arXiv:1805.01978, §3.4).
+    """k-NN classifier with votes weighted by similarity (Wu et al. 2018, arXiv:1805.01978, §3.4).
 
-    See :func:`plugins.tools.knn.knn_accuracy`. Features are stored on the CPU; each process counts the rows of all.
+    See :func:`plugins.tools.knn.knn_accuracy`. Features are stored on the CPU. Each process evaluates the features of
+    all processes.
 
     Args:
-        k: neighbours, >= 1.
-        T: temperature, > 0, for the cosine.
+        k: number of neighbours, >= 1.
+        T: temperature for the cosine distance, > 0.
         distance_fx: "cosine" or "euclidean".
-        max_distance_matrix_size: elements.
-        epsilon: > 0, for the Euclidean distance.
-        device: the device that computes distances; None: the device of the features.
+        max_distance_matrix_size: maximum number of elements of a distance matrix.
+        epsilon: added to the Euclidean distance, > 0.
+        device: the device that computes distances; None means the device of the features.
     """
 
     def __init__(
@@ -66,14 +67,14 @@ class WeightedKNNClassifier:
 
     def _add(self, side: str, features: Tensor | None, targets: Tensor | None) -> None:
         if (features is None) != (targets is None):
-            raise ValueError(f"{side} features and {side} targets come together")
+            raise ValueError(f"{side}_features and {side}_targets must be given together")
         if features is None or targets is None:
             return
         self._features_from = features.device
         self._rows[side].append((features.detach().float().cpu(), targets.detach().cpu()))
 
     def compute(self) -> tuple[float, float]:
-        """Return accuracy at 1 and at 5 in per cent, (-1, -1) while a side is empty; remove the features."""
+        """Return the top-1 and top-5 accuracy in per cent, or (-1, -1) if a side is empty, and remove all features."""
         rows = (*self._joined("train"), *self._joined("test"))
         device = self.device or self._features_from
         self.reset()
@@ -88,7 +89,7 @@ class WeightedKNNClassifier:
         )
 
     def _joined(self, side: str) -> tuple[Tensor, Tensor]:
-        """Return all rows of one side, of all processes."""
+        """Return the features and labels of one side, gathered from all processes."""
         rows = self._rows[side]
         features = torch.cat([f for f, _ in rows]) if rows else torch.empty(0, 0)
         targets = torch.cat([t for _, t in rows]) if rows else torch.empty(0, dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""Batches in an order that can be repeated.
+"""Data loaders with a reproducible order and reproducible augmentations.
 
-Which images make a batch, and how each is augmented, depends only on (seed, epoch, index): not on the number of workers
-and not on an interruption. A resumed run therefore sees the same batches as an uninterrupted one.
+The images of a batch and their augmentations depend only on (seed, epoch, index), and not on the number of workers or
+on interruptions. A resumed run therefore reads the same batches as an uninterrupted one.
 """
 
 import random
@@ -18,7 +18,10 @@ from solo_ext.compat import pl
 
 
 class EpochSampler(DistributedSampler):
-    """A new order in each epoch, from (seed, epoch) only; yields epoch·n + index, which tells the dataset the epoch."""
+    """Sampler with an order that depends only on (seed, epoch).
+
+    It yields epoch·n + index, from which the dataset reads the epoch.
+    """
 
     def __iter__(self) -> Iterator[int]:
         size = len(self.dataset)
@@ -26,10 +29,10 @@ class EpochSampler(DistributedSampler):
 
 
 class EpochSeeded(Dataset):
-    """Seed the random numbers of an item's augmentation from (seed, epoch, index) only.
+    """Dataset that seeds the augmentation of each image with (seed, epoch, index).
 
     Args:
-        dataset: the dataset to read.
+        dataset: the dataset of images; its random numbers are those of torch, NumPy and Python.
         seed: the seed of the run.
     """
 
@@ -53,7 +56,7 @@ class EpochSeeded(Dataset):
 class Images(pl.LightningDataModule):
     """Training and validation images of a run.
 
-    The loaders are built when Lightning asks for them: only then is the number of processes known.
+    The loaders are built when Lightning requests them, since the number of processes is unknown before.
 
     Args:
         train: training images.
@@ -69,10 +72,13 @@ class Images(pl.LightningDataModule):
         super().__init__()
         self.train, self.val, self.cfg, self.drop_last = train, val, cfg, drop_last
         self.start_epoch = 0
-        """The first epoch of a resumed run: its loader starts to fetch before Lightning sets the epoch."""
+        """The first epoch of a resumed run; the loader reads images before Lightning sets the epoch."""
         batch = cfg.optimizer.batch_size * process_count(cfg)
         if drop_last and len(train) < batch:
-            raise UserError(f"{cfg.data.train_path} holds {len(train)} images, fewer than one batch of {batch}")
+            raise UserError(
+                f"{cfg.data.train_path} contains {len(train)} images, fewer than one batch of {batch}; "
+                "set a smaller optimizer.batch_size"
+            )
 
     def train_dataloader(self) -> Any:
         """Return the training batches of this process, in a reproducible order."""
@@ -104,13 +110,13 @@ class Images(pl.LightningDataModule):
 
 
 def process_count(cfg: DictConfig) -> int:
-    """Return how many processes will share the images; ``devices`` must be validated."""
+    """Return the number of processes of the run; ``devices`` must be validated."""
     devices = cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
     return devices * cfg.get("num_nodes", 1)
 
 
 def processes() -> tuple[int, int]:
-    """Return the number of processes and the rank of this one."""
+    """Return the number of processes and the rank of this process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size(), torch.distributed.get_rank()
     return 1, 0

@@ -1,4 +1,4 @@
-"""k-nearest-neighbour evaluation of a checkpoint: ``python -m solo_ext.main_knn``, options as solo-learn's."""
+"""Evaluate a checkpoint with k-nearest neighbours: ``python -m solo_ext.main_knn``. The options are solo-learn's."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from plugins.tools.command import Parser, UserError, exit_on_user_error, positiv
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add solo-learn's options that select the run and the images, and ``--device``."""
+    """Add the options of solo-learn that select the run and the images, and ``--device``."""
     add = parser.add_argument
     add("--pretrained_checkpoint_dir", required=True, help="folder of a run, with args.json and a checkpoint")
     add("--dataset", required=True, help="cifar10, imagenet, ..., or custom for folders of your own")
@@ -19,16 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data_format",
         default=formats[0],
         choices=formats,
-        help="reader of the images; dali is the same as image_folder, as there is no augmentation",
+        help="reader of the images; dali is the same as image_folder, since there is no augmentation",
     )
-    add("--data_fraction", type=float, default=-1.0, help="share of the training images to use; -1: all")
+    add("--data_fraction", type=float, default=-1.0, help="fraction of the training images to use; -1: all")
     add(
         "--no_labels",
         action="store_true",
         help="custom data: the images are in the folder itself, without class folders",
     )
-    add("--mean", type=float, nargs=3, help="custom data: of each channel; default: as in pre-training")
-    add("--std", type=float, nargs=3, help="custom data: of each channel; default: as in pre-training")
+    add("--mean", type=float, nargs=3, help="custom data: mean of each channel; default: as in pre-training")
+    add("--std", type=float, nargs=3, help="custom data: standard deviation; default: as in pre-training")
     add("--batch_size", type=positive_number(int), default=256)
     add("--num_workers", type=positive_number(int, zero=True), default=2, help="number of processes that read images")
     add("--device", help="cpu, cuda, ...; default: a GPU if there is one")
@@ -65,7 +65,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     run, device, images = open_evaluation(args, "k-nearest neighbours need labels")
     if max(args.k) > len(images["train"]):
-        raise UserError(f"--k {max(args.k)} is more than the {len(images['train'])} training images")
+        raise UserError(f"--k must not exceed the number of training images, {len(images['train'])}, got {max(args.k)}")
     extract = extractor(run, device, projector="projector" in args.feature_type)
     reading = {"batch_size": args.batch_size, "workers": args.num_workers}
     train = collect(images["train"], extract, device, **reading, title="train")

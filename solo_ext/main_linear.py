@@ -11,13 +11,13 @@ from plugins.tools.process import end_with_first_process, exit_when_stopped
 
 USAGE = """usage: python -m solo_ext.main_linear --config-path FOLDER --config-name NAME [key=value ...]
 
-Trains a linear classifier on a frozen pre-trained backbone; with finetune=True, trains the backbone too.
-With normalized_classifier=True a BatchNorm without scale and shift comes before the classifier.
+Trains a linear classifier on a frozen pre-trained backbone. With finetune=True, the backbone is trained too.
+With normalized_classifier=True, a BatchNorm without scale and shift precedes the classifier.
 
   --config-path FOLDER                folder of the YAML files: configs/solo/digits, or one of your own
   --config-name NAME                  one of its files, such as linear.yaml
-  pretrained_feature_extractor=PLACE  a checkpoint, or the folder of a run
-  key=value                           changes an entry; +key=value adds one, ++key=value adds or changes
+  pretrained_feature_extractor=PATH   a checkpoint, or the folder of a run
+  key=value                           changes an entry; +key=value adds an entry, ++key=value adds or changes an entry
   --help-config                       lists all entries and their values
 
 The run's folder is <checkpoint.dir>/linear/<checkpoint.version>: args.json, a checkpoint, metrics.csv and
@@ -67,7 +67,7 @@ def evaluate(cfg: DictConfig) -> Path:
         model = model.to(memory_format=torch.channels_last)
     images = linear_images(cfg)
     folder, resumed, images.start_epoch = resume_point(cfg, "linear", run_folder(cfg, "linear"), model)
-    # a run that was killed before it wrote its summary still has to write it
+    # a run that was killed before it wrote its summary must still write it
     if images.start_epoch == cfg.max_epochs and (folder / "linear.json").is_file():
         print_on_rank_zero(
             f"{resumed} belongs to a finished run of {images.start_epoch} epochs: there is nothing left to train"

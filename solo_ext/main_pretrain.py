@@ -18,7 +18,7 @@ Pre-trains a self-supervised method with solo-learn.
 
   --config-path FOLDER   folder of the YAML files: configs/solo/digits, or one of your own
   --config-name NAME     one of its files, such as isoloss.yaml
-  key=value              changes an entry; +key=value adds one, ++key=value adds or changes
+  key=value              changes an entry; +key=value adds an entry, ++key=value adds or changes an entry
   --help-config          lists all entries and their values
 
   example: python -m solo_ext.main_pretrain --config-path configs/solo/digits --config-name isoloss.yaml ++max_epochs=5
@@ -63,7 +63,7 @@ def pretrain(cfg: DictConfig) -> Path:
     folder, resumed = run_folder(cfg, cfg.method), None
     if cfg.max_epochs > 0:
         folder, resumed, images.start_epoch = resume_point(cfg, cfg.method, folder, model)
-        # a run that was killed before it wrote its summary still has to write it
+        # a run that was killed before it wrote its summary must still write it
         if images.start_epoch == cfg.max_epochs and (folder / "pretrain.json").is_file():
             print_on_rank_zero(
                 f"{resumed} belongs to a finished run of {images.start_epoch} epochs: there is nothing left to train"

@@ -1,7 +1,7 @@
-"""Probes of a checkpoint's features: ``python -m solo_ext.main_probe``.
+"""Fit probes to the features of a checkpoint: ``python -m solo_ext.main_probe``.
 
 The features of all images are computed once. A YAML file, such as configs/solo/tinyimagenet/probe.yaml, lists the
-probes to fit; plugins/tools/probe_file.py documents its entries.
+probes. :mod:`plugins.tools.probe_file` documents its entries.
 """
 
 import argparse
@@ -13,10 +13,10 @@ from solo_ext.main_knn import add_arguments
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the command line: the run and the images, as of main_knn, and the options of the probes."""
+    """Build the command line: the options of main_knn for the run and the images, and those of the probes."""
     found = Parser(
         prog="python -m solo_ext.main_probe",
-        description="Accuracy of probes, linear ones and MLPs, on the frozen features of a pre-trained backbone.",
+        description="Accuracy of linear probes and MLPs on the frozen features of a pre-trained backbone.",
     )
     add_arguments(found)
     add = found.add_argument

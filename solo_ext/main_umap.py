@@ -1,4 +1,4 @@
-"""UMAP pictures of a checkpoint's features: ``python -m solo_ext.main_umap``; the options are solo-learn's."""
+"""Draw the features of a checkpoint with UMAP: ``python -m solo_ext.main_umap``. The options are solo-learn's."""
 
 import argparse
 import time
@@ -12,8 +12,8 @@ def parser() -> argparse.ArgumentParser:
     """Build the command line: solo-learn's options, and those of the output and of UMAP."""
     found = Parser(
         prog="python -m solo_ext.main_umap",
-        description="Draws the features of a pre-trained backbone in two dimensions, in the colours of the classes: "
-        "train_umap and val_umap, each as PDF, PNG and CSV. Images without class folders are grey.",
+        description="Draws the features of a pre-trained backbone in two dimensions, coloured by class, to the files "
+        "train_umap and val_umap, each as PDF, PNG and CSV. Points of images without class folders are grey.",
     )
     add_arguments(found)
     add = found.add_argument
@@ -63,10 +63,10 @@ def draw(args: argparse.Namespace) -> Path:
     for split, found in images.items():
         if len(found) <= args.n_neighbors:
             raise UserError(
-                f"there are {len(found)} {_NAMES[split]} images: more are needed than --n_neighbors {args.n_neighbors}"
+                f"UMAP needs more than --n_neighbors {args.n_neighbors} {_NAMES[split]} images, got {len(found)}"
             )
     if 0 < args.max_images <= args.n_neighbors:
-        raise UserError(f"--max_images {args.max_images} is not more than --n_neighbors {args.n_neighbors}")
+        raise UserError(f"--max_images must be above --n_neighbors {args.n_neighbors}, got {args.max_images}")
     extract = extractor(run, device, projector=False)
     output = args.output or folder / "umap"
     for split, found in images.items():

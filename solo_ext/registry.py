@@ -1,4 +1,4 @@
-"""Select the class that trains a method: one of ours, which are made from the MethodSpecs, or one of solo-learn.
+"""Select the class that trains a method: one that is built from a MethodSpec of this package, or one of solo-learn.
 
 If both have a method of a name (byol, dino, simsiam), solo-learn's class is used, unless the configuration has an
 option that only ours knows, such as ``log_eigvals``. A name in VARIANTS has a third class, which is used if the
@@ -66,7 +66,7 @@ def method_class(cfg: DictConfig) -> type:
     """Return the class that trains ``cfg.method``.
 
     Raises:
-        UserError: the method, one of its options or the number of views is not valid.
+        UserError: the method or one of its options is unknown, or the number of views is not allowed.
     """
     name = ALIASES.get(cfg.method, cfg.method)
     natives, plugins = native_methods(), plugin_methods()
@@ -82,16 +82,14 @@ def method_class(cfg: DictConfig) -> type:
         known = native_options(name)
         for key in given:
             if key not in known:
-                ours = (
-                    f", and our method of that name {', '.join(plugins[name].spec.options)}" if name in plugins else ""
-                )
+                ours = f"; options of our {name}: {', '.join(plugins[name].spec.options)}" if name in plugins else ""
                 raise UserError(
                     f"solo-learn's method {name} has no option {key!r}; known options: {', '.join(sorted(known))}{ours}"
                 )
         _check_native_crops(name, cfg)
         if cfg.get("accumulate", "mean") != "mean":
             raise UserError(
-                f"accumulate={cfg.accumulate} is not available for {name}, a method of solo-learn; use mean"
+                f"accumulate={cfg.accumulate} is not available for solo-learn's own method {name}; use accumulate=mean"
             )
         return natives[name]
     try:
@@ -108,10 +106,10 @@ def _check_native_crops(name: str, cfg: DictConfig) -> None:
     if count_stacks(cfg.get("augmentations") or ()):
         raise UserError(f"solo-learn's method {name} takes no stacks of patches; remove jigsaw and rotation")
     if large != 2 and name not in ("mae", "wmse"):
-        raise UserError(f"solo-learn's method {name} compares two large crops, the augmentations make {large}")
+        raise UserError(f"solo-learn's method {name} needs 2 large crops, but augmentations produces {large}")
     if small and name not in MULTICROP:
         raise UserError(
-            f"method {name} of solo-learn {host_release()} does not accept small crops, the augmentations make {small}"
+            f"method {name} of solo-learn {host_release()} accepts no small crops, but augmentations produces {small}"
         )
 
 

@@ -1,13 +1,13 @@
-"""Our methods in solo-learn's own, unmodified main_pretrain.py and main_linear.py.
+"""Make our methods available in solo-learn's own, unmodified main_pretrain.py and main_linear.py.
 
 ``hydra_plugins`` calls ``activate`` in every process that runs one of these scripts of the main branch. Hydra finds
-that folder if ssl-plugins is installed or PYTHONPATH has its checkout. Only loaded modules are changed, never a file:
+that folder if ssl-plugins is installed or PYTHONPATH contains its checkout. Loaded modules are changed, but no files:
 
-* ``method`` may be one of ours. It is selected as in our command, and its options are validated
-  (``solo_ext.registry``). solo-learn's own methods are the patched ones (``solo_ext.compat``).
-* ``data.dataset`` and ``backbone.name`` may be ours.
+* ``method`` may be one of our methods. It is selected as in our command, and its options are validated
+  (``solo_ext.registry``). solo-learn's own methods are replaced by the corrected ones (``solo_ext.compat``).
+* ``data.dataset`` and ``backbone.name`` may be one of ours.
 * ``devices`` may be a number, also on a CPU, and ``strategy`` is optional.
-* the k-NN classifier works, and DALI works without a GPU (``solo_ext.compat.solo_main``).
+* The k-NN classifier works, and DALI works without a GPU (``solo_ext.compat.solo_main``).
 """
 
 import sys
@@ -31,10 +31,10 @@ from solo_ext.transforms import DATASETS, evaluation_transform, linear_crop, lin
 
 
 class Scripts:
-    """Replacements for functions of solo-learn, for the script of this process.
+    """Replacements for functions of solo-learn that the script of this process calls.
 
     Args:
-        own: our datasets by name.
+        own: the datasets that solo-learn does not have, by name.
     """
 
     def __init__(self, own: dict[str, Any]) -> None:
@@ -42,12 +42,12 @@ class Scripts:
         self.cfg: DictConfig | None = None
 
     def parse_pretrain(self, original: Callable, cfg: DictConfig) -> DictConfig:
-        """Validate the configuration of a pre-training, and put the class to train into METHODS."""
+        """Validate the configuration of a pre-training, and add the class that trains the method to METHODS."""
         from solo.methods import METHODS
 
         cfg = self._parse(original, cfg)
         if cfg.data.dataset in self.own:
-            # main's transform uses these for a dataset that is not in its own table
+            # main's transform uses these values for a dataset that is not in its own table
             info = self.own[cfg.data.dataset]
             for view in cfg.augmentations:
                 view.mean, view.std = list(info.mean), list(info.std)
@@ -61,7 +61,7 @@ class Scripts:
         """Validate the configuration of a linear evaluation."""
         cfg = self._parse(original, cfg)
         if cfg.backbone.name in ARCHITECTURES:
-            # as in pre-training; the script changes the stem only if the name begins with resnet
+            # as in pre-training, where the script changes the stem only of networks whose name starts with resnet
             cfg.backbone.kwargs.setdefault("cifar", cfg.data.dataset in CIFAR_STEM)
         return cfg
 
@@ -122,10 +122,10 @@ def _replace(module: ModuleType, name: str, instead: Callable) -> None:
 
 
 def activate() -> None:
-    """Change the loaded modules of the main branch as described above.
+    """Change the loaded modules of the main branch as the docstring of this module describes.
 
     Raises:
-        UserError: solo-learn 1.0.2 is loaded, which does not have these scripts.
+        UserError: solo-learn 1.0.2 is installed, which does not have these scripts.
     """
     if GENERATION != "main":
         raise UserError(f"solo-learn 1.0.2 has no scripts to extend; set {CHECKOUT} to a checkout of its main branch")
@@ -138,7 +138,7 @@ def activate() -> None:
     from solo_ext.compat.solo_main import patch_dali
 
     patch_dali()
-    natives = native_methods()  # read from METHODS once, before anything is put there
+    natives = native_methods()  # reads METHODS, before our methods are added to it
     register()
     METHODS.update({alias: plugin_methods()[name] for alias, name in ALIASES.items() if alias not in natives})
 

@@ -1,4 +1,4 @@
-"""Properties of the datasets, and the transforms that main's YAML format describes."""
+"""Properties of the datasets, and the transforms that the YAML format of solo-learn's main branch describes."""
 
 from typing import Any, NamedTuple
 
@@ -16,11 +16,12 @@ class DatasetInfo(NamedTuple):
     """Properties of a dataset.
 
     Args:
-        classes: number of classes; None: the number of class folders.
-        mean, std: of each channel, in [0, 1]; None: from the augmentation's YAML, or ImageNet's.
-        resize: (length of the shorter edge, side of the centre crop) for evaluation, in pixels; None: no resizing.
+        classes: number of classes; None means the number of class folders.
+        mean, std: mean and standard deviation of each channel, in [0, 1]; None means those of the YAML entry, or of
+            ImageNet.
+        resize: (length of the shorter edge, side of the centre crop) for evaluation, in pixels; None means no resizing.
         side: side of the training images of a linear evaluation, in pixels.
-        flip: whether a mirrored image has the same class, for the augmentation of a linear evaluation.
+        flip: whether a linear evaluation flips images horizontally; False if a mirrored image has another class.
     """
 
     classes: int | None
@@ -46,7 +47,7 @@ CLASSES = {name: info.classes for name, info in DATASETS.items() if info.classes
 
 
 def complete_views(views: Any) -> list[dict[str, Any]]:
-    """Validate the entries of ``augmentations``; a missing step is disabled.
+    """Validate the entries of ``augmentations``, and disable the steps that are missing.
 
     Returns:
         The entries, each with every step.
@@ -59,7 +60,7 @@ def complete_views(views: Any) -> list[dict[str, Any]]:
 
 
 def statistics(dataset: str, cfg: Any = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel: the dataset's, or else ``cfg.mean`` and ``cfg.std``."""
+    """Return mean and standard deviation of each channel: those of the dataset, else ``cfg.mean`` and ``cfg.std``."""
     info = DATASETS[dataset]
     if info.mean is not None and info.std is not None:
         return info.mean, info.std
@@ -119,7 +120,7 @@ def _steps(dataset: str, cfg: DictConfig) -> list[Any]:
 
 
 def pretrain_transform(cfg: DictConfig) -> host_data.FullTransformPipeline:
-    """Build the transform from a PIL image to the list of all views of ``cfg.augmentations``."""
+    """Build the transform that maps a PIL image to the list of all views of ``cfg.augmentations``."""
     views = [
         host_data.NCropAugmentation(
             (stack_transform if is_stack(view) else view_transform)(cfg.data.dataset, view), view.num_crops
@@ -130,13 +131,13 @@ def pretrain_transform(cfg: DictConfig) -> host_data.FullTransformPipeline:
 
 
 def evaluation_transform(dataset: str, crop_size: int | None = None, cfg: Any = None) -> T.Compose:
-    """Build the transform of evaluation; its images have the size of the training images.
+    """Build the evaluation transform. Its images have the size of the training images.
 
     Args:
         dataset: name of the dataset.
-        crop_size: side of the training images in pixels; None: that of the dataset. Images are resized to this size
-            times the dataset's ratio, which is 256/224 for ImageNet and custom data and 1 for the others, and cropped.
-        cfg: for custom data: a section with ``mean`` and ``std``.
+        crop_size: side of the training images in pixels; None means that of the dataset. Images are resized to this
+            size times a ratio, which is 256/224 for ImageNet and custom data and 1 for other datasets, and cropped.
+        cfg: a section with ``mean`` and ``std``, for custom data.
     """
     info = DATASETS[dataset]
     side = crop_size or info.side
@@ -152,9 +153,9 @@ class LinearCrop(NamedTuple):
 
     Args:
         side: side of the crop, in pixels.
-        min_scale: smallest crop, as a share of the image's area.
-        flip: whether half of the images are mirrored.
-        mean, std: of each channel.
+        min_scale: smallest crop, as a fraction of the image's area.
+        flip: whether half of the images are flipped horizontally.
+        mean, std: mean and standard deviation of each channel.
     """
 
     side: int
@@ -165,14 +166,14 @@ class LinearCrop(NamedTuple):
 
 
 def linear_crop(dataset: str, cfg: DictConfig) -> LinearCrop:
-    """Read ``data.augmentations.crop_size`` (pixels) and ``.crop_min_scale`` (share of area); defaults as in main."""
+    """Read ``crop_size`` (pixels) and ``crop_min_scale`` (fraction of the area) of ``data.augmentations``."""
     info, given = DATASETS[dataset], cfg.data.get("augmentations") or {}
     side, min_scale = given.get("crop_size", info.side), given.get("crop_min_scale", 0.08)
     return LinearCrop(side, min_scale, info.flip, *statistics(dataset, given))
 
 
 def linear_transform(dataset: str, cfg: DictConfig) -> Any:
-    """Build the training transform of a linear evaluation; ``auto_augment`` means timm's RandAugment and erasing."""
+    """Build the training transform of a linear evaluation; ``auto_augment`` adds timm's RandAugment and erasing."""
     crop = linear_crop(dataset, cfg)
     if cfg.get("auto_augment"):
         from timm.data import create_transform

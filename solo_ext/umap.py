@@ -16,10 +16,10 @@ from solo_ext.loaders import evaluation_loader
 
 
 class AutoUMAP(pl.Callback):
-    """Draw the validation images every ``auto_umap.frequency`` epochs and after the last.
+    """Draw the validation images every ``auto_umap.frequency`` epochs and after the last epoch.
 
-    The pictures are ``<auto_umap.dir>/<method>/<version>/<name>-<version>-ep=<epoch>.pdf``, as in solo-learn, the same
-    as PNG, and an image in Weights & Biases if that is enabled. Training is not affected.
+    A picture is written to ``<auto_umap.dir>/<method>/<version>/<name>-<version>-ep=<epoch>.pdf``, as in solo-learn,
+    and as PNG, and logged to Weights & Biases if that is enabled. It does not change the random numbers of training.
 
     Args:
         cfg: the configuration, with ``auto_umap.dir`` and ``auto_umap.frequency``.
@@ -41,13 +41,13 @@ class AutoUMAP(pl.Callback):
         """Check before training that the pictures can be drawn and written."""
         val = trainer.datamodule.val
         if val is None:
-            raise UserError("auto_umap draws the labelled validation images: it needs data.val_path")
+            raise UserError("auto_umap draws the labelled validation images: set data.val_path")
         if len(val) <= NEIGHBOURS:
             raise UserError(f"auto_umap needs more than {NEIGHBOURS} validation images, got {len(val)}")
         check_writable(self.folder, "auto_umap.dir")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Draw a picture if one is due, in the first process."""
+        """Draw a picture on rank 0, at the epochs that ``auto_umap.frequency`` selects."""
         epoch = trainer.current_epoch
         if (epoch + 1) % self.frequency != 0 and epoch + 1 != trainer.max_epochs:
             return
@@ -55,7 +55,7 @@ class AutoUMAP(pl.Callback):
             return
         features, labels = self._features(trainer, module)
         if not torch.isfinite(features).all():
-            print(f"auto_umap: no picture of epoch {epoch}, since the features are not finite", flush=True)
+            print(f"auto_umap: no picture of epoch {epoch}, since the features contain inf or NaN", flush=True)
             return
         files = [self.folder / f"{self.stem}-ep={epoch}{ending}" for ending in (".pdf", ".png")]
         title = f"{self.stem}, epoch {epoch + 1}: {len(labels)} validation images"
@@ -67,10 +67,10 @@ class AutoUMAP(pl.Callback):
 
     @torch.no_grad()
     def _features(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[Tensor, Tensor]:
-        """Compute features and labels of all validation images."""
+        """Compute the features and labels of all validation images."""
         parts, labels = [], []
         precision = trainer.precision_plugin
-        # a loader draws a random number when it starts, which must not affect training
+        # a data loader draws a random number when it starts, which must not change the training
         with _evaluating(module), torch.random.fork_rng(devices=[]), precision.val_step_context():
             for images, targets in evaluation_loader(trainer.datamodule.val, *self.reading):
                 images = precision.convert_input(images.to(module.device))
@@ -81,7 +81,7 @@ class AutoUMAP(pl.Callback):
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode, and restore the mode of each submodule at the end."""
+    """Set a module to evaluation mode, and restore the mode of each submodule at the end."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:

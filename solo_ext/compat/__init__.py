@@ -1,8 +1,8 @@
-"""solo-learn in either generation, behind the interface of its main branch.
+"""Both generations of solo-learn with the interface of its main branch.
 
-The generations are 1.0.2, the only release in the registry, and the main branch on GitHub (1.0.6). Main is used when
-the environment variable SOLO_LEARN_CHECKOUT names the folder of a checkout, or when it is what ``import solo`` finds.
-All other modules of ``solo_ext`` import the host from here and never import ``solo`` directly:
+The generations are 1.0.2, the only release on PyPI, and the main branch on GitHub (1.0.6). The main branch is used if
+the environment variable SOLO_LEARN_CHECKOUT is the folder of a checkout, or if ``import solo`` finds it. The other
+modules of ``solo_ext`` import solo-learn, called the host, from here and not from ``solo``:
 
 * ``GENERATION``: "1.0.2" or "main",
 * ``pl``: the Lightning package that the host's modules derive from,
@@ -14,7 +14,7 @@ All other modules of ``solo_ext`` import the host from here and never import ``s
 * ``backbones()``: the values of ``backbone.name``,
 * ``host_data``: the host's module of augmentations and datasets.
 
-A module of a generation, ``solo_1_0_2`` or ``solo_main``, holds only what differs.
+The modules ``solo_1_0_2`` and ``solo_main`` contain only what differs between the generations.
 """
 
 import os
@@ -29,24 +29,24 @@ from solo_ext.compat.common import CHECKOUT, IGNORED_OPTIONS, LinearMixin, Metho
 
 
 def _generation() -> str:
-    """Find the host.
+    """Return the generation of the solo-learn that will be imported.
 
     Raises:
-        UserError: solo-learn is not installed, or SOLO_LEARN_CHECKOUT names no checkout.
+        UserError: solo-learn is not installed, or SOLO_LEARN_CHECKOUT is not the folder of a checkout.
     """
     checkout = os.environ.get(CHECKOUT)
     if checkout and "solo" not in sys.modules:
         if not (Path(checkout) / "solo" / "backbones").is_dir():
-            raise UserError(f"{CHECKOUT} names no checkout of solo-learn's main branch: {checkout}")
+            raise UserError(f"{CHECKOUT} must be the folder of a checkout of solo-learn's main branch, got {checkout}")
         folder = str(Path(checkout).resolve())
         if folder not in sys.path:
             sys.path.insert(0, folder)
     host = find_spec("solo")
     if host is None:
-        raise UserError(f"{not_installed('solo')}; or let {CHECKOUT} name the folder of a checkout of its main branch")
-    # importing the package would run code that the compat module has to patch first
-    places = host.submodule_search_locations or ()
-    return "main" if any((Path(place) / "backbones").is_dir() for place in places) else "1.0.2"
+        raise UserError(f"{not_installed('solo')}; or set {CHECKOUT} to the folder of a checkout of its main branch")
+    # importing the package would run code that the compat module must patch before
+    folders = host.submodule_search_locations or ()
+    return "main" if any((Path(folder) / "backbones").is_dir() for folder in folders) else "1.0.2"
 
 
 GENERATION = _generation()

@@ -1,7 +1,7 @@
 """The LARS optimiser and the learning-rate schedule of solo-learn's main branch.
 
-solo-learn 1.0.2 wraps SGD in a LARSWrapper that rescales the gradients *before* it runs the closure. Current Lightning
-computes the gradients inside the closure, so that training would be plain SGD without weight decay.
+solo-learn 1.0.2 wraps SGD in a LARSWrapper that rescales the gradients *before* it runs the closure. Current releases
+of Lightning compute the gradients inside the closure, so that training would be plain SGD without weight decay.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class LARS(Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888, eq. 6) with momentum, as solo-learn has it.
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888, eq. 6) with momentum, as in solo-learn.
 
     For a parameter w with gradient g, in a group of learning rate ``lr`` and weight decay ``wd``::
 
@@ -23,7 +23,7 @@ class LARS(Optimizer):
         g ← r (g + wd w);   m ← momentum m + g;   w ← w − lr m
 
     With ``exclude_bias_n_norm``, one-dimensional parameters (biases, normalisation) use the plain gradient g, without
-    rate and weight decay. If |w| or |g| is 0, the plain gradient is used too.
+    the factor r and without weight decay. The same applies if |w| or |g| is 0.
 
     Args:
         params: parameters or groups of them.
@@ -34,8 +34,8 @@ class LARS(Optimizer):
         nesterov: whether to use Nesterov's momentum.
         eta: trust coefficient, > 0.
         eps: added to the denominator, > 0.
-        clip_lr: whether to limit the rate of each layer to that of plain SGD.
-        exclude_bias_n_norm: see above.
+        clip_lr: whether to limit the learning rate of each layer to that of plain SGD.
+        exclude_bias_n_norm: whether one-dimensional parameters use the plain gradient.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class WarmupCosineLR(LRScheduler):
         super().__init__(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the progress only: the shape comes from the configuration, so that a run can be made longer."""
+        """Return only the progress; the configuration defines the shape, so that a run can be made longer."""
         return {"last_epoch": self.last_epoch, "_step_count": self._step_count, "_last_lr": list(self._last_lr)}
 
     def get_lr(self) -> list[float]:

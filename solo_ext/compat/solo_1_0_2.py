@@ -1,15 +1,16 @@
-"""solo-learn 1.0.2 (2021) on today's PyTorch and Lightning, with the interface of solo-learn's main branch.
+"""solo-learn 1.0.2 (2021) with current releases of PyTorch and Lightning, and the interface of the main branch.
 
-No installed file and no class of solo-learn is changed. Corrections in addition to ``common``, and the reasons:
+No installed file is changed. Corrections in addition to those in ``common``, and the reasons:
 
-* ``methods/base.py:28`` imports pl_bolts, which no current Python can install. A module of that name has our schedule.
+* ``methods/base.py:28`` imports pl_bolts, which cannot be installed on current Python. A module of that name with our
+  schedule replaces it.
 * ``methods/base.py:519,806``: Lightning 2 does not accept a module with ``validation_epoch_end``. It is replaced.
 * ``methods/base.py:745``: ``on_train_batch_end`` has an argument that Lightning 2 does not pass. It is replaced.
-* ``methods/base.py:200``: the table of encoders is local to a constructor. Our networks are inserted at the lookup.
-* ``methods/dino.py:230``: ``clip_gradients`` hides Lightning's method of that name. The argument tells them apart.
+* ``methods/base.py:200``: the table of encoders is local to a constructor. Our networks are inserted when it is used.
+* ``methods/dino.py:230``: ``clip_gradients`` hides Lightning's method of that name. The first argument selects one.
 * ``utils/knn.py`` needs ``compute_on_step``, which torchmetrics removed. Our classifier is used.
 * ``utils/whitening.py:63`` calls ``torch.cholesky``, which torch removed. Our whitening is used.
-* The methods take keywords, with defaults in an argument parser. They are translated from ``cfg``.
+* The constructors have keyword arguments, with defaults in an argument parser. ``cfg`` is translated to them.
 * ``encoder`` is stored as ``backbone``, so that checkpoints have the keys of main.
 """
 
@@ -39,11 +40,11 @@ from solo_ext.knn import WeightedKNNClassifier
 
 
 def _provide_pl_bolts() -> None:
-    """Insert a module pl_bolts.optimizers.lr_scheduler into ``sys.modules``, unless one is loaded already."""
+    """Insert a module pl_bolts.optimizers.lr_scheduler into ``sys.modules``, unless it is loaded already."""
     if "pl_bolts" in sys.modules:
         return
     names = ("pl_bolts", "pl_bolts.optimizers", "pl_bolts.optimizers.lr_scheduler")
-    modules = [ModuleType(name, "Stands in for lightning-bolts, for solo-learn 1.0.2.") for name in names]
+    modules = [ModuleType(name, "Replacement for lightning-bolts, for solo-learn 1.0.2.") for name in names]
     modules[0].optimizers = modules[1]
     modules[1].lr_scheduler = modules[2]
     modules[2].LinearWarmupCosineAnnealingLR = WarmupCosineLR
@@ -66,8 +67,8 @@ RELEASE = "1.0.2"
 MULTICROP = ("byol", "simclr", "wmse")  # W-MSE ignores them in its loss
 _RENAMED = {"encoder": "backbone", "momentum_encoder": "momentum_backbone"}
 _MAIN_ONLY = ("convnext_", "poolformer_", "wide_resnet28w")  # prefixes of backbones that only main has
-_MAINS_DEFAULTS = {"queue_size": 65536, "warmup_teacher_temperature_epochs": 0}  # of SwAV and of DINO; all others agree
-_STANDS_IN = "vit_tiny"  # an encoder whose stem 1.0.2 does not change
+_MAIN_DEFAULTS = {"queue_size": 65536, "warmup_teacher_temperature_epochs": 0}  # of SwAV and DINO; all others are equal
+_SUBSTITUTE = "vit_tiny"  # passed instead of one of our networks; 1.0.2 does not change its stem
 
 
 _deepcluster.deepclusterv2_loss_func = zero_before_clusters(_deepcluster.deepclusterv2_loss_func)
@@ -90,7 +91,7 @@ _wmse.Whitening2d = _Whitening
 
 
 class MainInterface(MethodMixin):
-    """The interface of main's BaseMethod for a class of 1.0.2; must be first in the method resolution order."""
+    """The interface of main's BaseMethod for a class of 1.0.2. It must come first in the method resolution order."""
 
     validation_epoch_end = None  # Lightning 2 does not accept a module with this method
     accuracy_at_k = staticmethod(accuracy_at_k)
@@ -130,15 +131,15 @@ class MainInterface(MethodMixin):
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
-        """Return the parameter groups of the optimiser with main's names, which the logged learning rates have."""
+        """Return the parameter groups of the optimiser with main's names, under which learning rates are logged."""
         groups = super().learnable_params
         for group in groups:
-            if "name" in group:  # groups of heads have no name
+            if "name" in group:  # the groups of heads have no name
                 group["name"] = _RENAMED.get(group["name"], group["name"])
         return groups
 
     def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
-        """Call Lightning's method if the first argument is an optimiser, else DINO's."""
+        """Call Lightning's method if the first argument is an optimiser, else the method of DINO."""
         if args and not isinstance(args[0], torch.optim.Optimizer):
             super().clip_gradients(*args, **kwargs)
         else:
@@ -169,11 +170,11 @@ class Linear(_HostLinear):
 
     def layer_decay_groups(self) -> list[dict[str, Any]]:
         """Raise an error: 1.0.2 has no layer decay."""
-        raise UserError("optimizer.layer_decay needs solo-learn's main branch; this is 1.0.2")
+        raise needs_main_error("optimizer.layer_decay", RELEASE)
 
 
 def _keywords(cfg: DictConfig, cls: type) -> dict[str, Any]:
-    """Translate main's configuration to keywords of a constructor of 1.0.2."""
+    """Translate main's configuration to the keyword arguments of a constructor of 1.0.2."""
     backbone = OmegaConf.to_container(cfg.backbone.kwargs)
     if cfg.backbone.name.startswith(_MAIN_ONLY):
         raise needs_main_error(f"backbone {cfg.backbone.name}", RELEASE)
@@ -184,12 +185,12 @@ def _keywords(cfg: DictConfig, cls: type) -> dict[str, Any]:
     if cfg.backbone.name.startswith(("vit", "swin")):
         backbone.setdefault("img_size", cfg.augmentations[0].crop_size)
     keywords = {
-        "encoder": _STANDS_IN if cfg.backbone.name in ARCHITECTURES else cfg.backbone.name,
+        "encoder": _SUBSTITUTE if cfg.backbone.name in ARCHITECTURES else cfg.backbone.name,
         "num_classes": cfg.data.num_classes,
         "backbone_args": backbone,
         "max_epochs": cfg.max_epochs,
         "batch_size": cfg.optimizer.batch_size,
-        # MainInterface builds optimiser and k-NN classifier; these values only have to be valid
+        # MainInterface builds the optimiser and the k-NN classifier; these values only have to be valid
         "optimizer": "sgd",
         "lars": False,
         "exclude_bias_n_norm": False,
@@ -219,12 +220,12 @@ def _keywords(cfg: DictConfig, cls: type) -> dict[str, Any]:
 
 
 def backbones() -> list[str]:
-    """Return the names of the backbones: solo-learn's and ours."""
+    """Return the names of solo-learn's backbones and of ours."""
     return [*HostBase._SUPPORTED_ENCODERS, *ARCHITECTURES]
 
 
 def method_options(cls: type) -> dict[str, Any]:
-    """Return the constructor's own keywords of a native method, without those of the base classes."""
+    """Return the keyword arguments that a native method adds to those of the base classes."""
     return {
         name: parameter
         for base in host_classes(cls)
@@ -234,7 +235,7 @@ def method_options(cls: type) -> dict[str, Any]:
 
 
 def _parser_defaults(cls: type) -> dict[str, Any]:
-    """Return the defaults of a native method's keywords, from its argument parser; main's where both differ."""
+    """Return the defaults of a native method's options: those of its argument parser, or main's if they differ."""
     parser = cls.add_model_specific_args(ArgumentParser(add_help=False))
     defaults = {action.dest: action.default for action in parser._actions if action.dest in method_options(cls)}
-    return {name: _MAINS_DEFAULTS.get(name, default) for name, default in defaults.items()}
+    return {name: _MAIN_DEFAULTS.get(name, default) for name, default in defaults.items()}

@@ -1,14 +1,14 @@
-"""solo-learn's main branch (1.0.6, commit 9187ea3) on today's PyTorch and Lightning.
+"""solo-learn's main branch (1.0.6, commit 9187ea3) with current releases of PyTorch and Lightning.
 
-No file of the checkout is changed. Corrections in addition to ``common``, and the reasons:
+No file of the checkout is changed. Corrections in addition to those in ``common``, and the reasons:
 
 * ``utils/knn.py:53`` needs ``compute_on_step``, which torchmetrics removed. It is replaced by our classifier, for
   solo-learn's own scripts too.
 * ``utils/misc.py`` ``remove_bias_and_norm_from_weight_decay``, ``methods/base.py`` ``configure_optimizers``: replaced,
-  so that a checkpoint has plain values and can be loaded with ``weights_only``.
+  so that a checkpoint contains only plain values and can be loaded with ``weights_only``.
 * ``methods/base.py:60`` ``_BACKBONES``: our architectures are added to the table.
-* ``data/dali_dataloader.py:280,568``: a pipeline for the CPU needs a GPU. Corrected for solo-learn's own scripts; our
-  commands have their own pipelines.
+* ``data/dali_dataloader.py:280,568``: a pipeline for the CPU needs a GPU. It is corrected for solo-learn's own scripts;
+  our commands have their own pipelines.
 """
 
 import inspect
@@ -46,14 +46,14 @@ MULTICROP = ("byol", "simclr", "supcon", "swav", "wmse")  # W-MSE ignores them i
 
 
 def backbones() -> list[str]:
-    """Return the names of the backbones: solo-learn's and ours, which are added to solo-learn's table."""
+    """Add our backbones to solo-learn's table, and return the names of all backbones."""
     for name, factory in ARCHITECTURES.items():
         HostBase._BACKBONES.setdefault(name, factory)
     return list(HostBase._BACKBONES)
 
 
 def _patch() -> None:
-    """Replace functions and classes that solo-learn looks up by name."""
+    """Replace functions and classes of solo-learn in the modules that use them."""
     solo.utils.knn.WeightedKNNClassifier = WeightedKNNClassifier
     solo.methods.base.WeightedKNNClassifier = WeightedKNNClassifier
     backbones()
@@ -65,7 +65,7 @@ _patch()
 
 
 def patch_dali() -> None:
-    """Make main's DALI pipelines work without a GPU for ``dali.device=cpu``. Without DALI, do nothing."""
+    """Make main's DALI pipelines work without a GPU for ``dali.device=cpu``; no-op if DALI is not installed."""
     try:
         from solo.data.dali_dataloader import NormalPipelineBuilder, PretrainPipelineBuilder
     except ImportError:
@@ -78,14 +78,14 @@ def _without_gpu(pipeline: Any) -> Any:
     @wraps(pipeline)
     def build(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.device == "cpu":
-            kwargs["device_id"] = None  # with a number DALI needs a GPU
+            kwargs["device_id"] = None  # with a number, DALI needs a GPU
         return pipeline(self, *args, **kwargs)
 
     return build
 
 
 class MainInterface(MethodMixin):
-    """Correct main's BaseMethod; must be first in the method resolution order."""
+    """Corrections of main's BaseMethod. The mixin must come first in the method resolution order."""
 
     accuracy_at_k = staticmethod(accuracy_at_k)
 
@@ -118,6 +118,6 @@ class Linear(_HostLinear):
 
 
 def method_options(cls: type) -> list[str]:
-    """Return the ``method_kwargs`` that a native method reads: main declares them nowhere, so search its source."""
+    """Return the ``method_kwargs`` that a native method reads, found in its source code, since main has no list."""
     sources = [inspect.getsource(base) for base in host_classes(cls)]
     return re.findall(r"method_kwargs\.(\w+)", "\n".join(sources))

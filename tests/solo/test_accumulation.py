@@ -100,7 +100,7 @@ def test_the_joined_loss_trains_as_one_batch(method, compose) -> None:
 
 def test_what_cannot_be_joined_is_a_sentence(compose) -> None:
     native = compose("byol", "++accumulate=joined", "~method_kwargs.log_eigvals", "~method_kwargs.pred_lr_scale")
-    with pytest.raises(UserError, match="accumulate=joined is not available for byol, a method of solo-learn"):
+    with pytest.raises(UserError, match="accumulate=joined is not available for solo-learn's own method byol"):
         method_class(parse_pretrain(native))
     with pytest.raises(UserError, match=r"cannot train momentum\.classifier"):
         built(compose, "isoloss", "++accumulate=joined", "++momentum.classifier=true")

@@ -97,7 +97,7 @@ def test_expanded_stems():
     ("options", "sentence"),
     [
         ({"dim": 700}, "backbone expanded_resnet18: dim must be a multiple of the backbone's 512 or below it, got 700"),
-        ({"stem": "5x5"}, "stem of backbone expanded_resnet18 is one of 7x7, 3x3, cifar, got '5x5'"),
+        ({"stem": "5x5"}, "stem of backbone expanded_resnet18 must be one of 7x7, 3x3, cifar, got '5x5'"),
         ({"width": 3}, "width"),
     ],
 )

@@ -154,7 +154,7 @@ def test_a_projector_that_lacks_weights_is_refused(run, digits, tmp_path):
     del checkpoint["state_dict"]["projector.0.weight"]
     torch.save(checkpoint, tmp_path / "a.ckpt")
     assert len(_knn(tmp_path, digits)) == 1
-    with pytest.raises(UserError, match=r"holds another network: missing projector\.0\.weight"):
+    with pytest.raises(UserError, match=r"contains another network: missing projector\.0\.weight"):
         _knn(tmp_path, digits, "--feature_type", "projector")
 
 
@@ -268,8 +268,8 @@ _OPTIONS = {
         "--val_data_path",
         "nowhere",
     ),
-    "--k 97 is more than the 96 training images": ("--k", "5", "97"),
-    "need labels: leave out --no_labels": ("--no_labels",),
+    "--k must not exceed the number of training images, 96, got 97": ("--k", "5", "97"),
+    "need labels: remove --no_labels": ("--no_labels",),
     "--data_fraction must be in": ("--data_fraction", "1.5"),
     "--device nonsense cannot be used": ("--device", "nonsense"),
 }

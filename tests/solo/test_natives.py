@@ -189,4 +189,4 @@ def test_1_0_2_says_what_only_main_has(of_1_0_2):
         assert status == 2, said
         assert f"error: {what} {needs}" in said and "Traceback" not in said
     status, said = ended["cifar-multicrop/swav.yaml"]
-    assert status == 2 and "error: method swav of solo-learn 1.0.2 does not accept small crops" in said
+    assert status == 2 and "error: method swav of solo-learn 1.0.2 accepts no small crops" in said

@@ -185,10 +185,10 @@ def test_unlabelled_images_are_drawn_grey(run, digits, tmp_path):
 
 _OPTIONS = {
     "is not the folder of a run": ("--pretrained_checkpoint_dir", "nowhere"),
-    "there are 40 validation images: more are needed than --n_neighbors 40": ("--n_neighbors", "40"),
+    "UMAP needs more than --n_neighbors 40 validation images, got 40": ("--n_neighbors", "40"),
     "--n_neighbors must be at least 2": ("--n_neighbors", "1"),
-    "--max_images 15 is not more than --n_neighbors 15": ("--max_images", "15"),
-    "--no_labels is for --dataset custom": ("--no_labels",),
+    "--max_images must be above --n_neighbors 15, got 15": ("--max_images", "15"),
+    "--no_labels needs --dataset custom": ("--no_labels",),
     "--val_data_path is not a folder": ("--val_data_path", "nowhere"),
     "--device nonsense cannot be used": ("--device", "nonsense"),
 }

@@ -1,7 +1,7 @@
 """The schema of a configuration: meaning, type, range and default of every entry.
 
-The checks, the output of ``--help-config`` and docs/solo_options.md (``python -m solo_ext.schema`` prints it) are made
-from the schema. The format is that of solo-learn's main branch. :func:`validate` reports all mistakes at once.
+The schema defines the checks, the output of ``--help-config`` and docs/solo_options.md, which ``python -m
+solo_ext.schema`` prints. The format is that of solo-learn's main branch. :func:`validate` reports all errors at once.
 :mod:`solo_ext.config` checks what depends on the machine, on files or on other packages; each method checks its own
 options. This module imports neither torch nor solo-learn.
 """
@@ -40,14 +40,14 @@ IGNORED = {
     "defaults": "Hydra's list of further files; Hydra removes it",
     "hydra": "Hydra's own section; Hydra removes it",
 }
-"""Top-level entries that are accepted without effect, and the reason."""
-OURS = {
+"""Top-level entries that are accepted and ignored, and the reason."""
+SET_BY_COMMANDS = {
     "logger": "metrics.csv and TensorBoard are always written, wandb.enabled=true adds Weights & Biases",
-    "callbacks": "not possible in a configuration",
+    "callbacks": "a configuration cannot contain callbacks",
     "enable_checkpointing": "use checkpoint.enabled",
     "use_distributed_sampler": "the data loaders divide the images among the processes",
 }
-"""Arguments of Lightning's Trainer that the commands set, and the alternative."""
+"""Arguments of Lightning's Trainer that the commands set, and what to use instead."""
 
 
 def _no_slash(value: Any) -> Any:
@@ -66,7 +66,7 @@ def _section(cls: type[Section], meaning: str) -> Any:
 
 
 def _needs(section: Section, *names: str) -> None:
-    """Check that a section that is enabled has these entries."""
+    """Check that a section has certain entries."""
     for name in names:
         if getattr(section, name) is None:
             raise ValueError(f".{name} must be {allowed_values(type(section).model_fields[name])}, got None")
@@ -75,7 +75,7 @@ def _needs(section: Section, *names: str) -> None:
 class Backbone(Section):
     """The network."""
 
-    name: String = entry("network, such as resnet18 or vit_tiny; an unknown name is an error that lists all names")
+    name: String = entry("network, such as resnet18 or vit_tiny; the error for an unknown name lists all names")
     kwargs: _Free = entry("arguments of the network's constructor", {})
 
 
@@ -83,15 +83,17 @@ class Data(Section):
     """The images."""
 
     dataset: Literal["cifar10", "cifar100", "stl10", "tinyimagenet", "imagenet100", "imagenet", "custom", "digits"] = (
-        entry("data set; custom: your own folder, with a folder of images for each class")
+        entry("data set; custom: your own folder, with a subfolder for each class")
     )
     train_path: PathString = entry("folder of the training images; h5: the file; CIFAR and STL-10: the download folder")
     val_path: PathString | None = entry("the same for the validation images; null: no validation", None)
     format: Literal["image_folder", "dali", "h5"] = entry("reader of the images", "image_folder")
-    num_workers: integer(0, 1024) = entry("number of processes that read images; 0: the training process reads them", 4)
-    no_labels: Boolean = entry("whether custom images are in the folder itself, without classes", False)
+    num_workers: integer(0, 1024) = entry(
+        "worker processes of the data loader; 0: the training process reads the images", 4
+    )
+    no_labels: Boolean = entry("whether custom images are in the folder itself, without class folders", False)
     fraction: real_number("above 0 and at most 1, or -1 for all images", ge=-1, le=1) = entry(
-        "share of the training images to use, the same for each class; -1: all", -1
+        "fraction of the training images of each class to use; -1: all", -1
     )
 
     @model_validator(mode="after")
@@ -108,7 +110,7 @@ class LinearAugmentations(Section):
         "side of training and validation images in pixels; default: that of the data set", optional=True
     )
     crop_min_scale: real_number("in (0, 1]", gt=0, le=1) = entry(
-        "smallest crop as a share of the image's area; default: 0.08", optional=True
+        "smallest crop as a fraction of the image's area; default: 0.08", optional=True
     )
     mean: triple("at least 0", ge=0) = entry(
         "for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True
@@ -132,16 +134,16 @@ class Dali(Section):
         "device that decodes images; default: the device of the network", optional=True
     )
     encode_indexes_into_labels: Boolean = entry(
-        "an entry of solo-learn without effect: indexes are always correct", False
+        "accepted for compatibility with solo-learn and ignored: indexes are always correct", False
     )
 
 
 class Crop(Section):
     """A random resized crop."""
 
-    enabled: Boolean = entry("true: a random part; false: the centre of the resized image")
-    crop_min_scale: Fraction = entry("smallest share of the image's area, above 0", optional=True)
-    crop_max_scale: Fraction = entry("largest share of the image's area", optional=True)
+    enabled: Boolean = entry("true: a random crop; false: the centre crop of the resized image")
+    crop_min_scale: Fraction = entry("smallest fraction of the image's area, above 0", optional=True)
+    crop_max_scale: Fraction = entry("largest fraction of the image's area", optional=True)
 
     @model_validator(mode="after")
     def _check(self) -> "Crop":
@@ -153,25 +155,27 @@ class Crop(Section):
 
 
 class Step(Section):
-    """A step of an augmentation, with its probability."""
+    """A step of an augmentation."""
 
-    enabled: Boolean = entry("false disables the step for any prob", optional=True)
+    enabled: Boolean = entry("false disables the step, whatever prob is", optional=True)
     prob: Fraction = entry("probability")
 
     @model_validator(mode="after")
     def _switch(self) -> "Step":
         if self.enabled is False:
-            self.prob = 0.0  # some of main's files have both entries; main reads only prob
+            self.prob = 0.0  # some of main's files have both entries, of which main reads only prob
         return self
 
 
 class Jitter(Step):
-    """Random changes of colour with the parameters of torchvision's ColorJitter, required if prob is above 0."""
+    """Random changes of colour with the parameters of torchvision's ColorJitter, which are required if prob > 0."""
 
-    brightness: NonNegative = entry("x of a factor in [1 - x, 1 + x]", optional=True)
-    contrast: NonNegative = entry("x of a factor in [1 - x, 1 + x]", optional=True)
-    saturation: NonNegative = entry("x of a factor in [1 - x, 1 + x]", optional=True)
-    hue: real_number("in [0, 0.5]", ge=0, le=0.5) = entry("x of a turn in [-x, x] of the circle", optional=True)
+    brightness: NonNegative = entry("x, for a random factor in [1 - x, 1 + x]", optional=True)
+    contrast: NonNegative = entry("x, for a random factor in [1 - x, 1 + x]", optional=True)
+    saturation: NonNegative = entry("x, for a random factor in [1 - x, 1 + x]", optional=True)
+    hue: real_number("in [0, 0.5]", ge=0, le=0.5) = entry(
+        "x, for a random rotation of the hue in [-x, x] of the circle", optional=True
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Jitter":
@@ -203,7 +207,7 @@ class Jigsaw(Section):
 
 
 class View(Section):
-    """Crops of an image with the same augmentation. A step that is missing is disabled."""
+    """Crops of an image with the same augmentation. Missing steps are disabled."""
 
     rrc: Crop = entry("random resized crop")
     color_jitter: Jitter = _step(Jitter, "changes of colour")
@@ -214,7 +218,7 @@ class View(Section):
     equalization: Step = _step(Step, "histogram equalisation")
     horizontal_flip: Step = _step(Step, "horizontal flip")
     crop_size: _Side = entry(
-        "side in pixels; views with the size of the first entry are large crops, others are small crops"
+        "side in pixels; views with the size of the first entry are large crops, the others are small crops"
     )
     num_crops: integer(1, 1024) = entry("number of crops of each image")
     jigsaw: Jigsaw | None = entry(
@@ -259,7 +263,7 @@ _Views = Annotated[
 
 
 class Views(Section):
-    """Only the views."""
+    """A configuration that contains only the views."""
 
     augmentations: _Views = entry("the views of an image that a method compares")
 
@@ -268,7 +272,7 @@ class Optimizer(Section):
     """The optimiser."""
 
     name: Literal["sgd", "lars", "adam", "adamw"] = entry("optimiser")
-    batch_size: integer(1) = entry("images in a batch, on each device")
+    batch_size: integer(1) = entry("batch size on each device")
     lr: NonNegative = entry("learning rate for 256 images: multiplied by batch size x devices x nodes / 256")
     weight_decay: NonNegative = entry("weight decay")
     exclude_bias_n_norm_wd: Boolean = entry("whether biases and normalisation layers have no weight decay", False)
@@ -278,7 +282,7 @@ class Optimizer(Section):
 class PretrainOptimizer(Optimizer):
     """The optimiser of a pre-training."""
 
-    batch_size: integer(2) = entry("images in a batch, on each device")
+    batch_size: integer(2) = entry("batch size on each device")
     classifier_lr: NonNegative = entry("learning rate of the online classifier, multiplied in the same way as lr")
 
 
@@ -286,7 +290,7 @@ class LinearOptimizer(Optimizer):
     """The optimiser of a linear evaluation."""
 
     layer_decay: NonNegative = entry(
-        "factor of the learning rate from layer to layer; only with finetune and a ViT", optional=True
+        "ratio of the learning rates of successive layers; only with finetune and a ViT", optional=True
     )
 
 
@@ -329,7 +333,7 @@ class KNNEval(Section):
     """The k-nearest-neighbour accuracy after each validation."""
 
     enabled: Boolean = entry("whether it is computed", False)
-    k: integer(1) = entry("neighbours", 20)
+    k: integer(1) = entry("number of neighbours", 20)
     distance_func: Literal["cosine", "euclidean"] = entry("distance between features", "euclidean")
 
 
@@ -362,10 +366,12 @@ class AutoUMAP(Section):
 class Wandb(Section):
     """Weights & Biases."""
 
-    enabled: Boolean = entry("whether to log to it; without an account to ./wandb", False)
+    enabled: Boolean = entry(
+        "whether to log to Weights & Biases; without an account, logs are written to ./wandb", False
+    )
     entity: String | None = entry("account; null: the account of the login", None)
     project: String | None = entry("project", "solo-learn")
-    offline: Boolean = entry("whether to log only to ./wandb", False)
+    offline: Boolean = entry("whether logs are written only to ./wandb", False)
 
 
 class Performance(Section):
@@ -383,7 +389,7 @@ class Run(Section):
     backbone: Backbone = entry("the network")
     max_epochs: integer(0, 10**9) = entry("epochs; 0: write the untrained weights")
     scheduler: Scheduler = _section(Scheduler, "schedule of the learning rate")
-    accumulate_grad_batches: integer(1) = entry("number of batches of a step of the optimiser", 1)
+    accumulate_grad_batches: integer(1) = entry("number of batches in a step of the optimiser", 1)
     dali: Dali = entry("NVIDIA DALI, for data.format=dali", optional=True)
     checkpoint: Checkpoint = _section(Checkpoint, "folder and checkpoints")
     auto_resume: AutoResume = _section(AutoResume, "resuming from the newest checkpoint of the same run")
@@ -395,12 +401,12 @@ class Run(Section):
         "number or indexes of the devices, or auto: 2, [0, 1], auto", 1
     )
     num_nodes: integer(1, 10**6) = entry("number of machines", 1)
-    accelerator: String = entry("auto, cpu, gpu, or another that Lightning knows", "auto")
-    strategy: String | None = entry("auto, ddp, or another that Lightning knows", "auto")
+    accelerator: String = entry("auto, cpu, gpu, or another accelerator of Lightning", "auto")
+    strategy: String | None = entry("auto, ddp, or another strategy of Lightning", "auto")
     precision: Annotated[
-        str | Annotated[int, Strict()] | None, Allowed("a precision that Lightning knows, such as 32 or 16-mixed")
+        str | Annotated[int, Strict()] | None, Allowed("a precision of Lightning, such as 32 or 16-mixed")
     ] = entry("floating-point precision: 32, 16-mixed, bf16-mixed, ...", 32)
-    sync_batchnorm: Boolean = entry("whether batch statistics are those of all devices", False)
+    sync_batchnorm: Boolean = entry("whether batch norm uses the statistics of all devices", False)
     variables: _Free = entry("your own values, for use in other entries as ${variables.NAME}", optional=True)
     log_every_n_steps: integer(1) | None = entry(
         "steps between rows of metrics.csv; default: that of Lightning", optional=True
@@ -414,8 +420,8 @@ class Pretrain(Run):
         "loss of accumulated batches; mean: the mean of their losses; joined: the loss of their joined rows",
         "mean",
     )
-    method: String = entry("method; an unknown name is an error that lists all names")
-    method_kwargs: _Free = entry("options of the method; an unknown one is an error that lists all of them", {})
+    method: String = entry("method; the error for an unknown name lists all names")
+    method_kwargs: _Free = entry("options of the method; the error for an unknown option lists all options", {})
     data: Data = entry("the images")
     augmentations: _Views = entry("the views of an image that a method compares")
     optimizer: PretrainOptimizer = entry("the optimiser")
@@ -441,12 +447,10 @@ class Linear(Run):
     max_epochs: integer(1, 10**9) = entry("epochs")
     pretrained_feature_extractor: PathString = entry("checkpoint, or folder of a run, of the backbone to evaluate")
     pretrain_method: String | None = entry(
-        "an entry of solo-learn without effect: the checkpoint has it", optional=True
+        "accepted for compatibility with solo-learn and ignored: the checkpoint contains the method", optional=True
     )
     finetune: Boolean = entry("whether to train the backbone too", False)
-    normalized_classifier: Boolean = entry(
-        "whether a BatchNorm without scale and shift comes before the classifier", False
-    )
+    normalized_classifier: Boolean = entry("whether a BatchNorm without scale and shift precedes the classifier", False)
     check_val_every_n_epoch: integer(1) = entry("epochs between validations", 1)
     auto_augment: Boolean = entry(
         "whether to augment training images with timm's RandAugment and random erasing", False
@@ -459,7 +463,9 @@ class Linear(Run):
     def _check(self) -> "Linear":
         if (self.mixup or self.cutmix) and self.optimizer.batch_size % 2:
             batch = self.optimizer.batch_size
-            raise ValueError(f"mixup and cutmix pair images: optimizer.batch_size must be even, got {batch}")
+            raise ValueError(
+                f"mixup and cutmix combine pairs of images: optimizer.batch_size must be even, got {batch}"
+            )
         return self
 
 
@@ -478,86 +484,87 @@ def validate(
     Args:
         model: the schema.
         given: the configuration as plain dictionaries, lists and values.
-        trainer: {argument: annotation} of Lightning's Trainer, which are allowed at the top level.
-        variables: further entries that are allowed there, because others refer to them.
+        trainer: {argument: annotation} of Lightning's Trainer; its arguments are allowed at the top level.
+        variables: further entries that are allowed at the top level, because other entries refer to them.
 
     Returns:
-        The configuration in plain values; a missing optional entry stays missing.
+        The configuration as plain values; a missing optional entry stays missing.
 
     Raises:
-        UserError: the message lists all mistakes, one per line.
+        UserError: the message lists all errors, one per line.
     """
-    mistakes: list[str] = []
-    left_out = {*IGNORED, *(key for key in variables if key not in model.model_fields)}
-    given = _normalised({key: value for key, value in given.items() if key not in left_out}, (), mistakes)
+    messages: list[str] = []
+    ignored = {*IGNORED, *(key for key in variables if key not in model.model_fields)}
+    given = _normalised({key: value for key, value in given.items() if key not in ignored}, (), messages)
     passed: dict[str, Any] = {}
     for key in [key for key in given if key in (trainer or {}) and key not in model.model_fields]:
         passed[key] = given.pop(key)
-        if key in OURS:
-            mistakes.append(f"{key} is set by the command: remove it; {OURS[key]}")
-        elif sentence := _argument(key, passed[key], trainer[key]):
-            mistakes.append(sentence)
+        if key in SET_BY_COMMANDS:
+            messages.append(f"the command sets {key}: remove it; {SET_BY_COMMANDS[key]}")
+        elif message := _argument_error(key, passed[key], trainer[key]):
+            messages.append(message)
     checked = None
     try:
         checked = model.model_validate(given)
     except ValidationError as error:
-        mistakes += [_sentence(model, given, one, tuple(trainer or ())) for one in error.errors(include_url=False)]
-    if checked is None or mistakes:
-        raise UserError(join_messages(mistakes))
+        messages += [_message(model, given, one, tuple(trainer or ())) for one in error.errors(include_url=False)]
+    if checked is None or messages:
+        raise UserError(join_messages(messages))
     return {**_plain(checked), **passed}
 
 
-def _normalised(value: Any, place: tuple[Any, ...], mistakes: list[str]) -> Any:
-    """Remove entries with the value ???, which are mistakes, and read None as null, as solo-learn's files mean it."""
+def _normalised(value: Any, place: tuple[Any, ...], messages: list[str]) -> Any:
+    """Convert None to null, as in solo-learn's files, and remove entries with the value ???, which are errors."""
     if isinstance(value, Mapping):
         kept = {}
         for key, entry in value.items():
             if isinstance(entry, str) and entry == "???":
-                mistakes.append(f"the configuration needs a value for {_path((*place, key))}")
+                messages.append(f"the configuration needs a value for {_path((*place, key))}")
             else:
-                kept[key] = None if entry == "None" else _normalised(entry, (*place, key), mistakes)
+                kept[key] = None if entry == "None" else _normalised(entry, (*place, key), messages)
         return kept
     if isinstance(value, list):
-        return [_normalised(entry, (*place, index), mistakes) for index, entry in enumerate(value)]
+        return [_normalised(entry, (*place, index), messages) for index, entry in enumerate(value)]
     return value
 
 
-def _argument(key: str, value: Any, annotation: Any) -> str | None:
-    """Return the mistake in an argument of the Trainer, judged by its annotation; None if it is valid."""
+def _argument_error(key: str, value: Any, annotation: Any) -> str | None:
+    """Return the error message for an argument of the Trainer that does not fit its annotation, or None if it fits."""
     try:
         TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, strict=True)).validate_python(value)
     except ValidationError:
-        return f"{key} must be {_kinds(annotation)}, got {value!r}"
+        return f"{key} must be {_type_names(annotation)}, got {value!r}"
     return None
 
 
-_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", NoneType: "null"}
+_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", NoneType: "null"}
 
 
-def _kinds(annotation: Any) -> str:
+def _type_names(annotation: Any) -> str:
+    """Describe the types that an annotation allows."""
     if get_origin(annotation) is Literal:
         return " or ".join(map(str, get_args(annotation)))
     parts = get_args(annotation)
     if not parts or get_origin(annotation) in (dict, list):
         kind = get_origin(annotation) or annotation
-        return _KINDS.get(kind, f"a {getattr(kind, '__name__', kind)}")
-    kinds = list(_KINDS.values())
-    found = {_kinds(part) for part in parts}  # Python caches Unions: their order is that of the first equal one
-    return " or ".join(sorted(found, key=lambda kind: (kinds.index(kind) if kind in kinds else -1, kind)))
+        return _TYPE_NAMES.get(kind, f"a {getattr(kind, '__name__', kind)}")
+    order = list(_TYPE_NAMES.values())
+    found = {_type_names(part) for part in parts}  # sorted below, since Python does not keep the order of a Union
+    return " or ".join(sorted(found, key=lambda name: (order.index(name) if name in order else -1, name)))
 
 
 def _path(place: Sequence[Any]) -> str:
-    """``("augmentations", 0, "rrc")`` → ``augmentations[0].rrc``."""
+    """Format the path of an entry: ``("augmentations", 0, "rrc")`` becomes ``augmentations[0].rrc``."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).removeprefix(".")
 
 
-def _sentence(model: type[Section], given: Any, error: Mapping[str, Any], further: Sequence[str]) -> str:
-    """One error of pydantic as a sentence: what was given, what is allowed."""
+def _message(model: type[Section], given: Any, error: Mapping[str, Any], further: Sequence[str]) -> str:
+    """Convert an error of pydantic to a message that states what was given and what is allowed."""
     place, kind = error["loc"], error["type"]
     if kind == "value_error":
         text = str(error["ctx"]["error"])
         return _path(place) + text if text[0] in " ." else text
-    # the entry that is declared, which may be above the element that is wrong
+    # find the innermost entry of the schema on the path of the error; the error may be in an element of its value
     field, section, depth = None, model, 0
     for index, step in enumerate(place):
         if isinstance(step, int) or section is None:
@@ -567,7 +574,7 @@ def _sentence(model: type[Section], given: Any, error: Mapping[str, Any], furthe
         field, depth = section.model_fields[step], index + 1
         section = section_of(field.annotation)
     if kind in ("extra_forbidden", "invalid_key"):
-        return _unknown(model, section or model, place, further)
+        return _unknown_entry(model, section or model, place, further)
     if kind == "model_type" and not (error["input"] is None and field and field.is_required()):
         return f"{_path(place)} must be {SECTION}, got {error['input']!r}"
     value = given
@@ -582,15 +589,15 @@ def _sentence(model: type[Section], given: Any, error: Mapping[str, Any], furthe
     return f"{path} must be {allowed_values(field)}, got {value!r}"
 
 
-def _unknown(model: type[Section], section: type[Section], place: Sequence[Any], further: Sequence[str]) -> str:
-    """Return the message about an unknown entry, with the nearest known one."""
+def _unknown_entry(model: type[Section], section: type[Section], place: Sequence[Any], further: Sequence[str]) -> str:
+    """Return the error message for an unknown entry, with the most similar known entry."""
     key, above = str(place[-1]), _path(place[:-1])
     known = [*section.model_fields, *(() if above else further)]
     if not above:
         for command, other in COMMANDS.items():
             if key in other.model_fields and issubclass(model, Run):
-                return f"{key} is an entry of {command} only: remove it"
-    # the entries of this section, and those of other sections by their last name
+                return f"only {command} has the entry {key}: remove it"
+    # the entries of this section, and those of other sections by the last part of their path
     names = {**{row.path.rpartition(".")[2]: row.path for row in rows(model)}, **{name: name for name in known}}
     near = nearest(key.lower(), names, cutoff=0.65)
     guess = f"; did you mean {names[near]}?" if near else ""
@@ -630,9 +637,9 @@ def defaults(section: type[Section]) -> dict[str, Any]:
 
 def help_text(command: str) -> str:
     """Return the text of ``--help-config``: the entries of a command's configuration."""
-    lines = [f"entries of a configuration of {command}; + any argument of Lightning's Trainer", ""]
+    lines = [f"entries of a configuration of {command}, in addition to the arguments of Lightning's Trainer", ""]
     for row in rows(COMMANDS[command]):
-        default = {"needed": "needed", "-": "optional"}.get(row.default, f"default {row.default}")
+        default = {"required": "required", "-": "optional"}.get(row.default, f"default {row.default}")
         lines.append(f"{row.path}: {row.values}, {default}\n    {row.meaning}")
     return "\n".join(lines)
 
@@ -647,8 +654,7 @@ def markdown() -> str:
         "",
         "The format is that of solo-learn's main branch. An entry that is not listed is an error, except for arguments",
         "of Lightning's `Trainer` at the top level, and entries that another one uses as `${NAME}`. In the column of",
-        "defaults, needed means that the entry is required, and - that it is optional.",
-        "`python -m solo_ext.main_pretrain --help-config` prints the same.",
+        "defaults, - means that the entry is optional. `python -m solo_ext.main_pretrain --help-config` prints them.",
     ]
     for command, found in tables.items():
         lines += ["", f"## {command}", ""]
@@ -664,11 +670,11 @@ def markdown() -> str:
         "",
         "¹ also an entry of main_linear.",
         "",
-        "## Without effect",
+        "## Ignored entries",
         "",
-        *table(("entry", "why"), IGNORED.items()),
+        *table(("entry", "reason"), IGNORED.items()),
     ]
-    lines += ["", "## Set by the commands", "", *table(("entry", "instead"), OURS.items())]
+    lines += ["", "## Set by the commands", "", *table(("entry", "instead"), SET_BY_COMMANDS.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,8 @@
 """The schema of ``python -m lightly_ext.benchmarks``: meaning, type, range and default of every option.
 
-The command line, its checks and docs/lightly_options.md, which ``python -m lightly_ext.benchmarks.schema`` prints, are
-made from it. :mod:`lightly_ext.benchmarks.checks` checks what depends on files and on other packages; each method
-checks its own options. This module imports neither torch nor lightly.
+The schema defines the command line, its checks and docs/lightly_options.md, which ``python -m
+lightly_ext.benchmarks.schema`` prints. :mod:`lightly_ext.benchmarks.checks` checks what depends on files and on other
+packages; each method checks its own options. This module imports neither torch nor lightly.
 """
 
 import argparse
@@ -33,14 +33,14 @@ from plugins.tools.schema import (
 
 
 def _pairs(given: Any) -> Any:
-    """Convert ``key=value`` words; a value that is no Python literal is a word."""
+    """Convert a list of ``key=value`` to a dictionary; a value that is not a Python literal is a string."""
     if not isinstance(given, list):
         return given
     pairs = {}
-    for word in given:
-        key, equals, text = word.partition("=")
+    for argument in given:
+        key, equals, text = argument.partition("=")
         if not equals:
-            raise ValueError(f" takes KEY=VALUE, got {word!r}")
+            raise ValueError(f" must be KEY=VALUE, got {argument!r}")
         try:
             pairs[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -62,17 +62,17 @@ class Options(Section):
     add: _File | None = entry("Python file with a METHODS dictionary of further methods", None)
     train_dir: _Folder = entry("folder of training images, one subfolder for each class")
     val_dir: _Folder = entry("folder of validation images, of the same classes")
-    log_dir: _Folder = entry("where everything goes", Path("benchmark_logs"))
+    log_dir: _Folder = entry("folder of the results", Path("benchmark_logs"))
     epochs: integer(0) = entry("epochs of pre-training; 0 evaluates an untrained backbone", 100)
-    batch_size_per_device: integer(2) = entry("images in a batch, on each device", 128)
-    num_workers: integer(0) = entry("number of processes that read images; 0: the training process reads them", 8)
-    accelerator: String = entry("auto, cpu, gpu, or another that Lightning knows", "auto")
+    batch_size_per_device: integer(2) = entry("batch size on each device", 128)
+    num_workers: integer(0) = entry("worker processes of the data loader; 0: the training process reads the images", 8)
+    accelerator: String = entry("auto, cpu, gpu, or another accelerator of Lightning", "auto")
     devices: integer(1) = entry("number of devices", 1)
     precision: String = entry("floating-point precision, such as 16-mixed or bf16-mixed", "32-true")
     strategy: String | None = entry(
         "strategy of the Trainer; default: auto, or ddp_find_unused_parameters_true with several devices", None
     )
-    ckpt_path: _File | None = entry("checkpoint of the one method named, to go on from", None)
+    ckpt_path: _File | None = entry("checkpoint to resume from; --methods must name one method", None)
     seed: integer(0, 2**32 - 1) | None = entry("seed of all random numbers; default: none", None)
     backbone: String = entry("resnet8 or a model of torchvision, for our methods", "resnet50")
     small_images: Boolean = entry("ResNet with a 3x3 stem of stride 1 and without max-pool", False)
@@ -80,32 +80,32 @@ class Options(Section):
     optimizer: Literal["lars", "sgd", "adamw"] = entry("optimiser, for our methods", "lars")
     lr: NonNegative = entry("learning rate for 256 images over all devices, for our methods", 0.45)
     weight_decay: NonNegative = entry("weight decay, for our methods", 1e-6)
-    decay_all: Boolean = entry("decay biases and normalisation too, for our methods", False)
+    decay_all: Boolean = entry("weight decay also for biases and normalisation layers, for our methods", False)
     warmup_epochs: NonNegative | None = entry(
         "epochs of linear warm-up, for our methods; default: 10, but at most a tenth of the run", None
     )
     option: _Pairs = entry("options of our methods, such as rho=0.99", {})
     transform: _Pairs = entry("arguments of our transforms, such as min_scale=0.6", {})
-    mean: triple("one for each channel") | None = entry("mean of the images' channels; default: ImageNet's", None)
-    std: triple("above 0", gt=0) | None = entry("standard deviation of the channels; default: ImageNet's", None)
-    knn_k: integer(1) = entry("neighbours of the kNN evaluation", 200)
+    mean: triple("one for each channel") | None = entry("mean of each channel; default: that of ImageNet", None)
+    std: triple("above 0", gt=0) | None = entry("standard deviation of each channel; default: that of ImageNet", None)
+    knn_k: integer(1) = entry("number of neighbours of the kNN evaluation", 200)
     knn_t: _Above0 = entry("temperature of the kNN evaluation", 0.1)
     linear_epochs: integer(1) = entry("epochs of the linear evaluation", 90)
-    linear_lr: _Above0 = entry("its learning rate for 256 images over all devices", 0.1)
+    linear_lr: _Above0 = entry("learning rate of the linear evaluation for 256 images over all devices", 0.1)
     finetune_epochs: integer(1) = entry("epochs of fine-tuning", 30)
-    finetune_lr: _Above0 = entry("its learning rate for 256 images over all devices", 0.05)
+    finetune_lr: _Above0 = entry("learning rate of fine-tuning for 256 images over all devices", 0.05)
     eval_min_scale: real_number("in [1e-06, 1]", ge=1e-6, le=1) = entry(
-        "smallest crop that a classifier trains on, as a share of the image's area", 0.08
+        "smallest crop of the training images of a classifier, as a fraction of the image's area", 0.08
     )
-    eval_hf_prob: Fraction = entry("probability of a flip of the images that a classifier trains on", 0.5)
-    skip_knn_eval: Boolean = entry("no kNN evaluation", False)
-    skip_linear_eval: Boolean = entry("no linear evaluation", False)
-    skip_finetune_eval: Boolean = entry("no fine-tuning", False)
+    eval_hf_prob: Fraction = entry("probability of a horizontal flip of the training images of a classifier", 0.5)
+    skip_knn_eval: Boolean = entry("skip the kNN evaluation", False)
+    skip_linear_eval: Boolean = entry("skip the linear evaluation", False)
+    skip_finetune_eval: Boolean = entry("skip fine-tuning", False)
 
     @model_validator(mode="after")
     def _complete(self) -> "Options":
         if (self.mean is None) != (self.std is None):
-            raise ValueError("--mean and --std belong together")
+            raise ValueError("--mean and --std must be given together")
         if self.strategy is None:
             self.strategy = "auto" if self.devices == 1 else "ddp_find_unused_parameters_true"
         return self
@@ -135,7 +135,7 @@ def parser(prog: str | None = None, description: str = "") -> Parser:
         argument_default=argparse.SUPPRESS,
     )
     for name, field in Options.model_fields.items():
-        text, (kind, several) = (field.description or "").replace("%", "%%"), _kind(field.annotation)
+        text, (kind, is_list) = (field.description or "").replace("%", "%%"), _kind(field.annotation)
         if kind is bool:
             result.add_argument(flag(name), action="store_true", help=text)
             continue
@@ -144,7 +144,7 @@ def parser(prog: str | None = None, description: str = "") -> Parser:
         metavar = {int: "N", float: "X", dict: "KEY=VALUE", Path: "PATH"}.get(kind, "NAME")
         if get_origin(field.annotation) is Literal:
             metavar = f"{{{','.join(get_args(field.annotation))}}}"
-        nargs = "+" if several else None
+        nargs = "+" if is_list else None
         result.add_argument(flag(name), type=_reader(kind), nargs=nargs, metavar=metavar, help=text)
     return result
 
@@ -162,7 +162,7 @@ def _kind(annotation: Any) -> tuple[type, bool]:
 
 
 def _reader(kind: type) -> Any:
-    """Return a type for argparse that leaves a word that is no number to the schema, which has the better message."""
+    """Return a type for argparse that does not reject text that is not a number: the schema's message is better."""
 
     def read(text: str) -> Any:
         try:
@@ -177,25 +177,25 @@ def validate(given: Mapping[str, Any]) -> Options:
     """Validate options and fill in the defaults.
 
     Args:
-        given: name of the option → value.
+        given: the values by the names of the options.
 
     Raises:
-        UserError: the message lists all mistakes, one per line.
+        UserError: the message lists all errors, one per line.
     """
     try:
         return Options.model_validate(given)
     except ValidationError as error:
-        raise UserError(join_messages([_sentence(given, one) for one in error.errors(include_url=False)])) from None
+        raise UserError(join_messages([_message(given, one) for one in error.errors(include_url=False)])) from None
 
 
-def _sentence(given: Mapping[str, Any], error: Mapping[str, Any]) -> str:
-    """Convert an error of pydantic to a sentence: what was given, what is allowed."""
+def _message(given: Mapping[str, Any], error: Mapping[str, Any]) -> str:
+    """Convert an error of pydantic to a message that states what was given and what is allowed."""
     name = str(error["loc"][0]) if error["loc"] else ""
     if error["type"] == "value_error":
         return (flag(name) if name else "") + str(error["ctx"]["error"])
     field = Options.model_fields[name]
     if error["type"] == "missing":
-        return f"{flag(name)} is needed: {field.description}"
+        return f"{flag(name)} is required: {field.description}"
     return f"{flag(name)} must be {allowed_values(field)}, got {given[name]!r}"
 
 
@@ -208,8 +208,8 @@ def markdown() -> str:
         "Generated by `python -m lightly_ext.benchmarks.schema > docs/lightly_options.md`; edit",
         "lightly_ext/benchmarks/schema.py, not this file.",
         "",
-        "These are the options of `python -m lightly_ext.benchmarks`. In the column of defaults, needed means that the",
-        "option is required. An option with the values true or false is a flag without a value.",
+        "These are the options of `python -m lightly_ext.benchmarks`. In the column of defaults, - means that the",
+        "option is optional. An option with the values true or false is a flag without a value.",
         "",
         *table(("option", "values", "default", "meaning"), found),
     ]

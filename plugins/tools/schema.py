@@ -130,7 +130,7 @@ class Row(NamedTuple):
     Args:
         path: path of the entry, such as ``augmentations[].rrc.enabled``.
         values: its allowed values.
-        default: its default; "needed" if it is required, "-" if it is optional.
+        default: its default; "required" if it has none, "-" if it is optional.
         meaning: its meaning.
     """
 
@@ -150,7 +150,7 @@ def rows(section: type[Section], above: str = "") -> Iterator[Row]:
             subsections.append((below, f"{above}{name}{brackets}."))
             continue
         if field.is_required():
-            default = "needed"
+            default = "required"
         elif is_optional(field):
             default = "-"
         else:

@@ -383,10 +383,10 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
         (["--backbone", "resnet81"], "--backbone: there is no model 'resnet81'; known are resnet8, alexnet, "),
         (["--backbone", "vgg11", "--small-images"], "--small-images is for ResNets, got --backbone vgg11"),
         (["--option", "alhpa=1.0"], "isoloss: method isoloss has no option 'alhpa'; it knows alpha, "),
-        (["--option", "rho"], "--option takes KEY=VALUE, got 'rho'"),
+        (["--option", "rho"], "--option must be KEY=VALUE, got 'rho'"),
         (["--option", "rho=high"], "isoloss: method isoloss: rho must be a float, got 'high'"),
         (["--transform", "minscale=1"], "--transform: IsoLossTransform has no argument 'minscale'; known arguments: "),
-        (["--mean", "0", "0", "0"], "--mean and --std belong together"),
+        (["--mean", "0", "0", "0"], "--mean and --std must be given together"),
         (["--add", str(tmp_path / "none.py")], "has no METHODS of the form"),
         (["--ckpt-path", str(tmp_path / "gone")], "--ckpt-path needs a file and one method"),
         (

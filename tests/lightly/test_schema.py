@@ -36,12 +36,12 @@ def test_all_mistakes_are_named_at_once() -> None:
             vars(schema.parser().parse_args([*NEEDED[:2], *numbers, "--optimizer", "adam", "--option", "rho"]))
         )
     assert [line.strip() for line in str(refused.value).splitlines()] == [
-        "--val-dir is needed: folder of validation images, of the same classes",
+        "--val-dir is required: folder of validation images, of the same classes",
         "--epochs must be an integer, at least 0, got 'many'",
         "--seed must be an integer in [0, 4294967295], got -1",
         "--optimizer must be lars or sgd or adamw, got 'adam'",
         "--lr must be a number, at least 0, got -1.0",
-        "--option takes KEY=VALUE, got 'rho'",
+        "--option must be KEY=VALUE, got 'rho'",
         "--std must be three numbers, above 0, got [1.0, 2.0]",
     ]
 

@@ -24,8 +24,8 @@ _UNKNOWN = {
     "warmup_epoch": "did you mean scheduler.warmup_epochs?",
     "lr": "did you mean optimizer.lr?",
     "gradient_clip": "did you mean gradient_clip_val?",
-    "finetune": "finetune is an entry of main_linear only: remove it",
-    "logger": "logger is set by the command: remove it",
+    "finetune": "only main_linear has the entry finetune: remove it",
+    "logger": "the command sets logger: remove it",
     "limit_train_batches": "limit_train_batches must be an integer or a number or null, got 'x'",
 }
 

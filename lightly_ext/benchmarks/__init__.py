@@ -1,7 +1,7 @@
-"""Our methods in the shape of lightly's benchmarks; ``python -m lightly_ext.benchmarks --help`` runs them.
+"""Benchmarks of our methods in the format of lightly's benchmarks: ``python -m lightly_ext.benchmarks --help``.
 
 ``METHODS`` is {name: {"model": LightningModule class, "transform": transform}}, as in lightly's own
-``benchmarks/imagenet/resnet50/main.py``, whose entries can be added to it and run beside ours.
+``benchmarks/imagenet/resnet50/main.py``. The option ``--add`` adds the methods of such a file.
 """
 
 from typing import Any

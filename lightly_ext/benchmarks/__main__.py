@@ -1,12 +1,12 @@
-"""Pre-train methods and evaluate them as lightly's benchmarks do: kNN, linear, fine-tuning.
+"""Pre-train methods, and evaluate them like lightly's benchmarks: kNN, linear evaluation, fine-tuning.
 
     python -m lightly_ext.benchmarks --methods isoloss ssl_ey --train-dir imagenet/train --val-dir imagenet/val \
         --epochs 100 --batch-size-per-device 128 --devices 2 --precision 16-mixed
 
-The last lines are a table in Markdown, which is also written to <log-dir>/table.md. <log-dir>/<method>/result.json has
-the numbers. Accuracies are those after the last epoch, because taking the best epoch would be choosing on the
-validation labels. The classifiers are lightly's own. With --add FILE, methods of a METHODS dictionary in a Python file
-run beside ours; lightly's benchmarks/imagenet/resnet50/main.py has one.
+The command prints a Markdown table of the results and writes it to <log-dir>/table.md. The results of a method are in
+<log-dir>/<method>/result.json. Accuracies are those of the last epoch, since the best epoch would be selected by the
+validation labels. The classifiers are those of lightly. --add FILE adds the methods of the METHODS dictionary in a
+Python file, such as lightly's benchmarks/imagenet/resnet50/main.py.
 """
 
 import sys

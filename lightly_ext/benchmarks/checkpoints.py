@@ -1,4 +1,4 @@
-"""The checkpoint of a run: loading it, and telling runs apart."""
+"""Load the checkpoint of a run, and check that it belongs to the same run."""
 
 import pickle
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _IDENTITY = (
 
 
 def identity(setup: Setup, name: str) -> dict[str, Any]:
-    """Return what makes the pre-training of a method this one, in plain values."""
+    """Return the options that identify the pre-training of a method, as plain values."""
     config = setup.config()
     train_dir = str(setup.options.train_dir.resolve())
     return {**{key: config[key] for key in _IDENTITY}, "method": name, "train_dir": train_dir}
@@ -31,15 +31,15 @@ def load(path: Path, name: str, model: LightningModule) -> dict[str, Any]:
     """Load the weights of a checkpoint into a model.
 
     Args:
-        path: of the checkpoint.
-        name: of the model's method.
-        model: receives the weights.
+        path: the checkpoint.
+        name: name of the model's method.
+        model: the model that receives the weights.
 
     Returns:
-        The checkpoint.
+        The content of the checkpoint.
 
     Raises:
-        UserError: it is no checkpoint, or one of another model.
+        UserError: the file is not a checkpoint of Lightning, or it belongs to another model.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -55,28 +55,29 @@ def load(path: Path, name: str, model: LightningModule) -> dict[str, Any]:
 
 
 def check_same_run(setup: Setup, name: str, checkpoint: Mapping[str, Any]) -> int:
-    """Check that a pre-training continues from a checkpoint of the same run.
+    """Check that a pre-training is resumed from a checkpoint of the same run.
 
-    A checkpoint of an earlier release has no identity. With --epochs 0 the checkpoint is evaluated, not continued.
+    A checkpoint of an earlier release has no identity and is not compared. With --epochs 0, the checkpoint is only
+    evaluated.
 
     Returns:
-        The number of epochs that are done; 0 if the checkpoint is evaluated.
+        The number of completed epochs; 0 if the checkpoint is only evaluated.
 
     Raises:
-        UserError: it is of another run, or has more epochs.
+        UserError: the checkpoint belongs to a run with other settings, or has more epochs.
     """
     path, epochs = setup.options.ckpt_path, setup.options.epochs
     if epochs == 0:
         return 0
-    if (behind := checkpoint.get("epoch", -1) + 1) > epochs:
-        raise UserError(f"--ckpt-path: {path} has {behind} epochs behind it, more than --epochs {epochs}")
+    if (completed := checkpoint.get("epoch", -1) + 1) > epochs:
+        raise UserError(f"--ckpt-path: {path} was trained for {completed} epochs, more than --epochs {epochs}")
     theirs = checkpoint.get("callbacks", {}).get("EpochRecord", {}).get("identity", {})
     ours = identity(setup, name)
     for key in theirs:
         if theirs[key] != ours.get(key):
-            where, there, here = difference(key, theirs[key], ours.get(key))
+            option, recorded, given = difference(key, theirs[key], ours.get(key))
             raise UserError(
-                f"--ckpt-path: {path} is of another run: {where} is {there} there, {here} here; "
-                "give that run's settings, or begin anew without --ckpt-path"
+                f"--ckpt-path: {path} belongs to a run with other settings: {option} is {recorded} there, and {given} "
+                "in this run; use the settings of that run, or start a new run without --ckpt-path"
             )
-    return behind
+    return completed

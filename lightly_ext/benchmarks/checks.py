@@ -1,4 +1,4 @@
-"""Checks of the options that depend on files, on torchvision or on Lightning, before anything starts."""
+"""Check the options that depend on files, on torchvision or on Lightning, before training starts."""
 
 import importlib.util
 import logging
@@ -21,24 +21,24 @@ from plugins.tools.folders import check_same_classes, walk
 
 
 def prepare(options: Options) -> Setup:
-    """Check the options and find what they name.
+    """Check the options, and find the methods and classes that they select.
 
     Raises:
-        UserError: something cannot run.
+        UserError: an option is invalid, a path is missing, or a checkpoint belongs to another run.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     table = {**METHODS, **(_added(options.add) if options.add else {})}
     for name in options.methods or ():
         if name not in table:
-            raise UserError(f"--methods: there is no method {name!r}; there are {', '.join(sorted(table))}")
+            raise UserError(f"--methods: unknown method {name!r}; choose from {', '.join(sorted(table))}")
     setup = Setup(options, table, _classes(options))
     for folder in (options.log_dir, *options.log_dir.parents):
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"--log-dir: {folder} is no folder")
+            raise UserError(f"--log-dir: {folder} is a file, not a folder")
     path, number = options.ckpt_path, len(setup.methods)
     if path is not None and (number != 1 or not path.is_file()):
-        raise UserError(f"--ckpt-path needs a file and one method, got {path} and {number} methods")
-    for name in setup.methods:  # a misspelt option or backbone shows before the first method has trained
+        raise UserError(f"--ckpt-path needs an existing file and one method, got {path} and {number} methods")
+    for name in setup.methods:  # find an invalid option or backbone before the first method is trained
         if setup.is_ours(name):
             _check_transform(setup, name)
             setup.model(name)
@@ -51,13 +51,13 @@ def prepare(options: Options) -> Setup:
 
 
 def _added(path: Path) -> dict[str, dict[str, Any]]:
-    """Import the METHODS dictionary of a Python file, which may import its neighbours."""
+    """Import the METHODS dictionary of a Python file, which may import other files of its folder."""
     if not path.is_file():
         raise UserError(f"--add: there is no file {path}")
     sys.path.insert(0, str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(f"added_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--add: {path} is no Python file")
+        raise UserError(f"--add: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     table = vars(module).get("METHODS")
@@ -78,9 +78,9 @@ def _classes(options: Options) -> list[str]:
         raise UserError(f"--train-dir must have at least two classes, got {len(classes)}: {options.train_dir}")
     batch = options.batch_size_per_device * options.devices
     if batch > images:
-        raise UserError(f"--batch-size-per-device: one batch of {batch} is more than the {images} training images")
+        raise UserError(f"--batch-size-per-device: a batch of {batch} exceeds the number of training images, {images}")
     if options.knn_k > images and not options.skip_knn_eval:
-        raise UserError(f"--knn-k {options.knn_k} is more than the {images} training images")
+        raise UserError(f"--knn-k must not exceed the number of training images, {images}, got {options.knn_k}")
     return classes
 
 
@@ -99,7 +99,7 @@ def _images(name: str, folder: Path) -> dict[str, int]:
 
 
 def _check_transform(setup: Setup, name: str) -> None:
-    """Make two views of a black image: what an argument's value does shows when it is used."""
+    """Transform a black image, since invalid values of some arguments raise an error only when they are used."""
     try:
         setup.transform(name)(Image.new("RGB", (setup.options.input_size, setup.options.input_size)))
     except (ValueError, TypeError, RuntimeError) as error:
@@ -107,10 +107,10 @@ def _check_transform(setup: Setup, name: str) -> None:
 
 
 def _check_trainer(options: Options) -> None:
-    """Let Lightning check which accelerators, strategies and precisions there are here."""
+    """Check that Lightning accepts the accelerator, devices, strategy and precision on this machine."""
     chosen = options.model_dump(include={"accelerator", "devices", "strategy", "precision"})
     try:
         Trainer(**chosen, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         given = " ".join(f"{flag(name)} {chosen[name]}" for name in ("accelerator", "devices", "strategy", "precision"))
-        raise UserError(f"Lightning refuses {given}: {first_line(error)}") from None
+        raise UserError(f"Lightning does not accept {given}: {first_line(error)}") from None

@@ -1,4 +1,4 @@
-"""The evaluations of a backbone with lightly's classifiers: kNN, linear and fine-tuning."""
+"""Evaluate a backbone with lightly's classifiers: kNN, linear evaluation and fine-tuning."""
 
 from pathlib import Path
 
@@ -14,22 +14,22 @@ def evaluate(setup: Setup, model: LightningModule, folder: Path) -> dict[str, di
     """Evaluate a model.
 
     Args:
-        setup: says which evaluations are skipped.
-        model: with a trained backbone; fine-tuning, the last evaluation, changes it.
-        folder: of the method.
+        setup: the options; they select the evaluations.
+        model: model with a trained backbone; fine-tuning, the last evaluation, changes the backbone.
+        folder: folder of the method.
 
     Returns:
-        {"knn", "linear", "finetune": {"top1", "top5": accuracy in [0, 1]}}, after the last epoch.
+        {"knn", "linear", "finetune": {"top1", "top5": accuracy in [0, 1]}}, each after the last epoch.
     """
     options, found = setup.options, {}
     if not options.skip_knn_eval:
         found["knn"] = _knn(setup, model, folder)
     if not options.skip_linear_eval:
-        how = options.linear_epochs, options.linear_lr
-        found["linear"] = _classify(setup, LinearClassifier, model, folder, "linear", *how)
+        training = options.linear_epochs, options.linear_lr
+        found["linear"] = _classify(setup, LinearClassifier, model, folder, "linear", *training)
     if not options.skip_finetune_eval:
-        how = options.finetune_epochs, options.finetune_lr
-        found["finetune"] = _classify(setup, FinetuneClassifier, model, folder, "finetune", *how)
+        training = options.finetune_epochs, options.finetune_lr
+        found["finetune"] = _classify(setup, FinetuneClassifier, model, folder, "finetune", *training)
     return found
 
 
@@ -63,7 +63,7 @@ def _classify(
         num_classes=len(setup.classes),
         topk=setup.topk,
     )
-    model.train()  # a linear evaluation leaves it in evaluation mode, in which fine-tuning would train it
+    model.train()  # lightly's linear evaluation sets evaluation mode, which fine-tuning must not use
     train = setup.loader(options.train_dir, setup.augmented(), shuffle=True)
     held_out = setup.loader(options.val_dir, setup.plain())
     host = trainer(options, folder / name, epochs, [metrics], precision=options.precision)

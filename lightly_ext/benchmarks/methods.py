@@ -1,4 +1,4 @@
-"""METHODS, which needs lightly and Lightning; the schema of the command line does not."""
+"""METHODS, in a module of its own, since it imports lightly and Lightning, which the command line does not need."""
 
 from typing import Any
 

@@ -23,19 +23,19 @@ __all__ = ["benchmark", "markdown", "prepare"]
 
 
 def benchmark(setup: Setup) -> dict[str, dict[str, Any]]:
-    """Train and evaluate each method; print and write the table.
+    """Train and evaluate each method, and write and print a table of the results.
 
     Args:
-        setup: of :func:`prepare`.
+        setup: the return value of :func:`prepare`.
 
     Returns:
-        {method: result}.
+        {name of the method: result}.
     """
     results = {}
     log_dir = setup.options.log_dir
     for name in setup.methods:
         with locked_folder(log_dir / name) if first_process() else nullcontext():
-            results[name] = _one(setup, name, log_dir / name)
+            results[name] = _train_and_evaluate(setup, name, log_dir / name)
         table = markdown(results)
         if first_process():
             with atomic(log_dir / "table.md", "w") as file:
@@ -45,7 +45,7 @@ def benchmark(setup: Setup) -> dict[str, dict[str, Any]]:
 
 
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return results as a table with a row for each method; accuracies in percent.
+    """Return a Markdown table with a row for each method; accuracies are in per cent.
 
     >>> print(markdown({"byol": {"epochs": 2, "knn": {"top1": 0.5, "top5": 1.0}}}))
     | Method | Epochs | kNN top1 | kNN top5 |
@@ -74,7 +74,7 @@ def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
 
 
-def _one(setup: Setup, name: str, folder: Path) -> dict[str, Any]:
+def _train_and_evaluate(setup: Setup, name: str, folder: Path) -> dict[str, Any]:
     """Train and evaluate one method."""
     options = setup.options
     if options.seed is not None:
@@ -100,10 +100,10 @@ def _pretrain(setup: Setup, name: str, model: LightningModule, folder: Path) -> 
     if setup.wants_knn(name):
         held_out = [setup.loader(options.train_dir, setup.plain()), held_out]
     stop = EarlyStopping(monitor="train_loss", patience=10**12, check_finite=True, check_on_train_epoch_end=True)
-    # every epoch, where Lightning would save after validations alone, and before the callbacks' last word of the epoch
+    # by default, Lightning would save a checkpoint only after a validation
     save = ModelCheckpoint(folder, filename="checkpoint", enable_version_counter=False, save_on_train_epoch_end=True)
     record = EpochRecord(folder, identity(setup, name))
-    # the record first: its state is in the checkpoint of the same epoch
+    # the record comes first, so that the checkpoint of an epoch contains its state after that epoch
     host = trainer(
         options,
         folder / "pretrain",
@@ -114,17 +114,17 @@ def _pretrain(setup: Setup, name: str, model: LightningModule, folder: Path) -> 
         epochs_before=setup.epochs_before,
     )
 
-    def how_to_go_on() -> str:
+    def resume_hint() -> str:
         last = folder / "checkpoint.ckpt"
         if record.epochs == 0 or not last.is_file():
-            return "there is no checkpoint yet; run the command again"
-        return f"run the command with --methods {name} --ckpt-path {last} to go on"
+            return "no checkpoint was written yet; run the command again"
+        return f"run the command with --methods {name} --ckpt-path {last} to resume"
 
-    with exit_when_stopped(how_to_go_on):
+    with exit_when_stopped(resume_hint):
         host.fit(model, train, held_out, ckpt_path=None if options.ckpt_path is None else str(options.ckpt_path))
-    loss = record.metrics.get("train_loss")  # None: nothing was left to train, of a run of an earlier release
+    loss = record.metrics.get("train_loss")  # None if an earlier release wrote the checkpoint and no epoch was left
     if loss is not None and not math.isfinite(loss):
-        raise UserError(f"{name}: the loss is {loss} after epoch {record.epochs}; try a smaller --lr")
+        raise UserError(f"{name}: the loss is {loss} after epoch {record.epochs}; set a smaller --lr")
     return {
         "train_loss": loss,
         "online": record.metrics.get("val_online_cls_top1"),

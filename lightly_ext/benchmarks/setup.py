@@ -1,4 +1,4 @@
-"""What the runs are made of: models, backbones, transforms and data loaders, as the options describe them."""
+"""Build the models, backbones, transforms and data loaders that the options select."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -24,18 +24,18 @@ from plugins.tools.folders import ImageFolder
 from plugins.tools.images import open_image
 from plugins.tools.resnet8 import resnet8
 
-_LARGE = 64  # below this many pixels images are evaluated as they are, without cutting their margin off
+_LARGE = 64  # up to this side in pixels, evaluation resizes to the input size, without a margin that is cropped
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The options, and what they name.
+    """The options of the command line, with functions that build the objects they select.
 
     Args:
-        options: of the command line.
-        table: {method: {"model": LightningModule class, "transform": transform}}, of ours and of --add.
-        classes: names of the class folders of --train-dir, sorted.
-        epochs_before: epochs of the pre-training that --ckpt-path continues.
+        options: the options of the command line.
+        table: {method: {"model": LightningModule class, "transform": transform}} of our methods and those of --add.
+        classes: the sorted names of the class folders of --train-dir.
+        epochs_before: number of completed epochs of the checkpoint --ckpt-path.
     """
 
     options: Options
@@ -45,12 +45,12 @@ class Setup:
 
     @property
     def methods(self) -> list[str]:
-        """The methods to train, each once."""
+        """The methods to train, without duplicates."""
         return list(dict.fromkeys(self.options.methods or METHODS))
 
     @property
     def topk(self) -> tuple[int, ...]:
-        """The k of the accuracies."""
+        """The values of k of the top-k accuracies."""
         return (1, 5) if len(self.classes) >= 5 else (1,)
 
     @property
@@ -60,23 +60,23 @@ class Setup:
         return IMAGENET_NORMALIZE if mean is None or std is None else {"mean": mean, "std": std}
 
     def config(self) -> dict[str, Any]:
-        """Return the resolved options as JSON can hold them."""
+        """Return the resolved options as values that can be written to JSON."""
         resolved = {"methods": self.methods, "classes": list(self.classes), "normalize": self.normalize}
         return {**self.options.model_dump(mode="json"), **resolved}
 
     def is_ours(self, name: str) -> bool:
-        """Return whether a method is one of this package; ours take more options."""
+        """Return whether a method is one of this package, whose models accept more options."""
         return issubclass(self.table[name]["model"], MethodModel)
 
     def wants_knn(self, name: str) -> bool:
-        """Return whether a method follows kNN while it trains, as lightly's newest models do."""
+        """Return whether a model evaluates kNN during training, as the latest models of lightly do."""
         return {"knn_k", "knn_t"} <= set(inspect.signature(self.table[name]["model"].__init__).parameters)
 
     def model(self, name: str) -> LightningModule:
-        """Build a model of a method; ours with the backbone and the options of the command line.
+        """Build the model of a method; our models receive the backbone and the options of the command line.
 
         Raises:
-            UserError: the model refuses an option or the backbone.
+            UserError: the model does not accept an option or the backbone.
         """
         options, cls = self.options, self.table[name]["model"]
         given: dict[str, Any] = {
@@ -87,7 +87,7 @@ class Setup:
             given.update(knn_k=options.knn_k, knn_t=options.knn_t)
         if self.is_ours(name):
             shared = ("optimizer", "lr", "weight_decay", "warmup_epochs", "decay_all")
-            # an option that only others of the methods have is left out
+            # an option that only other selected methods have is not passed
             others = {key for other in self.methods if self.is_ours(other) for key in self._spec(other).options}
             own = self._spec(name).options
             given.update({key: value for key, value in options.option.items() if key in own or key not in others})
@@ -101,21 +101,21 @@ class Setup:
         return self.table[name]["model"].spec
 
     def transform(self, name: str) -> Any:
-        """Return the transform of a method; ours take the arguments of the command line.
+        """Return the transform of a method; our transforms receive the arguments of the command line.
 
         Raises:
-            UserError: it has no such argument.
+            UserError: the transform has no such argument.
         """
         transform = self.table[name]["transform"]
         if not self.is_ours(name):
             return transform
         flat = type(transform)
         if "view_1_transform" in inspect.signature(flat).parameters:
-            flat = TwoViewTransform  # BYOL's of lightly has no arguments of its own
+            flat = TwoViewTransform  # lightly's BYOL transform has only the transforms of its views as arguments
         known = sorted(inspect.signature(flat).parameters)
         given = {"input_size": self.options.input_size, "normalize": self.normalize, **self.options.transform}
         if "solarization_prob" in given and "solarization_prob" not in known:
-            # lightly's transforms have two spellings of it, and those that never solarize have none
+            # lightly's transforms have two names for it, and those without solarization have no such argument
             probability = given.pop("solarization_prob")
             if "solarize_prob" in known:
                 given.setdefault("solarize_prob", probability)
@@ -129,13 +129,13 @@ class Setup:
         return flat(**given)
 
     def plain(self) -> Any:
-        """Return the transform of images that are evaluated."""
+        """Return the transform for evaluation."""
         size = self.options.input_size
         resize = T.Resize(size if size <= _LARGE else size * 256 // 224)
         return T.Compose([resize, T.CenterCrop(size), T.ToTensor(), T.Normalize(**self.normalize)])
 
     def augmented(self) -> Any:
-        """Return the transform of images that a classifier trains on."""
+        """Return the transform for the training of a classifier."""
         options = self.options
         crop = T.RandomResizedCrop(options.input_size, scale=(options.eval_min_scale, 1.0))
         flip = T.RandomHorizontalFlip(options.eval_hf_prob)
@@ -167,35 +167,35 @@ def backbone(options: Options) -> nn.Module:
     """Build a network of torchvision, or resnet8, without its classifier.
 
     Raises:
-        UserError: there is no such network, or it does not take images of this size.
+        UserError: there is no such network, or it does not accept images of this size.
     """
     name, known = options.backbone, ["resnet8", *torchvision.models.list_models(module=torchvision.models)]
     if name not in known:
-        raise UserError(f"--backbone: there is no model {name!r}; known are {', '.join(known)}")
-    # a ViT takes images of the one size that it is made for
+        raise UserError(f"--backbone: unknown model {name!r}; choose from {', '.join(known)}")
+    # a ViT accepts only images of the size that its constructor gets
     sized = {"image_size": options.input_size} if name.startswith("vit_") else {}
     try:
         network = resnet8() if name == "resnet8" else torchvision.models.get_model(name, weights=None, **sized)
     except (AssertionError, RuntimeError, ValueError) as error:
         size = options.input_size
-        raise UserError(f"--backbone {name} refuses --input-size {size}: {first_line(error)}") from None
+        raise UserError(f"--backbone {name} does not accept --input-size {size}: {first_line(error)}") from None
     for part in ("fc", "classifier", "heads", "head"):
         if part in network._modules:
             network._modules[part] = nn.Identity()
     if options.small_images:
         if not isinstance(network, torchvision.models.ResNet):
-            raise UserError(f"--small-images is for ResNets, got --backbone {name}")
+            raise UserError(f"--small-images needs a ResNet, got --backbone {name}")
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
     return network
 
 
 def image_folder(folder: Path, transform: Any) -> LightlyDataset:
-    """Open class folders as lightly's data set; the images are decoded as in the other frameworks.
+    """Open class folders as a LightlyDataset; images are decoded as in the other frameworks.
 
     Args:
-        folder: with one folder for each class.
-        transform: of a PIL image in RGB.
+        folder: folder with a subfolder for each class.
+        transform: transform of a PIL image in RGB.
     """
     return LightlyDataset.from_torch_dataset(ImageFolder(str(folder), loader=open_image), transform=transform)
 

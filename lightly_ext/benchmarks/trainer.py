@@ -1,4 +1,4 @@
-"""The Trainer of a run and its callbacks."""
+"""Build the Trainer of a run and its callbacks."""
 
 import sys
 import time
@@ -29,16 +29,16 @@ def trainer(
     sync_batchnorm: bool = False,
     epochs_before: int = 0,
 ) -> Trainer:
-    """Make the Trainer of a training or an evaluation.
+    """Build the Trainer of a training or an evaluation.
 
     Args:
-        options: of the command line.
-        folder: for Lightning's own metrics.csv.
-        epochs: of the training.
-        callbacks: besides RunGuard.
-        precision: None: that of Lightning.
-        sync_batchnorm: whether batch statistics are those of all devices; this needs GPUs.
-        epochs_before: epochs of a run that is resumed; the rows of these stay in metrics.csv.
+        options: the options of the command line.
+        folder: the folder of Lightning's own metrics.csv.
+        epochs: number of epochs.
+        callbacks: the callbacks in addition to RunGuard.
+        precision: floating-point precision; None means Lightning's default.
+        sync_batchnorm: whether batch norm uses the statistics of all devices, which needs GPUs.
+        epochs_before: number of completed epochs of a resumed run, whose rows in metrics.csv are kept.
     """
     return Trainer(
         max_epochs=epochs,
@@ -60,7 +60,7 @@ def trainer(
 
 
 def validation_period(epochs: int) -> int:
-    """Return the epochs between validations: at least ten validations in a long run, and one after the last epoch.
+    """Return the number of epochs between validations: at least ten in a long run, the last after the last epoch.
 
     >>> [validation_period(epochs) for epochs in (1, 7, 12, 90, 100)]
     [1, 1, 1, 9, 10]
@@ -69,16 +69,15 @@ def validation_period(epochs: int) -> int:
 
 
 class EpochRecord(Callback):
-    """Writes metrics.csv, and with ``log_eigvals`` eigenvalues.csv, a row an epoch; measures the training's speed.
+    """Write a row of metrics.csv and, with ``log_eigvals``, of eigenvalues.csv in each epoch, and measure the speed.
 
     The columns of metrics.csv are epoch and loss, the mean of ``train_loss`` over the epoch. ``images`` and ``seconds``
-    are those of training alone, on this process; an image counts once, whatever the number of its views.
-
-    Its state is in the checkpoints, so that a resumed run goes on counting.
+    count the training on this process, without validation; several views count as one image. The checkpoints contain
+    the state of the callback, so that a resumed run continues the counts.
 
     Args:
-        folder: where the files go.
-        identity: of the run, for its checkpoints.
+        folder: the folder of the files.
+        identity: the identity of the run, which is stored in its checkpoints.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any] | None = None) -> None:
@@ -90,28 +89,28 @@ class EpochRecord(Callback):
 
     @property
     def elapsed(self) -> float:
-        """Seconds of the run, validation included."""
+        """Seconds of the run, including validation."""
         return self._before + time.perf_counter() - self._since
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        counted = {"images": self.images, "seconds": self.seconds, "epochs": self.epochs, "elapsed": self.elapsed}
-        return {**counted, "metrics": dict(self.metrics), "identity": self.identity}
+        """Return the counts, the last metrics and the identity of the run."""
+        counts = {"images": self.images, "seconds": self.seconds, "epochs": self.epochs, "elapsed": self.elapsed}
+        return {**counts, "metrics": dict(self.metrics), "identity": self.identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from it."""
+        """Restore the counts and the last metrics."""
         self.images, self.seconds, self.epochs = (state_dict[key] for key in ("images", "seconds", "epochs"))
         self.metrics, self._before = dict(state_dict["metrics"]), state_dict["elapsed"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start measuring the time."""
         self._began = time.perf_counter()
         self._losses: list[torch.Tensor] = []
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch; stop the clock at the epoch's last, before the validation."""
+        """Count the images, and stop measuring the time after the last batch, before the validation."""
         self.images += len(batch[1])
         if "train_loss" in trainer.callback_metrics:
             self._losses.append(trainer.callback_metrics["train_loss"].detach().clone())
@@ -119,7 +118,7 @@ class EpochRecord(Callback):
             self.seconds += time.perf_counter() - self._began
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the rows."""
+        """Write the rows of the epoch."""
         self.epochs = trainer.current_epoch + 1
         found = {key: float(value) for key, value in trainer.callback_metrics.items() if value.numel() == 1}
         self.metrics.update(found)
@@ -135,7 +134,7 @@ class EpochRecord(Callback):
 
 
 class RunGuard(Guard, Callback):
-    """A run that does not finish ends with a status that is not 0, and leaves no process behind."""
+    """Exit with a non-zero status if the run is interrupted, and end all of its processes."""
 
 
 class _AppendingCSVLogger(AppendingRows, CSVLogger):
@@ -143,4 +142,4 @@ class _AppendingCSVLogger(AppendingRows, CSVLogger):
 
 
 class _CheckpointIO(AtomicCheckpointIO, TorchCheckpointIO):
-    """Write checkpoints so that each file is complete or absent."""
+    """Lightning's checkpoint format, written atomically."""

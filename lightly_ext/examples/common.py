@@ -1,4 +1,4 @@
-"""What the three examples share: command line, images, a small network, optimiser settings and kNN accuracy."""
+"""Functions that the three examples share: command line, images, a small network, optimiser, and kNN accuracy."""
 
 import argparse
 from pathlib import Path
@@ -20,45 +20,49 @@ from plugins.tools.images import open_image
 from plugins.tools.knn import knn_accuracy
 
 MODELS = {spec.name: vars(models)[name] for name, spec in CLASS_NAMES.items()}
-"""Key of the method → model class: ``MODELS["isoloss"]`` is ``lightly_ext.models.IsoLoss``."""
+"""The model class by the key of a method: ``MODELS["isoloss"]`` is ``lightly_ext.models.IsoLoss``."""
 
 SIZE, BATCH = 16, 64
-"""Side of the images in pixels, and images per batch and process."""
+"""Side of the images in pixels, and batch size on each process."""
 
 WIDTHS = {"proj_hidden_dim": 512, "proj_output_dim": 256, "pred_hidden_dim": 512, "n_classes": 1024}
-"""Heads for a small network; without them a model has the widths of the paper."""
+"""Widths of the heads for a small network; the defaults are the widths of the papers."""
 
 ADAMW = {"byol", "cissl", "dissl", "matrix_ssl", "simsiam"}
 """Methods that learn little from SGD in a few hundred steps."""
 
 
 def optimizer(method: str, parameters: Any) -> torch.optim.Optimizer:
-    """Make the optimiser that suits a method on small images: AdamW for those in ADAMW, else SGD with momentum."""
+    """Build the optimiser for small images: AdamW for the methods in ADAMW, SGD with momentum for the others."""
     if method in ADAMW:
         return torch.optim.AdamW(parameters, lr=1e-3)
     return torch.optim.SGD(parameters, lr=0.03, momentum=0.9)
 
 
 def build(method: str) -> models.MethodModel:
-    """Make the model of a method around a ResNet of 128 features, small enough for two CPU cores."""
+    """Build the model of a method with a ResNet of 128 features, which is small enough for two CPU cores."""
     cls = MODELS[method]
     return cls(_backbone(), input_dim=128, **{key: value for key, value in WIDTHS.items() if key in cls.spec.options})
 
 
 class _Block(nn.Module):
-    def __init__(self, before: int, after: int) -> None:
+    """A residual block that halves the resolution."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
-        self.long = nn.Sequential(
-            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(after),
+        self.residual = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
             nn.ReLU(),
-            nn.Conv2d(after, after, 3, padding=1, bias=False),
-            nn.BatchNorm2d(after),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
         )
-        self.short = nn.Sequential(nn.Conv2d(before, after, 1, stride=2, bias=False), nn.BatchNorm2d(after))
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 1, stride=2, bias=False), nn.BatchNorm2d(channels)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.long(x) + self.short(x)).relu()
+        return (self.residual(x) + self.shortcut(x)).relu()
 
 
 def _backbone() -> nn.Module:
@@ -67,24 +71,24 @@ def _backbone() -> nn.Module:
 
 
 def arguments(description: str, method: str, given: list[str] | None = None, **more: Any) -> argparse.Namespace:
-    """Read the command line, and make the digits if they are used and missing.
+    """Parse the command line, and create the digits if no other images are given.
 
     Args:
         description: first line of ``--help``.
         method: default of ``--method``.
-        given: the words of the command line; None takes those of the process.
-        more: further options, name → arguments of ``add_argument``.
+        given: the arguments of the command line; None means those of the process.
+        more: further options: {name: keyword arguments of ``add_argument``}.
 
     Raises:
-        UserError: an unknown method, or a folder without images.
+        UserError: the method is unknown, or a folder has no or too few images.
     """
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--method", default=method, help=f"one of {', '.join(MODELS)}")
     parser.add_argument("--steps", type=positive_number(int), default=200, help="optimiser steps")
     parser.add_argument(
-        "--data", type=Path, help="folder with train/ and val/, each with a folder per class; digits if left out"
+        "--data", type=Path, help="folder with train/ and val/, each with a subfolder per class; default: digits"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentations")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentations")
     for name, options in more.items():
         parser.add_argument(f"--{name}", **options)
     args = parser.parse_args(given)
@@ -100,11 +104,11 @@ def arguments(description: str, method: str, given: list[str] | None = None, **m
             raise UserError(str(error)) from None
     for split in ("train", "val"):
         if not (args.data / split).is_dir():
-            raise UserError(f"--data: {args.data} has no folder {split}; give a folder with train/ and val/")
+            raise UserError(f"--data must be a folder with train/ and val/, but {args.data} has no folder {split}")
     check_same_classes(*(part for split in ("train", "val") for part in _classes(args.data / split)))
     images = len(dataset(args.data / "train"))
     if images < BATCH:
-        raise UserError(f"--data: one batch has {BATCH} images, {args.data / 'train'} has {images}; give more images")
+        raise UserError(f"--data: a batch needs {BATCH} training images, but {args.data / 'train'} contains {images}")
     torch.manual_seed(args.seed)
     return args
 
@@ -114,10 +118,10 @@ def _classes(folder: Path) -> tuple[Path, list[str]]:
 
 
 def dataset(folder: Path, transform: Any = None) -> LightlyDataset:
-    """Open a folder of class folders as lightly's data set.
+    """Open a folder of class folders as a LightlyDataset.
 
     Raises:
-        UserError: there are no images, or a class has none.
+        UserError: the folder has no images, or a class has none.
     """
     try:
         images = ImageFolder(str(folder), loader=open_image)
@@ -127,11 +131,11 @@ def dataset(folder: Path, transform: Any = None) -> LightlyDataset:
 
 
 def views(folder: Path) -> DataLoader:
-    """Load batches ``([view, view], labels, names)`` for training, with augmentations for small digits.
+    """Load training batches ``([view, view], labels, names)`` with augmentations for small digits.
 
-    No flip, because it makes another digit; strong colours, because each digit has a random colour; no blur, which
-    leaves nothing of 16 pixels. For photographs take the method's own transform, such as
-    ``lightly_ext.transforms.IsoLossTransform()``.
+    There is no flip, since a mirrored digit has another class, and no blur, since the images have only 16 pixels. The
+    colour jitter is strong, since each digit has a random colour. For photographs, use the transform of the method,
+    such as ``lightly_ext.transforms.IsoLossTransform()``.
     """
     transform = TwoViewTransform(
         input_size=SIZE,
@@ -151,7 +155,7 @@ def views(folder: Path) -> DataLoader:
 
 @torch.no_grad()
 def knn(model: nn.Module, data: Path) -> float:
-    """Compute the kNN accuracy of a model's features on the validation images, in percent."""
+    """Compute the kNN accuracy of a model's features on the validation images, in per cent."""
     normalize = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     plain = T.Compose([T.Resize(SIZE), T.CenterCrop(SIZE), T.ToTensor(), normalize])
     device, training = next(model.parameters()).device, model.training

@@ -157,12 +157,12 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path) -> None:
         (["--method", "isolos"], "--method: unknown method 'isolos'; did you mean isoloss?"),
         (["--method", "?"], "--method: unknown method '?'; choose from byol, "),
         (["--steps", "0"], "argument --steps: must be above 0, got 0; see --help"),
-        (["--data", str(tmp_path)], f"--data: {tmp_path} has no folder val; give a folder with train/ and val/"),
+        (["--data", str(tmp_path)], f"--data must be a folder with train/ and val/, but {tmp_path} has no folder val"),
         (
             ["--data", str(tmp_path / "other")],
             f"{tmp_path / 'other' / 'train'} and {tmp_path / 'other' / 'val'} have diff",
         ),
-        (["--data", str(few)], f"--data: one batch has 64 images, {few / 'train'} has 1; give more images"),
+        (["--data", str(few)], f"--data: a batch needs 64 training images, but {few / 'train'} contains 1"),
     ):
         with pytest.raises(UserError) as error:
             main(given)

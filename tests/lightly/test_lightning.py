@@ -370,32 +370,32 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
     (tmp_path / "none.py").write_text("x = 1\n")
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
     cases = [
-        (["--methods", "barlow"], "--methods: there is no method 'barlow'; there are byol, "),
+        (["--methods", "barlow"], "--methods: unknown method 'barlow'; choose from byol, "),
         (["--train-dir", str(tmp_path / "gone")], f"--train-dir: there is no folder {tmp_path / 'gone'}"),
         (["--val-dir", str(empty)], f"--val-dir: there are no images in class folders of {empty}"),
         (
             ["--val-dir", str(fewer)],
             f"{digits / 'train'} and {fewer} have different class folders: only one of them has 3",
         ),
-        (["--batch-size-per-device", "128"], "one batch of 128 is more than the 80 training images"),
+        (["--batch-size-per-device", "128"], "a batch of 128 exceeds the number of training images, 80"),
         (["--batch-size-per-device", "1"], "--batch-size-per-device must be an integer, at least 2, got 1"),
-        (["--knn-k", "100"], "--knn-k 100 is more than the 80 training images"),
-        (["--backbone", "resnet81"], "--backbone: there is no model 'resnet81'; known are resnet8, alexnet, "),
-        (["--backbone", "vgg11", "--small-images"], "--small-images is for ResNets, got --backbone vgg11"),
+        (["--knn-k", "100"], "--knn-k must not exceed the number of training images, 80, got 100"),
+        (["--backbone", "resnet81"], "--backbone: unknown model 'resnet81'; choose from resnet8, alexnet, "),
+        (["--backbone", "vgg11", "--small-images"], "--small-images needs a ResNet, got --backbone vgg11"),
         (["--option", "alhpa=1.0"], "isoloss: method isoloss has no option 'alhpa'; it knows alpha, "),
         (["--option", "rho"], "--option must be KEY=VALUE, got 'rho'"),
         (["--option", "rho=high"], "isoloss: method isoloss: rho must be a float, got 'high'"),
         (["--transform", "minscale=1"], "--transform: IsoLossTransform has no argument 'minscale'; known arguments: "),
         (["--mean", "0", "0", "0"], "--mean and --std must be given together"),
         (["--add", str(tmp_path / "none.py")], "has no METHODS of the form"),
-        (["--ckpt-path", str(tmp_path / "gone")], "--ckpt-path needs a file and one method"),
+        (["--ckpt-path", str(tmp_path / "gone")], "--ckpt-path needs an existing file and one method"),
         (
             ["--ckpt-path", str(tmp_path / "none.py")],
-            f"--ckpt-path: {tmp_path / 'none.py'} is no checkpoint of Lightning",
+            f"--ckpt-path: {tmp_path / 'none.py'} is not a checkpoint of Lightning",
         ),
         (
             ["--ckpt-path", str(tmp_path / "other.ckpt")],
-            "is of another method, backbone or options than isoloss's here",
+            "has another method, backbone or options than this run of isoloss",
         ),
         (["--transform", "min_scale=big"], "--transform: '>' not supported"),
         (["--transform", "min_scale=2"], "--transform: uniform_ expects"),
@@ -407,10 +407,16 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
         (["--knn-t", "0"], "--knn-t must be a number above 0, got 0.0"),
         (["--linear-lr", "nan"], "--linear-lr must be a number above 0, got nan"),
         (["--seed", "-1"], "--seed must be an integer in [0, 4294967295], got -1"),
-        (["--log-dir", str(tmp_path / "none.py" / "logs")], f"--log-dir: {tmp_path / 'none.py'} is no folder"),
-        (["--precision", "17"], "Lightning refuses --accelerator cpu --devices 1 --strategy auto --precision 17: "),
-        (["--accelerator", "abacus"], "Lightning refuses --accelerator abacus "),
-        (["--strategy", "nonsense"], "Lightning refuses --accelerator cpu --devices 1 --strategy nonsense "),
+        (
+            ["--log-dir", str(tmp_path / "none.py" / "logs")],
+            f"--log-dir: {tmp_path / 'none.py'} is a file, not a folder",
+        ),
+        (
+            ["--precision", "17"],
+            "Lightning does not accept --accelerator cpu --devices 1 --strategy auto --precision 17: ",
+        ),
+        (["--accelerator", "abacus"], "Lightning does not accept --accelerator abacus "),
+        (["--strategy", "nonsense"], "Lightning does not accept --accelerator cpu --devices 1 --strategy nonsense "),
         (["--epochs", "many"], "--epochs must be an integer, at least 0, got 'many'"),
     ]
     for more, sentence in cases:

@@ -172,7 +172,7 @@ def test_a_stopped_run_ends_with_a_status_and_goes_on(number, status, runs):
     os.kill(child, number)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status, runs.log.read_text()
     said = runs.log.read_text().splitlines()
-    advice = f"run the command with --methods tiny --ckpt-path {runs.checkpoint} to go on"
+    advice = f"run the command with --methods tiny --ckpt-path {runs.checkpoint} to resume"
     assert said == ["tiny: pre-training for 1000 epochs", f"stopped by {number.name} before the end; {advice}"]
     assert not (runs.folder / "result.json").exists()
     state = torch.load(runs.checkpoint, weights_only=True)
@@ -199,14 +199,14 @@ def test_a_full_disk_keeps_the_checkpoint_of_before(runs):
 def test_another_run_and_a_second_launcher_are_refused(runs):
     runs("--epochs", "2")
     for more, name in (
-        (("--lr", "0.5"), "lr is 0.45 there, 0.5 here"),
-        (("--transform", "min_scale=0.5"), "transform.min_scale is None there, 0.5 here"),
-        (("--seed", "1"), "seed is 0 there, 1 here"),
+        (("--lr", "0.5"), "lr is 0.45 there, and 0.5 in this run"),
+        (("--transform", "min_scale=0.5"), "transform.min_scale is None there, and 0.5 in this run"),
+        (("--seed", "1"), "seed is 0 there, and 1 in this run"),
     ):
         said = runs("--epochs", "3", *runs.more(), *more, status=2)
-        assert f"error: --ckpt-path: {runs.checkpoint} is of another run: {name}; give" in said
+        assert f"error: --ckpt-path: {runs.checkpoint} belongs to a run with other settings: {name}; use" in said
     said = runs("--epochs", "1", *runs.more(), status=2)
-    assert f"{runs.checkpoint} has 2 epochs behind it, more than --epochs 1" in said
+    assert f"{runs.checkpoint} was trained for 2 epochs, more than --epochs 1" in said
     child = os.fork()
     if not child:
         install_signal_handlers()

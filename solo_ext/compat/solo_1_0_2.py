@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from plugins.tools.command import UserError
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat.common import (
     CIFAR_STEM,

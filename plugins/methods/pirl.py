@@ -25,6 +25,8 @@ class _Loss(nn.Module):
 
     def forward(self, e: Embeddings) -> PIRLLossTerms:
         image, stack = e.z
+        if e.index is None:
+            raise ValueError("pirl needs the positions of the images in the training set, got no index")
         return self.pirl.terms(image, stack, e.index)
 
 

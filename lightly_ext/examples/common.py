@@ -14,7 +14,7 @@ from lightly_ext import models
 from lightly_ext.names import CLASS_NAMES
 from lightly_ext.transforms import TwoViewTransform
 from plugins.tools.command import Parser, UserError, nearest, positive_number
-from plugins.tools.data import DataError, make_digits
+from plugins.tools.data import make_digits
 from plugins.tools.folders import ImageFolder, check_same_classes, class_names
 from plugins.tools.images import open_image
 from plugins.tools.knn import knn_accuracy
@@ -98,10 +98,7 @@ def arguments(description: str, method: str, given: list[str] | None = None, **m
         raise UserError(f"--method: unknown method {args.method!r}; {hint}")
     if args.data is None:
         args.data = Path("datasets/digits")
-        try:
-            make_digits(args.data)
-        except DataError as error:
-            raise UserError(str(error)) from None
+        make_digits(args.data)
     for split in ("train", "val"):
         if not (args.data / split).is_dir():
             raise UserError(f"--data must be a folder with train/ and val/, but {args.data} has no folder {split}")

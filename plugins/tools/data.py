@@ -43,7 +43,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plugins.tools.command import with_command_name
+from plugins.tools.command import UserError, with_command_name
 from plugins.tools.records import read_json
 
 if TYPE_CHECKING:
@@ -66,10 +66,6 @@ NOISE = 0.02
 """Standard deviation of the noise of each pixel."""
 OVERSAMPLING = 2
 """Number of samples per pixel along each axis; the pixel is their mean."""
-
-
-class DataError(Exception):
-    """An error that the user can correct; the message is one sentence."""
 
 
 def place_digit(digit: "np.ndarray", *, size: int, scale: float, shift: tuple[float, float], angle: float) -> Any:
@@ -162,12 +158,12 @@ def make_digits(out: str | os.PathLike[str] = "datasets/digits", *, size: int = 
         Whether files were written.
 
     Raises:
-        DataError: the folder contains other files, or a setting is out of range.
+        UserError: the folder contains other files, or a setting is out of range.
     """
     if size < 8:
-        raise DataError(f"size must be at least 8 pixels, got {size}")
+        raise UserError(f"size must be at least 8 pixels, got {size}")
     if seed < 0:
-        raise DataError(f"seed must not be negative, got {seed}")
+        raise UserError(f"seed must not be negative, got {seed}")
     return _make(Path(out), _settings(size=size, seed=seed), _write_digits)
 
 
@@ -214,7 +210,7 @@ def _holds(out: Path, settings: dict[str, Any]) -> bool:
     """Return whether the folder was created with these settings; False if it does not exist or is empty.
 
     Raises:
-        DataError: the folder was created with other settings, or contains other files.
+        UserError: the folder was created with other settings, or contains other files.
     """
     found = _read_manifest(out)
     if found is not None:
@@ -222,11 +218,11 @@ def _holds(out: Path, settings: dict[str, Any]) -> bool:
         if not differing:
             return True
         details = ", ".join(f"{name} {found.get(name)!r} instead of {settings[name]!r}" for name in differing)
-        raise DataError(
+        raise UserError(
             f"{out} was made with other settings ({details}); delete it or choose another folder with --out"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists and was not made by this command; delete it or choose another folder with --out")
+        raise UserError(f"{out} exists and was not made by this command; delete it or choose another folder with --out")
     return False
 
 
@@ -282,12 +278,12 @@ class _Archive:
                 self.zip = zipfile.ZipFile(place)
                 names = self.zip.namelist()
             else:
-                raise DataError(f"there is no {place}; download tiny-imagenet-200.zip and give its path with --archive")
+                raise UserError(f"there is no {place}; download tiny-imagenet-200.zip and give its path with --archive")
         except zipfile.BadZipFile as error:
-            raise DataError(f"{place} is not a complete zip archive ({error}); download it again") from None
+            raise UserError(f"{place} is not a complete zip archive ({error}); download it again") from None
         lists = sorted((name for name in names if Path(name).name == "wnids.txt"), key=len)
         if not lists:
-            raise DataError(f"{place} is not tiny-imagenet-200: it has no wnids.txt")
+            raise UserError(f"{place} is not tiny-imagenet-200: it has no wnids.txt")
         self.root = lists[0].removesuffix("wnids.txt")
         self.names = {name.removeprefix(self.root) for name in names if name.startswith(self.root)}
 
@@ -295,30 +291,30 @@ class _Archive:
         """Return the bytes of a file.
 
         Raises:
-            DataError: the file is missing or corrupt.
+            UserError: the file is missing or corrupt.
         """
         if name not in self.names:
-            raise DataError(f"{self.place} is incomplete: it has no {self.root}{name}; download it again")
+            raise UserError(f"{self.place} is incomplete: it has no {self.root}{name}; download it again")
         try:
             if self.zip is None:
                 return (self.place / self.root / name).read_bytes()
             size = self.zip.getinfo(self.root + name).file_size
             if size > LARGEST_FILE:
-                raise DataError(f"{self.place} is not tiny-imagenet-200: {name} would unpack to {size} bytes")
+                raise UserError(f"{self.place} is not tiny-imagenet-200: {name} would unpack to {size} bytes")
             return self.zip.read(self.root + name)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # RuntimeError: encrypted
-            raise DataError(f"{self.place} is corrupt ({error}); download it again") from None
+            raise UserError(f"{self.place} is corrupt ({error}); download it again") from None
 
     def rows(self, name: str) -> list[list[str]]:
         """Return the words of each line of a text file.
 
         Raises:
-            DataError: the file is missing or not a text file.
+            UserError: the file is missing or not a text file.
         """
         try:
             return [line.split() for line in self.read(name).decode().splitlines() if line.strip()]
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.place} is corrupt ({name}: {error}); download it again") from None
+            raise UserError(f"{self.place} is corrupt ({name}: {error}); download it again") from None
 
 
 def make_tinyimagenet(archive: str | os.PathLike[str], out: str | os.PathLike[str] = "datasets/tinyimagenet") -> bool:
@@ -332,7 +328,7 @@ def make_tinyimagenet(archive: str | os.PathLike[str], out: str | os.PathLike[st
         Whether files were written.
 
     Raises:
-        DataError: the archive is missing, corrupt or incomplete, or the folder contains other files.
+        UserError: the archive is missing, corrupt or incomplete, or the folder contains other files.
     """
 
     def write(folder: Path, settings: dict[str, Any]) -> None:
@@ -347,7 +343,7 @@ def _write_tinyimagenet(folder: Path, settings: dict[str, Any], archive: _Archiv
     classes = [row[0] for row in archive.rows("wnids.txt")]
     for name in classes:  # the archive is not trusted: it must not write outside of the folder
         if Path(name).parts != (name,) or name == "..":
-            raise DataError(f"{archive.place} contains an invalid class name: {name}")
+            raise UserError(f"{archive.place} contains an invalid class name: {name}")
     images = [
         (f"train/{name}/images/{row[0]}", f"train/{name}/{row[0]}")
         for name in classes
@@ -356,14 +352,14 @@ def _write_tinyimagenet(folder: Path, settings: dict[str, Any], archive: _Archiv
     counts = {"train": len(images)}
     for row in archive.rows("val/val_annotations.txt"):
         if len(row) < 2 or row[1] not in classes:
-            raise DataError(f"val_annotations.txt has a class that is not in wnids.txt: {' '.join(row[1:2])}")
+            raise UserError(f"val_annotations.txt has a class that is not in wnids.txt: {' '.join(row[1:2])}")
         images.append((f"val/images/{row[0]}", f"val/{row[1]}/{row[0]}"))
     counts["val"] = len(images) - counts["train"]
     for _, target in images:
         if len(Path(target).parts) != 3 or ".." in Path(target).parts:
-            raise DataError(f"{archive.place} contains an invalid image name: {target}")
+            raise UserError(f"{archive.place} contains an invalid image name: {target}")
     if 0 in counts.values():
-        raise DataError(f"{archive.place} lists no {min(counts, key=lambda split: counts[split])} images")
+        raise UserError(f"{archive.place} lists no {min(counts, key=lambda split: counts[split])} images")
     for split in counts:
         for name in classes:
             (folder / split / name).mkdir(parents=True)
@@ -402,15 +398,15 @@ def make_subset(
         Whether files were written.
 
     Raises:
-        DataError: an image is missing, a class has too few images, a setting is out of range, or the folder contains
+        UserError: an image is missing, a class has too few images, a setting is out of range, or the folder contains
             other files.
     """
     if (fraction is None) == (names is None):
-        raise DataError("a subset needs either --fraction or --names")
+        raise UserError("a subset needs either --fraction or --names")
     if fraction is not None and not 0 < fraction <= 1:
-        raise DataError(f"fraction must be above 0 and at most 1, got {fraction}")
+        raise UserError(f"fraction must be above 0 and at most 1, got {fraction}")
     if seed < 0:
-        raise DataError(f"seed must not be negative, got {seed}")
+        raise UserError(f"seed must not be negative, got {seed}")
     images = _images(Path(source))
     chosen = _named(images, Path(names)) if names is not None else _drawn(images, fraction or 1.0, seed)
     digest = hashlib.sha256("\n".join(f"{label}/{name}" for label in chosen for name in chosen[label]).encode())
@@ -441,14 +437,14 @@ def make_subset(
 def _images(source: Path) -> dict[str, list[str]]:
     """Return class → names of its images, both sorted."""
     if not source.is_dir():
-        raise DataError(f"there is no folder {source}")
+        raise UserError(f"there is no folder {source}")
     found = {
         folder.name: sorted(file.name for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
         for folder in sorted(source.iterdir())
         if folder.is_dir()
     }
     if not any(found.values()):
-        raise DataError(f"{source} holds no class folders with images")
+        raise UserError(f"{source} holds no class folders with images")
     return found
 
 
@@ -459,7 +455,7 @@ def _drawn(images: dict[str, list[str]], fraction: float, seed: int) -> dict[str
     drawn = {}
     for index, (label, files) in enumerate(images.items()):
         if len(files) < each:
-            raise DataError(f"class {label} has {len(files)} images, but the fraction needs {each} per class")
+            raise UserError(f"class {label} has {len(files)} images, but the fraction needs {each} per class")
         order = np.random.default_rng([seed, index]).permutation(len(files))
         drawn[label] = sorted(files[place] for place in order[:each])
     return drawn
@@ -469,7 +465,7 @@ def _named(images: dict[str, list[str]], names: Path) -> dict[str, list[str]]:
     try:
         wanted = [Path(line.strip()) for line in names.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{names} is not a readable list of images: {error}") from None
+        raise UserError(f"{names} is not a readable list of images: {error}") from None
     labels: dict[str, list[str]] = {}
     for label, files in images.items():
         for name in files:
@@ -478,7 +474,7 @@ def _named(images: dict[str, list[str]], names: Path) -> dict[str, list[str]]:
     for path in wanted:
         known = [label for label in labels.get(path.name, []) if len(path.parts) == 1 or path.parent.name == label]
         if len(known) != 1:
-            raise DataError(f"{names} lists {path}, which must exist once in the source, got {len(known)} files")
+            raise UserError(f"{names} lists {path}, which must exist once in the source, got {len(known)} files")
         chosen[known[0]].add(path.name)
     return {label: sorted(files) for label, files in chosen.items()}
 
@@ -510,7 +506,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             chosen = {"fraction": options.fraction, "names": options.names, "seed": options.seed}
             written = make_subset(options.source, options.out, **chosen)
-    except DataError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     manifest = json.loads((Path(options.out) / "manifest.json").read_text())

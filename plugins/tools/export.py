@@ -1,4 +1,4 @@
-"""Takes the backbone out of a checkpoint::
+"""Export the backbone of a checkpoint::
 
     python -m plugins.tools.export CKPT --to torchvision|timm|detectron2|safetensors|dissl OUT
 
@@ -11,16 +11,16 @@ VISSL, or a state dict. ``torchvision`` and ``timm`` write a state dict for the 
 
     timm.create_model("resnet18", num_classes=0).load_state_dict(torch.load("OUT", weights_only=True))
 
-``detectron2`` writes the ``.pkl`` that its ``MODEL.WEIGHTS`` takes, of a ResNet-50 or deeper with the stem for large
-images; configs/detectron2 trains on it.
+``detectron2`` writes the ``.pkl`` file for ``MODEL.WEIGHTS`` of detectron2. It accepts a ResNet-50 or deeper with the
+stem for large images. configs/detectron2 has configurations that use the file.
 
-Of VISSL's trunks, ResNet, RegNet and the vision transformer are torchvision's; ConvNeXt, the vision transformer, XCiT
-and ConViT are timm's. Name their architecture with ``--arch``.
+Among VISSL's trunks, ResNet, RegNet and the vision transformer are in torchvision; ConvNeXt, the vision transformer,
+XCiT and ConViT are in timm. Select their architecture with ``--arch``.
 
-``safetensors`` writes the backbone's tensors under the same names, ``dissl`` the file of a ResNet, with or without a
-wider representation, that :func:`plugins.tools.weights.load_dissl` reads. What is not the backbone is dropped and
-named; a key that is missing, left over or of another shape is an error, for a backbone that is loaded in part trains
-from noise.
+``safetensors`` writes the tensors of the backbone under the same names. ``dissl`` writes a ResNet, with or without an
+expanded representation, to a file that :func:`plugins.tools.weights.load_dissl` reads. Tensors that do not belong to
+the backbone are dropped, and the command prints their number. A missing or unexpected key, or one of another shape, is
+an error, since a partially loaded backbone gives random features.
 """
 
 import pickle
@@ -40,13 +40,13 @@ from plugins.tools.fitting import mismatch, plain_names
 from plugins.tools.library_names import library_names
 
 _BACKBONES = ("backbone", "encoder", "student_backbone")
-_AROUND = r"(?:(?:module|model|student|online)\.)*"
+_WRAPPERS = r"(?:(?:module|model|student|online)\.)*"
 _OTHERS = {"teacher", "student", "projector", "projection_head", "predictor", "prediction_head", "heads", "prototypes"}
-"""Parts of a method beside its backbone: with one of them a state dict is none of a backbone alone."""
+"""Names of other parts of a method. A state dict with one of them is not that of a backbone alone."""
 _PROJECTOR = "encoder.fc."
-"""Where the published scripts of MEC and Matrix-SSL, and those of SimSiam and MoCo v3, keep the projector."""
+"""Prefix of the projector in the published scripts of MEC, Matrix-SSL, SimSiam and MoCo v3."""
 _TRUNK = ("base_model.", "_feature_blocks.", "network.")
-"""What VISSL's trunks have before the names of the network."""
+"""Prefixes of the names of a network in VISSL's trunks."""
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 _RESNETS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
@@ -61,36 +61,36 @@ class Backbone(NamedTuple):
     """The weights of a backbone.
 
     Args:
-        state: key → tensor, under torchvision's names where the backbone is one of its ResNets.
-        dropped: how many tensors the checkpoint holds beside, by the first part of their names.
+        state: {name: tensor}; the names are those of torchvision if the backbone is one of its ResNets.
+        dropped: number of other tensors in the checkpoint, by the first part of their names.
     """
 
     state: dict[str, Tensor]
     dropped: Mapping[str, int]
 
 
-def checkpoint_file(place: Path) -> Path:
-    """A checkpoint, or the newest one in the folder of a run of solo-learn or VISSL.
+def checkpoint_file(path: Path) -> Path:
+    """Return the path of a checkpoint; if the path is the folder of a run, the newest checkpoint in it.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder contains no checkpoint.
     """
-    if not place.is_dir():
-        return place
-    found = sorted(place.glob("*.ckpt"), key=lambda path: path.stat().st_mtime) or [place / "checkpoint.torch"]
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.ckpt"), key=lambda file: file.stat().st_mtime) or [path / "checkpoint.torch"]
     if not found[-1].is_file():
-        raise UserError(f"{place} holds no checkpoint, neither *.ckpt nor checkpoint.torch")
+        raise UserError(f"{path} contains no checkpoint, neither *.ckpt nor checkpoint.torch")
     return found[-1]
 
 
 def read_backbone(path: Path) -> Backbone:
-    """The backbone in a checkpoint of any of the frameworks.
+    """Read the backbone in a checkpoint of any of the frameworks, without running code in the file.
 
     Args:
-        path: the file, or a folder: see ``checkpoint_file``; nothing in it is run.
+        path: the file, or the folder of a run.
 
     Raises:
-        UserError: there is no such file, it is no checkpoint, or it holds no backbone.
+        UserError: there is no such file, it is not a checkpoint, or it contains no backbone.
     """
     from plugins.tools.unpickle import load_without_code
     from plugins.tools.weights import vissl_parts
@@ -102,9 +102,9 @@ def read_backbone(path: Path) -> Backbone:
         content = load_without_code(path)[0]
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} is no checkpoint that can be read: {reason}") from error
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, no checkpoint")
+        raise UserError(f"{path} is not a checkpoint: it contains a {type(content).__name__}")
     if "classy_state_dict" in content:
         parts = {part: _tensors(state) for part, state in vissl_parts(content, str(path)).items()}
         state = plain_names(parts.pop("trunk"))
@@ -121,49 +121,46 @@ def read_backbone(path: Path) -> Backbone:
         state = plain_names({key.removeprefix(prefix): value for key, value in every.items() if key in ours})
         dropped = Counter(key.removeprefix("module.").split(".")[0] for key in every if key not in ours)
     if not state:
-        raise UserError(f"{path} holds no backbone: it has no tensors")
-    if odd := next((key for key, value in state.items() if value.layout != torch.strided), None):
-        raise UserError(f"{path}: {odd} is sparse, a backbone's weights are not")
+        raise UserError(f"{path} contains no backbone: it has no tensors")
+    if sparse := next((key for key, value in state.items() if value.layout != torch.strided), None):
+        raise UserError(f"{path}: {sparse} is a sparse tensor, but the weights of a backbone must be dense")
     if {key.split(".")[0] for key in state} - {"8"} == set(_CHILDREN):  # nn.Sequential(*list(resnet.children())[:-1])
-        names = {**_CHILDREN, "8": "avgpool"}  # which has weights where it holds a wider representation's block
+        names = {**_CHILDREN, "8": "avgpool"}  # with an expanded representation, the average pooling has weights
         state = {f"{names[(parts := key.partition('.'))[0]]}.{parts[2]}": value for key, value in state.items()}
     return Backbone(state, dict(sorted(dropped.items())))
 
 
 def _prefix(state: Mapping[str, Tensor], path: Path) -> str:
-    """What the names of the backbone begin with; nothing where the tensors are those of a backbone alone."""
-    if "class_token" in state:  # torchvision's transformers call their blocks "encoder"
+    """Return the prefix of the backbone's names; it is empty if the state dict is that of a backbone alone."""
+    if "class_token" in state:  # in torchvision's transformers, "encoder" is the name of the blocks
         return ""
     for name in _BACKBONES:
-        if found := {match[0] for key in state if (match := re.match(rf"{_AROUND}{name}\.", key))}:
+        if found := {match[0] for key in state if (match := re.match(rf"{_WRAPPERS}{name}\.", key))}:
             return min(found, key=len)
     parts = sorted({key.split(".")[0] for key in state})
     if _OTHERS & set(parts):
         raise UserError(
-            f"{path} holds no backbone: its parts are {', '.join(parts)}, none is called {' or '.join(_BACKBONES)}"
+            f"{path} contains no backbone: none of its parts {', '.join(parts)} is named {' or '.join(_BACKBONES)}"
         )
     return ""
 
 
 def fit(state: Mapping[str, Tensor], target: str, arch: str | None) -> tuple[str, nn.Module]:
-    """The model of a library that the weights fit, with them loaded.
+    """Load the weights of a backbone into a model of a library.
 
     Args:
-        state: of a backbone.
+        state: state dict of a backbone.
         target: "torchvision" or "timm".
-        arch: the model's name there; None looks among the ResNets.
+        arch: name of the model in the library; None selects the ResNet that fits.
 
     Returns:
-        Its name, and the model without classifier. A ResNet whose stem is that for small images has the same here.
+        The name of the model, and the model without its classifier. If the weights are those of a ResNet with the stem
+        for small images, the model has that stem.
 
     Raises:
-        UserError: there is no such model, or the weights do not fit it; what differs is named.
+        UserError: there is no such model, or the weights do not fit it; the message names the differences.
     """
-    if arch is not None:
-        model = _build(target, arch)
-        if differences := _differences(state, model):
-            raise UserError(f"the backbone is no {arch} of {target}: {differences}")
-    else:
+    if arch is None:
         for arch in _RESNETS:
             with torch.device("meta"):
                 model = _build("torchvision", arch)
@@ -172,12 +169,12 @@ def fit(state: Mapping[str, Tensor], target: str, arch: str | None) -> tuple[str
         else:
             keys = ", ".join(list(state)[:3])
             raise UserError(
-                f"the backbone is no ResNet (its keys begin with {keys}); name its architecture with --arch, or "
+                f"the backbone is not a ResNet (its keys start with {keys}); select its architecture with --arch, or "
                 "export with --to safetensors"
             )
-        model = _build(target, arch)
-        if differences := _differences(state, model):
-            raise UserError(f"the backbone is no {arch} of {target}: {differences}")
+    model = _build(target, arch)
+    if differences := _differences(state, model):
+        raise UserError(f"the backbone is not a {arch} of {target}: {differences}")
     model.load_state_dict(dict(state))
     return arch, model
 
@@ -201,7 +198,7 @@ def _build(target: str, arch: str) -> nn.Module:
 
 
 def _differences(state: Mapping[str, Tensor], model: nn.Module) -> str:
-    """What keeps the weights from fitting, in words; adapts a ResNet's stem to the weights' first."""
+    """Describe why the weights do not fit a model; before that, give a ResNet the stem of the weights."""
     stem, conv = state.get("conv1.weight"), dict(model.named_children()).get("conv1")
     if isinstance(stem, Tensor) and isinstance(conv, nn.Conv2d) and conv.kernel_size == (7, 7):
         width, channels = conv.weight.shape[:2]
@@ -212,15 +209,14 @@ def _differences(state: Mapping[str, Tensor], model: nn.Module) -> str:
 
 
 def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What detectron2 reads as the weights of a ResNet.
+    """Convert the weights of a ResNet to the format of detectron2.
 
     Args:
-        state: of a torchvision ResNet without classifier.
+        state: state dict of a torchvision ResNet without its classifier.
 
     Returns:
-        Arrays under detectron2's names; ``matching_heuristics`` lets it match ``res2.0.conv1.weight`` with the
-        ``backbone.`` and ``roi_heads.`` that its model puts before. Counts of batches, which it has no use for, are
-        left out.
+        Arrays with detectron2's names, without the numbers of batches of the batch norms. With ``matching_heuristics``,
+        detectron2 adds the prefixes ``backbone.`` and ``roi_heads.`` of its model to the names.
 
     >>> state = {"layer1.0.downsample.1.weight": torch.ones(1), "bn1.bias": torch.zeros(1)}
     >>> sorted(to_detectron2(state)["model"])
@@ -244,16 +240,16 @@ def _tensors(state: Any) -> dict[str, Tensor]:
 
 
 def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
-    """Write the backbone of a checkpoint.
+    """Write the backbone of a checkpoint to a file.
 
     Args:
         path: the checkpoint.
         target: one of TARGETS.
-        out: the file to write; it is whole or not there.
-        arch: name of the model in torchvision or timm; None looks among the ResNets.
+        out: the file, which is written atomically.
+        arch: name of the model in torchvision or timm; None selects the ResNet that fits.
 
     Returns:
-        What was written and what was dropped, for the user.
+        A line for the user that describes the written and the dropped tensors.
 
     Raises:
         UserError: see ``read_backbone`` and ``fit``.
@@ -261,7 +257,7 @@ def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
     if out.is_dir():
         raise UserError(f"OUT must be a file, got the folder {out}")
     backbone = read_backbone(path)
-    # tensors of a checkpoint may share memory, which safetensors refuses and torch.save would write in whole
+    # tensors of a checkpoint may share memory: safetensors rejects them, and torch.save would write all of the memory
     state = {key: value.clone().contiguous() for key, value in backbone.state.items()}
     what = f"{len(state)} tensors"
     if target == "dissl":
@@ -275,17 +271,19 @@ def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
         arch = fit(state, "timm" if target == "timm" else "torchvision", arch)[0]
         what = f"{arch} for {target}, {what}"
         if any(".attn." in key or ".self_attention." in key for key in state):
-            what += "; the number of attention heads is not in the weights, it must be the model's"
+            what += (
+                "; the weights do not determine the number of attention heads: create the model with the same number"
+            )
         if any(key.endswith("gating_param") for key in state):
-            what += "; create it with norm_layer=torch.nn.LayerNorm, as VISSL has it"
+            what += "; create the model with norm_layer=torch.nn.LayerNorm, as in VISSL"
         if arch in _RESNETS and state["conv1.weight"].shape[-1] == 3:
-            what += ", with the stem for small images: give the model a 3x3 conv1 of stride 1 and no maxpool"
+            what += ", with the stem for small images: the model needs a 3x3 conv1 with stride 1 and no maxpool"
     if target == "detectron2":
         if out.suffix != ".pkl":
-            raise UserError(f"detectron2 takes a pickle for one only by its ending: OUT must end in .pkl, got {out}")
+            raise UserError(f"OUT must end in .pkl, by which detectron2 recognises the format, got {out}")
         if arch not in _BOTTLENECKS or state["conv1.weight"].shape[-1] == 3:
             stem = " with a 3x3 conv1" if state["conv1.weight"].shape[-1] == 3 else ""
-            raise UserError(f"detectron2 takes {', '.join(_BOTTLENECKS)} with a 7x7 conv1, got {arch}{stem}")
+            raise UserError(f"detectron2 needs {', '.join(_BOTTLENECKS)} with a 7x7 conv1, got {arch}{stem}")
     with atomic(out) as file:
         if target == "safetensors":
             from safetensors.torch import save
@@ -295,20 +293,25 @@ def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
             pickle.dump(to_detectron2(state), file)
         else:
             torch.save(state, file)
-    dropped = ", ".join(f"{name} ({count})" for name, count in backbone.dropped.items()) or "nothing"
+    dropped = ", ".join(f"{name} ({count})" for name, count in backbone.dropped.items()) or "none"
     return f"{out}: {what}; dropped: {dropped}"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     with exit_on_user_error():
-        parser = Parser("python -m plugins.tools.export", description="Takes the backbone out of a checkpoint.")
+        parser = Parser("python -m plugins.tools.export", description="Exports the backbone of a checkpoint.")
         parser.add_argument(
-            "checkpoint", type=Path, metavar="CKPT", help="of solo-learn, lightly or VISSL, or the folder of a run"
+            "checkpoint",
+            type=Path,
+            metavar="CKPT",
+            help="checkpoint of solo-learn, lightly or VISSL, or folder of a run",
         )
         parser.add_argument("--to", required=True, choices=TARGETS)
         parser.add_argument("out", type=Path, metavar="OUT", help="the file to write")
-        parser.add_argument("--arch", metavar="NAME", help="the model's name there; default: the ResNet that fits")
+        parser.add_argument(
+            "--arch", metavar="NAME", help="name of the model in the library; default: the ResNet that fits"
+        )
         args = parser.parse_args(arguments)
         print_on_rank_zero(export(args.checkpoint, args.to, args.out, args.arch))
 

@@ -312,7 +312,7 @@ def test_a_name_that_is_not_there_or_in_two_classes_is_refused(tmp_path, capsys)
     for text, count in (("2.png", 0), ("1.png", 2)):
         (tmp_path / "list.txt").write_text(text)
         with pytest.raises(
-            data.DataError, match=f"lists {text}, which must exist once in the source, got {count} files"
+            data.UserError, match=f"lists {text}, which must exist once in the source, got {count} files"
         ):
             data.make_subset(tmp_path / "train", tmp_path / "few", names=tmp_path / "list.txt")
     (tmp_path / "list.txt").write_text("dog/1.png")

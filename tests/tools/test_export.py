@@ -70,7 +70,7 @@ def test_features_are_the_same(kind: str, tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert "resnet18 for torchvision, 120 tensors; dropped: " in said
     dropped = {
-        "bare": "nothing",
+        "bare": "none",
         "vissl": "heads (1)",
         "lightly": "projector (1), teacher_backbone (120)",
         "original": "encoder (2), teacher (120)",
@@ -277,7 +277,7 @@ def test_a_backbone_that_cannot_be_told_from_the_rest_is_an_error(
     torch.save({"state_dict": {"net.w": torch.ones(1), "teacher.w": torch.ones(1)}}, tmp_path / "run.ckpt")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "run.ckpt"), "--to", "safetensors", str(tmp_path / "x")])
-    assert "holds no backbone: its parts are net, teacher, none is called backbone" in capsys.readouterr().err
+    assert "contains no backbone: none of its parts net, teacher is named backbone" in capsys.readouterr().err
 
 
 def test_a_transformer_of_torchvision_is_exported_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -286,7 +286,7 @@ def test_a_transformer_of_torchvision_is_exported_whole(tmp_path: Path, capsys: 
     model.heads = nn.Identity()
     torch.save(model.state_dict(), tmp_path / "vit.pth")
     main([str(tmp_path / "vit.pth"), "--to", "safetensors", str(tmp_path / "x")])
-    assert f"{len(model.state_dict())} tensors; dropped: nothing" in capsys.readouterr().out
+    assert f"{len(model.state_dict())} tensors; dropped: none" in capsys.readouterr().out
 
 
 def test_safetensors(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_the_stem_for_small_images(tmp_path: Path, capsys: pytest.CaptureFixture
     model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     torch.save(checkpoint("solo main", model), tmp_path / "run.ckpt")
     main([str(tmp_path / "run.ckpt"), "--to", "torchvision", str(tmp_path / "tv.pth")])
-    assert "give the model a 3x3 conv1 of stride 1 and no maxpool" in capsys.readouterr().out
+    assert "the model needs a 3x3 conv1 with stride 1 and no maxpool" in capsys.readouterr().out
     assert torch.equal(torch.load(tmp_path / "tv.pth", weights_only=True)["conv1.weight"], model.conv1.weight)
 
 
@@ -333,14 +333,17 @@ def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture) -
     torch.save({"state_dict": prefixed(timm.create_model("vit_tiny_patch16_224", num_classes=0), "backbone.")}, vit)
     cases = [
         ([tmp_path / "gone"], f"there is no file {tmp_path / 'gone'}"),
-        ([text], f"{text} is no checkpoint that can be read: "),
-        ([none], f"{none} holds no backbone"),
-        ([lacking, "--arch", "resnet18"], "the backbone is no resnet18 of torchvision: missing bn1.bias"),
-        ([lacking], "the backbone is no ResNet"),
-        ([more, "--arch", "resnet18"], "the backbone is no resnet18 of torchvision: unexpected fc.weight"),
-        ([run, "--arch", "resnet34"], "the backbone is no resnet34 of torchvision: missing layer1.2.conv1.weight and "),
+        ([text], f"{text} cannot be read as a checkpoint: "),
+        ([none], f"{none} contains no backbone"),
+        ([lacking, "--arch", "resnet18"], "the backbone is not a resnet18 of torchvision: missing bn1.bias"),
+        ([lacking], "the backbone is not a ResNet"),
+        ([more, "--arch", "resnet18"], "the backbone is not a resnet18 of torchvision: unexpected fc.weight"),
+        (
+            [run, "--arch", "resnet34"],
+            "the backbone is not a resnet34 of torchvision: missing layer1.2.conv1.weight and ",
+        ),
         ([run, "--arch", "resnet81"], "torchvision has no model 'resnet81'"),
-        ([vit], "name its architecture with --arch"),
+        ([vit], "select its architecture with --arch"),
         ([run, "--to", "detectron3"], "invalid choice: 'detectron3'"),
     ]
     for arguments, sentence in cases:
@@ -352,7 +355,7 @@ def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture) -
         )
     for out, sentence in {
         "out.pth": "OUT must end in .pkl",
-        "out.pkl": "detectron2 takes resnet50, resnet101, resnet152, resnext50_32x4d, resnext101_32x8d with",
+        "out.pkl": "detectron2 needs resnet50, resnet101, resnet152, resnext50_32x4d, resnext101_32x8d with",
     }.items():
         with pytest.raises(SystemExit):
             main([str(run), "--to", "detectron2", str(tmp_path / "new" / out)])
@@ -372,4 +375,4 @@ def test_a_folder_stands_for_its_newest_checkpoint(tmp_path: Path, capsys: pytes
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main([str(empty), "--to", "torchvision", str(tmp_path / "x.pth")])
-    assert capsys.readouterr().err == f"error: {empty} holds no checkpoint, neither *.ckpt nor checkpoint.torch\n"
+    assert capsys.readouterr().err == f"error: {empty} contains no checkpoint, neither *.ckpt nor checkpoint.torch\n"

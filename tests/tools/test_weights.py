@@ -120,7 +120,7 @@ BROKEN = {
     "vector": (lambda s: {**s, "resizer.conv3.weight": torch.zeros(9)}, "with resnet18: .* unexpected"),
     "scalar": (lambda s: {**s, "resizer.conv3.weight": torch.tensor(1.0)}, "with resnet18: .* unexpected"),
     "integers": (lambda s: {key: value.long() for key, value in s.items()}, "with resnet18: .* of another type, first"),
-    "sparse": (lambda s: {**s, "bn1.bias": s["bn1.bias"].to_sparse()}, "type, first bn1.bias|bn1.bias is sparse"),
+    "sparse": (lambda s: {**s, "bn1.bias": s["bn1.bias"].to_sparse()}, "type, first bn1.bias|bn1.bias is a sparse"),
     "complex": (lambda s: {**s, "bn1.bias": s["bn1.bias"] + 1j}, "with resnet18: 1 of another type, first bn1.bias"),
 }
 

@@ -253,7 +253,7 @@ def test_callback_refuses_before_anything_is_trained(compose, tmp_path):
     enabled = ("++auto_umap.enabled=True", f"++auto_umap.dir={tmp_path / 'umap'}")
     with pytest.raises(UserError, match=r"auto_umap\.frequency must be an integer, at least 1, got 0"):
         pretrain(compose("isoloss", *enabled, "++auto_umap.frequency=0"))
-    with pytest.raises(UserError, match=r"it needs data\.val_path"):
+    with pytest.raises(UserError, match=r"set data\.val_path"):
         pretrain(compose("isoloss", *enabled, "data.val_path=null"))
     assert not list(tmp_path.glob("runs/*/*/*.ckpt")) and not (tmp_path / "umap").exists()
 

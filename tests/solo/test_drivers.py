@@ -477,8 +477,8 @@ _REFUSED_TOO = {
     "negative rate": (["optimizer.lr=-1"], "optimizer.lr must be a number, at least 0, got -1"),
     "infinite decay": (["optimizer.weight_decay=inf"], "optimizer.weight_decay must be a number, at least 0, got inf"),
     "no section": (["scheduler=null"], "scheduler must be a mapping, got None"),
-    "no section either": (["++auto_resume=true"], "auto_resume must be a section"),
-    "a number for options": (["++optimizer.kwargs=3"], "optimizer.kwargs must be a section"),
+    "no section either": (["++auto_resume=true"], "auto_resume must be a mapping"),
+    "a number for options": (["++optimizer.kwargs=3"], "optimizer.kwargs must be a mapping"),
     "an option's kind": (["++optimizer.kwargs.betas=5"], "the optimizer does not accept the configuration"),
     "neither true nor false": (
         ["++momentum.classifier=maybe"],

@@ -16,17 +16,16 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from plugins.tools.command import UserError, nearest
 from plugins.tools.overrides import quote_override
+from vissl_ext.compat.linear_warmup import keep_warmup_of_fork
 
 _PACKAGE = Path(__file__).parent
 _DEFAULTS = Path(vissl.config.__file__).parent / "defaults.yaml"
-_OF_FORK = ("config/pretrain/dstl", "config/pretrain/cntr")
-"""Folders that DISSL's fork of VISSL has and VISSL does not have."""
 
 
 @cache
@@ -81,8 +80,7 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
             cfg = hydra_compose("defaults", overrides=[_addable(word) for word in overrides])
         _check_top(cfg, overrides)
         _fill(cfg.config, defaults().config, given)
-        if _is_of_fork(overrides, [*places, Path("configs")]):
-            _keep_warmup(cfg.config)
+        keep_warmup_of_fork(cfg.config, _config_file(overrides), [*places, Path("configs")])
         return cfg, given
     except MissingConfigException as error:
         raise UserError(_missing(error, given, places)) from None
@@ -184,24 +182,11 @@ def _fill(config: DictConfig, default: DictConfig, given: dict[str, Any], above:
             _fill(config[key], value, given, f"{above}{key}.")
 
 
-def _is_of_fork(overrides: Sequence[str], folders: Sequence[Path]) -> bool:
-    """Return whether the file of ``config=NAME`` is in a folder of DISSL's fork of VISSL.
-
-    Other files of that folder are the only criterion, because some files of the fork use a loss of VISSL.
-    """
+def _config_file(overrides: Sequence[str]) -> Path:
+    """Return the path of the file of ``config=NAME`` within a folder of configurations."""
     parser = OverridesParser.create()
     names = [str(parser.parse_override(word).value()) for word in overrides if word.startswith("config=")]
-    file = Path("config", f"{names[-1].removesuffix('.yaml')}.yaml") if names else Path("config")
-    folder = next((folder for folder in folders if (folder / file).is_file()), None)
-    return folder is not None and any((folder / place).is_dir() for place in _OF_FORK)
-
-
-def _keep_warmup(config: DictConfig) -> None:
-    """Set ``auto_lr_scaling.keep_warmup`` unless it is set."""
-    scaling = OmegaConf.select(config, "OPTIMIZER.param_schedulers.lr.auto_lr_scaling")
-    if OmegaConf.is_dict(scaling) and "keep_warmup" not in scaling:
-        with open_dict(scaling):
-            scaling.keep_warmup = True
+    return Path("config", f"{names[-1].removesuffix('.yaml')}.yaml" if names else "")
 
 
 def _undecodable(places: list[Path]) -> str:

@@ -107,9 +107,10 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     from vissl.utils.checkpoint import is_training_finished
     from vissl.utils.hydra_config import convert_to_attrdict, save_attrdict_to_disk
 
-    from vissl_ext import catalog, ranks
+    from vissl_ext import catalog
     from vissl_ext.checks import check, check_outputs, check_sections
     from vissl_ext.compat.checkpoints import reopen, set_aside, torn_name
+    from vissl_ext.compat.console import hide_log
     from vissl_ext.compat.folder_images import reset_unreadable
     from vissl_ext.compat.missing_weights import check_weights_file
     from vissl_ext.compose import compose
@@ -117,7 +118,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     from vissl_ext.identity import check_same, run_settings, write_settings
     from vissl_ext.locks import lock
 
-    ranks.hide_warnings()
+    hide_log()
     cfg, given = compose(overrides, folders)
     check_sections(cfg)
     changed, slurm = adapt(cfg, given), without_slurm(cfg.config, given)

@@ -1,16 +1,9 @@
-"""Console output of a run: epoch, iteration, loss, learning rate and remaining time; meters after each epoch.
+"""Console output of a run: epoch, iteration, loss, learning rate and remaining time; meters after each epoch."""
 
-VISSL's log, which has several hundred lines before the first iteration, goes only to log.txt in the run's folder.
-"""
-
-import io
-import logging
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 from classy_vision.generic.distributed_util import is_primary
@@ -23,26 +16,6 @@ _FIRST, _LONGEST = (
     5.0,
     60.0,
 )  # first and longest interval between plain lines in seconds; each is 1.5 times the previous
-
-
-def hide_warnings() -> None:
-    """Write VISSL's log and Python's warnings to log.txt only, not to the console.
-
-    vissl/utils/logger.py:44 writes to ``sys.stdout``; ``sys`` in that module is replaced.
-    """
-    from vissl.utils import logger
-
-    def to_log(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-        logging.warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
-
-    logger.sys = SimpleNamespace(stdout=_NullStream())
-    warnings.showwarning = to_log
-    logging.raiseExceptions = False  # vissl/utils/distributed_launcher.py:162 passes one argument too many to logging
-
-
-class _NullStream(io.TextIOBase):
-    def write(self, text: str) -> int:
-        return len(text)
 
 
 class Progress(SilentHook):

@@ -24,11 +24,12 @@ from plugins.tools.command import UserError
 from plugins.tools.process import started_by
 from vissl_ext import catalog
 from vissl_ext.compat.checkpoints import room
+from vissl_ext.compat.console import hide_log
 from vissl_ext.compat.cuda_calls import stay_on_cpu
 from vissl_ext.compat.restored_losses import RestoreLoss
 from vissl_ext.hooks import extra_hooks
 from vissl_ext.locks import end_with_parent, lock
-from vissl_ext.progress import Progress, hide_warnings
+from vissl_ext.progress import Progress
 from vissl_ext.registry import register
 from vissl_ext.silent_hook import SilentHook
 from vissl_ext.summary import Summary
@@ -85,7 +86,7 @@ def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:
         UserError: the loss or the output of the model is inf or NaN; there are fewer images than a batch has, or one
             cannot be read; the disk is full.
     """
-    hide_warnings()
+    hide_log()
     if multiprocessing.parent_process() is not None:
         end_with_parent()
         for number in (signal.SIGINT, signal.SIGTERM):  # a forked process inherits the handlers of the launcher

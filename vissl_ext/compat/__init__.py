@@ -2,7 +2,7 @@
 
 The docstring of each module names the file and line that needs the patch, and a test fails when the patch is no longer
 needed. Most modules have ``activate()``, whose repeated calls have no effect. The launcher and the task use
-``cuda_calls``, ``rank_states`` and ``restored_losses`` in each run.
+``console``, ``cuda_calls``, ``rank_states`` and ``restored_losses`` in each run.
 """
 
 from importlib.util import find_spec

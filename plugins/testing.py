@@ -46,6 +46,8 @@ from torch import Tensor, nn
 from plugins.distributed import LOCAL, WORLD, Collective
 
 POOL_SIZE = 3
+_FRAMEWORKS = ("solo_ext.registry", "lightly_ext.lightning", "vissl_ext.ranks")
+"""Modules that import a framework, with what keeps it from being imported mended."""
 
 
 class RankError(AssertionError):
@@ -55,7 +57,8 @@ class RankError(AssertionError):
 class RankPool:
     """Processes of one process group that wait for functions to run.
 
-    They are started on first use by a fork server that has imported torch, and restarted after a timeout.
+    They are started on first use by a fork server that has imported torch and the frameworks that this process uses,
+    and restarted after a timeout.
 
     Args:
         size: number of processes.
@@ -144,7 +147,9 @@ class RankPool:
             return
         methods = multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        context.set_forkserver_preload(["torch", "pytest", "hypothesis"])  # imported once instead of once per rank
+        # imported once instead of once per rank; another framework than the tests of this process use would cost time
+        frameworks = [name for name in _FRAMEWORKS if name in sys.modules]
+        context.set_forkserver_preload(["torch", "pytest", "hypothesis", *frameworks])
         self._folder = tempfile.TemporaryDirectory(prefix="ranks")
         rendezvous = (Path(self._folder.name) / "rendezvous").as_uri()
         for rank in range(self.size):

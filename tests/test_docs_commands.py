@@ -222,7 +222,7 @@ def _tool(module: str, words: list[str], work: Path, patch: pytest.MonkeyPatch) 
     assert tool.main(words) in (0, None)
 
 
-@pytest.mark.sample("README.md: *", "page of isoloss: *")
+@pytest.mark.sample("README.md: python -m *_ext.*", "page of isoloss: *")
 @pytest.mark.parametrize(("page", "command"), CASES, ids=[f"{page}: {command[:70]}" for page, command in CASES])
 def test_command_of_a_page(
     page, command, work, fork_of_the_isoloss_paper, fork_of_the_dissl_paper, monkeypatch, capsys

@@ -38,6 +38,7 @@ def _simplex(classes):
 # --- how wide -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("4-*")
 @pytest.mark.parametrize(("classes", "counts"), [(4, (8, 14, 16)), (6, (12, 32, 52, 62, 64, 64))])
 def test_linear_probes_reach_as_many_labellings_as_cover_counts(classes, counts):
     generator = np.random.default_rng(0)
@@ -49,6 +50,7 @@ def test_linear_probes_reach_as_many_labellings_as_cover_counts(classes, counts)
         assert reached == count == cover
 
 
+@pytest.mark.sample("4")
 @pytest.mark.parametrize("classes", [4, 6])
 def test_without_bias_one_dimension_more_is_needed(classes):
     generator = np.random.default_rng(0)

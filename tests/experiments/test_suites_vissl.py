@@ -1,11 +1,13 @@
 """The VISSL column of the digits: its runs, their exact commands, what their results hold; one for real."""
 
 import json
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
 from plugins.experiments import run as experiments
+from plugins.experiments import warm
 from plugins.experiments.suites import Request, vissl
 from plugins.methods import METHODS
 
@@ -48,6 +50,9 @@ def test_progress_is_rows_of_all_epochs(tmp_path):
 def test_a_method_runs_from_training_to_table(in_checkout, tmp_path, monkeypatch):
     """On fewer epochs and labels: the numbers are those that the evaluations wrote."""
     monkeypatch.setattr(vissl, "FEW", {"batch": 50, "epochs": 2})
+    # the four commands share the imports
+    monkeypatch.setattr(warm, "PRELOADED", ("vissl_ext.checks", "vissl_ext.compose", "vissl_ext.ranks"))
+    monkeypatch.setattr(warm, "_SERVER", forkserver.ForkServer())
     out = tmp_path / "results"
     options = ("--only", "vissl/ssl_ey", "--epochs", "1", "--out", str(out), "--data-folder", str(tmp_path / "data"))
     assert experiments.main(["digits", *options]) == 0

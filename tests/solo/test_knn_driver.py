@@ -83,6 +83,7 @@ def _reference_knn(train, train_labels, test, test_labels, k, temperature) -> fl
     return 100 * hits / len(test)
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_of_the_formula(run, digits):
     found = _knn(run, digits, "--k", "1", "10", "--temperature", "0.07", "0.5")
     train, val = (_reference_features(run, digits / split) for split in ("train", "val"))

@@ -88,7 +88,7 @@ def _values(entry):
     return [value for value in ("word", -1, None, 10**30, True, [1], {"a": 1}, "???") if value != entry]
 
 
-@pytest.mark.sample("linear-*")
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "parse"), [("isoloss", parse_pretrain), ("linear", parse_linear)])
 def test_a_wrong_value_of_any_entry_is_refused_in_sentences_or_works(name, parse, compose):
     from omegaconf import OmegaConf

@@ -190,6 +190,7 @@ def test_a_failing_local_command_sets_the_status(tmp_path, monkeypatch, capsys):
 # Jobs through SLURM's stand-ins ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_nodes_find_each_other(cluster, capsys):
     assert slurm.main(["--nodes", "2", "--time", "10", "--", "-c", SUM]) == 0
     assert "job 4242 is submitted" in capsys.readouterr().out

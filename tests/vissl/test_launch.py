@@ -493,7 +493,7 @@ def test_invalid_images_raise_a_one_line_error(few_digits: Path, tmp_path: Path,
         ],
         f"{torn}/0/0": [
             *(f"config.DATA.TRAIN.DATA_PATHS=[{torn}]", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=4"),
-            "config.DATA.NUM_DATALOADER_WORKERS=1",
+            *("config.DATA.NUM_DATALOADER_WORKERS=1", "config.MULTI_PROCESSING_METHOD=fork"),
         ],
         "config.DATA.TRAIN has the label ": [  # from no file: the numbers of the images
             *(f"config.DATA.TRAIN.DATA_PATHS=[{few_digits / 'train'}]", "config.DATA.TRAIN.LABEL_TYPE=sample_index"),

@@ -32,7 +32,7 @@ from vissl_ext.methods import HEAD, MethodLoss, TeacherLoss, method_options
 from vissl_ext.model import check_groups
 from vissl_ext.transforms import set_epoch
 from vissl_ext.trunks import check_trunk, trunk_width
-from vissl_ext.views import check_batches, large_and_small, stack_count
+from vissl_ext.views import check_batches, large_and_small, patch_count, stack_count
 
 _SET_BY_TASK = {"method", "options", "views", "large", "stacks"}
 """Arguments of the head that the task adds to the user's ``in_dim``."""
@@ -103,7 +103,11 @@ def _check_head(config: Any, name: str) -> None:
     try:
         with torch.device("meta"):
             predictor = None if spec.predictor is None else spec.predictor(options, LOCAL)
-            Objective(spec, options, LOCAL, predictor, spec.head(width, options))
+            head = spec.head(width, options)
+            Objective(spec, options, LOCAL, predictor, head)
+            patches = patch_count(config.DATA.TRAIN.TRANSFORMS)
+            if spec.stacks and patches:
+                head(torch.zeros(2, patches, width))  # raises a ValueError if the head takes another number
     except (ValueError, TypeError) as error:
         raise UserError(f"config.LOSS.{name}: {error}") from None
 

@@ -3,14 +3,19 @@
 The task sets the epoch before it starts the workers of the data loader, which get a copy of the transforms.
 """
 
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from classy_vision.dataset.transforms import TRANSFORM_REGISTRY, register_transform
 from classy_vision.dataset.transforms.classy_transform import ClassyTransform
 from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
 from vissl.data.ssl_transforms import ssl_transforms_wrapper
 from vissl.data.ssl_transforms.img_pil_multicrop_random_apply import ImgPilMultiCropRandomApply
+
+from plugins.tools.stacks import Jigsaw, Rotation
 
 
 def add_alpha(image: Tensor) -> Tensor:
@@ -125,6 +130,49 @@ class WarmupRandomApply(WarmupMixin, ImgPilMultiCropRandomApply):
             transform.p = probability * self.warmup_factor
 
 
+@register_transform("ImgPilToImageAndPatches")
+class ImgPilToImageAndPatches(ClassyTransform):
+    """Make a view and its patches of an image: PIL image → ``[image, patch, ...]``, PIL images.
+
+    The following transforms of the list are applied to the view and to each patch by itself. :class:`StackPatches` ends
+    the list. The patches are not those of the view, but those of a random resized crop of their own.
+
+    Args:
+        image_size: side of the view in pixels.
+        image_scale: smallest and largest share of the image's area that the view takes.
+        jigsaw: arguments of :class:`plugins.tools.stacks.Jigsaw`.
+        rotation: arguments of :class:`plugins.tools.stacks.Rotation`, in place of ``jigsaw``.
+        interpolation: of both crops, PIL's number; 2 is bilinear, 3 bicubic.
+
+    Raises:
+        ValueError: neither or both of ``jigsaw`` and ``rotation`` are given, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 224,
+        image_scale: Sequence[float] = (0.08, 1.0),
+        jigsaw: Mapping[str, Any] | None = None,
+        rotation: Mapping[str, Any] | None = None,
+        interpolation: int = 2,
+    ) -> None:
+        if (jigsaw is None) == (rotation is None):
+            raise ValueError(f"give one of jigsaw and rotation, got jigsaw={jigsaw}, rotation={rotation}")
+        mode: Any = interpolation  # torchvision takes the number
+        self.crop = RandomResizedCrop(image_size, scale=tuple(image_scale), interpolation=mode)
+        pieces = Rotation if jigsaw is None else Jigsaw
+        self.pieces = pieces(**{**(rotation or jigsaw or {}), "interpolation": mode})
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ImgPilToImageAndPatches":
+        """Create the transform from an entry of TRANSFORMS."""
+        return cls(**{key: config[key] for key in inspect.signature(cls).parameters if key in config})
+
+    def __call__(self, image: Any) -> list[Any]:
+        """Return the view and the patches."""
+        return [self.crop(image), *self.pieces(image)]
+
+
 @register_transform("StackPatches")
 class StackPatches(ClassyTransform):
     """Stack the patches of an image: tensors ``[image, patch, ...] → [image, stack]``.
@@ -160,7 +208,10 @@ def set_epoch(transform: Any, epoch: int) -> None:
 
 
 def replace_transforms() -> None:
-    """Register WarmupRandomApply in place of VISSL's transform, and tell VISSL which transforms receive all views."""
+    """Register WarmupRandomApply in place of VISSL's transform, and list the transforms that make or take all views."""
     TRANSFORM_REGISTRY["ImgPilMultiCropRandomApply"] = WarmupRandomApply
-    grouped = ssl_transforms_wrapper.DEFAULT_TRANSFORM_TYPES["TRANSFORMS_WITH_GROUPING"]
-    grouped += [name for name in ("ImgTensorMask", "StackPatches") if name not in grouped]
+    kinds = {"TRANSFORMS_WITH_GROUPING": ("ImgTensorMask", "StackPatches")}
+    kinds["TRANSFORMS_WITH_COPIES"] = ("ImgPilToImageAndPatches",)
+    for kind, names in kinds.items():
+        known = ssl_transforms_wrapper.DEFAULT_TRANSFORM_TYPES[kind]
+        known += [name for name in names if name not in known]

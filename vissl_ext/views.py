@@ -45,6 +45,18 @@ def stack_count(transforms: list[Any]) -> int:
     return sum(transform["name"] == "StackPatches" for transform in transforms)
 
 
+def patch_count(transforms: list[Any]) -> int:
+    """Return the number of patches in a stack, 0 if the transforms make none or do not determine it.
+
+    Args:
+        transforms: DATA.TRAIN.TRANSFORMS.
+    """
+    for transform in transforms:
+        if transform["name"] == "ImgPilToImageAndPatches":
+            return 1 if transform.get("jigsaw") is None else transform["jigsaw"].get("grid", 3) ** 2
+    return 0
+
+
 def large_and_small(config: Any) -> tuple[int, int]:
     """Return the numbers of large views and of small crops of each image.
 

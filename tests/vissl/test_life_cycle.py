@@ -1,10 +1,12 @@
 """A method with a memory of images, patches, a frozen and re-initialised predictor and a loss with parameters."""
 
+import copy
 import importlib
 import json
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,17 +14,21 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import vissl_ext.task  # mends VISSL before it is imported
 from plugins.distributed import Collective
+from plugins.methods import METHODS
 from plugins.testing import RankPool
 from plugins.tools.command import UserError
 from vissl_ext.compat.rank_states import restore_rank_state
 from vissl_ext.hooks import EMATeacherHook
 from vissl_ext.life_cycle import LifeCycleHook, average_gradients, feed
+from vissl_ext.parts import check_transforms
 from vissl_ext.registry import register
 from vissl_ext.task import PluginTask, check_config
+from vissl_ext.views import patch_count, resolutions, stack_count
 
 register()
 pytestmark = [pytest.mark.vissl, pytest.mark.usefixtures("files_are_parsed_once")]
@@ -172,6 +178,64 @@ def test_a_parameter_without_gradient_on_all_processes_stays_so() -> None:
     used.grad = torch.arange(6.0).view(2, 3)
     average_gradients([used, unused], _Two())
     assert unused.grad is None and torch.equal(used.grad, torch.arange(6.0).view(2, 3))
+
+
+PATCHES = {
+    "jigsaw": {"side": 20, "window": 8, "grid": 2, "scale": [0.6, 1.0]},
+    "rotation": {"side": 16, "scale": [0.2, 1.0]},
+}
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("jigsaw", (4, 3, 8, 8)), ("rotation", (1, 3, 16, 16))])
+def test_an_image_and_its_patches_are_a_view_and_a_stack(kind: str, shape: tuple[int, ...]) -> None:
+    from vissl.config import AttrDict
+    from vissl.data.collators import get_collator
+    from vissl.data.ssl_transforms import get_transform
+
+    entries = [
+        {"name": "ImgPilToImageAndPatches", "image_size": 12, "interpolation": 3, kind: PATCHES[kind]},
+        *({"name": name} for name in ("RandomHorizontalFlip", "ToTensor", "StackPatches")),
+    ]
+    transform = get_transform([AttrDict(entry) for entry in copy.deepcopy(entries)])
+    torch.manual_seed(0)
+    items = [
+        transform(
+            {"data": [Image.new("RGB", (40, 30), (9 * i, 0, 0))], "label": [i], "data_valid": [1], "data_idx": [i]}
+        )
+        for i in (5, 3)
+    ]
+    batch = get_collator("multicrop_collator", {})(items)
+    view, stack = batch["data"][0]
+    assert view.shape == (2, 3, 12, 12) and stack.shape == (2, *shape)
+    for row, index in enumerate((5, 3)):
+        assert stack[row, 0, 0].unique().tolist() == view[row, 0].unique().tolist() == [pytest.approx(9 * index / 255)]
+    assert batch["data_idx"][0].tolist() == [5, 3, 5, 3]
+    assert (stack_count(entries), patch_count(entries), resolutions(entries)) == (1, shape[0], [(12, 1)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "one of jigsaw and rotation"),
+        (PATCHES, "one of jigsaw and rotation"),
+        ({"jigsaw": {"side": 21, "grid": 2}}, "multiple of grid"),
+        ({"jigsaw": {"sides": 20}}, "sides"),
+    ],
+)
+def test_patches_that_cannot_be_cut_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"ImgPilToImageAndPatches cannot be .*{message}"):
+        check_transforms("config.DATA.TRAIN.TRANSFORMS", [{"name": "ImgPilToImageAndPatches", **options}])
+
+
+def test_a_head_for_another_number_of_patches_is_refused_before_the_start() -> None:
+    from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
+
+    method = next(name for name, spec in METHODS.items() if spec.stacks and "patches" in spec.options)
+    for patches, refused in ((4, nullcontext()), (9, pytest.raises(UserError, match="set the option patches"))):
+        words = [f"config=pretrain/{method}/digits", f"config.LOSS.{method}.patches={patches}"]
+        config = convert_to_attrdict(compose_hydra_configuration(words), dump_config=False)[1]
+        with refused:
+            check_config(config)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -14,6 +14,7 @@ from plugins.methods import METHODS
 from vissl_ext.larc import LARC
 from vissl_ext.registry import register
 from vissl_ext.task import PluginTask, check_config
+from vissl_ext.views import patch_count
 
 register()
 pytestmark = pytest.mark.vissl
@@ -53,7 +54,10 @@ def test_pretraining_configuration_builds(name: str) -> None:
     transform = get_transform(config.DATA.TRAIN.TRANSFORMS)
     noise = Image.effect_noise((300, 300), 50).convert("RGB")
     views = transform({"data": [noise], "label": [0], "data_valid": [True], "data_idx": [0]})["data"]
-    assert len(views) == (config.DATA.TRAIN.TRANSFORMS[0].get("total_num_crops") or 2)
+    stacks = [view for view in views if view.ndim == 4]
+    assert [len(stack) for stack in stacks] == [patch_count(config.DATA.TRAIN.TRANSFORMS)] * head.stacks
+    views = views[: len(views) - len(stacks)]
+    assert len(views) == (config.DATA.TRAIN.TRANSFORMS[0].get("total_num_crops") or head.views)
     crop = {"digits": 16, "cifar": 32, "imagenet100": 224, "imagenet_rn50": 224}[
         name.rpartition("/")[2].partition("_e")[0]
     ]

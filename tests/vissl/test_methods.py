@@ -13,11 +13,12 @@ from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_att
 from plugins.distributed import LOCAL
 from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
-from plugins.objective import project
+from plugins.objective import Objective, encode, project
 from plugins.spec import Embeddings
 from plugins.testing import NARROW
 from plugins.tools.command import UserError
 from vissl_ext.hooks import EMATeacherHook
+from vissl_ext.life_cycle import LifeCycleHook
 from vissl_ext.methods import copy_model
 from vissl_ext.registry import register
 from vissl_ext.task import PluginTask, check_config
@@ -52,9 +53,20 @@ def vissl_loss(task: Any, batch: Any) -> Tensor:
     """What VISSL's training step does with a batch, up to the loss."""
     output = task.base_model(batch)
     assert len(output) == 1
-    step = SimpleNamespace(base_loss=task.base_loss, last_batch=SimpleNamespace(sample={"input": batch}))
-    EMATeacherHook().on_forward(step)
+    views, rows = (batch, len(batch[0])) if isinstance(batch, list) else (batch.chunk(2), len(batch) // 2)
+    sample = {"input": batch, "data_idx": [torch.arange(rows).repeat(len(views))]}
+    step = SimpleNamespace(base_loss=task.base_loss, last_batch=SimpleNamespace(sample=sample))
+    task.base_loss.allocate(rows)
+    for hook in (LifeCycleHook(), EMATeacherHook()):
+        hook.on_forward(step)
     return task.base_loss(output[0], torch.zeros(1))
+
+
+def views_of(method: str, rows: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Random views of the digits configuration of a method, with its stacks of four patches."""
+    spec = METHODS[method]
+    views = [torch.randn(rows, 3, 16, 16, dtype=dtype) for _ in range(spec.views or 2)]
+    return views + [torch.randn(rows, 4, 3, 8, 8, dtype=dtype) for _ in range(spec.stacks)]
 
 
 def shake(module: nn.Module) -> None:
@@ -67,7 +79,7 @@ def shake(module: nn.Module) -> None:
 def plugins_loss(method: str, options: Any, trunk: nn.Module, head: Any, teacher: Any, views: list[Tensor]) -> Tensor:
     """The same from the SPEC alone, each view by itself."""
     spec = METHODS[method]
-    features = [trunk(view, [])[0].flatten(1) for view in views]
+    features = [encode(lambda images: trunk(images, [])[0], view) for view in views]
     z = project(head.projector, features)
     p = z if spec.predictor is None else head.predictor.predict(z)
     if isinstance(head.projector, TwoBranchHead):
@@ -77,7 +89,9 @@ def plugins_loss(method: str, options: Any, trunk: nn.Module, head: Any, teacher
     else:
         with torch.no_grad():
             target = [teacher.heads[0].projector(teacher.trunk(view, [])[0]) for view in views]
-    return spec.loss(options, LOCAL)(Embeddings(z, p, target)).loss
+    criterion = Objective(spec, options)
+    criterion.allocate(len(z[0]))
+    return criterion(Embeddings(z, p, target, index=torch.arange(len(z[0])) if spec.indexed else None)).loss
 
 
 @pytest.mark.sample("isoloss-dtype0", "dissl-dtype1")
@@ -89,7 +103,7 @@ def test_loss_and_gradients_are_those_of_plugins(method: str, dtype: torch.dtype
     for module in (task.base_model, task.base_loss):
         module.to(dtype)
         shake(module)
-    views = [torch.randn(6, 3, 16, 16, dtype=dtype) for _ in range(2)]
+    views = views_of(method, 6, dtype)
     alone = copy.deepcopy(task.base_model)
     teacher = copy.deepcopy(task.base_loss.teacher.module) if task.base_loss.teacher is not None else None
     assert (teacher is not None) == METHODS[method].teacher
@@ -283,7 +297,7 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
             "large views come first, small crops after them: put the largest first, got views of sizes [8, 8, 16, 16]",
         ),
         (["config.DATA.TRAIN.COLLATE_FUNCTION=default_collate"], "got default_collate"),
-        (["config.LOSS.name=barlow_twins_loss"], "method_head requires config.LOSS.name to be one of byol, "),
+        (["config.LOSS.name=barlow_twins_loss"], "method_head requires config.LOSS.name to be one of barlow_twins, byol, "),
     ],
 )
 def test_invalid_settings_raise_a_one_line_error(overrides: list[str], message: str) -> None:

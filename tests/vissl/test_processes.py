@@ -40,8 +40,13 @@ GPU = [
 ]
 
 
-def first_step(method: str, views: list[Tensor], rank: int | None = None, gpu: bool = False) -> dict[str, Any]:
-    """Loss, gradients and buffers of the head after one step as VISSL takes it; without a rank in this process."""
+def first_step(
+    method: str, views: list[Tensor], index: Tensor, rank: int | None = None, gpu: bool = False
+) -> dict[str, Any]:
+    """Loss, gradients and buffers of the head after one step as VISSL takes it; without a rank in this process.
+
+    ``index`` has the positions of the images among ten.
+    """
     from vissl_ext.registry import register
 
     register()
@@ -53,6 +58,7 @@ def first_step(method: str, views: list[Tensor], rank: int | None = None, gpu: b
     from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
 
     from vissl_ext.hooks import EMATeacherHook
+    from vissl_ext.life_cycle import LifeCycleHook
     from vissl_ext.task import PluginTask
 
     small = [f"++config.LOSS.{method}.{key}={value}" for key, value in SMALL.items() if key in METHODS[method].options]
@@ -82,8 +88,11 @@ def first_step(method: str, views: list[Tensor], rank: int | None = None, gpu: b
             set_cpu_device()
         model = init_distributed_data_parallel_model(model, broadcast_buffers=True, find_unused_parameters=True)
     (output,) = model(views)
-    step = SimpleNamespace(base_loss=task.base_loss, last_batch=SimpleNamespace(sample={"input": views}))
-    EMATeacherHook().on_forward(step)
+    sample = {"input": views, "data_idx": [index.repeat(len(views))]}
+    step = SimpleNamespace(base_loss=task.base_loss, last_batch=SimpleNamespace(sample=sample))
+    task.base_loss.allocate(10)
+    for hook in (LifeCycleHook(), EMATeacherHook()):
+        hook.on_forward(step)
     loss = task.base_loss(output, torch.zeros(1))
     loss.backward()
     trained = task.base_model.named_parameters()
@@ -97,7 +106,8 @@ def first_step(method: str, views: list[Tensor], rank: int | None = None, gpu: b
 
 def step_of_rank(comm: Collective, method: str, views: list[Tensor], counts: list[int], gpu: bool) -> dict[str, Any]:
     """The step of one rank on its rows."""
-    return first_step(method, [view.split(counts)[comm.rank] for view in views], comm.rank, gpu)
+    ours = [part.split(counts)[comm.rank] for part in (*views, torch.arange(10))]
+    return first_step(method, ours[:-1], ours[-1], comm.rank, gpu)
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -112,9 +122,11 @@ def two(request: pytest.FixtureRequest, on: Callable) -> Iterator[RankPool]:
 def test_two_processes_step_as_one(method: str, two: RankPool) -> None:
     gpu = two.backend == "nccl"
     torch.manual_seed(3)
-    views = [torch.randn(10, 3, 16, 16, dtype=torch.float64) for _ in range(2)]
+    spec = METHODS[method]
+    views = [torch.randn(10, 3, 16, 16, dtype=torch.float64) for _ in range(spec.views or 2)]
+    views += [torch.randn(10, 4, 3, 8, 8, dtype=torch.float64) for _ in range(spec.stacks)]
     views[0][:6] += 0.5  # the halves differ in their means
-    expected = first_step(method, views, gpu=gpu)
+    expected = first_step(method, views, torch.arange(10), gpu=gpu)
     for result in two.run(step_of_rank, [(method, views, [6, 4], gpu)] * 2):
         assert result.keys() == expected.keys()
         for name, value in result.items():

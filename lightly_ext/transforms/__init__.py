@@ -1,16 +1,17 @@
 """Transforms in lightly's manner: ``from lightly_ext.transforms import SSLEYTransform``.
 
 Each method has ``<Name>Transform`` with flat keyword arguments. BYOLTransform and SimSiamTransform are lightly's own,
-SSLEYTransform is VICReg's. The others are BYOL's, with the values that were published for the method on ImageNet.
+SSLEYTransform is VICReg's, PIRLTransform makes a view and a stack of patches. The others are BYOL's, with the values that were published for the method on ImageNet.
 """
 
 import lightly.transforms as _lightly
 
 from lightly_ext.names import CLASS_NAMES
+from lightly_ext.transforms.pirl_transform import PIRLTransform
 from lightly_ext.transforms.ssley_transform import SSLEYTransform
 from lightly_ext.transforms.two_view_transform import TwoViewTransform
 
-__all__ = ["SSLEYTransform", "TwoViewTransform"]
+__all__ = ["PIRLTransform", "SSLEYTransform", "TwoViewTransform"]
 
 _DISSL = {
     **{"cj_bright": 0.8, "cj_contrast": 0.8, "cj_sat": 0.8, "cj_hue": 0.2},
@@ -20,12 +21,13 @@ _PUBLISHED = {"CISSL": _DISSL, "DISSL": _DISSL, "MatrixSSL": {"min_scale": 0.2},
 
 for _name, _spec in CLASS_NAMES.items():
     _transform = f"{_name}Transform"
+    if _transform in globals():
+        continue  # ours, also where lightly has one of the name
     if _transform in vars(_lightly):
         globals()[_transform] = vars(_lightly)[_transform]
-    elif _transform not in globals():
+    else:
         _doc = f"Transforms an image into two views for {_spec.title}; the arguments are those of TwoViewTransform."
         _own = {"published": {**TwoViewTransform.published, **_PUBLISHED.get(_name, {})}}
         globals()[_transform] = type(_transform, (TwoViewTransform,), {"__doc__": _doc, "__module__": __name__, **_own})
-    if _transform not in __all__:
-        __all__.append(_transform)
+    __all__.append(_transform)
 __all__.sort()

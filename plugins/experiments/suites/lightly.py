@@ -45,7 +45,7 @@ def _run(method: str, seed: int, config: Any, linear: Any, linear_5: Any, reques
     """Pre-train and evaluate the frozen backbone; then run the linear evaluation with five labels per class."""
     folder = request.out / "digits" / "lightly" / method / f"seed{seed}"
     data = request.data_folder / "digits"
-    (view,) = config.augmentations
+    view, *stacks = config.augmentations
     epochs = request.epochs or config.max_epochs
     common = {
         "methods": method,
@@ -70,7 +70,7 @@ def _run(method: str, seed: int, config: Any, linear: Any, linear_5: Any, reques
         "lr": config.optimizer.lr,
         "weight-decay": config.optimizer.weight_decay,
         "warmup-epochs": config.scheduler.warmup_epochs,
-        "transform": _transform(view),
+        "transform": {**_transform(view), **_of_stack(*stacks)},
         "knn-k": KNN["k"],
         "knn-t": KNN["temperature"],
     }
@@ -114,6 +114,15 @@ def _transform(view: Any) -> dict[str, float]:
         "solarization_prob": view.solarization.prob,
         "hf_prob": view.horizontal_flip.prob,
     }
+
+
+def _of_stack(stack: Any = None) -> dict[str, float]:
+    """Convert the entry of a stack of patches; its colours are those of the view."""
+    if stack is None:
+        return {}
+    jigsaw = {"jigsaw_size": stack.jigsaw.side, "grid": stack.jigsaw.grid, "patch_size": stack.crop_size}
+    photometric = stack.get("photometric") or {}
+    return {**jigsaw, "jigsaw_min_scale": stack.rrc.crop_min_scale, "photometric_prob": photometric.get("prob", 0.0)}
 
 
 def _linear(config: Any) -> dict[str, float]:

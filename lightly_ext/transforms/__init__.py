@@ -1,7 +1,8 @@
 """Transforms in lightly's manner: ``from lightly_ext.transforms import SSLEYTransform``.
 
 Each method has ``<Name>Transform`` with flat keyword arguments. BYOLTransform and SimSiamTransform are lightly's own,
-SSLEYTransform is VICReg's, PIRLTransform makes a view and a stack of patches. The others are BYOL's, with the values that were published for the method on ImageNet.
+SSLEYTransform is VICReg's, PIRLTransform makes a view and a stack of patches. The others are BYOL's, with the values
+that were published for the method on ImageNet.
 """
 
 import lightly.transforms as _lightly

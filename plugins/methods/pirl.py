@@ -24,6 +24,8 @@ class _Loss(nn.Module):
         self.pirl = PIRLLoss(bank, **{name: options[name] for name in _OF_LOSS}, comm=comm)
 
     def forward(self, e: Embeddings) -> PIRLLossTerms:
+        if e.index is None:
+            raise ValueError("method pirl needs the positions of the images in the training set, e.index, got None")
         image, stack = e.z
         if e.index is None:
             raise ValueError("pirl needs the positions of the images in the training set, got no index")

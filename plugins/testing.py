@@ -44,6 +44,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from plugins.distributed import LOCAL, WORLD, Collective
+from plugins.methods import METHODS
 
 POOL_SIZE = 3
 _FRAMEWORKS = ("solo_ext.registry", "lightly_ext.lightning", "vissl_ext.ranks")
@@ -326,6 +327,8 @@ NARROW = {
     **{"freeze_prototypes_steps": 0, "freeze_last_layer": 0},
 }
 """Small values of options that some methods have, for tests that build every method; nothing waits for an epoch."""
+OF_VIEWS = [name for name, spec in METHODS.items() if not spec.stacks]
+"""Methods that compare views without stacks of patches, for tests with two views of random images."""
 DIFFICULT = ("normal", "large", "small", "constant", "zero", "duplicated", "rank_deficient")
 
 

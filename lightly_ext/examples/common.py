@@ -19,8 +19,11 @@ from plugins.tools.folders import ImageFolder, check_same_classes, class_names
 from plugins.tools.images import open_image
 from plugins.tools.knn import knn_accuracy
 
-MODELS = {spec.name: vars(models)[name] for name, spec in CLASS_NAMES.items()}
-"""The model class by the key of a method: ``MODELS["isoloss"]`` is ``lightly_ext.models.IsoLoss``."""
+MODELS = {spec.name: vars(models)[name] for name, spec in CLASS_NAMES.items() if not spec.stacks}
+"""The model class by the key of a method: ``MODELS["isoloss"]`` is ``lightly_ext.models.IsoLoss``.
+
+Methods that compare stacks of patches need another transform and the positions of the images, see docs/lightly.md.
+"""
 
 SIZE, BATCH = 16, 64
 """Side of the images in pixels, and batch size on each process."""

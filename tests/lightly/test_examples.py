@@ -23,6 +23,7 @@ from lightly_ext.loss import SSLEYLoss
 from lightly_ext.models.modules import SSLEYProjectionHead
 from lightly_ext.names import CLASS_NAMES
 from plugins.methods import METHODS
+from plugins.testing import OF_VIEWS
 from plugins.tools.command import UserError
 
 pytestmark = pytest.mark.lightly
@@ -61,7 +62,7 @@ def real(all_digits: Path) -> tuple[list, Callable[..., list]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_VIEWS)
 def test_every_method_learns_the_digits_in_200_steps(
     method: str, real: tuple, all_digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -78,7 +79,7 @@ def test_every_method_learns_the_digits_in_200_steps(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_VIEWS)
 def test_every_lightning_class_learns_the_digits_with_its_defaults(
     method: str, real: tuple, all_digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +99,7 @@ def test_every_lightning_class_learns_the_digits_with_its_defaults(
 
 @pytest.mark.sample("isoloss-*", "dissl-plain_pytorch")
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_VIEWS)
 def test_every_script_trains_every_method(
     method: str, script: str, digits: Path, few_batches: DataLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +184,7 @@ def simclr_views(digits: Path) -> list[list[torch.Tensor]]:
 
 
 @pytest.mark.sample("isoloss", "ssl_ey")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_VIEWS)
 def test_defaults_are_stable_with_lightlys_usual_sgd(method: str, simclr_views: list[list[torch.Tensor]]) -> None:
     """Model class, stock transform, learning rate 0.06: SSL-EY gave 2.4e4, 1.2e25, NaN."""
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from plugins.methods import METHODS
 from plugins.objective import project
 from plugins.spec import Embeddings
 from plugins.targets import EMATeacher
-from plugins.testing import NARROW, assert_joined, toy_mlp, toy_views
+from plugins.testing import NARROW, OF_VIEWS, assert_joined, toy_mlp, toy_views
 
 pytestmark = pytest.mark.lightly
 
@@ -69,7 +69,7 @@ def plugins_loss(method: str, model: models.MethodModel, views: list[Tensor]) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_VIEWS)
 def test_loss_and_gradients_are_those_of_plugins(method: str, dtype: torch.dtype) -> None:
     model = built(method).to(dtype)
     alone = copy.deepcopy(model)
@@ -201,7 +201,7 @@ def test_heads_of_lightly() -> None:
         torch.testing.assert_close(ours.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_VIEWS)
 def test_state_dict_holds_everything(method: str) -> None:
     """A model that goes on from a state dict goes on as the one that wrote it."""
     first = built(method)
@@ -229,7 +229,7 @@ def test_state_dict_holds_everything(method: str) -> None:
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_VIEWS)
 def test_models_copy_and_pickle(method: str) -> None:
     model = built(method)
     expected = copy.deepcopy(model).loss(images())
@@ -373,7 +373,7 @@ def _trained(comm, method, views):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_VIEWS)
 def test_ranks_have_the_gradients_of_the_joined_batch(ranks, method: str) -> None:
     assert_joined(ranks, _ddp_step, toy_views(12, 5), counts=(3, 4, 5), build=_Build(method))
 

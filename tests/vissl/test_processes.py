@@ -22,7 +22,7 @@ from vissl.config import AttrDict
 
 from plugins.distributed import Collective
 from plugins.methods import METHODS
-from plugins.testing import NARROW, RankPool
+from plugins.testing import NARROW, OF_VIEWS, RankPool
 from plugins.tools.process import LOCK
 
 pytestmark = [pytest.mark.vissl, pytest.mark.ddp]
@@ -118,7 +118,7 @@ def two(request: pytest.FixtureRequest, on: Callable) -> Iterator[RankPool]:
         yield pool
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_VIEWS)
 def test_two_processes_step_as_one(method: str, two: RankPool) -> None:
     gpu = two.backend == "nccl"
     torch.manual_seed(3)

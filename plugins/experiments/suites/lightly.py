@@ -58,7 +58,7 @@ def _run(method: str, seed: int, config: Any, linear: Any, linear_5: Any, reques
         "option": {**config.method_kwargs, **config.momentum},
         "seed": seed,
         "eval-min-scale": linear.data.augmentations.crop_min_scale,
-        "eval-hf-prob": view.horizontal_flip.prob,
+        "eval-hf-prob": _probability(view, "horizontal_flip"),
         "skip-finetune-eval": True,
     }
     train = {
@@ -70,7 +70,7 @@ def _run(method: str, seed: int, config: Any, linear: Any, linear_5: Any, reques
         "lr": config.optimizer.lr,
         "weight-decay": config.optimizer.weight_decay,
         "warmup-epochs": config.scheduler.warmup_epochs,
-        "transform": {**_transform(view), **_of_stack(*stacks)},
+        "transform": {**_transform(view), **stack_arguments(*stacks)},
         "knn-k": KNN["k"],
         "knn-t": KNN["temperature"],
     }
@@ -109,20 +109,29 @@ def _transform(view: Any) -> dict[str, float]:
         "cj_contrast": jitter.contrast,
         "cj_sat": jitter.saturation,
         "cj_hue": jitter.hue,
-        "random_gray_scale": view.grayscale.prob,
-        "gaussian_blur": view.gaussian_blur.prob,
-        "solarization_prob": view.solarization.prob,
-        "hf_prob": view.horizontal_flip.prob,
+        "random_gray_scale": _probability(view, "grayscale"),
+        "gaussian_blur": _probability(view, "gaussian_blur"),
+        "solarization_prob": _probability(view, "solarization"),
+        "hf_prob": _probability(view, "horizontal_flip"),
     }
 
 
-def _of_stack(stack: Any = None) -> dict[str, float]:
-    """Convert the entry of a stack of patches; its colours are those of the view."""
+def _probability(view: Any, step: str) -> float:
+    """Return the probability of a step of an entry of ``augmentations``; 0 if the entry does not have it."""
+    return (view.get(step) or {}).get("prob", 0.0)
+
+
+def stack_arguments(stack: Any = None) -> dict[str, float]:
+    """Convert an entry of ``augmentations`` with a jigsaw to arguments of PIRLTransform; its colours are the view's."""
     if stack is None:
         return {}
-    jigsaw = {"jigsaw_size": stack.jigsaw.side, "grid": stack.jigsaw.grid, "patch_size": stack.crop_size}
-    photometric = stack.get("photometric") or {}
-    return {**jigsaw, "jigsaw_min_scale": stack.rrc.crop_min_scale, "photometric_prob": photometric.get("prob", 0.0)}
+    return {
+        "jigsaw_size": stack["jigsaw"]["side"],
+        "grid": stack["jigsaw"]["grid"],
+        "patch_size": stack["crop_size"],
+        "jigsaw_min_scale": stack["rrc"]["crop_min_scale"],
+        "photometric_prob": _probability(stack, "photometric"),
+    }
 
 
 def _linear(config: Any) -> dict[str, float]:

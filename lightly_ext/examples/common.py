@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
 from lightly_ext import models
+from lightly_ext.data import IndexedDataset
 from lightly_ext.names import CLASS_NAMES
 from lightly_ext.transforms import TwoViewTransform
 from plugins.tools.command import Parser, UserError, nearest, positive_number
@@ -131,7 +132,7 @@ def dataset(folder: Path, transform: Any = None) -> LightlyDataset:
 
 
 def views(folder: Path) -> DataLoader:
-    """Load training batches ``([view, view], labels, names)`` with augmentations for small digits.
+    """Load batches ``([view, view], labels, positions)`` for training, with augmentations for small digits.
 
     There is no flip, since a mirrored digit has another class, and no blur, since the images have only 16 pixels. The
     colour jitter is strong, since each digit has a random colour. For photographs, use the transform of the method,
@@ -150,21 +151,26 @@ def views(folder: Path) -> DataLoader:
         solarization_prob=0.0,
         hf_prob=0.0,
     )
-    return DataLoader(dataset(folder, transform), batch_size=BATCH, shuffle=True, drop_last=True)
+    images = IndexedDataset(dataset(folder, transform), evaluation=dataset(folder, plain()))
+    return DataLoader(images, batch_size=BATCH, shuffle=True, drop_last=True)
+
+
+def plain() -> Any:
+    """Make the transform of images without augmentation."""
+    normalize = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    return T.Compose([T.Resize(SIZE), T.CenterCrop(SIZE), T.ToTensor(), normalize])
 
 
 @torch.no_grad()
 def knn(model: nn.Module, data: Path) -> float:
-    """Compute the kNN accuracy of a model's features on the validation images, in per cent."""
-    normalize = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    plain = T.Compose([T.Resize(SIZE), T.CenterCrop(SIZE), T.ToTensor(), normalize])
+    """Compute the kNN accuracy of a model's features on the validation images, in percent."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
     found = []
     for split in ("train", "val"):
         batches = [
             (model(images.to(device)).cpu(), labels)
-            for images, labels, _ in DataLoader(dataset(data / split, plain), batch_size=256)
+            for images, labels, _ in DataLoader(dataset(data / split, plain()), batch_size=256)
         ]
         found += [torch.cat(part) for part in zip(*batches, strict=True)]
     model.train(training)

@@ -17,18 +17,32 @@ METHOD = "isoloss"
 
 
 class Module(pl.LightningModule):
-    """A method's model, its optimiser, and the movement of its teacher."""
+    """A method's model, its optimiser, and its life cycle."""
 
     def __init__(self, method: str) -> None:
         super().__init__()
         self.method = method
         self.model = common.build(method)
 
+    def on_train_start(self) -> None:
+        """Allocate the memory of the images, if the method has one."""
+        self.model.allocate(len(self.trainer.train_dataloader.dataset))
+
+    def on_train_epoch_start(self) -> None:
+        """Start an epoch of the method."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        self.model.start_epoch(self.current_epoch, self.trainer.train_dataloader, optimizer)
+
     def training_step(self, batch: list, batch_idx: int) -> torch.Tensor:
         """Compute the method's loss."""
-        loss = self.model.loss(batch[0])
+        views, _, index = batch
+        loss = self.model.loss(views, index)
         self.log("train_loss", loss, prog_bar=True)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Freeze parameters, if the method does so."""
+        self.model.after_backward()
 
     def optimizer_step(self, *args, **kwargs) -> None:
         """Step, and move the teacher: once, however many batches the step accumulates."""

@@ -22,13 +22,16 @@ def main(given: list[str] | None = None) -> None:
     model = common.build(args.method).to(device)
     optimizer = common.optimizer(args.method, model.training_parameters())
     loader = common.views(args.data)
+    model.allocate(len(common.dataset(args.data / "train")))  # of the images, if the method remembers them
     print(f"kNN untrained: {common.knn(model, args.data):.2f}")
 
-    step = 0
+    epoch = step = 0
     while step < args.steps:
-        for views, *_ in loader:
-            loss = model.loss([view.to(device) for view in views])
+        model.start_epoch(epoch, loader, optimizer)
+        for views, _, index in loader:
+            loss = model.loss([view.to(device) for view in views], index)
             loss.backward()
+            model.after_backward()  # freezes parameters, if the method does so
             optimizer.step()
             optimizer.zero_grad()
             model.update_momentum(cosine_schedule(step, args.steps, 0.99, 1))  # does nothing without a teacher
@@ -37,6 +40,7 @@ def main(given: list[str] | None = None) -> None:
                 print(f"step {step}: loss {loss.item():.4f}")
             if step == args.steps:
                 break
+        epoch += 1
 
     print(f"kNN trained: {common.knn(model, args.data):.2f}")
 

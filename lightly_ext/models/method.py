@@ -50,7 +50,9 @@ a loop; with it a loop runs every method::
 """
 
 import copy
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -139,6 +141,7 @@ class MethodModel(nn.Module):
                 wanted = type(spec.head(self.feature_dim, self.options))
             if (wanted is TwoBranchHead) != isinstance(projection_head, TwoBranchHead):
                 raise ValueError(f"method {spec.name} has {_BRANCHES[wanted is TwoBranchHead]}")
+        spec = replace(spec, hints=_hints_of(spec, self.options, projection_head, prediction_head))
         self.projection_head = projection_head or self._default_head()
         if prediction_head is None and spec.predictor is not None:
             prediction_head = spec.predictor(self.options, self.comm)
@@ -438,6 +441,23 @@ class MethodModel(nn.Module):
         teacher = [part for part in (self.teacher_backbone, self.teacher_projection_head) if part is not None]
         self.objective.set_teacher(teacher, [self.backbone, self.projection_head][: len(teacher)])
         self.objective.after_step(m)
+
+
+def _hints_of(
+    spec: MethodSpec, options: Mapping[str, Any], projector: nn.Module | None, predictor: nn.Module | None
+) -> Callable[[Any], Mapping[str, Hints]]:
+    """Return the hints of a method without those for parts that the user's own heads do not have, with a warning."""
+    hints = dict(spec.hints(options))
+    for name, head in {"projector": projector, "predictor": predictor}.items():
+        names = [] if head is None else [f"{name}.{path}." for path, _ in head.named_parameters()]
+        for key in [key for key in hints if key.startswith(f"{name}.") and names]:
+            if not any(path.startswith(f"{key}.") for path in names):
+                part = key.removeprefix(f"{name}.")
+                warnings.warn(
+                    f"{_PARTS[name]} has no part {part}, which method {spec.name} trains differently: {hints.pop(key)}",
+                    stacklevel=3,
+                )
+    return lambda _: hints
 
 
 def whole(features: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -277,6 +278,24 @@ def test_groups_follow_the_hints() -> None:
         "loss": {"lr": 0.1, "weight_decay": 0.0},
         "projection_head.layer": {"lr": 1.0, "momentum": 0.0},
     }
+
+
+def test_a_head_of_the_users_own_need_not_have_the_parts_of_the_hints() -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = Head(F)
+
+        def forward(self, h: Tensor) -> Tensor:
+            return self.last(h)
+
+    with pytest.warns(UserWarning, match=r"projection_head has no part layer, which method toy .* momentum=0.0"):
+        model = built(projection_head=Other())
+    names = [group["name"] for group in model.training_parameters(lr=1.0)]
+    assert names == ["backbone", "projection_head", "prediction_head", "loss"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        built(projection_head=Head(F))
 
 
 def test_the_predictor_is_frozen_for_two_steps() -> None:

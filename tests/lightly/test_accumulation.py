@@ -20,10 +20,16 @@ WARMUPS = {"dissl": {"warmup_beta_iter": 5}, "mec": {"warmup_iter": 5}}
 COUNTING = ["dissl", "mec", "isoloss", "directcopy", "ssl_ey"]
 
 
+def has_two_branches(method: str) -> bool:
+    spec = METHODS[method]
+    with torch.device("meta"):
+        return isinstance(spec.head(6, spec.resolve({})), TwoBranchHead)
+
+
 def parts(method: str) -> dict:
     """Vectors for images, and no batch norm."""
     given: dict = {"projection_head": toy_mlp(6, 4), "input_dim": 6, **WARMUPS.get(method, {})}
-    if METHODS[method].large == 2:  # two branches
+    if has_two_branches(method):
         given["projection_head"] = TwoBranchHead(Heads(teacher=toy_mlp(6, 4), student=toy_mlp(6, 4)), 6)
     if "pred_hidden_dim" in METHODS[method].options:
         given["prediction_head"] = toy_mlp(4, 4)
@@ -33,7 +39,9 @@ def parts(method: str) -> dict:
 
 
 def built(method: str, **options: object) -> models.MethodModel:
-    return vars(models)[NAMES[method]](toy_mlp(5, 6), **parts(method), **options).double()
+    model = vars(models)[NAMES[method]](toy_mlp(5, 6), **parts(method), **options).double()
+    model.start_epoch(0)
+    return model
 
 
 def split(views: list[Tensor], count: int) -> list[list[Tensor]]:
@@ -138,7 +146,9 @@ def normed(method: str, dropout: float = 0.0) -> models.MethodModel:
     backbone = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(dropout))
     small = {**NARROW, "proj_hidden_dim": 12, "proj_output_dim": 4, "pred_hidden_dim": 10, "n_classes": 8}
     small = {key: value for key, value in small.items() if key in METHODS[method].options}
-    return perturbed(vars(models)[NAMES[method]](backbone, input_dim=6, **small).double())
+    model = perturbed(vars(models)[NAMES[method]](backbone, input_dim=6, **small).double())
+    model.start_epoch(0)
+    return model
 
 
 @pytest.mark.parametrize("method", OF_VIEWS)

@@ -70,9 +70,15 @@ def plain(data: list) -> torch.utils.data.DataLoader:
 @pytest.mark.parametrize("method", OF_VIEWS)
 def test_training_moves_every_parameter(method: str) -> None:
     module = built(method, pred_lr_scale=2.0) if "pred_lr_scale" in METHODS[method].options else built(method)
+    spec = METHODS[method]
+    given = [(views[: spec.views or 2], targets, torch.arange(8)) for views, targets in batches()]
+    for views, _, _ in given if spec.stacks else ():
+        views.append(torch.stack([views[0][:, :, :8, :8]] * module.options.get("patches", 2), dim=1))
+    if spec.indexed:
+        module.allocate(8)
     before = copy.deepcopy(dict(module.named_parameters()))
     host = trainer()
-    host.fit(module, plain(batches()), plain([(views[0], targets) for views, targets in batches(1)]))
+    host.fit(module, plain(given), plain([(views[0], targets) for views, targets in batches(1)]))
     for name, parameter in module.named_parameters():
         # a bias in front of batch norm has no gradient but for rounding
         assert torch.isfinite(parameter).all()

@@ -13,7 +13,7 @@ from lightly_ext.names import CLASS_NAMES
 from plugins.distributed import LOCAL
 from plugins.heads import Heads, TwoBranchHead
 from plugins.methods import METHODS
-from plugins.objective import project
+from plugins.objective import Objective, encode, project
 from plugins.spec import Embeddings
 from plugins.targets import EMATeacher
 from plugins.testing import NARROW, OF_VIEWS, assert_joined, toy_mlp, toy_views
@@ -22,6 +22,13 @@ pytestmark = pytest.mark.lightly
 
 SMALL = {**NARROW, "proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "n_classes": 16}
 NAMES = {spec.name: name for name, spec in CLASS_NAMES.items()}
+ROWS = 6
+
+
+def has_two_branches(method: str) -> bool:
+    spec = METHODS[method]
+    with torch.device("meta"):
+        return isinstance(spec.head(6, spec.resolve({})), TwoBranchHead)
 
 
 def small(method: str, **more: object) -> dict:
@@ -39,23 +46,33 @@ def conv() -> nn.Module:
 def built(method: str, backbone: nn.Module | None = None, **options: object) -> models.MethodModel:
     """A small model, the same at each call, with weights that no initialisation makes: its teacher differs."""
     torch.manual_seed(0)
-    model = vars(models)[NAMES[method]](backbone or conv(), **small(method, **options))
+    size = ROWS if METHODS[method].indexed else None
+    model = vars(models)[NAMES[method]](backbone or conv(), num_samples=size, **small(method, **options))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+    model.start_epoch(0)
     return model
 
 
-def images(dtype: torch.dtype = torch.float32, rows: int = 6) -> list[Tensor]:
+def images(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(rows, 3, 16, 16, generator=generator, dtype=dtype) for _ in range(2)]
 
 
-def plugins_loss(method: str, model: models.MethodModel, views: list[Tensor]) -> Tensor:
+def inputs(method: str, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor | None]:
+    """The views of a method, and the positions of the images if it reads them."""
+    spec = METHODS[method]
+    patches = spec.resolve(small(method)).get("patches", 2)
+    stacks = [torch.stack([view[:, :, :8, :8]] * patches, dim=1) for view in images(dtype)[: spec.stacks]]
+    return images(dtype)[: spec.views or 2] + stacks, torch.arange(ROWS) if spec.indexed else None
+
+
+def plugins_loss(method: str, model: models.MethodModel, views: list[Tensor], index: Tensor | None) -> Tensor:
     """The same from the SPEC alone."""
     spec = METHODS[method]
     options = spec.resolve(small(method))
-    features = [model.backbone(view).flatten(1) for view in views]
+    features = [encode(model.backbone, view) for view in views]
     z = project(model.projection_head, features)
     p = z if spec.predictor is None else model.prediction_head.predict(z)
     if spec.teacher:
@@ -65,7 +82,11 @@ def plugins_loss(method: str, model: models.MethodModel, views: list[Tensor]) ->
         target = [model.projection_head.teacher(h) for h in features]
     else:
         target = [view.detach() for view in z]
-    return spec.loss(options, LOCAL)(Embeddings(z, p, target)).loss
+    if index is None:
+        return spec.loss(options, LOCAL)(Embeddings(z, p, target)).loss
+    objective = Objective(spec, options).to(z[0])
+    objective.allocate(ROWS)
+    return objective(Embeddings(z, p, target, index=index)).loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -73,9 +94,9 @@ def plugins_loss(method: str, model: models.MethodModel, views: list[Tensor]) ->
 def test_loss_and_gradients_are_those_of_plugins(method: str, dtype: torch.dtype) -> None:
     model = built(method).to(dtype)
     alone = copy.deepcopy(model)
-    model.loss(images(dtype)).backward()
-    loss = copy.deepcopy(alone)(images(dtype))  # a list of views: forward is the loss
-    expected = plugins_loss(method, alone, images(dtype))
+    model.loss(*inputs(method, dtype)).backward()
+    loss = copy.deepcopy(alone)(*inputs(method, dtype))  # a list of views: forward is the loss
+    expected = plugins_loss(method, alone, *inputs(method, dtype))
     expected.backward()
     tolerance = {"rtol": 1e-6, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-13}
     torch.testing.assert_close(loss, expected, **tolerance)
@@ -208,8 +229,9 @@ def test_state_dict_holds_everything(method: str) -> None:
     optimizer = torch.optim.SGD(first.training_parameters(), lr=0.05)
 
     def step(model: models.MethodModel, optimizer: torch.optim.Optimizer) -> Tensor:
-        loss = model(images())
+        loss = model(*inputs(method))
         loss.backward()
+        model.after_backward()
         optimizer.step()
         optimizer.zero_grad()
         model.update_momentum(0.9)
@@ -221,6 +243,7 @@ def test_state_dict_holds_everything(method: str) -> None:
         assert {"prediction_head.C", "prediction_head.W"} <= set(state)
     second = vars(models)[NAMES[method]](conv(), **small(method))
     second.load_state_dict(state)
+    second.start_epoch(0)
     other = torch.optim.SGD(second.training_parameters(), lr=0.05)
     for _ in range(2):
         assert torch.equal(step(first, optimizer), step(second, other))
@@ -232,8 +255,8 @@ def test_state_dict_holds_everything(method: str) -> None:
 @pytest.mark.parametrize("method", OF_VIEWS)
 def test_models_copy_and_pickle(method: str) -> None:
     model = built(method)
-    expected = copy.deepcopy(model).loss(images())
-    assert torch.equal(pickle.loads(pickle.dumps(model)).loss(images()), expected)
+    expected = copy.deepcopy(model).loss(*inputs(method))
+    assert torch.equal(pickle.loads(pickle.dumps(model)).loss(*inputs(method)), expected)
 
 
 def test_evaluation_leaves_the_model_as_it_is() -> None:
@@ -333,7 +356,7 @@ def test_compiled(method: str) -> None:
 def _joined_build(method: str) -> models.MethodModel:
     """Vectors for images, and no batch norm, whose statistics are each process's own."""
     parts = {"projection_head": toy_mlp(6, 4), "input_dim": 6}
-    if METHODS[method].large == 2:  # two branches
+    if has_two_branches(method):
         heads = Heads(teacher=toy_mlp(6, 4), student=toy_mlp(6, 4))
         parts["projection_head"] = TwoBranchHead(heads, 6)
     if "pred_hidden_dim" in METHODS[method].options:
@@ -342,6 +365,7 @@ def _joined_build(method: str) -> models.MethodModel:
     with torch.no_grad():
         for parameter in [] if model.teacher_backbone is None else model.teacher_backbone.parameters():
             parameter.mul_(0.9)
+    model.start_epoch(0)
     return model
 
 

@@ -51,7 +51,7 @@ from plugins.losses import (
     ssl_ey_loss,
 )
 from plugins.predictors import ClosedFormPredictor
-from plugins.targets import IndexedBank
+from plugins.targets import IndexedBank, sinkhorn_codes
 
 QUICK_SIZES = ((256, 128), (256, 512), (1024, 512), (256, 2048))
 SIZES = (*QUICK_SIZES, (1024, 2048), (2048, 2048), (2048, 8192))
@@ -308,6 +308,30 @@ def _ours_barlow_twins(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat(torch.autograd.grad(barlow_twins_loss(x, y), (x, y)))
 
 
+def _scores(rows: int, width: int, device: str) -> list[Tensor]:
+    """Return cosines of random rows with random prototypes, in 128 dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    unit, prototypes = (F.normalize(torch.randn(n, 128, generator=generator), dim=1) for n in (rows, width))
+    return [(unit @ prototypes.T).to(device)]
+
+
+def _plain_codes(scores: Tensor) -> Tensor:
+    """Scale the matrix itself in each iteration, in place, as the published code does; no gradient passes."""
+    q = torch.exp(scores / 0.05).T
+    prototypes, rows = q.shape
+    q /= q.sum()
+    for _ in range(3):
+        q /= q.sum(1, keepdim=True)
+        q /= prototypes
+        q /= q.sum(0, keepdim=True)
+        q /= rows
+    return (q * rows).T
+
+
+def _ours_codes(scores: Tensor) -> Tensor:
+    return sinkhorn_codes(scores, epsilon=0.05, iterations=3)
+
+
 def _view_cases() -> dict[str, Case]:
     """Return the cases of DISSL (2 teacher views) and CISSL (as many teacher views as student views).
 
@@ -340,6 +364,13 @@ LOSSES = {
     "mec": Case(_four_views, _plain_mec, _ours_mec, sizes=WIDE_AND_TALL),
     "pirl": Case(
         _memory, _plain_pirl, _ours_pirl, sizes=((32, 128), (256, 128)), work=lambda rows, width: rows * width
+    ),
+    "swav_codes": Case(
+        _scores,
+        _plain_codes,
+        _ours_codes,
+        sizes=((256, 3000), (4096, 3000)),
+        work=lambda rows, width: rows * width,
     ),
     **_view_cases(),
     "relic": Case(
@@ -399,7 +430,7 @@ def compare(name: str, rows: int, width: int, *, device: str = "cpu", repeat: in
         plain_seconds=plain_seconds,
         ours_seconds=ours_seconds,
         time_ratio=statistics.median(a / b for a, b in zip(*seconds, strict=True)),
-        flop_ratio=plain_flops / ours_flops if ours_flops else None,
+        flop_ratio=plain_flops / ours_flops if plain_flops and ours_flops else None,
         plain_bytes=plain_counts[1],
         ours_bytes=ours_counts[1],
         difference=difference,

@@ -9,7 +9,7 @@ from plugins.heads.dissl import UnitLinear, UnitRows
 from plugins.heads.mlp import plain_head
 
 
-def dino_head(in_dim: int, hidden_dim: int, bottleneck: int, out_dim: int) -> nn.Sequential:
+def dino_head(in_dim: int, hidden_dim: int, bottleneck: int, out_dim: int, *, norm: bool = False) -> nn.Sequential:
     """Build DINO's head: an MLP of three layers with GELU, unit rows, and a Linear layer with unit weight rows.
 
     The last layer is weight-normalised with the gain 1. It is the submodule ``last_layer``, which DINO freezes at
@@ -20,6 +20,7 @@ def dino_head(in_dim: int, hidden_dim: int, bottleneck: int, out_dim: int) -> nn
         hidden_dim: width of the two hidden layers; 2048.
         bottleneck: width of the unit rows; 256.
         out_dim: number of prototypes, the width of the logits; 65536 for ImageNet.
+        norm: whether a BatchNorm follows each hidden layer; the authors' option for convolutional networks.
 
     Raises:
         ValueError: a width is below 1.
@@ -28,7 +29,7 @@ def dino_head(in_dim: int, hidden_dim: int, bottleneck: int, out_dim: int) -> nn
     ['mlp', 'unit', 'last_layer']
     """
     check_range("out_dim", out_dim, low=1)
-    mlp = plain_head(in_dim, hidden_dim, bottleneck, layers=3, activation=nn.GELU)
+    mlp = plain_head(in_dim, hidden_dim, bottleneck, layers=3, activation=nn.GELU, norm=norm)
     for module in mlp:
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)

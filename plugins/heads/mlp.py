@@ -67,9 +67,15 @@ def mlp_head(
 
 
 def plain_head(
-    in_dim: int, hidden_dim: int, out_dim: int, *, layers: int = 2, activation: type[nn.Module] = nn.ReLU
+    in_dim: int,
+    hidden_dim: int,
+    out_dim: int,
+    *,
+    layers: int = 2,
+    activation: type[nn.Module] = nn.ReLU,
+    norm: bool = False,
 ) -> nn.Sequential:
-    """Build a projection head without BatchNorm, as MoCo, SEER and DINO have: ``[B, in_dim] → [B, out_dim]``.
+    """Build a projection head, by default without BatchNorm, as in MoCo, SEER and DINO: ``[B, in_dim] → [B, out_dim]``.
 
     Args:
         in_dim: width of the backbone's features.
@@ -77,6 +83,7 @@ def plain_head(
         out_dim: width of the embedding.
         layers: number of Linear layers, ≥ 1.
         activation: the module between two of them.
+        norm: whether a BatchNorm follows each hidden Linear layer.
 
     Raises:
         ValueError: fewer than one layer, or a width below 1.
@@ -90,5 +97,5 @@ def plain_head(
     widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
     modules: list[nn.Module] = []
     for before, after in pairwise(widths):
-        modules += [nn.Linear(before, after), activation()]
-    return nn.Sequential(*modules[:-1])
+        modules += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if norm else []), activation()]
+    return nn.Sequential(*modules[: -2 if norm else -1])

@@ -42,7 +42,7 @@ class _Loss(nn.Module):
 
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
     widths = options["proj_hidden_dim"], options["bottleneck_dim"], options["num_prototypes"]
-    return dino_head(features_dim, *widths)
+    return dino_head(features_dim, *widths, norm=options["proj_norm"])
 
 
 def _hints(options: Mapping[str, Any]) -> Mapping[str, Hints]:
@@ -58,6 +58,7 @@ SPEC = MethodSpec(
     views=None,
     options={
         "proj_hidden_dim": Option(2048, "width of the projector's hidden layers, > 0", low=1),
+        "proj_norm": Option(False, "whether a batch norm follows each hidden layer of the projector"),
         "bottleneck_dim": Option(256, "width of the rows before the last layer, > 0", low=1),
         "num_prototypes": Option(65536, "number of prototypes, the width of the logits, >= 2", low=2),
         "student_temperature": Option(0.1, "temperature of the predictions, > 0", low=1e-6),

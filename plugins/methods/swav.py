@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from plugins.clock import Clock
 from plugins.distributed import Collective
-from plugins.heads import UnitRows, mlp_head, plain_head
+from plugins.heads import UnitRows, plain_head
 from plugins.losses import SwAVTerms, swav_terms
 from plugins.methods.common import LOG_EIGVALS, projector_options
 from plugins.predictors import Prototypes
@@ -68,9 +68,8 @@ class _Loss(nn.Module):
 
 
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
-    make = mlp_head if options["proj_norm"] else plain_head
     widths = features_dim, options["proj_hidden_dim"], options["proj_output_dim"]
-    return nn.Sequential(*make(*widths, layers=options["proj_layers"]), UnitRows())
+    return nn.Sequential(*plain_head(*widths, layers=options["proj_layers"], norm=options["proj_norm"]), UnitRows())
 
 
 def _predictor(options: Mapping[str, Any], _comm: Collective) -> nn.Module:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from plugins.heads import mlp_head
+from plugins.heads import mlp_head, plain_head
 
 
 def hidden(width_in, width_out, bias=True):
@@ -63,3 +63,14 @@ def test_frozen_bias_is_kept_but_not_trained():
 def test_rejects_bad_options(options, named):
     with pytest.raises(ValueError, match=named):
         mlp_head(**{"in_dim": 6, "hidden_dim": 12, "out_dim": 4, **options})
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_plain_head_has_activations_between_its_linear_layers(layers, norm):
+    head = plain_head(5, 6, 4, layers=layers, activation=nn.GELU, norm=norm)
+    hidden = ["Linear", *(["BatchNorm1d"] if norm else []), "GELU"]
+    assert [type(module).__name__ for module in head] == [*hidden * (layers - 1), "Linear"]
+    assert head(torch.zeros(2, 5)).shape == (2, 4)
+    with pytest.raises(ValueError, match=r"layers must be in \[1, inf\), got 0"):
+        plain_head(5, 6, 4, layers=0)

@@ -2,7 +2,7 @@
 
 Each method has ``<Name>Transform`` with flat keyword arguments. BYOLTransform and SimSiamTransform are lightly's own,
 SSLEYTransform is VICReg's, PIRLTransform makes a view and a stack of patches. The others are BYOL's, with the values
-that were published for the method on ImageNet.
+that were published for the method on ImageNet. DINOTransform makes two views, as these; lightly's own makes eight.
 """
 
 import lightly.transforms as _lightly
@@ -24,7 +24,7 @@ for _name, _spec in CLASS_NAMES.items():
     _transform = f"{_name}Transform"
     if _transform in globals():
         continue  # ours, also where lightly has one of the name
-    if _transform in vars(_lightly):
+    if _transform in vars(_lightly) and _name != "DINO":
         globals()[_transform] = vars(_lightly)[_transform]
     else:
         _doc = f"Transforms an image into two views for {_spec.title}; the arguments are those of TwoViewTransform."

@@ -46,7 +46,8 @@ def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
 
 
 def _hints(options: Mapping[str, Any]) -> Mapping[str, Hints]:
-    return {"projector.last_layer": Hints(frozen_epochs=options["freeze_last_layer"])}
+    epochs = options["freeze_last_layer"]
+    return {"projector.last_layer": Hints(frozen_epochs=epochs)} if epochs else {}  # a head of one's own may lack it
 
 
 SPEC = MethodSpec(

@@ -62,7 +62,7 @@ def test_command_leaves_out_what_does_not_fit(capsys):
         (["losses", "--sizes", "1x8"], "at least 2 rows"),
         (["predictors", "--repeat", "0"], "--repeat: must be an integer, at least 1, got 0"),
         (["step", "--batch", "1"], "--batch: must be an integer, at least 2, got 1"),
-        (["step", "--method", "isolos"], "no method matches 'isolos'; the methods are byol, cissl, directcopy"),
+        (["step", "--method", "isolos"], "no method matches 'isolos'; the methods are barlow_twins, byol, cissl, dino"),
         (["step", "--method", "isoloss", "--backbone", "resnet1"], "unknown backbone 'resnet1'"),
         (["step", "--method", "isoloss", "optimizer"], "optimizer"),
         (["step", "--configs", "nowhere"], "--config-path is not a folder: nowhere"),

@@ -53,7 +53,7 @@ def test_losses_speak_lightlys_dialect(name: str, monkeypatch: pytest.MonkeyPatc
         for parameter in list(inspect.signature(vars(plugin_losses)[name]).parameters.values())
         if parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    values = {parameter.name: 1.0 for parameter in required}
+    values = {parameter.name: 1 for parameter in required}
     assert cls(**values).comm is LOCAL and cls(**values).gather_distributed is False
     assert cls(**values, gather_distributed=True).comm is WORLD
     pickle.loads(pickle.dumps(cls(**values)))

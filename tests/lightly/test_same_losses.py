@@ -1,0 +1,37 @@
+"""Losses that lightly also has: the same value on one process."""
+
+import pytest
+import torch
+from lightly.loss import DINOLoss as LightlyDINO
+from lightly.loss import NTXentLoss, SwaVLoss
+
+from plugins.losses import DINOLoss, moco_loss, swav_loss
+from plugins.testing import toy_views
+
+pytestmark = pytest.mark.lightly
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_swav(queued):
+    scores = [view.tanh() for view in toy_views(6, 5, views=4)]
+    queue = [view.tanh() for view in toy_views(9, 5, seed=1)] if queued else None
+    expected = SwaVLoss()(scores[:2], scores[2:], queue)
+    torch.testing.assert_close(swav_loss(scores, queue_scores=queue), expected.squeeze(), rtol=1e-10, atol=0)
+
+
+def test_moco():
+    query, key = toy_views(6, 5)
+    theirs = NTXentLoss(temperature=0.2, memory_bank_size=(9, 5))
+    theirs.memory_bank.bank = torch.nn.functional.normalize(toy_views(9, 5, views=1)[0], dim=1)
+    queue = theirs.memory_bank.bank.clone()
+    torch.testing.assert_close(moco_loss(query, key, queue), theirs(query, key), rtol=1e-10, atol=0)
+
+
+def test_dino_for_two_steps():
+    ours, theirs = DINOLoss(5, tau_teacher=0.05), LightlyDINO(5, teacher_temp=0.05, warmup_teacher_temp_epochs=0)
+    for seed in range(2):
+        views = [view.float() for view in toy_views(6, 5, views=6, seed=seed)]
+        student, teacher = views[:4], views[4:]
+        expected = theirs(teacher, student, teacher_temp=0.05)
+        torch.testing.assert_close(ours(student, teacher).loss, expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(ours.center, theirs.center.flatten(), rtol=1e-6, atol=1e-7)

@@ -35,6 +35,11 @@ def parts(method: str) -> dict:
         given["prediction_head"] = toy_mlp(4, 4)
     if method == "ssl_ey":
         given["log_eigvals"] = True
+    memory = {"queue_size", "queue_epoch", "freeze_last_layer", "freeze_prototypes_steps"} & set(
+        METHODS[method].options
+    )
+    given |= {key: NARROW[key] for key in memory}
+    torch.manual_seed(0)
     return given
 
 

@@ -361,9 +361,9 @@ def _joined_build(method: str) -> models.MethodModel:
         parts["projection_head"] = TwoBranchHead(heads, 6)
     if "pred_hidden_dim" in METHODS[method].options:
         parts["prediction_head"] = toy_mlp(4, 4)
-    parts |= {
-        key: NARROW[key] for key in ("queue_size", "queue_epoch", "freeze_last_layer") if key in METHODS[method].options
-    }
+    memory = {"queue_size", "queue_epoch", "freeze_last_layer"} & set(METHODS[method].options)
+    parts |= {key: NARROW[key] for key in memory}
+    torch.manual_seed(0)
     model = vars(models)[NAMES[method]](toy_mlp(5, 6), **parts).double()
     with torch.no_grad():
         for parameter in [] if model.teacher_backbone is None else model.teacher_backbone.parameters():

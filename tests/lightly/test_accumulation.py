@@ -44,6 +44,7 @@ def parts(method: str) -> dict:
 
 
 def built(method: str, **options: object) -> models.MethodModel:
+    torch.manual_seed(0)
     model = vars(models)[NAMES[method]](toy_mlp(5, 6), **parts(method), **options).double()
     model.start_epoch(0)
     return model

@@ -189,11 +189,13 @@ def test_defaults_are_stable_with_lightlys_usual_sgd(method: str, simclr_views: 
     """Model class, stock transform, learning rate 0.06: SSL-EY gave 2.4e4, 1.2e25, NaN."""
     torch.manual_seed(0)
     model = vars(models)[NAMES[method]](_small_backbone(), input_dim=64)
+    model.start_epoch(0)
     optimizer = torch.optim.SGD(model.training_parameters(), lr=0.06)
     first = last = None
     for step in range(6):
         loss = model.loss(simclr_views[step % 2])
         loss.backward()
+        model.after_backward()
         optimizer.step()
         optimizer.zero_grad()
         model.update_momentum(0.99)

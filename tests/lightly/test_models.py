@@ -247,9 +247,9 @@ def test_state_dict_holds_everything(method: str) -> None:
     other = torch.optim.SGD(second.training_parameters(), lr=0.05)
     for _ in range(2):
         assert torch.equal(step(first, optimizer), step(second, other))
-    assert all(
-        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
-    )
+    state = second.state_dict()
+    for name, value in first.state_dict().items():  # a number that is not known yet is NaN
+        torch.testing.assert_close(value, state[name], rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @pytest.mark.parametrize("method", OF_VIEWS)

@@ -11,7 +11,7 @@ import torch
 from plugins.distributed import LOCAL
 from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
-from plugins.predictors import RunningMoment
+from plugins.predictors import Prototypes, RunningMoment
 from plugins.spec import MethodSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +36,9 @@ def facts(spec: MethodSpec) -> Facts:
     with torch.device("meta"):
         branches = isinstance(spec.head(8, options), TwoBranchHead)
         if spec.predictor is not None:
-            closed = isinstance(spec.predictor(options, LOCAL), RunningMoment)
-            predictor = "closed form" if closed else "MLP"
+            made = spec.predictor(options, LOCAL)
+            kinds = {RunningMoment: "closed form", Prototypes: "prototypes"}
+            predictor = next((name for kind, name in kinds.items() if isinstance(made, kind)), "MLP")
     teacher = "EMA" if spec.teacher else "second head" if branches else "none"
     year = re.search(r"\b(?:19|20)\d\d\b", spec.reference)
     link = re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", spec.reference)

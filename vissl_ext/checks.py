@@ -66,8 +66,11 @@ def check_sections(cfg: DictConfig) -> None:
 
 
 def _sections(above: str, given: dict[str, Any], default: dict[str, Any]) -> None:
+    from classy_vision.losses import LOSS_REGISTRY
+
+    known = {*default, *(LOSS_REGISTRY if above == "config.LOSS" else ())}
     for key in given:
-        near = None if key in default else nearest(key, default, cutoff=0.8)
+        near = None if key in known else nearest(key, default, cutoff=0.8)
         if near:
             raise UserError(f"VISSL has no option {above}.{key}; did you mean {near}?")
     for key, value in default.items():

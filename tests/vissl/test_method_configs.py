@@ -11,6 +11,7 @@ from vissl.data.ssl_transforms import get_transform
 from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
 
 from plugins.methods import METHODS
+from vissl_ext.checks import check_sections
 from vissl_ext.larc import LARC
 from vissl_ext.registry import register
 from vissl_ext.task import PluginTask, check_config
@@ -38,6 +39,7 @@ def test_pretraining_configuration_builds(name: str) -> None:
     from PIL import Image
 
     cfg = compose_hydra_configuration([f"config={name}"])
+    check_sections(cfg)
     config: Any = convert_to_attrdict(cfg, dump_config=False)[1]
     config.MACHINE.DEVICE, config.MODEL.AMP_PARAMS.USE_AMP = "cpu", False
     config.MODEL.SYNC_BN_CONFIG.CONVERT_BN_TO_SYNC_BN = False

@@ -48,6 +48,11 @@ def state(task: Any) -> dict[str, torch.Tensor]:
     return {name: value for name, value in found.items() if not name.endswith(("running_mean", "running_var"))}
 
 
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Equal to the bit; NaN, as of a buffer that is not set yet, equals itself."""
+    return torch.equal(ours, theirs) or ours.cpu().numpy().tobytes() == theirs.cpu().numpy().tobytes()
+
+
 class Watch(SilentHook):
     """Writes down, at the start and after each step, what the processes do not hold alike."""
 
@@ -70,9 +75,7 @@ class Watch(SilentHook):
         ours = state(task)
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, ours)
-        self.found[when] = [
-            name for name in ours if not all(torch.equal(ours[name], theirs[name]) for theirs in everyone)
-        ]
+        self.found[when] = [name for name in ours if not all(same(ours[name], theirs[name]) for theirs in everyone)]
         self.found["names"] = sorted(ours)
         self.found["clock"] = self.clock
         if torch.distributed.get_rank() == 0:

@@ -63,6 +63,9 @@ def test_pretraining_configuration_builds(name: str) -> None:
     crop = {"digits": 16, "cifar": 32, "imagenet100": 224, "imagenet_rn50": 224}[
         name.rpartition("/")[2].partition("_e")[0]
     ]
+    if views[-1].ndim == 4:
+        stack = {16: (4, 3, 8, 8), 32: (9, 3, 14, 14), 224: (9, 3, 64, 64)}[crop]
+        assert views.pop().shape == stack and head.projector.patches == stack[0]
     assert all(view.shape == (3, crop, crop) for view in views[:2])
     assert all(view.shape == (3, 96, 96) for view in views[2:])
 

@@ -155,7 +155,7 @@ def test_transforms_can_be_sent_to_workers_and_shown():
         (lambda: Jigsaw(256, 64, 3), "side must be a multiple of grid = 3, got 256; 255 is one"),
         (lambda: Jigsaw(255, 86, 3), "window must be at most side / grid = 85 pixels, got 86"),
         (lambda: Jigsaw(255, 0, 3), "window must be in [1, inf)"),
-        (lambda: Jigsaw(255.0, 64, 3), "side must be a whole number, got 255.0"),
+        (lambda: Jigsaw(255.0, 64, 3), "side must be an integer, got 255.0"),
         (lambda: Jigsaw(scale=(0.6, 1.2)), "scale[1] must be in [1e-06, 1]"),
         (lambda: Jigsaw(scale=(1.0, 0.6)), "scale must be (smallest, largest), got (1.0, 0.6)"),
         (lambda: Rotation(0), "side must be in [1, inf)"),

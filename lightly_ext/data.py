@@ -117,6 +117,7 @@ def whole_set(
     encode: Callable[[list[Tensor]], list[Tensor]],
     network: Sequence[nn.Module],
     comm: Collective,
+    seed: int,
 ) -> WholeSet:
     """Make the pass over the training set of a data loader, which reads each image once, whatever the sampler does.
 
@@ -125,6 +126,7 @@ def whole_set(
         encode: views → features of each.
         network: the modules behind ``encode``.
         comm: the processes that share the pass.
+        seed: of the augmentations that the loader's workers draw.
 
     Returns:
         A feed of :meth:`plugins.objective.Objective.start_epoch`. Its view "train" is the large views of the
@@ -159,6 +161,7 @@ def whole_set(
         network,
         batch_size=batch_size,
         workers=loader.num_workers,
+        seed=seed,
         comm=comm,
     )
 

@@ -64,6 +64,7 @@ class WholeTrainingSet:
             batch_size=cfg.optimizer.batch_size,
             workers=cfg.data.num_workers,
             device=device,
+            seed=epoch,
         )
         return feed(view=view, mode=mode)
 

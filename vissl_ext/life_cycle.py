@@ -112,6 +112,7 @@ def feed(task: Any) -> WholeSet:
         batch_size=data.TRAIN.BATCHSIZE_PER_REPLICA,
         workers=data.NUM_DATALOADER_WORKERS,
         device=task.device,
+        seed=task.train_phase_idx,
     )
 
 

@@ -399,7 +399,9 @@ class MethodModel(nn.Module):
             ValueError: the method initialises parameters anew and ``optimizer`` is missing, or the method needs images
                 without augmentation that the data set does not have, see ``lightly_ext.data.IndexedDataset``.
         """
-        feed: Any = whole_set(data, self._features, [self.backbone], self.comm) if hasattr(data, "dataset") else data
+        feed: Any = data
+        if hasattr(data, "dataset"):
+            feed = whole_set(data, self._features, [self.backbone], self.comm, epoch)
         fresh = self.objective.start_epoch(epoch, feed)
         if fresh and optimizer is None:
             raise ValueError(

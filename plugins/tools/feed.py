@@ -45,6 +45,7 @@ class WholeSet:
         batch_size: largest number of images of a batch, > 0.
         workers: number of processes that read images; 0 reads in this one.
         device: where the features are computed; None is the device of the network's first parameter.
+        seed: of the augmentations that the workers draw, such as the number of the epoch.
         comm: the processes that share the pass.
 
     Raises:
@@ -61,10 +62,12 @@ class WholeSet:
         batch_size: int,
         workers: int = 0,
         device: torch.device | None = None,
+        seed: int = 0,
         comm: Collective = WORLD,
     ) -> None:
         self.datasets, self.views_of, self.encode, self.network = datasets, views_of, encode, [*network]
         self.batch_size, self.workers, self.device, self.comm = batch_size, workers, device, comm
+        self.seed = seed
 
     def __call__(self, *, view: str = "eval", mode: str = "eval") -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Yield the positions of b images in the training set, ``[b]``, and the features ``[b, F]`` of each view."""
@@ -76,7 +79,7 @@ class WholeSet:
             _Views(dataset, self.views_of),
             batch_sampler=batches,
             num_workers=self.workers,
-            generator=torch.Generator().manual_seed(0),  # the default would draw from the generator of the run
+            generator=torch.Generator().manual_seed(self.seed),  # the default would draw from the generator of the run
         )
         device = self.device or next(p.device for part in self.network for p in part.parameters())
         share_buffers(self.network, self.comm)

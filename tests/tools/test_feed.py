@@ -61,6 +61,27 @@ def test_the_pass_gives_features_with_their_positions(workers):
         assert torch.equal(features[:, 0], index.float() + offset)
 
 
+class _Noise:
+    """Images that are drawn anew each time, as augmentations are."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return (torch.rand(3, 2, 2),)
+
+
+def test_workers_draw_other_augmentations_with_another_seed():
+    def drawn(seed):
+        feed = WholeSet(
+            {"train": _Noise}, lambda item: item, lambda views: views, [nn.Linear(1, 1)],
+            batch_size=4, workers=1, seed=seed, comm=LOCAL,
+        )  # fmt: skip
+        return torch.cat([views[0] for _, views in feed(view="train")])
+
+    assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
+
+
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_the_mode_of_the_network_is_set_and_restored(mode):
     feed, network = _feed()

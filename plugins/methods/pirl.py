@@ -27,8 +27,6 @@ class _Loss(nn.Module):
         if e.index is None:
             raise ValueError("method pirl needs the positions of the images in the training set, e.index, got None")
         image, stack = e.z
-        if e.index is None:
-            raise ValueError("pirl needs the positions of the images in the training set, got no index")
         return self.pirl.terms(image, stack, e.index)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightly_ext import models
 from lightly_ext.data import count, positions
-from lightly_ext.models.method import settings, whole
+from lightly_ext.models.method import whole
 from plugins.checks import check_choice, check_range
 from plugins.joined import ACCUMULATE, JoinedBatch
 from plugins.linalg import spectrum_statistics
@@ -268,9 +268,8 @@ class TrainingSteps:
         norms_and_biases = {id(parameter) for parameter in get_weight_decay_parameters(parts)[1]}
         groups, of_plain = [], given.weight_decay if given.decay_all else 0.0
         for name, parameters, hints in self._groups():
-            wanted = {"lr": lr * hints.lr_scale, "keep_lr": False, **settings(hints)}
-            if kind == "adamw" and hints.momentum is not None:
-                wanted["betas"] = (0.0, 0.999)
+            own = hints.group_options((0.9, 0.999) if kind == "adamw" else None)
+            wanted = {"lr": lr * hints.lr_scale, "keep_lr": hints.lr_constant, **own}
             for suffix, decay in (("", given.weight_decay), ("_norms_and_biases", of_plain)):
                 chosen = [parameter for parameter in parameters if (id(parameter) in norms_and_biases) == bool(suffix)]
                 groups.append({"name": name + suffix, "params": chosen, "weight_decay": decay, **wanted})

@@ -369,7 +369,7 @@ class MethodModel(nn.Module):
                     )
             return [parameter for _, parameters, _ in groups for parameter in parameters]
         return [
-            {"name": name, "params": parameters, "lr": lr * hints.lr_scale, **settings(hints)}
+            {"name": name, "params": parameters, "lr": lr * hints.lr_scale, **hints.group_options(), **_marks(hints)}
             for name, parameters, hints in groups
         ]
 
@@ -467,15 +467,8 @@ def whole(features: Tensor) -> Tensor:
     return features.mean(1) if features.ndim == 3 else features
 
 
-def settings(hints: Hints) -> dict[str, Any]:
-    """Return the entries of a parameter group that follow from the hints of its parameters, without the learning rate.
-
-    >>> settings(Hints(momentum=0.0))
-    {'momentum': 0.0}
-    """
-    found = {"momentum": 0.0, "weight_decay": 0.0, "keep_lr": True}
-    wanted = {"momentum": hints.momentum is not None, "weight_decay": hints.no_decay, "keep_lr": hints.lr_constant}
-    return {key: value for key, value in found.items() if wanted[key]}
+def _marks(hints: Hints) -> dict[str, bool]:
+    return {"keep_lr": True} if hints.lr_constant else {}
 
 
 class SSLEYModel(MethodModel):

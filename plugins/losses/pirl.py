@@ -270,7 +270,8 @@ class PIRLLoss(Stepped, nn.Module):
         num_negatives, temperature, patch_weight, form, sampling, seed, comm: as in :func:`pirl_terms`.
 
     Buffers:
-        log_normalizer: ln Z, ``[]``, set by the first batch in training mode with the form "nce"; NaN before.
+        log_normalizer: ln Z, ``[]``, set by the first batch in training mode with the form "nce"; NaN before. 0 with
+            the other forms, which have none.
 
     Raises:
         ValueError: an argument is out of range.
@@ -296,7 +297,7 @@ class PIRLLoss(Stepped, nn.Module):
         self.num_negatives, self.temperature, self.sampling = num_negatives, temperature, sampling
         self.patch_weight = patch_weight
         self.clock = Clock()
-        self.register_buffer("log_normalizer", torch.full((), torch.nan))
+        self.register_buffer("log_normalizer", torch.full((), torch.nan if form == "nce" else 0.0))
         self._normalized = False  # whether ln Z is known; looking at the buffer would wait for the device
         self._outputs: list[tuple[Tensor, Tensor]] = []
         self._step: int | None = None  # a copy of the clock's count, for the same reason

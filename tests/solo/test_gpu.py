@@ -81,7 +81,7 @@ def test_mixed_precision_trains(name, device, precision, compose):
     # a flag is that of DISSL's alarm
     assert {value.dtype for value in weights.values()} <= {torch.float32, torch.int64, torch.bool}
     moments = [value for key, value in weights.items() if key.rsplit(".", 1)[-1] in ("C", "W")]
-    assert bool(moments) == ("log_eigvals" in METHODS[name].options)
+    assert bool(moments) == METHODS[name].resolve(cfg.method_kwargs).get("log_eigvals", False)
     assert all(value.abs().sum() > 0 for value in moments)
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -179,12 +179,12 @@ def test_data_loaders_have_a_fork_server_of_their_own(monkeypatch: pytest.Monkey
     context, codes = multiprocessing.get_context("forkserver"), []
 
     def start(*_: Any) -> None:
-        process = context.Process(target=exec, args=("import sys\nsys.exit('colorsys' in sys.modules)",))
+        process = context.Process(target=exec, args=("import sys\nsys.exit('zipapp' in sys.modules)",))
         process.start()
         process.join(600)
         codes.append(process.exitcode)
 
-    monkeypatch.setattr(ranks, "_PRELOADED", ("colorsys",))
+    monkeypatch.setattr(ranks, "_PRELOADED", ("zipapp",))
     monkeypatch.setattr(ranks, "_SERVER", forkserver.ForkServer())
     monkeypatch.setattr(ranks, "_vissl_worker", start)
     config = AttrDict({"MACHINE": {"DEVICE": "gpu"}})

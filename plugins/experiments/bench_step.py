@@ -137,8 +137,8 @@ def bench_step(
         steps: number of timed steps of each method per round, >= 1.
 
     Returns:
-        A row per method and teacher, and the names of skipped methods: those without a file in the folder, and those
-        whose projector has another form than in solo-learn.
+        A row per method and teacher, and the names of skipped methods: those without a file in the folder, those that
+        compare stacks of patches, and those whose projector has another form than in solo-learn.
 
     Raises:
         UserError: the folder, method, backbone or option does not exist.
@@ -153,7 +153,9 @@ def bench_step(
     if not names:
         raise UserError(f"no method matches {methods!r}; the methods are {', '.join(METHODS)}")
     left_out = [
-        name for name in names if not (folder / f"{name}.yaml").is_file() or not set(METHODS[name].options) >= _WIDTHS
+        name
+        for name in names
+        if not (folder / f"{name}.yaml").is_file() or METHODS[name].stacks or not set(METHODS[name].options) >= _WIDTHS
     ]
     contestants: dict[tuple, Contestant] = {}
     pairs = []
@@ -332,6 +334,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any
         results, left_out = bench_step(setting, methods=options.method, repeat=options.repeat, steps=options.steps)
     print(table(results))
     if left_out:
-        print(f"skipped, without a file in {setting.configs} or solo-learn's projector: {', '.join(left_out)}")
+        reasons = f"stacks of patches, no file in {setting.configs}, or a head unlike solo-learn's projector"
+        print(f"skipped ({reasons}): {', '.join(left_out)}")
     environment = {"solo-learn": host_release(), "torch": torch.__version__, "device": device, **setting._asdict()}
     return environment, [result._asdict() for result in results]

@@ -98,7 +98,7 @@ def test_step_compares_each_method_with_one_of_solo_learns(one_thread, tmp_path,
         main(["step", "--method", "[!di]*", *_TINY, "--json", str(tmp_path / "step.json"), "optimizer.name=sgd"]) == 0
     )
     header, titles, rule, *rows, left_out = (line for line in capsys.readouterr().out.splitlines() if line)
-    assert left_out.endswith("solo-learn's projector: cissl")
+    assert left_out.endswith("solo-learn's projector): cissl, pirl")
     assert "4 images of 16 px" in header and "CPU threads" in header
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (titles, rule, *rows)]
     assert {len(row) for row in cells} == {9}
@@ -106,9 +106,11 @@ def test_step_compares_each_method_with_one_of_solo_learns(one_thread, tmp_path,
     assert written["environment"]["batch"] == 4 and written["environment"]["overrides"] == ["optimizer.name=sgd"]
     results = written["results"]
     expected = []
-    pairs = {"byol": "byol", "matrix_ssl": "byol", "mec": "byol", "simsiam": "simsiam", "ssl_ey": "vicreg"}
-    for name, reference in pairs.items():
+    native = ("barlow_twins", "byol", "simclr", "simsiam", "swav")
+    compared = [name for name, spec in METHODS.items() if name[0] not in "di" and name != "cissl" and not spec.stacks]
+    for name in compared:
         spec = METHODS[name]
+        reference = name if name in native else "byol" if spec.teacher else "vicreg"
         expected += [(name, teacher, reference) for teacher in (("EMA", "τ = 0") if spec.teacher else ("none",))]
     assert [(r["method"], r["teacher"], r["reference"]) for r in results] == expected
     assert [tuple(row[:3]) for row in cells[2:]] == expected

@@ -54,6 +54,10 @@ class Stepped:
         """End the open step. Does nothing while none is open."""
         self.stepping = False
 
+    def discard_step(self) -> None:
+        """Forget the open step, of a run that was cut off within it, without communication between processes."""
+        self.after_step()
+
 
 class Clock(Stepped, nn.Module):
     """Count optimiser steps. A warm-up reads the count, and continues from it after a resume.

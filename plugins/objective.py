@@ -262,9 +262,15 @@ class Objective(nn.Module):
             part.after_step()
         self._micro_batches = 0
 
+    def discard_step(self) -> None:
+        """Forget the open step, of a run that was cut off within it; no state moves."""
+        for part in self._stepped:
+            part.discard_step()
+        self._micro_batches = 0
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.after_step()
+        self.discard_step()
 
     def forward(self, embeddings: Embeddings) -> Terms:
         """Return the loss and its parts, a NamedTuple of scalars. Only ``loss`` has a gradient.

@@ -152,7 +152,7 @@ class PluginMethod:
     def on_train_start(self) -> None:
         """Set the clock and the number of images, and discard an incomplete step of the optimiser after a resume."""
         super().on_train_start()
-        self.objective.after_step()
+        self.objective.discard_step()
         if self.spec.indexed:
             try:
                 self.objective.allocate(training_set_size(self.trainer))
@@ -160,7 +160,6 @@ class PluginMethod:
                 raise UserError(str(error)) from None
         set_clock(self.trainer, self.objective.clock)
         self._joined = None
-        self._steps_done = self.trainer.global_step
         if self.accumulate == "joined":
             check_joined(self.trainer)
 
@@ -179,6 +178,18 @@ class PluginMethod:
         """Freeze parameters, after their gradients have been reduced over the processes."""
         super().on_before_optimizer_step(optimizer)
         self.objective.after_backward()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Make a step of the optimiser, end the step of the method, and update the teacher.
+
+        Lightning calls the callbacks that write checkpoints before ``on_train_batch_end``, so that would be too late.
+        """
+        super().optimizer_step(*args, **kwargs)
+        self._end_step()
+
+    def _end_step(self) -> None:
+        """End the step of the method."""
+        self.objective.after_step()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start a micro-batch, and a step of the optimiser if this is its first micro-batch."""
@@ -216,16 +227,13 @@ class PluginMethod:
         return self.objective.tracked_moment(self.predictor)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """End the step of the optimiser, and log the statistics of the embedding's spectrum.
+        """Log the statistics of the embedding's spectrum.
 
         The names are those of implicit-var-reg. To save time, values are logged only in steps that Lightning writes
         and in the last step of an epoch.
         """
         super().on_train_batch_end(outputs, batch, batch_idx)
         trainer = self.trainer
-        if trainer.global_step > self._steps_done:
-            self.objective.after_step()  # has no effect after update_teacher
-            self._steps_done = trainer.global_step
         is_logged = trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0
         if self.moment is None or not is_logged:
             return
@@ -270,6 +278,13 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
     def update_teacher(self) -> None:
         """End the step of the optimiser and update the teacher in place: θ_t ← τ θ_t + (1 − τ) θ."""
         self.objective.after_step(self.momentum_updater.cur_tau)
+
+    def _end_step(self) -> None:
+        """End the step of the method and update the teacher."""
+        self.update_teacher()
+
+    def after_optimizer_step(self) -> None:
+        """Do nothing at the end of a batch, because ``optimizer_step`` has updated the teacher."""
 
     def _host_training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         return (

@@ -62,7 +62,7 @@ class LARC(torch.optim.SGD):
         decays = [group["weight_decay"] for group in self.param_groups]
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and not (self.exclude_bias_and_norm and p.ndim == 1):
+                if p.grad is not None and not (self.exclude_bias_and_norm and p.ndim <= 1):
                     self._scale(p, group)
             group["weight_decay"] = 0.0  # the gradient already includes it
         try:

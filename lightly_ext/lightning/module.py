@@ -196,13 +196,16 @@ class TrainingSteps:
         """
         images = count(self.trainer.train_dataloader)
         if self.spec.indexed and images is not None:
-            self.allocate(images)
+            try:
+                self.allocate(images)
+            except ValueError as error:
+                raise UserError(str(error)) from None
         elif self.spec.indexed and self.num_samples is None:
             raise UserError(
                 f"method {self.spec.name} needs the number of training images, which the data loader does not tell; "
                 "make the module with num_samples=<number>"
             )
-        self.after_step()  # of a run that was cut off within one
+        self.objective.discard_step()  # of a run that was cut off within one
         set_clock(self.trainer, self.objective.clock)
         self._joined = None
         if self.hparams.accumulate == "joined":

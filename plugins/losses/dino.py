@@ -175,6 +175,11 @@ class DINOLoss(Stepped, nn.Module):
         super().after_step()
         self._move()
 
+    def discard_step(self) -> None:
+        """Forget the open step and the means of its micro-batches."""
+        self._seen = None
+        super().discard_step()
+
     @torch.no_grad()
     def _means(self, teacher: Views) -> tuple[Float[Tensor, "T C"], Float[Tensor, ""]]:
         """Return the joined mean of each teacher view, and the number of joined rows."""
@@ -186,7 +191,8 @@ class DINOLoss(Stepped, nn.Module):
     @torch.no_grad()
     def _move(self) -> None:
         if self._seen is not None:
-            self.center.lerp_(self._seen.means[0], 1 - self.center_momentum)
+            moved = self.center.lerp(self._seen.means[0], 1 - self.center_momentum)
+            self.center.copy_(moved.where(moved.isfinite().all(), self.center))  # an overflow must not stay
             self._seen = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -354,6 +354,11 @@ class PIRLLoss(Stepped, nn.Module):
         super().after_step()
         self._write()
 
+    def discard_step(self) -> None:
+        """Forget the open step and the outputs that it has not written."""
+        self._outputs.clear()
+        super().discard_step()
+
     def _write(self) -> None:
         if self._outputs:
             index, z = (torch.cat(parts) for parts in zip(*self._outputs, strict=True))

@@ -20,8 +20,9 @@ _OF_LOSS = ("num_negatives", "temperature", "patch_weight", "form", "sampling")
 class _Loss(nn.Module):
     def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
         super().__init__()
-        bank = IndexedBank(None, options["proj_output_dim"], momentum=options["bank_momentum"])
-        self.pirl = PIRLLoss(bank, **{name: options[name] for name in _OF_LOSS}, comm=comm)
+        seed = options["negatives_seed"]
+        bank = IndexedBank(None, options["proj_output_dim"], momentum=options["bank_momentum"], seed=seed)
+        self.pirl = PIRLLoss(bank, **{name: options[name] for name in _OF_LOSS}, seed=seed, comm=comm)
 
     def forward(self, e: Embeddings) -> PIRLLossTerms:
         if e.index is None:
@@ -68,6 +69,7 @@ SPEC = MethodSpec(
         "sampling": Option(
             "offset", "negatives: distinct images without the own one, or as in VISSL, with repeats", choices=SAMPLINGS
         ),
+        "negatives_seed": Option(0, "seed of the negatives and of the bank's first rows, >= 0", low=0),
         "bank_momentum": Option(0.5, "share of the old row in an update of the bank, in [0, 1]", low=0.0, high=1.0),
         "log_eigvals": LOG_EIGVALS,
     },

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from plugins.checks import check_range, compute_dtype
+from plugins.linalg import directions
 
 
 class Prototypes(nn.Module):
@@ -35,12 +36,12 @@ class Prototypes(nn.Module):
         self.weight = nn.Parameter(nn.Linear(dim, count, bias=False).weight.detach())
 
     def forward(self, z: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
-        """Return the scores of rows: the cosines, if the rows have unit length. In float32 (float64 for float64)."""
+        """Return the cosines of rows with the prototypes, in float32 (float64 for float64)."""
         dtype = compute_dtype(z.dtype)
         with torch.autocast(z.device.type, enabled=False):
             # a copy: autograd stores it for backward, and the next normalisation overwrites the parameter
             weight = self.weight.to(dtype, copy=True)
-            return z.to(dtype) @ (weight if self.training else F.normalize(weight, dim=1)).T
+            return directions(z.to(dtype)) @ (weight if self.training else F.normalize(weight, dim=1)).T
 
     def predict(self, views: list[Float[Tensor, "_ D"]]) -> list[Float[Tensor, "_ K"]]:
         """Return the scores of all views, with unit prototypes."""

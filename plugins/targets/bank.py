@@ -136,6 +136,8 @@ class IndexedBank(nn.Module):
             ValueError: the bank is empty, or a shape or dtype is wrong.
         """
         self._check_rows(index, "[B]", z=z)
+        if self.momentum == 1:
+            return
         with torch.autocast(z.device.type, enabled=False):
             counts = comm.row_counts(len(z), z.device)
             index = comm.gather_rows(index, counts=counts)

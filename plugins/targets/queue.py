@@ -62,7 +62,7 @@ class RingQueue(nn.Module):
         """Replace the oldest rows by those of a batch.
 
         Args:
-            rows: of this process; not differentiated.
+            rows: of this process; not differentiated. Instead of a row with NaN or inf, the old one is kept.
             comm: the processes that share the batch. Their rows are gathered.
 
         Raises:
@@ -73,11 +73,14 @@ class RingQueue(nn.Module):
         if rows.shape[1] != dim:
             raise ValueError(f"the rows of a queue of width {dim} must have shape [B, {dim}], got {tuple(rows.shape)}")
         rows = comm.gather_rows(rows.detach().to(self.rows.dtype))
-        places = torch.arange(len(rows), device=rows.device) + self.written
+        count = len(rows)
+        places = torch.arange(count, device=rows.device) + self.written
         # of more than K rows, the last K: an index must not repeat
-        self.rows.index_copy_(0, places[-size:] % size, rows[-size:])
-        self.written += len(rows)
-        self._count = min(self._count + len(rows), size)
+        rows, places = rows[-size:], places[-size:] % size
+        usable = rows.isfinite().all(1, keepdim=True)
+        self.rows.index_copy_(0, places, torch.where(usable, rows, self.rows[places]))
+        self.written += count
+        self._count = min(self._count + count, size)
 
     def extra_repr(self) -> str:
         return f"{self.rows.shape[0]}, {self.rows.shape[1]}, seed={self.seed}"

@@ -79,7 +79,9 @@ class WholeSet:
             _Views(dataset, self.views_of),
             batch_sampler=batches,
             num_workers=self.workers,
-            generator=torch.Generator().manual_seed(self.seed),  # the default would draw from the generator of the run
+            generator=torch.Generator().manual_seed(
+                self.seed * self.comm.size + self.comm.rank
+            ),  # the default would draw from the generator of the run
         )
         device = self.device or next(p.device for part in self.network for p in part.parameters())
         share_buffers(self.network, self.comm)
@@ -118,7 +120,7 @@ def shares(size: int, batch_size: int, rank: int, processes: int) -> list[list[i
         ValueError: there are fewer images than processes.
 
     >>> shares(7, 2, 1, 2)
-    [[1, 3], [5]]
+    [[1], [3, 5]]
     """
     if size < processes:
         raise ValueError(f"a pass over the training set needs an image for each of {processes} processes, got {size}")

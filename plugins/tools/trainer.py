@@ -48,10 +48,14 @@ def _steps_of_epoch(trainer: Any) -> int | None:
 
 
 def set_clock(trainer: Any, clock: Clock) -> None:
-    """Set the number of steps of the run and of an epoch in the clock; None if it is unknown."""
+    """Set the numbers of steps of the run and of an epoch in the clock, None if unknown, and that of the epoch.
+
+    Lightning does not call ``on_train_epoch_start`` if it resumes within an epoch.
+    """
     total = trainer.estimated_stepping_batches
     clock.total = int(total) if 0 <= total < math.inf else None
     clock.steps_per_epoch = _steps_of_epoch(trainer)
+    clock.epoch = trainer.current_epoch
 
 
 def ends_step(trainer: Any, batch_idx: int) -> bool:

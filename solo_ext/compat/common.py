@@ -141,10 +141,14 @@ class MomentumMixin(MethodMixin):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update the teacher after each step of the optimiser; the first update uses the base momentum."""
         if self.trainer.global_step > self.last_step:
-            self.update_teacher()
+            self.after_optimizer_step()
             self.log("tau", self.momentum_updater.cur_tau, on_step=False, on_epoch=True)
             self._set_tau()
         self.last_step = self.trainer.global_step
+
+    def after_optimizer_step(self) -> None:
+        """Update the teacher. A class that has done so in ``optimizer_step`` overrides this."""
+        self.update_teacher()
 
     def update_teacher(self) -> None:
         """Update the teacher as solo-learn does."""

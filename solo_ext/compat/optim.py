@@ -81,7 +81,7 @@ class LARS(Optimizer):
 
     def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
         gradient = parameter.grad
-        if not (group["exclude_bias_n_norm"] and parameter.ndim == 1):
+        if not (group["exclude_bias_n_norm"] and parameter.ndim <= 1):
             gradient = _scaled(parameter, gradient, group)
         momentum = group["momentum"]
         if momentum:

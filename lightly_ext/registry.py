@@ -21,7 +21,8 @@ _injected: dict[tuple[str, str], Any] = {}
 def register() -> list[str]:
     """Add our names to lightly's modules; a second call adds names that are missing.
 
-    Names that lightly already has are not replaced; one warning lists them.
+    Names that exist are not replaced: lightly's own, such as ``DINOTransform``, and those of others, which one warning
+    lists.
 
     Returns:
         The dotted names that are ours, sorted.
@@ -41,14 +42,18 @@ def register() -> list[str]:
                 if present is not vars(ours)[name]:
                     setattr(theirs, name, vars(ours)[name])
                 _injected[known] = vars(ours)[name]
-            elif present is not vars(ours)[name]:
+            elif present is not vars(ours)[name] and not _is_of_lightly(present):
                 kept.append(f"{theirs.__name__}.{name}")
         _alias_files(ours, theirs)
     if kept:
         warnings.warn(
-            f"lightly has its own {', '.join(kept)}, which are not replaced; import ours from lightly_ext", stacklevel=2
+            f"{', '.join(kept)} are of another package and are not replaced; import ours from lightly_ext", stacklevel=2
         )
     return sorted(f"{module}.{name}" for module, name in _injected)
+
+
+def _is_of_lightly(thing: Any) -> bool:
+    return getattr(thing, "__module__", "").startswith("lightly.")
 
 
 def unregister() -> None:

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from plugins.distributed import WORLD
 from plugins.heads import Heads, TwoBranchHead
 from plugins.methods import METHODS
-from plugins.testing import toy_mlp, toy_views
+from plugins.objective import Objective
+from plugins.testing import OF_VIEWS, toy_mlp, toy_views
 from plugins.tools.command import UserError
 from solo_ext.compat import pl
 from solo_ext.config import parse_pretrain
@@ -38,6 +40,10 @@ def built(compose, method: str, *overrides: str) -> nn.Module:
     if "pred_hidden_dim" in METHODS[method].options:
         model.predictor = toy_mlp(D, D)
         model.predictor.predict = lambda z: [model.predictor(view) for view in z]
+    model.objective = Objective(METHODS[method], model.options, WORLD, model.predictor, model.projector)
+    if METHODS[method].teacher:
+        students, teachers = zip(*model.momentum_pairs, strict=True)
+        model.objective.set_teacher(teachers, students)
     return model.double()
 
 
@@ -81,7 +87,7 @@ def test_accumulated_batches_are_one_step(method, compose) -> None:
 
 
 @pytest.mark.sample("isoloss", "dissl")
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", OF_VIEWS)
 def test_the_joined_loss_trains_as_one_batch(method, compose) -> None:
     """Three steps, of 4, 4 and 2 micro-batches."""
     whole, split = micro_batches((4, 4, 2))

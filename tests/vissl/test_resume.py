@@ -236,4 +236,4 @@ def test_resume_restores_the_loss_of_each_process(
         assert assert_same(one["classy_state_dict"][part], other["classy_state_dict"][part], part) > 0
     assert single["status"] == 2, single["output"][-3000:]
     (error,) = [line for line in single["output"].splitlines() if line.startswith("error: ")]
-    assert re.match(r"error: .*the checkpoint has a loss with \S+ of shape .* is resumed with the same config", error)
+    assert re.match(r"error: .*the loss has \S+ of shape .* in the checkpoint .*resume with the same config", error)

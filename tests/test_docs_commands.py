@@ -153,8 +153,9 @@ def _solo(module: str, words: list[str], patch: pytest.MonkeyPatch) -> None:
 
 def _vissl(words: list[str], patch: pytest.MonkeyPatch) -> None:
     from vissl_ext import launch
+    from vissl_ext.compat import missing_weights
 
-    patch.setattr(launch, "_check_weights", lambda weights: None)  # of a run that an earlier command makes
+    patch.setattr(missing_weights, "check_weights_file", lambda weights: None)  # of a run that an earlier command makes
     seen = []
     patch.setattr(launch, "run", lambda args, config: seen.append(config))
     launch.main(words)

@@ -45,11 +45,13 @@ def load(path: Path, name: str, model: LightningModule) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         state = checkpoint["state_dict"]
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError):
-        raise UserError(f"--ckpt-path: {path} is no checkpoint of Lightning") from None
+        raise UserError(f"--ckpt-path: {path} is not a checkpoint of Lightning") from None
     # a memory of images has no rows until a state dict or the training set gives their number
     wanted = {key: value if value.numel() else state.get(key, value) for key, value in model.state_dict().items()}
     if reason := mismatch(state, wanted):
-        raise UserError(f"--ckpt-path: {path} is of another method, backbone or options than {name}'s here: {reason}")
+        raise UserError(
+            f"--ckpt-path: {path} has another method, backbone or options than this run of {name}: {reason}"
+        )
     model.load_state_dict(state)
     return checkpoint
 

@@ -495,7 +495,9 @@ def model_class(name: str, spec: MethodSpec, module: str) -> type[MethodModel]:
     )
     sized, index = (", num_samples=4", ", torch.arange(4)") if spec.indexed else ("", "")
     images = ", ".join(["torch.randn(4, 3, 32, 32)"] * (spec.views or 2))
-    step = f"""
+    hints = spec.hints(spec.resolve({})).values()
+    epoch = "\n        >>> model.start_epoch(0)" if any(hint.frozen_epochs for hint in hints) else ""
+    step = f"""{epoch}
         >>> loss = model.loss(views{index})
         >>> loss.backward()"""
     doc = f"""Implementation of {spec.title} [0].

@@ -125,8 +125,9 @@ def test_gathering_gives_the_gradients_of_the_joined_batch(ranks) -> None:
 
 def test_every_method_has_a_projection_head() -> None:
     for name, spec in CLASS_NAMES.items():
-        if "proj_hidden_dim" in spec.options:
-            head = vars(heads)[f"{name}ProjectionHead"](16, 12, 8)
+        ours = vars(heads).get(f"{name}ProjectionHead")
+        if "proj_hidden_dim" in spec.options and not ours.__module__.startswith("lightly."):
+            head = ours(16, 12, 8)
             assert isinstance(head, heads.ProjectionHead)
             assert head(torch.randn(4, 16)).shape == (4, 8)
     with pytest.raises(ValueError, match="method isoloss has no option 'hidden'"):
@@ -184,8 +185,8 @@ def test_a_computed_prediction_head_fits_a_model() -> None:
 # ------------------------------------------------------------------------------------------------------ transforms
 
 
-@pytest.mark.parametrize("name", CLASS_NAMES)
-def test_every_method_has_a_transform(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name, spec in CLASS_NAMES.items() if not spec.stacks])
+def test_every_method_of_views_has_a_transform(name: str) -> None:
     transform = pickle.loads(pickle.dumps(vars(transforms)[f"{name}Transform"]()))
     views = transform(Image.new("RGB", (40, 30), (200, 10, 60)))
     assert [view.shape for view in views] == [(3, 224, 224)] * 2

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,6 +121,7 @@ def test_step_is_the_loss_of_both_views_through_one_batch_norm(configured):
 def test_the_last_layer_stays_in_the_first_epoch(configured, monkeypatch, epoch, frozen):
     model = _model(configured())
     monkeypatch.setattr(type(model), "current_epoch", epoch)
+    monkeypatch.setattr(type(model), "trainer", SimpleNamespace(optimizers=[]))
     model.on_train_epoch_start()
     model.training_step(_batch(), 0).backward()
     model.on_after_backward()

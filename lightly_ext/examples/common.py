@@ -29,7 +29,10 @@ Methods that compare stacks of patches need another transform and the positions 
 SIZE, BATCH = 16, 64
 """Side of the images in pixels, and batch size on each process."""
 
-WIDTHS = {"proj_hidden_dim": 512, "proj_output_dim": 256, "pred_hidden_dim": 512, "n_classes": 1024}
+WIDTHS = {
+    **{"proj_hidden_dim": 512, "proj_output_dim": 256, "pred_hidden_dim": 512},
+    **{"n_classes": 1024, "num_prototypes": 64},
+}
 """Widths of the heads for a small network; the defaults are the widths of the papers."""
 
 ADAMW = {"byol", "cissl", "dissl", "matrix_ssl", "simsiam"}

@@ -47,7 +47,7 @@ def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
 
 def _hints(options: Mapping[str, Any]) -> Mapping[str, Hints]:
     epochs = options["freeze_last_layer"]
-    return {"projector.last_layer": Hints(frozen_epochs=epochs)} if epochs else {}  # a head of one's own may lack it
+    return {"projector.last_layer": Hints(frozen_epochs=epochs)} if epochs else {}  # a head of the user's may lack it
 
 
 SPEC = MethodSpec(
@@ -64,10 +64,14 @@ SPEC = MethodSpec(
         "num_prototypes": Option(65536, "number of prototypes, the width of the logits, >= 2", low=2),
         "student_temperature": Option(0.1, "temperature of the predictions, > 0", low=1e-6),
         "teacher_temperature": Option(0.04, "temperature of the assignments, > 0; 0.07 with a warm-up", low=1e-6),
-        "warmup_teacher_temperature": Option(0.04, "the same in the first epoch of the warm-up, > 0", low=1e-6),
-        "warmup_teacher_temperature_epochs": Option(0, "epochs from the one to the other, >= 0; 30 of 100", low=0),
+        "warmup_teacher_temperature": Option(
+            0.04, "temperature of the assignments in the first epoch of its warm-up, > 0", low=1e-6
+        ),
+        "warmup_teacher_temperature_epochs": Option(
+            0, "epochs in which that temperature rises to teacher_temperature, >= 0; 30 of 100 in the paper", low=0
+        ),
         "center_momentum": Option(0.9, "share of the centre that is kept per step, in [0, 1]", low=0, high=1),
-        "freeze_last_layer": Option(1, "epochs in which the last layer stays as it is, >= 0", low=0),
+        "freeze_last_layer": Option(1, "epochs at the start of the run in which the last layer is frozen, >= 0", low=0),
     },
     paper=Paper("DINO", "Caron et al. 2021, arXiv:2104.14294, eqs. 1-4"),
     width="num_prototypes",

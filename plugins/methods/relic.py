@@ -99,7 +99,7 @@ SPEC = MethodSpec(
         ),
         "temperature": Option(0.2, "τ of the softmax, > 0; the first value if it is learned", low=1e-6),
         "learn_temperature": Option(False, "whether τ is a trained parameter; it then begins above min_temperature"),
-        "min_temperature": Option(0.1, "the least learned τ, > 0", low=1e-6),
+        "min_temperature": Option(0.1, "lower bound of a learned τ, > 0", low=1e-6),
         "alpha": Option(1.0, "weight α of the invariance, >= 0", low=0),
         "kl": Option(
             "forward",
@@ -113,7 +113,7 @@ SPEC = MethodSpec(
         ),
         "pairs": Option("cross", "whether a view is also compared with its own target (all)", choices=PAIRS),
         "num_negatives": Option(0, "rows of the joined batch that are candidates, drawn at each step; 0: all", low=0),
-        "negatives_seed": Option(0, "seed of these draws, >= 0", low=0),
+        "negatives_seed": Option(0, "seed of the draws of candidates, >= 0", low=0),
         "log_eigvals": LOG_EIGVALS,
     },
     hints=_hints,

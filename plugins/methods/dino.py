@@ -65,7 +65,7 @@ SPEC = MethodSpec(
         "student_temperature": Option(0.1, "temperature of the predictions, > 0", low=1e-6),
         "teacher_temperature": Option(0.04, "temperature of the assignments, > 0; 0.07 with a warm-up", low=1e-6),
         "warmup_teacher_temperature": Option(
-            0.04, "temperature of the assignments in the first epoch of its warm-up, > 0", low=1e-6
+            0.04, "teacher temperature in the first epoch of its warm-up, > 0", low=1e-6
         ),
         "warmup_teacher_temperature_epochs": Option(
             0, "epochs in which that temperature rises to teacher_temperature, >= 0; 30 of 100 in the paper", low=0

@@ -1,9 +1,9 @@
 """Transforms in lightly's manner: ``from lightly_ext.transforms import SSLEYTransform``.
 
 Each method has ``<Name>Transform`` with flat keyword arguments. BYOLTransform and SimSiamTransform are lightly's own,
-SSLEYTransform is VICReg's, PIRLTransform makes a view and a stack of patches. The others make BYOL's two views; those of
-CISSL, DISSL, Matrix-SSL and MEC have the values that were published for the method on ImageNet. lightly's own
-DINOTransform makes eight views.
+SSLEYTransform is VICReg's, PIRLTransform makes a view and a stack of patches. The others make two views as BYOL. For
+CISSL, DISSL, Matrix-SSL and MEC they have the values that were published on ImageNet. The DINOTransform of
+lightly itself makes eight views.
 """
 
 import lightly.transforms as _lightly

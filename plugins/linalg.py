@@ -282,6 +282,16 @@ def directions(z: Float[Tensor, "*V B D"]) -> Float[Tensor, "*V B D"]:
     return z / torch.where(lengths > 1e-8, lengths, torch.inf)
 
 
+def row_blocks(rows: Tensor) -> list[slice]:
+    """Split rows into blocks whose products with all rows fit the cache, so that memory is linear in the rows.
+
+    >>> row_blocks(torch.zeros(600, 2))
+    [slice(0, 512, None), slice(512, 600, None)]
+    """
+    count, size = len(rows), 512 if rows.device.type == "cpu" else 8192
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def tangent(
     gradient: Float[Tensor, "*V B D"], unit: Float[Tensor, "*V B D"], inverse: Float[Tensor, "*V B 1"]
 ) -> Float[Tensor, "*V B D"]:

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from plugins.checks import check_choice, check_count, check_range, check_result, check_views, compute_dtype
 from plugins.distributed import LOCAL, Collective
-from plugins.linalg import attach_gradient
+from plugins.linalg import attach_gradient, directions, row_blocks
 
 POSITIVES = ("all", "other")
-EPS = 1e-8
 Views = Sequence[Float[Tensor, "B D"]] | Float[Tensor, "V B D"]
 
 
@@ -125,7 +124,7 @@ def contrastive_terms(
         wanted = torch.is_grad_enabled() and (u.requires_grad or w.requires_grad)
         log_mass = flat_u.new_empty(len(flat_u), 1)
         by_u, by_w = torch.empty_like(flat_u), -mean_u.flatten(0, 1)
-        for part in _blocks(flat_u):
+        for part in row_blocks(flat_u):
             weights, top = _exponentials(flat_u[part] @ all_w.T, temperature, (students, teachers), own, part.start)
             mass = weights.sum(1, keepdim=True)
             log_mass[part] = mass.log() + top
@@ -137,7 +136,7 @@ def contrastive_terms(
         if wanted:
             if comm.size > 1:  # the columns of this process, of which other processes hold the rows
                 log_masses = comm.gather_rows(log_mass.view(rows, students), counts=counts).flatten()
-                for part in _blocks(flat_w):
+                for part in row_blocks(flat_w):
                     cosines, views = flat_w[part] @ all_u.T, (teachers, students)
                     weights, _ = _exponentials(cosines, temperature, views, own, part.start, log_masses)
                     by_w[part] += weights @ all_u
@@ -150,12 +149,6 @@ def contrastive_terms(
     check_result(what, loss, comm, **named)
     entropy = (without * math.log(columns - 1) + (students - without) * math.log(columns)) / students
     return CISSLTerms(loss, entropy - loss.detach(), loss.new_full((), entropy))
-
-
-def _blocks(rows: Tensor) -> list[slice]:
-    """Split the rows into blocks, whose cosines fit the cache: memory does not grow with the square of the rows."""
-    size = 512 if rows.device.type == "cpu" else 8192
-    return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
 def _exponentials(
@@ -185,9 +178,7 @@ def _exponentials(
 
 def _directions(views: Views) -> Float[Tensor, "B V D"]:
     z = torch.stack([*views], 1)
-    z = z.to(compute_dtype(z.dtype))
-    lengths = torch.linalg.vector_norm(z, dim=2, keepdim=True)
-    return z / torch.where(lengths > EPS, lengths, torch.inf)
+    return directions(z.to(compute_dtype(z.dtype)))
 
 
 def _others(z: Float[Tensor, "B V D"]) -> Float[Tensor, "B V D"]:

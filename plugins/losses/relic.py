@@ -27,7 +27,7 @@ from plugins.checks import (
     compute_dtype,
 )
 from plugins.distributed import LOCAL, Collective
-from plugins.linalg import attach_gradient, tangent, unit_rows
+from plugins.linalg import attach_gradient, row_blocks, tangent, unit_rows
 
 KL = ("forward", "symmetric", "column")
 STOP = ("target", "entropy", "none")
@@ -147,7 +147,8 @@ def relic_terms(
         unit, inverse = [u for u, _ in units], [i for _, i in units]
         blocks = _Blocks(unit, 0 if kl == "column" else views, candidates, 1 / tau.detach(), wanted, counts, comm)
         weights = 1 / (contrastive_pairs * images), alpha / (max(divergences, 1) * images)
-        parts = [blocks.run(job, part, *weights, stop) for part in _split(z[0]) for job in jobs]
+        rows = row_blocks(z[0]) or [slice(0, 0)]  # a process without rows takes part in the sums
+        parts = [blocks.run(job, part, *weights, stop) for part in rows for job in jobs]
         contrastive, invariance = comm.sum(torch.stack(parts).sum(0)).unbind()
         contrastive = contrastive / (contrastive_pairs * images)
         invariance = invariance / (max(divergences, 1) * images)
@@ -304,12 +305,6 @@ class _Blocks:
 def _added(total: Tensor | None, part: Tensor, weight: float) -> Tensor:
     """Return ``total + weight * part``, in place if there is a total."""
     return part * weight if total is None else total.add_(part, alpha=weight)
-
-
-def _split(rows: Tensor) -> list[slice]:
-    """Split the rows into blocks, whose logits fit the cache: memory does not grow with the square of the rows."""
-    count, size = len(rows), 512 if rows.device.type == "cpu" else 8192
-    return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
 
 
 def _check(temperature: float | Tensor, alpha: float, kl: str, stop: str, pairs: str) -> None:

@@ -75,13 +75,13 @@ class WholeSet:
         check_choice("mode", mode, VIEWS)
         dataset = self.datasets[view]()
         batches = shares(len(dataset), self.batch_size, self.comm.rank, self.comm.size)
+        # the default generator would draw from that of the run
+        generator = torch.Generator().manual_seed(self.seed * self.comm.size + self.comm.rank)
         loader: Any = DataLoader(
             _Views(dataset, self.views_of),
             batch_sampler=batches,
             num_workers=self.workers,
-            generator=torch.Generator().manual_seed(
-                self.seed * self.comm.size + self.comm.rank
-            ),  # the default would draw from the generator of the run
+            generator=generator,
         )
         device = self.device or next(p.device for part in self.network for p in part.parameters())
         share_buffers(self.network, self.comm)

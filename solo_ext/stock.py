@@ -20,11 +20,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from plugins.spec import MethodSpec
 from plugins.tools.command import UserError, exit_on_user_error
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat import CHECKOUT, GENERATION, native_methods
 from solo_ext.compat.common import CIFAR_STEM, fill_defaults
-from solo_ext.config import device_list, large_and_small, settle_devices
+from solo_ext.config import count_stacks, device_list, large_and_small, settle_devices
 from solo_ext.datasets import preparation_hint, split_path
 from solo_ext.registry import ALIASES, method_class, plugin_methods, register
 from solo_ext.transforms import DATASETS, evaluation_transform, linear_crop, linear_transform
@@ -45,6 +46,9 @@ class Scripts:
         """Validate the configuration of a pre-training, and add the class that trains the method to METHODS."""
         from solo.methods import METHODS
 
+        with exit_on_user_error():
+            if count_stacks(cfg.get("augmentations") or ()):  # main would make an ordinary view of the entry
+                raise UserError(f"solo-learn's own script makes no stacks of patches; {_INSTEAD}")
         cfg = self._parse(original, cfg)
         if cfg.data.dataset in self.own:
             # main's transform uses these values for a dataset that is not in its own table
@@ -54,6 +58,7 @@ class Scripts:
         with exit_on_user_error():
             large_and_small(cfg.augmentations)
             METHODS[cfg.method] = method_class(cfg)
+            _check_input(METHODS[cfg.method], cfg)
         # the script relies on main's classes, which fill in the defaults of their argument in place; our classes do not
         return fill_defaults(cfg)
 
@@ -93,6 +98,19 @@ class Scripts:
         views = cfg.get("augmentations")
         side = views[0].crop_size if views else linear_crop(dataset, cfg).side
         return linear_transform(dataset, cfg), evaluation_transform(dataset, side)
+
+
+def _check_input(method: type, cfg: DictConfig) -> None:
+    """Refuse a method that needs more than the script's own data loading gives."""
+    spec: MethodSpec | None = getattr(method, "spec", None)
+    if spec is not None and spec.indexed and cfg.data.format == "dali":
+        raise UserError(
+            f"method {spec.name} needs the positions of the images in the training set, which solo-learn's own DALI "
+            f"loader does not give; use data.format=image_folder, or {_INSTEAD}"
+        )
+
+
+_INSTEAD = "run the same configuration with python -m solo_ext.main_pretrain"
 
 
 def _find_folders(data: DictConfig) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,19 @@ def test_a_mistake_is_one_sentence_and_status_2(case, scripts, compose, capfd):
         scripts.args.pretrain.parse_cfg(compose("isoloss", *more))
     said = capfd.readouterr().err
     assert stopped.value.code == 2 and f"error: {sentence}" in said
+
+
+def test_methods_whose_input_the_script_does_not_make_are_refused(scripts, compose, capfd, monkeypatch):
+    with pytest.raises(SystemExit):
+        scripts.args.pretrain.parse_cfg(compose("pirl"))
+    assert "error: solo-learn's own script makes no stacks of patches; run the same conf" in capfd.readouterr().err
+    plugin = plugin_methods()["isoloss"]
+    indexed = type("Indexed", (plugin,), {"spec": replace(plugin.spec, indexed=True)})
+    monkeypatch.setitem(plugin_methods(), "isoloss", indexed)
+    scripts.args.pretrain.parse_cfg(compose("isoloss"))
+    with pytest.raises(SystemExit):
+        scripts.args.pretrain.parse_cfg(compose("isoloss", "data.format=dali"))
+    assert "error: method isoloss needs the positions of the images in the training" in capfd.readouterr().err
 
 
 def test_small_crops_before_large_views_are_refused(scripts, compose, capfd):

@@ -137,7 +137,7 @@ def test_methods_whose_input_the_script_does_not_make_are_refused(scripts, compo
     monkeypatch.setitem(plugin_methods(), "isoloss", indexed)
     scripts.args.pretrain.parse_cfg(compose("isoloss"))
     with pytest.raises(SystemExit):
-        scripts.args.pretrain.parse_cfg(compose("isoloss", "data.format=dali"))
+        scripts.args.pretrain.parse_cfg(compose("isoloss", "data.format=dali", "data.dataset=custom"))
     assert "error: method isoloss needs the positions of the images in the training" in capfd.readouterr().err
 
 

@@ -97,15 +97,18 @@ class JoinedBatch:
         z = _joined([part.embeddings.z for part in self.parts])
         features = _joined([list(part.embeddings.features) for part in self.parts])
         given = [part.target for part in self.parts if part.target is not None]
+        flat = _joined([[map_ for view in part.embeddings.maps for map_ in view] for part in self.parts])
+        count = len(flat) // len(z)
+        maps = [tuple(flat[view * count : (view + 1) * count]) for view in range(len(z))] if flat else []
         if features:  # a second branch makes the targets, with gradient
             target = _joined([part.embeddings.target for part in self.parts])
         else:
             large = len(self.parts[0].embeddings.target)
             target = _joined(given) if given else [view.detach() for view in z[:large]]
-        self._live = [view.requires_grad_() for view in (*z, *(target if features else []))]
+        self._live = [view.requires_grad_() for view in (*z, *(target if features else []), *flat)]
         indexes = [part.embeddings.index for part in self.parts if part.embeddings.index is not None]
         index = torch.cat(indexes) if indexes else None
-        embeddings = Embeddings(z, z if predict is None else predict(z), target, features, index)
+        embeddings = Embeddings(z, z if predict is None else predict(z), target, features, index, maps)
         self._terms = terms = objective(embeddings)
         if not torch.is_grad_enabled():
             return terms, embeddings
@@ -137,7 +140,8 @@ class JoinedBatch:
         for count, part, gradients in zip(rows, self.parts, of_parts, strict=True):
             with part.random.again(), _statistics_kept(self.encoder):
                 embeddings, own = self.encode(part.batch)
-            live = [*embeddings.z, *(embeddings.target if embeddings.features else [])]
+            maps = [map_ for view in embeddings.maps for map_ in view]
+            live = [*embeddings.z, *(embeddings.target if embeddings.features else []), *maps]
             if own is not None:
                 own = own * (count / sum(rows))
                 value = value + own.detach()

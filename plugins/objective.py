@@ -1,7 +1,7 @@
 """The part of a training step that all frameworks share: embeddings, loss and logged statistics."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from plugins.checks import NotFiniteError, check_result
 from plugins.clock import Clock, Feed, Stepped
 from plugins.distributed import LOCAL, Collective
-from plugins.heads import SharedHead, TwoBranchHead
+from plugins.heads import MapHead, SharedHead, TwoBranchHead
 from plugins.losses import ETFMonitor
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, Hints, MethodSpec, Terms
+from plugins.taps import FeatureTaps, map_channels
 from plugins.targets import update_teacher
 
 PATIENCE = 1000
@@ -36,6 +37,39 @@ def encode(backbone: Callable[[Tensor], Tensor], view: Tensor) -> Tensor:
     return backbone(view).flatten(1)
 
 
+def encode_views(
+    backbone: nn.Module, views: Sequence[Tensor], taps: Mapping[str, int | None]
+) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
+    """Compute the features of each view, and the maps of each view that the method taps.
+
+    Args:
+        backbone: as of ``encode``.
+        views: as of ``encode``.
+        taps: the method's ``taps``, of its options.
+    """
+    with FeatureTaps(backbone, taps) as tapped:
+        features = [encode(backbone, view) for view in views]
+        return features, tapped.take([view.shape[:-3] for view in views])
+
+
+def connect(head: nn.Module, backbone: nn.Module, taps: Mapping[str, int | None]) -> None:
+    """Make the layers of a new head for the maps of a backbone. Does nothing for a method without ``taps``.
+
+    Args:
+        head: the method's head.
+        backbone: images → features.
+        taps: the method's ``taps``, of its options.
+
+    Raises:
+        ValueError: the backbone has no such modules, cannot be tapped, or the head takes no maps.
+    """
+    if not taps:
+        return
+    if not isinstance(head, MapHead):
+        raise ValueError(f"the method compares feature maps: the head must be a MapHead, got a {type(head).__name__}")
+    head.build(map_channels(backbone, taps))
+
+
 def project(projector: nn.Module, features: list[Tensor]) -> list[Tensor]:
     """Project the features of each view. Each view has its own batch statistics, except in a SharedHead."""
     return projector.views(features) if isinstance(projector, SharedHead) else [projector(h) for h in features]
@@ -49,6 +83,7 @@ def embed(
     *,
     large: int = 2,
     index: Tensor | None = None,
+    maps: Sequence[tuple[Tensor, ...]] = (),
 ) -> Embeddings:
     """Compute the input of the loss. Each view has its own batch statistics, except in a SharedHead.
 
@@ -60,13 +95,15 @@ def embed(
         target: the teacher's projections of the large views; None without a teacher.
         large: number of large views, which are the ones with targets.
         index: position of each image in the training set, ``[B]``.
+        maps: of each view, as ``FeatureTaps.take`` returns them. Only a MapHead projects them.
     """
     z = project(projector, features)
     p = z if predict is None else predict(z)
     if isinstance(projector, TwoBranchHead):
         shown = features[:large]
         return Embeddings(z, p, [projector.teacher(h) for h in shown], [h.detach() for h in shown], index)
-    return Embeddings(z, p, [view.detach() for view in z[:large]] if target is None else target, index=index)
+    local = [projector.project_maps(view) for view in maps] if isinstance(projector, MapHead) else []
+    return Embeddings(z, p, [view.detach() for view in z[:large]] if target is None else target, (), index, local)
 
 
 def _by_view(embeddings: Embeddings) -> dict[str, Tensor]:
@@ -74,7 +111,10 @@ def _by_view(embeddings: Embeddings) -> dict[str, Tensor]:
     parts = {"z": embeddings.z, "p": embeddings.p, "target": embeddings.target}
     if embeddings.p is embeddings.z:
         del parts["p"]
-    return {f"{name} of view {number}": view for name, views in parts.items() for number, view in enumerate(views)}
+    named = {f"{name} of view {number}": view for name, views in parts.items() for number, view in enumerate(views)}
+    for number, maps in enumerate(embeddings.maps):
+        named |= {f"map {place} of view {number}": map_ for place, map_ in enumerate(maps)}
+    return named
 
 
 class ParameterGroup(NamedTuple):

@@ -40,6 +40,9 @@ class Embeddings(NamedTuple):
     """Detached features of the large views, for logging; empty unless the head has two branches."""
     index: Tensor | None = None
     """Position of each image in the training set, ``[B]``, int64; None unless the method is ``indexed``."""
+    maps: Sequence[tuple[Tensor, ...]] = ()
+    """Projected feature maps of each view, with gradient, as ``MapHead.project_maps`` returns them; empty unless the
+    method has ``taps``."""
 
 
 def large_views(sizes: Sequence[int | tuple[int, int]]) -> int:
@@ -145,6 +148,11 @@ def predictor_hints(options: Mapping[str, Any]) -> Mapping[str, Hints]:
     return {"predictor": Hints(lr_scale=scale, lr_constant=constant)}
 
 
+def no_taps(options: Mapping[str, Any]) -> Mapping[str, int | None]:
+    """Return the ``taps`` of a method that compares no feature maps."""
+    return {}
+
+
 class Paper(NamedTuple):
     """Title and reference of the paper of a method."""
 
@@ -176,6 +184,9 @@ class MethodSpec:
         width: name of the option that is the output width of the head.
         hints: options → how the optimiser treats the method's own parameters. A key is a prefix of their names:
             "projector", "predictor" or "loss", or one with a submodule's name, such as "projector.last_layer".
+        taps: options → name of a submodule of the backbone → largest side of its feature map, or None, as
+            :class:`plugins.taps.FeatureTaps` takes them. The head must be a :class:`plugins.heads.MapHead`, which
+            projects the maps of each view of the student; a teacher has no maps.
     """
 
     name: str
@@ -191,6 +202,7 @@ class MethodSpec:
     stacks: int = 0
     indexed: bool = False
     hints: Callable[[Mapping[str, Any]], Mapping[str, Hints]] = predictor_hints
+    taps: Callable[[Mapping[str, Any]], Mapping[str, int | None]] = no_taps
 
     @property
     def title(self) -> str:

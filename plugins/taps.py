@@ -152,7 +152,7 @@ class FeatureTaps:
 
 
 @torch.no_grad()
-def map_channels(backbone: nn.Module, sizes: Mapping[str, int | None], side: int) -> list[int]:
+def map_channels(backbone: nn.Module, sizes: Mapping[str, int | None], side: int = 64) -> list[int]:
     """Count the channels of the maps, by a pass of a black image through the backbone in evaluation mode.
 
     Args:

@@ -3,6 +3,7 @@
 Checkpoints have solo-learn's keys: backbone, projector, predictor, momentum_backbone, momentum_projector.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +14,13 @@ from plugins.checks import check_choice
 from plugins.distributed import WORLD
 from plugins.joined import ACCUMULATE, JoinedBatch
 from plugins.linalg import spectrum_statistics
-from plugins.objective import Objective, embed, encode, project
+from plugins.objective import Objective, connect, embed, encode, project
 from plugins.predictors import ClosedFormPredictor, RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
+from plugins.taps import FeatureTaps
 from plugins.targets import needs_teacher
 from plugins.tools.command import UserError
-from plugins.tools.trainer import check_joined, ends_step, loss_scale, placeholder_loss, set_clock
+from plugins.tools.trainer import check_strategy, ends_step, loss_scale, placeholder_loss, set_clock
 from solo_ext.compat import BaseMethod, BaseMomentumMethod
 from solo_ext.whole_set import WholeTrainingSet, training_set_size
 
@@ -52,7 +54,8 @@ class PluginMethod:
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         self.options = self.spec.resolve(OmegaConf.to_container(cfg.method_kwargs))
-        self.projector = self.spec.head(self.features_dim, self.options)
+        self.taps = self.spec.taps(self.options)
+        self.projector = self._new_head()
         self.predictor = self.spec.predictor(self.options, WORLD) if self.spec.predictor else None
         self.objective = Objective(self.spec, self.options, WORLD, self.predictor, self.projector)
         self.log_eigvals = self.options.get("log_eigvals", False)
@@ -61,6 +64,11 @@ class PluginMethod:
         self._joined: JoinedBatch | None = None
         self._joins_batches = False  # whether this step computes the loss of joined micro-batches
         self._ends_step = True  # whether this micro-batch is the last of its step
+
+    def _new_head(self) -> nn.Module:
+        head = self.spec.head(self.features_dim, self.options)
+        connect(head, self.backbone, self.taps)
+        return head
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
@@ -100,9 +108,7 @@ class PluginMethod:
         """
         if self._joins_batches:
             return self._joined_step(batch, batch_idx)
-        views, stacks = self._views_and_stacks(batch)
-        out = self._host_training_step(views, batch_idx)
-        features = [*out["feats"], *(encode(self.backbone, stack) for stack in stacks)]
+        out, features, maps = self._encoded(batch, lambda views: self._host_training_step(views, batch_idx))
         predict = self.predictor.predict if self.predictor is not None else None
         embeddings = embed(
             features,
@@ -111,6 +117,7 @@ class PluginMethod:
             self._targets(out),
             large=self.num_large_crops,
             index=self._index(batch),
+            maps=maps,
         )
         terms = self.objective(embeddings)
         self._log_step(terms, embeddings)
@@ -122,20 +129,31 @@ class PluginMethod:
         count = len(views) - self.spec.stacks
         return [indexes, views[:count], *rest], views[count:]
 
+    def _encoded(
+        self, batch: Any, step: Callable[[Any], dict[str, Any]]
+    ) -> tuple[dict[str, Any], list[Tensor], list[tuple[Tensor, ...]]]:
+        """Return the result of a step of solo-learn, the features of all views and stacks, and their maps."""
+        views, stacks = self._views_and_stacks(batch)
+        with FeatureTaps(self.backbone, self.taps) as taps:
+            out = step(views)
+            features = [*out["feats"], *(encode(self.backbone, stack) for stack in stacks)]
+            return out, features, taps.take([view.shape[:-3] for view in batch[1]])
+
     def _index(self, batch: Any) -> Tensor | None:
         """Return the positions of the images in the training set, or None if the method does not use them."""
         return batch[0].reshape(-1).to(self.device, torch.int64) if self.spec.indexed else None
 
     def _joined_step(self, batch: Any, batch_idx: int) -> Tensor:
-        def encode_batch(micro_batch: Any) -> tuple[Embeddings, Tensor | None]:
-            views, stacks = self._views_and_stacks(micro_batch)
+        def step(views: Any) -> dict[str, Any]:
             if torch.is_grad_enabled():
-                out = self._student_step(views, batch_idx)
-            else:  # the first of two forward passes, without gradients
-                out = {"feats": [self(view)["feats"] for view in views[1]], "loss": None}
-            features = [*out["feats"], *(encode(self.backbone, stack) for stack in stacks)]
+                return self._student_step(views, batch_idx)
+            # the first of two forward passes, without gradients
+            return {"feats": [self(view)["feats"] for view in views[1]], "loss": None}
+
+        def encode_batch(micro_batch: Any) -> tuple[Embeddings, Tensor | None]:
+            out, features, maps = self._encoded(micro_batch, step)
             index = self._index(micro_batch)
-            return embed(features, self.projector, large=self.num_large_crops, index=index), out["loss"]
+            return embed(features, self.projector, large=self.num_large_crops, index=index, maps=maps), out["loss"]
 
         if self._joined is None:
             self._joined = JoinedBatch(encode_batch, [self.backbone, self.projector])
@@ -161,7 +179,9 @@ class PluginMethod:
         set_clock(self.trainer, self.objective.clock)
         self._joined = None
         if self.accumulate == "joined":
-            check_joined(self.trainer)
+            check_strategy(self.trainer, "accumulate=joined")
+        if self.taps:
+            check_strategy(self.trainer, f"method {self.spec.name}, which compares feature maps,")
 
     def on_train_epoch_start(self) -> None:
         """Start an epoch of the method, and drop the optimiser's state of parameters that it initialises anew."""
@@ -257,7 +277,7 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
-        self.momentum_projector: nn.Module = self.spec.head(self.features_dim, self.options)
+        self.momentum_projector = self._new_head()
         with torch.no_grad():
             for teacher, student in zip(self.momentum_projector.parameters(), self.projector.parameters(), strict=True):
                 teacher.copy_(student)

@@ -82,6 +82,8 @@ class MethodHead(nn.Module):
     a head of two branches, the targets and the detached features of each large view. Stacks of patches are the last
     views. Batch statistics are computed per view. In evaluation the output contains the projections only.
 
+    For a method with ``taps`` the model appends the projected feature maps, view after view.
+
     Args:
         model_config: VISSL's MODEL section.
         in_dim: width of the trunk's features.
@@ -116,6 +118,7 @@ class MethodHead(nn.Module):
         self.options = dict(method_options(method, options or {})[0])
         self.projector = spec.head(in_dim, self.options)
         self.predictor = spec.predictor(self.options, WORLD) if spec.predictor else None
+        self.taps = dict(spec.taps(self.options))
 
     def forward(self, features: Tensor | list[Tensor]) -> list[Tensor]:
         """Map features to the list that the class describes.
@@ -213,6 +216,7 @@ class MethodLoss(TeacherLoss):
         self.large = 2
         self.views = 2
         self.own_targets = 0
+        self.has_maps = False
         self.index: Tensor | None = None
         self.predictor: list[nn.Module | None] = [None]  # in a list, so that it is no submodule of the loss
         self.metrics: dict[str, Tensor] = {}
@@ -238,6 +242,7 @@ class MethodLoss(TeacherLoss):
         self.predictor = [head.predictor]
         self.large, self.views = head.large, head.views + head.stacks
         self.own_targets = head.large if isinstance(head.projector, TwoBranchHead) else 0
+        self.has_maps = bool(head.taps)
         self.objective = Objective(self.spec, self.options, WORLD, head.predictor, head.projector)
         super().attach(model)
         if self.teacher is not None:
@@ -297,7 +302,7 @@ class MethodLoss(TeacherLoss):
         """Return the trunk and the projector, and a copy of the model without the predictor."""
         copied = copy_model(model)
         for head in copied.heads:
-            head.predictor, head.views, head.stacks = None, head.large, 0
+            head.predictor, head.views, head.stacks, head.taps = None, head.large, 0, {}
         return nn.ModuleList([model.trunk, *(head.projector for head in model.heads)]), copied
 
     def teacher_input(self, images: Any) -> Any:
@@ -311,6 +316,12 @@ class MethodLoss(TeacherLoss):
             output: output of MethodHead.
             target: labels; not used.
         """
+        maps: list[tuple[Tensor, ...]] = []
+        if self.has_maps:
+            own = self.views * (1 if self.spec.predictor is None else 2)
+            per_view = (len(output) - own) // self.views
+            maps = [tuple(output[start : start + per_view]) for start in range(own, len(output), per_view)]
+            output = output[:own]
         if self.own_targets:
             ends = len(output) - 2 * self.own_targets, len(output) - self.own_targets
             z = output[: ends[0]]
@@ -322,6 +333,8 @@ class MethodLoss(TeacherLoss):
             embeddings = Embeddings(z, p, detached if self.teacher is None else self.teacher_output)
         if self.index is not None:
             embeddings = embeddings._replace(index=self.index.to(z[0].device))
+        if maps:
+            embeddings = embeddings._replace(maps=maps)
         terms = self.objective(embeddings)
         self.metrics = self.objective.statistics(terms, embeddings)
         return terms.loss

@@ -11,9 +11,11 @@ from vissl.models.heads.mlp import MLP
 from vissl.models.model_helpers import is_feature_extractor_model
 
 from plugins.heads import projection_init_
-from plugins.objective import encode
+from plugins.objective import connect, encode
+from plugins.taps import FeatureTaps
 from plugins.tools.command import UserError
 from vissl_ext.heads import rows
+from vissl_ext.methods import MethodHead
 
 WHOLE = [[0, None]]
 """Default of MULTI_RES_SPLIT_CROPS: each head receives all resolutions, as in VISSL."""
@@ -52,6 +54,27 @@ class GroupedModel(BaseSSLMultiInputOutputModel):
         names = model_config.TRUNK.get("OUT_FEATURE_KEYS")
         if names and not is_feature_extractor_model(model_config):
             self._output_feature_names = list(names)
+        for head in self.heads:
+            if isinstance(head, MethodHead):
+                try:
+                    connect(head.projector, self.trunk, head.taps)
+                except ValueError as error:
+                    raise UserError(f"config.MODEL.TRUNK: {error}") from None
+
+    def forward(self, batch: Any) -> Any:
+        """Compute the outputs of the heads. Training of a method with ``taps`` appends the maps of each view.
+
+        Args:
+            batch: images ``[N, 3, H, W]``, or a list of crops as for ``multi_res_input_forward``.
+        """
+        head = self.heads[0] if len(self.heads) == 1 else None
+        if not (self.training and isinstance(head, MethodHead) and head.taps):
+            return super().forward(batch)
+        with FeatureTaps(self.trunk, head.taps) as taps:
+            (output,) = super().forward(batch)
+            views = batch if isinstance(batch, list) else batch.chunk(head.views)
+            maps = taps.take([view.shape[:-3] for view in views])
+        return [[*output, *(local for view in maps for local in head.projector.project_maps(view))]]
 
     def multi_res_input_forward(self, batch: list[Tensor], feature_names: list[str]) -> list[Tensor]:
         """Compute the features of each resolution once, and apply head i to the i-th group of resolutions.

@@ -18,6 +18,7 @@ from vissl.optimizers import get_optimizer_param_groups
 from vissl.trainer.train_task import SelfSupervisionTask
 
 from plugins.distributed import LOCAL
+from plugins.heads import MapHead
 from plugins.methods import METHODS
 from plugins.objective import Objective, ParameterGroup
 from plugins.spec import Hints
@@ -62,9 +63,14 @@ def check_config(config: Any, *, training: bool = True) -> None:
             raise UserError(f"{HEAD} requires config.LOSS.name to be one of {', '.join(sorted(METHODS))}, got {name}")
         return
     try:
-        method_options(name, config.LOSS.get(name, {}))
+        options = method_options(name, config.LOSS.get(name, {}))[0]
     except ValueError as error:
         raise UserError(f"config.LOSS.{name}: {error}") from None
+    if METHODS[name].taps(options) and config.MODEL.ACTIVATION_CHECKPOINTING.USE_ACTIVATION_CHECKPOINTING:
+        raise UserError(
+            f"config.LOSS.name={name} compares feature maps, which lose their gradients with activation checkpointing: "
+            "set config.MODEL.ACTIVATION_CHECKPOINTING.USE_ACTIVATION_CHECKPOINTING=false"
+        )
     if heads != [HEAD]:
         raise UserError(
             f"config.LOSS.name={name} requires config.MODEL.HEAD.PARAMS=[[{HEAD},{{in_dim:...}}]], got heads {heads}"
@@ -104,6 +110,8 @@ def _check_head(config: Any, name: str) -> None:
         with torch.device("meta"):
             predictor = None if spec.predictor is None else spec.predictor(options, LOCAL)
             head = spec.head(width, options)
+            if isinstance(head, MapHead):  # the trunk does not exist yet: any channels
+                head.build([1] * len(spec.taps(options)))
             Objective(spec, options, LOCAL, predictor, head)
             patches = patch_count(config.DATA.TRAIN.TRANSFORMS)
             if spec.stacks and patches:

@@ -20,7 +20,7 @@ from plugins.spec import Embeddings
 from plugins.targets import cosine_tau
 from plugins.tools.command import UserError
 from plugins.tools.labels import check_labels
-from plugins.tools.trainer import check_joined, ends_step, loss_scale, placeholder_loss, run_steps, set_clock
+from plugins.tools.trainer import check_strategy, ends_step, loss_scale, placeholder_loss, run_steps, set_clock
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
 RATES = {"lars": 0.45, "sgd": 0.24, "adamw": 0.002}
@@ -209,7 +209,9 @@ class TrainingSteps:
         set_clock(self.trainer, self.objective.clock)
         self._joined = None
         if self.hparams.accumulate == "joined":
-            check_joined(self.trainer)
+            check_strategy(self.trainer, "accumulate=joined")
+        if self.taps:
+            check_strategy(self.trainer, f"method {self.spec.name}, which compares feature maps,")
 
     def _features(self, views: list[Tensor]) -> list[Tensor]:
         """Compute the features of the views of a pass over the training set, in the precision of the Trainer."""

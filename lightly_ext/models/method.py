@@ -66,7 +66,7 @@ from plugins.clock import Feed
 from plugins.distributed import LOCAL, WORLD
 from plugins.heads import TwoBranchHead
 from plugins.joined import JoinedBatch
-from plugins.objective import Objective, embed, encode
+from plugins.objective import Objective, connect, embed, encode, encode_views
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, Hints, MethodSpec, Terms, large_views
 
@@ -142,7 +142,9 @@ class MethodModel(nn.Module):
             if (wanted is TwoBranchHead) != isinstance(projection_head, TwoBranchHead):
                 raise ValueError(f"method {spec.name} has {_BRANCHES[wanted is TwoBranchHead]}")
         spec = replace(spec, hints=_hints_of(spec, self.options, projection_head, prediction_head))
+        self.taps = spec.taps(self.options)
         self.projection_head = projection_head or self._default_head()
+        connect(self.projection_head, self.backbone, self.taps)
         if prediction_head is None and spec.predictor is not None:
             prediction_head = spec.predictor(self.options, self.comm)
         self.prediction_head = prediction_head
@@ -275,8 +277,8 @@ class MethodModel(nn.Module):
     def _encode(self, views: Sequence[Tensor], index: Any = None) -> tuple[list[Tensor], Embeddings]:
         """Compute the features of the views, and embeddings without the prediction head."""
         large, places = self._large(views), self._positions(views, index)
-        features = [encode(self.backbone, view) for view in views]
-        return features, embed(features, self.projection_head, large=large, index=places)
+        features, maps = encode_views(self.backbone, views, self.taps)
+        return features, embed(features, self.projection_head, large=large, index=places, maps=maps)
 
     def embed(self, views: Sequence[Tensor], index: Tensor | None = None) -> tuple[list[Tensor], Embeddings]:
         """Compute the features of the views and the input of the loss; in training, update a computed predictor.
@@ -290,10 +292,10 @@ class MethodModel(nn.Module):
         """
         large, places = self._large(views), self._positions(views, index)
         self._begin()
-        features = [encode(self.backbone, view) for view in views]
+        features, maps = encode_views(self.backbone, views, self.taps)
         predict = None if self.prediction_head is None else self._predict
         targets = self._targets(views[:large])
-        return features, embed(features, self.projection_head, predict, targets, large=large, index=places)
+        return features, embed(features, self.projection_head, predict, targets, large=large, index=places, maps=maps)
 
     def _begin(self) -> None:
         """Open an optimizer step if the model has a teacher, because ``update_momentum`` ends the step there."""

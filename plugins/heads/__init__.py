@@ -5,6 +5,7 @@ from plugins.heads.dino import dino_head
 from plugins.heads.dissl import Heads, UnitRows, dissl_heads, issl_head
 from plugins.heads.expand import ExpandDim, expand_resnet_dim
 from plugins.heads.init import issl_init_, projection_init_
+from plugins.heads.maps import MapHead
 from plugins.heads.mlp import mlp_head, plain_head
 from plugins.heads.patches import PatchHead
 from plugins.heads.two_branch import SharedHead, TwoBranchHead
@@ -12,6 +13,7 @@ from plugins.heads.two_branch import SharedHead, TwoBranchHead
 __all__ = [
     "ExpandDim",
     "Heads",
+    "MapHead",
     "PatchHead",
     "SharedHead",
     "TwoBranchHead",

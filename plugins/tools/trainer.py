@@ -74,15 +74,19 @@ def loss_scale(trainer: Any) -> float:
     return 1.0 if scaler is None else float(scaler.get_scale())
 
 
-def check_joined(trainer: Any) -> None:
-    """Check that the Trainer's strategy allows backward passes inside ``training_step``.
+def check_strategy(trainer: Any, what: str) -> None:
+    """Check that the Trainer's strategy leaves the networks whole: backward passes in ``training_step``, and hooks.
+
+    Args:
+        trainer: Lightning's Trainer.
+        what: what needs it, for the error message.
 
     Raises:
         UserError: the strategy is neither a single device nor DistributedDataParallel.
     """
     strategy = type(trainer.strategy)
     if not {"SingleDeviceStrategy", "DDPStrategy"} & {base.__name__ for base in strategy.__mro__}:
-        raise UserError(f"accumulate=joined needs one device or the strategy ddp, got {strategy.__name__}")
+        raise UserError(f"{what} needs one device or the strategy ddp, got {strategy.__name__}")
 
 
 def placeholder_loss(device: torch.device) -> Tensor:

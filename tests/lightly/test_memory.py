@@ -1,8 +1,9 @@
-"""Methods that remember images, see patches, freeze parameters and pass over the training set: a toy of this file."""
+"""Methods that remember images, see patches and feature maps, freeze parameters, pass over the training set: a toy."""
 
 import copy
 import os
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from lightly_ext import models
 from lightly_ext.data import IndexedDataset
 from lightly_ext.models.method import model_class
 from plugins.clock import Clock, Stepped
+from plugins.heads import MapHead
 from plugins.spec import Embeddings, Hints, MethodSpec, Option, Paper
 from plugins.targets import IndexedBank
 
@@ -29,7 +31,7 @@ class Terms(NamedTuple):
     loss: Tensor
 
 
-class Head(nn.Module):
+class Head(MapHead):
     """Of an image, and of a stack of patches."""
 
     def __init__(self, features_dim: int) -> None:
@@ -38,6 +40,12 @@ class Head(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return self.layer(h if h.ndim == 2 else h.tanh().mean(1))
+
+    def build(self, channels) -> None:
+        self.local = nn.ModuleList(nn.Conv2d(count, D, 1) for count in channels)
+
+    def project_maps(self, maps):
+        return tuple(conv(m if m.ndim == 4 else m.mean(1)) for conv, m in zip(self.local, maps, strict=True))
 
 
 class Prototypes(Stepped, nn.Module):
@@ -78,6 +86,8 @@ class BankLoss(nn.Module):
         first, second, patches = e.z
         near = (first - self.bank.read(e.index)).square().sum() + (second - patches).square().sum()
         ahead = sum(p.square().sum() for p in e.p) + (second - e.target[0]).square().sum()
+        for view, maps in enumerate(e.maps):
+            ahead = ahead + sum((e.z[view - 1][:, :, None, None] - map_).square().sum() for map_ in maps)
         rows = self.comm.sum(torch.tensor(float(len(first))))
         if self.training:
             self.bank.write(e.index, first.detach(), self.comm)
@@ -93,14 +103,19 @@ SPEC = MethodSpec(
     views=2,
     stacks=1,
     indexed=True,
-    options={"proj_output_dim": Option(D, "width", low=1)},
+    options={
+        **{"proj_output_dim": Option(D, "width", low=1)},
+        **{name: Option(name, "module of ResNets") for name in ("layer3", "layer4")},
+    },
     paper=Paper("Toy", "this file"),
     hints=lambda options: {
         "predictor": Hints(frozen_steps=2, lr_scale=0.5, lr_constant=True),
         "projector.layer": Hints(momentum=0.0),
         "loss": Hints(lr_scale=0.1, no_decay=True),
     },
+    taps=lambda options: {options["layer3"]: None, options["layer4"]: 2},
 )
+TAPS = {"layer3": "0", "layer4": "1"}
 Toy = model_class("Toy", SPEC, __name__)
 
 
@@ -111,7 +126,7 @@ def backbone() -> nn.Module:
 
 def built(num_samples: int | None = N, **options: Any) -> models.MethodModel:
     torch.manual_seed(0)
-    model = Toy(backbone(), num_samples=num_samples, **options).double()
+    model = Toy(backbone(), num_samples=num_samples, **{**TAPS, **options}).double()
     with torch.no_grad():
         for parameter in () if model.teacher_backbone is None else model.teacher_backbone.parameters():
             parameter.mul_(0.9)
@@ -236,6 +251,49 @@ def test_features_of_a_stack_are_the_mean_over_its_patches() -> None:
     assert torch.equal(embeddings.index, index)
 
 
+def test_the_maps_of_the_student_reach_the_loss() -> None:
+    model, (views, index) = built(), batch([0, 1])
+    _, embeddings = model.embed(views, index)
+    assert [[map_.shape for map_ in maps] for maps in embeddings.maps] == [
+        *[[(2, D, 4, 4), (2, D, 2, 2)]] * 2,
+        [(2, D, 2, 2)] * 2,
+    ]
+    for view, found in zip(views, embeddings.maps, strict=True):
+        early, late = (
+            copy.deepcopy(model.backbone[: number + 1])(view.flatten(0, -4)).unflatten(0, view.shape[:-3])
+            for number in range(2)
+        )
+        late = nn.functional.adaptive_avg_pool3d(late, (late.shape[-3], 2, 2))
+        for map_, of_view, conv in zip(found, (early, late), model.projection_head.local, strict=True):
+            torch.testing.assert_close(map_, conv(of_view if of_view.ndim == 4 else of_view.mean(1)), **EXACT)
+    assert model(views[0]).shape == (2, F) and model.project(views[0]).shape == (2, D)
+    same(copy.deepcopy(model).state_dict(), model.state_dict(), rtol=0.0, atol=0.0)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_maps_that_a_backbone_does_not_have_are_a_sentence() -> None:
+    for make, sentence in [
+        (lambda: built(layer3="layer3"), "no submodule 'layer3'; its children are 0, 1, 2"),
+        (lambda: built(projection_head=nn.Linear(F, D)), "the head must be a MapHead, got a Linear"),
+    ]:
+        with (
+            pytest.warns(UserWarning) if "MapHead" in sentence else nullcontext(),
+            pytest.raises(ValueError, match=sentence),
+        ):
+            make()
+
+
+def test_a_pass_over_the_training_set_between_micro_batches_leaves_no_maps() -> None:
+    model, expected = built(), built()
+    for each in (model, expected):
+        each.start_epoch(0, DataLoader(dataset(), batch_size=5), optimizer_of(each))
+    with pytest.raises(ValueError, match="index"):
+        model.loss(batch([0, 1])[0])
+    for _ in model._features([items()[0][0][0][None]]):
+        pass
+    assert torch.equal(model.loss(*batch([3, 4])), expected.loss(*batch([3, 4])))
+
+
 def test_an_epoch_passes_over_all_images_and_drops_the_state_of_new_parameters() -> None:
     model = built()
     assert model.prediction_head.seen == []
@@ -270,10 +328,11 @@ def test_what_an_epoch_needs_is_a_sentence() -> None:
 def test_groups_follow_the_hints() -> None:
     groups = {group.pop("name"): group for group in built().training_parameters(lr=1.0)}
     assert {name: len(group.pop("params")) for name, group in groups.items()} == {
-        "backbone": 2, "prediction_head": 1, "loss": 1, "projection_head.layer": 2
+        "backbone": 2, "projection_head": 4, "prediction_head": 1, "loss": 1, "projection_head.layer": 2
     }  # fmt: skip
     assert groups == {
         "backbone": {"lr": 1.0},
+        "projection_head": {"lr": 1.0},
         "prediction_head": {"lr": 0.5, "keep_lr": True},
         "loss": {"lr": 0.1, "weight_decay": 0.0},
         "projection_head.layer": {"lr": 1.0, "momentum": 0.0},
@@ -281,13 +340,16 @@ def test_groups_follow_the_hints() -> None:
 
 
 def test_a_head_of_the_users_own_need_not_have_the_parts_of_the_hints() -> None:
-    class Other(nn.Module):
+    class Other(MapHead):
         def __init__(self) -> None:
             super().__init__()
             self.last = Head(F)
 
         def forward(self, h: Tensor) -> Tensor:
             return self.last(h)
+
+        def build(self, channels) -> None:
+            self.last.build(channels)
 
     with pytest.warns(UserWarning, match=r"projection_head has no part layer, which method toy .* momentum=0.0"):
         model = built(projection_head=Other())
@@ -392,7 +454,9 @@ def _module(**options: Any) -> nn.Module:
     torch.manual_seed(0)
     cls = type("ToyModule", (TrainingSteps, Toy, LightningModule), {})
     given = {"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.01, "warmup_epochs": 0, "base_tau": 0.5}
-    module = cls(**{"batch_size_per_device": 4, "num_classes": 4, "backbone": backbone(), **given, **options}).double()
+    module = cls(
+        **{"batch_size_per_device": 4, "num_classes": 4, "backbone": backbone(), **TAPS, **given, **options}
+    ).double()
     with torch.no_grad():
         for parameter in module.teacher_backbone.parameters():
             parameter.mul_(0.9)
@@ -424,8 +488,9 @@ def test_lightning_allocates_starts_epochs_and_freezes() -> None:
     assert int(module.objective.clock.steps) == 3 and module.objective.clock.epoch == 0
     groups = {group["name"]: group for group in host.optimizers[0].param_groups}
     assert [*groups] == [
-        *("backbone", "backbone_norms_and_biases", "prediction_head", "loss", "projection_head.layer"),
-        *("projection_head.layer_norms_and_biases", "online_classifier"),
+        *("backbone", "backbone_norms_and_biases", "projection_head", "projection_head_norms_and_biases"),
+        *("prediction_head", "loss", "projection_head.layer", "projection_head.layer_norms_and_biases"),
+        "online_classifier",
     ]
     base = 1.0 * 4 / 256
     assert groups["prediction_head"]["initial_lr"] == groups["prediction_head"]["lr"] == 0.5 * base

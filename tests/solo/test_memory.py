@@ -1,4 +1,4 @@
-"""Methods with memory, stacks of patches, frozen and re-initialised parts: with a method that only this file knows."""
+"""Methods with memory, stacks of patches, feature maps, frozen and re-initialised parts: a method of this file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +10,7 @@ from omegaconf import open_dict
 from torch import Tensor, nn
 
 from plugins.clock import Clock, Stepped
+from plugins.heads import MapHead
 from plugins.spec import Embeddings, Hints, MethodSpec, Option, Paper
 from plugins.targets import IndexedBank
 from plugins.testing import POOL_SIZE, tiny_backbone
@@ -54,6 +55,11 @@ class Labeller(Stepped, nn.Module):
         return [self.layer.bias] if epoch else []
 
 
+def distance(z: Tensor, map_: Tensor) -> Tensor:
+    """Squared distance of a view from the places of a map of the other view."""
+    return (z[:, :, None, None] - map_).square().flatten(1).mean(1) / 10
+
+
 class Memory(nn.Module):
     """Squared distance of both views from the rows of a bank, which the image moves."""
 
@@ -66,6 +72,7 @@ class Memory(nn.Module):
         self.clock()
         rows = self.bank.read(e.index)
         squares = [(self.scale * z - rows).square().sum(1) for z in e.z] + [p.square().sum(1) for p in e.p]
+        squares += [distance(e.z[1 - view], map_) for view, maps in enumerate(e.maps) for map_ in maps]
         sums = torch.stack([torch.stack(squares).sum(), torch.tensor(float(len(rows)))])
         total, count = self.comm.sum(sums)
         if self.training:
@@ -73,8 +80,8 @@ class Memory(nn.Module):
         return Terms(total / count)
 
 
-class Head(nn.Module):
-    """A linear layer of the features, after the mean over patches."""
+class Head(MapHead):
+    """A linear layer of the features, after the mean over patches, and one of each map."""
 
     def __init__(self, features_dim: int) -> None:
         super().__init__()
@@ -82,6 +89,12 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layer(features.mean(1) if features.ndim == 3 else features)
+
+    def build(self, channels) -> None:
+        self.local = nn.ModuleList(nn.Conv2d(count, D, 1) for count in channels)
+
+    def project_maps(self, maps):
+        return tuple(conv(m.mean(1) if m.ndim == 5 else m) for conv, m in zip(self.local, maps, strict=True))
 
 
 SPEC = MethodSpec(
@@ -99,6 +112,7 @@ SPEC = MethodSpec(
         "predictor": Hints(frozen_steps=2, momentum=0.0),
         "loss": Hints(lr_scale=0.5, no_decay=True),
     },
+    taps=lambda options: {"conv1": None, "relu": 2},
 )
 
 
@@ -144,8 +158,29 @@ def test_the_stack_is_a_view_that_only_the_method_sees(toy):
     z = [model.projector(model.backbone(images)), model.projector(features)]
     p = model.predictor.predict(z)
     expected = sum(((view - rows[:5]) ** 2).sum() for view in z) + sum((view**2).sum() for view in p)
+    for other, view in zip(z[::-1], (images[:, None], stack), strict=True):
+        early = torch.stack([model.backbone.conv1(patch) for patch in view.unbind(1)], 1)
+        late = torch.stack([model.backbone.bn1(patch).relu() for patch in early.unbind(1)], 1)
+        late = nn.functional.adaptive_avg_pool2d(late.mean(1), 2)
+        for conv, map_ in zip(model.projector.local, (early.mean(1), late), strict=True):
+            expected = expected + distance(other, conv(map_)).sum()
     classes = nn.functional.cross_entropy(model.classifier(model.backbone(images).detach()), torch.zeros(5).long())
     torch.testing.assert_close(loss, expected / 5 + classes)
+
+
+def test_a_sharded_strategy_is_refused_for_a_method_with_maps(toy, monkeypatch):
+    class Trainer:
+        strategy, global_step, estimated_stepping_batches = type("FSDPStrategy", (), {})(), 0, 1
+
+    model = built(toy())
+    monkeypatch.setattr(model.objective, "allocate", lambda size: None)
+    monkeypatch.setattr("solo_ext.method.training_set_size", lambda trainer: 8)
+    monkeypatch.setattr("solo_ext.method.set_clock", lambda trainer, clock: None)
+    monkeypatch.setattr(type(model), "trainer", Trainer)
+    with pytest.raises(
+        UserError, match=r"method toy, which .* maps, needs one device or the strategy ddp, got FSDPStra"
+    ):
+        model.on_train_start()
 
 
 def test_the_optimiser_has_the_groups_that_the_hints_name(toy):
@@ -293,11 +328,18 @@ def test_micro_batches_are_joined_with_their_index_and_their_stack(rows, toy, mo
     parts = [tensor.split(rows) for tensor in (batch[0], *batch[1], batch[2])]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     single = model.training_step(batch, 0)
+    single.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert {"backbone.conv1.weight", "projector.local.1.weight"} < gradients.keys()
+    model.zero_grad()
     after = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(state)
     for number, (index, image, stack, labels) in enumerate(zip(*parts, strict=True)):
         model._ends_step = number == 1
         joined = model._joined_step([index, [image, stack], labels], number)
     torch.testing.assert_close(joined / 2, single, rtol=1e-10, atol=1e-10)
+    (joined / 2).backward()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-9, atol=1e-10)
     for name in ("bank.rows", "clock.steps"):
         torch.testing.assert_close(model.objective.criterion.state_dict()[name], after[f"objective.criterion.{name}"])

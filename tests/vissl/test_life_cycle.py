@@ -164,6 +164,58 @@ def test_two_processes_with_unequal_rows_step_as_one(toys: ModuleType) -> None:
                 )
 
 
+def test_maps_and_loss_are_those_of_a_direct_computation(toys: ModuleType) -> None:
+    """Of the student alone; a pass over the training set and an evaluation have none."""
+    task = built(toys)
+    model, loss = task.base_model.double(), task.base_loss.double()
+    loss.allocate(12)
+    LifeCycleHook().on_start(task)
+    model.trunk.layers[1].eval()  # its running statistics, so that the second pass is equal
+    images, stack = torch.randn(5, 3, 16, 16).double(), torch.randn(5, 2, 3, 8, 8).double()
+    (head,), layers = model.heads, model.trunk.layers
+    with torch.no_grad():
+        model.features(images)
+    (output,) = model([images, stack])
+    assert not any(module._forward_hooks for module in model.modules()) and all(m.ndim == 4 for m in output[-4:])
+    assert len(loss.teacher([images])[0]) == 1 and len(model.eval()([images])[0]) == 1
+    model.train().trunk.layers[1].eval()
+    loss.teacher_output, loss.index = [torch.ones(5, toys.D).double()], torch.arange(5)
+    rows = loss.objective.criterion.bank.rows[:5].clone()
+    found = loss(output, torch.zeros(1))
+    z, maps = [], []
+    for view in (images[:, None], stack):
+        early = torch.stack([layers[0](patch) for patch in view.unbind(1)], 1)
+        late = torch.stack([layers[1](patch) for patch in early.unbind(1)], 1)
+        features = torch.stack([layers[2:](patch) for patch in late.unbind(1)], 1)
+        z.append(head.projector.layer(features.mean(1)))
+        given = early.mean(1), nn.functional.adaptive_avg_pool2d(late.mean(1), 2)
+        maps.append([conv(m) for conv, m in zip(head.projector.local, given, strict=True)])
+    distances = (z[0] - rows).square().sum() + (z[1] - 1).square().sum()
+    for view, places in zip(z[::-1], maps, strict=True):
+        distances = distances + sum((view[:, :, None, None] - place).square().sum() for place in places) / 100
+    parts = torch.stack([distances, sum(head.predictor.layer(view).square().sum() for view in z)])
+    expected = (loss.objective.criterion.scale * parts).sum() / 5
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    weights = [layers[0].weight, *(conv.weight for conv in head.projector.local)]
+    for one, other in zip(torch.autograd.grad(found, weights), torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "config.MODEL.ACTIVATION_CHECKPOINTING.USE_ACTIVATION_CHECKPOINTING=true",
+            r"toy compares feature maps, .*: set config.MODEL.ACTIVATION_CHECKPOINTING.USE_ACTIVATION_CHECKPOINTING=",
+        ),
+        ("+config.LOSS.toy.module=layer3", r"config.MODEL.TRUNK: the backbone has no submodule 'layer3'"),
+    ],
+)
+def test_trunks_without_maps_are_refused(toys: ModuleType, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        built(toys, override)
+
+
 class _Two(Collective):
     """The other of two processes has the same gradients."""
 

@@ -14,6 +14,7 @@ from vissl.data.ssl_transforms import ssl_transforms_wrapper
 import vissl_ext.methods
 import vissl_ext.task
 from plugins.clock import Clock, Stepped
+from plugins.heads import MapHead
 from plugins.methods import METHODS
 from plugins.spec import Embeddings, Hints, MethodSpec, Option, Paper
 from plugins.targets import IndexedBank
@@ -31,8 +32,8 @@ CONFIG = [
 """The overrides that train the method on digits, with a tiny network."""
 
 
-class Head(nn.Module):
-    """Project features ``[B, F]``, or the mean of those of a stack ``[B, P, F]``."""
+class Head(MapHead):
+    """Project features ``[B, F]``, or the mean of those of a stack ``[B, P, F]``, and maps likewise."""
 
     def __init__(self, features_dim: int) -> None:
         super().__init__()
@@ -40,6 +41,12 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layer(features if features.ndim == 2 else features.mean(1))
+
+    def build(self, channels: list[int]) -> None:
+        self.local = nn.ModuleList(nn.Conv2d(count, D, 1) for count in channels)
+
+    def project_maps(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(conv(m if m.ndim == 4 else m.mean(1)) for conv, m in zip(self.local, maps, strict=True))
 
 
 class Prototypes(Stepped, nn.Module):
@@ -87,7 +94,7 @@ class Terms(NamedTuple):
 
 
 class Loss(nn.Module):
-    """Distance of the image from its row of a bank and from the teacher, times a learned scale."""
+    """Distance of the image from its row of a bank, the teacher and the patches' maps, times a learned scale."""
 
     def __init__(self, options: Any, comm: Any) -> None:
         super().__init__()
@@ -100,6 +107,9 @@ class Loss(nn.Module):
         assert len(e.index) == len(image) and image.shape == stack.shape == (len(image), D)
         rows = self.comm.sum(image.new_tensor(float(len(image))))
         distances = (image - self.bank.read(e.index)).square().sum() + (stack - target).square().sum()
+        assert [[m.ndim, late.shape[2:]] for m, late in e.maps] == [[4, (2, 2)]] * 2
+        for z, maps in zip(e.z[::-1], e.maps, strict=True):
+            distances = distances + sum((z[:, :, None, None] - map_).square().sum() for map_ in maps) / 100
         parts = [distances, sum(p.square().sum() for p in e.p)]
         loss = self.comm.sum((self.scale * torch.stack(parts)).sum()) / rows
         if self.training:
@@ -116,12 +126,17 @@ SPEC = MethodSpec(
     views=1,
     stacks=1,
     indexed=True,
-    options={"proj_output_dim": Option(D, "width", low=1), "log_eigvals": Option(False, "no")},
+    options={
+        "proj_output_dim": Option(D, "width", low=1),
+        "log_eigvals": Option(False, "no"),
+        "module": Option("1", ""),
+    },
     paper=Paper("Toy", "this file"),
     hints=lambda options: {
         "predictor": Hints(frozen_steps=4, momentum=0.0),
         "loss": Hints(lr_scale=0.1, no_decay=True, lr_constant=True),
     },
+    taps=lambda options: {"layers.0": None, options["module"]: 2},
 )
 
 

@@ -93,6 +93,18 @@ class Clock(Stepped, nn.Module):
         self.epoch: int | None = None
         self.first = True
         self._counted = False
+        self._known: tuple[Tensor, int, int] | None = None  # the buffer, its version and its value
+
+    @property
+    def count(self) -> int:
+        """Number of steps that have begun. It waits for the device only if not ``forward`` has changed it last."""
+        if not self._knows():
+            self._known = (self.steps, self.steps._version, int(self.steps))
+        assert self._known is not None
+        return self._known[2]
+
+    def _knows(self) -> bool:
+        return self._known is not None and self._known[0] is self.steps and self._known[1] == self.steps._version
 
     def forward(self) -> Tensor:
         """Return the number of earlier steps, ``[]``. The first call of a step in training mode counts the step."""
@@ -101,9 +113,17 @@ class Clock(Stepped, nn.Module):
         self.first = not self._counted
         before = self.steps - int(self._counted)
         if self.first:
-            self.steps += 1
+            self._add_step()
         self._counted = self.stepping
         return before
+
+    def _add_step(self) -> None:
+        if torch.compiler.is_compiling() or not self._knows():
+            self.steps += 1
+            return
+        count = self.count
+        self.steps += 1
+        self._known = (self.steps, self.steps._version, count + 1)
 
     def start_epoch(self, epoch: int, feed: Feed | None) -> Iterable[nn.Parameter]:
         """Set the number of the epoch."""
@@ -114,7 +134,7 @@ class Clock(Stepped, nn.Module):
         """Return the number of complete epochs before the present step; None if it is unknown."""
         if self.epoch is not None:
             return self.epoch
-        return None if not self.steps_per_epoch else max(int(self.steps) - 1, 0) // self.steps_per_epoch
+        return None if not self.steps_per_epoch else max(self.count - 1, 0) // self.steps_per_epoch
 
     def after_step(self) -> None:
         """End the open step: the next call counts again."""

@@ -181,15 +181,16 @@ class Objective(nn.Module):
         self._heads = [projector, predictor]
         self._teacher: tuple[list[nn.Module], list[nn.Module]] = ([], [])
         self._hints = dict(spec.hints(options))
-        self._freezes = any(hints.frozen_steps or hints.frozen_epochs for hints in self._hints.values())
         self._must_freeze = False
         named = {group.name for group in self.groups}
+        freezing = {name: hints for name, hints in self._hints.items() if hints.frozen_steps or hints.frozen_epochs}
+        self._freezing = {name: hints for name, hints in freezing.items() if name in named}
         missing = [key for key in self._hints if "." in key and key not in named and projector is not None]
         if missing:
             raise ValueError(f"method {spec.name} gives hints for {', '.join(missing)}, which have no parameters")
         # the clock of the loss, whose count is in the checkpoint, or a new one for the adapters
         clocks = [module for module in self.criterion.modules() if isinstance(module, Clock)]
-        self._own_clock = None if clocks else Clock(persistent=bool(self._frozen))
+        self._own_clock = None if clocks else Clock(persistent=bool(self._freezing))
         roots = [self] if predictor is None else [self, predictor]
         self._stepped = [part for root in roots for part in root.modules() if isinstance(part, Stepped)]
         self._micro_batches = 0
@@ -210,13 +211,6 @@ class Objective(nn.Module):
                 if parameter.requires_grad:
                     groups[max(prefixes, key=len)].parameters[whole] = parameter
         return [group for group in groups.values() if group.parameters]
-
-    @property
-    def _frozen(self) -> list[ParameterGroup]:
-        """The groups that are frozen at the start of the run."""
-        if not self._freezes:
-            return []
-        return [group for group in self.groups if group.hints.frozen_steps or group.hints.frozen_epochs]
 
     @property
     def clock(self) -> Clock:
@@ -270,25 +264,26 @@ class Objective(nn.Module):
         hints freeze parameters, and does nothing for others. It follows the reduction of the gradients over the
         processes, because DistributedDataParallel waits for the gradients of all parameters.
         """
-        for group in self._frozen:
-            if self._is_frozen(group):
+        frozen = [name for name, hints in self._freezing.items() if self._is_frozen(name, hints)]
+        for group in self.groups if frozen else []:
+            if group.name in frozen:
                 for parameter in group.parameters.values():
                     parameter.grad = None
         self._must_freeze = False
 
-    def _is_frozen(self, group: ParameterGroup) -> bool:
+    def _is_frozen(self, name: str, hints: Hints) -> bool:
         """Return whether the parameters of a group are frozen in the present step."""
-        if int(self.clock.steps) <= group.hints.frozen_steps:
+        if self.clock.count <= hints.frozen_steps:
             return True
-        if not group.hints.frozen_epochs:
+        if not hints.frozen_epochs:
             return False
         epochs = self.clock.epochs()
         if epochs is None:
             raise ValueError(
-                f"{group.name} is frozen for {group.hints.frozen_epochs} epochs, but the number of the epoch is "
-                "unknown; call start_epoch at the start of each epoch"
+                f"{name} is frozen for {hints.frozen_epochs} epochs, but the number of the epoch is unknown; "
+                "call start_epoch at the start of each epoch"
             )
-        return epochs < group.hints.frozen_epochs
+        return epochs < hints.frozen_epochs
 
     def after_step(self, tau: float | None = None) -> None:
         """End the optimiser step. Call it after the optimiser. Without ``tau`` it does nothing if no step is open.
@@ -329,19 +324,19 @@ class Objective(nn.Module):
         if self._own_clock is not None:
             self._own_clock()
         terms = self._terms(embeddings)
-        if self._freezes and self.training and torch.is_grad_enabled():
+        if self._freezing and self.clock.first and self.training and torch.is_grad_enabled():
             self._check_frozen()
         return terms
 
     def _check_frozen(self) -> None:
         """Warn if the parameters of the step before this one have not been frozen."""
-        if self._must_freeze and self.clock.first:
+        if self._must_freeze:
             warnings.warn(
                 "parameters that the method freezes at first have been trained; call after_backward between backward "
                 "and the step of the optimizer",
                 stacklevel=4,
             )
-        self._must_freeze = any(self._is_frozen(group) for group in self._frozen)
+        self._must_freeze = any(self._is_frozen(name, hints) for name, hints in self._freezing.items())
 
     def _terms(self, embeddings: Embeddings) -> Terms:
         if self.embedding_moment is not None and self.training:

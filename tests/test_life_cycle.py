@@ -110,6 +110,31 @@ def optimizer_of(objective: Objective) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
+def is_frozen(objective: Objective) -> bool:
+    """Whether the predictor, which is never used, keeps no gradient."""
+    weight = objective._heads[1].layer.weight
+    weight.grad = torch.ones_like(weight)
+    objective.after_backward()
+    return weight.grad is None
+
+
+def test_a_step_neither_waits_for_the_device_nor_walks_the_parameters(monkeypatch):
+    """The number of steps is known without the device, and after the thaw there is nothing to look at."""
+    head, predictor, objective = made()
+    optimizer = optimizer_of(objective)
+    step(head, predictor, objective, optimizer, 0)
+    waits, walks = [], []
+    convert, groups = Tensor.__int__, Objective.groups.fget
+    monkeypatch.setattr(Tensor, "__int__", lambda self: waits.append(self) or convert(self))
+    monkeypatch.setattr(Objective, "groups", property(lambda self: walks.append(self) or groups(self)))
+    for number in range(1, 6):
+        step(head, predictor, objective, optimizer, number)
+    assert not waits and len(walks) == 1, "in the second step, in which the predictor is frozen for the last time"
+    assert objective.clock.count == 6
+    objective.load_state_dict(made()[2].state_dict())
+    assert objective.clock.count == 0 and len(waits) == 1
+
+
 def test_parameters_of_head_predictor_and_loss_are_grouped_by_their_hints():
     head, _, objective = made(**{"projector.3": Hints(momentum=0.0)})
     named = {group.name: sorted(group.parameters) for group in objective.groups}
@@ -168,26 +193,25 @@ def test_freezing_counts_steps_and_not_micro_batches_and_survives_a_checkpoint()
         z = [torch.randn(3, D, requires_grad=True) for _ in range(2)]
         resumed(Embeddings(z, z, z, index=index))
     assert int(resumed.clock.steps) == 2
-    assert resumed._is_frozen(resumed._frozen[0])
+    assert is_frozen(resumed)
     resumed.after_backward()
     resumed.after_step()
     resumed.before_step()
     resumed(Embeddings(z, z, z, index=index))
-    assert not resumed._is_frozen(resumed._frozen[0])
+    assert not is_frozen(resumed)
 
 
 def test_epochs_freeze_by_the_epoch_or_by_the_steps_of_one():
     objective = made(predictor=Hints(frozen_epochs=1))[2]
-    (group,) = objective._frozen
     objective.clock.steps += 3
     with pytest.raises(ValueError, match=r"predictor is frozen for 1 epochs.*start_epoch"):
-        objective._is_frozen(group)
+        is_frozen(objective)
     objective.clock.steps_per_epoch = 3
-    assert objective._is_frozen(group)
+    assert is_frozen(objective)
     objective.clock.steps += 1
-    assert not objective._is_frozen(group)
+    assert not is_frozen(objective)
     objective.start_epoch(0)
-    assert objective._is_frozen(group), "the number of the epoch comes first"
+    assert is_frozen(objective), "the number of the epoch comes first"
 
 
 def test_a_parameter_that_was_replaced_is_grouped_and_frozen():

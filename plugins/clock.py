@@ -25,7 +25,7 @@ class Feed(Protocol):
 
 
 class Stepped:
-    """A component with a life cycle: its state is updated once per epoch, or once per optimiser step.
+    """A component with a life cycle: its state depends on the run, and moves once per epoch or per optimiser step.
 
     A step may accumulate several micro-batches: all batches between ``before_step`` and ``after_step`` are its
     micro-batches. Otherwise each batch is a step. :class:`plugins.objective.Objective` calls the methods on its parts.
@@ -33,6 +33,19 @@ class Stepped:
 
     stepping: bool = False
     """Whether a step is open."""
+
+    def attach(self, predictor: nn.Module | None) -> None:
+        """Receive the method's predictor, once, for a loss that also applies it to rows of its own."""
+
+    def allocate(self, size: int) -> None:
+        """Allocate the memory of images. One that a checkpoint has filled is kept.
+
+        Args:
+            size: number of training images.
+
+        Raises:
+            ValueError: the checkpoint is that of another number of images.
+        """
 
     def start_epoch(self, epoch: int, feed: Feed | None) -> Iterable[nn.Parameter]:
         """Start an epoch.

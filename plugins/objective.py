@@ -168,9 +168,6 @@ class Objective(nn.Module):
         super().__init__()
         self.comm = comm
         self.criterion = spec.loss(options, comm)
-        attach = getattr(self.criterion, "attach", None)
-        if attach is not None:  # a loss that also applies the predictor to rows of its own
-            attach(predictor)
         self.etf: ETFMonitor | None = None
         if isinstance(projector, TwoBranchHead):
             self.etf = ETFMonitor(projector.features_dim, comm=comm)
@@ -193,6 +190,8 @@ class Objective(nn.Module):
         self._own_clock = None if clocks else Clock(persistent=bool(self._freezing))
         roots = [self] if predictor is None else [self, predictor]
         self._stepped = [part for root in roots for part in root.modules() if isinstance(part, Stepped)]
+        for part in self._stepped:
+            part.attach(predictor)
         self._micro_batches = 0
 
     @property
@@ -231,10 +230,8 @@ class Objective(nn.Module):
         Raises:
             ValueError: the checkpoint is that of another number of images.
         """
-        for part in self.criterion.modules():
-            allocate = getattr(part, "allocate", None)
-            if allocate is not None:
-                allocate(size)
+        for part in self._stepped:
+            part.allocate(size)
 
     def set_teacher(self, teacher: Iterable[nn.Module], student: Iterable[nn.Module]) -> None:
         """Set the networks that ``after_step`` averages: modules of the teacher, and those of the student in order."""

@@ -292,3 +292,12 @@ def test_the_number_of_stacks_is_checked(given, message):
         spec.check_views(*given)
     with pytest.raises(ValueError, match=r"takes no stacks of patches.*make 1"):
         toy().check_views(2, 0, 1)
+
+
+def test_a_predictor_may_have_a_memory_too():
+    from dataclasses import replace
+
+    spec = replace(toy(), predictor=lambda options, comm: nn.Sequential(IndexedBank(None, D)), hints=lambda options: {})
+    predictor = spec.predictor(spec.resolve({}), LOCAL)
+    Objective(spec, spec.resolve({}), LOCAL, predictor).allocate(N)
+    assert predictor[0].size == N

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plugins.clock import Clock
+from plugins.clock import Clock, Stepped
 from plugins.distributed import Collective
 from plugins.heads import UnitRows, plain_head
 from plugins.losses import SwAVTerms, swav_terms
@@ -16,7 +16,7 @@ from plugins.spec import Embeddings, Hints, MethodSpec, Option, Paper
 from plugins.targets import RingQueue
 
 
-class _Loss(nn.Module):
+class _Loss(Stepped, nn.Module):
     def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
         super().__init__()
         self.options = {name: options[name] for name in ("temperature", "epsilon", "iterations")}

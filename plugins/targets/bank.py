@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from plugins.checks import check_range, check_rows, check_whole
+from plugins.clock import Stepped
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import unit_rows
 
@@ -23,7 +24,7 @@ ENTRIES = 2**24
 """Number of cosines with the whole bank that are in memory at the same time."""
 
 
-class IndexedBank(nn.Module):
+class IndexedBank(Stepped, nn.Module):
     """Rows of unit length, indexed by image: ``b_i ← l2(m b_i + (1 − m) l2(z_i))``.
 
     The bank is in the state dict. With ``size=None`` it is empty until :meth:`allocate` is called or a checkpoint is

@@ -37,12 +37,19 @@ class LifeCycleHook(SilentHook):
             task.base_model.register_forward_pre_hook(open_step)
 
     def on_phase_start(self, task: Any) -> None:
-        """Start an epoch, and drop the optimiser's state of parameters that have been initialised anew."""
+        """Start an epoch, and drop the optimiser's state of parameters that have been initialised anew.
+
+        An epoch may have several phases. A run that resumes within an epoch has started it before.
+        """
         loss = task.base_loss
         if not (isinstance(loss, MethodLoss) and task.train):
             return
-        for parameter in loss.objective.start_epoch(task.train_phase_idx, feed(task)):
+        if task.epoch == task.started_epoch:
+            loss.clock.epoch = task.epoch
+            return
+        for parameter in loss.objective.start_epoch(task.epoch, feed(task)):
             task.optimizer.optimizer.state.pop(parameter, None)
+        task.started_epoch = task.epoch
 
     def on_forward(self, task: Any) -> None:
         """Give the loss the positions of the batch's images in the training set."""
@@ -112,7 +119,7 @@ def feed(task: Any) -> WholeSet:
         batch_size=data.TRAIN.BATCHSIZE_PER_REPLICA,
         workers=data.NUM_DATALOADER_WORKERS,
         device=task.device,
-        seed=task.train_phase_idx,
+        seed=task.epoch,
     )
 
 

@@ -187,11 +187,18 @@ class PluginTask(SelfSupervisionTask):
 
     loss_of_ranks: list[dict[str, torch.Tensor]] | None = None
     """Tensors of the loss that differ between the processes; see ``RankStates``."""
+    started_epoch: int | None = None
+    """Number of the epoch that the method has started last; None before the first one."""
 
     @property
     def method(self) -> str | None:
         """The key of METHODS that is trained, or None if the loss is not one of METHODS."""
         return self.config.LOSS.name if self.config.LOSS.name in METHODS else None
+
+    @property
+    def epoch(self) -> int:
+        """Number of the present epoch, from 0. With VISSL's public data sets it has one training phase."""
+        return self.train_phase_idx // self.num_train_phases_per_epoch
 
     def set_hooks(self, hooks: list[Any]) -> Any:
         """Set the given hooks and those that the loss requires, which VISSL's own launcher does not pass."""
@@ -270,7 +277,7 @@ class PluginTask(SelfSupervisionTask):
             set_epoch(getattr(self.datasets[phase_type], "transform", None), train_phase_idx)
 
     def get_classy_state(self, deep_copy: bool = False) -> dict[str, Any]:
-        """Return VISSL's state, the loss tensors of each process, and the loss scale of PyTorch's mixed precision.
+        """Return VISSL's state, that of the method's epoch, the loss tensors of each process, and the loss scale.
 
         classy_vision/tasks/classification_task.py:968 saves the loss scale only if ``amp_args`` are set, which VISSL
         does for apex only.
@@ -280,9 +287,12 @@ class PluginTask(SelfSupervisionTask):
             state["amp"] = self.amp_grad_scaler.state_dict()
         if self.loss_of_ranks is not None:
             state[KEY] = self.loss_of_ranks
+        if self.started_epoch is not None:
+            state["started_epoch"] = self.started_epoch
         return state
 
     def _set_classy_state(self, state: dict[str, Any]) -> None:
+        self.started_epoch = state.get("started_epoch")
         usable = self.amp_grad_scaler is not None and "scale" in state.get("amp", {})
         if not usable and self.amp_type != AmpType.APEX:
             # the run that wrote it used apex or another precision

@@ -30,6 +30,9 @@ from vissl_ext.registry import register
 from vissl_ext.task import PluginTask, check_config
 from vissl_ext.views import patch_count, resolutions, stack_count
 
+# isort: split
+from vissl.trainer.train_task import SelfSupervisionTask
+
 register()
 pytestmark = [pytest.mark.vissl, pytest.mark.usefixtures("files_are_parsed_once")]
 
@@ -362,3 +365,35 @@ def test_an_epoch_drops_the_optimisers_state_of_parameters_that_it_initialises(
     state[new], state["another"] = {"momentum_buffer": 1}, {}
     LifeCycleHook().on_phase_start(task)
     assert list(state) == ["another"] and calls == [(3, "pass")]
+
+
+def test_an_epoch_starts_once_also_if_it_has_phases_or_the_run_resumes_within_it(
+    toys: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vissl_ext.life_cycle.feed", lambda task: "pass")
+    monkeypatch.setattr(SelfSupervisionTask, "get_classy_state", lambda self, deep_copy: {})
+    monkeypatch.setattr(SelfSupervisionTask, "_set_classy_state", lambda self, state: None)
+    calls: list[Any] = []
+
+    def task_from(state: dict[str, Any]) -> Any:
+        task = built(toys)
+        task.num_train_phases_per_epoch = 2
+        monkeypatch.setattr(task.base_loss.objective, "start_epoch", lambda *given: calls.append(given) or [])
+        task.train = True
+        task._set_classy_state(state)
+        return task
+
+    def start(task: Any, phase: int) -> int | None:
+        task.train_phase_idx = phase
+        LifeCycleHook().on_phase_start(task)
+        return task.base_loss.clock.epoch
+
+    task = task_from({})
+    for phase in range(3):
+        start(task, phase)
+    assert calls == [(0, "pass"), (1, "pass")]
+    resumed = task_from(task.get_classy_state())
+    assert start(resumed, 2) == 1 and start(resumed, 3) == 1 and len(calls) == 2
+    start(resumed, 4)
+    start(task_from({}), 2)  # from a checkpoint of an earlier release
+    assert calls[2:] == [(2, "pass"), (1, "pass")]

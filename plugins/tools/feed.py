@@ -1,13 +1,17 @@
 """One pass over the training set, in which each image occurs exactly once over all processes."""
 
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 from torch.utils.data import DataLoader, Dataset
 
 from plugins.checks import check_choice
@@ -24,6 +28,44 @@ class _Views(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, list[Tensor]]:
         return index, [*self.views_of(self.dataset[index])]
+
+
+class _Generators:
+    """States of the global random generators, which a pass has of its own: of torch, numpy and Python.
+
+    Args:
+        seed: of all of them.
+        device: whose generator is included.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.device = torch.empty(0, device=device)
+        run = self._now()
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        self.states = self._now()
+        self._set(run)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Draw from these states within the block, and from those of the run after it."""
+        run = self._now()
+        self._set(self.states)
+        try:
+            yield
+        finally:
+            self.states = self._now()
+            self._set(run)
+
+    def _now(self) -> tuple[Any, ...]:
+        return torch.get_rng_state(), random.getstate(), np.random.get_state(), get_device_states(self.device)
+
+    def _set(self, states: tuple[Any, ...]) -> None:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+        set_device_states(*states[3])
 
 
 class WholeSet:
@@ -45,7 +87,8 @@ class WholeSet:
         batch_size: largest number of images of a batch, > 0.
         workers: number of processes that read images; 0 reads in this one.
         device: where the features are computed; None is the device of the network's first parameter.
-        seed: of the augmentations that the workers draw, such as the number of the epoch.
+        seed: of the augmentations and of what the network draws, such as the number of the epoch. The random numbers of
+            the run are not used.
         comm: the processes that share the pass.
 
     Raises:
@@ -76,7 +119,8 @@ class WholeSet:
         dataset = self.datasets[view]()
         batches = shares(len(dataset), self.batch_size, self.comm.rank, self.comm.size)
         # the default generator would draw from that of the run
-        generator = torch.Generator().manual_seed(self.seed * self.comm.size + self.comm.rank)
+        seed = self.seed * self.comm.size + self.comm.rank
+        generator = torch.Generator().manual_seed(seed)
         loader: Any = DataLoader(
             _Views(dataset, self.views_of),
             batch_sampler=batches,
@@ -84,13 +128,17 @@ class WholeSet:
             generator=generator,
         )
         device = self.device or next(p.device for part in self.network for p in part.parameters())
+        reading, passing = _Generators(seed, device), _Generators(seed, device)
         share_buffers(self.network, self.comm)
         before = [(module, module.training) for part in self.network for module in part.modules()]
         try:
             for part in self.network:
                 part.train(mode == "train")
-            for index, views in loader:
-                with torch.no_grad():
+            batches = iter(loader)
+            for _ in range(len(loader)):
+                with reading.used():
+                    index, views = next(batches)
+                with passing.used(), torch.no_grad():
                     features = self.encode([images.to(device, non_blocking=True) for images in views])
                 yield index.to(device), features
         finally:

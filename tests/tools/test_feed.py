@@ -1,5 +1,8 @@
 """A pass over the training set yields each image exactly once over all processes."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -68,18 +71,39 @@ class _Noise:
         return 3
 
     def __getitem__(self, index):
-        return (torch.rand(3, 2, 2),)
+        return (torch.rand(3, 2, 2) + random.random() + np.random.rand(),)
 
 
-def test_workers_draw_other_augmentations_with_another_seed():
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pass_draws_from_its_seed_and_not_from_the_numbers_of_the_run(workers):
+    """The augmentations of this process or of a worker, and the dropout of the network; between batches the run's."""
+
     def drawn(seed):
         feed = WholeSet(
-            {"train": _Noise}, lambda item: item, lambda views: views, [nn.Linear(1, 1)],
-            batch_size=4, workers=1, seed=seed, comm=LOCAL,
+            {"train": _Noise}, lambda item: item, lambda views: [nn.functional.dropout(view) for view in views],
+            network, batch_size=1, workers=workers, seed=seed, comm=LOCAL,
         )  # fmt: skip
-        return torch.cat([views[0] for _, views in feed(view="train")])
+        found = []
+        for _, (view,) in feed(view="train"):
+            found.append(view)
+            taken.append(next_numbers())
+        return torch.cat(found)
 
-    assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
+    def next_numbers():
+        return float(torch.rand(())), random.random(), float(np.random.rand())
+
+    def passes(seeds):
+        for seed_of in (torch.manual_seed, random.seed, np.random.seed):
+            seed_of(5)
+        return [drawn(seed) for seed in seeds]
+
+    network, taken = [nn.Linear(1, 1)], []
+    first, again, other = passes([1, 1, 2])
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert len({float(view.sum()) for view in first}) == 3, "each image has numbers of its own"
+    numbers, taken = taken, []
+    passes([])
+    assert numbers == [next_numbers() for _ in numbers]
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

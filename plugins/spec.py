@@ -79,6 +79,10 @@ class Terms(Protocol):
     def _asdict(self) -> dict[str, Tensor]: ...
 
 
+class UnknownOptionError(ValueError):
+    """A method has no option of a given name."""
+
+
 @dataclass(frozen=True)
 class Option:
     """One entry of a method's options (``method_kwargs`` in solo-learn).
@@ -251,8 +255,9 @@ class MethodSpec:
             A value for every option, read-only.
 
         Raises:
-            ValueError: a name is unknown or given twice under two aliases, or a value has the wrong type, is not among
-                the choices, or is out of range.
+            UnknownOptionError: a name is unknown.
+            ValueError: a name is given twice under two aliases, or a value has the wrong type, is not among the
+                choices, or is out of range.
         """
         names: dict[str, tuple[str, Callable[[Any], Any] | None]] = {name: (name, None) for name in self.options}
         for name, option in self.options.items():
@@ -261,7 +266,9 @@ class MethodSpec:
         origin: dict[str, str] = {}
         for key, value in given.items():
             if key not in names:
-                raise ValueError(f"method {self.name} has no option {key!r}; it knows {', '.join(sorted(names))}")
+                raise UnknownOptionError(
+                    f"method {self.name} has no option {key!r}; known options: {', '.join(sorted(names))}"
+                )
             name, translate = names[key]
             if name in origin:
                 raise ValueError(f"method {self.name}: {origin[name]!r} and {key!r} are names of the same option")

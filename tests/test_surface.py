@@ -36,7 +36,7 @@ def test_every_option_is_explained_and_its_default_allowed(name):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"alpah": 1}, "has no option 'alpah'; it knows alpha"),
+        ({"alpah": 1}, "has no option 'alpah'; known options: alpha"),
         ({"alpha": "x"}, "alpha must be a float, got 'x'"),
         ({"alpha": True}, "alpha must be a float, got True"),
         ({"normalize": 1}, "normalize must be a bool, got 1"),

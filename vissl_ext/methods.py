@@ -30,7 +30,7 @@ from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
 from plugins.objective import Objective, embed
 from plugins.predictors import RunningMoment
-from plugins.spec import Embeddings, MethodSpec
+from plugins.spec import Embeddings, MethodSpec, UnknownOptionError
 from plugins.targets import EMATeacher, cosine_tau, needs_teacher
 from plugins.tools.command import UserError
 
@@ -59,9 +59,8 @@ def method_options(name: str, given: Mapping[str, Any]) -> tuple[Mapping[str, An
     taus = {key: given.pop(key, default) for key, default in TAUS.items()}
     try:
         options = spec.resolve(given)
-    except ValueError as error:
-        also = f"; options of the teacher: {', '.join(TAUS)}" if " has no option " in str(error) else ""
-        raise ValueError(f"{error}{also}") from None
+    except UnknownOptionError as error:
+        raise UnknownOptionError(f"{error}; options of the teacher: {', '.join(TAUS)}") from None
     for key, value in taus.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"method {name}: {key} must be a float, got {value!r}")

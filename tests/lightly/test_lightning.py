@@ -388,7 +388,7 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
         (["--knn-k", "100"], "--knn-k must not exceed the number of training images, 80, got 100"),
         (["--backbone", "resnet81"], "--backbone: unknown model 'resnet81'; choose from resnet8, alexnet, "),
         (["--backbone", "vgg11", "--small-images"], "--small-images needs a ResNet, got --backbone vgg11"),
-        (["--option", "alhpa=1.0"], "isoloss: method isoloss has no option 'alhpa'; it knows alpha, "),
+        (["--option", "alhpa=1.0"], "isoloss: method isoloss has no option 'alhpa'; known options: alpha, "),
         (["--option", "rho"], "--option must be KEY=VALUE, got 'rho'"),
         (["--option", "rho=high"], "isoloss: method isoloss: rho must be a float, got 'high'"),
         (["--transform", "minscale=1"], "--transform: IsoLossTransform has no argument 'minscale'; known arguments: "),

@@ -305,7 +305,7 @@ def test_mistakes_are_sentences() -> None:
     with torch.device("meta"):  # its weights do not matter
         vit = torchvision.models.vit_b_16()
     cases = [
-        (lambda: models.SSLEY(conv(), alhpa=1.0), "method ssl_ey has no option 'alhpa'; it knows estimator"),
+        (lambda: models.SSLEY(conv(), alhpa=1.0), "method ssl_ey has no option 'alhpa'; known options: estimator"),
         (lambda: models.SSLEY(conv(), prediction_head=nn.Identity()), "method ssl_ey has no prediction head"),
         (lambda: models.SSLEY(conv(), teacher=True), "method ssl_ey has no teacher"),
         (lambda: models.SSLEY(nn.Linear(5, 3)), "backbone cannot process an image of shape (1, 3, 224, 224)"),

@@ -72,7 +72,7 @@ def test_an_option_of_its_own_tells_it_from_solo_learns(configured):
     native = "method_kwargs={proj_hidden_dim: 8, proj_output_dim: 4, num_prototypes: 8}"
     cfg = configured("~method_kwargs", f"+{native}")
     assert method_class(cfg) is native_methods()["dino"]
-    with pytest.raises(UserError, match=r"dino has no option 'num_prototypes'; it knows center_momentum, "):
+    with pytest.raises(UserError, match=r"dino has no option 'num_prototypes'; known options: center_momentum, "):
         method_class(configured("+method_kwargs.num_prototypes=8"))
     with pytest.raises(UserError, match=r"method dino: center_momentum must be in \[0, 1\], got 2.0"):
         method_class(configured("+method_kwargs.center_momentum=2"))

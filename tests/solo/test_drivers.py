@@ -255,7 +255,7 @@ def untrained(digits, tmp_path_factory):
 
 _REFUSED = {
     "unknown method": (["method=isolos"], "unknown method 'isolos'; choose from"),
-    "misspelt option": (["+method_kwargs.alhpa=1"], "method isoloss has no option 'alhpa'; it knows"),
+    "misspelt option": (["+method_kwargs.alhpa=1"], "method isoloss has no option 'alhpa'; known options:"),
     "wrong value": (["+method_kwargs.mode=both"], "mode must be one of sequential, pooled, got 'both'"),
     "missing data": (["data.train_path=nowhere/train"], "data.train_path is not a folder: nowhere/train"),
     "batch of one": (["optimizer.batch_size=1"], "optimizer.batch_size must be an integer, at least 2, got 1"),

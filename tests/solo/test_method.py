@@ -233,7 +233,7 @@ def test_unknown_method_lists_the_known(compose):
 
 
 def test_misspelt_option_lists_the_known(compose):
-    with pytest.raises(UserError, match=r"no option 'alhpa'; it knows alpha, .*dp_alpha"):
+    with pytest.raises(UserError, match=r"no option 'alhpa'; known options: alpha, .*dp_alpha"):
         method_class(parse_pretrain(compose("isoloss", "+method_kwargs.alhpa=1")))
 
 

@@ -109,7 +109,7 @@ def test_the_forks_name_of_a_method_is_known(scripts, compose):
 
 
 _REFUSED = {
-    "misspelt option": (["+method_kwargs.alhpa=1"], "method isoloss has no option 'alhpa'; it knows alpha"),
+    "misspelt option": (["+method_kwargs.alhpa=1"], "method isoloss has no option 'alhpa'; known options: alpha"),
     "unknown method": (["method=isolos"], "unknown method 'isolos'; choose from"),
     "one view": (["augmentations.0.num_crops=1"], "method isoloss compares two or more views, one of them large"),
     "missing images": (["data.train_path=nowhere"], "data.train_path is not a folder: nowhere (create it with"),

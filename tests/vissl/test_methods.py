@@ -266,7 +266,7 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
     [
         (
             ["+config.LOSS.isoloss.alhpa=1.0"],
-            "config.LOSS.isoloss: method isoloss has no option 'alhpa'; it knows alpha",
+            "config.LOSS.isoloss: method isoloss has no option 'alhpa'; known options: alpha",
         ),
         (["config.LOSS.isoloss.rho=high"], "config.LOSS.isoloss: method isoloss: rho must be a float, got 'high'"),
         (

@@ -66,7 +66,7 @@ from plugins.clock import Feed
 from plugins.distributed import LOCAL, WORLD
 from plugins.heads import TwoBranchHead
 from plugins.joined import JoinedBatch
-from plugins.objective import Objective, connect, embed, encode, encode_views
+from plugins.objective import Objective, connect, embed, encode, encode_views, project
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, Hints, MethodSpec, Terms, large_views
 
@@ -347,7 +347,7 @@ class MethodModel(nn.Module):
         if self.teacher_backbone is None:
             return None
         with torch.no_grad():
-            return [self.teacher_projection_head(encode(self.teacher_backbone, view)) for view in views]
+            return project(self.teacher_projection_head, [encode(self.teacher_backbone, view) for view in views])
 
     def training_parameters(self, lr: float | None = None) -> list[Any]:
         """Return the parameters for the optimizer: all except the teacher's.

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightly_ext import models
 from lightly_ext.names import CLASS_NAMES
 from plugins.distributed import LOCAL
-from plugins.heads import Heads, TwoBranchHead
+from plugins.heads import Heads, SharedHead, TwoBranchHead
 from plugins.methods import METHODS
 from plugins.objective import Objective, encode, project
 from plugins.spec import Embeddings
@@ -197,6 +197,17 @@ def test_without_a_teacher_targets_are_the_other_view() -> None:
     embeddings = Embeddings(z, alone.prediction_head.predict(z), [view.detach() for view in z])
     expected = METHODS["byol"].loss(alone.options, LOCAL)(embeddings).loss
     torch.testing.assert_close(model.loss(images()), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_views_of_a_shared_head_have_common_batch_statistics_in_the_teacher_too() -> None:
+    head = SharedHead(nn.Linear(8, 4), nn.BatchNorm1d(4))
+    model = models.BYOL(conv(), projection_head=head, pred_hidden_dim=4)
+    views = [1 + 2 * view for view in images()]
+    views[1] = 3 * views[1]
+    expected = copy.deepcopy(model.teacher_projection_head).views(
+        [encode(model.teacher_backbone, view) for view in views]
+    )
+    torch.testing.assert_close(model.embed(views)[1].target, expected)
 
 
 def test_heads_of_lightly() -> None:

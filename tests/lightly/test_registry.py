@@ -87,6 +87,12 @@ def test_lightlys_own_names_win_without_a_warning() -> None:
         warnings.simplefilter("always")
         register()
     assert not caught
+    import lightly_ext.auto
+
+    for path in registry._MIRRORED:
+        ours, theirs = (importlib.import_module(f"{package}.{path}") for package in ("lightly_ext", "lightly"))
+        kept = {name for name in ours.__all__ if vars(theirs)[name] is not vars(ours)[name]}
+        assert path == "models" or all(f"``{name}``" in lightly_ext.auto.__doc__ for name in kept), kept
     assert lightly.transforms.DINOTransform.__module__.startswith("lightly.")
     for name in clashes:
         assert vars(lightly.models)[name].__module__.startswith("lightly."), "models of lightly 1.5"

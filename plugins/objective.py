@@ -102,7 +102,9 @@ def embed(
     if isinstance(projector, TwoBranchHead):
         shown = features[:large]
         return Embeddings(z, p, [projector.teacher(h) for h in shown], [h.detach() for h in shown], index)
-    local = [projector.project_maps(view) for view in maps] if isinstance(projector, MapHead) else []
+    local: list[tuple[Tensor, ...]] = []
+    if isinstance(projector, MapHead) and any(maps):
+        local = [projector.project_maps(view) for view in maps]
     return Embeddings(z, p, [view.detach() for view in z[:large]] if target is None else target, (), index, local)
 
 

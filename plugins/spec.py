@@ -4,14 +4,16 @@ An adapter builds any method from its SPEC alone::
 
     options = spec.resolve(user_options)                # unknown names are errors, aliases are translated
     projector = spec.head(features_dim, options)
+    connect(projector, backbone, spec.taps(options))    # for the few methods that compare feature maps
     predictor = spec.predictor(options, comm)           # an nn.Module with predict(list of z) → list of p
     objective = Objective(spec, options, comm, predictor, projector)
     ...
-    e = embed(features, projector, predictor.predict, target)   # features: one matrix per view; target: of the teacher
+    features, maps = encode_views(backbone, views, spec.taps(options))  # one matrix, one tuple of maps per view
+    e = embed(features, projector, predictor.predict, target, maps=maps)        # target: of the teacher
     terms = objective(e);  terms.loss.backward()
 
 A training loop calls the life cycle of the objective (:class:`plugins.objective.Objective`): ``start_epoch``,
-``before_step``, ``after_backward`` and ``after_step``. ``embed`` is in :mod:`plugins.objective` too.
+``before_step``, ``after_backward`` and ``after_step``. The functions are in :mod:`plugins.objective` too.
 """
 
 import math

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from plugins.distributed import LOCAL
-from plugins.heads import Heads, SharedHead, TwoBranchHead
+from plugins.heads import Heads, MapHead, SharedHead, TwoBranchHead
 from plugins.losses import cissl_loss
 from plugins.methods import METHODS
-from plugins.objective import Objective, embed
+from plugins.objective import Objective, connect, embed, encode_views
 from plugins.spec import Embeddings, large_views
 
 
@@ -88,6 +88,44 @@ def test_a_second_branch_makes_targets_with_gradient():
     assert (len(e.z), len(e.target), len(e.features)) == (3, 2, 2), "the small crop is the student's alone"
     sum(target.sum() for target in e.target).backward()
     assert head.teacher.weight.grad is not None and head.student.weight.grad is None
+
+
+class _Maps(MapHead):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, features):
+        return self.layer(features)
+
+    def build(self, channels):
+        self.channels = channels
+
+    def project_maps(self, maps):
+        return tuple(2 * map_ for map_ in maps)
+
+
+def test_the_head_gets_the_maps_of_each_view():
+    head, backbone = _Maps(), nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(5, 3, 1))
+    connect(head, backbone, {"1": 2})
+    assert head.channels == [5]
+    views = [torch.randn(4, 3, side, side) for side in (8, 8, 6)]
+    features, maps = encode_views(backbone, views, {"1": 2})
+    e = embed(features, head, maps=maps)
+    for view, (found,) in zip(views, e.maps, strict=True):
+        torch.testing.assert_close(found, 2 * nn.functional.adaptive_avg_pool2d(backbone[:2](view), 2))
+    assert embed(features, head).maps == [] and embed(features, nn.Linear(3, 2), maps=maps).maps == []
+    features, maps = encode_views(backbone, views, {})
+    assert embed(features, head, maps=maps).maps == []
+    with pytest.raises(ValueError, match="the head must be a MapHead, got a Linear"):
+        connect(nn.Linear(3, 2), backbone, {"1": 2})
+
+
+def test_a_map_that_is_not_finite_is_named():
+    spec = METHODS["simsiam"]
+    objective, z = Objective(spec, spec.resolve({})), [torch.eye(2) * math.nan] * 2
+    with pytest.raises(ValueError, match=r"z of view 0, .*map 1 of view 0"):
+        objective(Embeddings(z, z, z, maps=[(torch.ones(2, 1), torch.ones(2, 1) / 0)]))
 
 
 def test_a_given_target_and_predictor_are_taken():

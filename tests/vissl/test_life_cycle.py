@@ -204,6 +204,26 @@ def test_maps_and_loss_are_those_of_a_direct_computation(toys: ModuleType) -> No
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("single", [False, True])
+def test_the_maps_of_crops_of_two_resolutions_come_view_after_view(toys: ModuleType, single: bool) -> None:
+    model = built(toys, f"config.MODEL.SINGLE_PASS_EVERY_CROP={single}").base_model.train()
+    model.trunk.layers[1].eval()
+    (head,) = model.heads
+    head.views, head.large, head.stacks = 5, 2, 0
+    head.predictor.before_step()
+    views = [torch.randn(3, 3, side, side) for side in (16, 16, 8, 8, 8)]
+    for batch, count in ((views, 5), (torch.cat(views[:2]), 2)):
+        head.views = count
+        (output,) = model(batch)
+        assert len(output) == 4 * count
+        for number, view in enumerate(views[:count]):
+            early = model.trunk.layers[0](view)
+            late = nn.functional.adaptive_avg_pool2d(model.trunk.layers[1](early), 2)
+            found = output[2 * count + 2 * number :][:2]
+            for conv, given, ours in zip(head.projector.local, (early, late), found, strict=True):
+                torch.testing.assert_close(ours, conv(given))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -193,6 +193,11 @@ class MethodSpec:
         taps: options → name of a submodule of the backbone → largest side of its feature map, or None, as
             :class:`plugins.taps.FeatureTaps` takes them. The head must be a :class:`plugins.heads.MapHead`, which
             projects the maps of each view of the student; a teacher has no maps.
+        unbounded: whether the loss grows with the scale of the embedding, so that SGD at a usual learning rate diverges
+            with a usual head.
+        teacher_init: initialises the teacher's head, in place; None if the teacher begins as a copy of the student.
+        fork_names: further names of the method, in the configurations of its forks.
+        log_name: further name of the loss in solo-learn's logs, by solo-learn itself or by a fork.
     """
 
     name: str
@@ -209,6 +214,10 @@ class MethodSpec:
     indexed: bool = False
     hints: Callable[[Mapping[str, Any]], Mapping[str, Hints]] = predictor_hints
     taps: Callable[[Mapping[str, Any]], Mapping[str, int | None]] = no_taps
+    unbounded: bool = False
+    teacher_init: Callable[[nn.Module], Any] | None = None
+    fork_names: tuple[str, ...] = ()
+    log_name: str = ""
 
     @property
     def title(self) -> str:

@@ -24,18 +24,14 @@ from plugins.tools.trainer import check_strategy, ends_step, loss_scale, placeho
 from solo_ext.compat import BaseMethod, BaseMomentumMethod
 from solo_ext.whole_set import WholeTrainingSet, training_set_size
 
-_PREDICTING = ("byol", "directcopy", "directpred", "isocopy", "isoloss", "simsiam")
-LOSS_NAMES = {**dict.fromkeys(_PREDICTING, "train_neg_cos_sim"), "dino": "dino_loss", "ssl_ey": "train_ssley_loss"}
-"""The name that solo-learn, or the fork of a method, gives to the loss that is logged as train_ssl_loss."""
-
 
 class PluginMethod:
     """Mixin for solo-learn's base classes with the training step of all methods.
 
     Logged values, each with ``_step`` and ``_epoch`` appended by Lightning:
 
-    * ``train_ssl_loss``, also under the name in LOSS_NAMES. ``train_neg_cos_sim`` is a sum of distances (2 - 2 cos, or
-      squared Euclidean) over both orders of the views, as in solo-learn, also for IsoLoss.
+    * ``train_ssl_loss``, also under the ``log_name`` of the method. ``train_neg_cos_sim`` is a sum of distances
+      (2 - 2 cos, or squared Euclidean) over both orders of the views, as in solo-learn, also for IsoLoss.
     * ``train_<term>``, the terms of the loss, such as ``train_cosine``, the mean cosine of prediction and target.
     * ``train_z_std``, the standard deviation of the normalised embedding: 1 / sqrt(D) when it is isotropic.
     * ``eigval_metrics/eigval_{min,max,mean,std}`` and ``eigval_metrics/part_ratio`` of the embedding's second moment,
@@ -237,8 +233,8 @@ class PluginMethod:
         metrics = {f"train_{name}": value for name, value in self.objective.statistics(terms, embeddings).items()}
         # solo-learn logs the sum with the classifier's loss as train_loss
         metrics["train_ssl_loss"] = metrics.pop("train_loss")
-        if self.spec.name in LOSS_NAMES:
-            metrics[LOSS_NAMES[self.spec.name]] = metrics["train_ssl_loss"]
+        if self.spec.log_name:
+            metrics[self.spec.log_name] = metrics["train_ssl_loss"]
         self.log_dict(metrics, on_epoch=True, sync_dist=True)
 
     @property
@@ -281,6 +277,8 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
         with torch.no_grad():
             for teacher, student in zip(self.momentum_projector.parameters(), self.projector.parameters(), strict=True):
                 teacher.copy_(student)
+        if self.spec.teacher_init is not None:
+            self.spec.teacher_init(self.momentum_projector)
         self.momentum_projector.requires_grad_(False)
         if self.accumulate == "joined" and cfg.momentum.classifier:
             raise UserError(

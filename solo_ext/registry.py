@@ -1,28 +1,25 @@
 """Select the class that trains a method: one that is built from a MethodSpec of this package, or one of solo-learn.
 
 If both have a method of a name (byol, dino, simsiam), solo-learn's class is used, unless the configuration has an
-option that only ours knows, such as ``log_eigvals``. A name in VARIANTS has a third class, which is used if the
-configuration has an option that only this one knows.
+option that only ours knows, such as ``log_eigvals``. A name in ``plugins.methods.VARIANTS`` has a third class, which
+is used if the configuration has an option that only this one knows.
 """
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from omegaconf import DictConfig
 
-from plugins.methods import METHODS
+from plugins.methods import METHODS, VARIANTS
 from plugins.spec import MethodSpec
 from plugins.tools.command import UserError
 from solo_ext.compat import MULTICROP, host_release, native_methods, native_options
 from solo_ext.compat.common import needs_main_error
 from solo_ext.config import count_stacks
-from solo_ext.dino import PublishedDINO
 from solo_ext.method import TeacherlessMethod, TeacherMethod
 
-ALIASES = {"ssley": "ssl_ey"}
+ALIASES = {alias: name for name, spec in METHODS.items() for alias in spec.fork_names}
 """The forks' names of methods."""
-VARIANTS = {PublishedDINO.spec.name: PublishedDINO}
-"""Variants of a method that exist only for solo-learn."""
 MAIN_ONLY = ("all4one", "mae", "mocov3", "supcon", "vibcreg")
 """Methods of solo-learn's main branch that 1.0.2 does not have."""
 
@@ -31,6 +28,11 @@ MAIN_ONLY = ("all4one", "mae", "mocov3", "supcon", "vibcreg")
 def plugin_methods() -> dict[str, type]:
     """Return a solo-learn class for every MethodSpec, by name."""
     return {name: _adapt(spec) for name, spec in METHODS.items()}
+
+
+@cache
+def _variant(name: str) -> type:
+    return _adapt(VARIANTS[name])
 
 
 def _adapt(spec: MethodSpec) -> type:
@@ -71,8 +73,8 @@ def method_class(cfg: DictConfig) -> type:
     name = ALIASES.get(cfg.method, cfg.method)
     natives, plugins = native_methods(), plugin_methods()
     given = dict(cfg.get("method_kwargs") or {})
-    if name in VARIANTS and set(given) & (_names(VARIANTS[name].spec) - _names(plugins[name].spec)):
-        plugins = {**plugins, **VARIANTS}
+    if name in VARIANTS and set(given) & (_names(VARIANTS[name]) - _names(plugins[name].spec)):
+        plugins = {**plugins, name: _variant(name)}
     if name in MAIN_ONLY and name not in natives:
         raise needs_main_error(f"method {name}", host_release())
     if name not in natives and name not in plugins:

@@ -302,6 +302,8 @@ class MethodLoss(TeacherLoss):
         copied = copy_model(model)
         for head in copied.heads:
             head.predictor, head.views, head.stacks, head.taps = None, head.large, 0, {}
+            if self.spec.teacher_init is not None:
+                self.spec.teacher_init(head.projector)
         return nn.ModuleList([model.trunk, *(head.projector for head in model.heads)]), copied
 
     def teacher_input(self, images: Any) -> Any:

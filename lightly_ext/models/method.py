@@ -153,14 +153,17 @@ class MethodModel(nn.Module):
         if spec.teacher if teacher is None else teacher:
             self.teacher_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
             self.teacher_projection_head = copy.deepcopy(self.projection_head).requires_grad_(False)
+            if spec.teacher_init is not None:
+                spec.teacher_init(self.teacher_projection_head)
         self.objective = Objective(spec, self.options, self.comm, self.prediction_head, self.projection_head)
         self.num_samples: int | None = None
         if num_samples is not None:
             self.allocate(num_samples)
 
     def _default_head(self) -> nn.Module:
-        """Make the method's projection head, for the options of this model."""
-        return self.spec.head(self.feature_dim, self.options)
+        """Make the method's projection head. If the loss is unbounded, its last layer is a ScaledLinear."""
+        head = self.spec.head(self.feature_dim, self.options)
+        return scale_last_layer(head) if self.spec.unbounded else head
 
     @property
     def moment(self) -> RunningMoment | None:
@@ -473,16 +476,6 @@ def _marks(hints: Hints) -> dict[str, bool]:
     return {"keep_lr": True} if hints.lr_constant else {}
 
 
-class SSLEYModel(MethodModel):
-    """SSL-EY with a projection head whose last layer is a ScaledLinear: SGD does not diverge."""
-
-    def _default_head(self) -> nn.Module:
-        return scale_last_layer(super()._default_head())
-
-
-_BASES = {"ssl_ey": SSLEYModel}
-
-
 def model_class(name: str, spec: MethodSpec, module: str) -> type[MethodModel]:
     """Make the model class of a MethodSpec.
 
@@ -523,7 +516,7 @@ def model_class(name: str, spec: MethodSpec, module: str) -> type[MethodModel]:
         >>> model(views[0]).shape
         torch.Size([4, 512])
     """
-    return type(name, (_BASES.get(spec.name, MethodModel),), {"spec": spec, "__doc__": doc, "__module__": module})
+    return type(name, (MethodModel,), {"spec": spec, "__doc__": doc, "__module__": module})
 
 
 def _classifier(backbone: nn.Module) -> str | None:

@@ -11,6 +11,7 @@ from plugins.methods import (
     directcopy,
     directpred,
     dissl,
+    dissl_dino,
     isocopy,
     isoloss,
     matrix_ssl,
@@ -54,3 +55,5 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
         )
     }
 )
+VARIANTS: Mapping[str, MethodSpec] = MappingProxyType({spec.name: spec for spec in (dissl_dino.SPEC,)})
+"""Methods of METHODS as another paper trained them. solo-learn uses them for an option that only they have."""

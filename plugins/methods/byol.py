@@ -25,4 +25,5 @@ SPEC = MethodSpec(
         "log_eigvals": LOG_EIGVALS,
     },
     paper=Paper("BYOL", "Grill et al. 2020, arXiv:2006.07733, eq. 2"),
+    log_name="train_neg_cos_sim",
 )

@@ -12,8 +12,17 @@ from plugins.losses import DINOLoss, DINOTerms, teacher_temperature
 from plugins.spec import Embeddings, Hints, MethodSpec, Option, Paper
 
 
-class _Loss(nn.Module):
-    def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
+class DINOCriterion(nn.Module):
+    """DINO's loss with the teacher temperature of the epoch.
+
+    Args:
+        options: of SPEC.
+        comm: the processes that share the batch.
+        classes: number of columns of the logits.
+        moves: when the centre moves, "batch" or "view".
+    """
+
+    def __init__(self, options: Mapping[str, Any], comm: Collective, classes: int, moves: str = "batch") -> None:
         super().__init__()
         self.schedule = {
             "first": options["warmup_teacher_temperature"],
@@ -22,13 +31,15 @@ class _Loss(nn.Module):
         }
         self.clock = Clock()
         self.dino = DINOLoss(
-            options["num_prototypes"],
+            classes,
             tau_student=options["student_temperature"],
             center_momentum=options["center_momentum"],
+            moves=moves,
             comm=comm,
         )
 
     def forward(self, e: Embeddings) -> DINOTerms:
+        """Return the loss of the predictions of all views of the teacher's assignments of the others."""
         self.clock()
         epoch = self.clock.epochs() if self.schedule["epochs"] else 0
         if epoch is None:
@@ -52,7 +63,7 @@ def _hints(options: Mapping[str, Any]) -> Mapping[str, Hints]:
 
 SPEC = MethodSpec(
     name="dino",
-    loss=_Loss,
+    loss=lambda options, comm: DINOCriterion(options, comm, options["num_prototypes"]),
     head=_head,
     predictor=None,
     teacher=True,
@@ -76,4 +87,5 @@ SPEC = MethodSpec(
     paper=Paper("DINO", "Caron et al. 2021, arXiv:2104.14294, eqs. 1-4"),
     width="num_prototypes",
     hints=_hints,
+    log_name="dino_loss",
 )

@@ -63,4 +63,5 @@ SPEC = MethodSpec(
     views=None,
     options=closed_form_options(alpha=0.5, eps=0.0, iso=False),
     paper=Paper("DirectPred", "Tian, Chen and Ganguli 2021, arXiv:2102.06810, eqs. 18-19"),
+    log_name="train_neg_cos_sim",
 )

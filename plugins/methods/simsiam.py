@@ -49,4 +49,5 @@ SPEC = MethodSpec(
         "log_eigvals": LOG_EIGVALS,
     },
     paper=Paper("SimSiam", "Chen and He 2021, arXiv:2011.10566, eq. 2"),
+    log_name="train_neg_cos_sim",
 )

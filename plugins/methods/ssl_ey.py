@@ -48,4 +48,7 @@ SPEC = MethodSpec(
         "log_eigvals": LOG_EIGVALS,
     },
     paper=Paper("SSL-EY", "Chapman, Wells and Lawry Aguila 2024, arXiv:2310.01012"),
+    unbounded=True,
+    fork_names=("ssley",),
+    log_name="train_ssley_loss",
 )

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,14 +9,17 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from plugins.distributed import LOCAL
 from plugins.heads import SharedHead
+from plugins.losses import teacher_temperature
+from plugins.methods import VARIANTS
 from plugins.tools.command import UserError
 from solo_ext.compat import native_methods
 from solo_ext.config import parse_pretrain
-from solo_ext.dino import SPEC, PublishedDINO, teacher_temperature
 from solo_ext.registry import method_class
 
 pytestmark = pytest.mark.solo
+SPEC = VARIANTS["dino"]
 ROOT = Path(__file__).parents[2] / "configs" / "solo"
 
 
@@ -37,11 +39,12 @@ def _reference_dino(students, teachers, center, tau_t, tau_s, momentum):
 
 
 def test_the_teachers_temperature_goes_up_in_equal_steps():
-    options = SPEC.resolve({})
+    criterion = SPEC.loss(SPEC.resolve({}), LOCAL)
     for epoch, temperature in enumerate([*np.linspace(0.04, 0.07, 50), 0.07, 0.07]):
-        assert teacher_temperature(options, epoch) == pytest.approx(temperature)
-    assert teacher_temperature(SPEC.resolve({"warmup_teacher_temperature_epochs": 0}), 0) == 0.07
-    assert teacher_temperature(SPEC.resolve({"warmup_teacher_temperature_epochs": 1}), 0) == 0.04
+        assert teacher_temperature(epoch, **criterion.schedule) == pytest.approx(temperature)
+    for epochs, temperature in ((0, 0.07), (1, 0.04)):
+        criterion = SPEC.loss(SPEC.resolve({"warmup_teacher_temperature_epochs": epochs}), LOCAL)
+        assert teacher_temperature(0, **criterion.schedule) == temperature
 
 
 @pytest.fixture
@@ -68,7 +71,7 @@ def _batch(rows=8):
 
 
 def test_an_option_of_its_own_tells_it_from_solo_learns(configured):
-    assert method_class(configured()) is PublishedDINO
+    assert method_class(configured()).spec is SPEC
     native = "method_kwargs={proj_hidden_dim: 8, proj_output_dim: 4, num_prototypes: 8}"
     cfg = configured("~method_kwargs", f"+{native}")
     assert method_class(cfg) is native_methods()["dino"]
@@ -100,8 +103,9 @@ def test_step_is_the_loss_of_both_views_through_one_batch_norm(configured):
     indexes, views, labels = _batch()
     views = [view.double() for view in views]
     state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.objective.start_epoch(0)
     total = model.training_step((indexes, views, labels), 0)
-    centre = model.objective.criterion.center.clone()
+    centre = model.objective.criterion.dino.center.clone()
 
     model.load_state_dict(state)
     feats = [model.backbone(view) for view in views]
@@ -113,21 +117,19 @@ def test_step_is_the_loss_of_both_views_through_one_batch_norm(configured):
     classifier = sum(torch.nn.functional.cross_entropy(model.classifier(f.detach()), labels) for f in feats) / 2
     assert total.item() == pytest.approx(expected + classifier.item(), rel=1e-10)
     np.testing.assert_allclose(centre.numpy(), moved, rtol=1e-9, atol=1e-12)
-    assert "objective.criterion.center" in state
+    assert "objective.criterion.dino.center" in state
 
 
 @pytest.mark.sample("0-True")
 @pytest.mark.parametrize(("epoch", "frozen"), [(0, True), (1, False)])
-def test_the_last_layer_stays_in_the_first_epoch(configured, monkeypatch, epoch, frozen):
+def test_the_last_layer_stays_in_the_first_epoch(configured, epoch, frozen):
     model = _model(configured())
-    monkeypatch.setattr(type(model), "current_epoch", epoch)
-    monkeypatch.setattr(type(model), "trainer", SimpleNamespace(optimizers=[]))
-    model.on_train_epoch_start()
+    model.objective.start_epoch(epoch)
     model.training_step(_batch(), 0).backward()
-    model.on_after_backward()
+    model.objective.after_backward()
     assert (model.projector[5].weight.grad is None) == frozen
     assert model.projector[4].weight.grad.abs().sum() > 0
-    assert model.objective.criterion.tau_teacher == pytest.approx(0.04 if epoch == 0 else 0.07)
+    assert model.objective.criterion.dino.tau_teacher == pytest.approx(0.04 if epoch == 0 else 0.07)
 
 
 def test_the_teacher_follows_both_networks_but_not_their_statistics(configured):
@@ -151,7 +153,7 @@ def test_settings_on_tinyimagenet_are_the_published_ones(digits):
     folders = [f"data.train_path={digits / 'train'}", f"data.val_path={digits / 'val'}"]
     with initialize_config_dir(str(ROOT / "tinyimagenet"), version_base="1.2"):
         cfg = parse_pretrain(compose("dino", [*folders, "++accelerator=cpu"]))
-    assert method_class(cfg) is PublishedDINO
+    assert method_class(cfg).spec is SPEC
     assert SPEC.resolve(dict(cfg.method_kwargs)) == SPEC.resolve({}), "the defaults are the published settings"
     assert (cfg.momentum.base_tau, cfg.momentum.final_tau) == (0.996, 1.0)
     with torch.device("meta"):

@@ -25,7 +25,7 @@ from solo_ext.datasets import DOWNLOADED, H5Images, preparation_hint, split_path
 from solo_ext.launch import as_user_error
 from solo_ext.loaders import process_count
 from solo_ext.schema import Linear, Pretrain, Run, join_messages, validate
-from solo_ext.transforms import CLASSES, is_stack
+from solo_ext.transforms import CLASSES, has_masks, is_stack
 
 
 def parse_pretrain(cfg: DictConfig) -> DictConfig:
@@ -116,6 +116,8 @@ def check_data(cfg: DictConfig) -> None:
         raise UserError(f"data.format={data.format} needs image files, but {data.dataset} has none; use image_folder")
     if data.no_labels and (data.dataset != "custom" or data.format == "h5"):
         raise UserError("data.no_labels needs data.dataset=custom and a folder of images without class folders")
+    if any(has_masks(view) for view in cfg.get("augmentations") or ()):
+        _check_masks(data)
     if data.format == "dali":
         _check_dali(cfg)
     for key, split in (("train_path", "train"), ("val_path", "val")):
@@ -129,6 +131,16 @@ def check_data(cfg: DictConfig) -> None:
         if not Path(data[key]).is_dir():
             raise UserError(f"data.{key} is not a folder: {data[key]}{preparation_hint(data.dataset)}")
     data.num_classes = CLASSES.get(data.dataset) or _count_classes(data)
+
+
+def _check_masks(data: DictConfig) -> None:
+    """Check that the images are files, which have masks by their paths, and that Pillow reads them."""
+    if data.dataset in DOWNLOADED:
+        raise UserError(f"augmentations.masks needs image files, but {data.dataset} has none; remove masks")
+    if data.format != "image_folder":
+        raise UserError(
+            f"augmentations.masks is not available with data.format={data.format}; use data.format=image_folder"
+        )
 
 
 def _count_classes(data: DictConfig) -> int:

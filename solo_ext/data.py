@@ -10,9 +10,16 @@ from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
 from plugins.tools.command import UserError, print_on_rank_zero
-from solo_ext.datasets import check_same_classes, image_dataset
+from solo_ext.datasets import check_same_classes, image_dataset, paths_and_labels
 from solo_ext.loaders import Images, process_count
-from solo_ext.transforms import evaluation_transform, linear_crop, linear_transform, pretrain_transform
+from solo_ext.transforms import (
+    evaluation_transform,
+    has_masks,
+    linear_crop,
+    linear_transform,
+    pretrain_transform,
+    remove_background,
+)
 
 
 def pretrain_images(cfg: DictConfig) -> Images:
@@ -28,7 +35,7 @@ def pretrain_images(cfg: DictConfig) -> Images:
         validation. A resumed run sets its ``start_epoch``.
 
     Raises:
-        UserError: images are missing, or there are too few.
+        UserError: images or masks are missing, or there are too few.
     """
     transform = pretrain_transform(cfg)
     if cfg.debug_augmentations:
@@ -37,11 +44,19 @@ def pretrain_images(cfg: DictConfig) -> Images:
     evaluation = evaluation_transform(cfg.data.dataset, view.crop_size, view)
     dali = cfg.data.format == "dali"
     train, val = _train_and_val(cfg, "pretrain", None if dali else transform, evaluation, indexed=not dali)
+    _check_masks(cfg, train)
     if not dali:
         return Images(train, val, cfg, drop_last=True)
     from solo_ext.dali import DALIImages, pretrain_views
 
     return DALIImages(train, val, cfg, pretrain_views(cfg), indexed=True, drop_last=True)
+
+
+def _check_masks(cfg: DictConfig, train: Any) -> None:
+    """Check that each training image has a mask in each folder of masks."""
+    steps = {view.masks.folder: remove_background(cfg, view) for view in cfg.augmentations if has_masks(view)}
+    for step in filter(None, steps.values()):
+        step.check(paths_and_labels(train.dataset)[0])  # without the wrapper that adds the indexes
 
 
 def linear_images(cfg: DictConfig) -> Images:

@@ -206,6 +206,16 @@ class Jigsaw(Section):
     grid: integer(1, 16) = entry("cells per side; the stack has grid x grid patches", 3)
 
 
+class Masks(Section):
+    """Removal of the background of the whole image before the crop, as in ReLICv2, with a folder of masks."""
+
+    folder: PathString = entry(
+        "folder of masks, each with the path that its image has below data.train_path; black is background"
+    )
+    prob: Fraction = entry("probability that the background is removed, for each crop", 0.1)
+    fill: Literal["random", "gray", "black"] = entry("grey level in place of the background", "random")
+
+
 class View(Section):
     """Crops of an image with the same augmentation. Missing steps are disabled."""
 
@@ -226,6 +236,9 @@ class View(Section):
     )
     rotation: Boolean = entry(
         "makes a stack of one view that is turned by 0, 90, 180 or 270 degrees, instead of a view", False
+    )
+    masks: Masks | None = entry(
+        "removes the background of some images before the crop; for the large crops of relicv2", optional=True
     )
     mean: triple("at least 0", ge=0) = entry(
         "for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True

@@ -28,7 +28,7 @@ from solo_ext.compat.common import CIFAR_STEM, fill_defaults
 from solo_ext.config import count_stacks, device_list, large_and_small, settle_devices
 from solo_ext.datasets import preparation_hint, split_path
 from solo_ext.registry import ALIASES, method_class, plugin_methods, register
-from solo_ext.transforms import DATASETS, evaluation_transform, linear_crop, linear_transform
+from solo_ext.transforms import DATASETS, evaluation_transform, has_masks, linear_crop, linear_transform
 
 
 class Scripts:
@@ -56,6 +56,11 @@ class Scripts:
             for view in cfg.augmentations:
                 view.mean, view.std = list(info.mean), list(info.std)
         with exit_on_user_error():
+            if any(has_masks(view) for view in cfg.augmentations):
+                raise UserError(
+                    "augmentations.masks is not available in solo-learn's own script; "
+                    "start python -m solo_ext.main_pretrain"
+                )
             large_and_small(cfg.augmentations)
             METHODS[cfg.method] = method_class(cfg)
             _check_input(METHODS[cfg.method], cfg)

@@ -7,6 +7,7 @@ from PIL import ImageOps
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms as T
 
+from plugins.tools.masks import RemoveBackground
 from plugins.tools.stacks import Jigsaw, Photometric, Rotation, Stack
 from solo_ext.compat import host_data
 from solo_ext.schema import Views, validate
@@ -96,6 +97,11 @@ def is_stack(cfg: Any) -> bool:
     return cfg.get("jigsaw") is not None or bool(cfg.get("rotation"))
 
 
+def has_masks(cfg: Any) -> bool:
+    """Return whether an entry of ``augmentations`` removes the background of images."""
+    return cfg.get("masks") is not None
+
+
 def _steps(dataset: str, cfg: DictConfig) -> list[Any]:
     """Build the steps after the crop."""
     steps: list[Any] = []
@@ -120,14 +126,27 @@ def _steps(dataset: str, cfg: DictConfig) -> list[Any]:
 
 
 def pretrain_transform(cfg: DictConfig) -> host_data.FullTransformPipeline:
-    """Build the transform that maps a PIL image to the list of all views of ``cfg.augmentations``."""
-    views = [
-        host_data.NCropAugmentation(
-            (stack_transform if is_stack(view) else view_transform)(cfg.data.dataset, view), view.num_crops
-        )
-        for view in cfg.augmentations
-    ]
+    """Build the transform that maps a PIL image to the list of all views of ``cfg.augmentations``.
+
+    Raises:
+        UserError: a folder of masks is missing.
+    """
+    views = []
+    for view in cfg.augmentations:
+        transform: Any = (stack_transform if is_stack(view) else view_transform)(cfg.data.dataset, view)
+        background = remove_background(cfg, view)
+        if background is not None:
+            transform = T.Compose([background, transform])
+        views.append(host_data.NCropAugmentation(transform, view.num_crops))
     return host_data.FullTransformPipeline(views)
+
+
+def remove_background(cfg: DictConfig, view: Any) -> RemoveBackground | None:
+    """Build the step ``masks`` of an entry of ``augmentations``; None if the entry does not have it."""
+    if not has_masks(view):
+        return None
+    masks = view.masks
+    return RemoveBackground(masks.folder, cfg.data.train_path, prob=masks.prob, fill=masks.fill)
 
 
 def evaluation_transform(dataset: str, crop_size: int | None = None, cfg: Any = None) -> T.Compose:

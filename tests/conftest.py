@@ -92,3 +92,19 @@ def thin_digits(all_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> C
         return few
 
     return thin
+
+
+@pytest.fixture(scope="session")
+def black_masks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """black_masks(images) → a folder of masks by which all pixels of these images are background."""
+    from PIL import Image
+
+    def masks(images: Path) -> Path:
+        folder = tmp_path_factory.mktemp("masks")
+        for image in images.rglob("*.png"):
+            target = folder / image.relative_to(images)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (16, 16)).save(target)
+        return folder
+
+    return masks

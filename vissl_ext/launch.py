@@ -117,6 +117,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     from vissl_ext.defaults import adapt, without_slurm
     from vissl_ext.identity import check_same, run_settings, write_settings
     from vissl_ext.locks import lock
+    from vissl_ext.masks import check_masks, complete_masks
 
     hide_log()
     cfg, given = compose(overrides, folders)
@@ -131,7 +132,10 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
         weights.PARAMS_FILE = str(Path(weights.PARAMS_FILE).expanduser())
     given_paths = {split: cfg.config.DATA[split].DATA_PATHS for split in ("TRAIN", "TEST")}
     paths = {split: list(those) for split, those in given_paths.items() if OmegaConf.is_list(those)}
+    complete_masks(cfg.config)
     lists = catalog.complete(cfg.config, given, same_classes=cfg.engine_name == "train")
+    if cfg.engine_name == "train":
+        check_masks(cfg.config, {path: lists[path] for path in cfg.config.DATA.TRAIN.DATA_PATHS if path in lists})
     check(cfg, given)
     if cfg.engine_name == "train":
         check_outputs(cfg.config)

@@ -3,10 +3,11 @@
 
 def register() -> None:
     """Import the modules that register classes, and replace VISSL's classes. Repeated calls have no effect."""
-    from vissl_ext import dissl_losses, features, heads, methods, model, schedules, task, transforms, trunks  # noqa: F401
+    from vissl_ext import dissl_losses, features, heads, masks, methods, model, schedules, task, transforms, trunks  # noqa: F401
 
     task.replace_task()
     features.replace_trainer()
     model.replace_model()
     trunks.replace_resnet()
     transforms.replace_transforms()
+    masks.replace_multi_crop()

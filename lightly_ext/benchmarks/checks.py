@@ -18,6 +18,7 @@ from lightly_ext.benchmarks.setup import Setup, first_line
 from plugins.tools.command import UserError
 from plugins.tools.data import SUFFIXES
 from plugins.tools.folders import check_same_classes, walk
+from plugins.tools.images import with_path
 
 
 def prepare(options: Options) -> Setup:
@@ -99,9 +100,14 @@ def _images(name: str, folder: Path) -> dict[str, int]:
 
 
 def _check_transform(setup: Setup, name: str) -> None:
-    """Transform a black image, since invalid values of some arguments raise an error only when they are used."""
+    """Transform a black image, since invalid values of some arguments raise an error only when they are used.
+
+    It has the path of a training image, which may have a mask.
+    """
+    files = (f"{place}/{file}" for place, files in walk(setup.options.train_dir) for file in files)
+    image = Image.new("RGB", (setup.options.input_size, setup.options.input_size))
     try:
-        setup.transform(name)(Image.new("RGB", (setup.options.input_size, setup.options.input_size)))
+        setup.transform(name)(with_path(image, next(file for file in files if file.lower().endswith(SUFFIXES))))
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"--transform: {first_line(error)}") from None
 

@@ -114,6 +114,8 @@ class Setup:
             flat = TwoViewTransform  # lightly's BYOL transform has only the transforms of its views as arguments
         known = sorted(inspect.signature(flat).parameters)
         given = {"input_size": self.options.input_size, "normalize": self.normalize, **self.options.transform}
+        if given.get("masks") is not None:
+            given.setdefault("images", str(self.options.train_dir))
         if "solarization_prob" in given and "solarization_prob" not in known:
             # lightly's transforms have two names for it, and those without solarization have no such argument
             probability = given.pop("solarization_prob")

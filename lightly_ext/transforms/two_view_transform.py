@@ -1,12 +1,16 @@
 """The augmentations of BYOL with flat arguments."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
 from lightly.transforms.multi_view_transform import MultiViewTransform
 from lightly.transforms.utils import IMAGENET_NORMALIZE
+from torchvision.transforms import Compose
+
+from plugins.tools.masks import DEFAULT_PROB, RemoveBackground
 
 
 class TwoViewTransform(MultiViewTransform):
@@ -58,6 +62,16 @@ class TwoViewTransform(MultiViewTransform):
             Range of degrees of the random rotation; None rotates by 90 degrees.
         normalize:
             Dictionary with 'mean' and 'std' for torchvision.transforms.Normalize; None leaves that step out.
+        masks:
+            Folder of masks, as ReLICv2 uses; None leaves that step out. Each image in `images` needs a mask with the
+            same relative path, in which the background is black. The data set must read PIL images with
+            `plugins.tools.images.open_image`, or store the path with `plugins.tools.images.with_path(image, path)`.
+        images:
+            Folder of the images; required with masks.
+        mask_prob:
+            Probability that the background is replaced by one grey level, for each view.
+        mask_fill:
+            The grey level: "random", "gray" or "black".
 
     Examples:
         >>> from PIL import Image
@@ -98,6 +112,10 @@ class TwoViewTransform(MultiViewTransform):
         rr_prob: float = 0.0,
         rr_degrees: float | tuple[float, float] | None = None,
         normalize: dict[str, list[float]] | None = IMAGENET_NORMALIZE,
+        masks: str | Path | None = None,
+        images: str | Path | None = None,
+        mask_prob: float = DEFAULT_PROB,
+        mask_fill: str = "random",
     ) -> None:
         """Initializes the transform with the specified parameters."""
         given = {
@@ -126,11 +144,16 @@ class TwoViewTransform(MultiViewTransform):
             "rr_degrees": rr_degrees,
             "normalize": normalize,
         }
-        super().__init__(
-            [
-                view(gaussian_blur=blur, solarization_prob=solarization, **both)
-                for view, blur, solarization in zip(
-                    (BYOLView1Transform, BYOLView2Transform), blurs, solarizations, strict=True
-                )
-            ]
-        )
+        views = [
+            view(gaussian_blur=blur, solarization_prob=solarization, **both)
+            for view, blur, solarization in zip(
+                (BYOLView1Transform, BYOLView2Transform), blurs, solarizations, strict=True
+            )
+        ]
+        if masks is not None:
+            if images is None:
+                raise ValueError("masks needs images, the folder of the images that have these masks, got None")
+            remove = RemoveBackground(masks, images, prob=mask_prob, fill=mask_fill)
+            remove.check()
+            views = [Compose([remove, view]) for view in views]
+        super().__init__(views)

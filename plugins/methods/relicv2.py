@@ -1,6 +1,7 @@
 """ReLICv2: ReLIC with a view's own target among the pairs and few negatives, for several crops (arXiv:2201.05119).
 
-Without the saliency masks of the paper, which remove the background of some of the large crops.
+The saliency masks of the paper, which remove the background of some of the large crops, are a transform of the images:
+:mod:`plugins.tools.masks`.
 """
 
 from dataclasses import replace

@@ -18,6 +18,7 @@ several frames             the first
 =========================  ==========================================================================================
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from plugins.tools.command import UserError
 
+_PATH = "path of the image file"  # in the dictionary info, which Pillow copies with the image
 _DALI_MODES = ("L", "LA", "RGB", "RGBA", "P", "I;16", "I;16B", "I;16L", "I;16N")
 """Modes of TIFF files that DALI decodes to the same pixels, as a test checks."""
 
@@ -36,15 +38,44 @@ def open_image(source: Any, name: str | None = None) -> Image.Image:
         source: a path, or an open binary file.
         name: name of the image in error messages; None means its path.
 
+    Returns:
+        The image; :func:`path_of` returns its path.
+
     Raises:
         UserError: the image cannot be decoded, or its values are out of range.
     """
     try:
         with Image.open(source) as file:
-            return _rgb(_upright(file))
+            return with_path(
+                _rgb(_upright(file)), source if isinstance(source, str | Path) else getattr(source, "name", None)
+            )
     except Exception as error:  # Pillow raises many kinds of exceptions for a corrupt file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name or source} cannot be read as an image: {reason}") from None
+
+
+def with_path(image: Image.Image, path: Any) -> Image.Image:
+    """Store the path of its file in an image, for transforms that read other files of the image, such as its mask.
+
+    Args:
+        image: is changed. Crops, conversions and copies of it have the path too.
+        path: a path; anything else means that the path is unknown.
+
+    Returns:
+        The image.
+
+    >>> path_of(with_path(Image.new("L", (4, 4)), "train/cat/1.png").convert("RGB"))
+    'train/cat/1.png'
+    """
+    image.info.pop(_PATH, None)
+    if isinstance(path, str | Path):
+        image.info[_PATH] = str(path)
+    return image
+
+
+def path_of(image: Image.Image) -> str | None:
+    """Return the path of the file of an image; None if it is unknown."""
+    return image.info.get(_PATH)
 
 
 def check_dali_reads(path: str) -> None:

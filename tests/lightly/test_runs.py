@@ -1,6 +1,7 @@
 """What ``python -m lightly_ext.benchmarks`` leaves behind when it is killed, stopped, started twice or out of space."""
 
 import json
+import math
 import os
 import random
 import resource
@@ -219,3 +220,24 @@ def test_another_run_and_a_second_launcher_are_refused(runs):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     runs("--epochs", "3", *runs.more())
+
+
+def test_a_run_with_masks_sees_the_images_without_their_background(runs, digits, black_masks):
+    """All pixels are background, so that both views of all images are equal, and so are their embeddings."""
+    words = (
+        "--methods",
+        "relicv2",
+        "--backbone",
+        "resnet8",
+        "--epochs",
+        "1",
+        "--option",
+        "num_negatives=0",
+        "--transform",
+    )
+    masks = f"masks={black_masks(digits / 'val')}"
+    runs(*words, masks, "mask_prob=1.0", "mask_fill=gray", "cj_prob=0.0", "gaussian_blur=0.0", "solarization_prob=0.0")
+    (row,) = read_rows(runs.folder.parent / "relicv2" / "metrics.csv")
+    assert float(row["loss"]) == pytest.approx(math.log(16), abs=1e-5)
+    said = runs(*words, "masks=nowhere", status=2)
+    assert "error: the folder of masks does not exist: nowhere" in said

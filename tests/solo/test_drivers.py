@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import sys
@@ -570,3 +571,16 @@ def test_class_folders_must_agree(untrained, digits, tmp_path, monkeypatch, capf
     more = (f"pretrained_feature_extractor={untrained}", f"data.val_path={other}")
     argv = _arguments(digits, tmp_path, "linear", *more)
     assert "have different class folders: only one of them has" in _refused(main_linear.main, argv, monkeypatch, capfd)
+
+
+@pytest.mark.slow
+def test_a_run_with_masks_sees_the_images_without_their_background(new_run, black_masks, tmp_path):
+    """All pixels are background, so that both views of all images are equal, and so are their embeddings."""
+    run = new_run(tmp_path / "runs")
+    masks = f"masks:{{folder:{black_masks(run.digits / 'val')},prob:1.0,fill:gray}}"
+    crop = "rrc:{enabled:true,crop_min_scale:0.6,crop_max_scale:1.0},crop_size:16"
+    views = f"augmentations=[{{{crop},num_crops:2,{masks}}}]"
+    run("max_epochs=1", views, "++method_kwargs.pred_hidden_dim=8", config="relicv2")
+    metrics = json.loads((run.out / "relicv2" / "v" / "pretrain.json").read_text())["metrics"]
+    assert metrics["train_invariance"] == pytest.approx(0, abs=1e-9)
+    assert math.log(10) - 1e-4 <= metrics["train_contrastive"] <= math.log(11) + 1e-4

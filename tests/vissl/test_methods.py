@@ -1,7 +1,10 @@
 """The methods in VISSL compute the losses of ``plugins``, and invalid configurations raise errors."""
 
 import copy
+import csv
 import math
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -343,3 +346,20 @@ def test_a_number_out_of_range_raises_a_one_line_error(method: str, given: str, 
 def test_width_of_the_trunk_is_checked() -> None:
     with pytest.raises(ValueError, match="in_dim=64, but the trunk's features have 100"):
         built("isoloss").base_model.heads[0](torch.randn(4, 100))
+
+
+@pytest.mark.slow
+def test_a_run_with_masks_sees_the_images_without_their_background(
+    launch: Callable, few_digits: Path, black_masks: Callable, tmp_path: Path
+) -> None:
+    """All pixels are background, so that both views of all images are equal, and so are their embeddings."""
+    remove = f"{{name:ImgPilRemoveBackground,masks:{black_masks(few_digits / 'train')},prob:1.0,fill:gray}}"
+    crop = "{name:RandomResizedCrop,size:16,scale:[0.6,1.0]}"
+    launch(
+        *("config=pretrain/relicv2/digits", f"config.CHECKPOINT.DIR={tmp_path}", "config.OPTIMIZER.num_epochs=1"),
+        f"config.DATA.TRAIN.TRANSFORMS=[{{name:ImgReplicatePil,num_times:2}},{remove},{crop},{{name:ToTensor}}]",
+        *(f"config.LOSS.relicv2.{key}=8" for key in ("proj_hidden_dim", "proj_output_dim", "pred_hidden_dim")),
+    )
+    (row,) = csv.DictReader((tmp_path / "metrics.csv").open())
+    assert abs(float(row["invariance"])) < 1e-9
+    assert math.log(10) - 1e-4 <= float(row["contrastive"]) <= math.log(11) + 1e-4

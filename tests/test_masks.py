@@ -161,7 +161,8 @@ def test_the_examples_of_the_page_run(folders: Path, monkeypatch: pytest.MonkeyP
     (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     found: dict = {}
     exec(code, found)
-    assert [view.shape for view in found["dataset"][0][0]] == [(3, 224, 224)] * 2
+    dataset = found["training_set"](str(folders / "images"), str(folders / "masks"))
+    assert [view.shape for view in dataset[0][0]] == [(3, 224, 224)] * 2
 
 
 def test_missing_masks_are_an_error_before_the_training_in_every_framework(folders: Path) -> None:

@@ -40,23 +40,29 @@ Matrix = tuple[int, int]
 
 
 class ReLICLossTerms(NamedTuple):
-    """In nats. Only ``loss = contrastive + α invariance`` has a gradient."""
+    """In nats. Only ``loss = contrastive + α invariance + α_s invariance_small`` has a gradient."""
 
     loss: Float[Tensor, ""]
     contrastive: Float[Tensor, ""]
     """Mean of -log P_ab[i, i]: log N if all rows are equal."""
     invariance: Float[Tensor, ""]
     """Mean divergence of the distributions of two views, ≥ 0."""
+    invariance_small: Float[Tensor, ""]
+    """Mean divergence of small crops from large views, ≥ 0; 0 if ``alpha_small`` is 0, or without such pairs."""
     temperature: Float[Tensor, ""]
     """τ, which may be learned."""
 
 
 class _Job(NamedTuple):
-    """Matrices that are needed at the same time, how many of them are contrastive, and the divergences to take."""
+    """Matrices that are needed at the same time, how many of them are contrastive, and the divergences to take.
+
+    If ``small``, these are the divergences of small crops from large views.
+    """
 
     matrices: list[Matrix]
     contrastive: int
     divergences: list[tuple[int, int]]
+    small: bool = False
 
 
 def relic_loss(
@@ -65,6 +71,7 @@ def relic_loss(
     *,
     temperature: float | Float[Tensor, ""] = 0.2,
     alpha: float = 1.0,
+    alpha_small: float = 0.0,
     kl: str = "forward",
     stop: str = "target",
     pairs: str = "cross",
@@ -74,13 +81,17 @@ def relic_loss(
     """``L = mean_(a, b) mean_i -log P_ab[i, i] + α mean_(a, b) mean_i KL(P_ab[i] || P_ba[i])``.
 
     ``P_ab[i]`` is the softmax over the images j of ``cos(online_a[i], target_b[j]) / τ``. The first mean is over the
-    ordered pairs of a view a and a large view b, a ≠ b; the second over the unordered pairs of large views.
+    ordered pairs of a view a and a large view b, a ≠ b; the second over the unordered pairs of large views. With
+    ``alpha_small`` > 0, ``α_s mean_(a, b, s) mean_i KL(P_ab[i] || P_sb[i])`` is added, where a ≠ b are large views and
+    s is a small crop; P_ab has no gradient there.
 
     Args:
         online: predictions of V views, large ones first.
         target: targets of the L ≥ 1 large views. They get a gradient if they require one: compute a teacher's without.
         temperature: τ > 0. A 0-dim tensor is not checked, and gets a gradient if it requires one.
         alpha: weight α of the invariance, ≥ 0.
+        alpha_small: weight α_s of the invariance of small crops, ≥ 0. It has no effect without small crops, or with
+            one large view.
         kl: "forward" takes the divergence above, "symmetric" the mean of it and of its reverse. "column" takes
             KL(C_ab[i] || P_ab[i]) for each pair of the first mean, where C_ab[i] is the softmax over the rows j of
             ``cos(online_a[j], target_b[i]) / τ``.
@@ -106,7 +117,8 @@ def relic_loss(
     >>> round(relic_loss([z, z], [z, z], temperature=0.1).item(), 7)  # log(1 + 63 exp(-10))
     0.0028561
     """
-    options = {"temperature": temperature, "alpha": alpha, "kl": kl, "stop": stop, "pairs": pairs}
+    options = {"temperature": temperature, "alpha": alpha, "alpha_small": alpha_small}
+    options |= {"kl": kl, "stop": stop, "pairs": pairs}
     return relic_terms(online, target, **options, candidates=candidates, comm=comm).loss
 
 
@@ -116,6 +128,7 @@ def relic_terms(
     *,
     temperature: float | Float[Tensor, ""] = 0.2,
     alpha: float = 1.0,
+    alpha_small: float = 0.0,
     kl: str = "forward",
     stop: str = "target",
     pairs: str = "cross",
@@ -124,13 +137,13 @@ def relic_terms(
 ) -> ReLICLossTerms:
     """Return :func:`relic_loss` and its parts."""
     named = check_views(online=online, target=target)
-    _check(temperature, alpha, kl, stop, pairs)
+    _check(temperature, alpha, alpha_small, kl, stop, pairs)
     views, large = len(online), len(target)
     if not 1 <= large <= views or (views == 1 and pairs == "cross"):
         raise ValueError(
             f"the ReLIC loss needs at least 2 online views and 1 to as many targets, got {views} and {large}"
         )
-    jobs, contrastive_pairs, divergences = _jobs(views, large, kl, pairs)
+    jobs, contrastive_pairs, divergences, small_divergences = _jobs(views, large, kl, pairs, alpha_small > 0)
     with torch.autocast(online[0].device.type, enabled=False):
         dtype = compute_dtype(reduce(torch.promote_types, [z.dtype for z in named.values()]))
         z = [view.to(dtype) for view in (*online, *target)]
@@ -146,13 +159,16 @@ def relic_terms(
         units = [unit_rows(view) for view in z]  # the sides: V online views, L targets
         unit, inverse = [u for u, _ in units], [i for _, i in units]
         blocks = _Blocks(unit, 0 if kl == "column" else views, candidates, 1 / tau.detach(), wanted, counts, comm)
-        weights = 1 / (contrastive_pairs * images), alpha / (max(divergences, 1) * images)
+        counted = [images * max(each, 1) for each in (contrastive_pairs, divergences, small_divergences)]
         rows = row_blocks(z[0]) or [slice(0, 0)]  # a process without rows takes part in the sums
-        parts = [blocks.run(job, part, *weights, stop) for part in rows for job in jobs]
-        contrastive, invariance = comm.sum(torch.stack(parts).sum(0)).unbind()
-        contrastive = contrastive / (contrastive_pairs * images)
-        invariance = invariance / (max(divergences, 1) * images)
+        weights = {False: (1 / counted[0], alpha / counted[1], stop)}
+        weights[True] = 1 / counted[0], alpha_small / counted[2], "target"
+        parts = [blocks.run(job, part, *weights[job.small]) for part in rows for job in jobs]
+        sums = comm.sum(torch.stack(parts).sum(0)).unbind()
+        contrastive, invariance, small = (total / count for total, count in zip(sums, counted, strict=True))
         loss = contrastive + alpha * invariance
+        if small_divergences:
+            loss = loss + alpha_small * small
         if any(wanted):
             factor = comm.size / tau.detach()
             by_scale = blocks.by_scale() if wanted[-1] else None
@@ -166,23 +182,34 @@ def relic_terms(
                 gradients.append(by_scale * (-factor / tau.detach()))
             loss = attach_gradient(loss, leaves, gradients)
     check_result("the ReLIC loss", loss, comm, **named)
-    return ReLICLossTerms(loss, contrastive, invariance, tau.detach().clone())
+    return ReLICLossTerms(loss, contrastive, invariance, small, tau.detach().clone())
 
 
-def _jobs(views: int, large: int, kl: str, pairs: str) -> tuple[list[_Job], int, int]:
-    """Return the matrices to compute, and the numbers of contrastive terms and of divergences. Side V + b is target b.
+def _jobs(views: int, large: int, kl: str, pairs: str, with_small: bool) -> tuple[list[_Job], int, int, int]:
+    """Return the matrices to compute, and the numbers of contrastive terms and of both kinds of divergences.
 
-    P_ab and P_ba are needed at the same time, and are used for both terms.
+    Side V + b is target b. P_ab and P_ba are needed at the same time, and are used for both terms.
     """
+    small: list[_Job] = []
+    if with_small and large > 1 and views > large:
+        small = [_small_job(views, large, b, contrastive=kl != "column") for b in range(large)]
+    small_divergences = sum(len(job.divergences) for job in small)
     ordered = [(a, b) for a in range(views) for b in range(large) if a != b or pairs == "all"]
     if kl == "column":
         jobs = [_Job([(a, views + b), (views + b, a)], 1, [(1, 0)]) for a, b in ordered]
-        return jobs, len(ordered), len(ordered)
+        return jobs + small, len(ordered), len(ordered), small_divergences
     which = [(0, 1)] if kl == "forward" else [(0, 1), (1, 0)]
     both = [(a, b) for a, b in ordered if a < b]
     jobs = [_Job([(a, views + b), (b, views + a)], 2, which) for a, b in both]
-    jobs += [_Job([(a, views + b)], 1, []) for a, b in ordered if a >= large or a == b]
-    return jobs, len(ordered), len(both) * len(which)
+    jobs += [_Job([(a, views + b)], 1, []) for a, b in ordered if (a >= large and not small) or a == b]
+    return jobs + small, len(ordered), len(both) * len(which), small_divergences
+
+
+def _small_job(views: int, large: int, b: int, *, contrastive: bool) -> _Job:
+    """Return the matrices P_sb of the small crops s, which may be contrastive, and P_ab of the other large views a."""
+    crops, others = range(large, views), [a for a in range(large) if a != b]
+    pairs = [(len(crops) + other, crop) for other in range(len(others)) for crop in range(len(crops))]
+    return _Job([(a, views + b) for a in (*crops, *others)], len(crops) if contrastive else 0, pairs, small=True)
 
 
 class _Blocks:
@@ -220,15 +247,16 @@ class _Blocks:
         self.by_columns: dict[int, Tensor] = {}
 
     def run(self, job: _Job, part: slice, weight: float, kl_weight: float, stop: str) -> Tensor:
-        """Return the sums over a block of rows of both terms; add the block's part to the gradients."""
+        """Return the sums over a block of rows of the three terms; add the block's part to the gradients."""
         positive = torch.arange(part.start, part.stop, device=self.unit[0].device)[:, None] + self.first
         log_p = [self._log_softmax(x, y, part, positive) for x, y in job.matrices]
         if self.candidates is not None:
             positive = torch.full_like(positive, log_p[0].shape[1] - 1)
-        contrastive = -torch.stack([each.gather(1, positive).sum() for each in log_p[: job.contrastive]]).sum()
-        invariance = torch.zeros_like(contrastive)
+        zero = log_p[0].new_zeros(())
+        contrastive = -torch.stack([zero, *(each.gather(1, positive).sum() for each in log_p[: job.contrastive])]).sum()
+        invariance = zero
         if not (any(self.wanted) or job.divergences):
-            return torch.stack([contrastive, invariance])
+            return torch.stack([contrastive, zero, zero])
         p = [each.exp() for each in log_p]
         slopes: list[Tensor | None] = [None] * len(p)
         if any(self.wanted):
@@ -253,7 +281,7 @@ class _Blocks:
                 if m < job.contrastive:
                     slope.scatter_add_(1, positive, torch.full_like(slope[:, :1], -weight))
                 self._backward(x, y, part, slope)
-        return torch.stack([contrastive, invariance])
+        return torch.stack([contrastive, zero, invariance] if job.small else [contrastive, invariance, zero])
 
     def _log_softmax(self, x: int, y: int, part: slice, positive: Tensor) -> Tensor:
         rows = self.scaled[x][part]
@@ -307,10 +335,11 @@ def _added(total: Tensor | None, part: Tensor, weight: float) -> Tensor:
     return part * weight if total is None else total.add_(part, alpha=weight)
 
 
-def _check(temperature: float | Tensor, alpha: float, kl: str, stop: str, pairs: str) -> None:
+def _check(temperature: float | Tensor, alpha: float, alpha_small: float, kl: str, stop: str, pairs: str) -> None:
     if not isinstance(temperature, Tensor):
         check_range("temperature", temperature, low=1e-6)
     check_range("alpha", alpha, low=0)
+    check_range("alpha_small", alpha_small, low=0)
     check_choice("kl", kl, KL)
     check_choice("stop", stop, STOP)
     check_choice("pairs", pairs, PAIRS)
@@ -324,7 +353,7 @@ class ReLICLoss(nn.Module):
         learn_temperature: whether 1 / τ = min(exp(θ), 1 / min_temperature) with a parameter θ. The parameter gets no
             gradient once its bound is reached. Exclude it from weight decay.
         min_temperature: the least learned τ, > 0. The re-implementation begins at τ = 1 and has a bound of 0.2.
-        alpha, kl, stop, pairs, comm: as for the function.
+        alpha, alpha_small, kl, stop, pairs, comm: as for the function.
 
     Raises:
         ValueError: a number outside its range, an unknown choice, or a learned temperature begins at its bound.
@@ -339,13 +368,14 @@ class ReLICLoss(nn.Module):
         learn_temperature: bool = False,
         min_temperature: float = 0.1,
         alpha: float = 1.0,
+        alpha_small: float = 0.0,
         kl: str = "forward",
         stop: str = "target",
         pairs: str = "cross",
         comm: Collective = LOCAL,
     ) -> None:
         super().__init__()
-        _check(temperature, alpha, kl, stop, pairs)
+        _check(temperature, alpha, alpha_small, kl, stop, pairs)
         check_range("min_temperature", min_temperature, low=1e-6)
         if learn_temperature and temperature <= min_temperature:
             raise ValueError(
@@ -353,7 +383,8 @@ class ReLICLoss(nn.Module):
                 f"got {temperature}"
             )
         self.temperature, self.min_temperature = temperature, min_temperature
-        self.alpha, self.kl, self.stop, self.pairs, self.comm = alpha, kl, stop, pairs, comm
+        self.alpha, self.alpha_small, self.kl, self.stop, self.pairs = alpha, alpha_small, kl, stop, pairs
+        self.comm = comm
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learn_temperature else None
 
     def terms(self, online: Views, target: Views, candidates: Tensor | None = None) -> ReLICLossTerms:
@@ -361,7 +392,8 @@ class ReLICLoss(nn.Module):
         tau: float | Tensor = self.temperature
         if self.log_scale is not None:
             tau = 1 / self.log_scale.exp().clamp(max=1 / self.min_temperature)
-        options = {"alpha": self.alpha, "kl": self.kl, "stop": self.stop, "pairs": self.pairs, "comm": self.comm}
+        options = {"alpha": self.alpha, "alpha_small": self.alpha_small, "comm": self.comm}
+        options |= {"kl": self.kl, "stop": self.stop, "pairs": self.pairs}
         return relic_terms(online, target, temperature=tau, candidates=candidates, **options)
 
     def forward(self, online: Views, target: Views, candidates: Tensor | None = None) -> Float[Tensor, ""]:
@@ -370,6 +402,6 @@ class ReLICLoss(nn.Module):
     def extra_repr(self) -> str:
         learned = "" if self.log_scale is None else f" (learned, at least {self.min_temperature})"
         return (
-            f"temperature={self.temperature}{learned}, alpha={self.alpha}, kl={self.kl!r}, stop={self.stop!r}, "
-            f"pairs={self.pairs!r}, comm={self.comm}"
+            f"temperature={self.temperature}{learned}, alpha={self.alpha}, alpha_small={self.alpha_small}, "
+            f"kl={self.kl!r}, stop={self.stop!r}, pairs={self.pairs!r}, comm={self.comm}"
         )

@@ -45,7 +45,7 @@ class ReLICCriterion(nn.Module):
 
     def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
         super().__init__()
-        names = ("temperature", "learn_temperature", "min_temperature", "alpha", "kl", "stop", "pairs")
+        names = ("temperature", "learn_temperature", "min_temperature", "alpha", "alpha_small", "kl", "stop", "pairs")
         self.loss = ReLICLoss(**{name: options[name] for name in names}, comm=comm)
         self.own_targets = options["target"] == "self"
         self.negatives, self.seed, self.comm = options["num_negatives"], options["negatives_seed"], comm
@@ -101,6 +101,7 @@ SPEC = MethodSpec(
         "learn_temperature": Option(False, "whether τ is a trained parameter; it then begins above min_temperature"),
         "min_temperature": Option(0.1, "lower bound of a learned τ, > 0", low=1e-6),
         "alpha": Option(1.0, "weight α of the invariance, >= 0", low=0),
+        "alpha_small": Option(0.0, "weight of the divergence of small crops from large views, >= 0", low=0),
         "kl": Option(
             "forward",
             "divergence of each pair of large views, in one order or both, or of rows and columns of each pair",

@@ -29,6 +29,12 @@ SOME = [
     {"kl": "column", "stop": "none", "pairs": "all"},
     {"stop": "entropy"},
 ]
+SMALL = [  # with small crops
+    {"alpha_small": 0.4},
+    {"alpha_small": 2.0, "alpha": 0.0, "pairs": "all", "stop": "none"},
+    {"alpha_small": 0.4, "kl": "symmetric", "stop": "entropy"},
+    {"alpha_small": 0.4, "kl": "column", "stop": "none"},
+]
 
 
 def _sides(rows, width, views=2, large=2, seed=0):
@@ -36,7 +42,9 @@ def _sides(rows, width, views=2, large=2, seed=0):
     return every[:views], every[views:]
 
 
-def _reference_relic(online, target, tau=0.2, alpha=1.0, kl="forward", stop="target", pairs="cross", candidates=None):
+def _reference_relic(
+    online, target, tau=0.2, alpha=1.0, kl="forward", stop="target", pairs="cross", candidates=None, alpha_small=0.0
+):
     """Row by row, and pair by pair, in float64."""
     online, target = ([np.asarray(z.detach(), dtype=np.float64) for z in side] for side in (online, target))
     online, target = (
@@ -67,10 +75,14 @@ def _reference_relic(online, target, tau=0.2, alpha=1.0, kl="forward", stop="tar
     else:
         both = [(a, b) for a in large for b in large if (a < b or (kl == "symmetric" and a != b))]
         found = [divergence(p(a, b, i), p(b, a, i)) for a, b in both for i in range(n)]
-    return contrastive + alpha * (np.mean(found) if found else 0.0)
+    triples = [(a, b, s) for a in large for b in large if a != b for s in views if s not in large]
+    small = [divergence(p(a, b, i), p(s, b, i)) for a, b, s in triples for i in range(n)]
+    return contrastive + alpha * (np.mean(found) if found else 0.0) + alpha_small * (np.mean(small) if small else 0.0)
 
 
-def _plain(online, target, tau=0.2, alpha=1.0, kl="forward", stop="target", pairs="cross", candidates=None):
+def _plain(
+    online, target, tau=0.2, alpha=1.0, kl="forward", stop="target", pairs="cross", candidates=None, alpha_small=0.0
+):
     """The formula with N x N matrices, left to autograd."""
     q, t = ([torch.nn.functional.normalize(z, dim=1) for z in side] for side in (online, target))
     n = len(q[0])
@@ -99,7 +111,13 @@ def _plain(online, target, tau=0.2, alpha=1.0, kl="forward", stop="target", pair
             itertools.permutations(range(len(t)), 2) if kl == "symmetric" else itertools.combinations(range(len(t)), 2)
         )
         found = [divergence(log_p[a, b], log_p[b, a]) for a, b in both]
-    return contrastive + alpha * (sum(found) / len(found) if found else 0.0)
+    small = [
+        (log_p[a, b].detach().exp() * (log_p[a, b].detach() - log_p[s, b])).sum(1).mean()
+        for a, b in itertools.permutations(range(len(t)), 2)
+        for s in range(len(t), len(q))
+    ]
+    loss = contrastive + alpha * (sum(found) / len(found) if found else 0.0)
+    return loss + alpha_small * (sum(small) / len(small) if small else 0.0)
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -142,12 +160,14 @@ def test_known_values():
     )
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(("views", "large"), [(2, 2), (3, 2), (3, 3), (3, 1)])
-def test_equals_slow_reference(views, large, options):
-    online, target = _sides(6, 5, views, large)
+_SHAPES = [*itertools.product(OPTIONS, [(2, 2), (3, 2), (3, 3), (3, 1)]), *itertools.product(SMALL, [(5, 3), (3, 1)])]
+
+
+@pytest.mark.parametrize(("options", "shape"), _SHAPES, ids=str)
+def test_equals_slow_reference(shape, options):
+    online, target = _sides(6, 5, *shape)
     for chosen in (None, torch.tensor([4, 0, 2])):
-        given = {"alpha": 0.7, "candidates": chosen, **options}
+        given = {**{"alpha": 0.7, "candidates": chosen}, **options}
         expected = _reference_relic(online, target, 0.3, **given)
         assert relic_loss(online, target, temperature=0.3, **given).item() == pytest.approx(expected, rel=1e-10)
         singles = [z.float() for z in online], [z.float() for z in target]
@@ -167,14 +187,14 @@ def test_terms_and_module():
     online[0].requires_grad_()
     terms = relic_terms(online, target, alpha=0.3)
     assert terms.loss.item() == pytest.approx(terms.contrastive.item() + 0.3 * terms.invariance.item())
-    assert [term.requires_grad for term in terms] == [True, False, False, False]
+    assert [term.requires_grad for term in terms] == [True, False, False, False, False]
     assert terms.temperature.item() == pytest.approx(0.2)
     module = ReLICLoss(temperature=0.3, alpha=0.5, kl="symmetric", stop="none", pairs="all")
     given = {"temperature": 0.3, "alpha": 0.5, "kl": "symmetric", "stop": "none", "pairs": "all"}
     assert torch.equal(module(online, target), relic_loss(online, target, **given))
     chosen = torch.tensor([1, 2])
     assert torch.equal(module(online, target, chosen), relic_loss(online, target, **given, candidates=chosen))
-    assert "temperature=0.3, alpha=0.5, kl='symmetric', stop='none', pairs='all'" in repr(module)
+    assert "temperature=0.3, alpha=0.5, alpha_small=0.0, kl='symmetric', stop='none', pairs='all'" in repr(module)
     assert not [*module.parameters()]
 
 
@@ -243,17 +263,35 @@ def test_the_first_argument_of_a_stopped_divergence_gets_no_gradient():
     assert min(gradients(stop="entropy")) > 1e-4 and min(gradients(stop="none")) > 1e-4
 
 
+def test_the_invariance_of_small_crops():
+    """It compares them with the other large views: the large predictions get no gradient of it, equal crops have 0."""
+    online, target = _sides(7, 4, 4, 2)
+    online = [z.requires_grad_() for z in online]
+    bare, whole = (relic_terms(online, target, alpha_small=weight) for weight in (0.0, 0.5))
+    assert bare.invariance_small == 0 < whole.invariance_small
+    assert (whole.contrastive - bare.contrastive).abs() < 1e-14 and (whole.invariance - bare.invariance).abs() < 1e-14
+    torch.testing.assert_close(whole.loss, bare.loss + 0.5 * whole.invariance_small)
+    added = torch.autograd.grad(whole.loss - bare.loss, online)
+    assert [bool(gradient.abs().max() > 1e-4) for gradient in added] == [False, False, True, True]
+    assert max(gradient.abs().max() for gradient in added[:2]) < 1e-14
+    # P_sb = P_ab if the crop's prediction is that of the large view a
+    same = relic_terms([online[0], online[0], online[0]], target, alpha_small=1.0)
+    assert same.invariance_small.abs() < 1e-15
+    for views, large in ((2, 2), (3, 1)):  # nothing to compare
+        online, target = _sides(5, 4, views, large)
+        assert torch.equal(relic_loss(online, target, alpha_small=3.0), relic_loss(online, target))
+
+
 # --- gradients ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(("views", "large"), [(2, 2), (3, 2), (3, 1)])
-def test_gradient_is_that_of_autograd(views, large, options):
+@pytest.mark.parametrize(("options", "shape"), [case for case in _SHAPES if case[1] != (3, 3)], ids=str)
+def test_gradient_is_that_of_autograd(shape, options):
     """Of predictions, targets that have one (the network's own), and the temperature."""
-    online, target = ([z.requires_grad_() for z in side] for side in _sides(6, 4, views, large))
+    online, target = ([z.requires_grad_() for z in side] for side in _sides(6, 4, *shape))
     tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     for chosen in (None, torch.tensor([3, 0, 5])):
-        given = {"alpha": 0.7, "candidates": chosen, **options}
+        given = {**{"alpha": 0.7, "candidates": chosen}, **options}
         leaves = [*online, *target, tau]
         expected = torch.autograd.grad(_plain(online, target, tau, **given), leaves, allow_unused=True)
         found = torch.autograd.grad(3 * relic_loss(online, target, temperature=tau, **given), leaves)
@@ -268,9 +306,10 @@ def test_gradient_is_that_of_autograd(views, large, options):
             torch.testing.assert_close(3 * one, other, rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("options", SOME, ids=str)
+@pytest.mark.parametrize("options", [*SOME, SMALL[0]], ids=str)
 def test_rows_of_several_blocks(options):
-    online, target = ([z.requires_grad_() for z in side] for side in _sides(1100, 4))
+    views = 3 if "alpha_small" in options else 2
+    online, target = ([z.requires_grad_() for z in side] for side in _sides(1100, 4, views))
     chosen = torch.arange(0, 1100, 7)
     for each in (options, {"candidates": chosen, **options}):
         leaves = [*online, *target]
@@ -447,12 +486,17 @@ def _column_self_step(comm, model, *x):
     return _self_step(comm, model, *x, kl="column", stop="none", pairs="all")
 
 
+def _small_step(comm, model, *x):
+    return _ema_step(comm, model, *x, alpha_small=0.5)
+
+
 def _subset_step(comm, model, *x):
-    return _ema_step(comm, model, *x, pairs="all", candidates=torch.tensor([5, 0, 3]))
+    return _ema_step(comm, model, *x, pairs="all", alpha_small=0.5, candidates=torch.tensor([5, 0, 3]))
 
 
 def _subset_self_step(comm, model, *x):
-    return _self_step(comm, model, *x, kl="column", stop="none", candidates=torch.tensor([5, 0, 3]))
+    options = {"kl": "column", "stop": "none", "candidates": torch.tensor([5, 0, 3]), "alpha_small": 0.5}
+    return _self_step(comm, model, *x, **options)
 
 
 class _WithTemperature(nn.Module):
@@ -471,7 +515,16 @@ def _learned_step(comm, model, *x):
 @pytest.mark.parametrize("counts", [(5, 3), (3, 5), (2, 5, 1), (8, 0)])
 @pytest.mark.parametrize(
     "step",
-    [_ema_step, _self_step, _column_step, _column_entropy_step, _column_self_step, _subset_step, _subset_self_step],
+    [
+        _ema_step,
+        _small_step,
+        _self_step,
+        _column_step,
+        _column_entropy_step,
+        _column_self_step,
+        _subset_step,
+        _subset_self_step,
+    ],
 )
 def test_ranks_equal_the_joined_batch(ranks, step, counts):
     assert_joined(ranks, step, toy_views(sum(counts), 5, views=3), counts)
@@ -506,9 +559,9 @@ def _traffic(comm, online, target, options):
 def test_sends_the_targets_and_nothing_in_backward(ranks):
     online, target = _sides(12, 20)
     parts = [([z[r] for z in online], [z[r] for z in target]) for r in (slice(0, 6), slice(6, 12))]
-    assert ranks.run(_traffic, [(*part, {}) for part in parts]) == [([2, 2 * 6 * 20, 2], 0)] * 2
+    assert ranks.run(_traffic, [(*part, {}) for part in parts]) == [([2, 2 * 6 * 20, 3], 0)] * 2
     column = {"kl": "column", "stop": "target"}
-    assert ranks.run(_traffic, [(*part, column) for part in parts]) == [([2, 4 * 6 * 20, 2], 0)] * 2
+    assert ranks.run(_traffic, [(*part, column) for part in parts]) == [([2, 4 * 6 * 20, 3], 0)] * 2
 
 
 # --- numerics -------------------------------------------------------------------------------------------------------
@@ -529,6 +582,7 @@ def test_wrong_input_is_refused():
     for options, message in [
         ({"temperature": 0.0}, r"temperature must be in \[1e-06, inf\), got 0.0"),
         ({"alpha": -1.0}, r"alpha must be in \[0, inf\), got -1.0"),
+        ({"alpha_small": -1.0}, r"alpha_small must be in \[0, inf\), got -1.0"),
         ({"kl": "row"}, "kl must be one of forward, symmetric, column, got 'row'"),
         ({"stop": "all"}, "stop must be one of target, entropy, none, got 'all'"),
         ({"pairs": "own"}, "pairs must be one of cross, all, got 'own'"),

@@ -58,6 +58,7 @@ CASES["cissl, simclr"] = Case("cissl", {"heads": "simclr", "positives": "other"}
 CASES["relicv2, own targets"] = Case(
     "relicv2", {"num_negatives": 3, "kl": "column", "stop": "none", "target": "self", "predictor": "none"}
 )
+CASES["moco, symmetric"] = Case("moco", {"symmetric": True}, (16, 16, 8))
 CASES["relic, small crops"] = Case("relic", {"alpha_small": 0.5}, (16, 16, 8))
 CASES["pirl"] = Case("pirl", {"patches": 4}, (16,), patches=4)
 CROPS = {

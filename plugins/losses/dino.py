@@ -92,7 +92,8 @@ def dino_terms(
         pairs = [(u, v) for u in range(len(teacher)) for v in range(len(student)) if u != v]
         crossed = torch.stack([-(log_p[u].exp() * log_q[v]).sum(1) for u, v in pairs]).mean(0)
         entropies = torch.stack([-(rows.exp() * rows).sum(1) for rows in log_p]).mean(0)
-        terms = DINOTerms(joined_mean(crossed, comm), joined_mean(entropies, comm))
+        loss, entropy = joined_mean(torch.stack([crossed, entropies], 1), comm).unbind()
+        terms = DINOTerms(loss, entropy.detach())
     check_result("the DINO loss", terms.loss, comm, **named)
     return terms
 

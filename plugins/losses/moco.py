@@ -85,12 +85,11 @@ def moco_terms(
         # a copy: autograd stores it for backward, and the caller writes the keys to the queue before that
         negatives = q @ queue.detach().to(dtype, copy=True).T
         log_mass = torch.cat([positive, negatives], 1).div(temperature).logsumexp(1, keepdim=True)
-        rows = (log_mass - positive / temperature).squeeze(1)
-        loss = joined_mean(rows, comm)
+        rows = log_mass - positive / temperature
         shown = torch.cat([positive, (positive > negatives.amax(1, keepdim=True)).to(dtype)], 1).detach()
-        similarity, accuracy = (joined_mean(column, comm) for column in shown.unbind(1))
+        loss, similarity, accuracy = joined_mean(torch.cat([rows, shown], 1), comm).unbind()
     check_result("the MoCo loss", loss, comm, query=query, key=key, queue=queue)
-    return MoCoTerms(loss, similarity, accuracy)
+    return MoCoTerms(loss, similarity.detach(), accuracy.detach())
 
 
 class MoCoLoss(nn.Module):

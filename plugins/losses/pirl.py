@@ -171,7 +171,7 @@ def pirl_terms(
         patches, image, similarity = joined_mean(torch.stack([rows[0], rows[2], rows[3]], 1), comm)
         loss = patch_weight * patches + (1 - patch_weight) * image
     check_result("PIRL", loss, comm, z_image=z_image, z_patches=z_patches)
-    return PIRLLossTerms(loss, patches.detach(), image.detach(), similarity, log_normalizer)
+    return PIRLLossTerms(loss, patches.detach(), image.detach(), similarity.detach(), log_normalizer)
 
 
 def pirl_loss(

@@ -98,10 +98,10 @@ def swav_terms(
         for v, view in enumerate(scores):  # one cross-entropy per view, with the sum of the other views' codes
             targets = total - codes[v] if v < large else total
             losses.append(-share * (targets * (view.to(dtype) / temperature).log_softmax(1)).sum(1))
-        loss = joined_mean(torch.stack(losses).sum(0), comm)
-        entropy = joined_mean(torch.special.entr(codes).sum(2).mean(0), comm)
+        entropies = torch.special.entr(codes).sum(2).mean(0)
+        loss, entropy = joined_mean(torch.stack([torch.stack(losses).sum(0), entropies], 1), comm).unbind()
     check_result("the SwAV loss", loss, comm, **named)
-    return SwAVTerms(loss, entropy)
+    return SwAVTerms(loss, entropy.detach())
 
 
 def _queued(queue_scores: Sequence[Tensor], scores: Float[Tensor, "L B K"]) -> Float[Tensor, "L Q K"]:

@@ -218,7 +218,11 @@ def test_a_broken_backbone_is_an_error_of_every_method_that_names_the_view(name)
     predict, index = predictor.predict if predictor else None, torch.arange(6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the watch over the series says so too
-        assert objective(embed(features, head, predict, index=index)).loss.isfinite()
+        terms = objective(embed(features, head, predict, index=index))
+        assert terms.loss.isfinite()
+        assert [name for name, term in terms._asdict().items() if term.requires_grad] == ["loss"], (
+            "the others are logged"
+        )
         features[1][2, ..., 3] = float("nan")
         both = "z of view 0, " if isinstance(head, SharedHead) else ""  # the views share the batch statistics
         with pytest.raises(

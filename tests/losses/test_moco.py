@@ -1,10 +1,12 @@
 """MoCo: known values, slow reference, limits, gradient, processes, degenerate batches, the queue of the method."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from plugins.distributed import LOCAL
@@ -127,6 +129,18 @@ def test_ranks_equal_the_joined_batch(ranks, counts):
     assert_joined(ranks, _step, toy_views(sum(counts), 5), counts)
 
 
+def _sums(comm, *x):
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+        moco_loss(*x, _queue(6, 4), comm=comm)
+    return [call.args[0].numel() for call in reduced.call_args_list]
+
+
+@pytest.mark.ddp
+def test_one_sum_over_the_processes(ranks):
+    """Of the loss, the similarity, the accuracy and the number of rows."""
+    assert ranks.run(_sums, [(*toy_views(2, 4, seed=seed),) for seed in range(3)]) == [[4]] * 3
+
+
 def _method(comm=LOCAL, **given):
     spec = METHODS["moco"]
     options = spec.resolve({"proj_output_dim": 4, "queue_size": 10, **given})
@@ -166,6 +180,22 @@ def test_every_view_but_the_key_is_a_query(views):
     assert objective(e).loss.item() == pytest.approx(np.mean(values), rel=1e-9)
 
 
+@pytest.mark.parametrize("views", [2, 4])
+def test_the_symmetric_loss_is_the_mean_of_both_orders(views):
+    """Each of the two large views is the key of all others; the keys of the first view are written first."""
+    e, objective = _embeddings(views=views), _method(symmetric=True)
+    queue = objective.criterion.queue.rows.clone()
+    orders = [
+        np.mean([_reference_moco(e.p[v], e.target[key], queue) for v in range(views) if v != key]) for key in (0, 1)
+    ]
+    terms = objective(e)
+    assert terms.loss.item() == pytest.approx(np.mean(orders), rel=1e-9)
+    expected = torch.cat([F.normalize(e.target[0], dim=1), F.normalize(e.target[1], dim=1), queue[8:]])
+    torch.testing.assert_close(objective.criterion.queue.rows, expected)
+    swapped = Embeddings(e.z, [e.p[1], e.p[0], *e.p[2:]], e.target[::-1])
+    assert _method(symmetric=True)(swapped).loss.item() == pytest.approx(terms.loss.item(), rel=1e-12)
+
+
 def test_heads_are_those_of_the_papers():
     spec = METHODS["moco"]
     for name, kinds in (("linear", "Linear"), ("mlp", "Linear ReLU Linear")):
@@ -173,8 +203,8 @@ def test_heads_are_those_of_the_papers():
         assert " ".join(type(layer).__name__ for layer in head) == kinds and head(torch.zeros(2, 6)).shape == (2, 4)
 
 
-def _steps(comm, *batches):
-    objective = _method(comm)
+def _steps(comm, symmetric, *batches):
+    objective = _method(comm, symmetric=symmetric)
     for views in batches:
         z = [view.requires_grad_() for view in views[:2].clone()]
         loss = objective(Embeddings(z, z, [*views[2:]])).loss
@@ -182,11 +212,12 @@ def _steps(comm, *batches):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("counts", [(4, 3), (1, 4, 2)])
-def test_ranks_share_the_queue(ranks, counts):
+@pytest.mark.parametrize(("counts", "symmetric"), [((4, 3), False), ((1, 4, 2), False), ((1, 4, 2), True)])
+def test_ranks_share_the_queue(ranks, counts, symmetric):
     batches = [torch.stack(toy_views(7, 4, views=4, seed=seed)) for seed in range(3)]
-    loss, gradient, state = _steps(LOCAL, *batches)
-    found = ranks.run(_steps, [*zip(*(batch.split(counts, 1) for batch in batches), strict=True)])
+    loss, gradient, state = _steps(LOCAL, symmetric, *batches)
+    parts = zip(*(batch.split(counts, 1) for batch in batches), strict=True)
+    found = ranks.run(_steps, [(symmetric, *part) for part in parts])
     torch.testing.assert_close(torch.cat([of_rank for _, of_rank, _ in found]), gradient, rtol=1e-10, atol=1e-12)
     for their_loss, _, theirs in found:
         torch.testing.assert_close((their_loss, theirs), (loss, state), rtol=1e-10, atol=1e-12)

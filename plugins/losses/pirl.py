@@ -7,7 +7,6 @@ equations 3 and 4 as they are printed.
 """
 
 import math
-import zlib
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from plugins.checks import check_choice, check_range, check_result, check_rows, check_whole, compute_dtype
 from plugins.clock import Clock, Stepped
 from plugins.distributed import LOCAL, Collective
+from plugins.draws import distinct, step_generator
 from plugins.linalg import attach_gradient, joined_mean, tangent, unit_rows
 
 FORMS = ("info_nce", "nce", "nce_paper")
@@ -79,9 +79,9 @@ def draw_negatives(
     check_choice("sampling", sampling, SAMPLINGS)
     check_whole("size", size, low=2)
     check_whole("count", count, low=1)
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {step}".encode()))  # it uses 32 bits
+    generator = step_generator(seed, step)
     if sampling == "offset":
-        offsets = torch.randperm(size - 1, generator=generator)[:count] + 1
+        offsets = distinct(size - 1, count, generator) + 1
     else:
         offsets = torch.randint(size, (2, 1, count), generator=generator)
     return (index.unsqueeze(1) + offsets.to(index.device)) % size

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
 from plugins.clock import Clock
 from plugins.distributed import Collective
+from plugins.draws import distinct, step_generator
 from plugins.losses import ReLICLoss, ReLICLossTerms
 from plugins.losses.relic import KL, PAIRS, STOP
 from plugins.methods.common import (
@@ -33,11 +33,10 @@ def drawn_candidates(images: int, number: int, seed: int, step: int) -> Int64[Te
         seed: of the run.
         step: number of earlier optimiser steps.
 
-    >>> torch.equal(drawn_candidates(64, 10, seed=0, step=7), drawn_candidates(64, 10, seed=0, step=7))
-    True
+    >>> drawn_candidates(64, 10, seed=0, step=7).shape
+    torch.Size([10])
     """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
-    return torch.randperm(images, generator=generator)[:number]
+    return distinct(images, number, step_generator(seed, step))
 
 
 class ReLICCriterion(nn.Module):

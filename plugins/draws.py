@@ -1,0 +1,48 @@
+"""Random draws of a method, the same on all processes and after a resume: they depend on a seed and a step only."""
+
+import zlib
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Return a generator on the CPU whose numbers depend on the seed of a run and the step only.
+
+    Args:
+        seed: of the run.
+        step: number of earlier optimiser steps.
+    """
+    # the generator uses 32 bits of its seed; a sum or product of both numbers would give two runs the same draws
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {step}".encode()))
+
+
+def distinct(size: int, count: int, generator: torch.Generator) -> Int64[Tensor, " K"]:
+    """Draw distinct numbers from 0 … ``size`` - 1 in random order: each ordered sample has the same probability.
+
+    The time and the memory grow with ``count``, not with ``size``: numbers are drawn with replacement, and repetitions
+    are removed.
+
+    Args:
+        size: n ≥ 1.
+        count: K ≥ 1; at most n numbers are drawn.
+        generator: on the CPU.
+
+    >>> distinct(3, 5, step_generator(0, 0)).sort().values
+    tensor([0, 1, 2])
+    """
+    if 8 * count >= size:  # many repetitions
+        return torch.randperm(size, generator=generator)[:count]
+    drawn = torch.randint(size, (count + count // 8 + 8,), generator=generator)
+    while len(found := _first_occurrences(drawn)) < count:
+        drawn = torch.cat([drawn, torch.randint(size, (count // 8 + 8,), generator=generator)])
+    return found[:count]
+
+
+def _first_occurrences(values: Int64[Tensor, " M"]) -> Int64[Tensor, " K"]:
+    """Remove repetitions, and keep the order. The first K of the result do not depend on the values after them."""
+    found, order = values.sort(stable=True)
+    first = torch.ones_like(found, dtype=torch.bool)
+    first[1:] = found[1:] != found[:-1]
+    return values[order[first].sort().values]

@@ -6,14 +6,14 @@ DataLoader seeds in each worker.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torchvision import transforms as T
 
-from plugins.checks import check_choice, check_range, check_whole
+from plugins.checks import check_range, check_whole
 
 Scale = tuple[float, float]
 
@@ -183,64 +183,6 @@ class Photometric:
 
     def __repr__(self) -> str:
         return f"Photometric({self.p})"
-
-
-_PUBLISHED: dict[str, Any] = {"jitter": (0.4, 0.4, 0.4, 0.2), "photometric": 0.66, "gray": 0.2, "flip": 0.5}
-_PRESETS: dict[str, dict[str, Any]] = {
-    "imagenet": {**_PUBLISHED, "view": (224, (0.08, 1.0)), "jigsaw": (255, 64, 3)},
-    "cifar": {**_PUBLISHED, "view": (32, (0.2, 1.0)), "jigsaw": (48, 14, 3)},
-    "digits": {
-        "view": (16, (0.6, 1.0)),
-        "jigsaw": (20, 8, 2),
-        "jitter": (0.4, 0.4, 0.8, 0.5),
-        "photometric": 0.0,
-        "gray": 0.8,
-        "flip": 0.0,
-    },
-}
-"""Side and scale of a view; side, window and grid of the jigsaw; strength and probabilities of the steps."""
-PRESETS = tuple(_PRESETS)
-
-
-def pirl_views(
-    mean: Sequence[float], std: Sequence[float], *, preset: str = "imagenet", rotation: bool = False
-) -> tuple[Callable[[Image.Image], Tensor], Stack]:
-    """Build PIRL's two transforms of an image: a view, and a stack of its patches or of one turned view.
-
-    Both apply colour jitter, :class:`Photometric`, grey, a flip, and normalisation. In a stack each patch has draws of
-    its own.
-
-    Args:
-        mean: of each channel, in [0, 1].
-        std: of each channel.
-        preset: "imagenet" (a view of 224 pixels; 3 x 3 patches of 64 in cells of 85; the published steps), "cifar" (32;
-            3 x 3 patches of 14 in cells of 16; the same steps), or "digits" (16; 2 x 2 patches of 8 in cells of 10;
-            strong jitter and much grey, as in the configurations on digits).
-        rotation: whether the stack holds one turned view instead of patches.
-
-    Raises:
-        ValueError: the preset is unknown.
-
-    >>> image, stack = pirl_views((0.5,) * 3, (0.25,) * 3, preset="cifar")
-    >>> photo = Image.new("RGB", (40, 40))
-    >>> image(photo).shape, stack(photo).shape
-    (torch.Size([3, 32, 32]), torch.Size([9, 3, 14, 14]))
-    """
-    check_choice("preset", preset, PRESETS)
-    chosen = _PRESETS[preset]
-    side, scale = chosen["view"]
-    each = T.Compose(
-        [
-            T.ColorJitter(*chosen["jitter"]),
-            Photometric(chosen["photometric"]),
-            T.RandomGrayscale(chosen["gray"]),
-            T.RandomHorizontalFlip(chosen["flip"]),
-            T.ToTensor(),
-            T.Normalize(list(mean), list(std)),
-        ]
-    )
-    pieces = Rotation(side, scale=scale) if rotation else Jigsaw(*chosen["jigsaw"])
-    return T.Compose([T.RandomResizedCrop(side, scale=scale), each]), Stack(pieces, each)
 
 
 def _scale(scale: Sequence[float]) -> Scale:

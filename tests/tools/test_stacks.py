@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
-from plugins.tools.stacks import PRESETS, Jigsaw, Photometric, Rotation, Stack, pirl_views
+from plugins.tools.stacks import Jigsaw, Photometric, Rotation, Stack
 
 
 @pytest.fixture(autouse=True)
@@ -106,25 +106,10 @@ def test_photometric_changes_an_image_with_its_probability():
     assert len({Photometric(1.0)(image).tobytes() for _ in range(20)}) > 10
 
 
-@pytest.mark.parametrize(
-    ("preset", "image", "patches"),
-    [("imagenet", 224, (9, 64)), ("cifar", 32, (9, 14)), ("digits", 16, (4, 8))],
-)
-def test_published_views(preset, image, patches):
-    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-    view, stack = pirl_views(mean, std, preset=preset)
-    photo = _coordinates(64)
-    assert view(photo).shape == (3, image, image)
-    count, window = patches
-    assert stack.count == count and stack(photo).shape == (count, 3, window, window)
-    turned = pirl_views(mean, std, preset=preset, rotation=True)[1]
-    assert turned.count == 1 and turned(photo).shape == (1, 3, image, image)
-    assert set(PRESETS) == {"imagenet", "cifar", "digits"}
-
-
 class _Photos(Dataset):
     def __init__(self):
-        self.transform = pirl_views((0.5,) * 3, (0.25,) * 3, preset="digits")[1]
+        each = T.Compose([T.ColorJitter(0.4, 0.4, 0.8, 0.5), Photometric(0.5), T.ToTensor()])
+        self.transform = Stack(Jigsaw(20, 8, 2), each)
 
     def __len__(self):
         return 8
@@ -145,7 +130,7 @@ def test_seeded_workers_are_deterministic_and_differ():
 
 
 def test_transforms_can_be_sent_to_workers_and_shown():
-    for transform in (*pirl_views((0.5,) * 3, (0.25,) * 3), Rotation()):
+    for transform in (Stack(Jigsaw(), T.Compose([Photometric(), T.ToTensor()])), Rotation()):
         assert repr(pickle.loads(pickle.dumps(transform))) == repr(transform)
 
 
@@ -160,7 +145,6 @@ def test_transforms_can_be_sent_to_workers_and_shown():
         (lambda: Jigsaw(scale=(1.0, 0.6)), "scale must be (smallest, largest), got (1.0, 0.6)"),
         (lambda: Rotation(0), "side must be in [1, inf)"),
         (lambda: Photometric(1.5), "p must be in [0, 1]"),
-        (lambda: pirl_views((0,), (1,), preset="mnist"), "preset must be one of imagenet, cifar, digits"),
     ],
 )
 def test_mistakes_are_sentences(call, sentence):

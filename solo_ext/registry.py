@@ -1,8 +1,8 @@
 """Select the class that trains a method: one that is built from a MethodSpec of this package, or one of solo-learn.
 
 If both have a method of a name (byol, dino, simsiam), solo-learn's class is used, unless the configuration has an
-option that only ours knows, such as ``log_eigvals``. A name in ``plugins.methods.VARIANTS`` has a third class, which
-is used if the configuration has an option that only this one knows.
+option that only ours has, such as ``log_eigvals``. A name in ``plugins.methods.VARIANTS`` has a third class, which
+is used if the configuration has an option that only this class has.
 """
 
 from collections.abc import Iterable

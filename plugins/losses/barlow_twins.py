@@ -106,7 +106,9 @@ def barlow_twins_terms(
         redundancy = (squares - diagonals.square().sum()).clamp_min(0) / pairs
         loss = invariance + lambd * redundancy
         if wanted:
-            slopes = 2 * (diagonals - 1) - 2 * lambd * diagonals  # of C_ii, beyond the 2 lambd C_ij of all entries
+            slopes = (
+                2 * (diagonals - 1) - 2 * lambd * diagonals
+            )  # derivative by C_ii without the 2 lambd C_ij of all entries
             gradients = _gradients(s, inverse, diagonals, slopes, products, sums, 2 * lambd, comm.size / pairs)
             loss = attach_gradient(loss, views, gradients)
     terms = BarlowTwinsLossTerms(loss, invariance, redundancy)
@@ -124,7 +126,10 @@ def _gradients(
     weight: float,
     scale: float,
 ) -> list[Tensor]:
-    """Return the gradients by z_a: ``g_a - S_a diag(S_a^T g_a)`` over the standard deviation; g_a is that by S_a."""
+    """Return the gradients by z_a: ``g_a - S_a diag(S_a^T g_a)`` over the standard deviation.
+
+    g_a is the gradient by S_a.
+    """
     pairs = list(combinations(range(len(s)), 2))
     found = []
     for a, (product, along) in enumerate(zip(products, sums, strict=True)):

@@ -1,9 +1,9 @@
 """CISSL: contrastive learning with two different heads, in which a view is a positive of itself.
 
 Dubois, Hashimoto, Ermon & Liang, "Improving Self-Supervised Learning by Characterizing Idealized Representations"
-(NeurIPS 2022, arXiv:2209.06235). The softmax runs over the teacher head's outputs only, and the row's own view stays
-among its columns. Without it the same function is SimCLR's loss (Chen et al., arXiv:2002.05709) where both heads are
-one, and the "simple" variant of the published VISSL fork where they are two.
+(NeurIPS 2022, arXiv:2209.06235). The softmax is over the teacher head's outputs only, and the row's own view is one of
+its columns. If the own view is excluded, the function is SimCLR's loss (Chen et al., arXiv:2002.05709) for a single
+head, and the "simple" variant of the published VISSL fork for two heads.
 """
 
 import math
@@ -111,7 +111,8 @@ def contrastive_terms(
             gathered = comm.gather_rows(torch.cat([u, w], 1).detach(), counts=counts)
             all_u, all_w = (part.flatten(0, 1) for part in gathered.split([students, teachers], 1))
         flat_u, flat_w = u.detach().flatten(0, 1), w.detach().flatten(0, 1)
-        # each row's mean positive, and what the rows of which a column is a positive add up to, each by its share
+        # mean_w: mean of the positives of each row. mean_u: for each column, the sum of the rows that have it as a
+        # positive, each divided by its number of positives
         if own is None:
             mean_w = w.detach().mean(1, keepdim=True).expand_as(u)
             mean_u = (u.detach().sum(1, keepdim=True) / teachers).expand_as(w)
@@ -134,7 +135,7 @@ def contrastive_terms(
                     by_w.addmm_(weights.T, flat_u[part] / mass)
         loss = comm.sum((log_mass.sum() - (flat_u * mean_w).sum() / temperature) / (images * students))
         if wanted:
-            if comm.size > 1:  # the columns of this process, of which other processes hold the rows
+            if comm.size > 1:  # gradient by this process's columns, which needs the rows of all processes
                 log_masses = comm.gather_rows(log_mass.view(rows, students), counts=counts).flatten()
                 for part in row_blocks(flat_w):
                     cosines, views = flat_w[part] @ all_u.T, (teachers, students)
@@ -145,7 +146,7 @@ def contrastive_terms(
                 loss = attach_gradient(loss, [u], [by_u.add_(by_w).mul_(scale).view_as(u)])
             else:
                 loss = attach_gradient(loss, [u, w], [(by_u * scale).view_as(u), (by_w * scale).view_as(w)])
-    without = 0 if own is None else teachers  # rows of an image whose own view is no column
+    without = 0 if own is None else teachers  # views of an image whose own view is excluded from the columns
     check_result(what, loss, comm, **named)
     entropy = (without * math.log(columns - 1) + (students - without) * math.log(columns)) / students
     return CISSLTerms(loss, entropy - loss.detach(), loss.new_full((), entropy))
@@ -162,14 +163,14 @@ def _exponentials(
         views: number of views of an image among the rows and among the columns; views of an image are adjacent.
         own: number of images on processes of lower rank, if the row's own view is excluded; None keeps it.
         start: index of the first row.
-        top: what is subtracted from the scores.
+        top: number to subtract from the scores of each row, or of each column.
     """
     scores = cosines.div_(temperature)
     if own is not None:
         rows = torch.arange(start, start + len(scores), device=scores.device)[:, None]
         view = rows % views[0]
         column = (own + rows // views[0]) * views[1] + view.clamp(max=views[1] - 1)
-        left = scores.gather(1, column).masked_fill(view < views[1], -math.inf)  # a crop is no column
+        left = scores.gather(1, column).masked_fill(view < views[1], -math.inf)  # a small crop is not among the columns
         scores.scatter_(1, column, left)
     if top is None:
         top = scores.amax(1, keepdim=True)

@@ -1,10 +1,9 @@
 """DISSL: a teacher head assigns each view to one of C pseudo-classes, a student head predicts the other views' class.
 
 Dubois, Hashimoto, Ermon & Liang, "Improving Self-Supervised Learning by Characterizing Idealized Representations"
-(NeurIPS 2022, arXiv:2209.06235). Gradients flow everywhere: there is no stop-gradient, no moving average and no
-Sinkhorn step. This is the published loss for any number of views. The published
-code loops over pairs of views; here one product with the sum of the views replaces the loop, and the loss and its
-gradient are computed together (:mod:`plugins.losses.dissl_blocks`).
+(NeurIPS 2022, arXiv:2209.06235). There is no stop-gradient, no moving average and no Sinkhorn step. This is the
+published loss for any number of views. The published code loops over pairs of views. Here one product with the sum of
+the views replaces the loop, and the loss and its gradient are computed together (:mod:`plugins.losses.dissl_blocks`).
 """
 
 from collections.abc import Sequence
@@ -106,7 +105,7 @@ def dissl_terms(
     assignment_views: Sequence[int] | None = None,
     comm: Collective = LOCAL,
 ) -> DISSLTerms:
-    """:func:`dissl_loss` with its parts beside it."""
+    """Return :func:`dissl_loss` and its parts."""
     named = _checked(teacher_logits, student_logits)
     chosen = _chosen(len(teacher_logits), assignment_views)
     weights = _weights(distillation_weight, lambda_maximality, beta_det_inv)

@@ -50,13 +50,13 @@ def value_and_parts(
     by_teacher, by_student = _room(teacher), _room(student) if wanted else []
     blocks = _blocks(rows, classes, teacher[0].device.type)
 
-    for p, view in zip(by_teacher, teacher, strict=True):  # p stays where its gradient will be
+    for p, view in zip(by_teacher, teacher, strict=True):  # p is in the memory of its gradient
         for block in blocks:
             p[block] = F.softmax(view.detach()[block].to(p.dtype) / taus[0], 1)
     mass = comm.sum(torch.cat([*(by_teacher[t].sum(0) for t in chosen), by_teacher[0].new_full((1,), rows)]))
-    if rows == 0:  # only then can the joined batch be empty, and only then is the wait worth it
+    if rows == 0:  # the joined batch can be empty only in this case, so only this case synchronises
         check_count(int(mass[-1].item()), least=1, what="the DISSL loss")
-    # a sum of probabilities needs no logarithms of them: what underflows in it is below 1e-36 of the entropy
+    # probabilities are summed without logarithms: those that underflow contribute less than 1e-36 of the entropy
     marginals = (mass[:-1] / mass[-1]).view(firsts, classes)
     log_marginals = marginals.clamp_min(torch.finfo(mass.dtype).tiny).log()
     maximality = -_dot(marginals, log_marginals) / firsts
@@ -94,8 +94,9 @@ def _block(
 ) -> Tensor:
     """Return sums over a block of rows: D and I (times their pairs), and the cross-entropies and entropies to log.
 
-    If q is not empty, the gradients (times the joined rows) replace p and fill q: of D by the student's logits
-    ``n q_s - sum of the n others' p``, by a teacher's what a softmax makes of ``-sum of the others' log q``.
+    If q is not empty, the gradients, times the number of joined rows, are written to p and q. The gradient of D by the
+    student's logits of view s is ``n q_s - sum of p_t`` over the n assignments t ≠ s. That by the teacher's logits of
+    view t is the backward pass of a softmax, applied to ``-sum of log q_s`` over s ≠ t.
     """
     by_d, by_i, by_h = slopes
     firsts, dtype = len(chosen), p[0].dtype

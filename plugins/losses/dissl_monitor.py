@@ -37,7 +37,8 @@ def dissl_warmup(
 ) -> DISSLWeights:
     """Return weights that rise linearly over K steps each: λ from β + 1, β from λ, the distillation weight from 0.
 
-    At step k < K, the fraction ``(1 + k) / K`` of the way is covered. K = 0 means no warm-up. It does not synchronise.
+    At step k < K, the fraction ``(1 + k) / K`` of the way is covered. K = 0 means no warm-up. The call does not
+    synchronise with the device.
 
     Args:
         step: k ≥ 1; it is 1 at the first step.

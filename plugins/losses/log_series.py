@@ -71,7 +71,7 @@ class SeriesWatch:
             radius: function that returns the spectral radius, ``[]``. It is called only if a check is due, and then on
                 all processes in the same call.
         """
-        if torch.compiler.is_compiling():  # a look would break the graph: compiled code never looks
+        if torch.compiler.is_compiling():  # a check would break the graph, so compiled code has none
             return
         due = self.calls % self.every == 0
         self.calls += 1

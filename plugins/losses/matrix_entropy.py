@@ -7,8 +7,8 @@ K_p = S_p S_p^T, and a series log(mu I + C) = a_0 I + f(C) = a_0 I + C g(C):
 * tr((C_tt + mu I) f(C_pp)) = tr(W g(K_p)) with W = K K^T + mu K_p, and its gradient 2 S_p Df(C_pp)[C_tt + mu I] is
   2 (g(K_p) K S_t + (Dg(K_p)[W] + mu g(K_p)) S_p), where Df(C)[P] is the derivative of f at C along P.
 
-The exact logarithm has the same structure with a_0 = log mu. Gradients by S are those by the unit rows times sqrt N:
-their columns add up to 0 already, so that the way back through centring costs nothing.
+The exact logarithm has the same structure with a_0 = log mu. The gradients by S are those by the unit rows times
+sqrt N. Their columns have the mean 0, so that the backward pass of the centring does not change them.
 """
 
 import math
@@ -65,7 +65,7 @@ class Weights(NamedTuple):
         return log_series(self.mce_order, self.mce_mu)
 
     def uniformity(self, cross: Tensor) -> tuple[Tensor, Tensor]:
-        """-lambda tr f(X), and its derivative by X, transposed; X is C_tp or K."""
+        """Return ``-lambda tr f(X)`` and the transpose of its derivative by X, which is C_tp or K."""
         if self.logarithm == "exact":
             eye = torch.eye(cross.shape[-1], dtype=cross.dtype, device=cross.device)
             value = torch.linalg.slogdet(eye + cross / self.mce_mu)[1]
@@ -94,7 +94,7 @@ class Weights(NamedTuple):
 
 
 class Entropies(NamedTuple):
-    """For one pair of views, less their values for a constant batch; without a graph."""
+    """The entropies of one pair of views minus their values for a constant batch, without an autograd graph."""
 
     uniformity: Float[Tensor, ""]
     alignment: Float[Tensor, ""]
@@ -103,13 +103,18 @@ class Entropies(NamedTuple):
     own: Float[Tensor, "n n"]
     """C_pp or K_p."""
     gradient: Float[Tensor, "B D"]
-    """Of uniformity + gamma alignment by this process's unit rows of p, times the number of processes."""
+    """Gradient of uniformity + gamma alignment by this process's unit rows of p, times the number of processes."""
 
 
 def from_covariances(pair: Float[Tensor, "2 B D"], comm: Collective, weights: Weights) -> Entropies:
-    """Of unit rows of p and t, overwritten, that stay where they are: 2 D^2 statistics are added over the processes.
+    """Compute the entropies from D x D covariances: the processes add up 2 D^2 statistics.
 
-    In all 10 N D^2 + 14 D^3 operations for order 4, the gradient included.
+    It takes 10 N D^2 + 14 D^3 operations for order 4, including the gradient.
+
+    Args:
+        pair: unit rows of p and t; they are overwritten.
+        comm: the processes that share the batch.
+        weights: hyperparameters.
     """
     (s_p, s_t), factor = standardized_rows(pair, comm, what=WHAT, overwrite=True, unbiased=False)
     cross, own, direction = s_t.T @ s_p, s_p.T @ s_p, s_t.T @ s_t
@@ -132,9 +137,15 @@ def from_covariances(pair: Float[Tensor, "2 B D"], comm: Collective, weights: We
 
 
 def from_grams(pair: Float[Tensor, "2 B D"], comm: Collective, weights: Weights, counts: list[int]) -> Entropies:
-    """Of unit rows of p and t, overwritten, that are gathered, 2 N D numbers.
+    """Compute the entropies from N x N Gram matrices: the processes gather their rows, 2 N D numbers.
 
-    In all 8 N^2 D + 18 N^3 operations for order 4, the gradient included.
+    It takes 8 N^2 D + 18 N^3 operations for order 4, including the gradient.
+
+    Args:
+        pair: unit rows of p and t; they are overwritten.
+        comm: the processes that share the batch.
+        weights: hyperparameters.
+        counts: number of rows of each process.
     """
     first = sum(counts[: comm.rank])
     here = slice(first, first + counts[comm.rank])

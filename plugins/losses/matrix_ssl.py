@@ -166,7 +166,7 @@ def _terms(loss: Tensor, pairs: list[Entropies], mce_mu: float) -> MatrixSSLTerm
 def _matrix_ssl(
     named: dict[str, Tensor], weights: Weights, form: str, comm: Collective
 ) -> tuple[Tensor, list[Entropies]]:
-    """Return the loss and the entropies of each pair. One pair after the other is computed, to use less memory."""
+    """Return the loss and the entropies of each pair. The pairs are computed one by one, to use less memory."""
     check_rows(**named)
     check_choice("form", form, FORMS)
     tensors = list(named.values())
@@ -176,7 +176,7 @@ def _matrix_ssl(
         _check_finite(comm, **named)
         raise
     check_result("the Matrix-SSL loss", loss, comm, **named)
-    # the solvers of the exact logarithm have waited for the device, so that one look more is free
+    # the solvers of the exact logarithm have synchronised with the device, so that another check costs nothing
     if weights.logarithm == "exact" and not torch.compiler.is_compiling() and not bool(loss.isfinite()):
         _check_finite(comm, **named)
     return loss, pairs

@@ -1,9 +1,9 @@
 """Maximum entropy coding: the coding length of the cross-moment of a student's predictions and a teacher's targets.
 
-Liu, Wang, Li & Wang, "Self-Supervised Learning via Maximum Entropy Coding" (NeurIPS 2022, arXiv:2210.11464), as its
-code trains on it: the logarithm of the determinant is a series of order 4, nothing is centred, and the value is scaled
-such that its first-order term is minus the mean cosine. A re-implementation that returns mu times the trace has a
-gradient mu N / lambda_inv = mu / eps_d times as large.
+Liu, Wang, Li & Wang, "Self-Supervised Learning via Maximum Entropy Coding" (NeurIPS 2022, arXiv:2210.11464). As in the
+published code, the logarithm of the determinant is a series of order 4, the rows are not centred, and the value is
+scaled such that its first-order term is minus the mean cosine. A re-implementation that returns mu times the trace has
+a gradient mu N / lambda_inv = mu / eps_d times as large.
 """
 
 from collections.abc import Sequence

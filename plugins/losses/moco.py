@@ -1,8 +1,9 @@
-"""MoCo: tell the key of an image from the keys of earlier images, which a queue holds.
+"""MoCo: identify the key of an image among the keys of earlier images, which a queue stores.
 
 He, Fan, Wu, Xie & Girshick, "Momentum Contrast for Unsupervised Visual Representation Learning" (CVPR 2020,
 arXiv:1911.05722), eq. 1, and Chen, Fan, Girshick & He, "Improved Baselines with Momentum Contrastive Learning"
-(2020, arXiv:2003.04297), which has the same loss at another temperature. The keys of the batch itself are no negatives.
+(2020, arXiv:2003.04297), which has the same loss at another temperature. The keys of the batch itself are not
+negatives.
 """
 
 from typing import NamedTuple
@@ -93,7 +94,7 @@ def moco_terms(
 
 
 class MoCoLoss(nn.Module):
-    """Module of :func:`moco_loss`; the arguments are the same. The caller has the queue."""
+    """Module of :func:`moco_loss`; the arguments are the same. The caller owns the queue."""
 
     def __init__(self, *, temperature: float = 0.2, comm: Collective = LOCAL) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""SimCLR: each view is told from all other views of the batch by its agreement with the other views of its image.
+"""SimCLR: a softmax over all other views of the batch identifies the other views of the same image.
 
 Chen, Kornblith, Norouzi & Hinton, "A Simple Framework for Contrastive Learning of Visual Representations" (ICML 2020,
-arXiv:2002.05709), eq. 1 (NT-Xent). It is :func:`plugins.losses.cissl_loss` of one head without the row's own view among
-the columns. The published loss has two views. With V views the loss averages over the V - 1 positives of a row, all of
-which stay in the denominator.
+arXiv:2002.05709), eq. 1 (NT-Xent). It equals :func:`plugins.losses.cissl_loss` with a single head and without the row's
+own view among the columns. The published loss has two views. With V views the loss averages over the V - 1 positives of
+a row, all of which are in the denominator.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
 """SSL-EY: the Eckart-Young loss of generalised eigenproblems, for two or more views through one encoder.
 
 Chapman, Wells & Aguila, "Unconstrained Stochastic CCA: Unifying Multiview and Self-Supervised Learning" (ICLR 2024,
-arXiv:2310.01012). This is the published form without ridge. The divisor is N - 1, where N is the number of rows on
-all processes, not a configured batch size. The estimator "plugin" is the published
-one; "split" (two half batches, as in the paper's stochastic variant) and "ustat" are unbiased for ||V||^2.
+arXiv:2310.01012). This is the published form without ridge. The divisor is N - 1, where N is the number of rows on all
+processes, not a configured batch size. The estimator "plugin" is the published one. "split" (two half batches, as in
+the paper's stochastic variant) and "ustat" are unbiased for ||V||^2.
 
 For more than two views the loss is the mean of the two-view loss over all unordered pairs of views. The published code
 has two views only. With the covariance C_v of each view and the standardised rows S_v, the mean needs one covariance

@@ -129,8 +129,8 @@ def stratified(labels: Int[Tensor, " N"], count: int, seed: int) -> tuple[Tensor
     sizes = labels.unique(return_counts=True)[1]
     if min(count, len(labels) - count) < len(sizes) or sizes.min() < 2:
         raise ValueError(
-            f"{count} of {len(labels)} labels cannot be split off with a label of each of the {len(sizes)} classes "
-            "in both parts; use a larger fraction"
+            f"cannot split {len(labels)} labels into {count} and {len(labels) - count} with each of the {len(sizes)} "
+            "classes in both parts; use a larger fraction"
         )
     rows = torch.arange(len(labels)).numpy()
     drawn, others = train_test_split(rows, train_size=count, stratify=labels.cpu().numpy(), random_state=seed)

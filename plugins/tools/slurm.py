@@ -125,7 +125,9 @@ def complete(arguments: Sequence[str], *, nodes: int, tasks_per_node: int) -> li
         if given is None:
             added.append(f"++{key}={value}")
         elif _count(given) != value:
-            raise UserError(f"{key}={given} of the command must equal that of the job, {value}; leave it out")
+            raise UserError(
+                f"the command sets {key}={given}, but the job has {key}={value}; remove {key} from the command"
+            )
     if _override(arguments, "auto_resume.enabled") is None:
         added.append("++auto_resume.enabled=True")
     return [*arguments, *added]

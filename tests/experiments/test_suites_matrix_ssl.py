@@ -68,7 +68,7 @@ def test_without_imagenet_there_is_one_sentence(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert experiments.main(["matrix_ssl"]) == 2
     error = capfd.readouterr().err
-    assert error.startswith("error: imagenet is not in datasets/imagenet: download it manually, with")
+    assert error.startswith("error: imagenet is not in datasets/imagenet: download it manually, and put")
     assert error.count("\n") == 1
     assert not (tmp_path / "results").exists()
 

@@ -202,7 +202,7 @@ def test_missing_folders_are_named_with_the_command_that_makes_them(tmp_path, ca
     assert error.count("\n") == 1
     assert f"tinyimagenet is not in {tmp_path / 'tinyimagenet'}" in error
     assert f"python -m plugins.tools.data tinyimagenet --archive tiny-imagenet-200.zip --out {tmp_path}" in error
-    assert f"one folder per class in {tmp_path / 'imagenet100'}/train" in error
+    assert f"one folder per class into {tmp_path / 'imagenet100'}/train" in error
 
 
 def _class_folders(place, *counts):
@@ -226,7 +226,7 @@ def test_unsorted_or_incomplete_images_are_told_before_anything_is_trained(tmp_p
     assert prepare.main(["tinyimagenet", "--folder", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"{place} must have the 200 class folders of tinyimagenet" in error
+    assert f"{place}/train and {place}/val must have the same 200 class folders, got" in error
     assert "got 200 and 1: create it from its archive with" in error
 
 

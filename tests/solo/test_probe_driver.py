@@ -77,7 +77,7 @@ def test_probes_are_those_of_the_file_on_the_features_of_the_run(run, digits, tm
 
 def test_too_few_labels_are_one_sentence(run, digits, tmp_path):
     few = {**LINEAR, "fraction": 0.11}
-    with pytest.raises(UserError, match="11 labels cannot be split off with a label of each of the 10 classes"):
+    with pytest.raises(UserError, match="cannot split 11 labels into 9 and 2 with each of the 10 classes"):
         main_probe.evaluate(_arguments(run, digits, _file(tmp_path, {**SHARED, "probes": [few]})))
 
 

@@ -241,7 +241,7 @@ def test_sides_of_unequal_width_and_too_few_labels(files, quick, tmp_path):
         run(*files, *quick)
     np.save(tmp_path / "test_x.npy", blobs(60)[0])
     np.save(tmp_path / "train_y.npy", np.arange(90))
-    with pytest.raises(UserError, match=r"quick.yaml: 81 of 90 labels cannot be split off"):
+    with pytest.raises(UserError, match=r"quick.yaml: cannot split 90 labels into 81 and 9 "):
         run(*files, *quick)
 
 

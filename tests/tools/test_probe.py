@@ -261,8 +261,8 @@ def test_what_is_chosen_does_not_depend_on_the_test_rows(probe):
         ({"grid": (Setting(lr=0.0),)}, "lr must be above 0, got 0.0"),
         ({"epochs": 0}, r"epochs must be in \[1, inf\), got 0"),
         ({"batch_size": 1}, r"batch_size must be in \[2, inf\), got 1"),
-        ({"fraction": 0.02}, "1 of 60 labels cannot be split off with a label of each of the 3 classes"),
-        ({"fraction": 0.05}, "3 of 3 labels cannot be split off with a label of each of the 3 classes"),
+        ({"fraction": 0.02}, "cannot split 60 labels into 1 and 59 with each of the 3 classes"),
+        ({"fraction": 0.05}, "cannot split 3 labels into 3 and 0 with each of the 3 classes"),
     ],
 )
 def test_wrong_values_are_refused(change, message):

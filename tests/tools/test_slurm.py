@@ -139,11 +139,11 @@ def test_resuming_can_be_switched_off():
         ),
         (
             ["--gpus-per-node", "8", "--", *PRETRAIN, "devices=4"],
-            "devices=4 of the command must equal that of the job, 8; leave it out",
+            "the command sets devices=4, but the job has devices=8; remove devices from the command",
         ),
         (
             ["--nodes", "2", "--", *PRETRAIN, "++num_nodes=3"],
-            "num_nodes=3 of the command must equal that of the job, 2; leave it out",
+            "the command sets num_nodes=3, but the job has num_nodes=2; remove num_nodes from the command",
         ),
         (["--", "x"], "srun is not installed; submit from a node of the cluster, or use --cluster local"),
     ],

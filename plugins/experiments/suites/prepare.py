@@ -24,8 +24,8 @@ DOWNLOADED: dict[str, tuple[str, dict[str, str]]] = {
 FOLDERS = {
     "tinyimagenet": "create it from its archive with: "
     "python -m plugins.tools.data tinyimagenet --archive tiny-imagenet-200.zip --out {place}",
-    "imagenet": "download it manually, with one folder per class in {place}/train and {place}/val",
-    "imagenet100": "create it from ImageNet, with one folder per class in {place}/train and {place}/val",
+    "imagenet": "download it manually, and put one folder per class into {place}/train and {place}/val",
+    "imagenet100": "create it from ImageNet, and put one folder per class into {place}/train and {place}/val",
 }
 """Data set → instructions to obtain it."""
 CLASSES = {"tinyimagenet": 200, "imagenet": 1000, "imagenet100": 100}
@@ -33,7 +33,7 @@ CLASSES = {"tinyimagenet": 200, "imagenet": 1000, "imagenet100": 100}
 
 
 class DataError(Exception):
-    """Raised if a data set is missing and cannot be downloaded; the message is one line."""
+    """A data set is missing or incomplete, and cannot be downloaded. The message is one line."""
 
 
 def prepare(datasets: Sequence[str], folder: Path) -> None:
@@ -57,8 +57,8 @@ def prepare(datasets: Sequence[str], folder: Path) -> None:
         elif len(classes[0]) != CLASSES[name] or classes[0] != classes[1]:
             found = "{} and {}".format(*map(len, classes))
             missing.append(
-                f"{place} must have the {CLASSES[name]} class folders of {name} in train and in val, got "
-                f"{found}: {FOLDERS[name].format(place=place)}"
+                f"{place}/train and {place}/val must have the same {CLASSES[name]} class folders, got {found}: "
+                f"{FOLDERS[name].format(place=place)}"
             )
     if missing:
         raise DataError("; ".join(missing) + "; or choose other data sets with --data")

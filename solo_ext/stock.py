@@ -49,6 +49,8 @@ class Scripts:
         with exit_on_user_error():
             if count_stacks(cfg.get("augmentations") or ()):  # main would make an ordinary view of the entry
                 raise UserError(f"solo-learn's own script makes no stacks of patches; {_INSTEAD}")
+            if any(has_masks(view) for view in cfg.get("augmentations") or ()):  # main would ignore the entry
+                raise UserError(f"augmentations.masks is not available in solo-learn's own script; {_INSTEAD}")
         cfg = self._parse(original, cfg)
         if cfg.data.dataset in self.own:
             # main's transform uses these values for a dataset that is not in its own table
@@ -56,11 +58,6 @@ class Scripts:
             for view in cfg.augmentations:
                 view.mean, view.std = list(info.mean), list(info.std)
         with exit_on_user_error():
-            if any(has_masks(view) for view in cfg.augmentations):
-                raise UserError(
-                    "augmentations.masks is not available in solo-learn's own script; "
-                    "start python -m solo_ext.main_pretrain"
-                )
             large_and_small(cfg.augmentations)
             METHODS[cfg.method] = method_class(cfg)
             _check_input(METHODS[cfg.method], cfg)

@@ -130,6 +130,16 @@ class Clock(Stepped, nn.Module):
         self._counted = self.stepping
         return before
 
+    def earlier(self) -> int:
+        """Count as a call does, and return the number of earlier steps as an int, without waiting for the device.
+
+        >>> clock = Clock()
+        >>> [clock.earlier(), clock.earlier(), clock.eval().earlier()]
+        [0, 1, 2]
+        """
+        self()
+        return self.count - int(self.training)
+
     def _add_step(self) -> None:
         if torch.compiler.is_compiling() or not self._knows():
             self.steps += 1

@@ -300,7 +300,6 @@ class PIRLLoss(Stepped, nn.Module):
         self.register_buffer("log_normalizer", torch.full((), torch.nan if form == "nce" else 0.0))
         self._normalized = False  # whether ln Z is known; looking at the buffer would wait for the device
         self._outputs: list[tuple[Tensor, Tensor]] = []
-        self._step: int | None = None  # a copy of the clock's count, for the same reason
 
     def forward(
         self,
@@ -319,8 +318,7 @@ class PIRLLoss(Stepped, nn.Module):
         negatives: Int64[Tensor, "*two B K"] | None = None,
     ) -> PIRLLossTerms:
         """Return the loss and its parts; in training mode, update the memory."""
-        before = self.clock()
-        step = int(before) if self._step is None or not self.training else self._step + int(self.clock.first)
+        step = self.clock.earlier()
         if self.form == "nce" and not self._normalized:
             self._normalized = not bool(self.log_normalizer.isnan())
         found = pirl_terms(
@@ -340,7 +338,6 @@ class PIRLLoss(Stepped, nn.Module):
             comm=self.comm,
         )
         if self.training:
-            self._step = step
             if self.form == "nce" and not self._normalized:
                 self.log_normalizer.copy_(found.log_normalizer)
                 self._normalized = True
@@ -367,7 +364,7 @@ class PIRLLoss(Stepped, nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._normalized, self._step = False, None
+        self._normalized = False
         self._outputs.clear()
 
     def extra_repr(self) -> str:

@@ -57,7 +57,7 @@ class ReLICCriterion(nn.Module):
     def _candidates(self, z: Tensor) -> Tensor | None:
         if self.clock is None:
             return None
-        images, step = sum(self.comm.row_counts(len(z), z.device)), int(self.clock())
+        images, step = sum(self.comm.row_counts(len(z), z.device)), self.clock.earlier()
         if self.negatives >= images:
             return None
         return drawn_candidates(images, self.negatives, self.seed, step).to(z.device)

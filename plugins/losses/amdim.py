@@ -1,0 +1,277 @@
+"""AMDIM: global features of one view predict the local features of another.
+
+Bachman, Hjelm & Buchwalter, "Learning Representations by Maximizing Mutual Information Across Views" (NeurIPS 2019,
+arXiv:1906.00910), section 3. The paper weights the regulariser by 0.04, the published code by 0.05.
+
+The ``[N, N, L]`` scores of all images at all locations are never stored: each block of rows gives its part of the loss
+and of the gradient.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from plugins.checks import check_range, check_result, compute_dtype
+from plugins.distributed import LOCAL, Collective
+from plugins.linalg import attach_gradient
+
+CPU_SCORES, GPU_SCORES = 2**20, 2**26
+"""Number of scores of a block."""
+
+
+class AMDIMTerms(NamedTuple):
+    """Only ``loss`` has a gradient."""
+
+    loss: Float[Tensor, ""]
+    """In nats. It contains the regulariser."""
+    reg: Float[Tensor, ""]
+    """The regulariser, weight times mean squared score, ≥ 0."""
+
+
+class AMDIMView(NamedTuple):
+    """The embeddings of one view; locations of a map are flattened."""
+
+    whole: Float[Tensor, "B D"]
+    """Of the whole image."""
+    coarse: Float[Tensor, "B D L"]
+    """Of the L locations of the coarser map."""
+    fine: Float[Tensor, "B D M"]
+    """Of the M locations of the finer map."""
+
+
+def amdim_nce(
+    source: Float[Tensor, "B D"],
+    targets: Float[Tensor, "B D L"],
+    *,
+    clip: float = 20.0,
+    reg: float = 0.05,
+    comm: Collective = LOCAL,
+) -> AMDIMTerms:
+    """``mean_il log(1 + Σ_{j≠i,m} exp(ŝ_ijm − ŝ_iil)) + λ mean_ijl s_ijl²``, images i and j, locations l and m.
+
+    ``s_ijl = ⟨a_i, T_jl⟩ / √D`` and ``ŝ = c tanh(s / c)``. All locations of the other images are negatives; the other
+    locations of the own image are not.
+
+    Args:
+        source: a, one row for each image.
+        targets: T, the map of each image with its L ≥ 1 locations flattened.
+        clip: c > 0, the largest absolute score.
+        reg: weight λ ≥ 0 of the regulariser.
+        comm: the processes that share the batch. Sources and targets are gathered, and two numbers a row more if
+            gradients are needed. Backward communicates nothing.
+
+    Returns:
+        The loss of the joined batch, float32 (float64 for float64 input). Its first term is between 0 and
+        2 c + log(1 + L (N − 1)), and 0 if N = 1.
+
+    Raises:
+        ValueError: the shapes do not fit, a number is out of range, or (on the CPU) an input holds NaN or inf.
+
+    >>> zeros = torch.zeros(7, 8)
+    >>> round(amdim_nce(zeros, zeros[..., None].expand(7, 8, 25)).loss.item(), 5)  # log(1 + 6 * 25)
+    5.01728
+    """
+    return _nce([source], targets, clip, reg, comm)
+
+
+def amdim_loss(
+    views: Sequence[AMDIMView],
+    locations: Sequence[Int64[Tensor, " B"]],
+    *,
+    clip: float = 20.0,
+    reg: float = 0.05,
+    comm: Collective = LOCAL,
+) -> AMDIMTerms:
+    """Mean over the ordered pairs of views (v, u) of ``whole → coarse + whole → fine + coarse at l → coarse``.
+
+    Each term is :func:`amdim_nce` with a source of view v and a map of view u as targets. ``coarse at l`` is the coarse
+    map of v at one location per image. For two views this is the sum of the published code.
+
+    Args:
+        views: V ≥ 2 views.
+        locations: for each view the location l of each image, in 0…L−1.
+        clip: as for :func:`amdim_nce`.
+        reg: as for :func:`amdim_nce`.
+        comm: as for :func:`amdim_nce`.
+
+    Returns:
+        The loss of the joined batch, and the regularisers of the three terms.
+
+    Raises:
+        ValueError: fewer than two views, not one vector of locations for each view, or what :func:`amdim_nce` does not
+            accept.
+
+    >>> zeros = torch.zeros(7, 8)
+    >>> view = AMDIMView(zeros, zeros[..., None].expand(7, 8, 4), zeros[..., None].expand(7, 8, 16))
+    >>> location = torch.zeros(7, dtype=torch.int64)
+    >>> round(amdim_loss([view, view], [location, location]).loss.item(), 5)  # 2 log(1 + 6 * 4) + log(1 + 6 * 16)
+    11.01246
+    """
+    if len(views) < 2 or len(locations) != len(views):
+        raise ValueError(
+            f"amdim_loss needs at least 2 views and a vector of locations for each, got {len(views)} views and "
+            f"{len(locations)} vectors"
+        )
+    local = [
+        view.coarse.gather(2, where[:, None, None].expand(-1, view.coarse.shape[1], 1)).squeeze(2)
+        for view, where in zip(views, locations, strict=True)
+    ]
+    terms = []
+    for u, target in enumerate(views):
+        others = [v for v in range(len(views)) if v != u]
+        whole = [views[v].whole for v in others]
+        # each mean is over all rows of its sources: weigh it by their number, in units of the pairs of views
+        terms.append(_nce([*whole, *(local[v] for v in others)], target.coarse, clip, reg, comm, weight=2.0))
+        terms.append(_nce(whole, target.fine, clip, reg, comm))
+    loss, regs = (torch.stack(part).sum() / len(views) for part in zip(*terms, strict=True))
+    return AMDIMTerms(loss, regs)
+
+
+def _nce(
+    sources: Sequence[Tensor], targets: Tensor, clip: float, reg: float, comm: Collective, weight: float = 1.0
+) -> AMDIMTerms:
+    """Return a weight times the mean of :func:`amdim_nce` over sources that share their targets."""
+    check_range("clip", clip, low=1e-6)
+    check_range("reg", reg, low=0)
+    _check(sources, targets)
+    with torch.autocast(targets.device.type, enabled=False):
+        dtype = compute_dtype(torch.promote_types(sources[0].dtype, targets.dtype))
+        a = torch.stack([*sources], 1).to(dtype)
+        t = targets.transpose(1, 2).contiguous().to(dtype)
+        (size, shared, width), locations = a.shape, t.shape[1]
+        counts = comm.row_counts(size, a.device)
+        images, before = sum(counts), sum(counts[: comm.rank])
+        rows, scale = images * shared, 1 / math.sqrt(width)
+        pull = 2 * reg / images  # derivative of the regulariser over that of the mean, per score
+        own_a, own_t = a.detach().flatten(0, 1) * scale, t.detach().flatten(0, 1)
+        all_t = comm.gather_rows(t.detach(), counts=counts).flatten(0, 1)
+        wanted = torch.is_grad_enabled() and (a.requires_grad or t.requires_grad)
+        by_a, by_t = torch.zeros_like(own_a), torch.zeros_like(own_t)
+        parts = [own_a.new_zeros(2)]
+        log_masses, all_missed = own_a.new_empty(len(own_a)), own_a.new_empty(len(own_a))
+        for part in _blocks(len(own_a), len(all_t), a.device):
+            each = torch.arange(part.stop - part.start, device=a.device)
+            own = each, (each + part.start) // shared + before
+            scores = (own_a[part] @ all_t.T).unflatten(1, (images, locations))
+            block = _Block.of(scores, own, clip)
+            missed = (block.log_mass[:, None] - block.positive).sigmoid()
+            log_masses[part], all_missed[part] = block.log_mass, missed.sum(1)
+            lost = torch.logaddexp(block.log_mass[:, None] - block.positive, missed.new_zeros(()))
+            parts.append(torch.stack([lost.sum() / (rows * locations), _mean_square(scores, rows)]))
+            if wanted:
+                slope = block.slope(scores, own, missed, all_missed[part], pull)
+                by_a[part] = slope @ all_t
+                if comm.size == 1:
+                    by_t.addmm_(slope.T, own_a[part])
+        nce, square = comm.sum(torch.stack(parts).sum(0)).unbind()
+        regularizer = weight * reg * square
+        loss = weight * nce + regularizer
+        if wanted:
+            if comm.size > 1:  # the columns of this process, of which other processes hold the rows
+                all_a = comm.gather_rows(own_a.unflatten(0, (size, shared)), counts=counts).flatten(0, 1)
+                sums = torch.stack([log_masses, all_missed], 1).unflatten(0, (size, shared))
+                log_masses, all_missed = comm.gather_rows(sums, counts=counts).flatten(0, 1).unbind(1)
+                for part in _blocks(len(all_a), len(own_t), a.device) if size else []:
+                    image = torch.arange(part.start, part.stop, device=a.device) // shared - before
+                    inside = ((image >= 0) & (image < size)).nonzero().squeeze(1)
+                    own = inside, image[inside]
+                    scores = (all_a[part] @ own_t.T).unflatten(1, (size, locations))
+                    block = _Block.of(scores, own, clip, log_masses[part])
+                    missed = (block.log_mass[inside, None] - block.positive).sigmoid()
+                    by_t.addmm_(block.slope(scores, own, missed, all_missed[part], pull).T, all_a[part])
+            factor = comm.size * weight / (rows * locations)
+            by_a.mul_(factor * scale)
+            gradients = [by_a.view_as(a), by_t.mul_(factor).view_as(t)]
+            loss = attach_gradient(loss, [a, t], gradients)
+    check_result("the AMDIM loss", loss, comm, targets=targets, **{f"source {s}": z for s, z in enumerate(sources)})
+    return AMDIMTerms(loss, regularizer)
+
+
+Own = tuple[Tensor, Tensor]
+"""Positions of the scores of an image with its own map: rows of a block, and images among its columns."""
+
+
+class _Block(NamedTuple):
+    """A block of rows, b, against J images with L locations."""
+
+    slack: Float[Tensor, "b J L"]
+    """The derivative of the clipped score, 1 − tanh²(s / c)."""
+    share: Float[Tensor, "b J L"]
+    """Softmax over the negatives of the row, 0 at its own image."""
+    positive: Float[Tensor, "k L"]
+    """Clipped scores with the own map."""
+    log_mass: Float[Tensor, " b"]
+    """Logarithm of the sum over the negatives, −inf without any."""
+
+    @classmethod
+    def of(cls, scores: Float[Tensor, "b J L"], own: Own, clip: float, log_mass: Tensor | None = None) -> "_Block":
+        """Compute a block. ``log_mass`` is given if the row has negatives elsewhere."""
+        slack = (scores / clip).tanh_()
+        clipped = slack * clip
+        positive = clipped[own]
+        clipped[own] = -math.inf
+        if log_mass is None:
+            top = clipped.flatten(1).amax(1).clamp_min(-clip)
+            share = clipped.sub_(top[:, None, None]).exp_()
+            mass = share.sum((1, 2))
+            log_mass = mass.log() + top
+            share.div_(mass.clamp_min(torch.finfo(mass.dtype).tiny)[:, None, None])
+        else:
+            share = clipped.sub_(log_mass[:, None, None]).exp_()
+        return cls(slack.square_().neg_().add_(1), share, positive, log_mass)
+
+    def slope(self, scores: Tensor, own: Own, missed: Tensor, all_missed: Tensor, pull: float) -> Tensor:
+        """Return the derivative by the scores of the mean over rows and locations, times their number, ``[b, J L]``.
+
+        It overwrites the block.
+
+        Args:
+            scores: s.
+            own: as for :meth:`of`.
+            missed: 1 − p at the own map's locations, ``[k, L]``.
+            all_missed: their sum for each row, ``[b]``.
+            pull: weight of s itself, the regulariser's part.
+        """
+        slope = self.share.mul_(all_missed[:, None, None])
+        slope[own] = -missed
+        return slope.mul_(self.slack).add_(scores, alpha=pull).flatten(1)
+
+
+def _mean_square(scores: Tensor, rows: int) -> Tensor:
+    """Return the block's part of the mean over all rows, images and locations of s²."""
+    return torch.linalg.vector_norm(scores).square() / (rows * scores[0].numel())
+
+
+def _blocks(rows: int, columns: int, device: torch.device) -> list[slice]:
+    """Split rows into blocks of about as many scores as fit the cache."""
+    size = max((CPU_SCORES if device.type == "cpu" else GPU_SCORES) // max(columns, 1), 16)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _check(sources: Sequence[Tensor], targets: Tensor) -> None:
+    for source in sources:
+        if source.ndim != 2 or targets.ndim != 3 or source.shape != targets.shape[:2] or 0 in targets.shape[1:]:
+            raise ValueError(
+                "the AMDIM loss needs sources [N, D] and targets [N, D, L] with L > 0, got "
+                f"{tuple(source.shape)} and {tuple(targets.shape)}"
+            )
+
+
+class AMDIMLoss(nn.Module):
+    """Module of :func:`amdim_loss`; the arguments are the same."""
+
+    def __init__(self, *, clip: float = 20.0, reg: float = 0.05, comm: Collective = LOCAL) -> None:
+        super().__init__()
+        check_range("clip", clip, low=1e-6)
+        check_range("reg", reg, low=0)
+        self.clip, self.reg, self.comm = clip, reg, comm
+
+    def forward(self, views: Sequence[AMDIMView], locations: Sequence[Int64[Tensor, " B"]]) -> AMDIMTerms:
+        return amdim_loss(views, locations, clip=self.clip, reg=self.reg, comm=self.comm)
+
+    def extra_repr(self) -> str:
+        return f"clip={self.clip}, reg={self.reg}, comm={self.comm}"

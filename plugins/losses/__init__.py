@@ -1,5 +1,6 @@
 """Each loss three ways: a pure function, ``*_terms`` with the parts for logging, and an ``nn.Module``."""
 
+from plugins.losses.amdim import AMDIMLoss, AMDIMTerms, AMDIMView, amdim_loss, amdim_nce
 from plugins.losses.barlow_twins import (
     BarlowTwinsLoss,
     BarlowTwinsLossTerms,
@@ -28,6 +29,9 @@ from plugins.losses.ssl_ey import SSLEYLoss, SSLEYLossTerms, ssl_ey_loss, ssl_ey
 from plugins.losses.swav import SwAVLoss, SwAVTerms, swav_loss, swav_terms
 
 __all__ = [
+    "AMDIMLoss",
+    "AMDIMTerms",
+    "AMDIMView",
     "BYOLLoss",
     "BYOLLossTerms",
     "BarlowTwinsLoss",
@@ -59,6 +63,8 @@ __all__ = [
     "StallAlarm",
     "SwAVLoss",
     "SwAVTerms",
+    "amdim_loss",
+    "amdim_nce",
     "barlow_twins_loss",
     "barlow_twins_terms",
     "byol_loss",

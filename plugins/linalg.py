@@ -18,6 +18,10 @@ FORMS = ("auto", "covariance", "gram")
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 
+CPU_SCORES, GPU_SCORES = 2**20, 2**26
+"""Number of scores of a block of :func:`score_blocks`."""
+
+
 def gram_is_cheaper(rows: int, width: int) -> bool:
     """Return whether ``S S^T`` (rows x rows) needs less computation and communication than ``S^T S`` (width x width).
 
@@ -290,6 +294,16 @@ def row_blocks(rows: Tensor) -> list[slice]:
     """
     count, size = len(rows), 512 if rows.device.type == "cpu" else 8192
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def score_blocks(rows: int, columns: int, device: torch.device) -> list[slice]:
+    """Split rows into blocks of about as many scores with all columns as fit the cache; 16 rows or more.
+
+    >>> score_blocks(20_000, 6272, torch.device("cpu"))[:2]
+    [slice(0, 167, None), slice(167, 334, None)]
+    """
+    size = max((CPU_SCORES if device.type == "cpu" else GPU_SCORES) // max(columns, 1), 16)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def tangent(

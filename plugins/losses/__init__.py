@@ -9,6 +9,7 @@ from plugins.losses.barlow_twins import (
 )
 from plugins.losses.byol import BYOLLoss, BYOLLossTerms, byol_loss, byol_terms
 from plugins.losses.cissl import CISSLLoss, CISSLTerms, cissl_loss, cissl_terms
+from plugins.losses.cpc import cpc_loss, non_overlapping_offsets
 from plugins.losses.dino import DINOLoss, DINOTerms, dino_loss, dino_terms, teacher_temperature
 from plugins.losses.dissl import DISSLLoss, DISSLTerms, dissl_loss, dissl_terms
 from plugins.losses.dissl_monitor import DISSLWeights, ETFMonitor, ETFTerms, StallAlarm, dissl_warmup
@@ -71,6 +72,7 @@ __all__ = [
     "byol_terms",
     "cissl_loss",
     "cissl_terms",
+    "cpc_loss",
     "dino_loss",
     "dino_terms",
     "dissl_loss",
@@ -88,6 +90,7 @@ __all__ = [
     "mec_warmup",
     "moco_loss",
     "moco_terms",
+    "non_overlapping_offsets",
     "pirl_loss",
     "pirl_terms",
     "relic_loss",

@@ -17,10 +17,7 @@ from torch import Tensor, nn
 
 from plugins.checks import check_range, check_result, compute_dtype
 from plugins.distributed import LOCAL, Collective
-from plugins.linalg import attach_gradient
-
-CPU_SCORES, GPU_SCORES = 2**20, 2**26
-"""Number of scores of a block."""
+from plugins.linalg import attach_gradient, score_blocks
 
 
 class AMDIMTerms(NamedTuple):
@@ -153,7 +150,7 @@ def _nce(
         by_a, by_t = torch.zeros_like(own_a), torch.zeros_like(own_t)
         parts = [own_a.new_zeros(2)]
         log_masses, all_missed = own_a.new_empty(len(own_a)), own_a.new_empty(len(own_a))
-        for part in _blocks(len(own_a), len(all_t), a.device):
+        for part in score_blocks(len(own_a), len(all_t), a.device):
             each = torch.arange(part.stop - part.start, device=a.device)
             own = each, (each + part.start) // shared + before
             scores = (own_a[part] @ all_t.T).unflatten(1, (images, locations))
@@ -175,7 +172,7 @@ def _nce(
                 all_a = comm.gather_rows(own_a.unflatten(0, (size, shared)), counts=counts).flatten(0, 1)
                 sums = torch.stack([log_masses, all_missed], 1).unflatten(0, (size, shared))
                 log_masses, all_missed = comm.gather_rows(sums, counts=counts).flatten(0, 1).unbind(1)
-                for part in _blocks(len(all_a), len(own_t), a.device) if size else []:
+                for part in score_blocks(len(all_a), len(own_t), a.device) if size else []:
                     image = torch.arange(part.start, part.stop, device=a.device) // shared - before
                     inside = ((image >= 0) & (image < size)).nonzero().squeeze(1)
                     own = inside, image[inside]
@@ -244,12 +241,6 @@ class _Block(NamedTuple):
 def _mean_square(scores: Tensor, rows: int) -> Tensor:
     """Return the block's part of the mean over all rows, images and locations of s²."""
     return torch.linalg.vector_norm(scores).square() / (rows * scores[0].numel())
-
-
-def _blocks(rows: int, columns: int, device: torch.device) -> list[slice]:
-    """Split rows into blocks of about as many scores as fit the cache."""
-    size = max((CPU_SCORES if device.type == "cpu" else GPU_SCORES) // max(columns, 1), 16)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def _check(sources: Sequence[Tensor], targets: Tensor) -> None:

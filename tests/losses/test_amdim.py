@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from plugins import linalg
 from plugins.losses import AMDIMLoss, AMDIMView, amdim_loss, amdim_nce
-from plugins.losses import amdim as module
 from plugins.testing import assert_joined, devices, toy_views
 
 
@@ -193,10 +193,10 @@ def test_degenerate_batches_are_finite(device):
 
 
 @pytest.mark.parametrize("options", [{}, {"clip": 2.0, "reg": 0.7}], ids=str)
-@pytest.mark.parametrize("scores", [module.CPU_SCORES, 1])
+@pytest.mark.parametrize("scores", [linalg.CPU_SCORES, 1])
 def test_gradient_is_that_of_autograd(options, scores, monkeypatch):
     """In one block of rows, and in blocks of 16 rows."""
-    monkeypatch.setattr(module, "CPU_SCORES", scores)
+    monkeypatch.setattr(linalg, "CPU_SCORES", scores)
     leaves = [x.requires_grad_() for x in _inputs(37, 5, 3)]
     found = torch.autograd.grad(3 * amdim_nce(*leaves, **options).loss, leaves)
     expected = torch.autograd.grad(3 * _plain(*leaves, **options), leaves)

@@ -1,6 +1,6 @@
 """Each loss three ways: a pure function, ``*_terms`` with the parts for logging, and an ``nn.Module``."""
 
-from plugins.losses.amdim import AMDIMLoss, AMDIMTerms, AMDIMView, amdim_loss, amdim_nce
+from plugins.losses.amdim import AMDIMLoss, AMDIMTerms, AMDIMView, amdim_loss, amdim_nce, amdim_terms
 from plugins.losses.barlow_twins import (
     BarlowTwinsLoss,
     BarlowTwinsLossTerms,
@@ -66,6 +66,7 @@ __all__ = [
     "SwAVTerms",
     "amdim_loss",
     "amdim_nce",
+    "amdim_terms",
     "barlow_twins_loss",
     "barlow_twins_terms",
     "byol_loss",

@@ -79,52 +79,69 @@ def amdim_loss(
     views: Sequence[AMDIMView],
     locations: Sequence[Int64[Tensor, " B"]],
     *,
+    large: int | None = None,
     clip: float = 20.0,
     reg: float = 0.05,
     comm: Collective = LOCAL,
-) -> AMDIMTerms:
-    """Mean over the ordered pairs of views (v, u) of ``whole → coarse + whole → fine + coarse at l → coarse``.
+) -> Float[Tensor, ""]:
+    """Mean over view v and large view u ≠ v of ``whole → coarse + whole → fine + coarse at l → coarse``.
 
     Each term is :func:`amdim_nce` with a source of view v and a map of view u as targets. ``coarse at l`` is the coarse
     map of v at one location per image. For two views this is the sum of the published code.
 
     Args:
-        views: V ≥ 2 views.
+        views: V ≥ 2 views, large ones first. Small crops may have smaller maps.
         locations: for each view the location l of each image, in 0…L−1.
+        large: number of large views, 1…V; None means all.
         clip: as for :func:`amdim_nce`.
         reg: as for :func:`amdim_nce`.
         comm: as for :func:`amdim_nce`.
 
     Returns:
-        The loss of the joined batch, and the regularisers of the three terms.
+        The loss of the joined batch, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: fewer than two views, not one vector of locations for each view, or what :func:`amdim_nce` does not
-            accept.
+        ValueError: fewer than two views, not one vector of locations for each view, ``large`` is out of range, or what
+            :func:`amdim_nce` does not accept.
 
     >>> zeros = torch.zeros(7, 8)
     >>> view = AMDIMView(zeros, zeros[..., None].expand(7, 8, 4), zeros[..., None].expand(7, 8, 16))
     >>> location = torch.zeros(7, dtype=torch.int64)
-    >>> round(amdim_loss([view, view], [location, location]).loss.item(), 5)  # 2 log(1 + 6 * 4) + log(1 + 6 * 16)
+    >>> round(amdim_loss([view, view], [location, location]).item(), 5)  # 2 log(1 + 6 * 4) + log(1 + 6 * 16)
     11.01246
     """
+    return amdim_terms(views, locations, large=large, clip=clip, reg=reg, comm=comm).loss
+
+
+def amdim_terms(
+    views: Sequence[AMDIMView],
+    locations: Sequence[Int64[Tensor, " B"]],
+    *,
+    large: int | None = None,
+    clip: float = 20.0,
+    reg: float = 0.05,
+    comm: Collective = LOCAL,
+) -> AMDIMTerms:
+    """Return :func:`amdim_loss` and the regularisers of its terms."""
     if len(views) < 2 or len(locations) != len(views):
         raise ValueError(
             f"amdim_loss needs at least 2 views and a vector of locations for each, got {len(views)} views and "
             f"{len(locations)} vectors"
         )
+    large = len(views) if large is None else large
+    check_range("large", large, low=1, high=len(views))
     local = [
         view.coarse.gather(2, where[:, None, None].expand(-1, view.coarse.shape[1], 1)).squeeze(2)
         for view, where in zip(views, locations, strict=True)
     ]
     terms = []
-    for u, target in enumerate(views):
+    for u, target in enumerate(views[:large]):
         others = [v for v in range(len(views)) if v != u]
         whole = [views[v].whole for v in others]
         # each mean is over all rows of its sources: weigh it by their number, in units of the pairs of views
         terms.append(_nce([*whole, *(local[v] for v in others)], target.coarse, clip, reg, comm, weight=2.0))
         terms.append(_nce(whole, target.fine, clip, reg, comm))
-    loss, regs = (torch.stack(part).sum() / len(views) for part in zip(*terms, strict=True))
+    loss, regs = (torch.stack(part).sum() / large for part in zip(*terms, strict=True))
     return AMDIMTerms(loss, regs)
 
 
@@ -261,8 +278,16 @@ class AMDIMLoss(nn.Module):
         check_range("reg", reg, low=0)
         self.clip, self.reg, self.comm = clip, reg, comm
 
-    def forward(self, views: Sequence[AMDIMView], locations: Sequence[Int64[Tensor, " B"]]) -> AMDIMTerms:
-        return amdim_loss(views, locations, clip=self.clip, reg=self.reg, comm=self.comm)
+    def forward(
+        self, views: Sequence[AMDIMView], locations: Sequence[Int64[Tensor, " B"]], *, large: int | None = None
+    ) -> Float[Tensor, ""]:
+        return self.terms(views, locations, large=large).loss
+
+    def terms(
+        self, views: Sequence[AMDIMView], locations: Sequence[Int64[Tensor, " B"]], *, large: int | None = None
+    ) -> AMDIMTerms:
+        """Return the loss and its parts."""
+        return amdim_terms(views, locations, large=large, clip=self.clip, reg=self.reg, comm=self.comm)
 
     def extra_repr(self) -> str:
         return f"clip={self.clip}, reg={self.reg}, comm={self.comm}"

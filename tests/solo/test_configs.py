@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from solo_ext.compat.common import with_schedule
-from solo_ext.config import parse_linear, parse_pretrain
+from solo_ext.config import count_stacks, parse_linear, parse_pretrain
 from solo_ext.launch import config_folder
 from solo_ext.registry import method_class, register
 
@@ -75,6 +75,9 @@ def test_pretraining_builds(path, images):
     cfg = parse_pretrain(load(path, *local(images)))
     register()
     cls = method_class(cfg)
+    if hasattr(cls, "spec"):
+        cls.spec.resolve(OmegaConf.to_container(cfg.method_kwargs))
+        cls.spec.check_views(cfg.data.num_large_crops, cfg.data.num_small_crops, count_stacks(cfg.augmentations))
     if path.parts[0] in ("imagenet", "stl10", "tinyimagenet"):
         return
     small = {"proj_hidden_dim": 8, "n_classes": 4}
@@ -207,6 +210,67 @@ def test_learning_rate_of_matrix_ssl_and_mec(name, epochs, images):
     assert rate[warm + 1] < rate[warm] == pytest.approx(2.0, rel=1e-12)
     assert rate[(warm + total) // 2] == pytest.approx(1.0, rel=1e-4)
     assert 0 < rate[total - 1] < 1e-8
+
+
+def _further_words(name: str) -> list[str]:
+    """The overrides of the other published run that a comment of the file gives."""
+    (words,) = re.findall(r"^# .*: (\S+=\S+ .*=\S+)$", (ROOT / "imagenet" / name).read_text(), re.MULTILINE)
+    return words.split()
+
+
+def _published(method: str, images: Path, *words: str) -> DictConfig:
+    """The configuration of a method on ImageNet, as on its GPUs."""
+    cfg = load(Path("imagenet") / f"{method}.yaml", *words)
+    devices = f"++devices={cfg.devices}"
+    return parse_pretrain(load(Path("imagenet") / f"{method}.yaml", *words, *local(images)[:-1], devices))
+
+
+_CROPS = {
+    "moco": [(224, 2, 0.2, 1)],
+    "swav": [(224, 2, 0.14, 1), (96, 6, 0.05, 0.14)],
+    "seer": [(224, 2, 0.14, 1), (96, 4, 0.05, 0.14)],
+    "dino": [(224, 1, 0.14, 1), (224, 1, 0.14, 1), (96, 8, 0.05, 0.14)],
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "batch", "epochs", "rates", "optimizer", "decay", "tau"),
+    [
+        ("moco", 256, 200, (None, 0.03, 0), "sgd", 1e-4, (0.999, 0.999)),
+        ("swav", 4096, 800, (0.3, 4.8, 0.0048), "lars", 1e-6, None),
+        ("seer", 8192, 100, (0.15, 9.6, 0.0096), "lars", 1e-5, None),
+        ("dino", 512, 100, (0, 0.06, 1e-6), "sgd", 1e-4, (0.996, 1)),
+    ],
+)
+def test_published_settings_on_imagenet(method, batch, epochs, rates, optimizer, decay, tau, images):
+    cfg = _published(method, images)
+    assert method_class(cfg).spec.name == method
+    assert cfg.optimizer.batch_size * cfg.devices * cfg.num_nodes * cfg.accumulate_grad_batches == batch
+    first, peak, last = rates
+    assert cfg.scheduler.warmup_epochs == (0 if first is None else 10)
+    assert first is None or cfg.scheduler.warmup_start_lr == first
+    assert (cfg.optimizer.lr, cfg.scheduler.min_lr) == (pytest.approx(peak), last)
+    assert (cfg.optimizer.name, float(cfg.optimizer.weight_decay), cfg.max_epochs) == (optimizer, decay, epochs)
+    assert optimizer == "sgd" or not cfg.optimizer.kwargs.exclude_bias_n_norm
+    assert tau is None or (cfg.momentum.base_tau, cfg.momentum.final_tau) == tau
+    crops = [(v.crop_size, v.num_crops, v.rrc.crop_min_scale, v.rrc.crop_max_scale) for v in cfg.augmentations]
+    assert crops == _CROPS[method]
+    assert cfg.backbone.name == ("regnet_y_32gf" if method == "seer" else "resnet50")
+
+
+def test_other_published_runs_are_those_of_the_comments(images):
+    """SwAV with 256 images a step and a queue; SEER on a stream of a billion images."""
+    cfg = _published("swav", images, *_further_words("swav.yaml"))
+    assert cfg.optimizer.batch_size * cfg.devices * cfg.num_nodes == 256
+    assert (cfg.optimizer.lr, cfg.scheduler.min_lr, cfg.scheduler.warmup_epochs) == (0.6, 0.0006, 0)
+    options = method_class(cfg).spec.resolve(OmegaConf.to_container(cfg.method_kwargs))
+    assert (options["queue_size"], options["queue_epoch"], options["freeze_prototypes_steps"]) == (3840, 15, 5005)
+    words = [word.replace("FOLDER", str(images / "train")) for word in _further_words("seer.yaml")]
+    cfg = load(Path("imagenet/seer.yaml"), *words, "++accelerator=cpu", "++devices=8")
+    cfg = parse_pretrain(cfg)
+    assert (cfg.data.no_labels, cfg.max_epochs, cfg.max_steps) == (True, 1, 10**9 // 8192)
+    assert cfg.scheduler.warmup_epochs * cfg.max_steps == pytest.approx(8000, rel=1e-3)
+    assert cfg.optimizer.lr == pytest.approx(9.6)
 
 
 def test_settings_of_the_linear_evaluation_on_imagenet(images):

@@ -19,9 +19,11 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torchvision.models import regnet, resnet
+from torchvision.models import resnet
+from torchvision.models.regnet import RegNet
 
 from plugins.heads import expand_resnet_dim, issl_init_
+from plugins.tools.regnet import BLOCKS, regnet_y, small_stem_
 from plugins.tools.resnet8 import resnet8
 
 _RESNETS = {
@@ -33,15 +35,6 @@ _RESNETS = {
     "resnext101": resnet.resnext101_32x8d,
     "wide_resnet50": resnet.wide_resnet50_2,
     "wide_resnet101": resnet.wide_resnet101_2,
-}
-_REGNETS = {
-    "regnet_y_400mf": regnet.regnet_y_400mf,
-    "regnet_y_800mf": regnet.regnet_y_800mf,
-    "regnet_y_1_6gf": regnet.regnet_y_1_6gf,
-    "regnet_y_3_2gf": regnet.regnet_y_3_2gf,
-    "regnet_y_8gf": regnet.regnet_y_8gf,
-    "regnet_y_16gf": regnet.regnet_y_16gf,
-    "regnet_y_32gf": regnet.regnet_y_32gf,
 }
 
 
@@ -90,7 +83,7 @@ def _expanded(
 
 
 def _build(name: str, method: str, *, cifar: bool = False, **kwargs: Any) -> nn.Module:
-    """Build one of torchvision's networks.
+    """Build one of torchvision's networks, or a RegNetY-256GF.
 
     Args:
         name: a key of ARCHITECTURES.
@@ -101,7 +94,7 @@ def _build(name: str, method: str, *, cifar: bool = False, **kwargs: Any) -> nn.
     Raises:
         TypeError: the network has no such option.
     """
-    build, cls = (_RESNETS[name], resnet.ResNet) if name in _RESNETS else (_REGNETS[name], regnet.RegNet)
+    build, cls = (_RESNETS[name], resnet.ResNet) if name in _RESNETS else (partial(regnet_y, name), RegNet)
     # options of the classifier, which is removed, and of the architecture, which the name defines
     fixed = {"self", "num_classes", "block", "layers", "block_params", "groups", "width_per_group"}
     known = sorted(set(inspect.signature(cls.__init__).parameters) - fixed)
@@ -114,13 +107,13 @@ def _build(name: str, method: str, *, cifar: bool = False, **kwargs: Any) -> nn.
     if cifar and name in _RESNETS and name != "resnet8":
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, stride=1, padding=2, bias=False)
         network.maxpool = nn.Identity()
-    elif cifar and name in _REGNETS:
-        network.stem[0].stride = (1, 1)
+    elif cifar and name in BLOCKS:
+        small_stem_(network)
     return network
 
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
-    **{name: partial(_build, name) for name in sorted((*_RESNETS, *_REGNETS))},
+    **{name: partial(_build, name) for name in sorted((*_RESNETS, *BLOCKS))},
     **{name: partial(_expanded, name) for name in _EXPANDED},
 }
 """{name: factory(method, cifar=False, **kwargs)}; a network maps images ``[B, 3, H, W]`` to ``[B, num_features]``."""

@@ -74,8 +74,10 @@ class Options(Section):
     )
     ckpt_path: _File | None = entry("checkpoint to resume from; --methods must name one method", None)
     seed: integer(0, 2**32 - 1) | None = entry("seed of all random numbers; default: none", None)
-    backbone: String = entry("resnet8 or a model of torchvision, for our methods", "resnet50")
-    small_images: Boolean = entry("ResNet with a 3x3 stem of stride 1 and without max-pool", False)
+    backbone: String = entry("resnet8, regnet_y_256gf or a model of torchvision, for our methods", "resnet50")
+    small_images: Boolean = entry(
+        "ResNet with a 3x3 stem of stride 1 and without max-pool; RegNet with a stem of stride 1", False
+    )
     input_size: integer(1) = entry("side of the images in pixels", 224)
     optimizer: Literal["lars", "sgd", "adamw"] = entry("optimiser, for our methods", "lars")
     lr: NonNegative = entry("learning rate for 256 images over all devices, for our methods", 0.45)

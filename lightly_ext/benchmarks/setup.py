@@ -22,6 +22,7 @@ from lightly_ext.transforms import TwoViewTransform
 from plugins.tools.command import UserError
 from plugins.tools.folders import ImageFolder
 from plugins.tools.images import open_image
+from plugins.tools.regnet import BLOCKS, regnet_y, small_stem_
 from plugins.tools.resnet8 import resnet8
 
 _LARGE = 64  # up to this side in pixels, evaluation resizes to the input size, without a margin that is cropped
@@ -166,27 +167,33 @@ class Setup:
 
 
 def backbone(options: Options) -> nn.Module:
-    """Build a network of torchvision, or resnet8, without its classifier.
+    """Build a network of torchvision, resnet8 or regnet_y_256gf, without its classifier.
 
     Raises:
         UserError: there is no such network, or it does not accept images of this size.
     """
-    name, known = options.backbone, ["resnet8", *torchvision.models.list_models(module=torchvision.models)]
+    name = options.backbone
+    known = ["resnet8", *sorted({*torchvision.models.list_models(module=torchvision.models), *BLOCKS})]
     if name not in known:
         raise UserError(f"--backbone: unknown model {name!r}; choose from {', '.join(known)}")
     # a ViT accepts only images of the size that its constructor gets
     sized = {"image_size": options.input_size} if name.startswith("vit_") else {}
     try:
-        network = resnet8() if name == "resnet8" else torchvision.models.get_model(name, weights=None, **sized)
+        if name in BLOCKS:
+            network: nn.Module = regnet_y(name)
+        else:
+            network = resnet8() if name == "resnet8" else torchvision.models.get_model(name, weights=None, **sized)
     except (AssertionError, RuntimeError, ValueError) as error:
         size = options.input_size
         raise UserError(f"--backbone {name} does not accept --input-size {size}: {first_line(error)}") from None
     for part in ("fc", "classifier", "heads", "head"):
         if part in network._modules:
             network._modules[part] = nn.Identity()
-    if options.small_images:
+    if options.small_images and isinstance(network, torchvision.models.RegNet):
+        small_stem_(network)
+    elif options.small_images:
         if not isinstance(network, torchvision.models.ResNet):
-            raise UserError(f"--small-images needs a ResNet, got --backbone {name}")
+            raise UserError(f"--small-images needs a ResNet or a RegNet, got --backbone {name}")
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
     return network

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 import lightly_ext.lightning
 from lightly_ext import benchmarks, lightning
 from lightly_ext.benchmarks import __main__ as command
+from lightly_ext.benchmarks.schema import validate
+from lightly_ext.benchmarks.setup import backbone
 from lightly_ext.lightning import pytorch
 from lightly_ext.names import CLASS_NAMES
 from plugins.methods import METHODS
@@ -40,6 +42,21 @@ def built(method: str, flavour: object = lightning, **more: object) -> nn.Module
     options = {key: value for key, value in SMALL.items() if key in METHODS[method].options}
     cls = flavour.__getattr__(NAMES[method])
     return cls(batch_size_per_device=8, num_classes=10, backbone=backbone, **{"optimizer": "sgd", **options, **more})
+
+
+def test_regnets_are_backbones(tmp_path: Path) -> None:
+    """The stem for small images has stride 1; SEER's head has the widths that it is given."""
+    options = {"train_dir": tmp_path, "val_dir": tmp_path, "backbone": "regnet_y_400mf"}
+    plain, small = (backbone(validate({**options, "small_images": small})) for small in (False, True))
+    sides = [network.trunk_output(network.stem(torch.zeros(2, 3, 32, 32))).shape[-1] for network in (plain, small)]
+    assert sides == [1, 2]
+    widths = {"proj_hidden_dim": 12, "proj_output_dim": 8, "proj_layers": 2, "num_prototypes": 10}
+    model = lightning.SEER(batch_size_per_device=8, num_classes=10, backbone=small, **widths)
+    linear = [tuple(part.weight.shape) for part in model.projection_head.modules() if isinstance(part, nn.Linear)]
+    assert linear == [(12, 440), (8, 12)]
+    with torch.device("meta"):
+        large = backbone(validate({**options, "backbone": "regnet_y_256gf"}))
+        assert large(torch.zeros(2, 3, 32, 32)).shape == (2, 10444)
 
 
 def batches(count: int = 4, rows: int = 8) -> list[tuple[list[Tensor], Tensor]]:
@@ -387,7 +404,7 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
         (["--batch-size-per-device", "1"], "--batch-size-per-device must be an integer, at least 2, got 1"),
         (["--knn-k", "100"], "--knn-k must not exceed the number of training images, 80, got 100"),
         (["--backbone", "resnet81"], "--backbone: unknown model 'resnet81'; choose from resnet8, alexnet, "),
-        (["--backbone", "vgg11", "--small-images"], "--small-images needs a ResNet, got --backbone vgg11"),
+        (["--backbone", "vgg11", "--small-images"], "--small-images needs a ResNet or a RegNet, got --backbone vgg11"),
         (["--option", "alhpa=1.0"], "isoloss: method isoloss has no option 'alhpa'; known options: alpha, "),
         (["--option", "rho"], "--option must be KEY=VALUE, got 'rho'"),
         (["--option", "rho=high"], "isoloss: method isoloss: rho must be a float, got 'high'"),

@@ -32,12 +32,13 @@ PUBLISHED = {
     "regnet_y_8gf": (2016, models.RegNet_Y_8GF_Weights),
     "regnet_y_16gf": (3024, models.RegNet_Y_16GF_Weights),
     "regnet_y_32gf": (3712, models.RegNet_Y_32GF_Weights),
+    "regnet_y_128gf": (7392, models.RegNet_Y_128GF_Weights),
 }
 
 
 def _build(name: str, **kwargs) -> nn.Module:
-    """A network, without memory where torchvision can: it computes a RegNet's widths with tensors."""
-    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+    """A network without memory."""
+    with torch.device("meta"):
         return ARCHITECTURES[name]("isoloss", **kwargs)
 
 
@@ -60,7 +61,7 @@ def _count(network: nn.Module) -> int:
 
 
 def test_all_names():
-    assert set(ARCHITECTURES) == {"resnet8", *PUBLISHED, *EXPANDED}
+    assert set(ARCHITECTURES) == {"resnet8", "regnet_y_256gf", *PUBLISHED, *EXPANDED}
 
 
 # parameters without classifier: ResNet-18 11,176,512; its block to 2048 3,676,160; ResNet-50 23,508,032; to 8192
@@ -216,10 +217,10 @@ def test_every_backbone_is_exported_whole_and_alone(tmp_path: Path) -> None:
     number, read = torch.tensor(0.0), 0
     for name in backbones():
         try:
-            with torch.device("cpu" if name == "regnet_y_400mf" else "meta"):
+            with torch.device("meta"):
                 backbone = build_backbone(name, {}, "custom", 224)
         except (RuntimeError, NotImplementedError):
-            continue  # it computes with the values of tensors, as the larger RegNets
+            continue  # it computes with the values of tensors
         state = {key: number.to(value.dtype).expand(value.shape) for key, value in backbone.state_dict().items()}
         for prefix in ("backbone.", "_orig_mod.backbone.", "backbone._orig_mod."):
             around = prefix.removesuffix("backbone._orig_mod.").removesuffix("backbone.")

@@ -1,6 +1,7 @@
 """ResNet trunks: torchvision's function, VISSL's interface."""
 
 import copy
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from plugins.heads import expand_resnet_dim
 from plugins.tools.command import UserError
 from plugins.tools.export import export, read_backbone
 from plugins.tools.library_names import library_names
+from plugins.tools.regnet import regnet_y
 from plugins.tools.resnet8 import resnet8
 from vissl_ext.compose import compose
 from vissl_ext.defaults import adapt
@@ -144,6 +146,23 @@ def test_stock_trunks_train_without_apex(overrides: list[str]) -> None:
     output.sum().backward()
     assert output.shape == (2, 4)
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+_SEER = Path(__file__).parents[2] / "configs/vissl/config/pretrain/seer/imagenet_rn50.yaml"
+
+
+@pytest.mark.parametrize("name", ["32Gf", "256Gf"])
+def test_regnets_of_seer_have_the_width_of_its_head(name: str) -> None:
+    """The overrides in the comments of SEER's file; the same widths as in the other frameworks."""
+    (line,) = [line for line in _SEER.read_text().splitlines() if line.startswith(f"# RegNetY-{name}: ")]
+    words = ["config=pretrain/seer/imagenet_rn50", *shlex.split(line.partition(": ")[2])]
+    model = convert_to_attrdict(compose_hydra_configuration(words), dump_config=False)[1].MODEL
+    with torch.device("meta"):
+        (features,) = get_model_trunk("regnet")(model, "regnet")(torch.zeros(2, 3, 32, 32), [])
+        ours = regnet_y(f"regnet_y_{name.lower()}")
+    ((kind, options),) = model.HEAD.PARAMS
+    assert (kind, options["in_dim"]) == ("method_head", ours.fc.in_features)
+    assert features.flatten(1).shape == (2, options["in_dim"])
 
 
 # every trunk that trains: evaluation and export

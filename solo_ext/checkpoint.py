@@ -24,7 +24,7 @@ from plugins.tools.command import UserError, first_process, print_on_rank_zero
 from plugins.tools.fitting import mismatch, plain_names
 from plugins.tools.process import locked_folder
 from plugins.tools.records import difference, read_json, write_json
-from plugins.tools.trainer import AtomicCheckpointIO, save_atomically
+from plugins.tools.trainer import AtomicCheckpointIO, ends_run, save_atomically
 from plugins.tools.unpickle import load_without_code
 from solo_ext.compat import pl
 from solo_ext.compat.common import LATE_BUFFERS
@@ -51,7 +51,7 @@ _IDENTITY = (
     *_STATE,
     "name",
     "augmentations",
-    "max_epochs",
+    *("max_epochs", "max_steps"),
     "seed",
     "pretrained_feature_extractor",
     *("auto_augment", "mixup", "cutmix", "label_smoothing"),
@@ -223,7 +223,7 @@ class Checkpointer(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Save a checkpoint at the epochs that ``checkpoint.frequency`` selects."""
         epoch = trainer.current_epoch
-        if (epoch + 1) % self.cfg.checkpoint.frequency == 0 or epoch + 1 == trainer.max_epochs:
+        if (epoch + 1) % self.cfg.checkpoint.frequency == 0 or ends_run(trainer):
             self.save(trainer, epoch)
 
     def _path(self, epoch: int) -> Path:
@@ -376,7 +376,8 @@ def auto_resume(cfg: DictConfig, kind: str) -> tuple[Path, dict[str, Any]] | Non
     """Return the newest readable checkpoint of the same run and its content, or None.
 
     The checkpoint must not be older than ``auto_resume.max_hours``. Runs are the same if they have the same
-    :func:`identity`. With ``checkpoint.version``, ``max_epochs`` may differ, so that a run can be made longer.
+    :func:`identity`. With ``checkpoint.version``, ``max_epochs`` and ``max_steps`` may differ, so that a run can be
+    made longer.
 
     Args:
         cfg: the configuration.
@@ -397,7 +398,7 @@ def auto_resume(cfg: DictConfig, kind: str) -> tuple[Path, dict[str, Any]] | Non
         try:
             theirs, ours = _recorded(read_json(args)), OmegaConf.to_container(cfg.identity)
             if version is not None:
-                ours["max_epochs"] = theirs["max_epochs"]
+                ours.update({key: theirs.get(key) for key in ("max_epochs", "max_steps")})
             other = _contradiction(theirs, ours)
         except (ValueError, KeyError, TypeError):
             continue  # another program wrote this args.json

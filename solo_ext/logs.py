@@ -155,7 +155,7 @@ class EpochLines(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start measuring the time."""
         self.began = time.perf_counter()
-        self.first = trainer.current_epoch
+        self.first = trainer.global_step
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Print the epoch, the remaining time, and the losses and accuracies."""
@@ -163,11 +163,13 @@ class EpochLines(pl.Callback):
             return
         done = trainer.current_epoch + 1
         elapsed = time.perf_counter() - self.began
-        remaining = elapsed / (done - self.first) * (trainer.max_epochs - done)
+        steps, total = trainer.global_step, trainer.estimated_stepping_batches
+        left = elapsed / max(steps - self.first, 1) * max(total - steps, 0)
+        time_left = "" if left == float("inf") else f", {left:.0f} s left"
         shown = ("train_ssl_loss_epoch", "train_loss_epoch", "train_acc1_epoch", "val_acc1", "val_knn_acc1")
         values = trainer.callback_metrics
         text = "  ".join(f"{name.removesuffix('_epoch')} {values[name]:.4g}" for name in shown if name in values)
-        print(f"epoch {done}/{trainer.max_epochs}  {text}  {elapsed:.0f} s, {remaining:.0f} s left", flush=True)
+        print(f"epoch {done}/{trainer.max_epochs}  {text}  {elapsed:.0f} s{time_left}", flush=True)
 
 
 class SpectrumWriter(pl.Callback):
@@ -264,24 +266,32 @@ class Throughput(pl.Callback):
     def __init__(self) -> None:
         self.images = 0
         self.seconds = 0.0
+        self._began = 0.0
 
     @property
     def images_per_second(self) -> float | None:
         """Images per second of this process, or None before the first batch. Several views count as one image."""
         return self.images / self.seconds if self.images else None
 
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Start measuring the time; a run that is resumed within an epoch does not start that epoch."""
+        self._began = time.perf_counter()
+
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start measuring the time."""
-        self._began: float | None = time.perf_counter()
+        self._began = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Start measuring the time again after a validation within the epoch."""
+        self._began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the images, and stop measuring the time after the last batch of the epoch."""
+        """Count the images, and measure the time up to here."""
         self.images += len(batch[-1])
-        if trainer.is_last_batch and self._began is not None:
-            self.seconds += time.perf_counter() - self._began
-            self._began = None
+        now = time.perf_counter()
+        self.seconds, self._began = self.seconds + now - self._began, now
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of images and the time."""

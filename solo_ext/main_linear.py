@@ -79,7 +79,8 @@ def evaluate(cfg: DictConfig) -> Path:
     trainer = build_trainer(cfg, loggers(cfg, folder, images.start_epoch), hooks)
     with exit_when_stopped(checkpointer.resume_hint):
         trainer.fit(model, datamodule=images, ckpt_path=resumed, weights_only=True if resumed else None)
-        if cfg.max_epochs % cfg.check_val_every_n_epoch != 0:
+        # max_steps and max_time end an epoch without its validation
+        if trainer.current_epoch % cfg.check_val_every_n_epoch != 0 or not trainer.is_last_batch:
             trainer.validate(model, dataloaders=images.val_dataloader(), verbose=False)
             best.acc1 = max(best.acc1, float(trainer.callback_metrics["val_acc1"]))
     if trainer.is_global_zero:
@@ -93,7 +94,7 @@ def evaluate(cfg: DictConfig) -> Path:
             "train_path": str(data.train_path),
             "train_images": len(images.train),
             "seed": cfg.seed,
-            "epochs": cfg.max_epochs,
+            "epochs": max(trainer.current_epoch, images.start_epoch),
             "acc1": metrics.get("val_acc1"),
             "acc5": metrics.get("val_acc5"),
             "best_acc1": best.acc1,

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from plugins.tools.command import UserError
+from plugins.tools.trainer import ends_run
 from plugins.tools.umap import NEIGHBOURS, check_installed, embed, plot
 from solo_ext.checkpoint import check_writable
 from solo_ext.compat import pl
@@ -49,7 +50,7 @@ class AutoUMAP(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw a picture on rank 0, at the epochs that ``auto_umap.frequency`` selects."""
         epoch = trainer.current_epoch
-        if (epoch + 1) % self.frequency != 0 and epoch + 1 != trainer.max_epochs:
+        if (epoch + 1) % self.frequency != 0 and not ends_run(trainer):
             return
         if not trainer.is_global_zero:
             return

@@ -53,5 +53,6 @@ def small_stem_(network: RegNet) -> RegNet:
     Returns:
         The network.
     """
-    network.stem[0].stride = (1, 1)
+    stem: Any = network.stem
+    stem[0].stride = (1, 1)
     return network

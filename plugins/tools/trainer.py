@@ -68,6 +68,13 @@ def ends_step(trainer: Any, batch_idx: int) -> bool:
     return bool(trainer.is_last_batch) or batch_idx + 1 == trainer.num_training_batches
 
 
+def ends_run(trainer: Any) -> bool:
+    """Return whether the epoch that ends is the last: by ``max_epochs``, ``max_steps``, ``max_time`` or a callback."""
+    if trainer.current_epoch + 1 == trainer.max_epochs or trainer.should_stop:
+        return True
+    return 0 <= trainer.max_steps <= trainer.global_step
+
+
 def loss_scale(trainer: Any) -> float:
     """Return the loss scale of a Trainer with 16-bit precision, and 1 for other precisions."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)

@@ -1,0 +1,61 @@
+"""Runs whose length is given in steps: SEER's stream, and the records of a run that ends within an epoch."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from solo_ext.checkpoint import find_checkpoint, read_checkpoint
+
+pytestmark = [pytest.mark.solo, pytest.mark.slow]
+
+
+@pytest.fixture
+def run(new_run, tmp_path):
+    return new_run(tmp_path / "runs")
+
+
+def _summary(run, method="isoloss"):
+    return json.loads((run.out / method / "v" / "pretrain.json").read_text())
+
+
+def test_a_run_that_ends_within_an_epoch_is_complete(run):
+    """Epochs of two batches; a checkpoint every tenth epoch and after the last step; speed, epochs and validation."""
+    more = ("max_epochs=9", "+max_steps=3", "++checkpoint.frequency=10", "auto_resume.enabled=true")
+    text = run(*more)
+    summary = _summary(run)
+    checkpoint = read_checkpoint(find_checkpoint(run.folder))
+    assert (summary["epochs"], summary["steps"], checkpoint["global_step"]) == (2, 3, 3)
+    assert summary["images_per_second"] > 0
+    assert "0 s left" in text.splitlines()[-2]
+    run(*more)  # nothing left to train
+    assert (_summary(run)["epochs"], _summary(run)["steps"]) == (2, 3)
+    run("max_epochs=9", "+max_steps=5", "auto_resume.enabled=true")  # the run is made longer
+    assert _summary(run)["steps"] == 5
+
+    more = ("max_epochs=3", "+max_steps=4", "++check_val_every_n_epoch=2", f"pretrained_feature_extractor={run.folder}")
+    run(*more, kind="linear", config="linear")
+    linear = json.loads((run.out / "linear" / "v" / "linear.json").read_text())
+    assert linear["epochs"] == 2 and 0 <= linear["acc1"] <= linear["best_acc1"] <= 100
+
+
+def _commands_of_the_page() -> list[list[str]]:
+    """The words after the configuration's name in the commands of SEER's page."""
+    text = (Path(__file__).parents[2] / "docs" / "methods" / "seer.md").read_text()
+    blocks = [block for block in text.split("```bash\n")[1:] if "--config-name seer.yaml" in block]
+    return [block.split("```")[0].partition("seer.yaml \\\n")[2].split() for block in blocks]
+
+
+@pytest.mark.parametrize(("number", "steps", "epochs"), [(0, 2, 1), (1, 8, 4)])
+def test_seers_recipes_train_as_many_steps_as_they_say(number, steps, epochs, run):
+    """Two batches are an epoch here, 20 on the page; the schedule ends at the last step."""
+    words = _commands_of_the_page()[number]
+    small = {"+max_steps=20": "+max_steps=2", "+limit_train_batches=5": "+limit_train_batches=2"}
+    run(*(small.get(word, word) for word in words), config="seer")
+    summary = _summary(run, "seer")
+    assert (summary["steps"], summary["epochs"]) == (steps, epochs)
+    checkpoint = read_checkpoint(find_checkpoint(run.out / "seer" / "v"))
+    (schedule,) = checkpoint["lr_schedulers"]
+    assert schedule["last_epoch"] == checkpoint["global_step"] == steps
+    assert schedule["_last_lr"][0] == pytest.approx(1e-5)
+    assert len(list((run.out / "seer" / "v").glob("*.ckpt"))) == 1

@@ -2,13 +2,25 @@
 
 import pytest
 import torch
+from lightly.loss import BarlowTwinsLoss, NTXentLoss, SwaVLoss
 from lightly.loss import DINOLoss as LightlyDINO
-from lightly.loss import NTXentLoss, SwaVLoss
 
-from plugins.losses import DINOLoss, moco_loss, swav_loss
+from plugins.losses import DINOLoss, barlow_twins_loss, moco_loss, simclr_loss, swav_loss
 from plugins.testing import toy_views
 
 pytestmark = pytest.mark.lightly
+
+
+def test_simclr():
+    views = toy_views(6, 5)
+    expected = NTXentLoss(temperature=0.2)(*views)
+    torch.testing.assert_close(simclr_loss(views, temperature=0.2), expected, rtol=1e-10, atol=0)
+
+
+def test_barlow_twins():
+    views = toy_views(6, 5)
+    expected = BarlowTwinsLoss(lambda_param=0.01)(*views)
+    torch.testing.assert_close(barlow_twins_loss(*views, lambd=0.01), expected, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("queued", [False, True])

@@ -31,6 +31,10 @@ WARM_UP = 1
 """Untimed steps at the start of each turn, in which the optimiser allocates its state."""
 _WIDTHS = {"proj_hidden_dim", "proj_output_dim"}
 """Options of methods with a projector of the same form as in solo-learn."""
+_NATIVE = {"moco": "mocov2plus"}
+"""Methods that solo-learn has under another name. Its MoCo v2+ has two queries of each image, ours has one."""
+_RENAMED = {"bottleneck_dim": "proj_output_dim", "proj_norm": "use_bn_in_head"}
+"""Options of our DINO with another name in solo-learn."""
 _VICREG = {"sim_loss_weight": 25.0, "var_loss_weight": 25.0, "cov_loss_weight": 1.0}
 
 
@@ -155,7 +159,9 @@ def bench_step(
     left_out = [
         name
         for name in names
-        if not (folder / f"{name}.yaml").is_file() or METHODS[name].stacks or not set(METHODS[name].options) >= _WIDTHS
+        if not (folder / f"{name}.yaml").is_file()
+        or METHODS[name].stacks
+        or not {_RENAMED.get(option, option) for option in METHODS[name].options} >= _WIDTHS
     ]
     contestants: dict[tuple, Contestant] = {}
     pairs = []
@@ -164,7 +170,7 @@ def bench_step(
             continue
         cfg = _configuration(folder, name, setting)
         reference = _reference(cfg)
-        widths = (cfg.method_kwargs.proj_hidden_dim, cfg.method_kwargs.proj_output_dim)
+        widths = (reference.method_kwargs.proj_hidden_dim, reference.method_kwargs.proj_output_dim)
         against = (reference.method, *widths)
         if against not in contestants:
             contestants[against] = _contestant(native_methods()[reference.method], reference, setting)
@@ -217,7 +223,7 @@ def _configuration(folder: Path, name: str, setting: Setting) -> Any:
         if "pred_hidden_dim" in kwargs:
             kwargs.pred_hidden_dim = setting.hidden
     if setting.width is not None:
-        kwargs.proj_output_dim = setting.width
+        kwargs["bottleneck_dim" if "bottleneck_dim" in kwargs else "proj_output_dim"] = setting.width
     cfg.augmentations[0].crop_size = setting.size
     cfg.optimizer.batch_size = setting.batch
     cfg.max_epochs = 1
@@ -226,16 +232,19 @@ def _configuration(folder: Path, name: str, setting: Setting) -> Any:
 
 
 def _reference(cfg: Any) -> Any:
-    """Return the same configuration for solo-learn's method; its predictor is as wide as the projector."""
+    """Return the same configuration for solo-learn's method; its predictor is as wide as ours, or as the projector."""
     from plugins.methods import METHODS
     from solo_ext.compat import native_methods, native_options
 
-    ours, name = METHODS[cfg.method], cfg.method
+    ours, name = METHODS[cfg.method], _NATIVE.get(cfg.method, cfg.method)
     if name not in native_methods():
         name = "byol" if ours.teacher else "vicreg"
     known = native_options(name)
-    widths = {key: cfg.method_kwargs[key] for key in ("proj_hidden_dim", "proj_output_dim")}
-    given = {"pred_hidden_dim": widths["proj_hidden_dim"], **_VICREG, **cfg.method_kwargs, **widths}
+    resolved = {_RENAMED.get(key, key): value for key, value in ours.resolve(dict(cfg.method_kwargs)).items()}
+    aliases = {alias: resolved[key] for key, option in ours.options.items() for alias in option.aliases}
+    given = {**_VICREG, **aliases, **resolved, "clip_grad": 0, "norm_last_layer": True}
+    if name in ("byol", "simsiam"):
+        given["pred_hidden_dim"] = given.get("pred_hidden_dim", given["proj_hidden_dim"])
     reference = cfg.copy()
     reference.method = name
     reference.method_kwargs = {key: value for key, value in given.items() if key in known}

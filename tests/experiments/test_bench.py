@@ -163,9 +163,19 @@ def counted(function, inputs):
 
 @pytest.mark.slow
 @pytest.mark.solo
-@pytest.mark.parametrize(("method", "limits"), [("isoloss", (1.02, 0.8)), ("ssl_ey", (1.02,))])
+@pytest.mark.parametrize(
+    ("method", "limits"),
+    [
+        ("isoloss", (1.02, 0.8)),
+        ("ssl_ey", (1.02,)),
+        ("barlow_twins", (1.02,)),
+        ("dino", (1.02, 0.8)),
+        ("moco", (0.8, 0.6)),
+        ("s[iw]*", (1.02, 1.02, 1.02)),
+    ],
+)
 def test_step_takes_no_more_work_than_the_reference(method, limits, one_thread, tmp_path, monkeypatch):
-    """Isoloss beside BYOL, with a teacher and without (τ = 0), and SSL-EY beside VICReg.
+    """Isoloss beside BYOL, with a teacher and without (τ = 0), SSL-EY beside VICReg, others beside solo-learn's own.
 
     Work is operations in matrix products and convolutions, plus ten for each byte that an operator reads or writes.
     """

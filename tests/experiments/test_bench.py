@@ -206,6 +206,11 @@ def test_step_takes_no_more_work_than_the_reference(method, limits, one_thread, 
         ("cissl_8", 64, 32, 1.5, 0.9),
         ("dissl_2", 16, 1024, None, 0.8),  # no matrix products
         ("dissl_8", 16, 1024, None, 1.1),
+        ("swav_codes", 64, 300, None, 1.8),
+        ("relic", 256, 128, 1, 1.1),
+        ("pirl", 32, 128, None, 2.4),  # products with the whole bank, of which the published code gathers rows
+        pytest.param("barlow_twins", 64, 128, 1.5, 1.1, marks=pytest.mark.lightly),
+        pytest.param("barlow_twins", 256, 512, 1.5, 1.1, marks=pytest.mark.lightly),
     ],
 )
 def test_work_is_less_than_that_of_the_formula(name, rows, width, operations, traffic):

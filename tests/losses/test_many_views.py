@@ -21,7 +21,7 @@ from plugins.losses import (
 )
 from plugins.methods import METHODS
 from plugins.spec import Embeddings
-from plugins.testing import NARROW, assert_joined, toy_mlp, toy_views
+from plugins.testing import NARROW, OF_VIEWS, assert_joined, toy_mlp, toy_views
 
 FORMS = ("covariance", "gram")
 SHAPES = [(6, 4), (5, 9)]  # (rows, width)
@@ -51,6 +51,19 @@ def _reference_ssl_ey(views):
         v = (x.T @ x + y.T @ y) / (n - 1)
         values.append(-4 * np.trace(x.T @ y) / (n - 1) + (v**2).sum())
     return np.mean(values)
+
+
+@pytest.mark.parametrize("method", OF_VIEWS)
+def test_sums_over_pairs_grow_with_the_views_and_means_do_not(method):
+    """Eight equal views, two of them large, have 14 equal pairs in place of 2; docs/solo.md advises accordingly."""
+    losses = []
+    for count in (2, 8):
+        z, p = toy_views(16, WIDTH)
+        criterion = _criterion(method).eval()
+        losses.append(criterion(Embeddings([z] * count, [p] * count, [z.detach()] * 2)).loss.item())
+    ratio = losses[1] / losses[0]
+    summed = method in PREDICTING and method != "simsiam"
+    assert ratio == pytest.approx(7, rel=1e-6) if summed else 0.9 < ratio < 2
 
 
 # --- the formula over the pairs -------------------------------------------------------------------------------------

@@ -29,6 +29,9 @@ from plugins.tools.features import load_features
 from plugins.tools.knn import knn_accuracy
 from plugins.tools.records import write_json
 
+_KNN_FOLDER = "knn_features"
+"""Folder of the features of ``engine_name=knn``, which it deletes."""
+
 
 class FeatureWriter:
     """Collect rows and write them in chunks, in the format of VISSL's ExtractedFeaturesLoader.
@@ -96,6 +99,7 @@ class Extractor(SelfSupervisionTrainer):
         barrier()
         # without training, the model needs no DistributedDataParallel
         model = task.base_model.eval()
+        counts: dict[str, int] = {}
         for split in task.available_splits:
             logging.info(f"Extracting features for partition: {split.lower()}")
             writer = FeatureWriter(folder, split.lower(), layers, config.EXTRACT_FEATURES.CHUNK_THRESHOLD)
@@ -106,7 +110,12 @@ class Extractor(SelfSupervisionTrainer):
                     writer.layers = layers + [f"heads{number}" for number in range(1, len(features))]
                 writer.add(torch.cat(sample["data_idx"]), torch.cat(sample["label"]), features)
             writer.flush()
+            counts[split.lower()] = len(task.dataloaders[split.lower()].dataset)
+        barrier()
         self._cleanup_task()
+        if folder.name != _KNN_FOLDER:
+            images = " and ".join(f"{counts[split]} {split}" for split in ("train", "test") if split in counts)
+            print_on_rank_zero(f"wrote the features of {images} images ({', '.join(layers)}) to {folder}")
 
 
 def _flat(output: Any) -> list[Tensor]:
@@ -165,7 +174,7 @@ class NearestNeighborEngine(Engine):
         hook_generator: Any = None,
     ) -> None:
         """Run the engine; VISSL calls it in each process."""
-        folder = Path(checkpoint_folder) / "knn_features"
+        folder = Path(checkpoint_folder) / _KNN_FOLDER
         cfg.EXTRACT_FEATURES.OUTPUT_DIR = str(folder)
         # at least 4096 rows per file, instead of one file per batch
         cfg.EXTRACT_FEATURES.CHUNK_THRESHOLD = max(cfg.EXTRACT_FEATURES.CHUNK_THRESHOLD, 4096)

@@ -1,5 +1,6 @@
 """Summary of a training: summary.json in the folder of the run."""
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from vissl_ext.silent_hook import SilentHook
 class Summary(SilentHook):
     """Write summary.json at the end of a training: method, epochs, time, speed, package versions and configuration.
 
+    ``metrics`` has the last values of each meter in metrics.json, such as ``test_accuracy_list_meter`` in per cent.
     ``seconds`` and ``images_per_second`` cover the whole training. The counts are in the checkpoints, so those of a
     resumed run include the time until its last checkpoint. ``images_per_second`` counts each training image of an epoch
     once, independent of the number of views, over all processes; test phases do not count.
@@ -63,10 +65,18 @@ class Summary(SilentHook):
             "epochs": config["OPTIMIZER"]["num_epochs"],
             "seconds": self.state.seconds,
             "images_per_second": self.state.images / self.state.training_seconds if self.state.images else None,
+            "metrics": last_meters(Path(task.checkpoint_folder) / "metrics.json"),
             "versions": versions("vissl", "fvcore", "iopath"),
             "config": plain(config),
         }
         write_json(Path(task.checkpoint_folder) / "summary.json", summary)
+
+
+def last_meters(path: Path) -> dict[str, Any]:
+    """Return the last values of each meter in VISSL's metrics.json, which has a line per phase; {} without the file."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    found = {key: value for line in lines for key, value in json.loads(line).items()}
+    return {key: value for key, value in found.items() if key.endswith("_meter")}
 
 
 def images(sample: Any) -> int:

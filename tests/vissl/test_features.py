@@ -157,7 +157,7 @@ def _reference_knn(
 def test_extracts_what_the_trunk_computes(
     device: str, on: Callable, trained: Path, few_digits: Path, tmp_path: Path, launch: Callable
 ) -> None:
-    launch(
+    out = launch(
         "config=feature_extraction/digits/extract",
         "engine_name=extract_features",
         *on(device),
@@ -170,6 +170,9 @@ def test_extracts_what_the_trunk_computes(
         assert torch.equal(labels, classes)
         errors = torch.linalg.vector_norm(features - expected, dim=1) / torch.linalg.vector_norm(expected, dim=1)
         assert errors.max() < FEATURE_ERROR, errors.max()
+    counts = [len(load_features(tmp_path, split, "res5avg")[0]) for split in ("train", "test")]
+    written = f"wrote the features of {counts[0]} train and {counts[1]} test images (res5avg) to {tmp_path}"
+    assert out.splitlines()[-1] == written
 
 
 @pytest.mark.slow
@@ -221,3 +224,5 @@ def test_linear_evaluation_trains_the_classifier_alone(
     logged = [line["test_accuracy_list_meter"] for line in lines if "test_accuracy_list_meter" in line]
     assert logged[-1]["top_1"]["res5avg"] == pytest.approx(100 * float(hits.double().mean()))
     assert logged[-1] != logged[0]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["metrics"]["test_accuracy_list_meter"] == logged[-1]

@@ -10,6 +10,7 @@ has two views only. The squares of C need no D x D matrix if there are few rows:
 ``||C_ab||^2 = <G_a, G_b>``.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 from itertools import combinations
 from typing import NamedTuple
@@ -92,14 +93,17 @@ def barlow_twins_terms(
         rows = sum(counts)
         check_count(rows, least=2, what="the Barlow Twins loss")
         wanted = torch.is_grad_enabled() and any(view.requires_grad for view in views)
-        z = torch.stack(views, 1).detach()
         if form == "gram" or (form == "auto" and gram_is_cheaper(rows, z0.shape[1])):
-            every, inverse = _standardized(comm.gather_rows(z, counts=counts).transpose(0, 1), rows, LOCAL)
+            z = torch.stack(views, 1).detach()
+            gathered = comm.gather_rows(z, counts=counts).unbind(1)
+            parts, inverse = _standardized(gathered, rows, LOCAL)
+            every = torch.stack(parts)
             first = sum(counts[: comm.rank])
-            s = every[:, first : first + len(z)]
-            diagonals, squares, products, sums = _gram(every, s, wanted, comm)
+            own = every[:, first : first + len(z)]
+            s = [*own]
+            diagonals, squares, products, sums = _gram(every, own, wanted, comm)
         else:
-            s, inverse = _standardized(z.transpose(0, 1), rows, comm)
+            s, inverse = _standardized([view.detach() for view in views], rows, comm)
             diagonals, squares, products, sums = _covariance(s, wanted, comm)
         pairs = len(diagonals)
         invariance = (diagonals - 1).square().sum() / pairs
@@ -117,7 +121,7 @@ def barlow_twins_terms(
 
 
 def _gradients(
-    s: Tensor,
+    s: Sequence[Tensor],
     inverse: Tensor,
     diagonals: Tensor,
     slopes: Tensor,
@@ -144,7 +148,9 @@ def _gradients(
     return found
 
 
-def _covariance(s: Tensor, wanted: bool, comm: Collective) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+def _covariance(
+    s: Sequence[Tensor], wanted: bool, comm: Collective
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Compute one D x D matrix per pair of views.
 
     Returns:
@@ -152,7 +158,7 @@ def _covariance(s: Tensor, wanted: bool, comm: Collective) -> tuple[Tensor, Tens
         ``diag sum_b C_ab C_ab^T``, on which the gradients depend.
     """
     views = range(len(s))
-    diagonals, squares = [], s.new_zeros(())
+    diagonals, squares = [], s[0].new_zeros(())
     by_view: list[list[tuple[Tensor, Tensor]]] = [[] for _ in views]
     for a, b in combinations(views, 2):
         matrix = comm.sum(s[a].T @ s[b])
@@ -161,7 +167,7 @@ def _covariance(s: Tensor, wanted: bool, comm: Collective) -> tuple[Tensor, Tens
         squares = squares + of_rows.sum()
         if wanted:
             by_view[a].append((s[b] @ matrix.T, of_rows))
-            by_view[b].append((s[a] @ matrix, torch.linalg.vector_norm(matrix, dim=0).square()))
+            by_view[b].append((s[a] @ matrix, matrix.square().sum(0)))
     products = [reduce(Tensor.add_, [product for product, _ in its]) for its in by_view if its]
     sums = [torch.stack([own for _, own in its]).sum(0) for its in by_view if its]
     return torch.stack(diagonals), squares, products, sums
@@ -184,12 +190,14 @@ def _gram(
 
 
 def _standardized(
-    z: Float[Tensor, "V B D"], rows: int, comm: Collective
-) -> tuple[Float[Tensor, "V B D"], Float[Tensor, "V 1 D"]]:
+    views: Sequence[Float[Tensor, "B D"]], rows: int, comm: Collective
+) -> tuple[list[Float[Tensor, "B D"]], Float[Tensor, "V 1 D"]]:
     """Return S_v, standardised columns over the square root of N, and ``1 / sqrt(N (var + eps))``."""
-    s = z - comm.sum(z.sum(1, keepdim=True)) / rows
-    inverse = (comm.sum(torch.linalg.vector_norm(s, dim=1, keepdim=True).square()) + rows * EPS).rsqrt()
-    return s.mul_(inverse), inverse
+    means = comm.sum(torch.stack([z.sum(0, keepdim=True) for z in views])) / rows
+    s = [z - mean for z, mean in zip(views, means, strict=True)]
+    # a sum of squares: torch computes norms of columns several times more slowly
+    inverse = (comm.sum(torch.stack([z.square().sum(0, keepdim=True) for z in s])) + rows * EPS).rsqrt()
+    return [z.mul_(scale) for z, scale in zip(s, inverse, strict=True)], inverse
 
 
 def _check(lambd: float, form: str) -> None:

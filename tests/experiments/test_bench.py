@@ -233,6 +233,13 @@ def test_pirl_gathers_no_rows_of_the_bank():
     assert result.plain_bytes > 2 * 4 * 16 * 4096 * 128 and 5 * result.ours_bytes < result.plain_bytes
 
 
+@pytest.mark.lightly
+def test_barlow_twins_computes_no_norms_of_columns():
+    """They are six to nine times as slow as sums of squares; the norms of the rows of C are one call."""
+    case = CASES["barlow_twins"]
+    assert counted(case.ours, case.make(256, 64, "cpu"))[2]["linalg_vector_norm"] == 1
+
+
 def test_predictor_solves_once_by_the_symmetric_solver():
     """The general solver takes about 25 D³ operations, the symmetric one 9 D³; each is one call."""
     case = CASES["closed_form_predictor"]

@@ -4,6 +4,7 @@ from plugins.linalg import sinkhorn_codes
 from plugins.targets.balanced_labels import balanced_labels
 from plugins.targets.bank import IndexedBank
 from plugins.targets.ema import EMATeacher, cosine_tau, needs_teacher, update_teacher
+from plugins.targets.kmeans import kmeans, whitened
 from plugins.targets.queue import RingQueue
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "RingQueue",
     "balanced_labels",
     "cosine_tau",
+    "kmeans",
     "needs_teacher",
     "sinkhorn_codes",
     "update_teacher",
+    "whitened",
 ]

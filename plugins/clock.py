@@ -34,8 +34,8 @@ class Stepped:
     stepping: bool = False
     """Whether a step is open."""
 
-    def attach(self, predictor: nn.Module | None) -> None:
-        """Receive the method's predictor, once, for a loss that also applies it to rows of its own."""
+    def attach(self, predictor: nn.Module | None, projector: nn.Module | None) -> None:
+        """Receive the method's networks, once, for a loss that also applies them to rows of its own."""
 
     def allocate(self, size: int) -> None:
         """Allocate the memory of images. One that a checkpoint has filled is kept.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from plugins.checks import check_count, check_finite, check_range, check_whole, compute_dtype
@@ -67,6 +67,25 @@ def joined_mean(values: Float[Tensor, " B *C"], comm: Collective = LOCAL) -> Flo
     if values.shape[0] == 0:  # the joined batch can be empty only in this case, so only this case synchronises
         check_count(int(total[-1].item()), least=1, what="a batch mean")
     return (total[:-1] / total[-1]).view(values.shape[1:])
+
+
+def labelled_mean(
+    values: Float[Tensor, " B *C"], labelled: Bool[Tensor, " B *C"], comm: Collective = LOCAL
+) -> Float[Tensor, " *C"]:
+    """Average numbers over the rows of all processes that have a label; 0 if none has one. See :func:`joined_mean`.
+
+    Args:
+        values: the numbers of the rows of this process.
+        labelled: whether each of them counts. The others have the gradient 0.
+        comm: the processes that share the batch.
+
+    >>> labelled_mean(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([True, True, False])).item()
+    1.5
+    """
+    weights = labelled.to(values.dtype)
+    # a product, in which NaN shows, also that of a row without a label
+    sums, counts = comm.sum(torch.stack([(values * weights).sum(0), weights.sum(0)]))
+    return sums / counts.clamp(min=1)
 
 
 def standardized_rows(

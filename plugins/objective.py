@@ -193,7 +193,7 @@ class Objective(nn.Module):
         roots = [self] if predictor is None else [self, predictor]
         self._stepped = [part for root in roots for part in root.modules() if isinstance(part, Stepped)]
         for part in self._stepped:
-            part.attach(predictor)
+            part.attach(predictor, projector)
         self._micro_batches = 0
 
     @property

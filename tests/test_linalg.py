@@ -17,6 +17,7 @@ from plugins.linalg import (
     eigvalsh,
     gram_is_cheaper,
     joined_mean,
+    labelled_mean,
     logarithm,
     pack_symmetric,
     participation_ratio,
@@ -38,6 +39,16 @@ def test_gram_only_when_smaller():
     assert gram_is_cheaper(3, 4)
     assert not gram_is_cheaper(4, 4)
     assert not gram_is_cheaper(5, 4)
+
+
+def test_the_mean_over_labelled_rows_and_its_gradient():
+    values = torch.tensor([[1.0, 5.0], [3.0, 7.0], [8.0, 9.0]], requires_grad=True)
+    mask = torch.tensor([[True, False], [True, False], [False, False]])
+    mean = labelled_mean(values, mask)
+    assert mean.tolist() == [2.0, 0.0]
+    mean.sum().backward()
+    assert values.grad.tolist() == [[0.5, 0.0], [0.5, 0.0], [0.0, 0.0]]
+    assert labelled_mean(values * torch.nan, mask).isnan().all(), "NaN shows, also that of a row without a label"
 
 
 def test_squared_norm_and_its_gradient():

@@ -10,6 +10,19 @@ from plugins.losses.barlow_twins import (
 from plugins.losses.byol import BYOLLoss, BYOLLossTerms, byol_loss, byol_terms
 from plugins.losses.cissl import CISSLLoss, CISSLTerms, cissl_loss, cissl_terms
 from plugins.losses.cpc import cpc_loss, non_overlapping_offsets
+from plugins.losses.deepcluster import (
+    DeepClusterLoss,
+    DeepClusterTerms,
+    cluster_weights,
+    deepcluster_loss,
+    deepcluster_terms,
+)
+from plugins.losses.deepcluster_v2 import (
+    DeepClusterV2Loss,
+    DeepClusterV2Terms,
+    deepcluster_v2_loss,
+    deepcluster_v2_terms,
+)
 from plugins.losses.dino import DINOLoss, DINOTerms, dino_loss, dino_terms, teacher_temperature
 from plugins.losses.dissl import DISSLLoss, DISSLTerms, dissl_loss, dissl_terms
 from plugins.losses.dissl_monitor import DISSLWeights, ETFMonitor, ETFTerms, StallAlarm, dissl_warmup
@@ -25,6 +38,7 @@ from plugins.losses.mec import MECLoss, MECTerms, mec_loss, mec_pair_terms, mec_
 from plugins.losses.moco import MoCoLoss, MoCoTerms, moco_loss, moco_terms
 from plugins.losses.pirl import PIRLLoss, PIRLLossTerms, draw_negatives, pirl_loss, pirl_terms
 from plugins.losses.relic import ReLICLoss, ReLICLossTerms, relic_loss, relic_terms
+from plugins.losses.sela import SeLaLoss, SeLaTerms, sela_loss, sela_terms
 from plugins.losses.simclr import SimCLRLoss, simclr_loss, simclr_terms
 from plugins.losses.ssl_ey import SSLEYLoss, SSLEYLossTerms, ssl_ey_loss, ssl_ey_terms
 from plugins.losses.swav import SwAVLoss, SwAVTerms, swav_loss, swav_terms
@@ -44,6 +58,10 @@ __all__ = [
     "DISSLLoss",
     "DISSLTerms",
     "DISSLWeights",
+    "DeepClusterLoss",
+    "DeepClusterTerms",
+    "DeepClusterV2Loss",
+    "DeepClusterV2Terms",
     "ETFMonitor",
     "ETFTerms",
     "IsoLoss",
@@ -60,6 +78,8 @@ __all__ = [
     "ReLICLossTerms",
     "SSLEYLoss",
     "SSLEYLossTerms",
+    "SeLaLoss",
+    "SeLaTerms",
     "SimCLRLoss",
     "StallAlarm",
     "SwAVLoss",
@@ -73,7 +93,12 @@ __all__ = [
     "byol_terms",
     "cissl_loss",
     "cissl_terms",
+    "cluster_weights",
     "cpc_loss",
+    "deepcluster_loss",
+    "deepcluster_terms",
+    "deepcluster_v2_loss",
+    "deepcluster_v2_terms",
     "dino_loss",
     "dino_terms",
     "dissl_loss",
@@ -96,6 +121,8 @@ __all__ = [
     "pirl_terms",
     "relic_loss",
     "relic_terms",
+    "sela_loss",
+    "sela_terms",
     "simclr_loss",
     "simclr_terms",
     "ssl_ey_loss",

@@ -75,6 +75,9 @@ METRIC = Option(
 LOG_EIGVALS = Option(False, "write the whole spectrum of the embedding's second moment once an epoch")
 
 
+HALF_FEATURES = Option(False, "whether the features of all images are stored in float16 while labels are made")
+
+
 def predictor_options(hidden: int, constant_lr: bool = False) -> dict[str, Option]:
     """Return the options for the width and learning rate of an MLP predictor."""
     return {

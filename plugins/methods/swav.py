@@ -28,7 +28,7 @@ class _Loss(Stepped, nn.Module):
         )
         self._prototypes: list[Any] = [None]  # in a list: it is not a submodule of the loss
 
-    def attach(self, predictor: nn.Module | None) -> None:
+    def attach(self, predictor: nn.Module | None, projector: nn.Module | None) -> None:
         """Set the prototypes with which the rows of the queue are scored."""
         self._prototypes = [predictor]
 

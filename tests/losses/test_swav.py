@@ -269,7 +269,7 @@ def test_codes_come_from_the_queue_once_it_is_full():
     other.load_state_dict(before)
     for each in (objective.train(), other):
         each.start_epoch(3)
-        each.criterion.attach(predictor)
+        each.criterion.attach(predictor, None)
     assert torch.equal(objective(e).loss, other(e).loss)
 
 

@@ -1,9 +1,9 @@
 """Transforms in lightly's manner: ``from lightly_ext.transforms import SSLEYTransform``.
 
 Each method has ``<Name>Transform`` with flat keyword arguments. BYOLTransform and SimSiamTransform are lightly's own,
-SSLEYTransform is VICReg's, PIRLTransform makes a view and a stack of patches. The others make two views as BYOL. For
-CISSL, DISSL, Matrix-SSL and MEC they have the values that were published on ImageNet. The DINOTransform of
-lightly itself makes eight views.
+SSLEYTransform is VICReg's, PIRLTransform makes a view and a stack of patches. The others make two views as BYOL, or the
+first of them for a method of one view. For CISSL, DISSL, Matrix-SSL and MEC they have the values that were published on
+ImageNet. The DINOTransform of lightly itself makes eight views.
 """
 
 import lightly.transforms as _lightly
@@ -28,8 +28,10 @@ for _name, _spec in CLASS_NAMES.items():
     if _transform in vars(_lightly) and _name != "DINO":
         globals()[_transform] = vars(_lightly)[_transform]
     else:
-        _doc = f"Transforms an image into two views for {_spec.title}; the arguments are those of TwoViewTransform."
-        _own = {"published": {**TwoViewTransform.published, **_PUBLISHED.get(_name, {})}}
+        _count = _spec.views or 2
+        _views = "one view" if _count == 1 else "two views"
+        _doc = f"Transforms an image into {_views} for {_spec.title}; the arguments are those of TwoViewTransform."
+        _own = {"published": {**TwoViewTransform.published, **_PUBLISHED.get(_name, {})}, "count": _count}
         globals()[_transform] = type(_transform, (TwoViewTransform,), {"__doc__": _doc, "__module__": __name__, **_own})
     __all__.append(_transform)
 __all__.sort()

@@ -93,6 +93,9 @@ class TwoViewTransform(MultiViewTransform):
         }
     )
 
+    count: ClassVar[int] = 2
+    """Number of views; a method of one view has the first."""
+
     def __init__(
         self,
         input_size: int = 224,
@@ -156,4 +159,4 @@ class TwoViewTransform(MultiViewTransform):
             remove = RemoveBackground(masks, images, prob=mask_prob, fill=mask_fill)
             remove.check()
             views = [Compose([remove, view]) for view in views]
-        super().__init__(views)
+        super().__init__(views[: self.count])

@@ -328,8 +328,10 @@ NARROW = {
     **{"freeze_prototypes_steps": 0, "freeze_last_layer": 0},
 }
 """Small values of options that some methods have, for tests that build every method; nothing waits for an epoch."""
-OF_VIEWS = [name for name, spec in METHODS.items() if not spec.stacks]
-"""Methods that compare views without stacks of patches, for tests with two views of random images."""
+OF_IMAGES = [name for name, spec in METHODS.items() if not spec.stacks]
+"""Methods without stacks of patches, for tests with one or two views of random images and their positions."""
+OF_VIEWS = [name for name in OF_IMAGES if not METHODS[name].indexed]
+"""Methods that compare views and have no memory of images, for tests with two views of random images."""
 DIFFICULT = ("normal", "large", "small", "constant", "zero", "duplicated", "rank_deficient")
 
 

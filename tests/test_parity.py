@@ -61,6 +61,7 @@ CASES["relicv2, own targets"] = Case(
 CASES["moco, symmetric"] = Case("moco", {"symmetric": True}, (16, 16, 8))
 CASES["relic, small crops"] = Case("relic", {"alpha_small": 0.5}, (16, 16, 8))
 CASES["pirl"] = Case("pirl", {"patches": 4}, (16,), patches=4)
+CASES |= {name: Case(name, {}, (16,)) for name in ("deepcluster", "sela")}
 CROPS = {
     name: case._replace(sides=(16, 16, 8, 8)) for name, case in CASES.items() if METHODS[case.method].views is None
 }

@@ -72,15 +72,15 @@ class _Loss(Stepped, nn.Module):
     @torch.no_grad()
     def start_epoch(self, epoch: int, feed: Feed | None) -> Iterable[nn.Parameter]:
         """Cluster the embeddings of the previous epoch; before the first one, of a pass over the training set."""
-        if int(self.table.epoch) == epoch:  # a run that is resumed within an epoch keeps its clusters
-            return ()
+        if int(self.table.epoch) == epoch or bool((self.stamps == epoch).any()):
+            return ()  # a run that is resumed within an epoch keeps its clusters
         count = self.prototypes.shape[1]
-        check_clusters("num_prototypes", count, self.table.size)
         progress = Progress("deepcluster_v2", self.comm)
         if not bool((self.stamps > NEVER).any()):
             if feed is None:
                 warn_without_pass("DeepCluster v2", "no labels in this epoch, with the loss 0")
                 return ()
+            check_clusters("num_prototypes", count, self.table.size)
             self._first_pass(feed, epoch - 1, progress)
         seen = (self.stamps == epoch - 1).nonzero().flatten()
         self.table.labels.fill_(IGNORED)

@@ -16,7 +16,7 @@ from plugins.methods import METHODS
 from plugins.objective import Objective, encode, project
 from plugins.spec import Embeddings
 from plugins.targets import EMATeacher
-from plugins.testing import NARROW, OF_VIEWS, assert_joined, toy_mlp, toy_views
+from plugins.testing import NARROW, OF_IMAGES, OF_VIEWS, assert_joined, toy_mlp, toy_views
 
 pytestmark = pytest.mark.lightly
 
@@ -90,7 +90,7 @@ def plugins_loss(method: str, model: models.MethodModel, views: list[Tensor], in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", OF_VIEWS)
+@pytest.mark.parametrize("method", OF_IMAGES)
 def test_loss_and_gradients_are_those_of_plugins(method: str, dtype: torch.dtype) -> None:
     model = built(method).to(dtype)
     alone = copy.deepcopy(model)
@@ -233,7 +233,7 @@ def test_heads_of_lightly() -> None:
         torch.testing.assert_close(ours.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", OF_VIEWS)
+@pytest.mark.parametrize("method", OF_IMAGES)
 def test_state_dict_holds_everything(method: str) -> None:
     """A model that goes on from a state dict goes on as the one that wrote it."""
     first = built(method)
@@ -263,7 +263,7 @@ def test_state_dict_holds_everything(method: str) -> None:
         torch.testing.assert_close(value, state[name], rtol=0.0, atol=0.0, equal_nan=True)
 
 
-@pytest.mark.parametrize("method", OF_VIEWS)
+@pytest.mark.parametrize("method", OF_IMAGES)
 def test_models_copy_and_pickle(method: str) -> None:
     model = built(method)
     expected = copy.deepcopy(model).loss(*inputs(method))

@@ -18,7 +18,7 @@ from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
 from plugins.objective import Objective, encode, project
 from plugins.spec import Embeddings
-from plugins.testing import NARROW, OF_VIEWS
+from plugins.testing import NARROW, OF_IMAGES
 from plugins.tools.command import UserError
 from vissl_ext.hooks import EMATeacherHook
 from vissl_ext.life_cycle import LifeCycleHook
@@ -99,7 +99,7 @@ def plugins_loss(method: str, options: Any, trunk: nn.Module, head: Any, teacher
 
 @pytest.mark.sample("isoloss-dtype0", "dissl-dtype1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", OF_VIEWS)
+@pytest.mark.parametrize("method", OF_IMAGES)
 def test_loss_and_gradients_are_those_of_plugins(method: str, dtype: torch.dtype) -> None:
     task = built(method)
     torch.manual_seed(1)

@@ -174,7 +174,7 @@ class Objective(nn.Module):
         if isinstance(projector, TwoBranchHead):
             self.etf = ETFMonitor(projector.features_dim, comm=comm)
         self.embedding_moment: RunningMoment | None = None
-        if options.get("log_eigvals", False) and not isinstance(predictor, RunningMoment):
+        if spec.width and options.get("log_eigvals", False) and not isinstance(predictor, RunningMoment):
             self.embedding_moment = RunningMoment(options[spec.width], rho=0.99, comm=comm)
         # in lists: the networks must not be registered as submodules
         self._heads = [projector, predictor]

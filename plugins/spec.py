@@ -187,7 +187,7 @@ class MethodSpec:
         indexed: whether the loss reads ``Embeddings.index``, the positions of the images in the training set.
         options: all options of the method.
         paper: title and reference.
-        width: name of the option that is the output width of the head.
+        width: name of the option that is the output width of the head; None if several options make it.
         hints: options → how the optimiser treats the method's own parameters. A key is a prefix of their names:
             "projector", "predictor" or "loss", or one with a submodule's name, such as "projector.last_layer".
         taps: options → name of a submodule of the backbone → largest side of its feature map, or None, as
@@ -208,7 +208,7 @@ class MethodSpec:
     views: int | None
     options: Mapping[str, Option]
     paper: Paper
-    width: str = "proj_output_dim"
+    width: str | None = "proj_output_dim"
     large: int = 1
     stacks: int = 0
     indexed: bool = False

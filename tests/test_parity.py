@@ -17,7 +17,6 @@ from plugins.heads import SharedHead, TwoBranchHead
 from plugins.methods import METHODS
 from plugins.objective import encode
 from plugins.spec import Embeddings
-from plugins.targets import IndexedBank
 from plugins.testing import NARROW
 from plugins.tools.resnet8 import resnet8
 from solo_ext.config import parse_pretrain
@@ -91,6 +90,14 @@ def options_of(case: Case) -> dict[str, Any]:
     return {**options, **{key: value for key, value in SMALL.items() if key in options}}
 
 
+def labelled(criterion: Any) -> None:
+    """Give DeepCluster v2, which has no labels before a pass over the training set, labels and prototypes."""
+    if hasattr(criterion, "prototypes"):
+        shape, generator = criterion.prototypes.shape, torch.Generator().manual_seed(3)
+        criterion.prototypes.copy_(nn.functional.normalize(torch.randn(shape, generator=generator), dim=2))
+        criterion.table.labels.copy_(torch.arange(IMAGES) % shape[1])
+
+
 def in_plugins(case: Case) -> tuple[Parts, Step]:
     """The SPEC alone, around ResNet-8."""
     spec = METHODS[case.method]
@@ -120,8 +127,9 @@ def in_plugins(case: Case) -> tuple[Parts, Step]:
                 target = [parts.teacher_projector(parts.teacher_backbone(view)) for view in views[: case.large]]
         loss = spec.loss(options, LOCAL)
         for part in loss.modules():
-            if isinstance(part, IndexedBank):
+            if hasattr(part, "allocate"):
                 part.allocate(IMAGES)
+        labelled(loss)
         return loss(Embeddings(z, p, target, index=INDEX)).loss
 
     return parts, step
@@ -152,6 +160,7 @@ def in_solo(case: Case) -> tuple[Parts, Step]:
     def step(views: list[Tensor]) -> Tensor:
         model.to(views[0].dtype)  # the classifiers, too
         model.objective.allocate(IMAGES)
+        labelled(model.objective.criterion)
         model.training_step((INDEX, views, INDEX % 10), 0)
         return losses.pop()
 
@@ -174,6 +183,7 @@ def in_lightly(case: Case) -> tuple[Parts, Step]:
         model.teacher_projection_head,
     )
     model.allocate(IMAGES)
+    labelled(model.objective.criterion)
     return parts, lambda views: model.loss(views, INDEX)
 
 
@@ -200,6 +210,7 @@ def in_vissl(case: Case) -> tuple[Parts, Step]:
 
     def step(views: list[Tensor]) -> Tensor:
         task.base_loss.objective.allocate(IMAGES)
+        labelled(task.base_loss.objective.criterion)
         batch = SimpleNamespace(sample={"input": views, "data_idx": [INDEX] * len(views)})
         task.base_loss.set_index(batch.sample)
         EMATeacherHook().on_forward(SimpleNamespace(base_loss=task.base_loss, last_batch=batch))

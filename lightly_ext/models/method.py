@@ -130,7 +130,7 @@ class MethodModel(nn.Module):
         self.comm = WORLD if gather_distributed else LOCAL
         self.backbone = backbone
         self.feature_dim = _backbone_width(backbone) if input_dim is None else input_dim
-        if projection_head is not None:
+        if projection_head is not None and spec.width is not None:
             width = _width(projection_head, torch.zeros(1, self.feature_dim), "projection_head")
             if options.setdefault(spec.width, width) != width:
                 raise ValueError(f"projection_head has {width} output columns, got {spec.width}={options[spec.width]}")

@@ -55,6 +55,12 @@ class _Loss(Stepped, nn.Module):
 
     def forward(self, e: Embeddings) -> SeLaTerms:
         self.clock()
+        heads, classes = self.options["n_heads"], self.options["n_clusters"]
+        if e.p[0].shape[1] != heads * classes:
+            raise ValueError(
+                f"{heads} heads of {classes} classes need {heads * classes} outputs, got {e.p[0].shape[1]}; change "
+                "n_heads, n_clusters, or the projection head"
+            )
         return sela_terms(e.p[0], self.table.read(e.index), comm=self.comm)
 
     @torch.no_grad()
@@ -143,5 +149,5 @@ SPEC = MethodSpec(
         "labels_seed": Option(0, "seed of the first labels, >= 0", low=0),
     },
     paper=Paper("SeLa", "Asano, Rupprecht and Vedaldi 2020, arXiv:1911.05371, eqs. 6-8"),
-    width="n_clusters",
+    width=None,
 )

@@ -187,6 +187,13 @@ def test_a_head_of_the_users_own_labels_as_a_linear_one():
     assert torch.equal(run.objective.criterion.table.labels, other.objective.criterion.table.labels)
 
 
+def test_a_head_of_another_width_is_a_sentence():
+    run = Run("sela", **SELA)
+    run.head = nn.Linear(8, 7).double()
+    with pytest.raises(ValueError, match="2 heads of 3 classes need 6 outputs, got 7; change n_heads, n_clusters"):
+        run.step(torch.arange(4))
+
+
 def test_the_published_schedules():
     square = [epoch for epoch in range(401) if updates_labels(epoch, 100, 400, "square")]
     assert len(square) == 93 and sum(epoch <= 40 for epoch in square) > 20

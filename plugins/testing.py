@@ -323,7 +323,7 @@ def waves(scale: float, rows: int, width: int) -> Tensor:
 
 
 NARROW = {
-    **{"num_prototypes": 16, "bottleneck_dim": 6, "queue_size": 24, "queue_epoch": 0, "num_clusters": 6},
+    **{"num_prototypes": 6, "bottleneck_dim": 6, "queue_size": 24, "queue_epoch": 0, "num_clusters": 6},
     **{"n_clusters": 6, "n_heads": 2, "num_clusterings": 2},
     **{"freeze_prototypes_steps": 0, "freeze_last_layer": 0},
 }

@@ -488,7 +488,7 @@ def model_class(name: str, spec: MethodSpec, module: str) -> type[MethodModel]:
         f"        {key}:\n            {option.help} (default: {option.default})."
         for key, option in spec.options.items()
     )
-    sized, index = (", num_samples=4", ", torch.arange(4)") if spec.indexed else ("", "")
+    sized, index = (", num_samples=50000", ", torch.arange(4)") if spec.indexed else ("", "")
     images = ", ".join(["torch.randn(4, 3, 32, 32)"] * (spec.views or 2))
     hints = spec.hints(spec.resolve({})).values()
     epoch = "\n        >>> model.start_epoch(0)" if any(hint.frozen_epochs for hint in hints) else ""

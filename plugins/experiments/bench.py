@@ -16,8 +16,10 @@ measures complete training steps, ``data`` the loading of images: see :mod:`plug
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
+import math
 import platform
 import re
 import statistics
@@ -51,7 +53,7 @@ from plugins.losses import (
     ssl_ey_loss,
 )
 from plugins.predictors import ClosedFormPredictor
-from plugins.targets import IndexedBank, sinkhorn_codes
+from plugins.targets import IndexedBank, balanced_labels, kmeans, sinkhorn_codes
 
 QUICK_SIZES = ((256, 128), (256, 512), (1024, 512), (256, 2048))
 SIZES = (*QUICK_SIZES, (1024, 2048), (2048, 2048), (2048, 8192))
@@ -332,6 +334,69 @@ def _ours_codes(scores: Tensor) -> Tensor:
     return sinkhorn_codes(scores, epsilon=0.05, iterations=3)
 
 
+LAMBDA, TOLERANCE = 25.0, 1e-5
+
+
+def _log_probabilities(rows: int, width: int, device: str) -> list[Tensor]:
+    """Return the class probabilities of clustered rows, far from balanced."""
+    generator = torch.Generator().manual_seed(0)
+    h, w = torch.randn(rows, 16, generator=generator), torch.randn(16, width, generator=generator)
+    return [(0.5 * h @ w).log_softmax(1).to(device)]
+
+
+def _plain_balanced_labels(log_probabilities: Tensor) -> Tensor:
+    """Iterate in float64 on the power of the probabilities, as published."""
+    power = (LAMBDA * log_probabilities.double()).exp()
+    n, classes = power.shape
+    columns, error, iteration = power.new_full((n,), 1 / n), math.inf, 0
+    while error > TOLERANCE:
+        rows = 1 / (classes * (columns @ power))
+        new = 1 / (n * (power @ rows))
+        if iteration % 10 == 0:
+            error = float((columns / new - 1).abs().mean())
+        columns, iteration = new, iteration + 1
+    return (power * rows).argmax(1)
+
+
+def _ours_balanced_labels(log_probabilities: Tensor) -> Tensor:
+    return balanced_labels(log_probabilities, lamb=LAMBDA, tol=TOLERANCE)
+
+
+def _clustered(rows: int, width: int, device: str) -> list[Tensor]:
+    """Return rows and first centroids."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(128, width, generator=generator)
+    x = centres[torch.randint(128, (rows,), generator=generator)] + torch.randn(rows, width, generator=generator)
+    return [x.to(device), x[: min(128, rows // 8)].to(device)]
+
+
+def _plain_kmeans(x: Tensor, init: Tensor) -> Tensor:
+    """Compute all distances, and the mean of each cluster by itself, as in the code of DeepCluster v2."""
+    centroids = init.clone()
+    for _ in range(20):
+        labels = torch.cdist(x, centroids).argmin(1)
+        for k in range(len(centroids)):
+            members = labels == k
+            if bool(members.any()):
+                centroids[k] = x[members].mean(0)
+    return torch.cdist(x, centroids).argmin(1)
+
+
+def _faiss_kmeans(x: Tensor, init: Tensor) -> Tensor:
+    faiss = importlib.import_module("faiss")
+    clustering = faiss.Clustering(x.shape[1], len(init))
+    clustering.niter, clustering.max_points_per_centroid = 20, 10**7
+    faiss.copy_array_to_vector(init.numpy().ravel(), clustering.centroids)
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index, rows = faiss.IndexFlatL2(x.shape[1]), x.numpy()
+    clustering.train(rows, index)
+    return torch.from_numpy(index.search(rows, 1)[1][:, 0])
+
+
+def _ours_kmeans(x: Tensor, init: Tensor) -> Tensor:
+    return kmeans(x, len(init), iterations=20, init=init).labels
+
+
 def _view_cases() -> dict[str, Case]:
     """Return the cases of DISSL (2 teacher views) and CISSL (as many teacher views as student views).
 
@@ -372,6 +437,20 @@ LOSSES = {
         sizes=((256, 3000), (4096, 3000)),
         work=lambda rows, width: rows * width,
     ),
+    "balanced_labels": Case(
+        _log_probabilities,
+        _plain_balanced_labels,
+        _ours_balanced_labels,
+        sizes=((5000, 128), (50000, 128)),
+        work=lambda rows, width: rows * width,
+    ),
+    "kmeans": Case(
+        _clustered,
+        _plain_kmeans,
+        _ours_kmeans,
+        sizes=((5000, 64), (50000, 256)),
+        work=lambda rows, width: rows * width,
+    ),
     **_view_cases(),
     "relic": Case(
         _four_views,
@@ -384,6 +463,8 @@ LOSSES = {
 if importlib.util.find_spec("lightly") is not None:
     sizes = ((256, 512), (256, 2048), (1024, 512), (2048, 1024))
     LOSSES["barlow_twins"] = Case(_views, _lightly_barlow_twins, _ours_barlow_twins, sizes=sizes)
+if importlib.util.find_spec("faiss") is not None:
+    LOSSES["kmeans_faiss"] = LOSSES["kmeans"]._replace(plain=_faiss_kmeans)
 PREDICTORS = {
     "closed_form_predictor": Case(
         _moments, _plain_predictor, _ours_predictor, lambda width: (GENERAL_EIG * width**3, SYMMETRIC_EIG * width**3)

@@ -142,7 +142,7 @@ def bench_step(
 
     Returns:
         A row per method and teacher, and the names of skipped methods: those without a file in the folder, those that
-        compare stacks of patches, and those whose projector has another form than in solo-learn.
+        compare stacks of patches or remember images, and those whose projector has another form than in solo-learn.
 
     Raises:
         UserError: the folder, method, backbone or option does not exist.
@@ -161,6 +161,7 @@ def bench_step(
         for name in names
         if not (folder / f"{name}.yaml").is_file()
         or METHODS[name].stacks
+        or METHODS[name].indexed
         or not {_RENAMED.get(option, option) for option in METHODS[name].options} >= _WIDTHS
     ]
     contestants: dict[tuple, Contestant] = {}
@@ -343,7 +344,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any
         results, left_out = bench_step(setting, methods=options.method, repeat=options.repeat, steps=options.steps)
     print(table(results))
     if left_out:
-        reasons = f"stacks of patches, no file in {setting.configs}, or a head unlike solo-learn's projector"
+        kinds = f"stacks of patches, a memory of images, no file in {setting.configs}"
+        reasons = f"{kinds}, or a head unlike solo-learn's projector"
         print(f"skipped ({reasons}): {', '.join(left_out)}")
     environment = {"solo-learn": host_release(), "torch": torch.__version__, "device": device, **setting._asdict()}
     return environment, [result._asdict() for result in results]

@@ -39,6 +39,10 @@ class _Loss(Stepped, nn.Module):
         """Set the top layer, which each epoch initialises anew."""
         self._projector = [projector]
 
+    def allocate(self, size: int) -> None:
+        """Check the number of images; the objective also allocates the labels."""
+        check_clusters("num_clusters", self.table.classes, size)
+
     def forward(self, e: Embeddings) -> DeepClusterTerms:
         (labels,) = self.table.read(e.index)
         return deepcluster_terms(e.p[0], labels, weights=self.weights, comm=self.comm)
@@ -52,7 +56,6 @@ class _Loss(Stepped, nn.Module):
             if int(self.table.epoch) < 0:
                 warn_without_pass("DeepCluster", "random labels")
             return ()
-        check_clusters("num_clusters", self.table.classes, self.table.size)
         options, progress = self.options, Progress("deepcluster", self.comm)
         seed = draw_seed(options["clusters_seed"], epoch)
         index, features = collect_features(feed, self.table.size, progress, self.comm, half=options["half_features"])

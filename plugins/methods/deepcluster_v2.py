@@ -48,7 +48,8 @@ class _Loss(Stepped, nn.Module):
         self._projector = [projector]
 
     def allocate(self, size: int) -> None:
-        """Note that none of n images has been seen. Objective allocates the banks and the labels."""
+        """Check the number of images, none of which has been seen; the objective also allocates banks and labels."""
+        check_clusters("num_prototypes", self.prototypes.shape[1], size)
         if not len(self.stamps):
             self.stamps = self.stamps.new_full((size,), NEVER)
 
@@ -80,7 +81,6 @@ class _Loss(Stepped, nn.Module):
             if feed is None:
                 warn_without_pass("DeepCluster v2", "no labels in this epoch, with the loss 0")
                 return ()
-            check_clusters("num_prototypes", count, self.table.size)
             self._first_pass(feed, epoch - 1, progress)
         seen = (self.stamps == epoch - 1).nonzero().flatten()
         self.table.labels.fill_(IGNORED)

@@ -191,7 +191,7 @@ def draw_seed(*numbers: int) -> int:
 
 
 def check_clusters(option: str, count: int, images: int) -> None:
-    """Require no more clusters than images, before a pass over the training set.
+    """Require no more clusters than images, when the memory is allocated.
 
     Raises:
         ValueError: there are more clusters.

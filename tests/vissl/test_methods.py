@@ -99,7 +99,7 @@ def plugins_loss(method: str, options: Any, trunk: nn.Module, head: Any, teacher
 
 @pytest.mark.sample("isoloss-dtype0", "dissl-dtype1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", OF_IMAGES)
+@pytest.mark.parametrize("method", [name for name in OF_IMAGES if name != "deepcluster_v2"])  # no labels, gradient 0
 def test_loss_and_gradients_are_those_of_plugins(method: str, dtype: torch.dtype) -> None:
     task = built(method)
     torch.manual_seed(1)

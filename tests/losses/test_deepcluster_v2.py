@@ -1,6 +1,7 @@
 """DeepCluster v2: known values, slow reference, images without label, processes; the method: banks, clusterings."""
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -58,6 +59,30 @@ def test_equals_the_slow_reference_and_its_gradient(views, tau):
     gradient = torch.autograd.grad(deepcluster_v2_loss(z, LABELS, prototypes, temperature=tau), free)
     assert all((g * view).sum(1).abs().max() < 1e-12 for g, view in zip(gradient, z, strict=True))
     assert all(not g[2].any() for g in gradient), "an image without a label"
+
+
+@pytest.mark.solo
+def test_loss_and_clusters_are_those_of_solo_learn():
+    """Its code is that of the authors, but for the first epoch."""
+    import_module("solo_ext.registry")  # mends solo-learn, before it is imported
+    loss = import_module("solo.losses.deepclusterv2").deepclusterv2_loss_func
+    clustering = import_module("solo.utils.kmeans").KMeans
+
+    views = [F.normalize(view.float(), dim=1) for view in toy_views(30, 4)]
+    theirs = clustering(1, 0, 2, 30, 4, [5, 3], kmeans_iters=4)
+    torch.manual_seed(7)
+    assignments, centroids = theirs.cluster_memory(torch.arange(30), torch.stack(views))
+    torch.manual_seed(7)
+    for number, count in enumerate((5, 3)):
+        init = views[number][torch.randperm(30)[:count]]
+        ours = kmeans(views[number], count, iterations=4, spherical=True, init=init)
+        assert torch.equal(ours.labels, assignments[number])
+        torch.testing.assert_close(ours.centroids, centroids[number])
+    same = [centroids[0], centroids[0].flip(0)]
+    labels = torch.stack([assignments[0], 4 - assignments[0]])
+    outputs = torch.stack([torch.stack([view @ rows.T for view in views]) for rows in same])
+    expected = loss(outputs, labels, 0.1)
+    torch.testing.assert_close(deepcluster_v2_loss(views, labels, same), expected)
 
 
 def test_a_batch_without_labels_has_the_loss_and_the_gradient_zero():

@@ -78,7 +78,7 @@ class _Loss(Stepped, nn.Module):
         return self._new_top_layer(seed)
 
     def _new_top_layer(self, seed: int) -> list[nn.Parameter]:
-        """Initialise the last Linear layer of the head anew: weights N(0, 0.01), biases 0."""
+        """Initialise the last Linear layer of the head anew: weights of standard deviation 0.01, biases 0."""
         (projector,) = self._projector
         *_, layer = (module for module in projector.modules() if isinstance(module, nn.Linear))
         generator = torch.Generator().manual_seed(seed)

@@ -33,7 +33,7 @@ class LabelTable(Stepped, nn.Module):
         seed: of the first labels.
 
     Buffers:
-        labels: ``[H, n]``, int32, -100 for an image without a label.
+        rows: ``[n, H]``, int32, the labels of each image, -100 for one without a label.
         epoch: ``[]``, int64, the epoch in which labels were last made; -1 before. A run that is resumed within an epoch
             keeps the labels of this epoch.
 
@@ -46,7 +46,7 @@ class LabelTable(Stepped, nn.Module):
     2
     """
 
-    labels: Tensor
+    rows: Tensor
     epoch: Tensor
 
     def __init__(self, clusterings: int, classes: int, *, seed: int = 0) -> None:
@@ -54,13 +54,19 @@ class LabelTable(Stepped, nn.Module):
         check_whole("clusterings", clusterings, low=1)
         check_whole("classes", classes, low=0)
         self.classes, self.seed = classes, seed
-        self.register_buffer("labels", torch.zeros(clusterings, 0, dtype=torch.int32))
+        # the images come first: a framework recognises a memory that is not allocated by its first size
+        self.register_buffer("rows", torch.zeros(0, clusterings, dtype=torch.int32))
         self.register_buffer("epoch", torch.tensor(-1))
 
     @property
     def size(self) -> int:
         """Number n of images; 0 before the allocation."""
-        return self.labels.shape[1]
+        return self.rows.shape[0]
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels of each clustering, ``[H, n]``: a view of the buffer."""
+        return self.rows.T
 
     @torch.no_grad()
     def allocate(self, size: int) -> None:
@@ -81,11 +87,11 @@ class LabelTable(Stepped, nn.Module):
                 "continue with the training set of the checkpoint, or start a new run"
             )
         generator = torch.Generator().manual_seed(self.seed)
-        rows = [
+        columns = [
             torch.randperm(size, generator=generator) % self.classes if self.classes else torch.full((size,), IGNORED)
             for _ in self.labels
         ]
-        self.labels = torch.stack(rows).to(self.labels)
+        self.rows = torch.stack(columns, 1).to(self.rows)
 
     def read(self, index: Int64[Tensor, " B"] | None) -> Int64[Tensor, "H B"]:
         """Return the labels of some images.
@@ -101,7 +107,7 @@ class LabelTable(Stepped, nn.Module):
             raise ValueError(f"index must be the positions of the images in the training set, int64 [B], got {given}")
         if not self.size:
             raise ValueError("there are no labels: call allocate with the number of training images first")
-        return self.labels[:, index].long()
+        return self.rows[index].T.long()
 
     def write(
         self, clustering: int, index: Int64[Tensor, " N"], labels: Int64[Tensor, " N"], comm: Collective = LOCAL
@@ -114,15 +120,15 @@ class LabelTable(Stepped, nn.Module):
             labels: their labels, ≥ 0.
             comm: the processes that share the images. They exchange n numbers.
         """
-        found = torch.zeros_like(self.labels[clustering])
+        found = self.rows.new_zeros(self.size)
         found[index] = (labels + 1).to(found.dtype)
         found = comm.sum(found) - 1
-        self.labels[clustering] = found.masked_fill_(found < 0, IGNORED)
+        self.rows[:, clustering] = found.masked_fill_(found < 0, IGNORED)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        saved = state_dict.get(f"{prefix}labels")
-        if not self.size and isinstance(saved, Tensor) and saved.ndim == 2 and len(saved) == len(self.labels):
-            self.labels = self.labels.new_empty(saved.shape)
+        saved = state_dict.get(f"{prefix}rows")
+        if not self.size and isinstance(saved, Tensor) and saved.shape[1:] == self.rows.shape[1:]:
+            self.rows = self.rows.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -64,6 +64,19 @@ class NotFiniteError(ValueError, FloatingPointError):
     """NaN or inf where finite numbers are needed. Training loops handle it as a FloatingPointError."""
 
 
+def not_finite(what: str, where: str) -> NotFiniteError:
+    """Make the error of a quantity that cannot be computed.
+
+    Args:
+        what: the quantity.
+        where: names of the tensors that hold NaN or inf.
+    """
+    return NotFiniteError(
+        f"{what} needs finite numbers, got NaN or inf in {where}; "
+        "lower the learning rate if the loss grew from step to step, else check the input for NaN"
+    )
+
+
 def check_finite(what: str, **tensors: Tensor) -> None:
     """Require finite tensors. This synchronises with the device: call it only where a solver has already done so.
 
@@ -76,7 +89,7 @@ def check_finite(what: str, **tensors: Tensor) -> None:
     """
     broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if broken:
-        raise NotFiniteError(f"{what} needs finite numbers, got NaN or inf in {', '.join(broken)}")
+        raise not_finite(what, ", ".join(broken))
 
 
 class _Sums(Protocol):
@@ -114,7 +127,7 @@ def check_result(what: str, result: Tensor, comm: _Sums, **tensors: Tensor) -> N
     names = [name for name, count in zip(tensors, counts.tolist(), strict=True) if count]
     if names:
         where = "" if bool(broken.any()) else " of another process"
-        raise NotFiniteError(f"{what} needs finite numbers, got NaN or inf in {', '.join(names)}{where}")
+        raise not_finite(what, ", ".join(names) + where)
 
 
 def check_count(rows: int, *, least: int, what: str) -> None:

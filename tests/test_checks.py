@@ -64,14 +64,14 @@ def test_views_refuse_anything_else(teacher, message):
 def test_finite():
     good, bad = torch.ones(2, 3), torch.tensor([[1.0, float("inf")]])
     check_finite("a logarithm", z0=good, z1=good)
-    with pytest.raises(ValueError, match="a logarithm needs finite numbers, got NaN or inf in z1, p0"):
+    with pytest.raises(ValueError, match="a logarithm needs finite numbers, got NaN or inf in z1, p0; lower "):
         check_finite("a logarithm", z0=good, z1=bad, p0=bad / bad)
 
 
 def test_a_result_that_is_not_finite_names_its_cause():
     good, bad = torch.ones(2, 2), torch.tensor([[1.0, torch.inf]])
     check_result("a mean", good.mean(), LOCAL, good=good, bad=bad)  # not looked at
-    with pytest.raises(FloatingPointError, match=r"^a mean needs finite numbers, got NaN or inf in bad$"):
+    with pytest.raises(FloatingPointError, match=r"^a mean needs finite numbers, got NaN or inf in bad; lower the"):
         check_result("a mean", bad.mean(), LOCAL, good=good, bad=bad)
     check_result("a sum", good.sum() * torch.inf, LOCAL, good=good)  # an overflow
     check_result("a sum", torch.empty((), device="meta"), LOCAL, bad=bad)
@@ -82,7 +82,7 @@ def _result_of_rank(comm, tensor):
     try:
         check_result("a sum", result, comm, good=torch.ones(2), given=tensor)
     except NotFiniteError as error:
-        return str(error)
+        return str(error).partition(";")[0]
     return "finite" if result.isfinite() else "overflow"
 
 

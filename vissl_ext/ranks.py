@@ -103,7 +103,7 @@ def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:
         raise UserError(f"{folder} cannot be written to: {error.strerror}; {room(folder)}") from None
     except FloatingPointError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"training diverged: {reason}; decrease the learning rate, or add a warm-up") from None
+        raise UserError(f"training diverged: {reason}") from None
     except Exception as error:
         if "No batches to read" in str(error):
             size = cfg.DATA.TRAIN.BATCHSIZE_PER_REPLICA

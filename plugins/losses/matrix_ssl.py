@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from plugins.checks import check_choice, check_finite, check_result, check_rows, compute_dtype
+from plugins.checks import check_choice, check_finite, check_result, check_rows, compute_dtype, not_finite
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import (
     FORMS,
@@ -186,7 +186,7 @@ def _check_finite(comm: Collective, **tensors: Tensor) -> None:
     what = "the exact logarithm of the Matrix-SSL loss"
     check_finite(what, **tensors)
     if comm.size > 1:
-        raise ValueError(f"{what} needs finite numbers, got NaN or inf in the rows of another process")
+        raise not_finite(what, "the rows of another process")
 
 
 def _value_and_pairs(

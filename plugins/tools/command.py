@@ -146,7 +146,7 @@ def exit_on_user_error() -> Iterator[None]:
     except (UserError, OSError, FloatingPointError) as error:
         sentence = str(error)
         if isinstance(error, FloatingPointError):
-            sentence = f"training diverged: {sentence}; lower the learning rate, or check the images for NaN"
+            sentence = f"training diverged: {sentence}"
         elif isinstance(error, PermissionError) and error.filename is not None:
             sentence = f"{error.filename}: {error.strerror}; change its permissions, or give another path"
         elif isinstance(error, OSError):

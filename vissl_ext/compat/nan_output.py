@@ -16,4 +16,7 @@ def activate() -> None:
 
 
 def _stop(self: Any, task: Any, **kwargs: Any) -> None:
-    raise FloatingPointError(f"the output of the model is inf or NaN in iteration {task.iteration + 1}")
+    raise FloatingPointError(
+        f"the output of the model is inf or NaN in iteration {task.iteration + 1}; "
+        "lower the learning rate, or add a warm-up"
+    )

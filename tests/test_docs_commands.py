@@ -20,6 +20,7 @@ import yaml
 from PIL import Image
 
 from plugins.experiments.method_pages import commands as method_commands
+from plugins.experiments.method_pages import hand_written
 from plugins.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +31,7 @@ ELSEWHERE = {
     r"\./run_experiments\.sh --help": "tests/test_shell.py",
     r"python -m pytest [\w/.]+( .*)?": "tests/test_docs_example.py, and the suite itself",
     r"python -m plugins\.experiments\.methods_table --write README\.md": "tests/test_docs_example.py",
+    r"python -m plugins\.experiments\.method_pages --write": "tests/test_docs_example.py",
     r"python -m plugins\.experiments\.bench .*": "tests/experiments/test_bench.py",
     r"python -m plugins\.experiments\.notebooks \w+": "tests/test_docs_notebooks.py",
     r"python -m plugins\.tools\.data tinyimagenet .*": "tests/tools/test_data.py, which makes such an archive",
@@ -66,7 +68,7 @@ def commands_of(text: str) -> list[str]:
     return found + [command for command in inline if not re.search(r"…|[<>]|\b[A-Z]{3,}\b", command)]
 
 
-CASES = [(page, command) for page in PAGES for command in commands_of((ROOT / page).read_text())]
+CASES = [(page, command) for page in PAGES for command in commands_of(hand_written((ROOT / page).read_text()))]
 # The methods' pages differ in the name alone, but for lightly's options; tests/solo and tests/vissl compose every file.
 for _name in METHODS:
     _made = method_commands(_name)

@@ -43,13 +43,11 @@ def copy(tmp_path_factory):
 PROGRAM = """
 import json, runpy, sys
 import pytest
-from plugins.experiments import method_pages
 
 *scripts, tests = json.loads(sys.argv[1])
 for module, *words in scripts:
     sys.argv = [module, *words]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
-method_pages.main(["align_uniform"])
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *tests]))
 """
 
@@ -64,18 +62,19 @@ def test_there_are_five_new_files_and_one_line():
 def test_commands_of_the_example_run(copy):
     """With its doctest, and the checks of METHODS; what loops over the frameworks is left to its own tests."""
     (commands,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-    table, own, every = (line.removeprefix("python -m ").split() for line in commands.strip().splitlines())
+    pages, table, own, every = (line.removeprefix("python -m ").split() for line in commands.strip().splitlines())
     assert own[0] == every[0] == "pytest" and every[-2:] == ["-k", NAME]
     assert all((copy / path).exists() for path in every[1:-2])
     tests = [*own[1:], "tests/test_objective.py", "tests/losses/test_every_loss.py", "tests/lightly/test_models.py"]
     tests += ["tests/test_surface.py", f"plugins/losses/{NAME}.py", "-k", f"{NAME} or sorted", "-m", "not slow"]
     environment = {**os.environ, "PYTHONPATH": str(copy)}
-    words = [sys.executable, "-c", PROGRAM, json.dumps([table, tests])]
+    words = [sys.executable, "-c", PROGRAM, json.dumps([pages, table, tests])]
     done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) >= 12, done.stdout
-    assert "# Align-Uniform\n" in done.stdout
-    assert f"`{NAME}`" in (copy / "README.md").read_text()
+    page = f"docs/methods/{NAME}.md"
+    assert (copy / page).read_text().startswith("# Align-Uniform\n")
+    assert f"[Align-Uniform]({page}) | `{NAME}`" in (copy / "README.md").read_text()
 
 
 def test_example_is_clean(copy):

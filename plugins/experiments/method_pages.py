@@ -1,10 +1,10 @@
 """Generate pages of the documentation: one page per method, the front page, and the notebooks.
 
-``mkdocs build`` loads this file as a hook. ``python -m plugins.experiments.method_pages isoloss`` prints one page.
+A method's page is docs/methods/<name>.md. Its facts, options, commands and results are generated from the method's
+SPEC, configs/, :mod:`plugins.experiments.published` and the tables of docs/choosing.md, and stand between comments; the
+rest is hand-written. ``python -m plugins.experiments.method_pages --write`` brings all pages up to date.
 
-The hand-written part of a method's page is docs/methods/<name>.md. Facts, options, commands and results are generated
-when the site is built, from the method's SPEC, configs/, :mod:`plugins.experiments.published` and the tables of
-docs/choosing.md. The generated pages are not committed.
+``mkdocs build`` loads this file as a hook, which makes the front page and the pages of notebooks; none is committed.
 """
 
 import argparse
@@ -29,6 +29,8 @@ from plugins.methods import METHODS  # noqa: E402
 from plugins.spec import MethodSpec  # noqa: E402
 
 NOT_MEASURED = "not measured"
+BEGIN = "<!-- generated: python -m plugins.experiments.method_pages --write -->"
+END = "<!-- end of generated -->"
 ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Pages in the root of the checkout → their names on the site."""
 OFF_SITE = ("LICENSE", "CITATION.cff")
@@ -45,11 +47,24 @@ def method_page(name: str) -> str:
         KeyError: METHODS has no such method.
     """
     spec = METHODS[name]
-    written = ROOT / "docs" / "methods" / f"{name}.md"
-    text = written.read_text() if written.is_file() else f"# {spec.title}\n\nThis page has no hand-written part yet.\n"
-    title, _, judgement = text.partition("\n")
-    parts = [title, _facts(spec), judgement.strip(), _options(spec), _commands(spec), _results(spec)]
-    return "\n\n".join(parts) + "\n"
+    page = _place(name)
+    text = page.read_text() if page.is_file() else f"# {spec.title}\n\nThis page has no hand-written part yet.\n"
+    title, _, judgement = hand_written(text).partition("\n")
+    parts = [title, BEGIN, _facts(spec), END, judgement.strip(), BEGIN]
+    return "\n\n".join([*parts, _options(spec), _commands(spec), _results(spec), END]) + "\n"
+
+
+def hand_written(text: str) -> str:
+    """Return the text of a method's page without its generated parts.
+
+    >>> hand_written(f"# IsoLoss\\n\\n{BEGIN}\\n\\nfacts\\n\\n{END}\\n\\nIsoLoss is ...\\n")
+    '# IsoLoss\\n\\nIsoLoss is ...\\n'
+    """
+    return re.sub(rf"{re.escape(BEGIN)}.*?{re.escape(END)}\n+", "", text, flags=re.DOTALL)
+
+
+def _place(name: str) -> Path:
+    return ROOT / "docs" / "methods" / f"{name}.md"
 
 
 def _facts(spec: MethodSpec) -> str:
@@ -265,7 +280,6 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
     made = {target: root_page(source) for source, target in ROOT_PAGES.items()}
-    made |= {f"methods/{name}.md": method_page(name) for name in METHODS}
     for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
         made[f"notebooks/{path.stem}.md"] = notebook_page(path)
     for place, text in made.items():
@@ -282,10 +296,17 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the page of one method."""
+    """Print the page of one method, or bring the pages of all methods up to date."""
     parser = argparse.ArgumentParser(prog="python -m plugins.experiments.method_pages", description=main.__doc__)
-    parser.add_argument("method", choices=sorted(METHODS))
-    print(method_page(parser.parse_args(argv).method), end="")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("method", nargs="?", choices=sorted(METHODS))
+    action.add_argument("--write", action="store_true", help="write docs/methods/<name>.md of every method")
+    options = parser.parse_args(argv)
+    if not options.write:
+        print(method_page(options.method), end="")
+        return
+    for name in METHODS:
+        _place(name).write_text(method_page(name))
 
 
 if __name__ == "__main__":

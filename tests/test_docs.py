@@ -99,3 +99,31 @@ def test_methods_of_the_site_are_those_of_the_package():
 def test_front_page_links_within_the_site():
     text = root_page("README.md")
     assert "](docs/" not in text and "](LICENSE)" not in text and "](contributing.md)" in text
+
+
+LIGHTLY = (ROOT / "docs" / "lightly.md").read_text()
+CALLS = {
+    "`IndexedDataset`, `num_samples`": lambda spec, hints: spec.indexed,
+    "`start_epoch`": lambda spec, hints: any(hint.frozen_epochs for hint in hints),
+    "`after_backward`": lambda spec, hints: any(hint.frozen_epochs or hint.frozen_steps for hint in hints),
+    "`training_parameters(lr=…)`": lambda spec, hints: any(hint.group_options() or hint.lr_constant for hint in hints),
+}
+"""First words of a row of lightly.md's table of calls → whether a method needs the call."""
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_page_of_lightly_names_the_methods_that_need_more_of_a_loop(call):
+    (row,) = [line for line in LIGHTLY.splitlines() if line.startswith(f"| {call}")]
+    wanted = {spec.title for spec in METHODS.values() if CALLS[call](spec, spec.hints(spec.resolve({})).values())}
+    assert wanted and all(re.search(rf"\b{title}\b", row) for title in wanted), f"the row must name {sorted(wanted)}"
+
+
+@pytest.mark.lightly
+def test_page_of_lightly_has_every_loss_and_every_transform():
+    from lightly_ext import loss, transforms
+
+    (example,) = re.findall(r"```python\n(.*?from lightly_ext\.loss import .*?)```", LIGHTLY, re.DOTALL)[-1:]
+    missing = [name for name in loss.__all__ if f"{name}(" not in example.rpartition("import ")[2]]
+    (table,) = re.findall(r"^\| Transform \|.*?\n\n", LIGHTLY, re.DOTALL | re.MULTILINE)
+    missing += [name for name in transforms.__all__ if name != "TwoViewTransform" and f"`{name}`" not in table]
+    assert not missing

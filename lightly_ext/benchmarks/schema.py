@@ -79,7 +79,9 @@ class Options(Section):
         "ResNet with a 3x3 stem of stride 1 and without max-pool; RegNet with a stem of stride 1", False
     )
     input_size: integer(1) = entry("side of the images in pixels", 224)
-    optimizer: Literal["lars", "sgd", "adamw"] = entry("optimiser, for our methods", "lars")
+    optimizer: Literal["lars", "sgd", "adamw"] = entry(
+        "optimiser, for our methods; for small data sets: adamw with --lr 0.008, or sgd with --lr 0.24", "lars"
+    )
     lr: NonNegative = entry("learning rate for 256 images over all devices, for our methods", 0.45)
     weight_decay: NonNegative = entry("weight decay, for our methods", 1e-6)
     decay_all: Boolean = entry("weight decay also for biases and normalisation layers, for our methods", False)

@@ -66,7 +66,7 @@ SPEC = MethodSpec(
         "head": Option("mlp", "one hidden layer (mlp, MoCo v2) or none (linear, v1)", choices=HEADS),
         "temperature": Option(0.2, "of the softmax, > 0; 0.07 in MoCo v1", low=1e-6),
         "symmetric": Option(False, "whether each of the first two views is a query of the other's key"),
-        "queue_size": Option(65536, "number K of keys in the queue, >= 1", low=1),
+        "queue_size": Option(65536, "number K of keys in the queue, >= 1, fewer than training images", low=1),
         "log_eigvals": LOG_EIGVALS,
     },
     paper=Paper("MoCo", "He et al. 2020, arXiv:1911.05722, and Chen et al. 2020, arXiv:2003.04297"),

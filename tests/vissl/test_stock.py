@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ WANTED = (
     "PIRL, jigsaw and memory bank",
     "NPID",
 )
+
+_SHORT = ("DATA_LIMIT=16", "BATCHSIZE_PER_REPLICA=8", "TRANSFORMS.0.size=32", "TRANSFORMS.1.size=32")
+"""Ends of overrides that make an evaluation short."""
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +49,17 @@ def test_two_iterations_and_a_checkpoint(stock, trained):
     assert 0 < loss < 100
     log = (folder / "log.txt").read_text()
     assert "Starting training" in log and "Starting training" not in result["output"]
+
+
+def test_a_run_can_be_evaluated_with_the_command_of_the_page(trained, launches, few_digits):
+    _, folder = trained["SimCLR"]
+    page = (Path(__file__).parents[2] / "docs" / "vissl_stock.md").read_text()
+    (command,) = re.findall(r"vissl_ext\.launch (config=benchmark/nearest_neighbor.*?)\npython", page, re.DOTALL)
+    command = (
+        command.replace("\\\n", " ").replace("datasets/digits", str(few_digits)).replace("runs/stock", str(folder))
+    )
+    short = [f"config.DATA.{split}.{what}" for split in ("TRAIN", "TEST") for what in _SHORT]
+    argv = [*command.split(), *short, "config.DATA.NUM_DATALOADER_WORKERS=0"]
+    (result,) = launches([{"argv": argv, "folder": str(folder.parent)}])
+    assert result["status"] == 0, result["output"][-3000:]
+    assert "kNN of heads: top-1" in result["output"] and (folder / "knn" / "knn.json").is_file()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision import transforms
 from vissl.models import build_model
 from vissl.utils.extract_features_utils import ExtractedFeaturesLoader
@@ -91,7 +92,7 @@ def test_features_of_swavs_head(tmp_path: Path) -> None:
         prepare_extraction=lambda pin_memory: None,
         base_model=model,
         available_splits=["TRAIN"],
-        dataloaders={"train": batches},
+        dataloaders={"train": DataLoader(batches, batch_size=None)},
         device=torch.device("cpu"),
     )
     extractor.extract(str(tmp_path))

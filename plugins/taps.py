@@ -81,9 +81,10 @@ class FeatureTaps:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Forget the maps since the last call of ``take``."""
         self._kept, self._lost = {name: [] for name in self.sizes}, set()
 
     def _keep(self, name: str, module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -122,7 +123,7 @@ class FeatureTaps:
             of_modules = [self._split(name, kept, views) for name, kept in self._kept.items()]
             return [tuple(of_module[view] for of_module in of_modules) for view in range(len(views))]
         finally:
-            self._forget()
+            self.forget()
 
     def _split(self, name: str, kept: list[tuple[Tensor, int]], views: Sequence[Sequence[int]]) -> list[Tensor]:
         rows = [prod(axes) for axes in views]
@@ -152,13 +153,15 @@ class FeatureTaps:
 
 
 @torch.no_grad()
-def map_channels(backbone: nn.Module, sizes: Mapping[str, int | None], side: int = 64) -> list[int]:
+def map_channels(
+    backbone: nn.Module, sizes: Mapping[str, int | None], sides: Sequence[int] = (64, 224, 32)
+) -> list[int]:
     """Count the channels of the maps, by a pass of a black image through the backbone in evaluation mode.
 
     Args:
         backbone: the module to tap; its state does not change.
         sizes: as of FeatureTaps.
-        side: of the image, in pixels.
+        sides: of the image, in pixels. The first is used that the backbone can process.
 
     Returns:
         The number of channels of each map, in the order of ``sizes``.
@@ -166,7 +169,7 @@ def map_channels(backbone: nn.Module, sizes: Mapping[str, int | None], side: int
     Raises:
         ValueError: as FeatureTaps, or the backbone cannot process the image.
 
-    >>> map_channels(nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU()), {"1": 2}, 8)
+    >>> map_channels(nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU()), {"1": 2})
     [5]
     """
     if not sizes:
@@ -176,15 +179,28 @@ def map_channels(backbone: nn.Module, sizes: Mapping[str, int | None], side: int
     backbone.eval()
     try:
         with FeatureTaps(backbone, sizes) as taps:
-            try:
-                backbone(torch.zeros(1, 3, side, side).to(example))
-            except RuntimeError as error:
-                raise ValueError(f"the backbone cannot process an image of {side} pixels ({error})") from error
-            ((*maps,),) = taps.take([(1,)])
+            ((*maps,),) = _first_maps(backbone, taps, sides, example)
     finally:
         for each, training in modes.items():
             each.training = training
     return [map_.shape[1] for map_ in maps]
+
+
+def _first_maps(
+    backbone: nn.Module, taps: FeatureTaps, sides: Sequence[int], example: Tensor
+) -> list[tuple[Tensor, ...]]:
+    reason: Exception | None = None
+    for side in sides:
+        try:
+            backbone(torch.zeros(1, 3, side, side).to(example))
+        except (RuntimeError, AssertionError, ValueError) as error:  # a transformer takes one size only
+            reason = reason or error
+            taps.forget()
+        else:
+            return taps.take([(1,)])
+    raise ValueError(
+        f"the backbone cannot process an image of {', '.join(map(str, sides))} pixels ({reason})"
+    ) from reason
 
 
 def _refused(kind: type) -> str | None:

@@ -73,7 +73,7 @@ def method_class(cfg: DictConfig) -> type:
     name = ALIASES.get(cfg.method, cfg.method)
     natives, plugins = native_methods(), plugin_methods()
     given = dict(cfg.get("method_kwargs") or {})
-    if name in VARIANTS and set(given) & (_names(VARIANTS[name]) - _names(plugins[name].spec)):
+    if name in VARIANTS and set(given) & (_names(VARIANTS[name]) - _names(plugins[name].spec) - native_options(name)):
         plugins = {**plugins, name: _variant(name)}
     if name in MAIN_ONLY and name not in natives:
         raise needs_main_error(f"method {name}", host_release())

@@ -192,11 +192,22 @@ def test_the_channels_are_counted_without_a_trace():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3)).double()
     network[1].eval()
     state = copy.deepcopy(network.state_dict())
-    assert map_channels(network, {"2": 1, "0": None}, 8) == [6, 4] and map_channels(network, {}, 8) == []
+    assert map_channels(network, {"2": 1, "0": None}, [8]) == [6, 4] and map_channels(network, {}, [8]) == []
     assert network.training and not network[1].training
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in state.items())
     with pytest.raises(ValueError, match="cannot process an image of 3 pixels"):
-        map_channels(network, {"2": 1}, 3)
+        map_channels(network, {"2": 1}, [3])
+
+
+def test_a_backbone_of_one_size_is_asked_with_that_size():
+    class Fixed(nn.Conv2d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            assert input.shape[-1] == 32, "takes 32 pixels"
+            return super().forward(input)
+
+    assert map_channels(nn.Sequential(Fixed(3, 4, 3), nn.ReLU()), {"1": None}) == [4]
+    with pytest.raises(ValueError, match=r"cannot process an image of 64, 224 pixels \(takes 32 pixels"):
+        map_channels(nn.Sequential(Fixed(3, 4, 3), nn.ReLU()), {"1": None}, [64, 224])
 
 
 class Checkpointed(nn.Module):

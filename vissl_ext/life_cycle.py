@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vissl.data.ssl_transforms import get_transform
 
 from plugins.distributed import WORLD, Collective
+from plugins.draws import draw_seed
 from plugins.tools.command import UserError
 from plugins.tools.feed import WholeSet
 from vissl_ext.methods import MethodLoss
@@ -119,7 +120,7 @@ def feed(task: Any) -> WholeSet:
         batch_size=data.TRAIN.BATCHSIZE_PER_REPLICA,
         workers=data.NUM_DATALOADER_WORKERS,
         device=task.device,
-        seed=task.epoch,
+        seed=draw_seed(task.config.SEED_VALUE, task.epoch),
     )
 
 

@@ -64,6 +64,7 @@ from lightly_ext.models.modules.heads import scale_last_layer
 from plugins.checks import check_range
 from plugins.clock import Feed
 from plugins.distributed import LOCAL, WORLD
+from plugins.draws import draw_seed
 from plugins.heads import TwoBranchHead
 from plugins.joined import JoinedBatch
 from plugins.objective import Objective, connect, embed, encode, encode_views, project
@@ -406,7 +407,7 @@ class MethodModel(nn.Module):
         """
         feed: Any = data
         if hasattr(data, "dataset"):
-            feed = whole_set(data, self._features, [self.backbone], self.comm, epoch)
+            feed = whole_set(data, self._features, [self.backbone], self.comm, draw_seed(torch.initial_seed(), epoch))
         fresh = self.objective.start_epoch(epoch, feed)
         if fresh and optimizer is None:
             raise ValueError(

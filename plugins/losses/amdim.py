@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from plugins.checks import check_range, check_result, compute_dtype
+from plugins.checks import check_count, check_range, check_result, compute_dtype
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import attach_gradient, score_blocks
 
@@ -130,6 +130,10 @@ def amdim_terms(
         )
     large = len(views) if large is None else large
     check_range("large", large, low=1, high=len(views))
+    for view, where in zip(views, locations, strict=True):
+        places = view.coarse.shape[2]
+        if where.device.type == "cpu" and not torch.compiler.is_compiling() and ((where < 0) | (where >= places)).any():
+            raise ValueError(f"locations must be in 0…{places - 1}, got {where.min():d} to {where.max():d}")
     local = [
         view.coarse.gather(2, where[:, None, None].expand(-1, view.coarse.shape[1], 1)).squeeze(2)
         for view, where in zip(views, locations, strict=True)
@@ -159,6 +163,7 @@ def _nce(
         (size, shared, width), locations = a.shape, t.shape[1]
         counts = comm.row_counts(size, a.device)
         images, before = sum(counts), sum(counts[: comm.rank])
+        check_count(images, least=1, what="the AMDIM loss")
         rows, scale = images * shared, 1 / math.sqrt(width)
         pull = 2 * reg / images  # derivative of the regulariser over that of the mean, per score
         own_a, own_t = a.detach().flatten(0, 1) * scale, t.detach().flatten(0, 1)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from plugins.checks import check_choice, check_range, check_result, check_whole, compute_dtype
+from plugins.checks import check_choice, check_count, check_range, check_result, check_whole, compute_dtype
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import attach_gradient, score_blocks
 
@@ -55,7 +55,8 @@ def cpc_loss(
         negatives: "all" locations of the joined batch, or a number n > 0 of locations that are drawn from it, the same
             for all predictions; the positive is not among them.
         reduction: "mean" over the offsets, or "sum" as in the paper.
-        generator: draws the negatives, the same on all processes; on the CPU. None is torch's default generator.
+        generator: draws the negatives, the same on all processes; on the CPU. None is torch's default generator, which
+            is refused with several processes, since theirs may differ.
         comm: the processes that share the batch. The targets are gathered, and their gradients are summed over the
             processes in forward. Backward communicates nothing.
 
@@ -63,8 +64,8 @@ def cpc_loss(
         The loss of the joined batch in nats, float32 (float64 for float64 input); log(N G²) for equal scores.
 
     Raises:
-        ValueError: the shapes do not fit, a number is out of range, an unknown choice, or (on the CPU) an input holds
-            NaN or inf.
+        ValueError: the shapes do not fit, a number is out of range, an unknown choice, drawn negatives without a
+            generator on several processes, or (on the CPU) the loss is NaN because of an input that holds NaN or inf.
 
     >>> zeros = torch.zeros(3, 8, 6, 6)
     >>> round(cpc_loss({3: zeros[:, :, 3:]}, zeros).item(), 5)  # log(3 * 36)
@@ -76,6 +77,8 @@ def cpc_loss(
         check_choice("negatives", negatives, ("all",))
     else:
         check_whole("negatives", negatives, low=1)
+        if generator is None and comm.size > 1:
+            raise ValueError("drawn negatives need a generator with the same seed on all processes")
     _check(predictions, targets)
     side = targets.shape[2]
     with torch.autocast(targets.device.type, enabled=False):
@@ -84,6 +87,7 @@ def cpc_loss(
         y = _rows(targets).to(dtype)
         counts = comm.row_counts(len(y), y.device)
         images, before = sum(counts), sum(counts[: comm.rank])
+        check_count(images, least=1, what="the CPC loss")
         grid = _grid(predictions, side, images, reduction, y)
         own_p, own_y = p.detach().flatten(0, 1), y.detach().flatten(0, 1)
         columns = comm.gather_rows(y.detach(), counts=counts).flatten(0, 1)

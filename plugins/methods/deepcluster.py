@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from plugins.clock import Feed, Stepped
 from plugins.distributed import Collective
+from plugins.draws import draw_seed
 from plugins.losses import DeepClusterTerms, cluster_weights, deepcluster_terms
 from plugins.methods.common import HALF_FEATURES
 from plugins.spec import Embeddings, Hints, MethodSpec, Option, Paper
@@ -17,7 +18,6 @@ from plugins.targets.label_table import (
     Progress,
     check_clusters,
     collect_features,
-    draw_seed,
     warn_without_pass,
 )
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from plugins.clock import Clock, Feed, Stepped
 from plugins.distributed import Collective
+from plugins.draws import draw_seed
 from plugins.heads import UnitRows, plain_head
 from plugins.losses import DeepClusterV2Terms, deepcluster_v2_terms
 from plugins.methods.common import LOG_EIGVALS, projector_options
@@ -19,7 +20,6 @@ from plugins.targets.label_table import (
     LabelTable,
     Progress,
     check_clusters,
-    draw_seed,
     warn_without_pass,
 )
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from plugins.clock import Clock, Feed, Stepped
 from plugins.distributed import Collective
+from plugins.draws import draw_seed
 from plugins.losses import SeLaTerms, sela_terms
 from plugins.methods.common import HALF_FEATURES
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
 from plugins.targets.balanced_labels import assign_balanced
-from plugins.targets.label_table import LabelTable, Progress, collect_features, draw_seed, warn_without_pass
+from plugins.targets.label_table import LabelTable, Progress, collect_features, warn_without_pass
 
 SPACINGS = ("linear", "square")
 VIEWS = ("eval", "train")

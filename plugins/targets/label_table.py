@@ -3,7 +3,6 @@
 import sys
 import time
 import warnings
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -185,15 +184,6 @@ def collect_features(
         done += len(places)
         progress("features of images", min(done * comm.size, size), size)
     return index[:done], features[:done]
-
-
-def draw_seed(*numbers: int) -> int:
-    """Return the seed of a draw that depends on some numbers only, such as the run's seed and the epoch.
-
-    >>> draw_seed(0, 1) == draw_seed(0, 1) != draw_seed(1, 0)
-    True
-    """
-    return zlib.crc32(" ".join(map(str, numbers)).encode())  # a generator uses 32 bits
 
 
 def check_clusters(option: str, count: int, images: int) -> None:

@@ -2,7 +2,7 @@
 
 The mask of an image has the same path below the folder of masks as the image below the folder of images, and the same
 name, or the same name with the suffix .png or that of another image format. A pixel is background where the mask is
-black. The mask of a JPEG file, whose black is not exact, is background below half of white.
+black or transparent. In JPEG and WebP files, whose black is not exact, it is background below half of white.
 
 The transform changes the whole image and precedes the random crop, so that no other step needs the mask.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from plugins.checks import check_choice, check_range
@@ -62,6 +62,7 @@ class RemoveBackground:
         if os.path.samefile(masks, images):
             raise UserError(f"the folder of masks must be another one than the folder of images, got {masks} for both")
         self.masks, self.images, self.prob, self.fill = str(masks), str(images), prob, fill
+        self.folder = os.path.abspath(masks)
         self.roots = list(dict.fromkeys((os.path.abspath(images), os.path.realpath(images))))
 
     def check(self, paths: Iterable[str] | None = None) -> None:
@@ -122,9 +123,7 @@ class RemoveBackground:
     def _foreground(self, image: str, size: tuple[int, int]) -> Image.Image:
         """Return 255 in the foreground of an image and 0 in its background."""
         path = self.mask_path(image)
-        values = np.asarray(open_image(path)).max(2)
-        least = 128 if path.lower().endswith((".jpg", ".jpeg")) else 1
-        mask = Image.fromarray(np.where(values >= least, 255, 0).astype(np.uint8))
+        mask = Image.fromarray(np.where(_is_foreground(path), 255, 0).astype(np.uint8))
         if mask.size == size:
             return mask
         if mask.size == size[::-1]:
@@ -141,11 +140,23 @@ class RemoveBackground:
                 if path.startswith(os.path.join(root, "")):
                     folder, name = os.path.split(os.path.relpath(path, root))
                     stem = os.path.splitext(name)[0]
-                    return os.path.join(self.masks, folder), stem, [name, *(stem + suffix for suffix in _SUFFIXES)]
+                    return os.path.join(self.folder, folder), stem, [name, *(stem + suffix for suffix in _SUFFIXES)]
         raise UserError(f"the image {image} is not in {self.images}, the folder of images that has masks")
 
     def __repr__(self) -> str:
         return f"RemoveBackground(masks={self.masks!r}, images={self.images!r}, prob={self.prob}, fill={self.fill!r})"
+
+
+def _is_foreground(path: str) -> np.ndarray:
+    """Return where a mask is neither black nor transparent, ``[H, W]``. Any number above 0 is white."""
+    open_image(path)  # has the error messages
+    with Image.open(path) as file:
+        mask = ImageOps.exif_transpose(file)
+        if mask.mode.startswith(("I", "F")):
+            return np.asarray(mask) > 0
+        values = np.asarray(mask.convert("RGBA"))
+        least = 128 if file.format in ("JPEG", "WEBP") else 1
+        return (values[..., :3].max(2) >= least) & (values[..., 3] > 0)
 
 
 def _image_files(folder: str) -> Iterable[str]:

@@ -245,6 +245,10 @@ def test_bad_input():
     views, locations = _views()
     with pytest.raises(ValueError, match=r"at least 2 views and a vector of locations for each, got 1 views and 1 "):
         amdim_loss(views[:1], locations[:1])
+    with pytest.raises(ValueError, match=r"locations must be in 0…3, got -1 to 3"):
+        amdim_loss(views, [locations[0], torch.tensor([0, 1, 2, 3, -1, 0])])
+    with pytest.raises(ValueError, match="the AMDIM loss needs at least 1 rows over all processes, got 0"):
+        amdim_nce(source[:0], targets[:0])
     for name, bad in (("source 0", (source * torch.nan, targets)), ("targets", (source, targets / 0))):
         with pytest.raises(ValueError, match=name):
             amdim_nce(*bad)

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,6 +200,11 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=sentence):
             cpc_loss(*bad)
+    with pytest.raises(ValueError, match="the CPC loss needs at least 1 rows over all processes, got 0"):
+        cpc_loss({k: p[:0] for k, p in predictions.items()}, targets[:0])
+    several = SimpleNamespace(size=2, rank=0)
+    with pytest.raises(ValueError, match="drawn negatives need a generator with the same seed on all processes"):
+        cpc_loss(predictions, targets, negatives=3, comm=several)
     for options, sentence in (
         ({"scale": 0.0}, "scale must be"),
         ({"negatives": "some"}, "negatives must be one of all, got 'some'"),

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from plugins.distributed import LOCAL
 from plugins.heads import SharedHead
 from plugins.losses import teacher_temperature
-from plugins.methods import VARIANTS
+from plugins.methods import METHODS, VARIANTS
 from plugins.tools.command import UserError
 from solo_ext.compat import native_methods
 from solo_ext.config import parse_pretrain
@@ -79,6 +79,14 @@ def test_an_option_of_its_own_tells_it_from_solo_learns(configured):
         method_class(configured("+method_kwargs.num_prototypes=8"))
     with pytest.raises(UserError, match=r"method dino: center_momentum must be in \[0, 1\], got 2.0"):
         method_class(configured("+method_kwargs.center_momentum=2"))
+
+
+def test_options_that_solo_learns_dino_has_do_not_choose_it(configured):
+    ours = "{proj_hidden_dim: 8, num_prototypes: 8, proj_norm: true}"
+    assert method_class(configured("~method_kwargs", f"+method_kwargs={ours}")).spec is METHODS["dino"]
+    mixed = "{bottleneck_dim: 8, proj_output_dim: 8, num_prototypes: 8}"
+    with pytest.raises(UserError, match=r"dino has no option 'proj_output_dim'.*num_prototypes"):
+        method_class(configured("~method_kwargs", f"+method_kwargs={mixed}"))
 
 
 def test_head_is_the_published_one_and_the_teachers_begins_at_random(configured):

@@ -108,6 +108,34 @@ def test_black_is_background_in_any_mode(folders, mode):
     assert (changed[:, :6] == 128).all() and (changed[:, 6:] == before[:, 6:]).all()
 
 
+def test_transparent_pixels_and_small_numbers_are_read_as_they_are(folders, monkeypatch):
+    """A cut-out whose background is white but transparent; a 16-bit file that marks the object with 1; floats."""
+    width, height = SIZE
+    path = folders / "masks" / "cat" / "1.png"
+    object_ = np.zeros((height, width), dtype=np.uint8)
+    object_[:, 6:] = 1
+    cut_out = np.full((height, width, 4), 255, dtype=np.uint8)
+    cut_out[..., 3] = 255 * object_
+    Image.fromarray(cut_out).save(path)
+    remove = _remove(folders, prob=1.0, fill="black")
+    image = _image(folders)
+    expected = np.asarray(image) * object_[..., None]
+    assert (np.asarray(remove(image)) == expected).all()
+    Image.fromarray(object_.astype(np.uint16)).save(path)
+    assert (np.asarray(remove(image)) == expected).all()
+    path.unlink()
+    Image.fromarray(object_.astype(np.float32) / 1000).save(path.with_suffix(".tif"))
+    assert (np.asarray(remove(image)) == expected).all()
+    (path.with_suffix(".tif")).unlink()
+    noisy = np.where(object_ == 1, 250, 9).astype(np.uint8)
+    Image.fromarray(noisy).save(path.with_suffix(".webp"), quality=50)
+    assert (np.asarray(remove(image)) == expected).all()
+    monkeypatch.chdir(folders)
+    relative = RemoveBackground("masks", "images", prob=1.0)
+    monkeypatch.chdir("/")
+    assert relative.mask_path(str(folders / "images/cat/1.png"))
+
+
 def test_the_noise_of_a_jpeg_mask_is_background(folders):
     path = folders / "masks" / "cat" / "1.png"
     with Image.open(path) as mask:

@@ -24,7 +24,7 @@ from plugins.tools.command import UserError, first_process, print_on_rank_zero
 from plugins.tools.fitting import mismatch, plain_names
 from plugins.tools.process import locked_folder
 from plugins.tools.records import difference, read_json, write_json
-from plugins.tools.trainer import AtomicCheckpointIO, ends_run, save_atomically
+from plugins.tools.trainer import AtomicCheckpointIO, completed_epochs, ends_run, save_atomically, steps_done
 from plugins.tools.unpickle import load_without_code
 from solo_ext.compat import pl
 from solo_ext.compat.common import LATE_BUFFERS
@@ -367,7 +367,7 @@ def check_resumable(path: Path, checkpoint: dict[str, Any], cfg: DictConfig, mod
             shapes = f"{tuple(theirs[name].shape)}, but {tuple(tensor.shape)} in this run"
             raise UserError(f"{path} is a checkpoint of another network: {name} has the shape {shapes}")
     try:
-        return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        return completed_epochs(checkpoint, cfg.get("max_steps"))
     except KeyError:
         raise UserError(f"{path} contains only weights; training cannot be resumed from it") from None
 
@@ -422,7 +422,9 @@ def auto_resume(cfg: DictConfig, kind: str) -> tuple[Path, dict[str, Any]] | Non
     return path, checkpoint
 
 
-def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Module) -> tuple[Path, Path | None, int]:
+def resume_point(
+    cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Module
+) -> tuple[Path, Path | None, int, bool]:
     """Find the checkpoint to resume from.
 
     Args:
@@ -432,7 +434,7 @@ def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Modul
         model: the network to be trained.
 
     Returns:
-        The run's folder, the checkpoint or None, and the number of completed epochs.
+        The run's folder, the checkpoint or None, the number of completed epochs, and whether nothing is left to train.
 
     Raises:
         UserError: the checkpoint belongs to another method, network or configuration.
@@ -443,12 +445,13 @@ def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Modul
     elif cfg.auto_resume.enabled and (newest := auto_resume(cfg, kind)) is not None:
         found, checkpoint = newest
     else:
-        return folder, None, 0
+        return folder, None, 0, False
     epochs = check_resumable(found, checkpoint, cfg, model)
     if epochs > cfg.max_epochs:
         raise UserError(f"{found} was trained for {epochs} epochs, more than max_epochs={cfg.max_epochs}")
     print_on_rank_zero(f"resuming after epoch {epochs} of {cfg.max_epochs} from {found}")
-    return (folder if cfg.checkpoint.version else found.parent), found, epochs
+    finished = epochs == cfg.max_epochs or steps_done(checkpoint, cfg.get("max_steps"))
+    return (folder if cfg.checkpoint.version else found.parent), found, epochs, finished
 
 
 def load_backbone(place: str | Path, backbone: torch.nn.Module) -> None:

@@ -120,7 +120,8 @@ class FlushMetrics(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write the means of the last epoch before a resume to metrics.csv if they are missing there."""
         for logger in trainer.loggers:
-            if trainer.is_global_zero and self._means and isinstance(logger, AppendingCSVLogger):
+            past = bool(self._means) and self._means["epoch"] < trainer.current_epoch  # not an epoch to be continued
+            if trainer.is_global_zero and past and isinstance(logger, AppendingCSVLogger):
                 logger.experiment.restore(self._means)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

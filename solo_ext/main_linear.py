@@ -66,9 +66,10 @@ def evaluate(cfg: DictConfig) -> Path:
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
     images = linear_images(cfg)
-    folder, resumed, images.start_epoch = resume_point(cfg, "linear", run_folder(cfg, "linear"), model)
+    folder = run_folder(cfg, "linear")
+    folder, resumed, images.start_epoch, finished = resume_point(cfg, "linear", folder, model)
     # a run that was killed before it wrote its summary must still write it
-    if images.start_epoch == cfg.max_epochs and (folder / "linear.json").is_file():
+    if finished and (folder / "linear.json").is_file():
         print_on_rank_zero(
             f"{resumed} belongs to a finished run of {images.start_epoch} epochs: there is nothing left to train"
         )

@@ -62,9 +62,9 @@ def pretrain(cfg: DictConfig) -> Path:
     images = pretrain_images(cfg)
     folder, resumed = run_folder(cfg, cfg.method), None
     if cfg.max_epochs > 0:
-        folder, resumed, images.start_epoch = resume_point(cfg, cfg.method, folder, model)
+        folder, resumed, images.start_epoch, finished = resume_point(cfg, cfg.method, folder, model)
         # a run that was killed before it wrote its summary must still write it
-        if images.start_epoch == cfg.max_epochs and (folder / "pretrain.json").is_file():
+        if finished and (folder / "pretrain.json").is_file():
             print_on_rank_zero(
                 f"{resumed} belongs to a finished run of {images.start_epoch} epochs: there is nothing left to train"
             )

@@ -75,6 +75,30 @@ def ends_run(trainer: Any) -> bool:
     return 0 <= trainer.max_steps <= trainer.global_step
 
 
+def completed_epochs(checkpoint: dict[str, Any], max_steps: int | None) -> int:
+    """Return the number of epochs that a run has completed when it is resumed from a checkpoint of an epoch's end.
+
+    An epoch that ``max_steps`` cut off counts, unless the run is made longer, which continues that epoch.
+
+    Args:
+        checkpoint: the content of Lightning's checkpoint.
+        max_steps: that of the resumed run; -1 and None mean no limit.
+
+    Raises:
+        KeyError: the checkpoint contains only weights.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    ended = loop["epoch_progress"]["current"]["processed"]
+    batches = loop.get("epoch_loop.batch_progress", {})
+    is_cut = not batches.get("is_last_batch", True) and not steps_done(checkpoint, max_steps)
+    return max(ended - 1, 0) if is_cut else ended
+
+
+def steps_done(checkpoint: dict[str, Any], max_steps: int | None) -> bool:
+    """Return whether the run of a checkpoint has made ``max_steps`` steps; -1 and None mean no limit."""
+    return max_steps is not None and 0 <= max_steps <= checkpoint.get("global_step", 0)
+
+
 def loss_scale(trainer: Any) -> float:
     """Return the loss scale of a Trainer with 16-bit precision, and 1 for other precisions."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -140,9 +164,25 @@ class Guard:
     other ranks have already exited.
     """
 
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Count the epochs of a checkpoint that was saved at an epoch's end; with max_steps, Lightning does not."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        if trainer.max_steps == -1 or progress["current"]["processed"] != progress["current"]["completed"] + 1:
+            return
+        epochs = completed_epochs(checkpoint, trainer.max_steps)
+        change = epochs - progress["current"]["processed"]
+        for counts in (progress["total"], progress["current"]):
+            counts["processed"] = counts["completed"] = counts["processed"] + change
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Replace the signal handlers that Lightning has just installed; Lightning restores the previous ones."""
+        """Replace the signal handlers that Lightning has just installed; Lightning restores the previous ones.
+
+        With max_steps, Lightning would repeat the end of an epoch that is complete.
+        """
         install_signal_handlers()
+        loop, current = trainer.fit_loop, trainer.fit_loop.epoch_progress.current
+        if loop.restarting and current.ready == current.started == current.processed:
+            super(type(loop), type(loop)).restarting.fset(loop, False)  # type: ignore[attr-defined]
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Replace the signal handlers for a validation without training."""

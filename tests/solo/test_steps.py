@@ -1,5 +1,6 @@
 """Runs whose length is given in steps: SEER's stream, and the records of a run that ends within an epoch."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -37,6 +38,48 @@ def test_a_run_that_ends_within_an_epoch_is_complete(run):
     run(*more, kind="linear", config="linear")
     linear = json.loads((run.out / "linear" / "v" / "linear.json").read_text())
     assert linear["epochs"] == 2 and 0 <= linear["acc1"] <= linear["best_acc1"] <= 100
+
+
+def _epochs_of(path: Path) -> list[int]:
+    with path.open(newline="") as file:
+        return [int(row["epoch"]) for row in csv.DictReader(file)]
+
+
+def test_a_resumed_run_trains_all_steps_and_saves_them(run):
+    """Epochs of two batches; a run that was stopped after an epoch, one cut off within one, and a one-epoch stream."""
+    more = ("max_epochs=4", "+max_steps=7", "++checkpoint.keep_prev=true", "auto_resume.enabled=true")
+    more = (*more, "++method_kwargs.log_eigvals=true")
+    run(*more)
+    for epoch in (2, 3):
+        next(run.folder.glob(f"*-ep={epoch}.ckpt")).unlink()
+    (run.folder / "pretrain.json").unlink()
+    text = run(*more)
+    assert "resuming after epoch 2 of 4" in text and "epoch 2/4" not in text
+    assert (_summary(run)["epochs"], _summary(run)["steps"]) == (4, 7)
+    assert next(run.folder.glob("*-ep=3.ckpt"))
+    assert read_checkpoint(find_checkpoint(run.folder))["global_step"] == 7
+    assert _epochs_of(run.folder / "eigenvalues.csv") == [0, 1, 2, 3]
+    assert "nothing left to train" in run(*more)
+
+
+@pytest.mark.parametrize("first", [3, 4])
+def test_a_run_is_made_longer_after_any_step(first, run):
+    """The epoch that the limit cut off is continued; the last checkpoint has all steps."""
+    more = ("max_epochs=4", "++checkpoint.frequency=10", "auto_resume.enabled=true", "++method_kwargs.log_eigvals=true")
+    run(*more, f"+max_steps={first}")
+    run(*more, "+max_steps=7")
+    assert (_summary(run)["epochs"], _summary(run)["steps"]) == (4, 7)
+    assert read_checkpoint(find_checkpoint(run.folder))["global_step"] == 7
+    assert _epochs_of(run.folder / "eigenvalues.csv") == [0, 1, 2, 3]
+
+
+def test_a_stream_of_one_epoch_is_made_longer(run):
+    """An epoch of two batches, of which the first run trains on one."""
+    more = ("max_epochs=1", "auto_resume.enabled=true")
+    run(*more, "+max_steps=1")
+    assert "nothing left to train" in run(*more, "+max_steps=1")
+    run(*more, "+max_steps=2")
+    assert (_summary(run)["epochs"], _summary(run)["steps"]) == (1, 2)
 
 
 def _commands_of_the_page() -> list[list[str]]:

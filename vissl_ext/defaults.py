@@ -81,6 +81,18 @@ def without_slurm(config: DictConfig, given: dict[str, Any]) -> str:
     return "SLURM is not installed (no sbatch): the run starts on this machine, with SLURM.USE_SLURM=false"
 
 
+def set_sampler(config: DictConfig, given: dict[str, Any]) -> None:
+    """Let a run that writes checkpoints within an epoch skip the images of the epoch that it has seen when it resumes.
+
+    Args:
+        config: VISSL's configuration, below ``config``; changed in place.
+        given: overrides of the command line, key below ``config`` → value; these settings are never changed.
+    """
+    key = "DATA.TRAIN.USE_STATEFUL_DISTRIBUTED_SAMPLER"
+    if config.CHECKPOINT.CHECKPOINT_ITER_FREQUENCY > 0 and key not in given:
+        OmegaConf.update(config, key, True)
+
+
 def _set_cpu(config: DictConfig, given: dict[str, Any], why: str) -> list[str]:
     wanted = dict(_CPU)
     if given.get("DISTRIBUTED.NUM_NODES", 1) != 1:  # several machines need a common address

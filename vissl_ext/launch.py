@@ -114,7 +114,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     from vissl_ext.compat.folder_images import reset_unreadable
     from vissl_ext.compat.missing_weights import check_weights_file
     from vissl_ext.compose import compose
-    from vissl_ext.defaults import adapt, without_slurm
+    from vissl_ext.defaults import adapt, set_sampler, without_slurm
     from vissl_ext.identity import check_same, run_settings, write_settings
     from vissl_ext.locks import lock
     from vissl_ext.masks import check_masks, complete_masks
@@ -123,6 +123,8 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     cfg, given = compose(overrides, folders)
     check_sections(cfg)
     changed, slurm = adapt(cfg, given), without_slurm(cfg.config, given)
+    if cfg.engine_name == "train":
+        set_sampler(cfg.config, given)
     # absolute, because processes of the run and symbolic links may have another working directory
     if cfg.config.CHECKPOINT.DIR in (None, ""):
         raise UserError(f"config.CHECKPOINT.DIR must be a folder, got {cfg.config.CHECKPOINT.DIR!r}")

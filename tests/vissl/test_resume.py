@@ -153,6 +153,21 @@ def test_killed_training_of_two_processes_ends_the_same(
         assert assert_same(one["classy_state_dict"][part], other["classy_state_dict"][part], part) > 10
 
 
+@pytest.mark.slow
+def test_a_run_resumes_within_an_epoch_and_ends(few_digits: Path, tmp_path: Path, launches: Callable) -> None:
+    argv = [*overrides("isoloss", tmp_path), "config.CHECKPOINT.CHECKPOINT_ITER_FREQUENCY=2"]
+    job = {"argv": argv, "folder": str(few_digits.parents[1])}
+    (whole,) = launches([job])
+    assert whole["status"] == 0, whole["output"][-3000:]
+    for path in tmp_path.glob("*.torch"):
+        if path.name != "model_iteration4.torch":
+            path.unlink()
+    (resumed,) = launches([job])
+    assert resumed["status"] == 0, resumed["output"][-3000:]
+    assert "resumed after 4 of 9" in resumed["output"]
+    assert final(tmp_path)["iteration"] == EPOCHS * 3
+
+
 PER_PROCESS = {
     "DeepCluster v2": [
         *("config.MODEL.HEAD.PARAMS=[[mlp,{dims:[8,8]}]]", "config.LOSS.deepclusterv2_loss.num_clusters=[4,4]"),

@@ -87,10 +87,20 @@ def set_sampler(config: DictConfig, given: dict[str, Any]) -> None:
     Args:
         config: VISSL's configuration, below ``config``; changed in place.
         given: overrides of the command line, key below ``config`` → value; these settings are never changed.
+
+    Raises:
+        UserError: the command line turns that sampler off.
     """
-    key = "DATA.TRAIN.USE_STATEFUL_DISTRIBUTED_SAMPLER"
-    if config.CHECKPOINT.CHECKPOINT_ITER_FREQUENCY > 0 and key not in given:
-        OmegaConf.update(config, key, True)
+    key, every = "DATA.TRAIN.USE_STATEFUL_DISTRIBUTED_SAMPLER", config.CHECKPOINT.CHECKPOINT_ITER_FREQUENCY
+    skips = config.DATA.TRAIN.USE_DEBUGGING_SAMPLER or "airstore" in config.DATA.TRAIN.DATA_SOURCES
+    if every <= 0 or skips:
+        return
+    if given.get(key) is False:
+        raise UserError(
+            f"config.CHECKPOINT.CHECKPOINT_ITER_FREQUENCY={every} requires config.{key}=true, got false; set "
+            "CHECKPOINT_ITER_FREQUENCY=-1 to write checkpoints, and resume, at the ends of epochs only"
+        )
+    OmegaConf.update(config, key, True)
 
 
 def _set_cpu(config: DictConfig, given: dict[str, Any], why: str) -> list[str]:

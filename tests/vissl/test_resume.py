@@ -19,6 +19,7 @@ pytestmark = pytest.mark.vissl
 
 EPOCHS = 3
 METHODS = ("isoloss", "byol")
+SAMPLER = "DATA.TRAIN.USE_STATEFUL_DISTRIBUTED_SAMPLER"
 
 
 def overrides(method: str, folder: Path) -> list[str]:
@@ -162,7 +163,8 @@ def test_a_run_resumes_within_an_epoch_and_ends(few_digits: Path, tmp_path: Path
     for path in tmp_path.glob("*.torch"):
         if path.name != "model_iteration4.torch":
             path.unlink()
-    (resumed,) = launches([job])
+    other, resumed = launches([{**job, "argv": [*argv, f"config.{SAMPLER}=false"]}, job])
+    assert other["status"] == 2 and f"requires config.{SAMPLER}=true, got false" in other["output"], other["output"]
     assert resumed["status"] == 0, resumed["output"][-3000:]
     assert "resumed after 4 of 9" in resumed["output"]
     assert final(tmp_path)["iteration"] == EPOCHS * 3

@@ -30,12 +30,23 @@ LARGE_BATCH = 1024
 
 
 class PartialSchedule(CosineWarmupScheduler):
-    """lightly's schedule, but for the parameter groups that are marked ``keep_lr``."""
+    """lightly's schedule, but for the parameter groups that are marked ``keep_lr``.
+
+    A resumed run follows the schedule of its own number of steps, which may differ from that of the checkpoint.
+    """
 
     def get_lr(self) -> list[float]:
         """The learning rate of each group at this step."""
-        rates = zip(self.optimizer.param_groups, super().get_lr(), self.base_lrs, strict=True)
-        return [base if group["keep_lr"] else scheduled for group, scheduled, base in rates]
+        groups = zip(self.optimizer.param_groups, self.base_lrs, strict=True)
+        return [base if group["keep_lr"] else base * self.scale_lr(self.last_epoch) for group, base in groups]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the step but not the length; set the learning rates of that step, which follow the new length."""
+        length = ("warmup_epochs", "max_epochs")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key not in length})
+        self._last_lr = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
 
 
 class TrainingSteps:

@@ -247,6 +247,21 @@ def test_checkpoints_load(tmp_path: Path) -> None:
     assert {"teacher_backbone.0.weight", "prediction_head.C", "prediction_head.W"} <= set(state)
 
 
+@pytest.mark.filterwarnings("error:Current step number:RuntimeWarning")
+def test_a_run_that_is_made_longer_follows_the_schedule_of_its_new_length(tmp_path: Path) -> None:
+    data, rates = plain(batches(4)), []
+
+    class Rates(pytorch_lightning.Callback):
+        def on_train_batch_start(self, host: object, *_: object) -> None:
+            rates.append(host.optimizers[0].param_groups[0]["lr"])
+
+    for epochs, path in ((1, None), (3, tmp_path / "model.ckpt"), (3, None)):
+        host = trainer(max_epochs=epochs, callbacks=[Rates()])
+        host.fit(built("ssl_ey", warmup_epochs=0.5), data, ckpt_path=path, weights_only=path is not None)
+        host.save_checkpoint(tmp_path / "model.ckpt")
+    assert rates[4:12] == rates[16:], "the epochs 1 and 2 of the resumed run and of the uninterrupted one"
+
+
 @pytest.mark.parametrize("method", ["ssl_ey", "isoloss"])
 def test_lightlys_evaluation_runs_on_them(method: str) -> None:
     """kNN, linear and fine-tuning of lightly, as they are, on the model class and on the LightningModule."""

@@ -17,7 +17,7 @@ A training loop calls the life cycle of the objective (:class:`plugins.objective
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from plugins.checks import check_range
 from plugins.distributed import Collective
+from plugins.spelling import did_you_mean
 
 
 class Embeddings(NamedTuple):
@@ -73,6 +74,10 @@ def large_views(sizes: Sequence[int | tuple[int, int]]) -> int:
     return large
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
 class Terms(Protocol):
     """The output of a loss: a NamedTuple of scalars. ``loss`` is the one to minimise."""
 
@@ -82,7 +87,19 @@ class Terms(Protocol):
 
 
 class UnknownOptionError(ValueError):
-    """A method has no option of a given name."""
+    """A method has no option of a given name.
+
+    Args:
+        method: what has no such option, such as "method isoloss".
+        key: the given name.
+        known: the names of the options.
+        advice: what to do, in place of the most similar name.
+    """
+
+    def __init__(self, method: str, key: str, known: Iterable[str], advice: str = "") -> None:
+        self.method, self.key, self.known = method, key, sorted(known)
+        end = f"; {advice}" if advice else did_you_mean(key, self.known)
+        super().__init__(f"{method} has no option {key!r}; known options: {', '.join(self.known)}{end}")
 
 
 @dataclass(frozen=True)
@@ -240,21 +257,20 @@ class MethodSpec:
         Raises:
             ValueError: the method needs another number of views.
         """
+        method, views = f"method {self.name}", large + small
         if stacks != self.stacks:
-            taken = "1 stack" if self.stacks == 1 else f"{self.stacks or 'no'} stacks"
             raise ValueError(
-                f"method {self.name} takes {taken} of patches per image, the augmentations make {stacks or 'none'}"
+                f"{method} needs {_count(self.stacks, 'stack')} of patches per image, got {stacks or 'none'}"
             )
-        made = f"the augmentations make {large} large and {small} small ones"
-        if self.views is None:
-            if large < self.large or large + small < 2:
-                least = (
-                    "two or more views, one of them large" if self.large == 1 else f"{self.large} or more large views"
-                )
-                raise ValueError(f"method {self.name} compares {least}, {made}")
-        elif (large, small) != (self.views, 0):
-            views = "1 large view" if self.views == 1 else f"{self.views} views of one size"
-            raise ValueError(f"method {self.name} compares {views}, {made}")
+        got = f"got {_count(large, 'large view')}" + (f" and {_count(small, 'small crop')}" if small else "")
+        if self.views is not None:
+            if (large, small) != (self.views, 0):
+                size = "" if self.views == 1 else " of one size"
+                raise ValueError(f"{method} needs {_count(self.views, 'large view')}{size}, {got}")
+        elif views < 2:
+            raise ValueError(f"{method} needs at least two views, got {views or 'none'}")
+        elif large < self.large:
+            raise ValueError(f"{method} needs at least {_count(self.large, 'large view')}, {got}")
 
     def resolve(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """Validate the user's options, translate aliases and fill in defaults.
@@ -277,9 +293,7 @@ class MethodSpec:
         origin: dict[str, str] = {}
         for key, value in given.items():
             if key not in names:
-                raise UnknownOptionError(
-                    f"method {self.name} has no option {key!r}; known options: {', '.join(sorted(names))}"
-                )
+                raise UnknownOptionError(f"method {self.name}", key, names)
             name, translate = names[key]
             if name in origin:
                 raise ValueError(f"method {self.name}: {origin[name]!r} and {key!r} are names of the same option")

@@ -23,6 +23,7 @@ from torchvision.models import resnet
 from torchvision.models.regnet import RegNet
 
 from plugins.heads import expand_resnet_dim, issl_init_
+from plugins.spelling import did_you_mean
 from plugins.tools.regnet import BLOCKS, regnet_y, small_stem_
 from plugins.tools.resnet8 import resnet8
 
@@ -100,7 +101,9 @@ def _build(name: str, method: str, *, cifar: bool = False, **kwargs: Any) -> nn.
     known = sorted(set(inspect.signature(cls.__init__).parameters) - fixed)
     for key in kwargs:
         if key not in known:
-            raise TypeError(f"backbone {name} has no option {key!r}; known options: {', '.join(known)}")
+            raise TypeError(
+                f"backbone {name} has no option {key!r}; known options: {', '.join(known)}{did_you_mean(key, known)}"
+            )
     network = build(weights=None, **kwargs)
     network.num_features = network.fc.in_features
     network.fc = nn.Identity()

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from plugins.install import not_installed
 from plugins.spec import large_views
-from plugins.tools.command import UserError, print_on_rank_zero
+from plugins.tools.command import UserError, did_you_mean, print_on_rank_zero
 from solo_ext.checkpoint import identity
 from solo_ext.compat import pl
 from solo_ext.compat.common import fill_defaults
@@ -227,6 +227,7 @@ def _check_optimizer(cfg: DictConfig) -> None:
         if key not in known:
             raise UserError(
                 f"optimizer {optimizer.name} has no option {key!r}; known options: {', '.join(sorted(known))}"
+                f"{did_you_mean(key, known)}"
             )
     rates = {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
     with as_user_error("the optimizer"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from plugins.tools.command import UserError
+from plugins.tools.command import UserError, did_you_mean
 from plugins.tools.features import usable_device
 from plugins.tools.fitting import mismatch, plain_names
 from plugins.tools.records import read_json
@@ -169,7 +169,8 @@ def open_images(args: argparse.Namespace, run: Run, *, need_labels: bool) -> dic
         UserError: an option is invalid, a path is missing, or the classes differ.
     """
     if args.dataset not in DATASETS:
-        raise UserError(f"unknown --dataset {args.dataset!r}; choose from {', '.join(sorted(DATASETS))}")
+        near = did_you_mean(args.dataset, DATASETS)
+        raise UserError(f"unknown --dataset {args.dataset!r}; choose from {', '.join(sorted(DATASETS))}{near}")
     if not (args.data_fraction == -1 or 0 < args.data_fraction < 1):
         raise UserError(f"--data_fraction must be in (0, 1), or -1 for all images, got {args.data_fraction}")
     if args.no_labels and args.dataset != "custom":

@@ -5,14 +5,14 @@ option that only ours has, such as ``log_eigvals``. A name in ``plugins.methods.
 is used if the configuration has an option that only this class has.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache, lru_cache
 
 from omegaconf import DictConfig
 
 from plugins.methods import METHODS, VARIANTS
-from plugins.spec import MethodSpec
-from plugins.tools.command import UserError
+from plugins.spec import MethodSpec, UnknownOptionError
+from plugins.tools.command import UserError, did_you_mean
 from solo_ext.compat import MULTICROP, host_release, native_methods, native_options
 from solo_ext.compat.common import needs_main_error
 from solo_ext.config import count_stacks
@@ -78,29 +78,40 @@ def method_class(cfg: DictConfig) -> type:
     if name in MAIN_ONLY and name not in natives:
         raise needs_main_error(f"method {name}", host_release())
     if name not in natives and name not in plugins:
-        known = ", ".join(sorted({*natives, *plugins, *ALIASES}))
-        raise UserError(f"unknown method {cfg.method!r}; choose from {known}")
+        known = sorted({*natives, *plugins, *ALIASES})
+        raise UserError(f"unknown method {cfg.method!r}; choose from {', '.join(known)}{did_you_mean(name, known)}")
     if name in natives and not (name in plugins and _has_our_option(plugins[name].spec, given)):
-        known = native_options(name)
-        for key in given:
-            if key not in known:
-                ours = f"; options of our {name}: {', '.join(plugins[name].spec.options)}" if name in plugins else ""
-                raise UserError(
-                    f"solo-learn's method {name} has no option {key!r}; known options: {', '.join(sorted(known))}{ours}"
-                )
+        ours = f"; options of our {name}: {', '.join(plugins[name].spec.options)}" if name in plugins else ""
+        _check_options(f"solo-learn's method {name}", given, native_options(name), ours)
         _check_native_crops(name, cfg)
         if cfg.get("accumulate", "mean") != "mean":
             raise UserError(
                 f"accumulate={cfg.accumulate} is not available for solo-learn's own method {name}; use accumulate=mean"
             )
         return natives[name]
+    _check_options(f"method {name}", given, _names(plugins[name].spec))
+    stacks = count_stacks(cfg.get("augmentations") or ())
     try:
-        stacks = count_stacks(cfg.get("augmentations") or ())
         plugins[name].spec.check_views(cfg.data.num_large_crops, cfg.data.num_small_crops, stacks)
+    except ValueError as error:
+        raise UserError(f"augmentations: {error}") from None
+    try:
         plugins[name].spec.resolve(given)
     except ValueError as error:
         raise UserError(str(error)) from None
     return plugins[name]
+
+
+def _check_options(method: str, given: Collection[str], known: Collection[str], ours: str = "") -> None:
+    """Check the names of a method's options; advise to remove those that only other methods have."""
+    unknown = [key for key in given if key not in known]
+    if not unknown:
+        return
+    others = set().union(*map(native_options, native_methods()), *map(_names, (*METHODS.values(), *VARIANTS.values())))
+    foreign = [f"~method_kwargs.{key}" for key in unknown if key in others]
+    it = "it" if len(foreign) == 1 else "such options"
+    advice = f"other methods have it: remove {it} ({' '.join(foreign)})" if unknown[0] in others else ""
+    raise UserError(f"{UnknownOptionError(method, unknown[0], known, advice)}{ours}")
 
 
 def _check_native_crops(name: str, cfg: DictConfig) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
 
-from plugins.tools.command import UserError, nearest
+from plugins.tools.command import UserError, did_you_mean, nearest
 from plugins.tools.schema import (
     SECTION,
     Allowed,
@@ -598,7 +598,8 @@ def _message(model: type[Section], given: Any, error: Mapping[str, Any], further
     if kind == "missing" or (field.is_required() and value in (None, "", [])):
         return f"the configuration needs a value for {path}"
     if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) > 2:
-        return f"unknown {path} {value!r}; choose from {', '.join(get_args(field.annotation))}"
+        choices = get_args(field.annotation)
+        return f"unknown {path} {value!r}; choose from {', '.join(choices)}{did_you_mean(value, choices)}"
     return f"{path} must be {allowed_values(field)}, got {value!r}"
 
 

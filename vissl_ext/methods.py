@@ -60,7 +60,7 @@ def method_options(name: str, given: Mapping[str, Any]) -> tuple[Mapping[str, An
     try:
         options = spec.resolve(given)
     except UnknownOptionError as error:
-        raise UnknownOptionError(f"{error}; options of the teacher: {', '.join(TAUS)}") from None
+        raise UnknownOptionError(error.method, error.key, [*error.known, *TAUS]) from None
     for key, value in taus.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"method {name}: {key} must be a float, got {value!r}")

@@ -15,7 +15,7 @@ from lightly_ext.benchmarks.checkpoints import check_same_run, load
 from lightly_ext.benchmarks.methods import METHODS
 from lightly_ext.benchmarks.schema import Options, flag
 from lightly_ext.benchmarks.setup import Setup, first_line
-from plugins.tools.command import UserError
+from plugins.tools.command import UserError, did_you_mean
 from plugins.tools.data import SUFFIXES
 from plugins.tools.folders import check_same_classes, walk
 from plugins.tools.images import with_path
@@ -31,7 +31,9 @@ def prepare(options: Options) -> Setup:
     table = {**METHODS, **(_added(options.add) if options.add else {})}
     for name in options.methods or ():
         if name not in table:
-            raise UserError(f"--methods: unknown method {name!r}; choose from {', '.join(sorted(table))}")
+            raise UserError(
+                f"--methods: unknown method {name!r}; choose from {', '.join(sorted(table))}{did_you_mean(name, table)}"
+            )
     setup = Setup(options, table, _classes(options))
     for folder in (options.log_dir, *options.log_dir.parents):
         if folder.exists() and not folder.is_dir():

@@ -19,7 +19,7 @@ from lightly_ext.benchmarks.schema import Options
 from lightly_ext.data import IndexedDataset
 from lightly_ext.models import MethodModel
 from lightly_ext.transforms import TwoViewTransform
-from plugins.tools.command import UserError
+from plugins.tools.command import UserError, did_you_mean
 from plugins.tools.folders import ImageFolder
 from plugins.tools.images import open_image
 from plugins.tools.regnet import BLOCKS, regnet_y, small_stem_
@@ -128,6 +128,7 @@ class Setup:
             if key not in known:
                 raise UserError(
                     f"--transform: {flat.__name__} has no argument {key!r}; known arguments: {', '.join(known)}"
+                    f"{did_you_mean(key, known)}"
                 )
         return flat(**given)
 
@@ -175,7 +176,9 @@ def backbone(options: Options) -> nn.Module:
     name = options.backbone
     known = ["resnet8", *sorted({*torchvision.models.list_models(module=torchvision.models), *BLOCKS})]
     if name not in known:
-        raise UserError(f"--backbone: unknown model {name!r}; choose from {', '.join(known)}")
+        raise UserError(
+            f"--backbone: unknown model {name!r}; choose from {', '.join(known)}{did_you_mean(name, known)}"
+        )
     # a ViT accepts only images of the size that its constructor gets
     sized = {"image_size": options.input_size} if name.startswith("vit_") else {}
     try:

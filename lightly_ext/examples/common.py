@@ -14,6 +14,7 @@ from lightly_ext import models
 from lightly_ext.data import IndexedDataset
 from lightly_ext.names import CLASS_NAMES
 from lightly_ext.transforms import TwoViewTransform
+from plugins.methods import METHODS
 from plugins.tools.command import Parser, UserError, nearest, positive_number
 from plugins.tools.data import make_digits
 from plugins.tools.folders import ImageFolder, check_same_classes, class_names
@@ -99,6 +100,11 @@ def arguments(description: str, method: str, given: list[str] | None = None, **m
     for name, options in more.items():
         parser.add_argument(f"--{name}", **options)
     args = parser.parse_args(given)
+    if args.method in METHODS and args.method not in MODELS:
+        raise UserError(
+            f"--method: the examples do not train {args.method}, which needs the indexes of the images and stacks of "
+            "patches; see docs/lightly.md"
+        )
     if args.method not in MODELS:
         near = nearest(args.method, MODELS)
         hint = f"did you mean {near}?" if near else f"choose from {', '.join(MODELS)}"

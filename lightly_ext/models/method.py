@@ -61,6 +61,7 @@ from torch.utils.data import DataLoader
 
 from lightly_ext.data import positions, whole_set
 from lightly_ext.models.modules.heads import scale_last_layer
+from lightly_ext.names import CLASS_NAMES
 from plugins.checks import check_range
 from plugins.clock import Feed
 from plugins.distributed import LOCAL, WORLD
@@ -323,7 +324,12 @@ class MethodModel(nn.Module):
             shapes = [tuple(view.shape) for view in views]
             raise ValueError(f"stacks of patches [B, P, C, h, w] come after all other views, got shapes {shapes}")
         large = large_views([tuple(view.shape[-2:]) for view in single]) if single else 0
-        self.spec.check_views(large, len(single) - large, stacks)
+        try:
+            self.spec.check_views(large, len(single) - large, stacks)
+        except ValueError as error:
+            name = next((name for name, spec in CLASS_NAMES.items() if spec is self.spec), None)
+            advice = f"; use lightly_ext.transforms.{name}Transform" if name and self.spec.stacks else ""
+            raise ValueError(f"{error}{advice}") from None
         return large
 
     def _positions(self, views: Sequence[Tensor], index: Any) -> Tensor | None:

@@ -4,13 +4,26 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 from plugins.install import not_installed
+from plugins.spelling import did_you_mean, nearest
+
+__all__ = [
+    "Parser",
+    "UserError",
+    "did_you_mean",
+    "exit_on_user_error",
+    "first_process",
+    "home",
+    "nearest",
+    "positive_number",
+    "print_on_rank_zero",
+    "with_command_name",
+]
 
 _OURS = ("plugins", "solo_ext", "lightly_ext", "vissl_ext", "hydra_plugins")
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # set by torchrun, by Lightning for its child processes, by SLURM
@@ -109,23 +122,6 @@ def positive_number(kind: type, *, zero: bool = False) -> Any:
 
     positive.__name__ = kind.__name__  # argparse prints this name if the text is not a number
     return positive
-
-
-def nearest(name: Any, known: Iterable[Any], *, cutoff: float = 0.6) -> str | None:
-    """Find the known name that is most similar to a misspelt one, for an error message.
-
-    Args:
-        name: the name that the user gave.
-        known: the allowed names.
-        cutoff: least similarity, between 0 and 1, as defined by :func:`difflib.get_close_matches`.
-
-    Returns:
-        The name, or None if none is similar enough.
-
-    >>> nearest("isolos", ["byol", "isoloss"])
-    'isoloss'
-    """
-    return next(iter(get_close_matches(str(name), map(str, known), 1, cutoff)), None)
 
 
 @contextmanager

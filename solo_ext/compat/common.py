@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from plugins.heads import normalized_classifier
 from plugins.targets import cosine_tau
-from plugins.tools.command import UserError
+from plugins.tools.command import UserError, did_you_mean
 from plugins.tools.trainer import run_steps
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat.optim import OPTIMIZERS, WarmupCosineLR
@@ -327,7 +327,8 @@ def host_classes(cls: type) -> list[type]:
 
 def unknown_backbone_error(name: str, known: list[str]) -> UserError:
     """Return the error for an unknown backbone."""
-    return UserError(f"unknown backbone {name!r}; this version of solo-learn has: {', '.join(sorted(known))}")
+    near = did_you_mean(name, known)
+    return UserError(f"unknown backbone {name!r}; this version of solo-learn has: {', '.join(sorted(known))}{near}")
 
 
 def needs_main_error(what: str, release: str) -> UserError:

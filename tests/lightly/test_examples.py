@@ -167,6 +167,7 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path) -> None:
     shutil.copytree(few / "train" / "0", other / "val" / "1")
     for given, sentence in (
         (["--method", "isolos"], "--method: unknown method 'isolos'; did you mean isoloss?"),
+        (["--method", "pirl"], "--method: the examples do not train pirl, which needs the indexes of the images and"),
         (["--method", "?"], "--method: unknown method '?'; choose from barlow_twins, byol, "),
         (["--steps", "0"], "argument --steps: must be above 0, got 0; see --help"),
         (["--data", str(tmp_path)], f"--data must be a folder with train/ and val/, but {tmp_path} has no folder val"),

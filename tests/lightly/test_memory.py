@@ -226,7 +226,7 @@ def test_mistakes_about_positions_are_sentences() -> None:
         (lambda: model.loss(views, index[:2]), r"3 integers, got torch.int64 of shape \(2,\)"),
         (lambda: model.loss(views, index + N), "in .0, 12. for 12 training images, got 12 to 14; wrap"),
         (lambda: model.joined_loss([views], [index, index]), "an entry for each of 1 micro-batches, got 2"),
-        (lambda: model.loss(views[:2], index), "toy takes 1 stack of patches per image, the augmentations make none"),
+        (lambda: model.loss(views[:2], index), "toy needs 1 stack of patches per image, got none"),
         (lambda: model.loss(views[::-1], index), r"stacks of patches .* come after all other views, got shapes \[\(3"),
         (lambda: model.allocate(N + 1), "holds 12 images, but the training set has 13"),
         (lambda: model.training_parameters(), "multiplies the learning rate of (prediction_head|loss) by 0"),

@@ -317,6 +317,7 @@ def test_mistakes_are_sentences() -> None:
         vit = torchvision.models.vit_b_16()
     cases = [
         (lambda: models.SSLEY(conv(), alhpa=1.0), "method ssl_ey has no option 'alhpa'; known options: estimator"),
+        (lambda: models.IsoLoss(conv(), roh=1.0), "; did you mean rho?"),
         (lambda: models.SSLEY(conv(), prediction_head=nn.Identity()), "method ssl_ey has no prediction head"),
         (lambda: models.SSLEY(conv(), teacher=True), "method ssl_ey has no teacher"),
         (lambda: models.SSLEY(nn.Linear(5, 3)), "backbone cannot process an image of shape (1, 3, 224, 224)"),
@@ -334,7 +335,11 @@ def test_mistakes_are_sentences() -> None:
         ),
         (
             lambda: built("byol").loss(views[:1]),
-            "byol compares two or more views, one of them large, the augmentations make 1 large and 0 small ones",
+            "byol needs at least two views, got 1",
+        ),
+        (
+            lambda: models.PIRL(conv()).loss(views),
+            "method pirl needs 1 stack of patches per image, got none; use lightly_ext.transforms.PIRLTransform",
         ),
     ]
     for call, sentence in cases:

@@ -410,7 +410,7 @@ def test_the_method_takes_a_turned_view_and_names_a_wrong_number_of_patches():
     with pytest.raises(ValueError, match=r"stacks of 9 patches, got shape \(6, 4, 10\); set the option patches"):
         _train(*nine, [0])
     METHODS["pirl"].check_views(1, 0, 1)
-    with pytest.raises(ValueError, match="takes 1 stack of patches"):
+    with pytest.raises(ValueError, match="needs 1 stack of patches"):
         METHODS["pirl"].check_views(1, 0, 0)
 
 

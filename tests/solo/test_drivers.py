@@ -255,7 +255,7 @@ def untrained(digits, tmp_path_factory):
 
 
 _REFUSED = {
-    "unknown method": (["method=isolos"], "unknown method 'isolos'; choose from"),
+    "unknown method": (["method=isolos"], "vicreg, wmse; did you mean isoloss?"),
     "misspelt option": (["+method_kwargs.alhpa=1"], "method isoloss has no option 'alhpa'; known options:"),
     "wrong value": (["+method_kwargs.mode=both"], "mode must be one of sequential, pooled, got 'both'"),
     "missing data": (["data.train_path=nowhere/train"], "data.train_path is not a folder: nowhere/train"),
@@ -468,7 +468,7 @@ def test_a_checkpoint_is_fine_tuned_on_a_share_of_the_labels(untrained, digits, 
 
 
 _REFUSED_TOO = {
-    "one view": (["augmentations.0.num_crops=1"], "compares two or more views, one of them large, the augmentations"),
+    "one view": (["augmentations.0.num_crops=1"], "augmentations: method isoloss needs at least two views, got 1"),
     "native option": (["method=vicreg", "+method_kwargs.sim_loss_wieght=3"], "vicreg has no option"),
     "no path": (["data.train_path=null"], "the configuration needs a value for data.train_path"),
     "a word for a number": (["optimizer.batch_size=many"], "optimizer.batch_size must be an integer"),

@@ -236,6 +236,22 @@ def test_misspelt_option_lists_the_known(compose):
     with pytest.raises(UserError, match=r"no option 'alhpa'; known options: alpha, .*dp_alpha"):
         method_class(parse_pretrain(compose("isoloss", "+method_kwargs.alhpa=1")))
 
+    with pytest.raises(UserError, match=r"no option 'roh'; known options: .*; did you mean rho\?$"):
+        method_class(parse_pretrain(compose("isoloss", "+method_kwargs.roh=1")))
+
+
+def test_an_option_of_another_method_is_to_be_removed(compose):
+    """As in the configuration of another method of which only ``method`` was changed."""
+    foreign = ("+method_kwargs.pred_hidden_dim=8", "+method_kwargs.temperature=1.0")
+    advice = (
+        r"other methods have it: remove such options \(.*~method_kwargs.pred_hidden_dim ~method_kwargs.temperature\)$"
+    )
+    for method in ("isoloss", "vicreg"):
+        with pytest.raises(UserError, match=f"method {method} has no option .*; {advice}"):
+            method_class(parse_pretrain(compose("ssl_ey", f"method={method}", *foreign)))
+    with pytest.raises(UserError, match=r"; other methods have it: remove it \(~method_kwargs.temperature\)$"):
+        method_class(parse_pretrain(compose("isoloss", foreign[1])))
+
 
 def test_names_of_the_forks_are_understood(compose):
     cfg = compose(

@@ -111,7 +111,7 @@ def test_the_forks_name_of_a_method_is_known(scripts, compose):
 _REFUSED = {
     "misspelt option": (["+method_kwargs.alhpa=1"], "method isoloss has no option 'alhpa'; known options: alpha"),
     "unknown method": (["method=isolos"], "unknown method 'isolos'; choose from"),
-    "one view": (["augmentations.0.num_crops=1"], "method isoloss compares two or more views, one of them large"),
+    "one view": (["augmentations.0.num_crops=1"], "augmentations: method isoloss needs at least two views, got 1"),
     "missing images": (["data.train_path=nowhere"], "data.train_path is not a folder: nowhere (create it with"),
     "devices": (["devices=many"], "devices must be a number above 0 or a list of indexes, got 'many'"),
     "no device": (["devices=0"], "devices must be a number above 0 or a list of indexes, got 0"),

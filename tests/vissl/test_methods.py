@@ -269,7 +269,7 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
     [
         (
             ["+config.LOSS.isoloss.alhpa=1.0"],
-            "config.LOSS.isoloss: method isoloss has no option 'alhpa'; known options: alpha",
+            "config.LOSS.isoloss: method isoloss has no option 'alhpa'; known options: alpha, base_tau",
         ),
         (["config.LOSS.isoloss.rho=high"], "config.LOSS.isoloss: method isoloss: rho must be a float, got 'high'"),
         (
@@ -312,7 +312,7 @@ def test_invalid_settings_raise_a_one_line_error(overrides: list[str], message: 
 
 def test_one_large_view_is_too_few_for_two_branches() -> None:
     crops = "[{name:ImgPilToMultiCrop,total_num_crops:3,size_crops:[16,8],num_crops:[1,2]},{name:ToTensor}]"
-    with pytest.raises(UserError, match="cissl compares 2 or more large views, the augmentations make 1 large and 2"):
+    with pytest.raises(UserError, match="cissl needs at least 2 large views, got 1 large view and 2 small crops"):
         check_config(configuration("cissl", f"config.DATA.TRAIN.TRANSFORMS={crops}"))
 
 

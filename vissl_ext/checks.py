@@ -25,6 +25,7 @@ from vissl_ext.parts import (
     check_transforms,
     is_number,
 )
+from vissl_ext.views import resolutions
 
 _OPTIONAL = {
     "cross_entropy_multiple_output_single_target": {"label_smoothing"},
@@ -202,6 +203,28 @@ def _check_training(config: Any) -> None:
         raise UserError(
             f"config.MODEL.FEATURE_EVAL_SETTINGS.{frozen[0]}=true leaves nothing to train with engine_name=train; "
             f"{_evaluation_advice(config)}"
+        )
+    if not config.TEST_ONLY:
+        _check_view_count(config)
+
+
+_TWO_VIEWS = {"simclr_info_nce_loss", "barlow_twins_loss", "moco_loss"}
+"""Stock losses that pair the first half of a batch with the second, or read two views of each image."""
+_CROPS = {"multicrop_simclr_info_nce_loss", "swav_loss", "swav_momentum_loss", "deepclusterv2_loss", "dino_loss"}
+"""Stock losses with the option ``num_crops``, which VISSL sets to ``total_num_crops`` of a transform that has it."""
+
+
+def _check_view_count(config: Any) -> None:
+    """Check that the transforms make as many views as a stock loss takes; VISSL would pair unrelated images."""
+    name, transforms = config.LOSS.name, config.DATA.TRAIN.TRANSFORMS
+    made = sum(count for _, count in resolutions(transforms))
+    taken = 2 if name in _TWO_VIEWS else None
+    if name in _CROPS and not any("total_num_crops" in transform for transform in transforms):
+        taken = config.LOSS[name].get("num_crops")
+    if taken is not None and made != taken:
+        raise UserError(
+            f"{name} takes {taken} views of each image, but config.DATA.TRAIN.TRANSFORMS makes {made}: change "
+            "num_times of ImgReplicatePil or num_crops of ImgPilToMultiCrop"
         )
 
 

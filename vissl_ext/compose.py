@@ -1,6 +1,7 @@
 """Find and compose configurations: those of VISSL, of this package, and of folders of the user."""
 
 import difflib
+import re
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
@@ -153,10 +154,26 @@ def _own_options() -> dict[str, set[str]]:
     }
 
 
+def _unknown_part(key: str) -> tuple[str, str, set[str]]:
+    """Return the first part of a key that VISSL's defaults do not have: its section, the part, and the known names."""
+    above, content, own = "", defaults(), _own_options()
+    for part in key.split("."):
+        known = {str(name) for name in content} if OmegaConf.is_dict(content) else set()
+        known |= {path.rpartition(".")[2] for path in own if path.rpartition(".")[0] == above} | own.get(above, set())
+        if part not in known:
+            break
+        above, content = f"{above}.{part}".removeprefix("."), content.get(part) if OmegaConf.is_dict(content) else None
+    return above, part, known
+
+
 def _addable(word: str) -> str:
-    """Prepend ``++`` to an override of an option that this package adds."""
+    """Prepend ``++`` to an override of an option that this package adds, or of an option of a transform.
+
+    ``checks`` names the options of a transform, which the composed configuration does not know.
+    """
     above, _, option = word.partition("=")[0].rpartition(".")
-    return f"++{word}" if option in _own_options().get(above, ()) else word
+    is_of_transform = re.fullmatch(r"config\.DATA\.\w+\.TRANSFORMS\.\d+", above)
+    return f"++{word}" if is_of_transform or option in _own_options().get(above, ()) else word
 
 
 def _check_top(cfg: DictConfig, overrides: Sequence[str]) -> None:
@@ -233,11 +250,13 @@ def _one_line(error: Exception) -> str:
         text[0] += f" {str(cause).splitlines()[0]}"
     if "Could not override" in text[0] and "To append" in str(error):
         key = text[0].partition("'")[2].partition("'")[0]
+        section, part, known = _unknown_part(key)
+        if near := nearest(part, known):
+            allowed = f"; allowed: {', '.join(sorted(known))}" if section.startswith("config.LOSS.") else ""
+            return f"{section}: {part!r} is unknown, did you mean {near!r}?{allowed}"
         above, _, last = key.rpartition(".")
         own = _own_options().get(above, set())
-        near = nearest(last, [*own, *(OmegaConf.select(defaults(), above) or {})])
-        guess = f", did you mean {near!r}?" if near else ""
         if above.startswith("config.LOSS.") and own:
-            return f"{above}: {last!r} is unknown{guess}; allowed: {', '.join(sorted(own))}"
-        return f"{above}: {last!r} is unknown{guess or f'; write +{key}=VALUE to add it'}"
+            return f"{above}: {last!r} is unknown; allowed: {', '.join(sorted(own))}"
+        return f"{above}: {last!r} is unknown; write +{key}=VALUE to add it"
     return text[0]

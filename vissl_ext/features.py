@@ -159,7 +159,8 @@ def _stems(folder: Path, split: str, layer: str) -> list[str]:
 class NearestNeighborEngine(Engine):
     """Classify each test image by its nearest training images, measured by the cosine.
 
-    ``NEAREST_NEIGHBOR.TOPK`` neighbours vote with weight ``exp(cosine / SIGMA)``. The engine prints one line per layer
+    ``NEAREST_NEIGHBOR.TOPK`` neighbours, at most all training images, vote with weight ``exp(cosine / SIGMA)``. The
+    engine prints one line per layer
     and writes knn.json. It ignores ``L2_NORM_FEATS`` and normalises all features, because the weights would overflow.
     """
 
@@ -186,7 +187,8 @@ class NearestNeighborEngine(Engine):
         device = torch.device("cuda" if cfg.MACHINE.DEVICE == "gpu" else "cpu")
         for layer in get_trunk_output_feature_names(cfg.MODEL) or ["heads"]:
             bank = load_features(folder, "train", layer)
-            k, sigma = cfg.NEAREST_NEIGHBOR.TOPK, cfg.NEAREST_NEIGHBOR.SIGMA
+            labelled = int((bank[1] != -1).sum())
+            k, sigma = min(cfg.NEAREST_NEIGHBOR.TOPK, max(labelled, 1)), cfg.NEAREST_NEIGHBOR.SIGMA
             rows, hits = 0, np.zeros(2)
             for features, classes in feature_chunks(folder, "test", layer):
                 count = int((classes != -1).sum())  # -1 means unlabelled

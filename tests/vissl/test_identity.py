@@ -201,6 +201,13 @@ def test_a_checkpoint_of_another_trunk_raises_an_error(tmp_path: Path) -> None:
         load(config, large, checkpoint(small), **how)
     with pytest.raises(UserError, match=other + r"unexpected b\.weight and 1 more\. It is probably"):
         load(config, small, checkpoint(large), **how)
+    config.MODEL.WEIGHTS_INIT.PARAMS_FILE = str(tmp_path / "weights.torch")
+    trunk = {"config.MODEL.TRUNK": {"NAME": "resnet", "RESNETS": {"DEPTH": 18, "WIDTH_MULTIPLIER": 1}}}
+    (tmp_path / "run.json").write_text(json.dumps(trunk))
+    key = r"config\.MODEL\.TRUNK\."
+    with pytest.raises(UserError, match=rf"{other}its run had {key}NAME=resnet {key}RESNETS\.DEPTH=18; add this to"):
+        load(config, large, checkpoint(small), **how)
+    (tmp_path / "run.json").unlink()
     with pytest.raises(UserError, match=r"of another shape a\.weight \(3x2 in the file, 3x3 here\)"):
         load(config, Model(a=torch.nn.Linear(3, 3)), checkpoint(small), **how)
     compiled = {f"_orig_mod.{key}": value for key, value in checkpoint(small)["classy_state_dict"]["base_model"]

@@ -318,6 +318,17 @@ def test_apex_raises_an_error_if_it_is_not_installed(gpu):
             ["config=pretrain/isoloss/digits", "config.LOSS.isoloss.foo=1"],
             "config.LOSS.isoloss: 'foo' is unknown; allowed: alpha, base_tau",
         ),
+        ([SIMCLR, "config.OPTIMZER.num_epochs=1"], "config: 'OPTIMZER' is unknown, did you mean 'OPTIMIZER'?"),
+        ([SIMCLR, "config.OPTIMIZER.foo.lr=1"], "unknown; write +config.OPTIMIZER.foo.lr=VALUE to add it"),
+        ([SIMCLR, f"{_TRANSFORMS}.0.total_num_crops=3"], "ImgReplicatePil: 'total_num_crops' is unknown; allowed: num"),
+        (
+            [SIMCLR, f"{_TRANSFORMS}.0.num_times=3"],
+            "simclr_info_nce_loss takes 2 views of each image, but ",
+        ),
+        (
+            [SIMCLR, f"{_TRANSFORMS}.0.num_times=1"],
+            "makes 1: change num_times of ImgReplicatePil or num_crops",
+        ),
     ],
 )
 def test_invalid_overrides_raise_a_one_line_error(overrides, text):

@@ -5,8 +5,9 @@ weights of the file. Only log.txt reports it, so a checkpoint of a ResNet-18 can
 vissl/utils/checkpoint.py:877 asserts that shapes agree.
 """
 
+import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 
 from plugins.tools.command import UserError, print_on_rank_zero
 from plugins.tools.fitting import differences, mismatch, plain_names
+from plugins.tools.overrides import hydra_value
+from plugins.tools.records import read_json
 from vissl_ext.compat.saved_types import unknown_types
 
 _KEY = "config.MODEL.WEIGHTS_INIT"
@@ -118,6 +121,23 @@ def check_content(content: Any, key: str | None, path: str) -> None:
             raise UserError(f"{_KEY}.PARAMS_FILE: {path} is not a complete checkpoint of VISSL")
 
 
+def _recorded_trunk(path: str) -> Any:
+    """Return the section MODEL.TRUNK of the run that wrote a checkpoint, None if its folder has no record."""
+    try:
+        return read_json(Path(path).parent / "run.json")["config.MODEL.TRUNK"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _other_entries(theirs: Any, ours: Any, above: str = "") -> Iterator[str]:
+    """Yield the entries of a section that have other values in a second one, as overrides of the command line."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        for key, value in theirs.items():
+            yield from _other_entries(value, ours.get(key), f"{above}.{key}")
+    elif theirs is not None and theirs != ours:
+        yield f"{above}={hydra_value(theirs) if isinstance(theirs, str) else json.dumps(theirs, separators=(',', ':'))}"
+
+
 def _compare(config: Any, model: Any, found: Mapping[str, Any], skipped: list[str]) -> None:
     resized = hasattr(model.trunk, "interpolate_position_embedding")
 
@@ -132,6 +152,9 @@ def _compare(config: Any, model: Any, found: Mapping[str, Any], skipped: list[st
 
     path, ours = config.MODEL.WEIGHTS_INIT.PARAMS_FILE, model.state_dict()
     if reason := mismatch(part(found, "trunk."), part(ours, "trunk.")):
+        theirs = [f"config.MODEL.TRUNK{entry}" for entry in _other_entries(_recorded_trunk(path), config.MODEL.TRUNK)]
+        if theirs:
+            reason = f"its run had {' '.join(theirs)}; add this to the command"
         raise UserError(
             f"{path} is a checkpoint of another trunk than config.MODEL.TRUNK ({config.MODEL.TRUNK.NAME}): {reason}"
         )

@@ -18,11 +18,10 @@ from plugins.install import not_installed
 from plugins.spec import large_views
 from plugins.tools.command import UserError, did_you_mean, print_on_rank_zero
 from solo_ext.checkpoint import identity
-from solo_ext.compat import pl
 from solo_ext.compat.common import fill_defaults
 from solo_ext.compat.optim import OPTIMIZERS
 from solo_ext.datasets import DOWNLOADED, H5Images, preparation_hint, split_path
-from solo_ext.launch import as_user_error
+from solo_ext.launch import as_user_error, trainer_arguments
 from solo_ext.loaders import process_count
 from solo_ext.schema import Linear, Pretrain, Run, join_messages, validate
 from solo_ext.transforms import CLASSES, has_masks, is_stack
@@ -91,9 +90,7 @@ def _checked(cfg: DictConfig, model: type[Run]) -> DictConfig:
     except OmegaConfBaseException as error:
         key = f" ({error.full_key})" if error.full_key else ""
         raise UserError(f"the configuration does not resolve: {str(error).splitlines()[0]}{key}") from None
-    trainer = {name: one.annotation for name, one in inspect.signature(pl.Trainer.__init__).parameters.items()}
-    trainer.pop("self")
-    cfg = OmegaConf.create(validate(model, given, trainer, variables))
+    cfg = OmegaConf.create(validate(model, given, trainer_arguments(), variables))
     errors = []
     for check in (check_data, _check_trainer, _check_optimizer):
         try:

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,9 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from plugins.tools.command import Parser, UserError, exit_on_user_error, nearest, with_command_name
-from plugins.tools.overrides import quote_override
+from plugins.tools.overrides import list_mistake, quote_override
 from solo_ext.foreign_yaml import check_hydra
-from solo_ext.schema import help_text
+from solo_ext.schema import COMMANDS, Run, help_text, unknown_entry
 
 _PACKAGE = Path(__file__).parent
 _HYDRA_OPTIONS = (
@@ -79,7 +80,8 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> N
         for argument in rest:
             if argument.startswith("--") and argument.partition("=")[0] not in _HYDRA_OPTIONS:
                 raise UserError(f"there is no option {argument}; set entries with key=value; see --help")
-        sys.argv[1:] = ["--config-path", str(folder), "--config-name", name, *map(quote_override, rest)]
+        overrides = [_addable(quote_override(argument)) for argument in rest]
+        sys.argv[1:] = ["--config-path", str(folder), "--config-name", name, *overrides]
 
         check_hydra(folder, name, sys.argv[5:])
         started, user_error = False, None
@@ -106,11 +108,26 @@ def run_hydra(task: Callable[[DictConfig], None], usage: str, command: str) -> N
                 raise UserError(
                     "an override has a comma outside of quotes; use key='a,b' for a string or key=[a,b] for a list"
                 ) from None
+            if isinstance(error, TypeError) and (sentence := list_mistake(error, rest)):
+                raise UserError(sentence) from None
+            if match := re.match(r"Could not override '(.+?)'", str(error)):
+                raise UserError(_not_in_file(match[1], COMMANDS[command], file)) from None
             # the first two lines describe the error and its correction; the others are about Hydra's internals
             override = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
             raise UserError(override + " ".join(str(error).splitlines()[:2])[:300]) from None
         if user_error is not None:
             raise user_error
+
+
+def _addable(override: str) -> str:
+    """Prepend ``++`` to an option of the method, the optimiser or the network, because these are checked later."""
+    return f"++{override}" if re.match(r"(method_kwargs|(optimizer|backbone)\.kwargs)\.\w+=", override) else override
+
+
+def _not_in_file(key: str, model: type[Run], file: Path) -> str:
+    """Return the error message for an override of an entry that the file does not have."""
+    advice = f"{file} has no entry {key}; write ++{key}=VALUE to add it"
+    return unknown_entry(model, key, list(trainer_arguments())) or advice
 
 
 def check_file(path: Path, *, complete: bool = True) -> None:
@@ -176,6 +193,14 @@ def as_user_error(what: str) -> Iterator[None]:
     except (ValueError, TypeError, AssertionError, OmegaConfBaseException) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{what} does not accept the configuration: {reason}") from error
+
+
+def trainer_arguments() -> dict[str, Any]:
+    """Return {name: annotation} of the arguments of Lightning's Trainer."""
+    from solo_ext.compat import pl
+
+    arguments = inspect.signature(pl.Trainer.__init__).parameters
+    return {name: argument.annotation for name, argument in arguments.items() if name != "self"}
 
 
 def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Any]) -> Any:

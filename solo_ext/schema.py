@@ -603,6 +603,27 @@ def _message(model: type[Section], given: Any, error: Mapping[str, Any], further
     return f"{path} must be {allowed_values(field)}, got {value!r}"
 
 
+def unknown_entry(model: type[Section], key: str, further: Sequence[str] = ()) -> str | None:
+    """Return the error message for the path of an entry that the schema does not have, or None if it has the entry.
+
+    Args:
+        model: the schema.
+        key: the path, such as ``augmentations.0.rrc.enabled``.
+        further: further entries that are allowed at the top level.
+    """
+    section: type[Section] | None = model
+    steps = [int(step) if step.isdecimal() else step for step in key.split(".")]
+    for depth, step in enumerate(steps):
+        if isinstance(step, int):
+            continue
+        if section is None or (depth == 0 and step in further):
+            return None
+        if step not in section.model_fields:
+            return _unknown_entry(model, section, steps[: depth + 1], further)
+        section = section_of(section.model_fields[step].annotation)
+    return None
+
+
 def _unknown_entry(model: type[Section], section: type[Section], place: Sequence[Any], further: Sequence[str]) -> str:
     """Return the error message for an unknown entry, with the most similar known entry."""
     key, above = str(place[-1]), _path(place[:-1])

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from plugins.tools.command import UserError, nearest
-from plugins.tools.overrides import quote_override
+from plugins.tools.overrides import list_mistake, quote_override
 from vissl_ext.compat.linear_warmup import keep_warmup_of_fork
 
 _PACKAGE = Path(__file__).parent
@@ -90,7 +90,14 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
     except UnicodeDecodeError as error:
         raise UserError(f"{_undecodable(places)} is not valid UTF-8 ({error.reason}): save it as UTF-8") from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error)) from None
+        sentence = _one_line(error)
+        for word in overrides:
+            sentence = sentence.replace(f"++{word}", word)
+        raise UserError(sentence) from None
+    except TypeError as error:
+        if (sentence := list_mistake(error, overrides)) is None:
+            raise
+        raise UserError(sentence) from None
     finally:
         GlobalHydra.instance().clear()
         if before is not None:

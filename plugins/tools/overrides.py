@@ -4,6 +4,7 @@ Hydra is imported only to parse: the suites quote values before the environment 
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -51,6 +52,29 @@ def quote_override(override: str) -> str:
     else:
         better = f"{key}={hydra_value(value)}"
     return better if is_valid_override(better) else override
+
+
+def list_mistake(error: TypeError, overrides: Sequence[str]) -> str | None:
+    """Explain Hydra's TypeError for an override that addresses an element of a list.
+
+    Args:
+        error: the TypeError.
+        overrides: the overrides of the command line.
+
+    Returns:
+        The error message, or None if the error has another cause.
+
+    >>> list_mistake(TypeError("list indices must be integers or slices, not str"), ["a=1", "~views.1"])
+    '~views.1: an element of a list cannot be removed by an override; remove it in the file, or write views=[...]'
+    """
+    if "list indices must be integers" in str(error):
+        for word in overrides:
+            if match := re.fullmatch(r"~(.+)\.\d+(=.*)?", word):
+                instead = f"remove it in the file, or write {match[1]}=[...]"
+                return f"{word}: an element of a list cannot be removed by an override; {instead}"
+    if "list indices must be integers" in str(error) or str(error).endswith("is not an int"):
+        return f"elements of a list are numbers, as in KEY.0=VALUE: {error}"
+    return None
 
 
 def is_valid_override(override: str) -> bool:

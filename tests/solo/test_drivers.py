@@ -497,7 +497,14 @@ _REFUSED_TOO = {
         ["scheduler.name=step", "++scheduler.lr_decay_steps=[abc]"],
         "scheduler.lr_decay_steps must be a list of epochs, got ['abc']",
     ),
-    "misspelt entry": (["max_epoch=3"], "Could not override 'max_epoch'. To append to your config use +max_epoch=3"),
+    "misspelt entry": (["max_epoch=3"], "the configuration has no entry 'max_epoch'; did you mean max_epochs?"),
+    "misspelt entry of a section": (["optimizer.weightdecay=1"], "no entry 'weightdecay'; known entries: name, batch_"),
+    "missing entry": (
+        ["gradient_clip_val=1"],
+        "isoloss.yaml has no entry gradient_clip_val; write ++gradient_cl",
+    ),
+    "misspelt option without a plus": (["method_kwargs.roh=1"], "; did you mean rho?"),
+    "removed element": (["~augmentations.0"], "~augmentations.0: an element of a list cannot be removed by an overr"),
     "no override": (["optimizer.lr=[1"], "optimizer.lr=[1: no viable alternative at input '[1'"),
     "unwritable": (["++checkpoint.dir=/dev/null/x"], "checkpoint.dir: cannot write to /dev/null/x"),
 }

@@ -39,6 +39,22 @@ def test_an_unknown_entry_names_the_nearest(key, compose):
     assert _UNKNOWN[key] in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("optimizer.weightdecay", "; did you mean weight_decay?"),
+        ("optimzer.lr", "the configuration has no entry 'optimzer'; did you mean optimizer?"),
+        ("augmentations.0.crop_sze", "augmentations[0] has no entry 'crop_sze'; known entries: rrc, "),
+        ("augmentations.0.rrc.enabled", None),
+        ("method_kwargs.rho", None),
+        ("max_steps", None),
+    ],
+)
+def test_an_override_of_an_unknown_entry_names_it(key, message):
+    said = schema.unknown_entry(Pretrain, key, ["max_steps"])
+    assert said is None if message is None else message in said
+
+
 def test_all_mistakes_are_named_at_once(compose):
     more = ("++max_epoch=3", "++optimizer.lr=-1", "++momentum.base_tau=2", "++method=???", "++name=x")
     with pytest.raises(UserError) as refused:

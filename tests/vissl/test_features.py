@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from vissl.models import build_model
+from vissl.models.model_helpers import get_trunk_output_feature_names
 from vissl.utils.extract_features_utils import ExtractedFeaturesLoader
 from vissl.utils.hydra_config import convert_to_attrdict
 
@@ -20,7 +21,7 @@ from plugins.tools.command import UserError
 from plugins.tools.features import load_features
 from plugins.tools.resnet8 import resnet8
 from vissl_ext.compose import compose
-from vissl_ext.features import Extractor, FeatureWriter, feature_chunks
+from vissl_ext.features import Extractor, FeatureWriter, NearestNeighborEngine, feature_chunks
 from vissl_ext.registry import register
 
 register()
@@ -58,6 +59,19 @@ def test_chunks_hold_every_row_once(threshold: int, tmp_path: Path) -> None:
     place = {tuple(row): number for number, row in enumerate(features.flatten(1).tolist())}
     for rows, classes in parts:
         assert [targets[place[tuple(row)]] for row in rows.tolist()] == classes.tolist()
+
+
+def test_as_many_neighbours_as_there_are_training_images(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("vissl_ext.features.stock.extract_main", lambda *_, **__: None)
+    cfg = convert_to_attrdict(compose(["config=benchmark/nearest_neighbor/digits/knn"])[0], dump_config=False)[1]
+    (layer,) = get_trunk_output_feature_names(cfg.MODEL)
+    (tmp_path / "knn_features").mkdir()
+    for split in ("train", "test"):
+        writer = FeatureWriter(tmp_path / "knn_features", split, [layer], -1)
+        writer.add(torch.arange(5), torch.arange(5), [torch.eye(5)])
+        writer.flush()
+    NearestNeighborEngine().run_engine(cfg, "", "", str(tmp_path))
+    assert capsys.readouterr().out == f"kNN of {layer}: top-1 100.00 %, top-5 100.00 % (5 neighbours)\n"
 
 
 def test_missing_features_raise_an_error(tmp_path: Path) -> None:

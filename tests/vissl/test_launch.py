@@ -321,6 +321,9 @@ def test_apex_raises_an_error_if_it_is_not_installed(gpu):
         ([SIMCLR, "config.OPTIMZER.num_epochs=1"], "config: 'OPTIMZER' is unknown, did you mean 'OPTIMIZER'?"),
         ([SIMCLR, "config.OPTIMIZER.foo.lr=1"], "unknown; write +config.OPTIMIZER.foo.lr=VALUE to add it"),
         ([SIMCLR, f"{_TRANSFORMS}.0.total_num_crops=3"], "ImgReplicatePil: 'total_num_crops' is unknown; allowed: num"),
+        ([SIMCLR, f"~{_TRANSFORMS}.1"], f"~{_TRANSFORMS}.1: an element of a list cannot be removed by an override; "),
+        ([SIMCLR, f"{_TRANSFORMS}.one.size=3"], "elements of a list are numbers, as in KEY.0=VALUE: Index 'one'"),
+        ([SIMCLR, f"{_TRANSFORMS}.40.size=3"], f"Error merging override {_TRANSFORMS}.40.size=3 list index out of"),
         (
             [SIMCLR, f"{_TRANSFORMS}.0.num_times=3"],
             "simclr_info_nce_loss takes 2 views of each image, but ",

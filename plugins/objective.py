@@ -15,6 +15,7 @@ from plugins.heads import MapHead, SharedHead, TwoBranchHead
 from plugins.losses import ETFMonitor
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, Hints, MethodSpec, Terms
+from plugins.spelling import counted
 from plugins.taps import FeatureTaps, map_channels
 from plugins.targets import update_teacher
 
@@ -278,8 +279,9 @@ class Objective(nn.Module):
             return False
         epochs = self.clock.epochs()
         if epochs is None:
+            frozen = counted(hints.frozen_epochs, "epoch")
             raise ValueError(
-                f"{name} is frozen for {hints.frozen_epochs} epochs, but the number of the epoch is unknown; "
+                f"{name} is frozen for {frozen}, but the number of the epoch is unknown; "
                 "call start_epoch at the start of each epoch"
             )
         return epochs < hints.frozen_epochs

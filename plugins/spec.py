@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from plugins.checks import check_range
 from plugins.distributed import Collective
-from plugins.spelling import did_you_mean
+from plugins.spelling import counted, did_you_mean
 
 
 class Embeddings(NamedTuple):
@@ -72,10 +72,6 @@ def large_views(sizes: Sequence[int | tuple[int, int]]) -> int:
             f"large views come first, small crops after them: put the largest first, got views of sizes {[*sizes]}"
         )
     return large
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
 
 
 class Terms(Protocol):
@@ -260,17 +256,17 @@ class MethodSpec:
         method, views = f"method {self.name}", large + small
         if stacks != self.stacks:
             raise ValueError(
-                f"{method} needs {_count(self.stacks, 'stack')} of patches per image, got {stacks or 'none'}"
+                f"{method} needs {counted(self.stacks, 'stack')} of patches per image, got {stacks or 'none'}"
             )
-        got = f"got {_count(large, 'large view')}" + (f" and {_count(small, 'small crop')}" if small else "")
+        got = f"got {counted(large, 'large view')}" + (f" and {counted(small, 'small crop')}" if small else "")
         if self.views is not None:
             if (large, small) != (self.views, 0):
                 size = "" if self.views == 1 else " of one size"
-                raise ValueError(f"{method} needs {_count(self.views, 'large view')}{size}, {got}")
+                raise ValueError(f"{method} needs {counted(self.views, 'large view')}{size}, {got}")
         elif views < 2:
             raise ValueError(f"{method} needs at least two views, got {views or 'none'}")
         elif large < self.large:
-            raise ValueError(f"{method} needs at least {_count(self.large, 'large view')}, {got}")
+            raise ValueError(f"{method} needs at least {counted(self.large, 'large view')}, {got}")
 
     def resolve(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """Validate the user's options, translate aliases and fill in defaults.

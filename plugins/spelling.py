@@ -1,4 +1,4 @@
-"""Suggestions for misspelt names in error messages."""
+"""Words of messages: suggestions for misspelt names, and numbers of things."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -34,3 +34,12 @@ def did_you_mean(name: Any, known: Iterable[Any]) -> str:
     """
     near = nearest(name, known)
     return f"; did you mean {near}?" if near else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and a noun, which gets an ``s`` unless the number is 1; "no" stands for 0.
+
+    >>> counted(1, "epoch"), counted(2, "epoch"), counted(0, "small crop")
+    ('1 epoch', '2 epochs', 'no small crops')
+    """
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from plugins.spelling import counted
 from plugins.tools.command import UserError, first_process, print_on_rank_zero
 from plugins.tools.fitting import mismatch, plain_names
 from plugins.tools.process import locked_folder
@@ -33,9 +34,10 @@ ARGS = "args.json"
 _VERSION = "SOLO_EXT_RUN_VERSION"
 _MARK = "solo_ext"
 
-# Entries that must not change when training is resumed.
+# Entries that must not change when training is resumed. Entries that others may be derived from come first.
 _STATE = (
     "method",
+    "dataset",
     "method_kwargs",
     "momentum",
     "backbone",
@@ -130,8 +132,10 @@ def _contradiction(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, A
     ):
         if key not in there:
             here.pop(key, None)
-    keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-    return difference(keys[0], theirs.get(keys[0]), ours.get(keys[0])) if keys else None
+    for key in (*_IDENTITY, *sorted(theirs.keys() | ours.keys())):
+        if theirs.get(key) != ours.get(key):
+            return difference(key, theirs.get(key), ours.get(key))
+    return None
 
 
 def check_writable(folder: Path, option: str) -> None:
@@ -352,7 +356,7 @@ def check_resumable(path: Path, checkpoint: dict[str, Any], cfg: DictConfig, mod
     """
     recorded = checkpoint.get(_MARK, {})
     current = OmegaConf.to_container(cfg.identity)
-    for key in (*_STATE, "dataset"):
+    for key in _STATE:
         if key in recorded and recorded[key] != current[key]:
             name, theirs, ours = difference(key, recorded[key], current[key])
             raise UserError(f"{path} is a checkpoint with {name} {theirs}, but this run has {name} {ours}")
@@ -448,7 +452,7 @@ def resume_point(
         return folder, None, 0, False
     epochs = check_resumable(found, checkpoint, cfg, model)
     if epochs > cfg.max_epochs:
-        raise UserError(f"{found} was trained for {epochs} epochs, more than max_epochs={cfg.max_epochs}")
+        raise UserError(f"{found} was trained for {counted(epochs, 'epoch')}, more than max_epochs={cfg.max_epochs}")
     print_on_rank_zero(f"resuming after epoch {epochs} of {cfg.max_epochs} from {found}")
     finished = epochs == cfg.max_epochs or steps_done(checkpoint, cfg.get("max_steps"))
     return (folder if cfg.checkpoint.version else found.parent), found, epochs, finished

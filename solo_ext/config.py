@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from plugins.install import not_installed
 from plugins.spec import large_views
 from plugins.tools.command import UserError, did_you_mean, print_on_rank_zero
-from solo_ext.checkpoint import identity
+from solo_ext.checkpoint import find_checkpoint, identity
 from solo_ext.compat.common import fill_defaults
 from solo_ext.compat.optim import OPTIMIZERS
 from solo_ext.datasets import DOWNLOADED, H5Images, preparation_hint, split_path
@@ -211,8 +211,11 @@ def _check_trainer(cfg: DictConfig) -> None:
     if cfg.accelerator == "cpu" and str(cfg.precision).startswith("16"):
         print_on_rank_zero(f"precision={cfg.precision} needs a GPU; training uses precision=32 on the CPU")
         cfg.precision = 32
-    if cfg.resume_from_checkpoint is not None and not Path(cfg.resume_from_checkpoint).is_file():
-        raise UserError(f"resume_from_checkpoint is not a file: {cfg.resume_from_checkpoint}")
+    if cfg.resume_from_checkpoint is not None:
+        try:
+            cfg.resume_from_checkpoint = str(find_checkpoint(cfg.resume_from_checkpoint))
+        except UserError as error:
+            raise UserError(f"resume_from_checkpoint: {error}") from None
 
 
 def _check_optimizer(cfg: DictConfig) -> None:

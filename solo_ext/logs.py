@@ -167,8 +167,11 @@ class EpochLines(pl.Callback):
         steps, total = trainer.global_step, trainer.estimated_stepping_batches
         left = elapsed / max(steps - self.first, 1) * max(total - steps, 0)
         time_left = "" if left == float("inf") else f", {left:.0f} s left"
-        shown = ("train_ssl_loss_epoch", "train_loss_epoch", "train_acc1_epoch", "val_acc1", "val_knn_acc1")
         values = trainer.callback_metrics
+        losses = [name for name in values if name == "train_neg_cos_sim_epoch" or name.endswith("_loss_epoch")]
+        own = [name for name in losses if name != "train_loss_epoch" and not name.endswith("class_loss_epoch")]
+        own = ["train_ssl_loss_epoch"] if "train_ssl_loss_epoch" in values else own  # solo-learn has a name per method
+        shown = (*own, "train_loss_epoch", "train_acc1_epoch", "val_acc1", "val_knn_acc1")
         text = "  ".join(f"{name.removesuffix('_epoch')} {values[name]:.4g}" for name in shown if name in values)
         print(f"epoch {done}/{trainer.max_epochs}  {text}  {elapsed:.0f} s{time_left}", flush=True)
 

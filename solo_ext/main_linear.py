@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from plugins.spelling import counted
 from plugins.tools.command import print_on_rank_zero
 from plugins.tools.process import end_with_first_process, exit_when_stopped
 
@@ -71,7 +72,8 @@ def evaluate(cfg: DictConfig) -> Path:
     # a run that was killed before it wrote its summary must still write it
     if finished and (folder / "linear.json").is_file():
         print_on_rank_zero(
-            f"{resumed} belongs to a finished run of {images.start_epoch} epochs: there is nothing left to train"
+            f"{resumed} belongs to a finished run of {counted(images.start_epoch, 'epoch')}: "
+            "there is nothing left to train"
         )
         return folder
     lock = claim_folder(folder, resumed)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from plugins.spelling import counted
 from plugins.tools.command import print_on_rank_zero
 from plugins.tools.process import end_with_first_process, exit_when_stopped
 
@@ -25,7 +26,8 @@ Pre-trains a self-supervised method with solo-learn.
 
 The run's folder is <checkpoint.dir>/<method>/<checkpoint.version>: args.json, the newest checkpoint, metrics.csv,
 TensorBoard events, eigenvalues.csv with method_kwargs.log_eigvals, and pretrain.json at the end.
-resume_from_checkpoint=FILE resumes from a checkpoint, auto_resume.enabled=True from the newest one of the same run.
+resume_from_checkpoint=PATH resumes from a checkpoint, or from the newest one in the folder of a run;
+auto_resume.enabled=True resumes from the newest checkpoint of the same run.
 ++auto_umap.enabled=True draws the features of the validation images every ++auto_umap.frequency=1 epochs.
 max_epochs=0 writes the untrained weights."""
 
@@ -66,7 +68,8 @@ def pretrain(cfg: DictConfig) -> Path:
         # a run that was killed before it wrote its summary must still write it
         if finished and (folder / "pretrain.json").is_file():
             print_on_rank_zero(
-                f"{resumed} belongs to a finished run of {images.start_epoch} epochs: there is nothing left to train"
+                f"{resumed} belongs to a finished run of {counted(images.start_epoch, 'epoch')}: "
+                "there is nothing left to train"
             )
             return folder
     lock = claim_folder(folder, resumed)

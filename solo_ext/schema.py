@@ -406,7 +406,7 @@ class Run(Section):
     dali: Dali = entry("NVIDIA DALI, for data.format=dali", optional=True)
     checkpoint: Checkpoint = _section(Checkpoint, "folder and checkpoints")
     auto_resume: AutoResume = _section(AutoResume, "resuming from the newest checkpoint of the same run")
-    resume_from_checkpoint: PathString | None = entry("checkpoint to resume from", None)
+    resume_from_checkpoint: PathString | None = entry("checkpoint, or folder of a run, to resume from", None)
     wandb: Wandb = _section(Wandb, "Weights & Biases")
     performance: Performance = _section(Performance, "speed")
     seed: integer(0, 2**32 - 1) = entry("seed of all random numbers", 5)

@@ -204,7 +204,7 @@ def test_freezing_counts_steps_and_not_micro_batches_and_survives_a_checkpoint()
 def test_epochs_freeze_by_the_epoch_or_by_the_steps_of_one():
     objective = made(predictor=Hints(frozen_epochs=1))[2]
     objective.clock.steps += 3
-    with pytest.raises(ValueError, match=r"predictor is frozen for 1 epochs.*start_epoch"):
+    with pytest.raises(ValueError, match=r"predictor is frozen for 1 epoch,.*start_epoch"):
         is_frozen(objective)
     objective.clock.steps_per_epoch = 3
     assert is_frozen(objective)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.install import not_installed
+from plugins.spelling import counted
 from plugins.tools.command import UserError, exit_on_user_error, print_on_rank_zero, with_command_name
 from plugins.tools.process import Stopped, exit_when_stopped
 
@@ -215,7 +216,7 @@ def run(args: Any, config: Any) -> None:
     print_on_rank_zero(f"folder of the run: {folder}")
     if is_training_finished(config, checkpoint_folder=folder):
         print_on_rank_zero(
-            f"the training is finished after {trained_epochs(Path(folder))} epochs; increase "
+            f"the training is finished after {counted(trained_epochs(Path(folder)), 'epoch')}; increase "
             "config.OPTIMIZER.num_epochs to continue it"
         )
         return

@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning import LightningModule
 
 from lightly_ext.benchmarks.setup import Setup
+from plugins.spelling import counted
 from plugins.tools.command import UserError
 from plugins.tools.fitting import mismatch
 from plugins.tools.records import difference
@@ -72,7 +73,9 @@ def check_same_run(setup: Setup, name: str, checkpoint: Mapping[str, Any]) -> in
     if epochs == 0:
         return 0
     if (completed := checkpoint.get("epoch", -1) + 1) > epochs:
-        raise UserError(f"--ckpt-path: {path} was trained for {completed} epochs, more than --epochs {epochs}")
+        raise UserError(
+            f"--ckpt-path: {path} was trained for {counted(completed, 'epoch')}, more than --epochs {epochs}"
+        )
     theirs = checkpoint.get("callbacks", {}).get("EpochRecord", {}).get("identity", {})
     ours = identity(setup, name)
     for key in theirs:

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ def prepare(options: Options) -> Setup:
         UserError: an option is invalid, a path is missing, or a checkpoint belongs to another run.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for text in (".*Checkpoint directory .* exists and is not empty", ".*LeafSpec"):
+        warnings.filterwarnings("ignore", message=text)  # the folder contains the lock, and Lightning's own code
     table = {**METHODS, **(_added(options.add) if options.add else {})}
     for name in options.methods or ():
         if name not in table:
@@ -39,8 +42,11 @@ def prepare(options: Options) -> Setup:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--log-dir: {folder} is a file, not a folder")
     path, number = options.ckpt_path, len(setup.methods)
-    if path is not None and (number != 1 or not path.is_file()):
-        raise UserError(f"--ckpt-path needs an existing file and one method, got {path} and {number} methods")
+    if path is not None and not path.is_file():
+        reason = f"{path} is a folder; give the checkpoint in it" if path.is_dir() else f"there is no file {path}"
+        raise UserError(f"--ckpt-path: {reason}")
+    if path is not None and number != 1:
+        raise UserError(f"--ckpt-path needs one method, got {number}; select it with --methods")
     for name in setup.methods:  # find an invalid option or backbone before the first method is trained
         if setup.is_ours(name):
             _check_transform(setup, name)

@@ -7,6 +7,7 @@ from pytorch_lightning import LightningModule
 
 from lightly_ext.benchmarks.setup import Setup
 from lightly_ext.benchmarks.trainer import trainer
+from plugins.spelling import counted
 from plugins.tools.command import print_on_rank_zero
 
 
@@ -53,7 +54,7 @@ def _knn(setup: Setup, model: LightningModule, folder: Path) -> dict[str, float]
 def _classify(
     setup: Setup, kind: type, model: LightningModule, folder: Path, name: str, epochs: int, lr: float
 ) -> dict[str, float]:
-    print_on_rank_zero(f"{folder.name}: {name} evaluation for {epochs} epochs")
+    print_on_rank_zero(f"{folder.name}: {name} evaluation for {counted(epochs, 'epoch')}")
     options, metrics = setup.options, MetricCallback()
     classifier = kind(
         model,

@@ -14,6 +14,7 @@ from lightly_ext.benchmarks.checks import prepare
 from lightly_ext.benchmarks.evaluation import evaluate
 from lightly_ext.benchmarks.setup import Setup
 from lightly_ext.benchmarks.trainer import EpochRecord, trainer
+from plugins.spelling import counted
 from plugins.tools.command import UserError, first_process, print_on_rank_zero
 from plugins.tools.files import atomic
 from plugins.tools.process import exit_when_stopped, locked_folder
@@ -94,7 +95,7 @@ def _train_and_evaluate(setup: Setup, name: str, folder: Path) -> dict[str, Any]
 
 def _pretrain(setup: Setup, name: str, model: LightningModule, folder: Path) -> dict[str, Any]:
     options = setup.options
-    print_on_rank_zero(f"{name}: pre-training for {options.epochs} epochs")
+    print_on_rank_zero(f"{name}: pre-training for {counted(options.epochs, 'epoch')}")
     train = setup.loader(options.train_dir, setup.transform(name), shuffle=True, indexed=setup.is_ours(name))
     held_out: Any = setup.loader(options.val_dir, setup.plain())
     if setup.wants_knn(name):

@@ -91,9 +91,16 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def difference(name: str, theirs: Any, ours: Any) -> tuple[str, Any, Any]:
-    """Return the first entry in which two nested values differ: its full name and both values."""
+    """Return the first entry in which two nested values differ: its full name and both values.
+
+    ``name`` comes before the other entries of a dictionary, which may be derived from it, and values before sections.
+
+    >>> difference("net", {"kwargs": {"small": True}, "name": "a"}, {"kwargs": {"small": False}, "name": "b"})
+    ('net.name', 'a', 'b')
+    """
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in sorted(theirs.keys() | ours.keys()):
+        keys = theirs.keys() | ours.keys()
+        for key in sorted(keys, key=lambda key: (key.lower() != "name", isinstance(theirs.get(key), dict | list), key)):
             if theirs.get(key) != ours.get(key):
                 return difference(f"{name}.{key}", theirs.get(key), ours.get(key))
     if isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):

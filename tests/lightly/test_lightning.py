@@ -385,7 +385,8 @@ def test_two_processes_print_one_table(digits: Path, tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| Method ") == 1 and done.stdout.count("pre-training for 1 epochs") == 1
+    assert "exists and is not empty" not in done.stderr and "LeafSpec" not in done.stderr
+    assert done.stdout.count("| Method ") == 1 and done.stdout.count("pre-training for 1 epoch\n") == 1
     state = torch.load(tmp_path / "isoloss" / "checkpoint.ckpt", weights_only=True)
     # 80 images are two steps of 2 x 16 and a rest: two updates of the second moment each
     assert state["global_step"] == 2 and int(state["state_dict"]["prediction_head.steps"]) == 4
@@ -427,7 +428,12 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
         (["--transform", "minscale=1"], "--transform: IsoLossTransform has no argument 'minscale'; known arguments: "),
         (["--mean", "0", "0", "0"], "--mean and --std must be given together"),
         (["--add", str(tmp_path / "none.py")], "has no METHODS of the form"),
-        (["--ckpt-path", str(tmp_path / "gone")], "--ckpt-path needs an existing file and one method"),
+        (["--ckpt-path", str(tmp_path / "gone")], f"--ckpt-path: there is no file {tmp_path / 'gone'}"),
+        (["--ckpt-path", str(tmp_path)], f"--ckpt-path: {tmp_path} is a folder"),
+        (
+            ["--methods", "byol", "isoloss", "--ckpt-path", str(tmp_path / "none.py")],
+            "--ckpt-path needs one method, got 2; select it with --methods",
+        ),
         (
             ["--ckpt-path", str(tmp_path / "none.py")],
             f"--ckpt-path: {tmp_path / 'none.py'} is not a checkpoint of Lightning",

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from plugins.tools.data import make_subset
 from solo_ext import main_knn, main_linear, main_pretrain
 from solo_ext.checkpoint import Checkpointer, auto_resume, find_checkpoint
 from solo_ext.config import parse_pretrain
-from solo_ext.logs import AppendingCSVLogger
+from solo_ext.logs import AppendingCSVLogger, EpochLines
 
 pytestmark = [pytest.mark.solo, pytest.mark.usefixtures("tiny")]
 ROOT = Path(__file__).parents[2]
@@ -215,6 +216,12 @@ def test_auto_resume_takes_the_same_run_only(compose, tmp_path):
     for other in others:
         changed = parse_pretrain(compose("isoloss", "auto_resume.enabled=true", "name=shared", "++seed=5", other))
         assert auto_resume(changed, "isoloss") is None, other
+    for changed in ("backbone.name=vit_tiny", "method=vicreg"):
+        other = parse_pretrain(compose("isoloss", "auto_resume.enabled=true", changed, "++checkpoint.version=v"))
+        with pytest.raises(
+            UserError, match=f" {changed.partition('=')[0]} is .* there, and {changed.partition('=')[2]} in"
+        ):
+            auto_resume(other, "isoloss")
     os.utime(run / "a-ep=0.ckpt", (0, 0))
     assert auto_resume(cfg, "isoloss") is None  # older than max_hours
 
@@ -265,7 +272,7 @@ _REFUSED = {
     "unknown backbone": (["backbone.name=resnet19"], "unknown backbone 'resnet19'; this version of solo-learn has: "),
     "unknown optimizer": (["optimizer.name=lamb"], "unknown optimizer.name 'lamb'; choose from sgd,"),
     "misspelt optimizer option": (["+optimizer.kwargs.momentm=1"], "optimizer adamw has no option 'momentm'"),
-    "no checkpoint": (["+resume_from_checkpoint=a.ckpt"], "resume_from_checkpoint is not a file: a.ckpt"),
+    "no checkpoint": (["+resume_from_checkpoint=a.ckpt"], "resume_from_checkpoint: there is no checkpoint a.ckpt"),
     "unknown format": (["data.format=lmdb"], "unknown data.format 'lmdb'; choose from image_folder, dali, h5"),
 }
 
@@ -410,7 +417,7 @@ def test_a_run_can_be_made_longer_and_its_folder_is_safe(digits, tmp_path, monke
     resume = f"++resume_from_checkpoint='{checkpoint}'"
     said = _refused(main_pretrain.main, [*argv, resume, "optimizer.lr=0.5"], monkeypatch, capfd)
     assert "is a checkpoint with optimizer.lr " in said
-    _run(main_pretrain.main, [*argv, resume], monkeypatch)
+    _run(main_pretrain.main, [*argv, f"++resume_from_checkpoint='{checkpoint.parent}'"], monkeypatch)
     state = torch.load(find_checkpoint(tmp_path / "isoloss" / "v"), weights_only=True)
     assert state["lr_schedulers"][0]["last_epoch"] == 9 and state["epoch"] == 2
     before = torch.load(checkpoint_copy, weights_only=True)["state_dict"]["backbone.conv1.weight"]
@@ -568,6 +575,24 @@ def test_a_resumed_log_keeps_the_rows_before(tmp_path):
     logger.save()
     with (tmp_path / "metrics.csv").open() as file:
         assert [(row["step"], row["lr"]) for row in csv.DictReader(file)] == [("0", "0.1"), ("2", ""), ("5", "")]
+
+
+@pytest.mark.parametrize("own", ["train_ssl_loss", "train_nce_loss", "train_neg_cos_sim", "dino_loss"])
+def test_the_line_of_an_epoch_has_the_loss_of_the_method(own, capsys):
+    names = (own, "train_loss", "train_class_loss", "train_momentum_class_loss", "train_acc1", "train_z_std")
+    values = {f"{name}_epoch": torch.tensor(2.0) for name in names}
+    trainer = SimpleNamespace(
+        is_global_zero=True,
+        current_epoch=0,
+        max_epochs=2,
+        global_step=1,
+        estimated_stepping_batches=1,
+        callback_metrics=values,
+    )
+    lines = EpochLines()
+    lines.on_train_start(trainer, None)
+    lines.on_train_epoch_end(trainer, None)
+    assert capsys.readouterr().out.startswith(f"epoch 1/2  {own} 2  train_loss 2  train_acc1 2  0 s, ")
 
 
 def test_class_folders_must_agree(untrained, digits, tmp_path, monkeypatch, capfd):

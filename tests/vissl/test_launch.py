@@ -484,7 +484,7 @@ def test_commands(few_digits: Path, tmp_path: Path, launches: Callable, no_gpu):
     assert lines[0].startswith("on the CPU: MACHINE.DEVICE=cpu, ")
     shown = [line.split("  ")[1] for line in lines if line.startswith("epoch 1/1")]
     assert shown[0] == "iteration 1/2" and len(shown) == 2
-    assert "the training is finished after 1 epochs" in named["again"]["output"]
+    assert "the training is finished after 1 epoch;" in named["again"]["output"]
     assert diverged["status"] == 2 and "error: training diverged: " in diverged["output"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["code.torch", "nan", "run", "torn.torch"], (
         "a run with an error left files behind"

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from plugins.distributed import LOCAL
+from plugins.draws import draw_seed
 from plugins.losses import DeepClusterLoss, cluster_weights, deepcluster_loss, deepcluster_terms
 from plugins.methods import METHODS
 from plugins.objective import Objective
 from plugins.spec import Embeddings
 from plugins.targets import kmeans, whitened
-from plugins.targets.label_table import draw_seed
 from plugins.testing import DIFFICULT, assert_joined, difficult_views, toy_views
 
 

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from plugins.distributed import LOCAL
+from plugins.draws import draw_seed
 from plugins.losses import DeepClusterV2Loss, deepcluster_v2_loss, deepcluster_v2_terms
 from plugins.methods import METHODS
 from plugins.objective import Objective, embed
 from plugins.targets import kmeans
-from plugins.targets.label_table import IGNORED, draw_seed
+from plugins.targets.label_table import IGNORED
 from plugins.testing import DIFFICULT, assert_joined, difficult_views, toy_views
 
 LABELS = torch.tensor([[0, 2, -100, 1, 2], [1, -100, -100, 0, 0]])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from plugins.distributed import LOCAL
-from plugins.targets.label_table import IGNORED, LabelTable, Progress, check_clusters, collect_features, draw_seed
+from plugins.draws import draw_seed
+from plugins.targets.label_table import IGNORED, LabelTable, Progress, check_clusters, collect_features
 from plugins.tools.feed import shares
 
 

@@ -290,5 +290,5 @@ def test_without_a_pass_it_says_so(method):
 def test_one_view_is_enough():
     for method in ("sela", "deepcluster"):
         METHODS[method].check_views(1)
-        with pytest.raises(ValueError, match="compares 1 large view"):
+        with pytest.raises(ValueError, match="needs 1 large view, got 2 large views"):
             METHODS[method].check_views(2)

@@ -196,9 +196,9 @@ def test_the_optimiser_has_the_groups_that_the_hints_name(toy):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method=simsiam", "++method_kwargs.log_eigvals=True"], "takes no stacks of patches"),
+        (["method=simsiam", "++method_kwargs.log_eigvals=True"], "needs no stacks of patches"),
         (["augmentations=[{rrc:{enabled:true,crop_min_scale:0.2,crop_max_scale:1.0},crop_size:16,num_crops:1}]"],
-         "takes 1 stack of patches"),
+         "needs 1 stack of patches"),
         (["augmentations.1.jigsaw.side=21"], "jigsaw.side must be a multiple of grid"),
         (["augmentations.1.crop_size=11"], "crop_size at most side / grid"),
         (["++augmentations.1.rotation=True"], "jigsaw and rotation exclude each other"),

@@ -344,7 +344,7 @@ def test_a_memory_of_another_number_of_images_is_refused(toys: ModuleType) -> No
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("config.DATA.TRAIN.TRANSFORMS=[{name:ToTensor}]", "toy takes 1 stack of patches per image.*make none"),
+        ("config.DATA.TRAIN.TRANSFORMS=[{name:ToTensor}]", "toy needs 1 stack of patches per image, got none"),
         (
             "config.DATA.TRAIN.COLLATE_FUNCTION=simclr_collator",
             "requires config.DATA.TRAIN.COLLATE_FUNCTION=multicrop_collator, got simclr_collator",

@@ -41,10 +41,10 @@ def _kept(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _of_views() -> list[tuple[str, Any]]:
-    """Return class names and SPECs of the methods without stacks of patches."""
+    """Return class names and SPECs of the methods without a memory of images."""
     from lightly_ext.names import CLASS_NAMES
 
-    return [(name, spec) for name, spec in CLASS_NAMES.items() if not spec.stacks]
+    return [(name, spec) for name, spec in CLASS_NAMES.items() if spec.name in OF_VIEWS]
 
 
 def _loop(comm: Any, rank: int) -> dict[str, dict[str, Tensor]]:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plugins.modes import in_mode
+
 _REFUSED = {
     "FullyShardedDataParallel": "FSDP",
     "FSDPModule": "FSDP",
@@ -175,14 +177,8 @@ def map_channels(
     if not sizes:
         return []
     example = next((p for p in backbone.parameters() if p.is_floating_point()), torch.zeros(()))
-    modes = {each: each.training for each in backbone.modules()}
-    backbone.eval()
-    try:
-        with FeatureTaps(backbone, sizes) as taps:
-            ((*maps,),) = _first_maps(backbone, taps, sides, example)
-    finally:
-        for each, training in modes.items():
-            each.training = training
+    with in_mode(False, backbone), FeatureTaps(backbone, sizes) as taps:
+        ((*maps,),) = _first_maps(backbone, taps, sides, example)
     return [map_.shape[1] for map_ in maps]
 
 

@@ -68,6 +68,7 @@ from plugins.distributed import LOCAL, WORLD
 from plugins.draws import draw_seed
 from plugins.heads import TwoBranchHead
 from plugins.joined import JoinedBatch
+from plugins.modes import in_mode
 from plugins.objective import Objective, connect, embed, encode, encode_views, project
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, Hints, MethodSpec, Terms, large_views
@@ -552,14 +553,9 @@ def _backbone_width(backbone: nn.Module) -> int:
 @torch.no_grad()
 def _width(module: nn.Module, example: Tensor, name: str) -> int:
     """Count the columns of a module's output, in evaluation mode, which leaves its state unchanged."""
-    modes = {each: each.training for each in module.modules()}
     parameter = next((p for p in module.parameters() if p.is_floating_point()), example)
-    module.eval()
-    try:
+    with in_mode(False, module):
         output = module(example.to(parameter.device, parameter.dtype))
-    finally:
-        for each, training in modes.items():
-            each.training = training
     if not isinstance(output, Tensor):
         raise ValueError(f"{name} must return a tensor, got {type(output).__name__}")
     return output.flatten(start_dim=1).shape[1]

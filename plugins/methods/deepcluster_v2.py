@@ -13,6 +13,7 @@ from plugins.draws import draw_seed
 from plugins.heads import UnitRows, plain_head
 from plugins.losses import DeepClusterV2Terms, deepcluster_v2_terms
 from plugins.methods.common import LOG_EIGVALS, projector_options
+from plugins.modes import in_mode
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
 from plugins.targets import IndexedBank, kmeans
 from plugins.targets.label_table import (
@@ -112,15 +113,12 @@ class _Loss(Stepped, nn.Module):
     def _first_pass(self, feed: Feed, epoch: int, progress: Progress) -> None:
         """Fill the banks with the embeddings of the augmented images, in training mode as published."""
         (projector,), done = self._projector, 0
-        training = [(module, module.training) for module in projector.modules()]
-        projector.train()
         dtype = next(projector.parameters()).dtype
-        for index, features in feed(view="train", mode="train"):
-            self._write(index, [projector(view.to(dtype)) for view in features[:2]], epoch)
-            done += len(index) * self.comm.size
-            progress("embeddings of images", min(done, len(self.stamps)), len(self.stamps))
-        for module, mode in training:
-            module.training = mode
+        with in_mode(True, projector):
+            for index, features in feed(view="train", mode="train"):
+                self._write(index, [projector(view.to(dtype)) for view in features[:2]], epoch)
+                done += len(index) * self.comm.size
+                progress("embeddings of images", min(done, len(self.stamps)), len(self.stamps))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         saved = state_dict.get(f"{prefix}stamps")

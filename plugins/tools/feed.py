@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from plugins.checks import check_choice
 from plugins.distributed import WORLD, Collective
+from plugins.modes import in_mode
 
 VIEWS = ("eval", "train")
 
@@ -130,10 +131,7 @@ class WholeSet:
         device = self.device or next(p.device for part in self.network for p in part.parameters())
         reading, passing = _Generators(seed, device), _Generators(seed, device)
         share_buffers(self.network, self.comm)
-        before = [(module, module.training) for part in self.network for module in part.modules()]
-        try:
-            for part in self.network:
-                part.train(mode == "train")
+        with in_mode(mode == "train", *self.network):
             batches = iter(loader)
             for _ in range(len(loader)):
                 with reading.used():
@@ -141,9 +139,6 @@ class WholeSet:
                 with passing.used(), torch.no_grad():
                     features = self.encode([images.to(device, non_blocking=True) for images in views])
                 yield index.to(device), features
-        finally:
-            for module, training in before:
-                module.training = training
 
 
 @torch.no_grad()

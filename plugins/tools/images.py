@@ -18,6 +18,8 @@ several frames             the first
 =========================  ==========================================================================================
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +46,28 @@ def open_image(source: Any, name: str | None = None) -> Image.Image:
     Raises:
         UserError: the image cannot be decoded, or its values are out of range.
     """
+    with decoded(source, name) as image:
+        return with_path(_rgb(image), source if isinstance(source, str | Path) else getattr(source, "name", None))
+
+
+@contextmanager
+def decoded(source: Any, name: str | None = None) -> Iterator[Image.Image]:
+    """Open an image upright, in the mode of its file, for a block that reads its pixels.
+
+    Args:
+        source: as for :func:`open_image`.
+        name: as for :func:`open_image`.
+
+    Raises:
+        UserError: the image cannot be decoded, or the block raises an error.
+    """
     try:
         with Image.open(source) as file:
-            return with_path(
-                _rgb(_upright(file)), source if isinstance(source, str | Path) else getattr(source, "name", None)
-            )
+            upright = _upright(file)
+            upright.format = file.format  # a rotated copy has none
+            yield upright
+    except UserError:
+        raise
     except Exception as error:  # Pillow raises many kinds of exceptions for a corrupt file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name or source} cannot be read as an image: {reason}") from None

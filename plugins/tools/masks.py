@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from plugins.checks import check_choice, check_range
 from plugins.tools.command import UserError
 from plugins.tools.folders import walk
-from plugins.tools.images import open_image, path_of, with_path
+from plugins.tools.images import decoded, open_image, path_of, with_path
 
 FILLS = ("random", "gray", "black")
 DEFAULT_PROB = 0.1
@@ -149,13 +149,12 @@ class RemoveBackground:
 
 def _is_foreground(path: str) -> np.ndarray:
     """Return where a mask is neither black nor transparent, ``[H, W]``. Any number above 0 is white."""
-    open_image(path)  # has the error messages
-    with Image.open(path) as file:
-        mask = ImageOps.exif_transpose(file)
+    with decoded(path) as mask:
         if mask.mode.startswith(("I", "F")):
+            open_image(path)  # an error if its numbers are out of range
             return np.asarray(mask) > 0
         values = np.asarray(mask.convert("RGBA"))
-        least = 128 if file.format in ("JPEG", "WEBP") else 1
+        least = 128 if mask.format in ("JPEG", "WEBP") else 1
         return (values[..., :3].max(2) >= least) & (values[..., 3] > 0)
 
 

@@ -136,6 +136,20 @@ def test_transparent_pixels_and_small_numbers_are_read_as_they_are(folders, monk
     assert relative.mask_path(str(folders / "images/cat/1.png"))
 
 
+def test_a_mask_is_upright_like_its_image(folders):
+    """Pillow turns a TIFF file with an orientation when it is loaded, and other files not."""
+    path, image = folders / "masks" / "cat" / "1.png", _image(folders)
+    expected = np.asarray(_remove(folders, prob=1.0, fill="black")(image))
+    exif = Image.Exif()
+    exif[274] = 3  # turned by 180 degrees
+    turned = Image.open(path).rotate(180)
+    path.unlink()
+    for suffix in (".tif", ".png"):
+        turned.save(path.with_suffix(suffix), exif=exif)
+        assert (np.asarray(_remove(folders, prob=1.0, fill="black")(image)) == expected).all(), suffix
+        path.with_suffix(suffix).unlink()
+
+
 def test_the_noise_of_a_jpeg_mask_is_background(folders):
     path = folders / "masks" / "cat" / "1.png"
     with Image.open(path) as mask:

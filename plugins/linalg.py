@@ -315,13 +315,13 @@ def row_blocks(rows: Tensor) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def score_blocks(rows: int, columns: int, device: torch.device) -> list[slice]:
-    """Split rows into blocks of about as many scores with all columns as fit the cache; 16 rows or more.
+def score_blocks(rows: int, columns: int, device: torch.device, *, least: int = 16) -> list[slice]:
+    """Split rows into blocks of about as many scores with all columns as fit the cache, and of ``least`` rows or more.
 
     >>> score_blocks(20_000, 6272, torch.device("cpu"))[:2]
     [slice(0, 167, None), slice(167, 334, None)]
     """
-    size = max((CPU_SCORES if device.type == "cpu" else GPU_SCORES) // max(columns, 1), 16)
+    size = max((CPU_SCORES if device.type == "cpu" else GPU_SCORES) // max(columns, 1), least)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from plugins.clock import Stepped
 from plugins.distributed import Collective
 from plugins.heads import mlp_head
 from plugins.losses import BYOLLossTerms, byol_terms, isoloss_terms
@@ -51,6 +52,30 @@ class CrossViewLoss(nn.Module):
         if self.iso:
             return isoloss_terms(e.z[a], e.p[a], e.target[b], metric=self.metric, comm=self.comm)
         return byol_terms(e.p[a], e.target[b], metric=self.metric, comm=self.comm)
+
+
+class ProjectingLoss(Stepped, nn.Module):
+    """A loss that also applies the projection head to features of its own, before an epoch.
+
+    Args:
+        options: of the method.
+        comm: the processes that share the batch.
+    """
+
+    def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
+        super().__init__()
+        self.options, self.comm = options, comm
+        self._attached: list[Any] = []  # in a list: the head is not a submodule of the loss
+
+    def attach(self, predictor: nn.Module | None, projector: nn.Module | None) -> None:
+        """Set the head."""
+        self._attached = [projector]
+
+    @property
+    def projector(self) -> Any:
+        """The projection head."""
+        (projector,) = self._attached
+        return projector
 
 
 def projector_options(hidden: int, output: int) -> dict[str, Option]:

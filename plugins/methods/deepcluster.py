@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plugins.clock import Feed, Stepped
+from plugins.clock import Feed
 from plugins.distributed import Collective
 from plugins.draws import draw_seed
 from plugins.losses import DeepClusterTerms, cluster_weights, deepcluster_terms
-from plugins.methods.common import HALF_FEATURES
+from plugins.methods.common import HALF_FEATURES, ProjectingLoss
 from plugins.spec import Embeddings, Hints, MethodSpec, Option, Paper
 from plugins.targets import kmeans, whitened
 from plugins.targets.label_table import (
@@ -24,20 +24,14 @@ from plugins.targets.label_table import (
 BALANCES = ("weight", "none")
 
 
-class _Loss(Stepped, nn.Module):
+class _Loss(ProjectingLoss):
     weights: Tensor
 
     def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
-        super().__init__()
-        self.options, self.comm = options, comm
+        super().__init__(options, comm)
         self.table = LabelTable(1, options["num_clusters"], seed=draw_seed(options["clusters_seed"]))
         # of an image by its cluster; a buffer, because a run that is resumed within an epoch does not cluster again
         self.register_buffer("weights", torch.ones(options["num_clusters"]))
-        self._projector: list[Any] = [None]  # in a list: it is not a submodule of the loss
-
-    def attach(self, predictor: nn.Module | None, projector: nn.Module | None) -> None:
-        """Set the top layer, which each epoch initialises anew."""
-        self._projector = [projector]
 
     def allocate(self, size: int) -> None:
         """Check the number of images; the objective also allocates the labels."""
@@ -79,8 +73,7 @@ class _Loss(Stepped, nn.Module):
 
     def _new_top_layer(self, seed: int) -> list[nn.Parameter]:
         """Initialise the last Linear layer of the head anew: weights of standard deviation 0.01, biases 0."""
-        (projector,) = self._projector
-        *_, layer = (module for module in projector.modules() if isinstance(module, nn.Linear))
+        *_, layer = (module for module in self.projector.modules() if isinstance(module, nn.Linear))
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(layer.weight.shape, generator=generator) * 0.01
         layer.weight.copy_(drawn)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plugins.clock import Clock, Feed, Stepped
+from plugins.clock import Clock, Feed
 from plugins.distributed import Collective
 from plugins.draws import draw_seed
 from plugins.heads import UnitRows, plain_head
 from plugins.losses import DeepClusterV2Terms, deepcluster_v2_terms
-from plugins.methods.common import LOG_EIGVALS, projector_options
+from plugins.methods.common import LOG_EIGVALS, ProjectingLoss, projector_options
 from plugins.modes import in_mode
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
 from plugins.targets import IndexedBank, kmeans
@@ -28,13 +28,12 @@ NEVER = -2
 """Stamp of a row of the banks that has not been written; -1 is the pass before epoch 0."""
 
 
-class _Loss(Stepped, nn.Module):
+class _Loss(ProjectingLoss):
     prototypes: Tensor
     stamps: Tensor
 
     def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
-        super().__init__()
-        self.options, self.comm = options, comm
+        super().__init__(options, comm)
         clusterings, width = options["num_clusterings"], options["proj_output_dim"]
         self.clock = Clock()
         self.table = LabelTable(clusterings, 0)
@@ -42,11 +41,6 @@ class _Loss(Stepped, nn.Module):
         # the epoch in which each image was last seen
         self.register_buffer("stamps", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("prototypes", torch.zeros(clusterings, options["num_prototypes"], width))
-        self._projector: list[Any] = [None]  # in a list: it is not a submodule of the loss
-
-    def attach(self, predictor: nn.Module | None, projector: nn.Module | None) -> None:
-        """Set the head that the first pass over the training set needs."""
-        self._projector = [projector]
 
     def allocate(self, size: int) -> None:
         """Check the number of images, none of which has been seen; the objective also allocates banks and labels."""
@@ -112,7 +106,7 @@ class _Loss(Stepped, nn.Module):
 
     def _first_pass(self, feed: Feed, epoch: int, progress: Progress) -> None:
         """Fill the banks with the embeddings of the augmented images, in training mode as published."""
-        (projector,), done = self._projector, 0
+        projector, done = self.projector, 0
         dtype = next(projector.parameters()).dtype
         with in_mode(True, projector):
             for index, features in feed(view="train", mode="train"):

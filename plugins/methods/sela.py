@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plugins.clock import Clock, Feed, Stepped
+from plugins.clock import Clock, Feed
 from plugins.distributed import Collective
 from plugins.draws import draw_seed
 from plugins.losses import SeLaTerms, sela_terms
-from plugins.methods.common import HALF_FEATURES
+from plugins.methods.common import HALF_FEATURES, ProjectingLoss
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
 from plugins.targets.balanced_labels import assign_balanced
 from plugins.targets.label_table import LabelTable, Progress, collect_features, warn_without_pass
@@ -42,17 +42,11 @@ def updates_labels(epoch: int, updates: int, epochs: int, spacing: str) -> bool:
     return any(epoch - 1 < time <= epoch for time in times)
 
 
-class _Loss(Stepped, nn.Module):
+class _Loss(ProjectingLoss):
     def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
-        super().__init__()
-        self.options, self.comm = options, comm
+        super().__init__(options, comm)
         self.clock = Clock()
         self.table = LabelTable(options["n_heads"], options["n_clusters"], seed=draw_seed(options["labels_seed"]))
-        self._projector: list[Any] = [None]  # in a list: it is not a submodule of the loss
-
-    def attach(self, predictor: nn.Module | None, projector: nn.Module | None) -> None:
-        """Set the heads with which the training set is labelled."""
-        self._projector = [projector]
 
     def forward(self, e: Embeddings) -> SeLaTerms:
         self.clock()
@@ -103,7 +97,7 @@ class _Loss(Stepped, nn.Module):
 
     def _log_probabilities(self, features: Tensor, head: int) -> Tensor:
         """Return the logarithms of the class probabilities of one head, ``[N, K]``."""
-        (projector,), classes = self._projector, self.options["n_clusters"]
+        projector, classes = self.projector, self.options["n_clusters"]
         columns = slice(head * classes, (head + 1) * classes)
         rows = features.new_empty(len(features), classes, dtype=torch.float32)
         for start in range(0, len(features), BLOCK):

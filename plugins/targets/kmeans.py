@@ -15,10 +15,8 @@ from torch import Tensor
 
 from plugins.checks import NotFiniteError, check_range, check_whole, compute_dtype
 from plugins.distributed import LOCAL, Collective
-from plugins.linalg import eigh
+from plugins.linalg import eigh, score_blocks
 
-ENTRIES = 2**20
-"""Numbers in a block of scores on the CPU, about the size of a cache; on a GPU 2^26."""
 SPLIT = 1 / 1024
 """Relative distance of the two halves of a cluster, in alternating directions of its coordinates."""
 LEAST_VARIANCE = 1e-6
@@ -141,9 +139,7 @@ def _drawn(
 
 def blocks(x: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks of rows in the dtype of the computation, so that a block with ``width`` columns stays small."""
-    size = max((ENTRIES if x.device.type == "cpu" else 2**26) // width, 256)
-    for start in range(0, len(x), size):
-        rows = slice(start, start + size)
+    for rows in score_blocks(len(x), width, x.device, least=256):
         yield rows, x[rows].to(compute_dtype(x.dtype))
 
 

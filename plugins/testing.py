@@ -273,6 +273,20 @@ def assert_joined(
         torch.testing.assert_close(mean, gradient, rtol=rtol, atol=atol, msg=lambda m, n=name: f"gradient of {n}: {m}")
 
 
+def assert_same_loss(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+    """Assert that two float32 losses have the same value and the same gradients.
+
+    Args:
+        ours: a loss of the inputs.
+        theirs: another implementation.
+        inputs: tensors that require gradients.
+    """
+    one, other = ours(*inputs), theirs(*inputs)
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for mine, wanted in zip(torch.autograd.grad(one, inputs), torch.autograd.grad(other, inputs), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-5)
+
+
 def _one_step(
     comm: Collective, step: Callable[..., Tensor], build: Callable[..., nn.Module] | None, *inputs: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:

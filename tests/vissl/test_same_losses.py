@@ -1,6 +1,5 @@
 """Losses that VISSL also has: the same values and gradients on one process. PIRL is in tests/losses/test_pirl.py."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from vissl.losses.simclr_info_nce_loss import SimclrInfoNCELoss
 from vissl.losses.swav_loss import SwAVLoss
 
 from plugins.losses import DINOLoss, barlow_twins_loss, moco_loss, simclr_loss, swav_loss
-from plugins.testing import toy_views
+from plugins.testing import assert_same_loss, toy_views
 from vissl_ext.registry import register
 
 register()
@@ -33,18 +32,10 @@ def _views(count: int, seed: int = 0) -> list[Tensor]:
     return [view.float().requires_grad_() for view in toy_views(6, 5, views=count, seed=seed)]
 
 
-def _assert_same(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], views: Sequence[Tensor]) -> None:
-    """Values and gradients agree."""
-    one, other = ours(*views), theirs(*views)
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    for mine, wanted in zip(torch.autograd.grad(one, views), torch.autograd.grad(other, views), strict=True):
-        torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-5)
-
-
 def test_simclr() -> None:
     buffers = {"world_size": 1, "embedding_dim": 5, "effective_batch_size": 12}
     theirs = SimclrInfoNCELoss(AttrDict({"temperature": 0.1, "buffer_params": buffers}))
-    _assert_same(lambda *z: simclr_loss(z, temperature=0.1), lambda *z: theirs(torch.cat(z), None), _views(2))
+    assert_same_loss(lambda *z: simclr_loss(z, temperature=0.1), lambda *z: theirs(torch.cat(z), None), _views(2))
 
 
 def test_barlow_twins() -> None:
@@ -64,7 +55,7 @@ def test_moco(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = _views(2)
     theirs = MoCoLoss(AttrDict({"embedding_dim": 5, "queue_size": 12, "momentum": 0.999, "temperature": 0.2}))
     theirs.key, queue = normalize(key.detach(), dim=1), theirs.queue.T.clone()
-    _assert_same(lambda q: moco_loss(q, key, queue, temperature=0.2), theirs, [query])
+    assert_same_loss(lambda q: moco_loss(q, key, queue, temperature=0.2), theirs, [query])
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -81,7 +72,7 @@ def test_swav(queued: bool, double: bool) -> None:
     theirs = SwAVLoss(AttrDict(options))
     queue = list(theirs.swav_criterion.local_queue0) if queued else None
     embeddings = torch.zeros(24, 8)
-    _assert_same(
+    assert_same_loss(
         lambda *s: swav_loss(s, queue_scores=queue), lambda *s: theirs([embeddings, torch.cat(s)], None), scores
     )
 
@@ -94,7 +85,7 @@ def test_dino_for_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(2):
         teacher = [view.detach() for view in _views(2, seed + 5)]
         theirs.teacher_output = torch.cat(teacher)
-        _assert_same(
+        assert_same_loss(
             lambda *s, teacher=teacher: ours(s, teacher).loss, lambda *s: theirs([torch.cat(s)]), _views(4, seed)
         )
         torch.testing.assert_close(ours.center, theirs.center.flatten(), rtol=1e-5, atol=1e-6)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from plugins.checks import check_range, check_rows, check_whole
-from plugins.clock import Stepped
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import unit_rows
+from plugins.targets.memory import ImageMemory
 
 FEW = 32
 """Below one index for so many rows of the bank, single dot products are cheaper than cosines with the whole bank."""
@@ -24,7 +24,7 @@ ENTRIES = 2**24
 """Number of cosines with the whole bank that are in memory at the same time."""
 
 
-class IndexedBank(Stepped, nn.Module):
+class IndexedBank(ImageMemory):
     """Rows of unit length, indexed by image: ``b_i ← l2(m b_i + (1 − m) l2(z_i))``.
 
     The bank is in the state dict. With ``size=None`` it is empty until :meth:`allocate` is called or a checkpoint is
@@ -54,44 +54,22 @@ class IndexedBank(Stepped, nn.Module):
     tensor([[0., 1.]])
     """
 
-    rows: Tensor
+    HOLDS = "the memory bank holds {size} images"
 
     def __init__(self, size: int | None, dim: int, *, momentum: float = 0.5, seed: int = 0) -> None:
-        super().__init__()
         check_whole("dim", dim, low=1)
         check_range("momentum", momentum, low=0.0, high=1.0)
+        super().__init__(torch.zeros(0, dim))
         self.dim, self.momentum, self.seed = dim, momentum, seed
-        self.register_buffer("rows", torch.zeros(0, dim))
         if size is not None:
             self.allocate(size)
 
-    @property
-    def size(self) -> int:
-        """Number of images; 0 before the allocation."""
-        return self.rows.shape[0]
-
-    @torch.no_grad()
-    def allocate(self, size: int) -> None:
-        """Fill an empty bank with random rows. Does nothing if the bank already has this size.
-
-        Args:
-            size: number of training images, > 0.
-
-        Raises:
-            ValueError: the bank has another size, for example that of a checkpoint.
-        """
-        check_whole("size", size, low=1)
-        if self.size == size:
-            return
-        if self.size:
-            raise ValueError(
-                f"the memory bank holds {self.size} images, but the training set has {size}; "
-                "continue with the training set of the checkpoint, or start a new run"
-            )
+    def first_rows(self, size: int) -> Tensor:
+        """Return random unit rows."""
         generator = torch.Generator().manual_seed(self.seed)
         bound = math.sqrt(3 / self.dim)
         drawn = torch.rand(size, self.dim, generator=generator).mul_(2 * bound).sub_(bound)
-        self.rows = F.normalize(drawn, dim=1).to(self.rows)
+        return F.normalize(drawn, dim=1)
 
     def read(self, index: Int64[Tensor, " B"]) -> Float[Tensor, "B D"]:
         """Return the rows of some images, without gradient.
@@ -171,12 +149,6 @@ class IndexedBank(Stepped, nn.Module):
                 f"index must be {shape} and {name} [B, {self.dim}] with the same B, "
                 f"got shapes {tuple(index.shape)} and {tuple(rows.shape)}"
             )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        saved = state_dict.get(f"{prefix}rows")
-        if not self.size and isinstance(saved, Tensor) and saved.ndim == 2 and saved.shape[1] == self.dim:
-            self.rows = self.rows.new_empty(saved.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class _Logits(torch.autograd.Function):

@@ -4,15 +4,15 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from plugins.checks import check_whole
-from plugins.clock import Feed, Stepped
+from plugins.clock import Feed
 from plugins.distributed import LOCAL, Collective
+from plugins.targets.memory import ImageMemory
 
 IGNORED = -100
 """Label of an image without one, which losses leave out."""
@@ -20,7 +20,7 @@ SECONDS = 10.0
 """Time between two lines of the progress."""
 
 
-class LabelTable(Stepped, nn.Module):
+class LabelTable(ImageMemory):
     """One label of each image of the training set in each of H clusterings. It is in the state dict.
 
     With no images it is empty until :meth:`allocate` is called or a checkpoint is loaded, because a framework may
@@ -45,52 +45,29 @@ class LabelTable(Stepped, nn.Module):
     2
     """
 
-    rows: Tensor
+    HOLDS = "the labels are those of {size} images"
     epoch: Tensor
 
     def __init__(self, clusterings: int, classes: int, *, seed: int = 0) -> None:
-        super().__init__()
         check_whole("clusterings", clusterings, low=1)
         check_whole("classes", classes, low=0)
+        super().__init__(torch.zeros(0, clusterings, dtype=torch.int32))
         self.classes, self.seed = classes, seed
-        # the images come first: a framework recognises a memory that is not allocated by its first size
-        self.register_buffer("rows", torch.zeros(0, clusterings, dtype=torch.int32))
         self.register_buffer("epoch", torch.tensor(-1))
-
-    @property
-    def size(self) -> int:
-        """Number n of images; 0 before the allocation."""
-        return self.rows.shape[0]
 
     @property
     def labels(self) -> Tensor:
         """The labels of each clustering, ``[H, n]``: a view of the buffer."""
         return self.rows.T
 
-    @torch.no_grad()
-    def allocate(self, size: int) -> None:
-        """Fill an empty table with the first labels. Does nothing if the table already has this size.
-
-        Args:
-            size: number n of training images, > 0.
-
-        Raises:
-            ValueError: the table has another size, for example that of a checkpoint.
-        """
-        check_whole("size", size, low=1)
-        if self.size == size:
-            return
-        if self.size:
-            raise ValueError(
-                f"the labels are those of {self.size} images, but the training set has {size}; "
-                "continue with the training set of the checkpoint, or start a new run"
-            )
+    def first_rows(self, size: int) -> Tensor:
+        """Return random labels, or none."""
         generator = torch.Generator().manual_seed(self.seed)
         columns = [
             torch.randperm(size, generator=generator) % self.classes if self.classes else torch.full((size,), IGNORED)
             for _ in self.labels
         ]
-        self.rows = torch.stack(columns, 1).to(self.rows)
+        return torch.stack(columns, 1)
 
     def read(self, index: Int64[Tensor, " B"] | None) -> Int64[Tensor, "H B"]:
         """Return the labels of some images.
@@ -123,12 +100,6 @@ class LabelTable(Stepped, nn.Module):
         found[index] = (labels + 1).to(found.dtype)
         found = comm.sum(found) - 1
         self.rows[:, clustering] = found.masked_fill_(found < 0, IGNORED)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        saved = state_dict.get(f"{prefix}rows")
-        if not self.size and isinstance(saved, Tensor) and saved.shape[1:] == self.rows.shape[1:]:
-            self.rows = self.rows.new_empty(saved.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class Progress:

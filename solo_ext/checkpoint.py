@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -426,9 +426,34 @@ def auto_resume(cfg: DictConfig, kind: str) -> tuple[Path, dict[str, Any]] | Non
     return path, checkpoint
 
 
-def resume_point(
-    cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Module
-) -> tuple[Path, Path | None, int, bool]:
+class ResumePoint(NamedTuple):
+    """Where a training begins."""
+
+    folder: Path
+    """The run's folder."""
+    checkpoint: Path | None
+    """The checkpoint to resume from; None for a new run."""
+    epochs: int
+    """Number of completed epochs."""
+    finished: bool
+    """Whether nothing is left to train."""
+
+    def is_complete(self, summary: str) -> bool:
+        """Return whether nothing is left to do, which is printed.
+
+        Args:
+            summary: name of the file that the command writes last. A run that was killed before it must still write it.
+        """
+        complete = self.finished and (self.folder / summary).is_file()
+        if complete:
+            print_on_rank_zero(
+                f"{self.checkpoint} belongs to a finished run of {counted(self.epochs, 'epoch')}: "
+                "there is nothing left to train"
+            )
+        return complete
+
+
+def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Module) -> ResumePoint:
     """Find the checkpoint to resume from.
 
     Args:
@@ -438,7 +463,7 @@ def resume_point(
         model: the network to be trained.
 
     Returns:
-        The run's folder, the checkpoint or None, the number of completed epochs, and whether nothing is left to train.
+        The place to resume from.
 
     Raises:
         UserError: the checkpoint belongs to another method, network or configuration.
@@ -449,13 +474,13 @@ def resume_point(
     elif cfg.auto_resume.enabled and (newest := auto_resume(cfg, kind)) is not None:
         found, checkpoint = newest
     else:
-        return folder, None, 0, False
+        return ResumePoint(folder, None, 0, False)
     epochs = check_resumable(found, checkpoint, cfg, model)
     if epochs > cfg.max_epochs:
         raise UserError(f"{found} was trained for {counted(epochs, 'epoch')}, more than max_epochs={cfg.max_epochs}")
     print_on_rank_zero(f"resuming after epoch {epochs} of {cfg.max_epochs} from {found}")
     finished = epochs == cfg.max_epochs or steps_done(checkpoint, cfg.get("max_steps"))
-    return (folder if cfg.checkpoint.version else found.parent), found, epochs, finished
+    return ResumePoint(folder if cfg.checkpoint.version else found.parent, found, epochs, finished)
 
 
 def load_backbone(place: str | Path, backbone: torch.nn.Module) -> None:

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from plugins.spelling import counted
-from plugins.tools.command import print_on_rank_zero
 from plugins.tools.process import end_with_first_process, exit_when_stopped
 
 USAGE = """usage: python -m solo_ext.main_linear --config-path FOLDER --config-name NAME [key=value ...]
@@ -67,14 +65,9 @@ def evaluate(cfg: DictConfig) -> Path:
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
     images = linear_images(cfg)
-    folder = run_folder(cfg, "linear")
-    folder, resumed, images.start_epoch, finished = resume_point(cfg, "linear", folder, model)
-    # a run that was killed before it wrote its summary must still write it
-    if finished and (folder / "linear.json").is_file():
-        print_on_rank_zero(
-            f"{resumed} belongs to a finished run of {counted(images.start_epoch, 'epoch')}: "
-            "there is nothing left to train"
-        )
+    start = resume_point(cfg, "linear", run_folder(cfg, "linear"), model)
+    folder, resumed, images.start_epoch = start[:3]
+    if start.is_complete("linear.json"):
         return folder
     lock = claim_folder(folder, resumed)
     best, totals, checkpointer = BestAccuracy(), Totals(), Checkpointer(cfg, folder, resumed)

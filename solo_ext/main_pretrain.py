@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from plugins.spelling import counted
-from plugins.tools.command import print_on_rank_zero
 from plugins.tools.process import end_with_first_process, exit_when_stopped
 
 USAGE = """usage: python -m solo_ext.main_pretrain --config-path FOLDER --config-name NAME [key=value ...]
@@ -64,13 +62,9 @@ def pretrain(cfg: DictConfig) -> Path:
     images = pretrain_images(cfg)
     folder, resumed = run_folder(cfg, cfg.method), None
     if cfg.max_epochs > 0:
-        folder, resumed, images.start_epoch, finished = resume_point(cfg, cfg.method, folder, model)
-        # a run that was killed before it wrote its summary must still write it
-        if finished and (folder / "pretrain.json").is_file():
-            print_on_rank_zero(
-                f"{resumed} belongs to a finished run of {counted(images.start_epoch, 'epoch')}: "
-                "there is nothing left to train"
-            )
+        start = resume_point(cfg, cfg.method, folder, model)
+        folder, resumed, images.start_epoch = start[:3]
+        if start.is_complete("pretrain.json"):
             return folder
     lock = claim_folder(folder, resumed)
 

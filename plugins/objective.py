@@ -366,7 +366,7 @@ class Objective(nn.Module):
         ``cosine_neg`` and ``dist_to_etf`` of the features, see :class:`plugins.losses.ETFMonitor`.
         """
         found = {name: value.detach() for name, value in terms._asdict().items()}
-        units = F.normalize(torch.stack(embeddings.z[: len(embeddings.target)]), dim=-1)
+        units = F.normalize(torch.stack([z.detach() for z in embeddings.z[: len(embeddings.target)]]), dim=-1)
         # a sum of squares: torch's std over rows takes several times as long
         centred = units - units.mean(1, keepdim=True)
         found["z_std"] = (centred.square().sum(1) / (units.shape[1] - 1)).sqrt().mean()

@@ -20,6 +20,7 @@ from plugins.experiments.live import live_table
 from plugins.experiments.suites import Request, Run, Suite, dissl, lightly, matrix_ssl, solo, toy, vissl
 from plugins.experiments.suites.runner import ENVIRONMENT, THREADS, Outcome, Runner, is_warm, shell
 from plugins.experiments.warm import start_server
+from plugins.spelling import counted
 from plugins.tools.command import Parser, UserError
 from plugins.tools.records import read_json
 
@@ -237,7 +238,10 @@ def run_suite(options: argparse.Namespace) -> int:
                 print(f"error: the preparation failed, no run was started: {shell(arguments)}", file=sys.stderr)
                 return 1
         jobs = min(options.jobs or suite.jobs(request) or _cores(), len(to_do))
-        print(f"{len(to_do)} runs, {jobs} at a time; logs in {results}/<framework>/<run>/seed<n>/log.txt", flush=True)
+        print(
+            f"{counted(len(to_do), 'run')}, {jobs} at a time; logs in {results}/<framework>/<run>/seed<n>/log.txt",
+            flush=True,
+        )
         with live_table() as table:
             report_line = table.report_line if table else partial(print, flush=True)
             outcome = Runner(to_do, jobs=jobs, report_line=report_line, show=table.update if table else None).go()
@@ -292,12 +296,13 @@ def _print_commands(preparation: Sequence[Sequence[str]], runs: Sequence[Run], r
 def _skipped(run: Run) -> str:
     epochs = read_json(run.result).get("epochs")
     if run.epochs is not None and epochs != run.epochs:
-        return f"{run.name}: skipped, finished with {epochs} epochs, not {run.epochs}; delete {run.folder} to repeat it"
+        found = "an unknown number of epochs" if epochs is None else counted(epochs, "epoch")
+        return f"{run.name}: skipped, finished with {found}, not {run.epochs}; delete {run.folder} to repeat it"
     return f"{run.name}: skipped, finished before ({run.result})"
 
 
 def _summarise(outcome: Outcome, runs: Mapping[str, Run]) -> None:
-    print(f"{len(outcome.finished)} runs finished, {len(outcome.failed)} failed", flush=True)
+    print(f"{counted(len(outcome.finished), 'run')} finished, {len(outcome.failed)} failed", flush=True)
     for name, why in outcome.failed.items():
         print(f"failed: {name}: {why}; log: {runs[name].log}", file=sys.stderr, flush=True)
 

@@ -397,3 +397,14 @@ def test_imports_begin_before_the_data_are_prepared(suite, monkeypatch, tmp_path
     monkeypatch.setattr(experiments, "_call", lambda arguments: order.append("prepare") or 2)
     assert experiments.main(["toy"]) == 2
     assert order == ["1", "prepare"]
+
+
+def test_a_run_of_other_length_is_skipped_with_its_number_of_epochs(tmp_path):
+    run = replace(fake_run(tmp_path, "good"), epochs=2)
+    run.folder.mkdir(parents=True)
+    for epochs, found in (
+        (1, "finished with 1 epoch, not 2"),
+        (None, "finished with an unknown number of epochs, not 2"),
+    ):
+        run.result.write_text(json.dumps({"epochs": epochs}))
+        assert found in experiments._skipped(run)

@@ -16,6 +16,12 @@ from plugins.experiments.theory import gram_eigenvalues
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture
+def few_samples(monkeypatch):
+    """A quarter of the samples of a step: the time of the cosine metric is in drawing them."""
+    monkeypatch.setattr(toy_dynamics, "SAMPLES", 512)
+
+
 def test_suite_names_the_figures_that_there_are():
     assert tuple(toy_dynamics.FIGURES) == toy.FIGURES
 
@@ -95,7 +101,7 @@ def test_a_table_of_nothing_is_an_error(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_known_numbers_of_the_eigenvalue_figure(tmp_path):
+def test_known_numbers_of_the_eigenvalue_figure(tmp_path, few_samples):
     """The whole figure: ends of all trajectories, and how far theory and simulation are apart."""
     rows = {row.case: row for row in toy_dynamics.draw("eigenvalues", tmp_path)}
     ends = {
@@ -103,11 +109,11 @@ def test_known_numbers_of_the_eigenvalue_figure(tmp_path):
         "Euclidean, IsoLoss": ((0.9901, 1e-4), (0.9901, 1e-4)),
         "Euclidean, no predictor": ((0.0200 * 0.0498, 1e-4), (2.2383 * 0.0498, 5e-4)),
         "Euclidean, no stop-gradient": ((0.0, 1e-6), (8e-5, 1e-5)),
-        # of samples: other ones move the ends by up to 0.005, and so may another machine's rounding
+        # of samples: other ones move the ends, and so may another machine's rounding
         "cosine, DirectPred": ((0.558, 0.03), (0.816, 0.01)),
         "cosine, IsoLoss": ((1.055, 0.01), (1.058, 0.01)),
         "cosine, no predictor": ((0.027, 0.003), (2.095, 0.03)),
-        "cosine, no stop-gradient": ((0.0, 1e-3), (4.02, 0.15)),
+        "cosine, no stop-gradient": ((0.0, 1e-3), (4.1, 0.25)),
     }
     for case, wanted in ends.items():
         for value, (number, tolerance) in zip(rows[case].simulated, wanted, strict=True):
@@ -123,7 +129,7 @@ def test_known_numbers_of_the_eigenvalue_figure(tmp_path):
 
 
 @pytest.mark.slow
-def test_known_numbers_of_weight_decay_and_growth(tmp_path):
+def test_known_numbers_of_weight_decay_and_growth(tmp_path, few_samples):
     """A third of the steps is enough for the survivors to arrive."""
     rows = {row.case: row for row in toy_dynamics.draw("weight_decay", tmp_path, fraction=0.34)}
     for rule, wanted in (("DirectPred", (0.8772, 0.7120)), ("IsoLoss", (0.8911, 0.7921, 0.6931))):
@@ -146,7 +152,7 @@ def test_known_numbers_of_weight_decay_and_growth(tmp_path):
 
 
 @pytest.mark.slow
-def test_known_numbers_of_two_neurons(tmp_path):
+def test_known_numbers_of_two_neurons(tmp_path, few_samples):
     rows = {row.case: row for row in toy_dynamics.draw("two_neurons", tmp_path)}
     small, other = toy_dynamics.starts(2, 6, 0.25, 0.5)
     for start, weight, drift in ((1, small, 1.2), (2, 2 * small, 1.02), (3, other, 1.02)):

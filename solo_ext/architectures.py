@@ -1,5 +1,5 @@
-"""Backbones that solo-learn does not have: ResNet-8 for small images, and torchvision's deeper and wider ResNets,
-ResNeXts and RegNets, all untrained.
+"""Backbones that solo-learn does not have: those of :mod:`plugins.tools.backbones`, and torchvision's deeper and wider
+ResNets, ResNeXts and RegNets, all untrained.
 
 The classifier is removed, and ``num_features`` is the width of the features. On CIFAR, a ResNet has the stem of
 solo-learn's own ResNets: a 3×3 convolution with stride 1 and padding 2 (32 pixels become 34) and no max-pool. A RegNet
@@ -24,11 +24,10 @@ from torchvision.models.regnet import RegNet
 
 from plugins.heads import expand_resnet_dim, issl_init_
 from plugins.spelling import did_you_mean
+from plugins.tools.backbones import BACKBONES
 from plugins.tools.regnet import BLOCKS, regnet_y, small_stem_
-from plugins.tools.resnet8 import resnet8
 
-_RESNETS = {
-    "resnet8": resnet8,
+_TORCHVISION = {
     "resnet34": resnet.resnet34,
     "resnet101": resnet.resnet101,
     "resnet152": resnet.resnet152,
@@ -36,9 +35,8 @@ _RESNETS = {
     "resnext101": resnet.resnext101_32x8d,
     "wide_resnet50": resnet.wide_resnet50_2,
     "wide_resnet101": resnet.wide_resnet101_2,
+    **{name: partial(regnet_y, name) for name in BLOCKS},
 }
-
-
 _EXPANDED = {f"expanded_{name}": vars(resnet)[name] for name in ("resnet18", "resnet34", "resnet50", "resnet101")}
 _STEMS = ("7x7", "3x3", "cifar")
 
@@ -84,21 +82,24 @@ def _expanded(
 
 
 def _build(name: str, method: str, *, cifar: bool = False, **kwargs: Any) -> nn.Module:
-    """Build one of torchvision's networks, or a RegNetY-256GF.
+    """Build one of torchvision's networks, or one of BACKBONES.
 
     Args:
         name: a key of ARCHITECTURES.
         method: name of the method that is trained; ignored.
         cifar: whether the images have 32 pixels.
-        kwargs: options of torchvision's class, such as ``zero_init_residual``.
+        kwargs: options of torchvision's class, or of the function in BACKBONES, such as ``zero_init_residual``.
 
     Raises:
         TypeError: the network has no such option.
     """
-    build, cls = (_RESNETS[name], resnet.ResNet) if name in _RESNETS else (partial(regnet_y, name), RegNet)
+    build = BACKBONES.get(name) or _TORCHVISION[name]
+    takes: Callable[..., Any] = build
+    if name not in BACKBONES or name in BLOCKS:  # torchvision's functions pass their options to the class
+        takes = RegNet if name in BLOCKS else resnet.ResNet
     # options of the classifier, which is removed, and of the architecture, which the name defines
-    fixed = {"self", "num_classes", "block", "layers", "block_params", "groups", "width_per_group"}
-    known = sorted(set(inspect.signature(cls.__init__).parameters) - fixed)
+    fixed = {"self", "weights", "num_classes", "block", "layers", "block_params", "groups", "width_per_group"}
+    known = sorted(set(inspect.signature(takes).parameters) - fixed)
     for key in kwargs:
         if key not in known:
             raise TypeError(
@@ -107,16 +108,16 @@ def _build(name: str, method: str, *, cifar: bool = False, **kwargs: Any) -> nn.
     network = build(weights=None, **kwargs)
     network.num_features = network.fc.in_features
     network.fc = nn.Identity()
-    if cifar and name in _RESNETS and name != "resnet8":
+    if cifar and isinstance(network, resnet.ResNet) and name != "resnet8":
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, stride=1, padding=2, bias=False)
         network.maxpool = nn.Identity()
-    elif cifar and name in BLOCKS:
+    elif cifar and isinstance(network, RegNet):
         small_stem_(network)
     return network
 
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
-    **{name: partial(_build, name) for name in sorted((*_RESNETS, *BLOCKS))},
+    **{name: partial(_build, name) for name in sorted({*_TORCHVISION, *BACKBONES})},
     **{name: partial(_expanded, name) for name in _EXPANDED},
 }
 """{name: factory(method, cifar=False, **kwargs)}; a network maps images ``[B, 3, H, W]`` to ``[B, num_features]``."""

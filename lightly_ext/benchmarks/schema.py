@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BeforeValidator, ValidationError, model_validator
 
+from plugins.tools.backbones import BACKBONES
 from plugins.tools.command import Parser, UserError, home
 from plugins.tools.schema import (
     Allowed,
@@ -74,7 +75,7 @@ class Options(Section):
     )
     ckpt_path: _File | None = entry("checkpoint to resume from; --methods must name one method", None)
     seed: integer(0, 2**32 - 1) | None = entry("seed of all random numbers; default: none", None)
-    backbone: String = entry("resnet8, regnet_y_256gf or a model of torchvision, for our methods", "resnet50")
+    backbone: String = entry(f"a model of torchvision, {', '.join(BACKBONES)}; for our methods", "resnet50")
     small_images: Boolean = entry(
         "ResNet with a 3x3 stem of stride 1 and without max-pool; RegNet with a stem of stride 1", False
     )

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from lightly_ext.benchmarks.schema import Options
 from lightly_ext.data import IndexedDataset
 from lightly_ext.models import MethodModel
 from lightly_ext.transforms import TwoViewTransform
+from plugins.tools.backbones import BACKBONES
 from plugins.tools.command import UserError, did_you_mean
 from plugins.tools.folders import ImageFolder
 from plugins.tools.images import open_image
-from plugins.tools.regnet import BLOCKS, regnet_y, small_stem_
-from plugins.tools.resnet8 import resnet8
+from plugins.tools.regnet import small_stem_
 
 _LARGE = 64  # up to this side in pixels, evaluation resizes to the input size, without a margin that is cropped
 
@@ -168,13 +169,14 @@ class Setup:
 
 
 def backbone(options: Options) -> nn.Module:
-    """Build a network of torchvision, resnet8 or regnet_y_256gf, without its classifier.
+    """Build a network of torchvision or of BACKBONES, without its classifier.
 
     Raises:
         UserError: there is no such network, or it does not accept images of this size.
     """
     name = options.backbone
-    known = ["resnet8", *sorted({*torchvision.models.list_models(module=torchvision.models), *BLOCKS})]
+    published = torchvision.models.list_models(module=torchvision.models)
+    known = sorted({*published, *BACKBONES})
     if name not in known:
         raise UserError(
             f"--backbone: unknown model {name!r}; choose from {', '.join(known)}{did_you_mean(name, known)}"
@@ -182,10 +184,8 @@ def backbone(options: Options) -> nn.Module:
     # a ViT accepts only images of the size that its constructor gets
     sized = {"image_size": options.input_size} if name.startswith("vit_") else {}
     try:
-        if name in BLOCKS:
-            network: nn.Module = regnet_y(name)
-        else:
-            network = resnet8() if name == "resnet8" else torchvision.models.get_model(name, weights=None, **sized)
+        build = BACKBONES.get(name) or partial(torchvision.models.get_model, name, weights=None, **sized)
+        network: nn.Module = build()
     except (AssertionError, RuntimeError, ValueError) as error:
         size = options.input_size
         raise UserError(f"--backbone {name} does not accept --input-size {size}: {first_line(error)}") from None

@@ -11,6 +11,8 @@ VISSL, or a state dict. ``torchvision`` and ``timm`` write a state dict for the 
 
     timm.create_model("resnet18", num_classes=0).load_state_dict(torch.load("OUT", weights_only=True))
 
+A wider ResNet is one of ``plugins.tools.backbones``, such as ``BACKBONES["resnet50x2"]()``; timm has none.
+
 ``detectron2`` writes the ``.pkl`` file for ``MODEL.WEIGHTS`` of detectron2. It accepts a ResNet-50 or deeper with the
 stem for large images. configs/detectron2 has configurations that use the file.
 
@@ -34,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from plugins.tools.backbones import BACKBONES
 from plugins.tools.command import Parser, UserError, exit_on_user_error, print_on_rank_zero
 from plugins.tools.files import atomic
 from plugins.tools.fitting import mismatch, plain_names
@@ -51,7 +54,9 @@ _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer
 _RESNETS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
+    *("resnet50x2", "resnet50x4", "resnet200", "resnet200x2"),
 )
+"""Networks to which weights are fitted without ``--arch``; the last four are of plugins.tools.backbones."""
 _BOTTLENECKS = ("resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d")
 _STAGES = {f"layer{stage}": f"res{stage + 1}" for stage in range(1, 5)}
 TARGETS = ("torchvision", "timm", "detectron2", "safetensors", "dissl")
@@ -188,9 +193,12 @@ def _build(target: str, arch: str) -> nn.Module:
         return timm.create_model(arch, num_classes=0)
     import torchvision
 
-    if arch not in torchvision.models.list_models(module=torchvision.models):
-        raise UserError(f"torchvision has no model {arch!r}")
-    model = torchvision.models.get_model(arch, weights=None)
+    if arch in BACKBONES:
+        model = BACKBONES[arch]()
+    elif arch in torchvision.models.list_models(module=torchvision.models):
+        model = torchvision.models.get_model(arch, weights=None)
+    else:
+        raise UserError(f"torchvision has no model {arch!r}; of ours there are {', '.join(BACKBONES)}")
     for name in ("fc", "classifier", "heads", "head"):
         if name in dict(model.named_children()):
             setattr(model, name, nn.Identity())

@@ -59,6 +59,14 @@ def test_regnets_are_backbones(tmp_path: Path) -> None:
         assert large(torch.zeros(2, 3, 32, 32)).shape == (2, 10444)
 
 
+def test_wide_resnets_are_backbones(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        options = {"train_dir": tmp_path, "val_dir": tmp_path, "backbone": "resnet50x2", "small_images": True}
+        network = backbone(validate(options))
+        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 4096)
+    assert network.conv1.weight.shape == (128, 3, 3, 3)
+
+
 def batches(count: int = 4, rows: int = 8) -> list[tuple[list[Tensor], Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [
@@ -420,7 +428,7 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
         (["--batch-size-per-device", "128"], "a batch of 128 exceeds the number of training images, 80"),
         (["--batch-size-per-device", "1"], "--batch-size-per-device must be an integer, at least 2, got 1"),
         (["--knn-k", "100"], "--knn-k must not exceed the number of training images, 80, got 100"),
-        (["--backbone", "resnet81"], "--backbone: unknown model 'resnet81'; choose from resnet8, alexnet, "),
+        (["--backbone", "resnet81"], "--backbone: unknown model 'resnet81'; choose from alexnet, "),
         (["--backbone", "vgg11", "--small-images"], "--small-images needs a ResNet or a RegNet, got --backbone vgg11"),
         (["--option", "alhpa=1.0"], "isoloss: method isoloss has no option 'alhpa'; known options: alpha, "),
         (["--option", "rho"], "--option must be KEY=VALUE, got 'rho'"),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torchvision import models
 
+from plugins.tools.backbones import BACKBONES
 from plugins.tools.command import UserError
 from plugins.tools.export import read_backbone
 from solo_ext.architectures import ARCHITECTURES
@@ -61,7 +62,16 @@ def _count(network: nn.Module) -> int:
 
 
 def test_all_names():
-    assert set(ARCHITECTURES) == {"resnet8", "regnet_y_256gf", *PUBLISHED, *EXPANDED}
+    assert set(ARCHITECTURES) == {*BACKBONES, *PUBLISHED, *EXPANDED}
+
+
+def test_wide_resnets_have_their_options_and_the_stem_of_cifar():
+    network = _build("resnet50x2", cifar=True, zero_init_residual=True)
+    assert (network.num_features, network.inplanes) == (4096, 4096)
+    assert (network.conv1.weight.shape, network.conv1.padding) == ((128, 3, 3, 3), (2, 2))
+    assert _shape(network, 32) == (2, 4096)
+    with pytest.raises(TypeError, match="backbone resnet50x2 has no option 'width'; known options: zero_init_residual"):
+        _build("resnet50x2", width=3)
 
 
 # parameters without classifier: ResNet-18 11,176,512; its block to 2048 3,676,160; ResNet-50 23,508,032; to 8192

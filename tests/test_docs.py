@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from plugins.experiments.method_pages import NOT_MEASURED, commands, digits_row, hand_written, method_page, root_page
+from plugins.experiments.methods_table import facts
 from plugins.experiments.published import PUBLISHED
 from plugins.methods import METHODS
 
@@ -83,6 +84,30 @@ def test_digits_are_those_of_the_page_about_choosing():
     for spec in METHODS.values():
         assert NOT_MEASURED not in digits_row(spec.title), spec.title
     assert digits_row("no such method") == [NOT_MEASURED] * 3
+
+
+PARTS = {
+    "EMA teacher": lambda spec: spec.teacher,
+    "second head": lambda spec: facts(spec).teacher == "second head",
+    "MLP predictor": lambda spec: facts(spec).predictor == "MLP",
+    "closed-form predictor": lambda spec: facts(spec).predictor == "closed form",
+    "prototypes": lambda spec: facts(spec).predictor == "prototypes",
+    "per image": lambda spec: spec.indexed,
+    "patches": lambda spec: spec.stacks > 0,
+    "feature maps": lambda spec: bool(spec.taps(spec.resolve({}))),
+}
+"""Words in the column "Needs" of the table of all methods → whether a method has the part."""
+
+
+def test_page_about_choosing_has_the_parts_of_every_method():
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    rows = dict(re.findall(r"^\| \[.+?\]\(methods/(\w+)\.md\) \| (.+) \|$", text, re.MULTILINE))
+    assert [*rows] == [*METHODS]
+    for name, spec in METHODS.items():
+        _, needs, views, *_ = rows[name].split(" | ")
+        assert {part for part in PARTS if part in needs} == {part for part in PARTS if PARTS[part](spec)}, name
+        least = {None: "two" if spec.large < 2 else "two large", 0: "none", 1: "one", 2: "two"}[spec.views]
+        assert views.partition(",")[0] == least, name
 
 
 def test_methods_of_the_site_are_those_of_the_package():

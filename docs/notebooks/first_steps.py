@@ -14,8 +14,8 @@
 # %% [markdown]
 # # First steps
 #
-# Train a small network with IsoLoss on the 8 × 8 digits of scikit-learn, without labels, and look at
-# what its features know. It runs in a few seconds on a CPU and needs no download.
+# Train a small network with IsoLoss on the 8 × 8 digits of scikit-learn, without labels, and evaluate
+# its features. It runs in a few seconds on a CPU and needs no download.
 
 # %%
 import torch
@@ -56,7 +56,7 @@ def view(batch):
 # ## Model
 #
 # Any module that returns features is a backbone. `IsoLoss` adds projection head, predictor and
-# teacher. Every other method is one word here: `SSLEY`, `DISSL`, `BYOL` and so on.
+# teacher. For another method replace `IsoLoss` by its name: `SSLEY`, `DISSL`, `BYOL` and so on.
 
 # %%
 backbone = nn.Sequential(
@@ -81,7 +81,7 @@ print(f"untrained: {before:.1%}")
 # %% [markdown]
 # ## Training
 #
-# The loss alone does not tell whether the method works: a constant embedding has loss 0. `z_std` is
+# The loss alone does not show whether the method works: a constant embedding has loss 0. `z_std` is
 # 1/√D = 0.125 for an isotropic embedding and 0 for a constant one.
 
 # %%

@@ -103,8 +103,8 @@ _, simclr, _ = train_encoder(simclr=True)
 # %% [markdown]
 # ## Result
 #
-# On this toy the two do not differ by more than seeds do. The loss of CISSL is at least log 2,
-# because a view is one of its own two positives.
+# In this small example the two methods differ by no more than two seeds of one method. The loss of
+# CISSL is at least log 2, because a view is one of its own two positives.
 
 # %%
 print(f"linear probe: untrained {untrained:.1%}, CISSL {cissl:.1%}, SimCLR {simclr:.1%}")

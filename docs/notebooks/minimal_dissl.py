@@ -66,7 +66,7 @@ def probe(encoder):
 # %% [markdown]
 # ## Encoder and heads
 #
-# The student head is linear because the probe will be linear. The teacher head is an MLP. Both see
+# The student head is linear because the probe will be linear. The teacher head is an MLP. Both use
 # the same encoder, and gradients flow through both.
 
 # %%

@@ -15,9 +15,9 @@
 # # Pretrained weights: load, extract features, probe
 #
 # The authors of DISSL published seven ResNet-50s. `load_dissl("dissl_resnet50_dNone_e400_m6")`
-# downloads one, remembers its SHA-256 and returns a torchvision ResNet-50 that outputs features. This
+# downloads one, stores its SHA-256 and returns a torchvision ResNet-50 that outputs features. This
 # notebook also runs without a network: it then writes a file of the same layout with random weights,
-# and says so. Accuracies of random weights say nothing about DISSL.
+# and prints a message. Accuracies of random weights are not those of DISSL.
 
 # %%
 import os

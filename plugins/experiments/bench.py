@@ -345,7 +345,7 @@ def _log_probabilities(rows: int, width: int, device: str) -> list[Tensor]:
 
 
 def _plain_balanced_labels(log_probabilities: Tensor) -> Tensor:
-    """Iterate in float64 on the power of the probabilities, as published."""
+    """Iterate in float64 on the power of the probabilities, which is computed once, as published."""
     power = (LAMBDA * log_probabilities.double()).exp()
     n, classes = power.shape
     columns, error, iteration = power.new_full((n,), 1 / n), math.inf, 0
@@ -356,6 +356,20 @@ def _plain_balanced_labels(log_probabilities: Tensor) -> Tensor:
             error = float((columns / new - 1).abs().mean())
         columns, iteration = new, iteration + 1
     return (power * rows).argmax(1)
+
+
+def _log_balanced_labels(log_probabilities: Tensor) -> Tensor:
+    """Iterate in float64 on the logarithms of the factors, which do not underflow as the power does."""
+    x = LAMBDA * log_probabilities.double()
+    n, classes = x.shape
+    g, error, iteration = x.new_full((n,), -math.log(n)), math.inf, 0
+    while error > TOLERANCE:
+        f = -math.log(classes) - (x + g[:, None]).logsumexp(0)
+        new = -math.log(n) - (x + f).logsumexp(1)
+        if iteration % 10 == 0:
+            error = float((g - new).expm1().abs().mean())
+        g, iteration = new, iteration + 1
+    return (x + f).argmax(1)
 
 
 def _ours_balanced_labels(log_probabilities: Tensor) -> Tensor:
@@ -460,6 +474,7 @@ LOSSES = {
         work=lambda rows, width: rows**2 * width,
     ),
 }
+LOSSES["balanced_labels_log"] = LOSSES["balanced_labels"]._replace(plain=_log_balanced_labels, sizes=((5000, 128),))
 if importlib.util.find_spec("lightly") is not None:
     sizes = ((256, 512), (256, 2048), (1024, 512), (2048, 1024))
     LOSSES["barlow_twins"] = Case(_views, _lightly_barlow_twins, _ours_barlow_twins, sizes=sizes)

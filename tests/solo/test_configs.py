@@ -230,6 +230,9 @@ _CROPS = {
     "swav": [(224, 2, 0.14, 1), (96, 6, 0.05, 0.14)],
     "seer": [(224, 2, 0.14, 1), (96, 4, 0.05, 0.14)],
     "dino": [(224, 1, 0.14, 1), (224, 1, 0.14, 1), (96, 8, 0.05, 0.14)],
+    "sela": [(224, 1, 0.08, 1)],
+    "deepcluster": [(224, 1, 0.08, 1)],
+    "deepcluster_v2": [(224, 2, 0.14, 1), (96, 6, 0.05, 0.14)],
 }
 
 
@@ -240,6 +243,9 @@ _CROPS = {
         ("swav", 4096, 800, (0.3, 4.8, 0.0048), "lars", 1e-6, None),
         ("seer", 8192, 100, (0.15, 9.6, 0.0096), "lars", 1e-5, None),
         ("dino", 512, 100, (0, 0.06, 1e-6), "sgd", 1e-4, (0.996, 1)),
+        ("sela", 256, 400, ("step", 0.08, None), "sgd", 1e-5, None),
+        ("deepcluster", 256, 200, ("none", 0.05, None), "sgd", 1e-5, None),
+        ("deepcluster_v2", 4096, 800, (0.3, 4.8, 0.0048), "lars", 1e-6, None),
     ],
 )
 def test_published_settings_on_imagenet(method, batch, epochs, rates, optimizer, decay, tau, images):
@@ -247,9 +253,14 @@ def test_published_settings_on_imagenet(method, batch, epochs, rates, optimizer,
     assert method_class(cfg).spec.name == method
     assert cfg.optimizer.batch_size * cfg.devices * cfg.num_nodes * cfg.accumulate_grad_batches == batch
     first, peak, last = rates
-    assert cfg.scheduler.warmup_epochs == (0 if first is None else 10)
-    assert first is None or cfg.scheduler.warmup_start_lr == first
-    assert (cfg.optimizer.lr, cfg.scheduler.min_lr) == (pytest.approx(peak), last)
+    if isinstance(first, str):  # not a cosine
+        assert cfg.scheduler.name == first
+        assert first == "none" or [*cfg.scheduler.lr_decay_steps] == [150, 300, 350]
+    else:
+        assert cfg.scheduler.warmup_epochs == (0 if first is None else 10)
+        assert first is None or cfg.scheduler.warmup_start_lr == first
+        assert cfg.scheduler.min_lr == last
+    assert cfg.optimizer.lr == pytest.approx(peak)
     assert (cfg.optimizer.name, float(cfg.optimizer.weight_decay), cfg.max_epochs) == (optimizer, decay, epochs)
     assert optimizer == "sgd" or not cfg.optimizer.kwargs.exclude_bias_n_norm
     assert tau is None or (cfg.momentum.base_tau, cfg.momentum.final_tau) == tau

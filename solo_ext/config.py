@@ -161,8 +161,11 @@ def _check_dali(cfg: DictConfig) -> None:
     if cfg.dali.device == "gpu" and not gpu:
         raise UserError("dali.device is gpu, but this machine has no GPU; add ++dali.device=cpu")
     steps = cfg.get("augmentations") or ()
-    if any(is_stack(view) or view.photometric.prob for view in steps):
-        raise UserError("jigsaw, rotation and photometric are not available with DALI; use data.format=image_folder")
+    if cfg.get("shared_flip") or any(is_stack(view) or view.photometric.prob or view.translate.prob for view in steps):
+        raise UserError(
+            "jigsaw, rotation, photometric, translate and shared_flip are not available with DALI; "
+            "use data.format=image_folder"
+        )
     if cfg.get("auto_augment"):
         raise UserError("auto_augment is not available with data.format=dali; use data.format=image_folder")
 

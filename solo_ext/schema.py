@@ -184,7 +184,14 @@ class Jitter(Step):
         return self
 
 
+class Shift(Step):
+    """A translation by a whole number of pixels in both directions; the gap shows the image's reflection."""
+
+    pixels: integer(1, 1024) = entry("largest translation in pixels, below crop_size", 4)
+
+
 _STEPS = (
+    "translate",
     "color_jitter",
     "photometric",
     "grayscale",
@@ -220,6 +227,7 @@ class View(Section):
     """Crops of an image with the same augmentation. Missing steps are disabled."""
 
     rrc: Crop = entry("random resized crop")
+    translate: Shift = _step(Shift, "translation, after the crop")
     color_jitter: Jitter = _step(Jitter, "changes of colour")
     photometric: Step = _step(Step, "posterisation, sharpness, solarisation and contrast, as in PIRL")
     grayscale: Step = _step(Step, "conversion to grey")
@@ -260,6 +268,10 @@ class View(Section):
             raise ValueError(": jigsaw and rotation exclude each other")
         if (self.jigsaw is not None or self.rotation) and not self.rrc.enabled:
             raise ValueError(".rrc.enabled must be true for a stack of patches, got false")
+        if self.translate.prob and self.translate.pixels >= self.crop_size:
+            raise ValueError(
+                f".translate.pixels must be below crop_size, got {self.translate.pixels} and crop_size {self.crop_size}"
+            )
         if self.jigsaw is not None and (
             self.jigsaw.side % self.jigsaw.grid or self.crop_size > self.jigsaw.side // self.jigsaw.grid
         ):
@@ -437,6 +449,10 @@ class Pretrain(Run):
     method_kwargs: _Free = entry("options of the method; the error for an unknown option lists all options", {})
     data: Data = entry("the images")
     augmentations: _Views = entry("the views of an image that a method compares")
+    shared_flip: Fraction = entry(
+        "probability that all views of an image are flipped horizontally together, besides their own horizontal_flip",
+        0.0,
+    )
     optimizer: PretrainOptimizer = entry("the optimiser")
     momentum: Momentum = _section(Momentum, "the teacher, for methods that have one")
     knn_eval: KNNEval = _section(KNNEval, "k-nearest-neighbour accuracy after each validation")

@@ -7,6 +7,7 @@ from PIL import ImageOps
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms as T
 
+from plugins.tools.geometry import SharedFlip, Translate
 from plugins.tools.masks import RemoveBackground
 from plugins.tools.stacks import Jigsaw, Photometric, Rotation, Stack
 from solo_ext.compat import host_data
@@ -105,6 +106,8 @@ def has_masks(cfg: Any) -> bool:
 def _steps(dataset: str, cfg: DictConfig) -> list[Any]:
     """Build the steps after the crop."""
     steps: list[Any] = []
+    if cfg.translate.prob:
+        steps.append(Translate(cfg.translate.pixels, cfg.translate.prob))
     jitter = cfg.color_jitter
     if jitter.prob:
         strength = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
@@ -125,7 +128,7 @@ def _steps(dataset: str, cfg: DictConfig) -> list[Any]:
     return [*steps, T.ToTensor(), T.Normalize(mean, std)]
 
 
-def pretrain_transform(cfg: DictConfig) -> host_data.FullTransformPipeline:
+def pretrain_transform(cfg: DictConfig) -> Any:
     """Build the transform that maps a PIL image to the list of all views of ``cfg.augmentations``.
 
     Raises:
@@ -138,7 +141,8 @@ def pretrain_transform(cfg: DictConfig) -> host_data.FullTransformPipeline:
         if background is not None:
             transform = T.Compose([background, transform])
         views.append(host_data.NCropAugmentation(transform, view.num_crops))
-    return host_data.FullTransformPipeline(views)
+    pipeline = host_data.FullTransformPipeline(views)
+    return T.Compose([pipeline, SharedFlip(cfg.shared_flip)]) if cfg.get("shared_flip") else pipeline
 
 
 def remove_background(cfg: DictConfig, view: Any) -> RemoveBackground | None:

@@ -1,4 +1,4 @@
-"""Patch masking, stacks of patches, and transforms whose probability increases over the first epochs.
+"""Patch masking, stacks of patches, a flip of all views, and transforms whose probability increases.
 
 The task sets the epoch before it starts the workers of the data loader, which get a copy of the transforms.
 """
@@ -15,6 +15,7 @@ from torchvision.transforms import RandomResizedCrop
 from vissl.data.ssl_transforms import ssl_transforms_wrapper
 from vissl.data.ssl_transforms.img_pil_multicrop_random_apply import ImgPilMultiCropRandomApply
 
+from plugins.tools.geometry import SharedFlip, Translate
 from plugins.tools.stacks import Jigsaw, Rotation
 
 
@@ -194,6 +195,35 @@ class StackPatches(ClassyTransform):
         return [*images[: self.views], torch.stack(images[self.views :])]
 
 
+@register_transform("ImgSharedFlip")
+class ImgSharedFlip(SharedFlip, ClassyTransform):
+    """Flip all views of an image or none, see :class:`plugins.tools.geometry.SharedFlip`. It takes all views at once.
+
+    Args:
+        p: probability of the flip.
+    """
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ImgSharedFlip":
+        """Create the transform from an entry of TRANSFORMS."""
+        return cls(config.get("p", 0.5))
+
+
+@register_transform("ImgPilTranslate")
+class ImgPilTranslate(Translate, ClassyTransform):
+    """Translate each view by itself, see :class:`plugins.tools.geometry.Translate`.
+
+    Args:
+        pixels: largest translation in pixels.
+        p: probability of the translation.
+    """
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ImgPilTranslate":
+        """Create the transform from an entry of TRANSFORMS."""
+        return cls(config.get("pixels", 4), config.get("p", 0.8))
+
+
 def set_epoch(transform: Any, epoch: int) -> None:
     """Set the epoch in each transform of a composition that has a warm-up.
 
@@ -210,7 +240,7 @@ def set_epoch(transform: Any, epoch: int) -> None:
 def replace_transforms() -> None:
     """Register WarmupRandomApply in place of VISSL's transform, and list the transforms that make or take all views."""
     TRANSFORM_REGISTRY["ImgPilMultiCropRandomApply"] = WarmupRandomApply
-    kinds = {"TRANSFORMS_WITH_GROUPING": ("ImgTensorMask", "StackPatches")}
+    kinds = {"TRANSFORMS_WITH_GROUPING": ("ImgTensorMask", "StackPatches", "ImgSharedFlip")}
     kinds["TRANSFORMS_WITH_COPIES"] = ("ImgPilToImageAndPatches",)
     for kind, names in kinds.items():
         known = ssl_transforms_wrapper.DEFAULT_TRANSFORM_TYPES[kind]

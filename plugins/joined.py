@@ -98,8 +98,8 @@ class JoinedBatch:
         features = _joined([list(part.embeddings.features) for part in self.parts])
         given = [part.target for part in self.parts if part.target is not None]
         flat = _joined([[map_ for view in part.embeddings.maps for map_ in view] for part in self.parts])
-        count = len(flat) // len(z)
-        maps = [tuple(flat[view * count : (view + 1) * count]) for view in range(len(z))] if flat else []
+        remaining = iter(flat)
+        maps = [tuple(next(remaining) for _ in view) for view in self.parts[0].embeddings.maps]
         if features:  # a second branch makes the targets, with gradient
             target = _joined([part.embeddings.target for part in self.parts])
         else:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from plugins.checks import NotFiniteError, check_result
 from plugins.clock import Clock, Feed, Stepped
 from plugins.distributed import LOCAL, Collective
-from plugins.heads import MapHead, SharedHead, TwoBranchHead
+from plugins.heads import MapHead, SharedHead, StackHead, TwoBranchHead
 from plugins.losses import ETFMonitor
+from plugins.norms import per_sample_norm_
+from plugins.patches import patch_stack
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, Hints, MethodSpec, Terms
 from plugins.spelling import counted
@@ -36,6 +38,37 @@ def encode(backbone: Callable[[Tensor], Tensor], view: Tensor) -> Tensor:
     if view.ndim == 5:
         return backbone(view.flatten(0, 1)).flatten(1).unflatten(0, view.shape[:2])
     return backbone(view).flatten(1)
+
+
+def encode_image(backbone: Callable[[Tensor], Tensor], images: Tensor, patches: tuple[int, int] | None) -> Tensor:
+    """Compute the features of images in evaluation.
+
+    Args:
+        backbone: as of ``encode``.
+        images: ``[B, 3, H, W]``.
+        patches: the method's ``eval_patches``, of its options.
+
+    Returns:
+        ``[B, F]``: the features of the whole images, or the means over their patches.
+    """
+    return encode(backbone, images) if patches is None else encode(backbone, patch_stack(images, *patches)).mean(1)
+
+
+def prepare_backbone(spec: MethodSpec, options: Mapping[str, Any], backbone: nn.Module) -> nn.Module:
+    """Change a new backbone, in place, as the method's options say.
+
+    Args:
+        spec: the method.
+        options: the result of ``spec.resolve``.
+        backbone: images → features.
+
+    Returns:
+        The backbone.
+
+    Raises:
+        ValueError: the option has no effect on such a backbone.
+    """
+    return per_sample_norm_(backbone) if spec.norm(options) == "per_sample" else backbone
 
 
 def encode_views(
@@ -96,7 +129,8 @@ def embed(
         target: the teacher's projections of the large views; None without a teacher.
         large: number of large views, which are the ones with targets.
         index: position of each image in the training set, ``[B]``.
-        maps: of each view, as ``FeatureTaps.take`` returns them. Only a MapHead projects them.
+        maps: of each view, as ``FeatureTaps.take`` returns them. Only a MapHead projects them; a StackHead projects the
+            features of stacks.
     """
     z = project(projector, features)
     p = z if predict is None else predict(z)
@@ -106,6 +140,8 @@ def embed(
     local: list[tuple[Tensor, ...]] = []
     if isinstance(projector, MapHead) and any(maps):
         local = [projector.project_maps(view) for view in maps]
+    if isinstance(projector, StackHead):
+        local = [projector.project_stack(h) if h.ndim == 3 else () for h in features]
     return Embeddings(z, p, [view.detach() for view in z[:large]] if target is None else target, (), index, local)
 
 
@@ -366,7 +402,8 @@ class Objective(nn.Module):
         ``cosine_neg`` and ``dist_to_etf`` of the features, see :class:`plugins.losses.ETFMonitor`.
         """
         found = {name: value.detach() for name, value in terms._asdict().items()}
-        units = F.normalize(torch.stack([z.detach() for z in embeddings.z[: len(embeddings.target)]]), dim=-1)
+        # without large views, those of the stacks
+        units = F.normalize(torch.stack([z.detach() for z in embeddings.z[: len(embeddings.target) or None]]), dim=-1)
         # a sum of squares: torch's std over rows takes several times as long
         centred = units - units.mean(1, keepdim=True)
         found["z_std"] = (centred.square().sum(1) / (units.shape[1] - 1)).sqrt().mean()

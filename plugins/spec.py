@@ -44,8 +44,8 @@ class Embeddings(NamedTuple):
     index: Tensor | None = None
     """Position of each image in the training set, ``[B]``, int64; None unless the method is ``indexed``."""
     maps: Sequence[tuple[Tensor, ...]] = ()
-    """Projected feature maps of each view, with gradient, as ``MapHead.project_maps`` returns them; empty unless the
-    method has ``taps``."""
+    """Projected feature maps of each view, with gradient, as ``MapHead.project_maps`` or ``StackHead.project_stack``
+    returns them; empty unless the method has ``taps`` or such a head."""
 
 
 def large_views(sizes: Sequence[int | tuple[int, int]]) -> int:
@@ -167,6 +167,19 @@ def predictor_hints(options: Mapping[str, Any]) -> Mapping[str, Hints]:
     return {"predictor": Hints(lr_scale=scale, lr_constant=constant)}
 
 
+def batch_norm(options: Mapping[str, Any]) -> str:
+    """Return the ``norm`` of a method that trains the backbone as it is."""
+    return "batch"
+
+
+def whole_images(options: Mapping[str, Any]) -> None:
+    """Return the ``eval_patches`` of a method whose backbone is evaluated on whole images."""
+
+
+def any_number(options: Mapping[str, Any]) -> None:
+    """Return the ``patches`` of a method whose head takes stacks of any number of patches."""
+
+
 def no_taps(options: Mapping[str, Any]) -> Mapping[str, int | None]:
     """Return the ``taps`` of a method that compares no feature maps."""
     return {}
@@ -193,10 +206,13 @@ class MethodSpec:
             if a second branch computes the targets.
         predictor: (options, comm) → predictor, an nn.Module with ``predict``; None if p = z.
         teacher: whether an exponential moving average of backbone and head computes the targets.
-        views: number of views that the loss compares, all of one size; None means two or more views of any size.
+        views: number of views that the loss compares, all of one size; None means two or more views of any size. 0
+            means stacks of patches only; what a framework computes of a view, such as the loss of an online classifier,
+            it computes of the mean features of the first stack.
         large: least number of large views, which have targets; only used if ``views`` is None.
         stacks: number of further views that are stacks of patches, ``[B, P, 3, h, w]``. The head maps the features of
             their patches, ``[B, P, features_dim]``, to ``[B, D]``.
+        patches: options → number of patches in a stack, or None if any number is allowed.
         indexed: whether the loss reads ``Embeddings.index``, the positions of the images in the training set.
         options: all options of the method.
         paper: title and reference.
@@ -206,6 +222,10 @@ class MethodSpec:
         taps: options → name of a submodule of the backbone → largest side of its feature map, or None, as
             :class:`plugins.taps.FeatureTaps` takes them. The head must be a :class:`plugins.heads.MapHead`, which
             projects the maps of each view of the student; a teacher has no maps.
+        norm: options → "batch", or "per_sample" to replace the batch norms of the backbone,
+            :func:`plugins.norms.per_sample_norm_`.
+        eval_patches: options → (side of a patch, distance of neighbouring patches) in pixels, if the features of an
+            image in evaluation are the mean over its patches; None if the backbone sees the whole image.
         unbounded: whether the loss grows with the scale of the embedding, so that SGD at a usual learning rate diverges
             with a usual head.
         teacher_init: initialises the teacher's head, in place; None if the teacher begins as a copy of the student.
@@ -224,9 +244,12 @@ class MethodSpec:
     width: str | None = "proj_output_dim"
     large: int = 1
     stacks: int = 0
+    patches: Callable[[Mapping[str, Any]], int | None] = any_number
     indexed: bool = False
     hints: Callable[[Mapping[str, Any]], Mapping[str, Hints]] = predictor_hints
     taps: Callable[[Mapping[str, Any]], Mapping[str, int | None]] = no_taps
+    norm: Callable[[Mapping[str, Any]], str] = batch_norm
+    eval_patches: Callable[[Mapping[str, Any]], tuple[int, int] | None] = whole_images
     unbounded: bool = False
     teacher_init: Callable[[nn.Module], Any] | None = None
     fork_names: tuple[str, ...] = ()
@@ -261,12 +284,31 @@ class MethodSpec:
         got = f"got {counted(large, 'large view')}" + (f" and {counted(small, 'small crop')}" if small else "")
         if self.views is not None:
             if (large, small) != (self.views, 0):
+                if self.views == 0:
+                    raise ValueError(f"{method} compares patches and needs no view beside them, {got}; remove it")
                 size = "" if self.views == 1 else " of one size"
                 raise ValueError(f"{method} needs {counted(self.views, 'large view')}{size}, {got}")
         elif views < 2:
             raise ValueError(f"{method} needs at least two views, got {views or 'none'}")
         elif large < self.large:
             raise ValueError(f"{method} needs at least {counted(self.large, 'large view')}, {got}")
+
+    def check_patches(self, options: Mapping[str, Any], patches: int) -> None:
+        """Check that the head can take the stacks of the augmentations.
+
+        Args:
+            options: the result of ``resolve``.
+            patches: number of patches in a stack.
+
+        Raises:
+            ValueError: the options say another number.
+        """
+        wanted = self.patches(options)
+        if wanted not in (None, patches):
+            raise ValueError(
+                f"method {self.name} needs stacks of {wanted} patches with these options, got stacks of {patches}; "
+                "change the options or the augmentations"
+            )
 
     def resolve(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """Validate the user's options, translate aliases and fill in defaults.

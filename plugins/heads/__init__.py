@@ -1,23 +1,31 @@
 """Projection heads: from the features of a backbone to the embedding that the loss takes."""
 
 from plugins.heads.classifier import normalized_classifier
+from plugins.heads.context import GatedContext, GRUContext, PixelCNNContext, context_network
+from plugins.heads.cpc import CPCHead
 from plugins.heads.dino import dino_head
 from plugins.heads.dissl import Heads, UnitRows, dissl_heads, issl_head
 from plugins.heads.expand import ExpandDim, expand_resnet_dim
 from plugins.heads.init import issl_init_, projection_init_
-from plugins.heads.maps import MapHead
+from plugins.heads.maps import MapHead, StackHead
 from plugins.heads.mlp import mlp_head, plain_head
 from plugins.heads.patches import PatchHead
 from plugins.heads.two_branch import SharedHead, TwoBranchHead
 
 __all__ = [
+    "CPCHead",
     "ExpandDim",
+    "GRUContext",
+    "GatedContext",
     "Heads",
     "MapHead",
     "PatchHead",
+    "PixelCNNContext",
     "SharedHead",
+    "StackHead",
     "TwoBranchHead",
     "UnitRows",
+    "context_network",
     "dino_head",
     "dissl_heads",
     "expand_resnet_dim",

@@ -1,4 +1,4 @@
-"""Base class of heads that project feature maps beside the features."""
+"""Base classes of heads that hand maps to the loss, beside the embeddings."""
 
 from collections.abc import Sequence
 
@@ -28,5 +28,27 @@ class MapHead(nn.Module):
 
         Returns:
             Any tensors with B rows, such as ``[B, D, H, W]`` for each map. The loss gets them as ``Embeddings.maps``.
+        """
+        raise NotImplementedError
+
+
+class StackHead(nn.Module):
+    """A head of a method with ``stacks`` whose loss reads each patch: it projects the features of all patches too.
+
+    ``forward`` maps the features of images ``[B, features_dim]`` and of stacks ``[B, P, features_dim]`` to ``[B, D]``
+    as in any head. Evaluation calls it alone.
+    """
+
+    def project_stack(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Project the features of the patches of one stack.
+
+        Args:
+            features: ``[B, P, features_dim]``, with gradient.
+
+        Returns:
+            Any tensors with B rows. The loss gets them as ``Embeddings.maps``, where a view that is no stack has none.
+
+        Raises:
+            ValueError: the stack has another number of patches than the method's options say.
         """
         raise NotImplementedError

@@ -9,7 +9,7 @@ from plugins.losses.barlow_twins import (
 )
 from plugins.losses.byol import BYOLLoss, BYOLLossTerms, byol_loss, byol_terms
 from plugins.losses.cissl import CISSLLoss, CISSLTerms, cissl_loss, cissl_terms
-from plugins.losses.cpc import cpc_loss, non_overlapping_offsets
+from plugins.losses.cpc import CPCLoss, CPCTerms, cpc_loss, cpc_terms, non_overlapping_offsets
 from plugins.losses.deepcluster import (
     DeepClusterLoss,
     DeepClusterTerms,
@@ -53,6 +53,8 @@ __all__ = [
     "BarlowTwinsLossTerms",
     "CISSLLoss",
     "CISSLTerms",
+    "CPCLoss",
+    "CPCTerms",
     "DINOLoss",
     "DINOTerms",
     "DISSLLoss",
@@ -95,6 +97,7 @@ __all__ = [
     "cissl_terms",
     "cluster_weights",
     "cpc_loss",
+    "cpc_terms",
     "deepcluster_loss",
     "deepcluster_terms",
     "deepcluster_v2_loss",

@@ -8,20 +8,33 @@ The scores of all predictions with all locations are never stored: each block of
 the gradient.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from plugins.checks import check_choice, check_count, check_range, check_result, check_whole, compute_dtype
+from plugins.clock import Clock
 from plugins.distributed import LOCAL, Collective
+from plugins.draws import step_generator
 from plugins.linalg import attach_gradient, score_blocks
 
 REDUCTIONS = ("mean", "sum")
 LEAST = -1e9
 """Logit of a candidate that is the positive itself; finite, because a row may have no other candidate."""
+
+
+class CPCTerms(NamedTuple):
+    """The loss of CPC over several directions, and what it says of the features."""
+
+    loss: Tensor
+    """The loss to minimise: the mean over the directions."""
+    information: Tensor
+    """Logarithm of the number of candidates minus the mean loss of a prediction, in nats: a lower bound of the mutual
+    information of a context and a location below it, in expectation (arXiv:1807.03748, eq. 5)."""
 
 
 class _Grid(NamedTuple):
@@ -71,14 +84,9 @@ def cpc_loss(
     >>> round(cpc_loss({3: zeros[:, :, 3:]}, zeros).item(), 5)  # log(3 * 36)
     4.68213
     """
-    check_range("scale", scale, low=1e-6)
-    check_choice("reduction", reduction, REDUCTIONS)
-    if isinstance(negatives, str):
-        check_choice("negatives", negatives, ("all",))
-    else:
-        check_whole("negatives", negatives, low=1)
-        if generator is None and comm.size > 1:
-            raise ValueError("drawn negatives need a generator with the same seed on all processes")
+    _check_numbers(scale, negatives, reduction)
+    if not isinstance(negatives, str) and generator is None and comm.size > 1:
+        raise ValueError("drawn negatives need a generator with the same seed on all processes")
     _check(predictions, targets)
     side = targets.shape[2]
     with torch.autocast(targets.device.type, enabled=False):
@@ -135,6 +143,103 @@ def cpc_loss(
     return loss
 
 
+def cpc_terms(
+    directions: Sequence[tuple[Mapping[int, Float[Tensor, "B T R G"]], Float[Tensor, "B T G G"]]],
+    *,
+    scale: float = 0.1,
+    negatives: str | int = "all",
+    reduction: str = "mean",
+    generator: torch.Generator | None = None,
+    comm: Collective = LOCAL,
+) -> CPCTerms:
+    """Return the mean of :func:`cpc_loss` over directions, and the information that the predictions have.
+
+    Args:
+        directions: the first two arguments of ``cpc_loss`` for each direction, with the same offsets.
+        scale: as in ``cpc_loss``.
+        negatives: as in ``cpc_loss``; each direction has its own draw.
+        reduction: as in ``cpc_loss``.
+        generator: as in ``cpc_loss``.
+        comm: as in ``cpc_loss``.
+
+    Raises:
+        ValueError: there is no direction, or as ``cpc_loss``.
+
+    >>> zeros = torch.zeros(3, 8, 6, 6)
+    >>> terms = cpc_terms([({3: zeros[:, :, 3:]}, zeros)] * 2)
+    >>> round(terms.loss.item(), 5), abs(terms.information.item()) < 1e-6
+    (4.68213, True)
+    """
+    if not directions:
+        raise ValueError("directions must have at least one entry, got none")
+    losses = []
+    for predictions, targets in directions:
+        kwargs = {"scale": scale, "negatives": negatives, "reduction": reduction, "generator": generator}
+        losses.append(cpc_loss(predictions, targets, **kwargs, comm=comm))
+    loss = torch.stack(losses).mean()
+    predictions, targets = directions[0]
+    images = sum(comm.row_counts(len(targets), targets.device))
+    locations = images * targets.shape[2] ** 2
+    # a drawn location that is the positive itself is no candidate: rare, and not counted
+    candidates = locations if isinstance(negatives, str) else min(negatives + 1, locations)
+    mean = loss.detach() / (len(predictions) if reduction == "sum" else 1)
+    return CPCTerms(loss, math.log(candidates) - mean)
+
+
+class CPCLoss(nn.Module):
+    """Module of :func:`cpc_terms`. It draws negatives from a seed and the step, the same on all processes.
+
+    Args:
+        scale: as in :func:`cpc_loss`.
+        negatives: as in :func:`cpc_loss`.
+        reduction: as in :func:`cpc_loss`.
+        seed: of drawn negatives.
+        comm: the processes that share the batch.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        scale: float = 0.1,
+        negatives: str | int = "all",
+        reduction: str = "mean",
+        seed: int = 0,
+        comm: Collective = LOCAL,
+    ) -> None:
+        super().__init__()
+        _check_numbers(scale, negatives, reduction)
+        check_whole("seed", seed, low=0)
+        self.scale, self.negatives, self.reduction, self.seed, self.comm = scale, negatives, reduction, seed, comm
+        self.clock = None if negatives == "all" else Clock()
+
+    def forward(
+        self, predictions: Mapping[int, Float[Tensor, "B T R G"]], targets: Float[Tensor, "B T G G"]
+    ) -> Float[Tensor, ""]:
+        return self.terms([(predictions, targets)]).loss
+
+    def terms(
+        self, directions: Sequence[tuple[Mapping[int, Float[Tensor, "B T R G"]], Float[Tensor, "B T G G"]]]
+    ) -> CPCTerms:
+        """Return the loss over all directions, and the information."""
+        return cpc_terms(
+            directions,
+            scale=self.scale,
+            negatives=self.negatives,
+            reduction=self.reduction,
+            generator=None if self.clock is None else step_generator(self.seed, self.clock.earlier()),
+            comm=self.comm,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"scale={self.scale}, negatives={self.negatives!r}, reduction={self.reduction!r}, seed={self.seed}, "
+            f"comm={self.comm}"
+        )
+
+
 def non_overlapping_offsets(grid: int, patch: int, stride: int, *, most: int = 5) -> list[int]:
     """Return the offsets of CPC whose patches share no pixel with the context: k · stride ≥ patch, at most five.
 
@@ -174,6 +279,15 @@ def _places(part: slice, per_image: int, device: torch.device) -> tuple[Tensor, 
     """Return the image on this process and the place in the grid of each row of a block."""
     rows = torch.arange(part.start, part.stop, device=device)
     return rows // per_image, rows % per_image
+
+
+def _check_numbers(scale: float, negatives: str | int, reduction: str) -> None:
+    check_range("scale", scale, low=1e-6)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if isinstance(negatives, str):
+        check_choice("negatives", negatives, ("all",))
+    else:
+        check_whole("negatives", negatives, low=1)
 
 
 def _check(predictions: Mapping[int, Tensor], targets: Tensor) -> None:

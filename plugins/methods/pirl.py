@@ -45,6 +45,7 @@ SPEC = MethodSpec(
     teacher=False,
     views=1,
     stacks=1,
+    patches=lambda options: options["patches"],
     indexed=True,
     options={
         **projector_options(hidden=2048, output=128),

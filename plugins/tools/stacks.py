@@ -1,8 +1,9 @@
-"""Transforms from one image to a stack of small images: shuffled patches, or a turned view.
+"""Transforms from one image to a stack of small images: shuffled patches, a turned view, or a grid of patches.
 
-PIRL (Misra & van der Maaten 2020, arXiv:1912.01991) compares an image with such a stack. The transforms take PIL
-images, so that the DataLoaders of all frameworks can use them. They draw from torch's global generator, which a
-DataLoader seeds in each worker.
+PIRL (Misra & van der Maaten 2020, arXiv:1912.01991) compares an image with a stack of the first two kinds. CPC (van den
+Oord et al. 2018, arXiv:1807.03748) predicts patches of a grid from others of it. The transforms take PIL images, so
+that the DataLoaders of all frameworks can use them. They draw from torch's global generator, which a DataLoader seeds
+in each worker.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from plugins.checks import check_range, check_whole
+from plugins.patches import grid_side
 
 Scale = tuple[float, float]
 
@@ -125,11 +127,80 @@ class Rotation:
 _TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 
 
+class Grid:
+    """Cut a random resized crop into a grid of patches that may overlap, row by row.
+
+    Patch (i, j) has its corner at (i · stride, j · stride). The grid has ((side − patch) / stride + 1)² patches.
+
+    Args:
+        side: of the crop, in pixels.
+        patch: side of a patch, in pixels.
+        stride: distance of neighbouring patches, in pixels; below ``patch`` they overlap.
+        window: side of a random window in each patch, in pixels; the other pixels of the patch are black. None keeps
+            the whole patch.
+        scale: smallest and largest share of the image's area that the crop takes.
+        padding: black pixels at each border of the image before the crop.
+        flip: probability that the crop is mirrored, for all patches together.
+        interpolation: of the crop.
+
+    Raises:
+        ValueError: an argument is out of range, or the patches do not end at the border of the crop.
+
+    Reference:
+        arXiv:1807.03748, section 3.2: side 256, patch 64, stride 32, window 60; a grid of 7 × 7.
+
+    >>> Grid(16, 8, 4).count
+    9
+    """
+
+    def __init__(
+        self,
+        side: int = 256,
+        patch: int = 64,
+        stride: int = 32,
+        *,
+        window: int | None = None,
+        scale: Sequence[float] = (0.6, 1.0),
+        padding: int = 0,
+        flip: float = 0.0,
+        interpolation: T.InterpolationMode = T.InterpolationMode.BILINEAR,
+    ) -> None:
+        self.grid = grid_side(side, patch, stride)
+        check_whole("padding", padding, low=0)
+        if window is not None and not (type(window) is int and 1 <= window <= patch):
+            raise ValueError(f"window must be an integer from 1 to patch = {patch}, or None, got {window!r}")
+        check_range("flip", flip, low=0.0, high=1.0)
+        crop = T.RandomResizedCrop(side, scale=_scale(scale), interpolation=interpolation)
+        self.crop = T.Compose([*([T.Pad(padding)] if padding else []), crop, T.RandomHorizontalFlip(flip)])
+        self.patch, self.stride, self.window = patch, stride, window
+        self.count = self.grid**2
+
+    def __call__(self, image: Image.Image) -> list[Image.Image]:
+        """Return the patches."""
+        crop, found = self.crop(image), []
+        for place in range(self.count):
+            row, column = divmod(place, self.grid)
+            left, top = column * self.stride, row * self.stride
+            patch = crop.crop((left, top, left + self.patch, top + self.patch))
+            found.append(patch if self.window is None else self._windowed(patch, self.window))
+        return found
+
+    def _windowed(self, patch: Image.Image, window: int) -> Image.Image:
+        left, top = torch.randint(self.patch - window + 1, (2,)).tolist()
+        box = (left, top, left + window, top + window)
+        kept = Image.new(patch.mode, patch.size)
+        kept.paste(patch.crop(box), box)
+        return kept
+
+    def __repr__(self) -> str:
+        return f"Grid({self.crop}, patch={self.patch}, stride={self.stride}, window={self.window})"
+
+
 class Stack:
     """Apply a transform to each piece of an image by itself, and stack the results: ``[P, 3, h, w]``.
 
     Args:
-        pieces: :class:`Jigsaw` or :class:`Rotation`.
+        pieces: :class:`Jigsaw`, :class:`Rotation` or :class:`Grid`.
         each: transform from a PIL image to a tensor ``[3, h, w]``; it draws anew for each piece.
 
     >>> Stack(Jigsaw(20, 8, 2), T.ToTensor())(Image.new("RGB", (32, 32))).shape

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from plugins import linalg
-from plugins.losses import cpc_loss, non_overlapping_offsets
+from plugins.losses import CPCLoss, cpc_loss, cpc_terms, non_overlapping_offsets
 from plugins.testing import assert_joined, devices, toy_mlp
 
 
@@ -233,3 +233,48 @@ def test_processes_with_unequal_rows_are_the_joined_batch(ranks, counts, drawn):
     predictions, targets = _inputs(sum(counts))
     inputs = [targets, *predictions.values()]
     assert_joined(ranks, partial(_loss, drawn), inputs, counts, build=partial(toy_mlp, 4))
+
+
+# --- several directions, and the module ------------------------------------------------------------------------------
+
+
+def test_terms_are_the_mean_over_directions_and_the_information():
+    pairs = [_inputs(seed=seed) for seed in range(4)]
+    expected = np.mean([_reference(*pair) for pair in pairs])
+    terms = cpc_terms(pairs)
+    assert terms.loss.item() == pytest.approx(expected, rel=1e-12)
+    assert terms.information.item() == pytest.approx(math.log(3 * 25) - expected, rel=1e-12)
+    summed = cpc_terms(pairs, reduction="sum")
+    assert summed.loss.item() == pytest.approx(2 * expected, rel=1e-12)
+    assert summed.information.item() == pytest.approx(terms.information.item(), rel=1e-12)
+
+
+def test_the_module_draws_by_seed_and_step():
+    predictions, targets = _inputs()
+    losses = {seed: CPCLoss(negatives=4, seed=seed) for seed in (0, 1)}
+    first = [losses[0](predictions, targets).item() for _ in range(3)]
+    assert len({*first}) == 3 and losses[1](predictions, targets).item() != first[0]
+    resumed = CPCLoss(negatives=4)
+    state = losses[0].state_dict()
+    state["clock.steps"] = torch.tensor(1)
+    resumed.load_state_dict(state)
+    assert [resumed(predictions, targets).item() for _ in range(2)] == first[1:]
+    whole = CPCLoss()
+    assert not whole.state_dict()
+    assert whole(predictions, targets).item() == pytest.approx(_reference(predictions, targets), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: cpc_terms([]), "directions must have at least one entry"),
+        (lambda: CPCLoss(scale=0.0), "scale must be in"),
+        (lambda: CPCLoss(negatives=0), "negatives must be in [1, inf)"),
+        (lambda: CPCLoss(reduction="none"), "reduction must be one of mean, sum"),
+        (lambda: CPCLoss(seed=-1), "seed must be in [0, inf)"),
+    ],
+)
+def test_mistakes_in_the_module_are_sentences(call, sentence):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert sentence in str(error.value)

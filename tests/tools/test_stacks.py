@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
-from plugins.tools.stacks import Jigsaw, Photometric, Rotation, Stack
+from plugins.tools.stacks import Grid, Jigsaw, Photometric, Rotation, Stack
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +148,64 @@ def test_transforms_can_be_sent_to_workers_and_shown():
     ],
 )
 def test_mistakes_are_sentences(call, sentence):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert sentence in str(error.value)
+
+
+def test_a_grid_is_cut_row_by_row_from_one_crop():
+    image = _coordinates(16)
+    grid = Grid(16, 8, 4, scale=(1.0, 1.0))
+    grid.crop = lambda image: image  # the crop has tests of torchvision's own
+    patches = grid(image)
+    assert len(patches) == grid.count == 9
+    for place, patch in enumerate(patches):
+        row, column = divmod(place, 3)
+        assert patch.tobytes() == image.crop((4 * column, 4 * row, 4 * column + 8, 4 * row + 8)).tobytes()
+
+
+def test_a_flip_mirrors_all_patches_together():
+    image = _coordinates(16)
+    kept = [Grid(16, 8, 4, scale=(1.0, 1.0), flip=flip) for flip in (0.0, 1.0)]
+    for grid in kept:
+        grid.crop.transforms[0] = lambda image: image
+    (plain, turned) = (grid(image) for grid in kept)
+    for place, patch in enumerate(turned):
+        row, column = divmod(place, 3)
+        assert patch.tobytes() == ImageOps.mirror(plain[3 * row + 2 - column]).tobytes()
+
+
+def test_a_window_keeps_the_pixels_in_their_places():
+    torch.manual_seed(0)
+    image, grid = Image.new("L", (16, 16), 255), Grid(16, 8, 4, window=6)
+    corners = set()
+    for _ in range(40):
+        for patch in grid(image):
+            pixels = T.functional.pil_to_tensor(patch)[0] > 0
+            assert int(pixels.sum()) == 36
+            rows, columns = (pixels.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+            corners.add((rows[0], columns[0]))
+            assert rows == [*range(rows[0], rows[0] + 6)] and columns == [*range(columns[0], columns[0] + 6)]
+    assert corners == {(i, j) for i in range(3) for j in range(3)}
+
+
+def test_padding_enlarges_the_image_before_the_crop():
+    torch.manual_seed(0)
+    image = Image.new("L", (16, 16), 255)
+    (patch,) = Grid(24, 24, 1, scale=(1.0, 1.0), padding=4)(image)
+    assert T.functional.pil_to_tensor(patch)[0, :3].max() == 0 and Grid(16, 8, 4)(image)[0].getextrema()[0] == 255
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: Grid(16, 8, 3), "side - patch must be a multiple of the distance"),
+        (lambda: Grid(16, 8, 4, window=9), "window must be an integer from 1 to patch = 8, or None, got 9"),
+        (lambda: Grid(16, 8, 4, flip=1.5), "flip must be in [0, 1]"),
+        (lambda: Grid(16, 8, 4, padding=-1), "padding must be in [0, inf)"),
+    ],
+)
+def test_mistakes_in_a_grid_are_sentences(call, sentence):
     with pytest.raises(ValueError) as error:
         call()
     assert sentence in str(error.value)

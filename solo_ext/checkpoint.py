@@ -305,13 +305,23 @@ def _check_no_code(path: Path, code: list[str]) -> None:
         )
 
 
-def find_checkpoint(place: str | Path) -> Path:
+def find_checkpoint(place: str | Path, epoch: int | None = None) -> Path:
     """Return the checkpoint at a path; if the path is a run's folder, the newest readable checkpoint in it.
 
+    Args:
+        place: a checkpoint, or the folder of a run.
+        epoch: number in the name of the checkpoint in the folder; None selects the newest.
+
     Raises:
-        UserError: there is no checkpoint.
+        UserError: there is no such checkpoint.
     """
     place = Path(place)
+    if epoch is not None:
+        numbers = {path.stem.rpartition("-ep=")[2]: path for path in sorted(place.glob("*-ep=*.ckpt"))}
+        if str(epoch) not in numbers:
+            saved = ", ".join(sorted(numbers, key=lambda number: (len(number), number))) or "none"
+            raise UserError(f"there is no checkpoint of epoch {epoch} in {place}; there are those of: {saved}")
+        return numbers[str(epoch)]
     if place.is_dir():
         found = _newest_first(place.glob("*.ckpt"))
         if not found:

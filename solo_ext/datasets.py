@@ -1,6 +1,7 @@
 """Image datasets: those that torchvision downloads, class folders, flat folders and HDF5 files."""
 
 import io
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def image_dataset(
         split: "pretrain", "train" or "val".
         transform: transform of a PIL image.
         indexed: whether an item starts with its index.
-        no_labels: whether ``path`` is a flat folder of images (custom data); every label is -1.
+        no_labels: whether the images of ``path`` and its subfolders have no classes (custom data); every label is -1.
         data_format: "h5" if ``path`` is an HDF5 file; any other value means folders.
         fraction: fraction of the images of each class to use, in (0, 1); any other value means all images.
 
@@ -178,10 +179,10 @@ class Indexed(Dataset):
 
 
 class FlatFolder(Dataset):
-    """A folder of images without classes, in alphabetical order (solo-learn uses the order on the disk).
+    """Images without classes, in the alphabetical order of their paths (solo-learn uses the order on the disk).
 
     Args:
-        path: the folder.
+        path: folder of the images, with or without subfolders.
         transform: transform of a PIL image.
 
     Raises:
@@ -190,9 +191,11 @@ class FlatFolder(Dataset):
 
     def __init__(self, path: str, transform: Any) -> None:
         self.root, self.transform = Path(path), transform
-        self.images = sorted(file.name for file in self.root.iterdir() if file.name.lower().endswith(IMG_EXTENSIONS))
+        names = (os.path.join(folder, name) for folder, _, files in os.walk(path, followlinks=True) for name in files)
+        found = (os.path.relpath(name, path) for name in names if name.lower().endswith(IMG_EXTENSIONS))
+        self.images = sorted(found)
         if not self.images:
-            raise FileNotFoundError("with data.no_labels the images must be in the folder itself, not in subfolders")
+            raise FileNotFoundError(f"neither the folder {path} nor its subfolders contain an image")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -36,7 +36,7 @@ class Run(NamedTuple):
     """A pre-training in a folder.
 
     Args:
-        checkpoint: its newest checkpoint.
+        checkpoint: its newest checkpoint, or that of the chosen epoch.
         config: its configuration in the format of solo-learn's main branch.
     """
 
@@ -56,14 +56,15 @@ class Run(NamedTuple):
         return self.view.get("crop_size", own.side if own else 224)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, epoch: int | None = None) -> Run:
     """Read the args.json of a run, in our format, that of solo-learn's main branch, or the flat one until 1.0.5.
 
     Args:
         folder: the run's folder.
+        epoch: number in the name of the checkpoint; None selects the newest.
 
     Raises:
-        UserError: the folder has no valid args.json or no checkpoint.
+        UserError: the folder has no valid args.json or no such checkpoint.
     """
     path = folder / ARGS
     if not path.is_file():
@@ -76,7 +77,7 @@ def read_run(folder: Path) -> Run:
         config = _nested(config)
     if not isinstance(config, dict) or not all(isinstance(config.get(key), dict) for key in ("backbone", "data")):
         raise UserError(f"{path} was not written by solo-learn: it has no sections backbone and data")
-    return Run(find_checkpoint(folder), config)
+    return Run(find_checkpoint(folder, epoch), config)
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def open_evaluation(args: argparse.Namespace, why: str) -> tuple[Run, torch.devi
         check_writable(args.output.parent, "--output")
     if args.no_labels:
         raise UserError(f"{why}: remove --no_labels")
-    run, device = read_run(Path(args.pretrained_checkpoint_dir)), usable_device(args.device)
+    run, device = read_run(Path(args.pretrained_checkpoint_dir), args.epoch), usable_device(args.device)
     images = open_images(args, run, need_labels=True)
     if "val" not in images:
         raise UserError("--val_data_path is missing: set it to the folder of the validation images")

@@ -11,6 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of solo-learn that select the run and the images, and ``--device``."""
     add = parser.add_argument
     add("--pretrained_checkpoint_dir", required=True, help="folder of a run, with args.json and a checkpoint")
+    add(
+        "--epoch",
+        type=positive_number(int, zero=True),
+        help="N of ep=N in the name of the checkpoint; default: the newest (checkpoint.keep_prev=True keeps all)",
+    )
     add("--dataset", required=True, help="cifar10, imagenet, ..., or custom for folders of your own")
     add("--train_data_path", required=True, help="folder of the training images, or the HDF5 file")
     add("--val_data_path", help="the same for validation images; default for CIFAR and STL-10: the training path")
@@ -25,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--no_labels",
         action="store_true",
-        help="custom data: the images are in the folder itself, without class folders",
+        help="custom data: the images have no labels; they are in the folder itself or in subfolders",
     )
     add("--mean", type=float, nargs=3, help="custom data: mean of each channel; default: as in pre-training")
     add("--std", type=float, nargs=3, help="custom data: standard deviation; default: as in pre-training")

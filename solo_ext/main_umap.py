@@ -58,7 +58,7 @@ def draw(args: argparse.Namespace) -> Path:
     from solo_ext.features import class_names, collect, extractor, open_images, read_run, usable_device
 
     folder = Path(args.pretrained_checkpoint_dir)
-    run, device = read_run(folder), usable_device(args.device)
+    run, device = read_run(folder, args.epoch), usable_device(args.device)
     images = open_images(args, run, need_labels=False)
     for split, found in images.items():
         if len(found) <= args.n_neighbors:

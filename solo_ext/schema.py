@@ -91,7 +91,9 @@ class Data(Section):
     num_workers: integer(0, 1024) = entry(
         "worker processes of the data loader; 0: the training process reads the images", 4
     )
-    no_labels: Boolean = entry("whether custom images are in the folder itself, without class folders", False)
+    no_labels: Boolean = entry(
+        "custom data: whether the images have no labels; they are in the folder itself or in subfolders", False
+    )
     fraction: real_number("above 0 and at most 1, or -1 for all images", ge=-1, le=1) = entry(
         "fraction of the training images of each class to use; -1: all", -1
     )
@@ -322,10 +324,15 @@ class LinearOptimizer(Optimizer):
 class Scheduler(Section):
     """The schedule of the learning rate."""
 
-    name: Literal["warmup_cosine", "step", "none"] = entry("type of the schedule", "warmup_cosine")
+    name: Literal["warmup_cosine", "step", "exponential", "reduce", "none"] = entry(
+        "type of the schedule; reduce: the learning rate falls when train_loss has stopped falling", "warmup_cosine"
+    )
     lr_decay_steps: Annotated[list[integer(0)] | None, Allowed("a list of epochs")] = entry(
         "step: epochs at which the learning rate is divided by 10", None
     )
+    gamma: Fraction = entry("exponential: factor of the learning rate after each epoch", 0.95)
+    factor: Fraction = entry("reduce: factor of the learning rate", 0.1)
+    patience: integer(0) = entry("reduce: epochs without a lower loss before the learning rate falls", 10)
     min_lr: NonNegative = entry("warmup_cosine: final learning rate", 0.0)
     warmup_start_lr: NonNegative = entry("warmup_cosine: initial learning rate", 3e-5)
     warmup_epochs: NonNegative = entry("warmup_cosine: epochs of linear warm-up", 10)
@@ -337,6 +344,8 @@ class Scheduler(Section):
     def _check(self) -> "Scheduler":
         if self.name == "step" and self.lr_decay_steps is None:
             raise ValueError(".lr_decay_steps must be a list of epochs, got None")
+        if self.factor >= 1:
+            raise ValueError(f".factor must be in [0, 1), got {self.factor}")
         return self
 
 

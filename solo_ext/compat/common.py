@@ -286,6 +286,11 @@ def with_schedule(module: Any, optimizer: torch.optim.Optimizer, cfg: DictConfig
         return optimizer
     if cfg.name == "step":
         return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, list(cfg.lr_decay_steps), gamma=0.1)]
+    if cfg.name == "exponential":  # main uses the weight decay as gamma
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, cfg.gamma)]
+    if cfg.name == "reduce":  # main names no quantity, without which Lightning does not train
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=cfg.factor, patience=cfg.patience)
+        return [optimizer], [{"scheduler": plateau, "interval": "epoch", "frequency": 1, "monitor": "train_loss"}]
     steps, steps_per_epoch = run_steps(module.trainer)
     if steps_per_epoch is None:
         raise UserError("scheduler.name=warmup_cosine needs data of a known length; use scheduler.name=none")

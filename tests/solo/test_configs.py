@@ -212,6 +212,38 @@ def test_learning_rate_of_matrix_ssl_and_mec(name, epochs, images):
     assert 0 < rate[total - 1] < 1e-8
 
 
+def test_exponential_and_reduced_learning_rates(images):
+    """Both run once per epoch: a factor each time, and a factor after epochs in which the loss has not fallen."""
+    module = SimpleNamespace()
+    rates = {}
+    for words in (
+        ("exponential", "++scheduler.gamma=0.5"),
+        ("reduce", "++scheduler.factor=0.2", "++scheduler.patience=1"),
+    ):
+        cfg = parse_linear(
+            load(
+                Path("digits/linear.yaml"),
+                *local(images),
+                f"scheduler.name={words[0]}",
+                "pretrained_feature_extractor=x",
+                *words[1:],
+            )
+        )
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.8)
+        (_,), (described,) = with_schedule(module, optimizer, cfg.scheduler, {})
+        found = rates.setdefault(words[0], [])
+        for loss in (3.0, 2.0, 2.0, 2.5, 1.0, 1.5, 1.5):
+            optimizer.step()
+            if isinstance(described, dict):
+                assert (described["interval"], described["monitor"]) == ("epoch", "train_loss")
+                described["scheduler"].step(loss)
+            else:
+                described.step()
+            found.append(round(optimizer.param_groups[0]["lr"], 6))
+    assert rates["exponential"] == [0.4, 0.2, 0.1, 0.05, 0.025, 0.0125, 0.00625]
+    assert rates["reduce"] == [0.8, 0.8, 0.8, 0.16, 0.16, 0.16, 0.032]
+
+
 def _further_words(name: str) -> list[str]:
     """The overrides of the other published run that a comment of the file gives."""
     (words,) = re.findall(r"^# .*: (\S+=\S+ .*=\S+)$", (ROOT / "imagenet" / name).read_text(), re.MULTILINE)

@@ -271,9 +271,22 @@ def test_images_without_labels_come_in_alphabetical_order(tmp_path):
     found = image_dataset("custom", str(tmp_path), "train", lambda image: image, indexed=True, no_labels=True)
     assert [(index, label) for index, _, label in (found[row] for row in range(3))] == [(0, -1), (1, -1), (2, -1)]
     assert [path.rsplit("/", 1)[1] for path in paths_and_labels(found.dataset)[0]] == ["a.JPG", "b.png", "c.jpeg"]
-    _folder(tmp_path / "sub")
-    with pytest.raises(UserError, match=r"with data.no_labels the images must be in the folder itself"):
-        image_dataset("custom", str(tmp_path / "sub"), "train", None, indexed=True, no_labels=True)
+
+
+def test_images_without_labels_may_be_in_subfolders(tmp_path):
+    for shade, name in enumerate(("b.png", "cats/z.png", "cats/old/a.png", "dogs/a.png")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (0, 0, shade)).save(tmp_path / name)
+    (tmp_path / "empty" / "more").mkdir(parents=True)
+    open_ = partial(image_dataset, "custom", split="train", transform=lambda image: image, indexed=True, no_labels=True)
+    found = open_(str(tmp_path))
+    assert [(image.getpixel((0, 0))[2], label) for _, image, label in (found[row] for row in range(4))] == [
+        *((0, -1), (2, -1), (1, -1), (3, -1)),
+    ]
+    paths = [str(tmp_path / name) for name in ("b.png", "cats/old/a.png", "cats/z.png", "dogs/a.png")]
+    assert paths_and_labels(found.dataset) == (paths, [-1] * 4)
+    with pytest.raises(UserError, match="nor its subfolders contain an image"):
+        open_(str(tmp_path / "empty"))
 
 
 def test_more_class_folders_than_classes_are_refused(tmp_path):

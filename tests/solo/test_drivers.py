@@ -90,7 +90,12 @@ def test_pretrain_then_knn_then_linear(digits, tmp_path, monkeypatch, capfd):
     rows = json.loads((tmp_path / "knn.json").read_text())
     assert len(rows) == 8 and all(0 <= row["acc1"] <= row["acc5"] <= 100 for row in rows)
 
-    linear = ("max_epochs=3", "++check_val_every_n_epoch=1", f"pretrained_feature_extractor={run}")
+    linear = (
+        "max_epochs=3",
+        "scheduler.name=reduce",
+        "++check_val_every_n_epoch=1",
+        f"pretrained_feature_extractor={run}",
+    )
     more = (*linear, "++checkpoint.version=w", "backbone.name=resnet18")
     _run(main_linear.main, _arguments(digits, tmp_path, "linear", *more), monkeypatch)
     found = json.loads((tmp_path / "linear" / "w" / "linear.json").read_text())

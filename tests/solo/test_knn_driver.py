@@ -48,6 +48,22 @@ def _knn(run: Path, digits: Path, *more: str) -> list[dict]:
     return main_knn.evaluate(main_knn.parser().parse_args(options))
 
 
+def test_a_chosen_epoch(run, digits, tmp_path):
+    """Other weights under another number are found by it; the newest are the default."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (first,) = folder.glob("*-ep=0.ckpt")
+    content = torch.load(first, weights_only=True)
+    content["state_dict"] = {name: torch.zeros_like(value) for name, value in content["state_dict"].items()}
+    later = first.with_name(first.name.replace("ep=0", "ep=10"))
+    torch.save(content, later)
+    os.utime(first, (1, 1))
+    newest, zero, ten = (_knn(folder, digits, *more) for more in ((), ("--epoch", "0"), ("--epoch", "10")))
+    assert newest == ten != zero == _knn(run, digits)
+    with pytest.raises(UserError, match=r"no checkpoint of epoch 1 in .*; there are those of: 0, 10"):
+        _knn(folder, digits, "--epoch", "1")
+
+
 _ALL = ("--feature_type", "backbone", "projector", "--distance_function", "cosine", "euclidean", "--k", "3", "11")
 
 

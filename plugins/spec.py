@@ -124,9 +124,9 @@ class Hints:
     """How the optimiser treats some parameters of a method.
 
     Args:
-        lr_scale: learning rate over that of the backbone, > 0.
-        lr_constant: the learning rate does not follow the schedule.
-        momentum: 0.0 trains them without momentum; None is the optimiser's own.
+        lr_scale: learning rate divided by that of the backbone, > 0.
+        lr_constant: the learning rate is constant instead of scheduled.
+        momentum: 0.0 trains them without momentum; None uses the momentum of the optimiser.
         no_decay: they have no weight decay.
         frozen_steps: number of steps at the start of the run in which they do not change.
         frozen_epochs: number of epochs at the start of the run in which they do not change.
@@ -153,7 +153,7 @@ class Hints:
         """Return the entries of a parameter group of an optimiser for ``momentum`` and ``no_decay``.
 
         Args:
-            betas: of an optimiser of Adam's kind; None for one with ``momentum``.
+            betas: those of an optimiser such as Adam; None for an optimiser with ``momentum``.
         """
         options: dict[str, Any] = {"weight_decay": 0.0} if self.no_decay else {}
         if self.momentum is not None:

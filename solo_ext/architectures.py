@@ -3,7 +3,7 @@ ResNets, ResNeXts and RegNets, all untrained.
 
 The classifier is removed, and ``num_features`` is the width of the features. On CIFAR, a ResNet has the stem of
 solo-learn's own ResNets: a 3×3 convolution with stride 1 and padding 2 (32 pixels become 34) and no max-pool. A RegNet
-has its own 3×3 stem with stride 1, so that 32 pixels stay 32.
+has its usual 3×3 stem with stride 1, so that 32 pixels stay 32.
 
 ``expanded_resnet18``, ``34``, ``50`` and ``101`` are ResNets of any feature width, with the initialisation and the
 stems of the published TinyImageNet code (Dubois et al. 2022, arXiv:2209.06235)::
@@ -56,7 +56,7 @@ def _expanded(
         name: a key of ARCHITECTURES.
         method: name of the method that is trained; ignored.
         cifar: whether the images have 32 pixels.
-        dim: width of the representation: a multiple of the ResNet's own width, which is the default, or less.
+        dim: width of the representation: a multiple of the native width, which is the default, or less.
         bottleneck: inner width of the block that expands the representation; None means a single 1×1 convolution.
         stem: "7x7"; "3x3" with stride 1, for images below 100 pixels; "cifar", which is "3x3" without a max-pool. None
             means "cifar" for images of 32 pixels, else "7x7".

@@ -437,7 +437,7 @@ def auto_resume(cfg: DictConfig, kind: str) -> tuple[Path, dict[str, Any]] | Non
 
 
 class ResumePoint(NamedTuple):
-    """Where a training begins."""
+    """Starting point of a training."""
 
     folder: Path
     """The run's folder."""

@@ -131,7 +131,7 @@ def check_data(cfg: DictConfig) -> None:
 
 
 def _check_masks(data: DictConfig) -> None:
-    """Check that the images are files, which have masks by their paths, and that Pillow reads them."""
+    """Check that the images are files, because a mask is found by the path of its image, and that Pillow reads them."""
     if data.dataset in DOWNLOADED:
         raise UserError(f"augmentations.masks needs image files, but {data.dataset} has none; remove masks")
     if data.format != "image_folder":

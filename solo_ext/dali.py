@@ -1,6 +1,6 @@
 """Read training images with NVIDIA DALI (``data.format: dali``), in the same way for both generations of solo-learn.
 
-This module has its own pipelines instead of solo-learn's, for these reasons:
+This module does not use solo-learn's pipelines, for these reasons:
 
 * solo-learn's pipelines need a GPU: their ``device_id`` is a number, but must be None on a CPU.
 * solo-learn uses DALI's order of images, which ignores the seed and restarts when a run is resumed.
@@ -8,7 +8,7 @@ This module has its own pipelines instead of solo-learn's, for these reasons:
 * 1.0.2 computes every random step for every image and discards half of the results, and both generations blur with a
   kernel of 23 pixels for every width. On a CPU, DALI is then slower than the ordinary loader.
 
-Each epoch has its own pipeline, which reads the files of that epoch in the order of the ordinary loader. Its seed
+A new pipeline for each epoch reads the files of that epoch in the order of the ordinary loader. Its seed
 depends on (seed of the run, epoch, rank). Building it takes 0.1 s, or 2 s for the 1.28 million files of ImageNet.
 Consequences:
 

@@ -68,7 +68,7 @@ class PluginMethod:
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
-        """Return the parameter groups of the optimiser; the method's hints say how it treats each part."""
+        """Return the parameter groups of the optimiser; the method's hints define how it treats each part."""
         betas = tuple(self.cfg.optimizer.kwargs.get("betas", (0.9, 0.999)))
         of_adam = self.cfg.optimizer.name in ("adam", "adamw")
         groups = []
@@ -120,7 +120,7 @@ class PluginMethod:
         return terms.loss + out["loss"]
 
     def _views_and_stacks(self, batch: Any) -> tuple[Any, list[Tensor]]:
-        """Separate the views that solo-learn knows from stacks of patches, which come last."""
+        """Separate the views, which solo-learn processes, from the stacks of patches, which come last."""
         indexes, views, *rest = batch
         count = len(views) - self.spec.stacks
         return [indexes, views[:count], *rest], views[count:]

@@ -127,7 +127,7 @@ def _check_native_crops(name: str, cfg: DictConfig) -> None:
 
 
 def _has_our_option(spec: MethodSpec, given: Iterable[str]) -> bool:
-    """Return whether one of the options is known to our method and not to solo-learn's of that name."""
+    """Return whether one of the options belongs to our method and not to solo-learn's method of that name."""
     return any(key in _names(spec) - native_options(spec.name) for key in given)
 
 

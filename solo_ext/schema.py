@@ -242,7 +242,7 @@ class View(Section):
     )
     num_crops: integer(1, 1024) = entry("number of crops of each image")
     jigsaw: Jigsaw | None = entry(
-        "makes a stack of patches, each with crop_size and with the steps of its own, instead of a view", optional=True
+        "makes a stack of patches, each of side crop_size and augmented independently, instead of a view", optional=True
     )
     rotation: Boolean = entry(
         "makes a stack of one view that is turned by 0, 90, 180 or 270 degrees, instead of a view", False

@@ -48,7 +48,7 @@ class Scripts:
 
         with exit_on_user_error():
             if count_stacks(cfg.get("augmentations") or ()):  # main would make an ordinary view of the entry
-                raise UserError(f"solo-learn's own script makes no stacks of patches; {_INSTEAD}")
+                raise UserError(f"solo-learn's own script cannot make stacks of patches; {_INSTEAD}")
             if any(has_masks(view) for view in cfg.get("augmentations") or ()):  # main would ignore the entry
                 raise UserError(f"augmentations.masks is not available in solo-learn's own script; {_INSTEAD}")
         cfg = self._parse(original, cfg)
@@ -103,12 +103,12 @@ class Scripts:
 
 
 def _check_input(method: type, cfg: DictConfig) -> None:
-    """Refuse a method that needs more than the script's own data loading gives."""
+    """Raise an error for a method that needs data which the script's loaders do not provide."""
     spec: MethodSpec | None = getattr(method, "spec", None)
     if spec is not None and spec.indexed and cfg.data.format == "dali":
         raise UserError(
             f"method {spec.name} needs the positions of the images in the training set, which solo-learn's own DALI "
-            f"loader does not give; use data.format=image_folder, or {_INSTEAD}"
+            f"loader does not provide; use data.format=image_folder, or {_INSTEAD}"
         )
 
 

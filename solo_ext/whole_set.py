@@ -15,7 +15,7 @@ from solo_ext.transforms import evaluation_transform, pretrain_transform
 
 
 def training_set_size(trainer: Any) -> int:
-    """Return the number of training images, which is not the number that an epoch visits.
+    """Return the number of training images, which may differ from the number of images in an epoch.
 
     Args:
         trainer: Lightning's Trainer, with the data module of solo_ext or the loader of a script of solo-learn.
@@ -36,7 +36,7 @@ class WholeTrainingSet:
         network: the modules behind ``encode``.
 
     Raises:
-        UserError: (when called) the run is one of solo-learn's own scripts, which does not say how to read its images.
+        UserError: (when called) the run is one of solo-learn's own scripts, which cannot read all images once.
     """
 
     def __init__(

@@ -184,7 +184,7 @@ def _kind(split: str, given: str) -> tuple[str, list[str] | None]:
         return "disk_filelist", None
     if not path.is_dir():
         hint = _DIGITS if path.parent.name == "digits" else ""
-        raise UserError(f"config.DATA.{split}.DATA_PATHS: {given} is no folder and no .npy list of images{hint}")
+        raise UserError(f"config.DATA.{split}.DATA_PATHS: {given} is neither a folder nor a .npy list of images{hint}")
     folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
     if not any(is_image_file(entry.name) for entry in os.scandir(path)):
         if {"train", "val"} <= set(folders):

@@ -176,7 +176,7 @@ def _unknown_part(key: str) -> tuple[str, str, set[str]]:
 def _addable(word: str) -> str:
     """Prepend ``++`` to an override of an option that this package adds, or of an option of a transform.
 
-    ``checks`` names the options of a transform, which the composed configuration does not know.
+    The options of a transform are not in the composed configuration; ``checks`` validates them.
     """
     above, _, option = word.partition("=")[0].rpartition(".")
     is_of_transform = re.fullmatch(r"config\.DATA\.\w+\.TRANSFORMS\.\d+", above)
@@ -192,7 +192,7 @@ def _check_top(cfg: DictConfig, overrides: Sequence[str]) -> None:
                 f"{key}={cfg[key]}: there is no folder of configurations {key}; --list shows all configurations"
             )
         if key not in allowed and any(word.lstrip("+").startswith((f"{key}=", f"{key}.")) for word in overrides):
-            raise UserError(f"{key} is no option of VISSL; write +config.{key}=VALUE to add a key below config")
+            raise UserError(f"{key} is not an option of VISSL; write +config.{key}=VALUE to add a key below config")
 
 
 def _fill(config: DictConfig, default: DictConfig, given: dict[str, Any], above: str = "") -> None:

@@ -71,7 +71,7 @@ def without_slurm(config: DictConfig, given: dict[str, Any]) -> str:
         A message for the user; empty if nothing was changed.
 
     Raises:
-        UserError: the command line asks for SLURM, which is not installed.
+        UserError: the command line requests SLURM, which is not installed.
     """
     if not OmegaConf.select(config, "SLURM.USE_SLURM") or shutil.which("sbatch"):
         return ""
@@ -82,7 +82,7 @@ def without_slurm(config: DictConfig, given: dict[str, Any]) -> str:
 
 
 def set_sampler(config: DictConfig, given: dict[str, Any]) -> None:
-    """Let a run that writes checkpoints within an epoch skip the images of the epoch that it has seen when it resumes.
+    """Set the sampler with which a resumed run skips the images that it has processed in the interrupted epoch.
 
     Args:
         config: VISSL's configuration, below ``config``; changed in place.

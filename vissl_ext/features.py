@@ -3,7 +3,7 @@
 ``engine_name=extract_features`` writes the files of VISSL's engine, which needs a GPU (vissl/trainer/
 trainer_main.py:345); ``EXTRACT_FEATURES.CHUNK_THRESHOLD`` bounds its memory. ``engine_name=knn`` extracts features and
 classifies the test images by their nearest training images. It replaces VISSL's tools/nearest_neighbor_test.py, which
-needs a GPU. Its memory holds the features of the training images for one layer, twice while they are sorted or
+needs a GPU. It stores in memory the features of the training images for one layer, twice while they are sorted or
 normalised (8 N D bytes for N images and D features, 21 GB for ImageNet and ResNet-50), and one chunk of those of the
 test images.
 """
@@ -151,7 +151,7 @@ def _stems(folder: Path, split: str, layer: str) -> list[str]:
         path.name.removesuffix("_inds.npy") for path in folder.glob(f"rank*_chunk*_{split}_{layer}_inds.npy")
     )
     if not stems:
-        raise UserError(f"{folder} holds no features of {layer} of the {split} images")
+        raise UserError(f"{folder} contains no features of {layer} of the {split} images")
     return stems
 
 

@@ -42,7 +42,7 @@ class EMATeacherHook(SilentHook):
             loss.teacher_output = output[0] if len(output) == 1 else output
 
     def on_update(self, task: Any) -> None:
-        """Tell the loss that the optimiser has stepped. ``task.iteration`` is the number of steps before it."""
+        """End the step of the method. ``task.iteration`` is the number of optimiser steps before it."""
         if isinstance(task.base_loss, TeacherLoss):
             task.base_loss.after_step(task.iteration, task.max_iteration)
 

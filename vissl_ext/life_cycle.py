@@ -27,7 +27,7 @@ class LifeCycleHook(SilentHook):
     """
 
     def on_start(self, task: Any) -> None:
-        """Let each forward pass of the model in training mode open a step, before the trunk and the head run."""
+        """Make each forward pass of the model in training mode start a step, before the trunk and the head run."""
         loss = task.base_loss
         if isinstance(loss, MethodLoss):
 
@@ -53,14 +53,14 @@ class LifeCycleHook(SilentHook):
         task.started_epoch = task.epoch
 
     def on_forward(self, task: Any) -> None:
-        """Give the loss the positions of the batch's images in the training set."""
+        """Pass the positions of the batch's images in the training set to the loss."""
         if isinstance(task.base_loss, MethodLoss):
             task.base_loss.set_index(task.last_batch.sample)
 
     def on_backward(self, task: Any) -> None:
         """Average the gradients of the loss's parameters over the processes, and freeze parameters.
 
-        DistributedDataParallel has averaged those of the model by then. The factor of mixed precision does no harm.
+        DistributedDataParallel has averaged those of the model by then. All gradients still have the loss scale of AMP.
         """
         if isinstance(task.base_loss, MethodLoss):
             average_gradients(task.base_loss.objective.criterion.parameters())
@@ -100,8 +100,8 @@ def feed(task: Any) -> WholeSet:
         entries = task.config.DATA.TEST.TRANSFORMS
         if not entries:
             raise UserError(
-                f"config.LOSS.name={task.config.LOSS.name} reads the training images as they are evaluated: set "
-                "config.DATA.TEST.TRANSFORMS to the transforms of the evaluation, such as Resize, ToTensor, Normalize"
+                f"config.LOSS.name={task.config.LOSS.name} reads the training images with the transforms of the "
+                "evaluation: set config.DATA.TEST.TRANSFORMS, for example to Resize, ToTensor, Normalize"
             )
         dataset = copy.copy(train)  # reads the same images
         dataset.transform = get_transform(copy.deepcopy(entries))

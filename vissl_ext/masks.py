@@ -1,6 +1,6 @@
 """Removal of the background of images with a folder of masks, :mod:`plugins.tools.masks`, as a transform of VISSL.
 
-``ImgPilRemoveBackground`` changes each image of the list, and stands between ImgReplicatePil and the random crop. For
+``ImgPilRemoveBackground`` changes each image of the list. It is placed between ImgReplicatePil and the random crop. For
 large and small crops, ``ImgPilToMultiCrop`` has the option ``background``, which applies to its first, large size.
 """
 
@@ -108,7 +108,7 @@ def check_masks(config: Any, lists: Mapping[str, list[str]]) -> None:
         lists: path of each list that is not yet written → its images.
 
     Raises:
-        UserError: the training images are no files, their folder is unknown, or masks are missing; the message has the
+        UserError: the training images are not files, their folder is unknown, or masks are missing; the message has the
             number of these and the first image without one.
     """
     data = config.DATA.TRAIN

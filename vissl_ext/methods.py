@@ -94,7 +94,7 @@ class MethodHead(nn.Module):
 
     Raises:
         ValueError: the method is unknown; ``in_dim`` is not the width of the features; the number of rows is not a
-            multiple of the number of views; the number of stacks is another.
+            multiple of the number of views; the number of stacks is wrong.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class MethodLoss(TeacherLoss):
         self.own_targets = 0
         self.has_maps = False
         self.index: Tensor | None = None
-        self.predictor: list[nn.Module | None] = [None]  # in a list, so that it is no submodule of the loss
+        self.predictor: list[nn.Module | None] = [None]  # in a list, so that it is not a submodule of the loss
         self.metrics: dict[str, Tensor] = {}
 
     @classmethod

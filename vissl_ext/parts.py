@@ -61,7 +61,7 @@ def check_mapping(key: str, value: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is an integer or a float, and no boolean."""
+    """Return whether a value is an integer or a float, but not a boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -1,4 +1,7 @@
-"""The attributes and methods of a loss that the task, the hooks and the checks use. Losses of other plugins may too."""
+"""The attributes and methods of a loss that the task, the hooks and the checks use.
+
+Losses of other plugins may define them too.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable

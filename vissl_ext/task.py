@@ -148,7 +148,7 @@ def hinted_groups(
     Args:
         groups: result of ``get_optimizer_param_groups``; ``lr`` of a group is a schedule. Changed in place.
         owned: the parameter groups of the objective.
-        main: learning rate and weight decay of parameters that VISSL does not know, such as those of the loss.
+        main: learning rate and weight decay of parameters that are not in VISSL's groups, such as those of the loss.
         without_momentum: the settings of an optimiser's group that turn its momentum off.
 
     Returns:
@@ -239,7 +239,7 @@ class PluginTask(SelfSupervisionTask):
         return loss
 
     def _build_loss(self) -> Any:
-        # a method's loss is there already, because the optimiser trains its parameters
+        # a method's loss exists already, because the optimiser trains its parameters
         loss = self.base_loss if isinstance(self.base_loss, MethodLoss) else self._attached_loss()
         name = self.config.LOSS.name
         if uses_class_labels(name):
@@ -254,7 +254,7 @@ class PluginTask(SelfSupervisionTask):
         return super()._build_optimizer()
 
     def prepare_optimizer(self) -> None:
-        """Create VISSL's parameter groups, and separate ones for what the method's hints name, and for the loss."""
+        """Create VISSL's parameter groups, and separate ones for the parts in the method's hints and for the loss."""
         if not self.method:
             super().prepare_optimizer()
             return

@@ -135,8 +135,8 @@ class WarmupRandomApply(WarmupMixin, ImgPilMultiCropRandomApply):
 class ImgPilToImageAndPatches(ClassyTransform):
     """Make a view and its patches of an image: PIL image → ``[image, patch, ...]``, PIL images.
 
-    The following transforms of the list are applied to the view and to each patch by itself. :class:`StackPatches` ends
-    the list. The patches are not those of the view, but those of a random resized crop of their own.
+    The following transforms of the list are applied to the view and to each patch independently. The last transform of
+    the list is :class:`StackPatches`. The patches are those of a separate random resized crop.
 
     Args:
         image_size: side of the view in pixels.

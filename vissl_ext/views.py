@@ -1,4 +1,4 @@
-"""Number and size of the views of an image that a configuration asks for."""
+"""Number and size of the views of an image that a configuration defines."""
 
 from typing import Any
 

@@ -141,8 +141,8 @@ def bench_step(
         steps: number of timed steps of each method per round, >= 1.
 
     Returns:
-        A row per method and teacher, and the names of skipped methods: those without a file in the folder, those that
-        compare stacks of patches or remember images, and those whose projector has another form than in solo-learn.
+        A row per method and teacher, and the names of skipped methods: those without a file in the folder, those with
+        stacks of patches or a memory of images, and those whose projector has another form than in solo-learn.
 
     Raises:
         UserError: the folder, method, backbone or option does not exist.

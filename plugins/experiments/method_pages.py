@@ -1,8 +1,8 @@
 """Generate pages of the documentation: one page per method, the front page, and the notebooks.
 
 A method's page is docs/methods/<name>.md. Its facts, options, commands and results are generated from the method's
-SPEC, configs/, :mod:`plugins.experiments.published` and the tables of docs/choosing.md, and stand between comments; the
-rest is hand-written. ``python -m plugins.experiments.method_pages --write`` brings all pages up to date.
+SPEC, configs/, :mod:`plugins.experiments.published` and the tables of docs/choosing.md. Comments mark where they
+begin and end; the rest is hand-written. ``python -m plugins.experiments.method_pages --write`` updates all pages.
 
 ``mkdocs build`` loads this file as a hook, which makes the front page and the pages of notebooks; none is committed.
 """
@@ -187,7 +187,7 @@ def _commands(spec: MethodSpec) -> str:
         f"`lightly_ext.transforms.{class_name}Transform(input_size=224)`.",
     ]
     suite = f"./run_experiments.sh digits --framework lightly --only {spec.name} --dry-run"
-    parts += ["", f"`{suite}` prints lightly's command with the augmentations of the other two too."]
+    parts += ["", f"`{suite}` prints lightly's command with the augmentations that solo-learn and VISSL use."]
     return "\n".join(parts)
 
 
@@ -296,7 +296,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the page of one method, or bring the pages of all methods up to date."""
+    """Print the page of one method, or update the pages of all methods."""
     parser = argparse.ArgumentParser(prog="python -m plugins.experiments.method_pages", description=main.__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("method", nargs="?", choices=sorted(METHODS))

@@ -71,7 +71,7 @@ def load_features(folder: Path, split: str, layer: str | None = None) -> tuple[T
     if not stems or (layer is not None and layer not in stems):
         of = f" of {layer}" if layer else ""
         known = f", only of {', '.join(stems)}" if stems else ""
-        raise UserError(f"{folder} holds no features{of} of the {split} images{known}")
+        raise UserError(f"{folder} contains no features{of} of the {split} images{known}")
     chosen = stems[layer or next(iter(stems))]
 
     def arrays(kind: str) -> np.ndarray:

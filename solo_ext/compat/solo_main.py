@@ -8,7 +8,7 @@ No file of the checkout is changed. Corrections in addition to those in ``common
   so that a checkpoint contains only plain values and can be loaded with ``weights_only``.
 * ``methods/base.py:60`` ``_BACKBONES``: our architectures are added to the table.
 * ``data/dali_dataloader.py:280,568``: a pipeline for the CPU needs a GPU. It is corrected for solo-learn's own scripts;
-  our commands have their own pipelines.
+  our commands do not use these pipelines.
 """
 
 import inspect

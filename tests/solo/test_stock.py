@@ -131,7 +131,7 @@ def test_a_mistake_is_one_sentence_and_status_2(case, scripts, compose, capfd):
 def test_methods_whose_input_the_script_does_not_make_are_refused(scripts, compose, capfd, monkeypatch):
     with pytest.raises(SystemExit):
         scripts.args.pretrain.parse_cfg(compose("pirl"))
-    assert "error: solo-learn's own script makes no stacks of patches; run the same conf" in capfd.readouterr().err
+    assert "error: solo-learn's own script cannot make stacks of patches; run the same con" in capfd.readouterr().err
     plugin = plugin_methods()["isoloss"]
     indexed = type("Indexed", (plugin,), {"spec": replace(plugin.spec, indexed=True)})
     monkeypatch.setitem(plugin_methods(), "isoloss", indexed)

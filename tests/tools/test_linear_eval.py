@@ -110,7 +110,7 @@ def test_folder_of_extract_features(files, quick, tmp_path):
         run("--features", str(folder), *quick)
     assert run("--features", str(folder), "--layer", "res5", *quick) == wanted
     assert not load_features(folder, "train", "train_heads")[0].any()
-    with pytest.raises(UserError, match="holds no features of conv1 of the train images, only of res5, train_heads"):
+    with pytest.raises(UserError, match="contains no features of conv1 of the train images, only of res5, train_heads"):
         run("--features", str(folder), "--layer", "conv1", *quick)
     (folder / "rank1_chunk0_test_res5_targets.npy").unlink()
     with pytest.raises(UserError, match=r"there is no file .*rank1_chunk0_test_res5_targets\.npy"):

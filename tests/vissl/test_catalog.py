@@ -99,7 +99,7 @@ def test_other_sources_are_not_changed(folders):
 @pytest.mark.parametrize(
     ("config", "name", "overrides", "text"),
     [
-        (SIMCLR, "missing", [], "is no folder and no .npy list of images"),
+        (SIMCLR, "missing", [], "is neither a folder nor a .npy list of images"),
         (SIMCLR, "empty", [], "there is no image in"),
         (SUPERVISED, "flat", [], "LABEL_SOURCES needs labels, but"),
         (SIMCLR, "digits", [], "create the digits with: python -m plugins.tools.data digits"),

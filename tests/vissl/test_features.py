@@ -75,7 +75,7 @@ def test_as_many_neighbours_as_there_are_training_images(tmp_path: Path, monkeyp
 
 
 def test_missing_features_raise_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no features of res5 of the test images"):
+    with pytest.raises(UserError, match="contains no features of res5 of the test images"):
         list(feature_chunks(tmp_path, "test", "res5"))
 
 

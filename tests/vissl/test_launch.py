@@ -309,7 +309,7 @@ def test_apex_raises_an_error_if_it_is_not_installed(gpu):
         ),
         ([SIMCLR, "foo"], "'foo' is not a valid argument: write KEY=VALUE, such as config=NAME"),
         ([SIMCLR, "+config/foo=bar"], "there is no folder of configurations config/foo"),
-        ([SIMCLR, "+FOO=1"], "FOO is no option of VISSL; write +config.FOO=VALUE"),
+        ([SIMCLR, "+FOO=1"], "FOO is not an option of VISSL; write +config.FOO=VALUE"),
         (
             ["config=pretrain/isoloss/digits", "config.LOSS.isoloss.alpah=1"],
             "config.LOSS.isoloss: 'alpah' is unknown, did you mean 'alpha'?; allowed: alpha, base_tau",

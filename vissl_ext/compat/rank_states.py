@@ -24,7 +24,7 @@ KEY = "loss_of_ranks"
 class RankStates(SilentHook):
     """Collect, before a checkpoint is written, the tensors of the loss that differ between processes.
 
-    The task writes ``task.loss_of_ranks`` into the checkpoint. The hook must stand before VISSL's checkpoint hook. FSDP
+    The task writes ``task.loss_of_ranks`` into the checkpoint. The hook must precede VISSL's checkpoint hook. FSDP
     writes a checkpoint for each process anyway, so nothing is collected there.
     """
 
@@ -71,7 +71,7 @@ def _digest(tensor: torch.Tensor) -> bytes:
 
 
 def restore_rank_state(checkpoint: Mapping[str, Any], loss: torch.nn.Module) -> None:
-    """Put this process's own tensors into a checkpoint that is about to be loaded.
+    """Insert the tensors of this process into a checkpoint that is about to be loaded.
 
     Args:
         checkpoint: VISSL's checkpoint; the states of the loss are changed in place.

@@ -1,4 +1,4 @@
-"""Every precondition says what was expected and what was given."""
+"""The error of each precondition names the expected and the given value."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The commands in a folder that has a package ``plugins`` of its own."""
+"""The commands in a folder with another package ``plugins``."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_imports_raise_the_sentence(tmp_path, monkeypatch):
 
 
 def test_stock_scripts_go_on_without_our_methods(tmp_path):
-    """Of a checkout of solo-learn that has a package ``plugins`` of its own."""
+    """A checkout of solo-learn with another package ``plugins``."""
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "__init__.py").write_text("")
     hook = "from hydra_plugins.solo_ext_plugin import SoloExtPlugin; SoloExtPlugin().manipulate_search_path(None)"

@@ -1,4 +1,4 @@
-"""Every shell command of the README and of docs/ does what the page says, in small.
+"""Every shell command of the README and of docs/ works as described, on a small scale.
 
 Commands of plugins.tools run. Suites are run with --dry-run. Commands that train are taken up to where
 training starts: options, configuration, method and folders are checked by the commands' own code. The trainings
@@ -90,7 +90,7 @@ def _images(folder: Path, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the commands find what their pages speak of."""
+    """A folder with the files that the commands of the pages use."""
     folder = tmp_path_factory.mktemp("work")
     (folder / "configs").symlink_to(ROOT / "configs")
     for name in ("datasets/digits", "datasets/imagenet", "IMAGENET"):

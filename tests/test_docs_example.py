@@ -60,7 +60,7 @@ def test_there_are_five_new_files_and_one_line():
 
 @pytest.mark.slow
 def test_commands_of_the_example_run(copy):
-    """With its doctest, and the checks of METHODS; what loops over the frameworks is left to its own tests."""
+    """Also run its doctest and the checks of METHODS, without the tests that loop over the frameworks."""
     (commands,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     pages, table, own, every = (line.removeprefix("python -m ").split() for line in commands.strip().splitlines())
     assert own[0] == every[0] == "pytest" and every[-2:] == ["-k", NAME]

@@ -12,7 +12,7 @@ from plugins.draws import distinct, step_generator
 
 @pytest.mark.parametrize(("size", "count"), [(17, 2), (5, 3)])
 def test_each_ordered_sample_has_the_same_probability(size, count):
-    """By rejection, and from a permutation."""
+    """Small samples are drawn by rejection, others from a permutation."""
     samples, trials = [*itertools.permutations(range(size), count)], 8000
     generator = step_generator(0, 0)
     counts = Counter(tuple(distinct(size, count, generator).tolist()) for _ in range(trials))

@@ -66,7 +66,7 @@ def test_without_bias_one_dimension_more_is_needed(classes):
 def test_predictable_classes_are_not_enough():
     angles = 2 * np.pi * np.arange(6) / 6
     codes = np.stack([np.cos(angles), np.sin(angles)], 1)
-    assert ((codes @ codes.T).argmax(1) == np.arange(6)).all()  # a linear map that tells all classes
+    assert ((codes @ codes.T).argmax(1) == np.arange(6)).all()  # a linear map that distinguishes all classes
     assert sum(_separates(codes, labels) for labels in _labellings(6)) == 32
 
 

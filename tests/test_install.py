@@ -1,7 +1,7 @@
 """The wheel, installed by pip: what each extra brings is enough for its framework, and a missing package is named.
 
-Each framework has an environment of its own that shows only the distributions that its extra asks for, as links to
-those of the test environment. pip installs the wheel into it without an index, so it checks every requirement. With the
+Each framework has a separate environment with only the distributions that its extra requires, as links to those of
+the test environment. pip installs the wheel into it without an index, so it checks every requirement. With the
 environment variable PIP_INSTALLS=1, pip does the same with empty environments and the package index.
 """
 

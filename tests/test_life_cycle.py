@@ -1,4 +1,4 @@
-"""What methods with memory, frozen parameters or passes over the training set need, with methods of this file alone."""
+"""The life cycle of methods with memory, frozen parameters or passes over the training set, with toy methods."""
 
 import copy
 import math

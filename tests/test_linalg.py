@@ -239,7 +239,7 @@ def test_logarithm_and_its_derivative(scale, mu, divided):
 
 @pytest.mark.parametrize("width", [2, 3, 16, 40])
 def test_solver_survives_matrices_of_rank_one(width):
-    """Of rounding errors and of rows on a line; LAPACK's own float32 solver raises or gives NaN for some of them."""
+    """The matrices are rounding errors, or of rows on a line; LAPACK's float32 solver raises or gives NaN for some."""
     eye = torch.eye(width)
     for seed, rows in itertools.product(range(40), (2, 6)):
         generator = torch.Generator().manual_seed(seed)

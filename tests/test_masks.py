@@ -1,4 +1,4 @@
-"""Masks in the three frameworks: the same pixels for the same image and mask, and what each launcher refuses."""
+"""Masks in the three frameworks: the same pixels for the same image and mask, and the errors of each launcher."""
 
 import json
 import re
@@ -110,7 +110,7 @@ def test_the_same_pixels_in_every_framework(folders: Path) -> None:
 
 
 def test_without_masks_nothing_changes(folders: Path) -> None:
-    """Neither the transforms nor the identity of a run, so that earlier runs can be resumed."""
+    """Transforms and identity of a run are unchanged, so that earlier runs can be resumed."""
     with initialize_config_dir(str(CONFIGS), version_base="1.2"):
         words = ["data.dataset=custom", f"data.train_path={folders / 'images'}", "data.val_path=null"]
         cfg = parse_pretrain(compose("relicv2", words))
@@ -136,7 +136,7 @@ def test_solo_learn_refuses_what_has_no_masks(folders: Path, given: list[str] | 
 
 
 def test_the_script_of_solo_learn_refuses_masks(folders: Path, capsys: pytest.CaptureFixture) -> None:
-    """It would ignore the entry: its transforms are solo-learn's own."""
+    """The script would ignore the entry, because it uses solo-learn's transforms."""
     cfg = OmegaConf.create({"strategy": None, **OmegaConf.to_container(_solo(folders))})
     with pytest.raises(SystemExit):
         Scripts({}).parse_pretrain(lambda cfg: cfg, cfg)

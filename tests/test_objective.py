@@ -1,4 +1,4 @@
-"""What every adapter does with a MethodSpec: embeddings, views, statistics."""
+"""The use of a MethodSpec in every adapter: embeddings, views, statistics."""
 
 import math
 from dataclasses import replace
@@ -37,7 +37,7 @@ def test_the_views_of_a_shared_head_have_common_batch_statistics():
 
 
 def test_simclr_is_cissl_with_one_head_and_without_the_own_view():
-    """By hand from the features: one head on all rows, cosines, softmax over the 2B - 1 others, the other view."""
+    """The expected loss is computed from the features: one head, cosines, softmax over the 2B - 1 other rows."""
     spec = METHODS["cissl"]
     options = spec.resolve({"heads": "simclr", "positives": "other", "proj_output_dim": 6, "temperature": 0.2})
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Every number among the methods' options has a range; what is outside is refused before anything is made of it."""
+"""Every number among the methods' options has a range; a value outside is an error before anything is built."""
 
 import math
 import re

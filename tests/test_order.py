@@ -1,4 +1,4 @@
-"""What the suite does with the tests that it has collected: the order of the files, and the sample of --fast."""
+"""The order of the collected test files, and the sample of --fast."""
 
 from pathlib import Path
 from types import SimpleNamespace

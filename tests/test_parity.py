@@ -71,7 +71,7 @@ IMAGES, INDEX = 20, torch.tensor([7, 0, 3, 19, 4, 11, 12, 2])
 
 
 class Parts(NamedTuple):
-    """What all frameworks have of a method, under whatever names."""
+    """The modules of a method, which have different names in the frameworks."""
 
     backbone: nn.Module
     projector: nn.Module
@@ -136,7 +136,7 @@ def in_plugins(case: Case) -> tuple[Parts, Step]:
 
 
 def in_solo(case: Case) -> tuple[Parts, Step]:
-    """solo-learn's training step, of whichever generation is loaded; its online classifier has a loss of its own."""
+    """solo-learn's training step, of the generation that is loaded; its online classifier has a separate loss."""
     options = [f"++method_kwargs.{key}={value}" for key, value in options_of(case).items()]
     if len(case.sides) > case.large:
         crop = "{rrc:{enabled:true,crop_min_scale:0.1,crop_max_scale:1.0},crop_size:%d,num_crops:%d}"

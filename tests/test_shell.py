@@ -1,4 +1,4 @@
-"""run_experiments.sh, in a folder of its own with stand-ins for uv and the checkers; nothing is installed."""
+"""run_experiments.sh, in a temporary folder with stand-ins for uv and the checkers; nothing is installed."""
 
 import os
 import shutil
@@ -144,7 +144,7 @@ def test_environment_of_the_caller_does_not_leak(checkout):
 
 
 def test_bytecode_is_cached_though_the_caller_forbids_it(checkout):
-    """Without the cache each process of a suite or test compiles torch and the framework again, in seconds."""
+    """Without the cache each process of a suite or test spends seconds to compile torch and the framework again."""
     call(checkout, PYTHONDONTWRITEBYTECODE="1")
     assert calls(checkout)[-1].startswith("python -m plugins.experiments")
 

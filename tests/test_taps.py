@@ -58,7 +58,7 @@ def test_views_that_the_backbone_gets_concatenated_are_separated(calls):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_views_of_unequal_sides_have_maps_of_unequal_sides(together):
-    """As multi-crop has them: two large views, three small ones; the small maps are not enlarged."""
+    """Multi-crop has two large views and three small ones here; the small maps are not enlarged."""
     network, views = nn.Sequential(*backbone()[:3]), images(16, 16, 6, 6, 6)
     with FeatureTaps(network, {"0": 8, "2": None}) as taps:
         for call in [torch.cat(views[:2]), torch.cat(views[2:])] if together else views:
@@ -138,7 +138,7 @@ def test_copies_and_pickles_keep_nothing():
 
 
 def test_a_module_that_is_replaced_is_found_by_its_name():
-    """As convert_sync_batchnorm does with batch norm, after the model has been made."""
+    """convert_sync_batchnorm replaces batch norm after the model has been built."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
     taps = FeatureTaps(network, {"1": None})
     network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -292,7 +292,7 @@ class Model(nn.Module):
 
 
 def test_a_model_may_be_compiled_as_a_whole():
-    """Also if it has been compiled for a pass without maps before."""
+    """This includes a model that was first compiled for a pass without maps."""
     plain, model = Model(), Model()
     compiled = torch.compile(model, backend="aot_eager")
     for tapped in (False, True, True, False, True):

@@ -1,4 +1,4 @@
-"""What the tests of the suites share."""
+"""Fixtures of the tests of the suites."""
 
 import shutil
 from collections.abc import Callable

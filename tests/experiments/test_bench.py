@@ -17,7 +17,7 @@ from plugins.methods import METHODS
 
 @pytest.fixture
 def one_thread():
-    """Threads that wait for each other are slow where other programs run."""
+    """Use one thread: threads that wait for each other are slow on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -177,9 +177,10 @@ def counted(function, inputs):
     ],
 )
 def test_step_takes_no_more_work_than_the_reference(method, limits, one_thread, tmp_path, monkeypatch):
-    """Isoloss beside BYOL, with a teacher and without (τ = 0), SSL-EY beside VICReg, others beside solo-learn's own.
+    """Compare IsoLoss with BYOL, with a teacher and without (τ = 0), SSL-EY with VICReg, and others with solo-learn's.
 
-    Work is operations in matrix products and convolutions, plus ten for each byte that an operator reads or writes.
+    The work is the operations in matrix products and convolutions, plus ten for each byte that an operator reads or
+    writes.
     """
     sizes = ("--batch", "16", "--size", "16", "--repeat", "1", "--steps", "1")
     with Traffic() as traffic, FlopCounterMode(display=False) as flops:
@@ -237,7 +238,7 @@ def test_pirl_gathers_no_rows_of_the_bank():
 
 @pytest.mark.lightly
 def test_barlow_twins_computes_no_norms_of_columns():
-    """They are six to nine times as slow as sums of squares; the norms of the rows of C are one call."""
+    """Norms of columns take six to nine times as long as sums of squares. The one call is for the norms of C's rows."""
     case = CASES["barlow_twins"]
     assert counted(case.ours, case.make(256, 64, "cpu"))[2]["linalg_vector_norm"] == 1
 

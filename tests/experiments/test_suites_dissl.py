@@ -1,4 +1,4 @@
-"""The TinyImageNet suites of DISSL and CISSL: which runs there are, what each trains, one for real on the digits."""
+"""The TinyImageNet suites of DISSL and CISSL: runs, their settings, and one training on the digits."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def test_runs_and_their_folders(suite, dataset):
 
 
 def _strength(cfg):
-    """Crop, jitter, hue, grayscale and blur of the one kind of views that there is."""
+    """Return crop, jitter, hue, grayscale and blur of the views, which are all of one kind."""
     (view,) = cfg.augmentations
     jitter = view.color_jitter
     assert (view.num_crops, view.crop_size, view.horizontal_flip.prob, jitter.prob) == (2, 64, 0.5, 0.8)
@@ -60,7 +60,7 @@ def _strength(cfg):
 
 @pytest.mark.slow
 def test_what_each_run_on_tinyimagenet_trains():
-    """(method, width, epochs, batch, strength of the views) as published; views of strength s as their formula says."""
+    """Published (method, width, epochs, batch, strength of the views); views of strength s follow their formula."""
     table = {
         "simclr": ("cissl", None, 300, 512, 1),
         "cissl": ("cissl", None, 300, 512, 1),
@@ -185,7 +185,7 @@ def _run(suite, only, capfd):
 
 
 def _results(folder):
-    """What each run of a suite has written, by its name, and its line of the table."""
+    """Return for each run of a suite, by name, its result.json and its lines of the table."""
     table = (folder / "table.md").read_text().splitlines()
     found = {}
     for file in folder.glob("solo/*/seed0/result.json"):

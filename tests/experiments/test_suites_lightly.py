@@ -1,4 +1,4 @@
-"""The lightly column of the digits: its runs, their exact commands, what their results hold; one for real."""
+"""The lightly runs of the suite digits: commands, collected results, and one training."""
 
 import json
 import shlex
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def parsed(step):
-    """What the command of a step understands."""
+    """Parse the arguments of the command of a step."""
     assert step.arguments[:2] == ("-m", "lightly_ext.benchmarks")
     return validate(vars(parser().parse_args(step.arguments[2:])))
 

@@ -1,4 +1,4 @@
-"""The suite of Matrix-SSL and MEC: which runs there are, what their commands train, what their results hold."""
+"""The suite of Matrix-SSL and MEC: runs, commands and collected results."""
 
 import json
 import pickle
@@ -48,7 +48,7 @@ def test_steps_hand_their_files_on_in_vissl(in_checkout):
         assert pretrain[2] == f"config={config}"
         assert f"config.CHECKPOINT.DIR={run.folder}/pretrain" in pretrain
         assert "config.DISTRIBUTED.NUM_PROC_PER_NODE=4" in pretrain
-        assert not any("num_epochs" in argument for argument in pretrain)  # the file says them
+        assert not any("num_epochs" in argument for argument in pretrain)  # set in the YAML file
         assert f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={run.folder}/pretrain/checkpoint.torch" in linear
         assert not any("NUM_PROC" in argument for argument in linear)
         assert export[2] == f"{run.folder}/pretrain/checkpoint.torch"

@@ -1,4 +1,4 @@
-"""The suites in solo-learn: which runs there are, their exact commands, what their results hold; one for real."""
+"""The suites in solo-learn: runs, commands, collected results, and one training."""
 
 import json
 from pathlib import Path
@@ -218,7 +218,7 @@ def test_every_folder_data_set_has_its_number_of_classes():
 
 
 def test_unsorted_or_incomplete_images_are_told_before_anything_is_trained(tmp_path, capsys):
-    """As the archive unpacks: its validation images lie in a folder called images."""
+    """The layout of the unpacked archive: the validation images are in a folder called images."""
     place = tmp_path / "tinyimagenet"
     _class_folders(place, 200, 0)
     (place / "val" / "images").mkdir(parents=True)
@@ -232,7 +232,7 @@ def test_unsorted_or_incomplete_images_are_told_before_anything_is_trained(tmp_p
 
 @pytest.mark.slow
 def test_without_a_network_there_is_one_sentence_and_nothing_is_trained(tmp_path, monkeypatch, capfd):
-    """The whole suite, on a machine whose look-ups of names fail."""
+    """Run the whole suite on a machine without DNS."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "sitecustomize.py").write_text(

@@ -1,4 +1,4 @@
-"""The VISSL column of the digits: its runs, their exact commands, what their results hold; one for real."""
+"""The VISSL runs of the suite digits: commands, collected results, and one training."""
 
 import json
 from multiprocessing import forkserver

@@ -144,7 +144,7 @@ def test_p11_weight_decay_kills_no_mode_of_iso(gamma, survivor):
     ],
 )
 def test_discrete_descent_follows_the_differential_equation(rule, step, deviation):
-    """In units of the largest λ. (Mode by mode, collapse without stop-gradient deviates by up to 0.13 of each.)"""
+    """The deviation is relative to the largest λ. (Without stop-gradient a mode deviates by up to 0.13 of itself.)"""
     discrete = matrix_trajectory(1499, step=step, noise=NOISE, rule=rule)
     fine = integrate(lambda x: euclidean_rate(x, noise=NOISE, rule=rule), discrete[0], step=step / 20, steps=20 * 1499)
     error = np.abs(discrete - fine[::20]) / fine[::20].max(1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The figures of the toy model: the numbers in their table, and that there is something on them."""
+"""The figures of the toy model: the numbers in their table, and that they are not empty."""
 
 import json
 from dataclasses import replace
@@ -130,7 +130,7 @@ def test_known_numbers_of_the_eigenvalue_figure(tmp_path, few_samples):
 
 @pytest.mark.slow
 def test_known_numbers_of_weight_decay_and_growth(tmp_path, few_samples):
-    """A third of the steps is enough for the survivors to arrive."""
+    """A third of the steps is enough for the remaining modes to converge."""
     rows = {row.case: row for row in toy_dynamics.draw("weight_decay", tmp_path, fraction=0.34)}
     for rule, wanted in (("DirectPred", (0.8772, 0.7120)), ("IsoLoss", (0.8911, 0.7921, 0.6931))):
         for decay, value in zip((0.1, 0.2, 0.3), wanted, strict=False):

@@ -1,4 +1,4 @@
-"""A forked command behaves as one of its own."""
+"""A forked command behaves like one that ``python`` starts."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""The classifier of linear evaluations: what it computes, how it begins."""
+"""The classifier of linear evaluations: output and initialisation."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Wider ResNets: published counts, keys and shortcut; widths that cannot be."""
+"""Wider ResNets: published counts, keys and shortcut; impossible widths."""
 
 import copy
 

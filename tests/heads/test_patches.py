@@ -1,4 +1,4 @@
-"""PIRL's head: the order of the patches, shared and own weights, the variants, mistakes."""
+"""PIRL's head: order of the patches, shared and separate weights, variants, errors."""
 
 import numpy as np
 import pytest

@@ -8,7 +8,7 @@ import pytest
 
 
 def pytest_report_header() -> str:
-    """Say which lightly is tested: a process holds one."""
+    """Print which lightly is tested: a process can import only one."""
     try:
         return f"lightly {importlib.metadata.version('lightly')}"
     except importlib.metadata.PackageNotFoundError:

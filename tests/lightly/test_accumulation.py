@@ -27,7 +27,7 @@ def has_two_branches(method: str) -> bool:
 
 
 def parts(method: str) -> dict:
-    """Vectors for images, and no batch norm."""
+    """A model of vectors instead of images, without batch norm."""
     given: dict = {"projection_head": toy_mlp(6, 4), "input_dim": 6, **WARMUPS.get(method, {})}
     if has_two_branches(method):
         given["projection_head"] = TwoBranchHead(Heads(teacher=toy_mlp(6, 4), student=toy_mlp(6, 4)), 6)
@@ -62,7 +62,7 @@ def same_state(one: nn.Module, other: nn.Module) -> None:
 
 @pytest.mark.parametrize("method", COUNTING)
 def test_a_plain_loop_counts_steps(method: str) -> None:
-    """Only a loop without a teacher says when a step begins."""
+    """Without a teacher the loop calls ``before_step`` to mark the start of a step."""
     whole, accumulated = built(method), built(method)
     for seed in range(3):
         views = toy_views(8, 5, seed=seed)
@@ -84,7 +84,7 @@ def test_a_plain_loop_without_a_teacher_need_not_say_anything() -> None:
 
 
 def trained(method: str, batches: list, of_module: dict | None = None, **options: object) -> nn.Module:
-    """After an epoch of Lightning, which moves no weight with the default options."""
+    """Return the model after an epoch of Lightning; with the default options no weight changes."""
     import pytorch_lightning  # not on the ranks
 
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_lightning_counts_steps(method: str) -> None:
 
 
 def perturbed(model: nn.Module) -> nn.Module:
-    """With a teacher that is not the student."""
+    """Change the weights of the teacher, so that it differs from the student."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -147,7 +147,7 @@ def test_the_joined_loss_is_that_of_one_batch(method: str) -> None:
 
 
 def normed(method: str, dropout: float = 0.0) -> models.MethodModel:
-    """With batch norm in backbone, heads and teacher."""
+    """Return a model with batch norm in backbone, heads and teacher."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(dropout))
     small = {**NARROW, "proj_hidden_dim": 12, "proj_output_dim": 4, "pred_hidden_dim": 10, "n_classes": 8}
@@ -184,7 +184,7 @@ def test_with_batch_norm_it_is_that_of_the_same_embeddings(method: str) -> None:
 
 
 def test_dropout_is_the_same_in_both_passes() -> None:
-    """One micro-batch: its joined loss is its loss, and what is drawn next is drawn next."""
+    """The joined loss of one micro-batch is its loss, and the random numbers after it are the same."""
     views, losses = toy_views(8, 5), []
     for joined in (False, True):
         model = normed("simsiam", dropout=0.5)
@@ -349,7 +349,7 @@ def schedule(batches: object, warmup_epochs: float | None = 2, **options: object
 
 
 class _Stream(torch.utils.data.IterableDataset):
-    """Of no known length."""
+    """A data set without a length."""
 
     def __iter__(self):
         return iter(micro_batches(5)[1])

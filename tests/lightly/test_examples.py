@@ -47,7 +47,7 @@ def few_batches(digits: Path) -> DataLoader:
 
 @pytest.fixture(scope="module")
 def real(all_digits: Path) -> tuple[list, Callable[..., list]]:
-    """What all methods share: batches of four augmented epochs, three times, and images that are decoded once."""
+    """Return what all methods share: three times four augmented epochs as batches, and images that are decoded once."""
     torch.manual_seed(0)
     loader = common.views(all_digits / "train")
     open_dataset, opened = common.dataset, {}

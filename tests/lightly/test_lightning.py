@@ -272,7 +272,7 @@ def test_a_run_that_is_made_longer_follows_the_schedule_of_its_new_length(tmp_pa
 
 @pytest.mark.parametrize("method", ["ssl_ey", "isoloss"])
 def test_lightlys_evaluation_runs_on_them(method: str) -> None:
-    """kNN, linear and fine-tuning of lightly, as they are, on the model class and on the LightningModule."""
+    """lightly's unmodified kNN, linear and fine-tuning evaluations of the model class and of the LightningModule."""
     labelled = [(views[0], targets) for views, targets in batches(3)]
     from lightly_ext import models
 
@@ -383,7 +383,7 @@ def test_benchmark_of_ours_and_of_lightlys(digits: Path, tmp_path: Path, capsys:
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_print_one_table(digits: Path, tmp_path: Path) -> None:
-    """With the strategy that the command takes by itself; teacher and prediction matrix are in the checkpoint."""
+    """The command uses its default strategy; teacher and prediction matrix are in the checkpoint."""
     folders = ["--train-dir", str(digits / "train"), "--val-dir", str(digits / "val"), "--log-dir", str(tmp_path)]
     more = ["--methods", "isoloss", "--devices", "2", "--skip-linear-eval", "--skip-finetune-eval"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Methods that remember images, see patches and feature maps, freeze parameters, pass over the training set: a toy."""
+"""A toy method with a memory of images, patches, feature maps, frozen parameters and passes over the training set."""
 
 import copy
 import os
@@ -32,7 +32,7 @@ class Terms(NamedTuple):
 
 
 class Head(MapHead):
-    """Of an image, and of a stack of patches."""
+    """A head for an image and for a stack of patches."""
 
     def __init__(self, features_dim: int) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ Toy = model_class("Toy", SPEC, __name__)
 
 
 def backbone() -> nn.Module:
-    """Without batch norm, whose statistics are those of each process."""
+    """Return a backbone without batch norm, whose statistics differ between processes."""
     return nn.Sequential(nn.Conv2d(3, F, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1))
 
 
@@ -159,7 +159,7 @@ def optimizer_of(model: models.MethodModel) -> torch.optim.Optimizer:
 
 
 def train(model: models.MethodModel, steps: list[list[list[int]]], wrapped: nn.Module | None = None, epochs: int = 2):
-    """In a loop as the documentation has it; a step has micro-batches, a micro-batch images."""
+    """Train in the loop of the documentation; a step has micro-batches, a micro-batch has images."""
     loader = DataLoader(dataset(), batch_size=5)
     optimizer = optimizer_of(model)
     for epoch in range(epochs):
@@ -411,7 +411,7 @@ def _loop(comm, steps):
 
 
 def _broadcast(comm, rows):
-    """Whether a process keeps what it has in the bank, and gets the other's weights."""
+    """Return means of bank and bias: each process keeps its bank and receives the weights of rank 0."""
     model = built()
     with torch.no_grad():
         model.objective.criterion.bank.rows[:] = float(comm.rank)
@@ -527,7 +527,7 @@ def test_lightning_counts_an_accumulated_step_once() -> None:
 
 @pytest.mark.parametrize("steps", [3, 5])
 def test_a_killed_run_resumes_to_the_same_bits(steps: int, tmp_path: Path) -> None:
-    """At the end of an epoch, and within one; the module does not know the number of images before the training."""
+    """At the end of an epoch, and within one; the module gets the number of images only when training starts."""
     from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
     class Kill(Callback):

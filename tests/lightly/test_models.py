@@ -125,7 +125,7 @@ def test_small_crops_are_students_alone(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["dissl", "cissl"])
 def test_small_crops_before_large_views_are_refused(method: str) -> None:
-    """They would be taken for the large ones, which make the targets: another loss, and nothing would say so."""
+    """Without the error they would be used as large views: the loss would be another one, without a warning."""
     model, large = built(method), images()
     small = [view[:, :, 4:12, 4:12] for view in large]
     for views in ([*small, *large], [large[0], *small, large[1]]):
@@ -211,7 +211,7 @@ def test_the_views_of_a_shared_head_have_common_batch_statistics_in_the_teacher_
 
 
 def test_heads_of_lightly() -> None:
-    """BYOL on lightly's parts is BYOL in lightly's own words."""
+    """BYOL with lightly's heads has the loss of lightly's example."""
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules import heads
 
@@ -235,7 +235,7 @@ def test_heads_of_lightly() -> None:
 
 @pytest.mark.parametrize("method", OF_IMAGES)
 def test_state_dict_holds_everything(method: str) -> None:
-    """A model that goes on from a state dict goes on as the one that wrote it."""
+    """A model that loads a state dict continues like the model that wrote it."""
     first = built(method)
     optimizer = torch.optim.SGD(first.training_parameters(), lr=0.05)
 
@@ -370,7 +370,7 @@ def test_compiled(method: str) -> None:
 
 
 def _joined_build(method: str) -> models.MethodModel:
-    """Vectors for images, and no batch norm, whose statistics are each process's own."""
+    """A model of vectors instead of images, without batch norm, whose statistics differ between processes."""
     parts = {"projection_head": toy_mlp(6, 4), "input_dim": 6}
     if has_two_branches(method):
         heads = Heads(teacher=toy_mlp(6, 4), student=toy_mlp(6, 4))

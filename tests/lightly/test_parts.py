@@ -1,4 +1,4 @@
-"""Losses, heads and transforms in lightly's dialect, and their examples."""
+"""Losses, heads and transforms with lightly's interfaces, and their examples."""
 
 import doctest
 import importlib
@@ -226,7 +226,7 @@ def test_views_are_the_published_ones(
 
 
 def test_knobs_reach_the_views() -> None:
-    """Without any chance, a view is the image itself; with one pair, the views differ as it says."""
+    """With all probabilities 0 a view is the image itself; a pair of probabilities applies to the two views."""
     still = {"cj_prob": 0.0, "min_scale": 1.0, "random_gray_scale": 0.0, "hf_prob": 0.0, "normalize": None}
     image = Image.effect_noise((32, 32), 60).convert("RGB")
     transform = transforms.IsoLossTransform(32, **still, gaussian_blur=0.0, solarization_prob=(0.0, 1.0))

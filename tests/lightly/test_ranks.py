@@ -1,6 +1,6 @@
-"""What a method keeps is the same on all processes after three steps: in a Trainer, and in a loop of a user's own.
+"""The state of a method is the same on all processes after three steps, in a Trainer and in a user's loop.
 
-Every process draws weights and images of its own, as without a seed.
+Each process draws different weights and images, as without a seed.
 """
 
 import os
@@ -29,7 +29,7 @@ def _views() -> list[Tensor]:
 
 
 def _kept(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, buffers and plain counters; without running statistics of BatchNorm, which are each process's own."""
+    """Parameters, buffers and counters, without BatchNorm's running statistics, which differ between processes."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     for name, buffer in model.named_buffers():  # those that are not saved, too
         state[name] = buffer.clone()

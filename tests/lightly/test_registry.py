@@ -1,4 +1,4 @@
-"""Names injected into lightly: what lightly has stays, what is pickled needs no injection, and all can be undone."""
+"""Names injected into lightly: lightly's names stay, pickles need no injection, and the injection can be undone."""
 
 import importlib
 import pickle
@@ -121,7 +121,7 @@ def test_reloading() -> None:
     quietly_register()
     assert lightly.loss.SSLEYLoss is first
 
-    # ours is reloaded: the next register() replaces its own, and only its own
+    # our module is reloaded: the next register() replaces our names only
     importlib.reload(lightly_ext.loss.ssley_loss)
     importlib.reload(lightly_ext.loss)
     assert lightly_ext.loss.SSLEYLoss is not first

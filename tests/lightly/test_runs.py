@@ -1,4 +1,4 @@
-"""What ``python -m lightly_ext.benchmarks`` leaves behind when it is killed, stopped, started twice or out of space."""
+"""The files of ``python -m lightly_ext.benchmarks`` if it is killed, stopped, started twice or out of disk space."""
 
 import json
 import math
@@ -152,7 +152,7 @@ def test_twenty_kills_lose_no_run(runs):
 
 
 def test_a_kill_right_after_the_checkpoint_loses_no_row(runs):
-    """Neither of our metrics.csv and eigenvalues.csv, nor of what the module gave Lightning's logger."""
+    """No row of metrics.csv, of eigenvalues.csv or of Lightning's logger is lost."""
     ours = ("--methods", "ssl_ey", "--backbone", "resnet18", "--option", "proj_hidden_dim=8", "proj_output_dim=8")
     folder = runs.folder.parent / "ssl_ey"
     words = (*ours, "log_eigvals=true", "--optimizer", "adamw", "--lr", "0.001")

@@ -202,7 +202,7 @@ def test_degenerate_batches_are_finite(device):
 @pytest.mark.parametrize("options", [{}, {"clip": 2.0, "reg": 0.7}], ids=str)
 @pytest.mark.parametrize("scores", [linalg.CPU_SCORES, 1])
 def test_gradient_is_that_of_autograd(options, scores, monkeypatch):
-    """In one block of rows, and in blocks of 16 rows."""
+    """The loss is computed in one block of rows, and in blocks of 16 rows."""
     monkeypatch.setattr(linalg, "CPU_SCORES", scores)
     leaves = [x.requires_grad_() for x in _inputs(37, 5, 3)]
     found = torch.autograd.grad(3 * amdim_nce(*leaves, **options).loss, leaves)

@@ -44,7 +44,7 @@ def _reference_cissl(student, teacher, tau=0.07, positives="all"):
 
 
 def _autograd_cissl(student, teacher, tau=0.07, positives="all"):
-    """With a target for each column, left to autograd."""
+    """Compute the loss with a target for each column, for autograd."""
     u, w = (torch.nn.functional.normalize(torch.cat(views), dim=1) for views in (student, teacher))
     images = torch.arange(len(student[0])).repeat(len(student))
     target = (images[:, None] == images[None, : len(w)]).to(u)
@@ -288,7 +288,7 @@ def _of_own_rows(comm, joining, student, teacher):
 @pytest.mark.ddp
 @pytest.mark.parametrize("count", [2, 3])
 def test_columns_need_to_be_joined_with_their_gradient(ranks, count):
-    """What the tests above would find: wrong ways to the negatives give another loss, or another gradient."""
+    """A negative control of the tests above: wrongly gathered negatives give another loss or another gradient."""
     rows = 4
     student, teacher = (torch.stack(views, 1) for views in _views(count * rows, 5))
     parts = [*zip(student.clone().split(rows), teacher.clone().split(rows), strict=True)]
@@ -302,7 +302,7 @@ def test_columns_need_to_be_joined_with_their_gradient(ranks, count):
     by_row = _of_rows(u, w, torch.arange(len(u)) // 2)
     loss = by_row.mean()
     of_student, of_teacher = torch.autograd.grad(loss, [student, teacher], retain_graph=True)
-    # of the columns of a rank, what its own rows alone have
+    # the gradient of the columns of a rank from the rows of that rank alone
     own = [torch.autograd.grad(part.sum(), teacher, retain_graph=True)[0] / len(u) for part in by_row.split(2 * rows)]
     own = torch.cat([gradient.split(rows)[rank] for rank, gradient in enumerate(own)])
 

@@ -145,7 +145,7 @@ def test_more_negatives_make_the_task_harder():
 
 @pytest.mark.parametrize("scores", [linalg.CPU_SCORES, 1])
 def test_gradient_is_that_of_autograd(scores, monkeypatch):
-    """In one block of rows, and in blocks of 16 rows."""
+    """The loss is computed in one block of rows, and in blocks of 16 rows."""
     monkeypatch.setattr(linalg, "CPU_SCORES", scores)
     predictions, targets = _inputs()
     leaves = [targets.requires_grad_(), *(p.requires_grad_() for p in predictions.values())]

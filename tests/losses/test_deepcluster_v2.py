@@ -25,7 +25,7 @@ def _prototypes(width=4):
 
 
 def _reference_v2(views, labels, prototypes, tau=0.1):
-    """As the published code: cross-entropy of all crops for each head, mean over labelled rows, mean over heads."""
+    """Compute the loss as published: cross-entropy of all crops per head, mean over labelled rows, mean over heads."""
     total = 0.0
     for of_rows, centroids in zip(labels, prototypes, strict=True):
         losses = []
@@ -64,8 +64,8 @@ def test_equals_the_slow_reference_and_its_gradient(views, tau):
 
 @pytest.mark.solo
 def test_loss_and_clusters_are_those_of_solo_learn():
-    """Its code is that of the authors, but for the first epoch."""
-    import_module("solo_ext.registry")  # mends solo-learn, before it is imported
+    """solo-learn's code equals that of the authors, except in the first epoch."""
+    import_module("solo_ext.registry")  # patches solo-learn, before it is imported
     loss = import_module("solo.losses.deepclusterv2").deepclusterv2_loss_func
     clustering = import_module("solo.utils.kmeans").KMeans
 

@@ -351,7 +351,7 @@ def _of_own_rows(comm, joining, teacher, student):
 @pytest.mark.ddp
 @pytest.mark.parametrize("count", [2, 3])
 def test_marginals_need_to_be_joined_with_their_gradient(ranks, count):
-    """What the tests above would find: wrong ways to the marginal give another loss, or another gradient."""
+    """A negative control of the tests above: a wrongly joined marginal gives another loss or another gradient."""
     rows = 4
     views = [[4 * view for view in side] for side in _logits(2, 3, count * rows, 6)]
     parts = [tuple([view[r * rows : (r + 1) * rows].clone() for view in side] for side in views) for r in range(count)]

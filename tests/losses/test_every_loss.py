@@ -1,4 +1,4 @@
-"""What holds for every loss: finite on degenerate batches, and an input that is not finite never passes unnoticed."""
+"""Every loss is finite on degenerate batches, and raises an error or is not finite for input that is not finite."""
 
 import itertools
 import warnings
@@ -218,7 +218,7 @@ def test_a_broken_backbone_is_an_error_of_every_method_that_names_the_view(name)
     features = features[: (spec.views or 2) + spec.stacks]
     predict, index = predictor.predict if predictor else None, torch.arange(6)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the watch over the series says so too
+        warnings.simplefilter("ignore")  # the watch over the series warns too
         terms = objective(embed(features, head, predict, index=index))
         assert terms.loss.isfinite()
         assert [name for name, term in terms._asdict().items() if term.requires_grad] == ["loss"], (

@@ -43,7 +43,7 @@ def _criterion(method, comm=LOCAL):
 
 
 def _reference_ssl_ey(views):
-    """The mean over all pairs of -2 tr C + ||C_a + C_b||^2, each pair with covariances of its own, in float64."""
+    """The mean over all pairs of -2 tr C + ||C_a + C_b||^2, each pair with separate covariances, in float64."""
     centred = [np.asarray(view.detach()) - np.asarray(view.detach()).mean(0) for view in views]
     n = len(centred[0])
     values = []

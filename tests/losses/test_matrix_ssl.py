@@ -175,7 +175,7 @@ def test_equals_slow_reference(shape, options, form):
     expected = _reference_matrix_ssl(*views, **options)
     assert matrix_ssl_loss(*views, form=form, **options).item() == pytest.approx(expected, rel=1e-12)
     single = [view.float() for view in views]
-    # parts of the size of D cancel, each rounded to eps of its own
+    # parts of the size of D cancel, each with its rounding error
     assert matrix_ssl_loss(*single, form=form, **options).item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 

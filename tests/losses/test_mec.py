@@ -165,13 +165,13 @@ def test_links_to_matrix_ssl_by_a_shift_of_the_identity():
 
 
 def test_collapse_diverges():
-    """Rows alike, N = 64, lambda_inv = 2: one eigenvalue 32, of order 4 a wall, where the logarithm is gentle."""
+    """Equal rows, N = 64, lambda_inv = 2: one eigenvalue 32. The loss is large at order 4, small with the logarithm."""
     rows = torch.ones(64, 8, dtype=torch.float64)
     terms = mec_terms(*[rows] * 4, eps_d=2 / 64)
     assert terms.loss.item() == pytest.approx(-2 / 64 * (32 - 32**2 / 2 + 32**3 / 3 - 32**4 / 4))
     assert terms.loss.item() > 7800
     assert -2 / 64 * np.log1p(32) == pytest.approx(-0.11, abs=5e-3)
-    assert mec_loss(*[rows] * 4, eps_d=2 / 64, order=5).item() < -2e5  # of odd order a pit
+    assert mec_loss(*[rows] * 4, eps_d=2 / 64, order=5).item() < -2e5  # an odd order is far below 0
     assert (terms.radius.item(), terms.effective_rank.item()) == pytest.approx((32, 1))
 
 
@@ -201,7 +201,7 @@ def test_a_diverging_series_is_reported_once_and_without_waiting_at_every_step()
 
 
 def _looks(*radii):
-    """What a watch says of each of several radii."""
+    """Return the warnings of a watch for each of several radii."""
     watch, said = SeriesWatch("it", "do that", every=1), []
     for radius in radii:
         with warnings.catch_warnings(record=True) as caught:

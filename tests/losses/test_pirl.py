@@ -138,7 +138,7 @@ def test_one_bank_for_images_and_patches():
 @pytest.mark.parametrize(("form", "name"), [("nce", "nce"), ("info_nce", "cross_entropy")])
 def test_equals_vissls_loss_in_two_steps(form, name, monkeypatch):
     """Values, gradients, Z and the memory after each step, on the same negatives."""
-    importlib.import_module("vissl_ext")  # mends VISSL before it is imported
+    importlib.import_module("vissl_ext")  # patches VISSL before it is imported
     from vissl.config import AttrDict
     from vissl.losses.nce_loss import NCEAverage, NCELossWithMemory
 
@@ -255,7 +255,7 @@ def test_a_weight_of_zero_gives_a_head_no_gradient(weight, dead):
 
 
 def test_the_loss_falls_and_images_separate():
-    """Free embeddings find their own rows of the bank: the loss is far below ln(K + 1)."""
+    """Embeddings that are optimised directly approach their rows of the bank: the loss is far below ln(K + 1)."""
     torch.manual_seed(0)
     z = torch.randn(2, 30, 8).requires_grad_()
     loss = PIRLLoss(IndexedBank(30, 8), num_negatives=29)

@@ -264,7 +264,7 @@ def test_the_first_argument_of_a_stopped_divergence_gets_no_gradient():
 
 
 def test_the_invariance_of_small_crops():
-    """It compares them with the other large views: the large predictions get no gradient of it, equal crops have 0."""
+    """The term compares small crops with other large views, which get no gradient; it is 0 for equal crops."""
     online, target = _sides(7, 4, 4, 2)
     online = [z.requires_grad_() for z in online]
     bare, whole = (relic_terms(online, target, alpha_small=weight) for weight in (0.0, 0.5))
@@ -287,7 +287,7 @@ def test_the_invariance_of_small_crops():
 
 @pytest.mark.parametrize(("options", "shape"), [case for case in _SHAPES if case[1] != (3, 3)], ids=str)
 def test_gradient_is_that_of_autograd(shape, options):
-    """Of predictions, targets that have one (the network's own), and the temperature."""
+    """Compare the gradients of predictions, of targets with a gradient (``target=self``), and of the temperature."""
     online, target = ([z.requires_grad_() for z in side] for side in _sides(6, 4, *shape))
     tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     for chosen in (None, torch.tensor([3, 0, 5])):

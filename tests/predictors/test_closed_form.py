@@ -418,7 +418,7 @@ def test_empty_batch_is_skipped():
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_p10_pooled_loss_is_symmetric_in_the_views(metric):
-    """Only where W is shared: sequential W belongs to a view."""
+    """This holds only if the views share W: in sequential mode each view has another W."""
     views = list(torch.randn(2, 32, 6, dtype=torch.float64) * torch.tensor([1.0, 2.0]).view(2, 1, 1))
 
     def loss(mode, order):
@@ -447,7 +447,7 @@ def test_t6_zero_embeddings_stay_finite(alpha, eps, normalize):
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
 def test_t6_eps_counts_without_normalisation(alpha):
-    """The fork ignored it silently. With α = 1 this is DirectCopy as first published, W = C + εI."""
+    """The fork ignores it without a message. With α = 1 this is DirectCopy as first published, W = C + εI."""
     z = torch.randn(32, 4, dtype=torch.float64)
     predictor = ClosedFormPredictor(4, alpha=alpha, eps=0.3, normalize=False, rho=0.5).double()
     predictor.update(z)

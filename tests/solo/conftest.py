@@ -19,7 +19,7 @@ CONFIGS = ROOT / "configs" / "solo" / "digits"
 
 
 def pytest_report_header() -> str:
-    """Say which solo-learn is tested: a process holds one of the two only."""
+    """Print which solo-learn is tested: a process can import only one of the two."""
     main = "" if GENERATION == "main" else f"; main is NOT tested in this process: {CHECKOUT} names no checkout of it"
     return f"solo-learn {host_release()}{main}"
 

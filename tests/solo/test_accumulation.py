@@ -126,7 +126,7 @@ def test_what_cannot_be_joined_is_a_sentence(compose) -> None:
     ],
 )
 def test_schedules_follow_the_trainers_limits(options, by_step, by_epoch, compose) -> None:
-    """Of epochs of five batches: steps, or epochs, of the warm-up and of the schedule."""
+    """Return the length of warm-up and schedule, in steps or epochs, for epochs of five batches."""
     for interval, wanted in (("step", by_step), ("epoch", by_epoch)):
         more = ("scheduler.name=warmup_cosine", f"++scheduler.interval={interval}", "++scheduler.warmup_epochs=2")
         model = trained(built(compose, "simsiam", *more), micro_batches((5,))[1], **options)

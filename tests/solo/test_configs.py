@@ -1,4 +1,4 @@
-"""Every YAML that we ship: it says what it is for, composes, and builds."""
+"""Every YAML file in configs/: it starts with its purpose, composes, and builds."""
 
 import re
 from pathlib import Path
@@ -41,7 +41,7 @@ def load(path: Path, *overrides: str) -> DictConfig:
 
 
 def local(images: Path) -> list[str]:
-    """What it takes to build any of them here."""
+    """Return the overrides with which any configuration can be built here."""
     return [
         f"data.train_path={images / 'train'}",
         f"data.val_path={images / 'val'}",
@@ -71,7 +71,7 @@ def test_first_lines_say_purpose_and_command(path):
 @pytest.mark.sample("digits/isoloss.yaml", "digits/short/cissl.yaml", "cifar/dissl.yaml", "imagenet/mec.yaml")
 @pytest.mark.parametrize("path", SELF_SUPERVISED, ids=str)
 def test_pretraining_builds(path, images):
-    """The configuration is accepted as it is; the network is built, with small heads, where it is not as in CIFAR."""
+    """The configuration is accepted unchanged; the network of CIFAR and digits is built, with small heads."""
     cfg = parse_pretrain(load(path, *local(images)))
     register()
     cls = method_class(cfg)
@@ -191,7 +191,7 @@ def test_settings_of_matrix_ssl_and_mec(folder, name, images):
 @pytest.mark.parametrize("name", ["matrix_ssl", "mec"])
 @pytest.mark.parametrize("epochs", [100, 200, 400])
 def test_learning_rate_of_matrix_ssl_and_mec(name, epochs, images):
-    """From 0 to 2.0 at the last of ten epochs' steps, and down to 0; 1251 steps an epoch."""
+    """The rate rises from 0 to 2.0 at the last step of ten epochs, and falls to 0; an epoch has 1251 steps."""
     cfg = parse_pretrain(load(Path(f"imagenet/{name}.yaml"), *local(images)[:-1], f"max_epochs={epochs}"))
     assert cfg.scheduler.interval == "step"
     warm, total = 10 * 1251, epochs * 1251

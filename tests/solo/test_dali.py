@@ -27,7 +27,7 @@ DALI = ("data.format=dali", "++dali.device=cpu")
 
 
 class _Recorder(pl.LightningModule):
-    """Keeps what it is given."""
+    """Record the batches."""
 
     def __init__(self):
         super().__init__()
@@ -263,7 +263,7 @@ def test_images_without_labels(compose, digits, tmp_path):
 
 
 def test_a_broken_image_is_named(compose, digits, tmp_path, monkeypatch):
-    """DALI says that an image is broken, not which. Its own part is left out: it may die of one."""
+    """DALI reports that an image is broken, but not which. Its decoder is replaced here, because it may crash."""
 
     def refuse(*_):
         raise RuntimeError("nvImageCodec failure")
@@ -314,7 +314,7 @@ def test_a_run_with_dali_resumes_to_the_same_weights_and_is_evaluated(digits, tm
 
 @pytest.mark.slow
 def test_a_method_with_a_memory_of_the_images(compose):
-    """DeepCluster v2 asks for the number of images, and writes to the indexes of a batch."""
+    """DeepCluster v2 reads the number of images, and writes to the indexes of a batch."""
     options = "{proj_hidden_dim: 32, proj_output_dim: 16, temperature: 0.1, num_prototypes: [5, 5, 5], kmeans_iters: 3}"
     more = ("method=deepclusterv2", "++dali.encode_indexes_into_labels=true")
     cfg = parse_pretrain(compose("byol", *DALI, *more, "++max_epochs=2", "~method_kwargs", f"+method_kwargs={options}"))

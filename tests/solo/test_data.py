@@ -37,7 +37,7 @@ pytestmark = pytest.mark.solo
 @pytest.mark.parametrize("dataset", sorted(set(DATASETS) - {"custom"}))
 def test_t18_evaluation_is_normalised_with_the_datasets_own_statistics(dataset):
     info = DATASETS[dataset]
-    own = 256 if info.resize else info.side  # CIFAR and digits are taken as they are
+    own = 256 if info.resize else info.side  # CIFAR and digits are not resized
     image = evaluation_transform(dataset)(Image.new("RGB", (own, own), (128, 128, 128)))
     expected = (128 / 255 - torch.tensor(info.mean)) / torch.tensor(info.std)
     torch.testing.assert_close(image.mean((1, 2)), expected, rtol=1e-4, atol=1e-5)
@@ -47,7 +47,7 @@ def test_t18_evaluation_is_normalised_with_the_datasets_own_statistics(dataset):
 @pytest.mark.parametrize("dataset", sorted(DATASETS))
 @pytest.mark.parametrize("side", [None, 16, 32, 64, 96, 224])
 def test_images_are_evaluated_at_the_size_they_are_trained_at(dataset, side):
-    """In pre-training, its validation, linear training and its validation: a ViT takes one size."""
+    """Pre-training, linear training and both validations use the same size, because a ViT accepts only one."""
     picture = Image.new("RGB", (DATASETS[dataset].side,) * 2)
     wanted = side or DATASETS[dataset].side
     augmentations = {"crop_size": side} if side else {}
@@ -305,7 +305,7 @@ def test_unsorted_tinyimagenet_names_the_command(tmp_path):
 
 
 def test_the_common_folder_of_all_datasets_is_understood(tmp_path, compose):
-    """As implicit-var-reg's ImageNet files give it."""
+    """implicit-var-reg's ImageNet files give the common folder."""
     for split in ("train", "val"):
         _folder(tmp_path / "imagenet" / split)
         _folder(tmp_path / "imagenet-100" / split)
@@ -412,7 +412,7 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch):
 
 @pytest.mark.timeout(300)
 def test_a_network_without_an_answer_is_given_up(tmp_path, monkeypatch):
-    """The server accepts the connection and never answers: what ends the download is the socket's own limit."""
+    """The server accepts the connection and never answers: the timeout of the socket ends the download."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.getsockname()[1]}/silence")
         monkeypatch.setattr("solo_ext.datasets.DOWNLOAD_TIMEOUT", 0.5)

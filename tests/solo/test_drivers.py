@@ -1,4 +1,4 @@
-"""The commands: what they write, what they refuse, and that a killed run ends as one that was never killed."""
+"""The commands: files, errors, and that a killed run ends with the weights of an uninterrupted one."""
 
 import csv
 import json
@@ -41,7 +41,7 @@ def _run(main, argv, monkeypatch) -> None:
 
 
 def _refused(main, argv, monkeypatch, capfd) -> str:
-    """The one sentence with which a command refuses."""
+    """Return the one-line error of a command."""
     capfd.readouterr()  # what came before
     with pytest.raises(SystemExit) as stopped:
         _run(main, argv, monkeypatch)
@@ -191,7 +191,7 @@ def test_a_killed_run_resumes_to_the_same_weights(method, new_run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_resumes_to_the_same_weights(method, digits, tmp_path, monkeypatch):
-    """From the checkpoint of an epoch's end; T9: the teacher's momentum goes on where it stood."""
+    """Resume from the checkpoint of an epoch's end. T9: the teacher's momentum continues from its value."""
     states = []
     for version in ("whole", "resumed"):
         first = tmp_path / method / "whole" / f"{method}-digits-whole-ep=0.ckpt"
@@ -292,7 +292,7 @@ def test_a_mistake_is_one_sentence_and_status_2(case, digits, tmp_path, monkeypa
 
 
 def test_a_training_that_diverges_names_the_view(digits, tmp_path, monkeypatch, capfd):
-    """At the step, not at the end of the epoch."""
+    """The error is raised in the step, not at the end of the epoch."""
     rate = ("optimizer.name=sgd", "optimizer.lr=1e30", "++optimizer.kwargs={}", "++max_epochs=1")
     argv = _arguments(digits, tmp_path, "ssl_ey", *rate, "++scheduler.name=none")
     said = _refused(main_pretrain.main, argv, monkeypatch, capfd)
@@ -563,7 +563,7 @@ def test_a_number_out_of_range_is_refused_before_the_run_has_a_folder(case, digi
 
 @pytest.mark.slow
 def test_vectors_can_be_left_out_of_weight_decay(digits, tmp_path, monkeypatch):
-    """Both halves of a group are logged, each under a name of its own; a version may look like a number."""
+    """Both halves of a group are logged under different names; a version may look like a number."""
     more = ("++optimizer.exclude_bias_n_norm_wd=true", "max_epochs=1", "++checkpoint.version=3")
     _run(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", *more), monkeypatch)
     groups = torch.load(find_checkpoint(tmp_path / "isoloss" / "3"), weights_only=True)["optimizer_states"][0]

@@ -1,4 +1,4 @@
-"""A YAML file from another person runs no code of its own."""
+"""A YAML file from another person cannot run code."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.solo
 
 
 def run(folder: Path, text: str, *words: str) -> list[object]:
-    """What the task got of a configuration with this text."""
+    """Return the configurations with which the task is called for a file with this text."""
     (folder / "evil.yaml").write_text(text)
     sys.argv = ["main_pretrain", "--config-path", str(folder), "--config-name", "evil.yaml", *words]
     got: list[object] = []

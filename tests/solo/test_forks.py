@@ -29,7 +29,7 @@ pytestmark = pytest.mark.solo
 
 CHECKOUTS = "FORKS_CHECKOUTS"
 
-# What stands above and below the method in all files of both forks.
+# The entries above and below the method in all files of both forks.
 _HEAD = """
 defaults:
   - _self_
@@ -168,7 +168,7 @@ def scripts(tmp_path_factory) -> Path:
 
 
 def _forced(digits: Path) -> list[str]:
-    """What a machine without GPU and without their data has to override."""
+    """Return the overrides that a machine without a GPU and without the forks' data needs."""
     return ["accelerator=cpu", f"data.train_path={digits / 'train'}", f"data.val_path={digits / 'val'}"]
 
 
@@ -361,7 +361,7 @@ def test_their_files_log_their_names_and_resume(name, overrides, train, tmp_path
 
 @pytest.mark.slow
 def test_wandb_without_an_account_logs_offline(train, tmp_path, monkeypatch, capfd):
-    """Their files enable wandb: a run without account or network goes on, and keeps its log for a later upload."""
+    """Their files enable wandb: a run without account or network continues, and stores its log for a later upload."""
     import wandb
 
     wandb.teardown()
@@ -441,7 +441,7 @@ def _checkouts() -> list:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", _checkouts())
 def test_the_forks_own_files(path, digits, tmp_path):
-    """Each composes as it is and builds the method that its entries mean."""
+    """Each file composes unchanged and builds the method that its entries define."""
     linear = path.parts[-3] == "linear"
     forced = _forced(digits)
     if linear:

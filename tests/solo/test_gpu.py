@@ -45,7 +45,7 @@ def _on(device: str) -> str:
 
 
 def _untrained(cfg) -> nn.Module:
-    """What a run of this configuration begins with."""
+    """Return the untrained method of this configuration."""
     cfg = parse_pretrain(cfg)
     seed_everything(cfg.seed)
     return method_class(cfg)(cfg)
@@ -92,7 +92,7 @@ def test_mixed_precision_trains(name, device, precision, compose):
 @pytest.mark.slow
 @pytest.mark.parametrize(("device", "precision"), PRECISIONS)
 def test_mixed_precision_resumes(device, precision, compose):
-    """From the end of the first epoch to what an uninterrupted run has: to the bit on the CPU, nearly so on a GPU."""
+    """A run that is resumed after the first epoch equals an uninterrupted one: exactly on the CPU, nearly on a GPU."""
     _require(device)
 
     def train(version, *more):
@@ -105,7 +105,7 @@ def test_mixed_precision_resumes(device, precision, compose):
     folder, whole = train("whole")
     first = folder / "isoloss-digits-whole-ep=0.ckpt"
     _, resumed = train("resumed", f"++resume_from_checkpoint='{first}'")
-    # a GPU adds up in an order of its own each time
+    # the order of a GPU's sums varies
     tolerance = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 0.05, "atol": 5e-3}
     for key, value in whole["state_dict"].items():
         torch.testing.assert_close(resumed["state_dict"][key], value, **tolerance, msg=lambda m, k=key: f"{k}: {m}")
@@ -134,7 +134,7 @@ def _gradients(comm, cfg, device, batch, counts):
     assert WORLD.size == comm.size  # what the method communicates with
     model.training_step(mine, 0).backward()
     trained = {key: value.grad for key, value in model.named_parameters() if value.requires_grad}
-    # the online classifier's loss is each process's own, as in solo-learn
+    # the online classifier's loss is that of each process, as in solo-learn
     return {key: (comm.sum(grad) / comm.size).cpu() for key, grad in trained.items() if "classifier" not in key}
 
 

@@ -1,4 +1,4 @@
-"""main_knn: its numbers, the runs that it reads, its options, what it refuses."""
+"""main_knn: accuracies, the runs that it reads, options, errors."""
 
 import argparse
 import functools
@@ -34,7 +34,7 @@ def run(digits, tmp_path_factory) -> Path:
         *("+method=simclr", "+method_kwargs={proj_hidden_dim: 32, proj_output_dim: 16, temperature: 0.2}"),
         *(f"data.train_path={digits / 'train'}", f"data.val_path={digits / 'val'}", "optimizer.batch_size=32"),
         *("++max_epochs=0", f"++checkpoint.dir={tmp_path_factory.mktemp('runs')}", "++checkpoint.version=v"),
-        "backbone.name=resnet18",  # torchvision has it, and 1.0.2 knows it
+        "backbone.name=resnet18",  # torchvision and 1.0.2 have it
     ]
     with initialize_config_dir(str(ROOT / "configs" / "solo" / "digits"), version_base="1.2"):
         return pretrain(compose("base", overrides))
@@ -153,7 +153,7 @@ def _constant(get_lr, rates):
 
 
 def test_runs_of_main_are_read(run, digits, tmp_path):
-    """Main's own scripts write none of our entries, and code into the schedule."""
+    """Checkpoints of main's scripts lack our entries, and contain code in the schedule."""
     config = json.loads((run / "args.json").read_text())
     kept = ("method", "backbone", "data", "augmentations", "optimizer", "scheduler", "method_kwargs", "max_epochs")
     config = {**{key: config[key] for key in kept}, "name": "stock", "devices": [0], "accelerator": "gpu"}
@@ -218,7 +218,7 @@ def test_part_of_the_training_images(run, digits, monkeypatch):
 
 
 def test_mean_and_std_of_custom_images(run, digits):
-    """The digits' own statistics, given for custom data of 16 pixels, make the digits."""
+    """Custom data with the size and the statistics of the digits give the results of the digits."""
     info = DATASETS["digits"]
     numbers = [*("--mean", *map(str, info.mean)), *("--std", *map(str, info.std))]
     custom = features.read_run(run)

@@ -91,7 +91,7 @@ def test_small_crops_are_students_alone(name, compose):
 @pytest.mark.parametrize("name", ["dissl", "cissl"])
 @pytest.mark.parametrize("order", [((8, 3), (16, 2)), ((16, 1), (8, 3), (16, 1))])
 def test_small_crops_before_large_views_are_refused(name, order, compose):
-    """They would be taken for the large ones, which make the targets: another loss, and nothing would say so."""
+    """Without the error they would be used as large views: the loss would be another one, without a warning."""
     crop = "{rrc:{enabled:true,crop_min_scale:0.1,crop_max_scale:1.0},crop_size:%d,num_crops:%d}"
     augmentations = ",".join(crop % view for view in order)
     with pytest.raises(UserError, match="augmentations: large views come first") as error:
@@ -241,7 +241,7 @@ def test_misspelt_option_lists_the_known(compose):
 
 
 def test_an_option_of_another_method_is_to_be_removed(compose):
-    """As in the configuration of another method of which only ``method`` was changed."""
+    """This happens if only ``method`` is changed in the configuration of another method."""
     foreign = ("+method_kwargs.pred_hidden_dim=8", "+method_kwargs.temperature=1.0")
     advice = (
         r"other methods have it: remove such options \(.*~method_kwargs.pred_hidden_dim ~method_kwargs.temperature\)$"

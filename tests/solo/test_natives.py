@@ -1,4 +1,4 @@
-"""solo-learn's own methods train through our command, from the YAML files of its main branch, as they stand there."""
+"""solo-learn's methods train through our command, from the unmodified YAML files of its main branch."""
 
 import json
 import math
@@ -107,7 +107,7 @@ def test_native_method_trains_from_its_own_file(file, checkout, digits, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["cifar/deepclusterv2.yaml", "cifar/swav.yaml"])
 def test_a_method_with_a_memory_resumes_to_the_same_weights(file, checkout, digits, tmp_path, monkeypatch):
-    """Its buffers are made when training starts, after a checkpoint is read; clusters start at random."""
+    """The method creates its buffers when training starts, after a checkpoint is read; initial clusters are random."""
     states = []
     for version in ("whole", "resumed"):
         more = ["++max_epochs=2", f"++checkpoint.version={version}", "++checkpoint.keep_prev=true"]

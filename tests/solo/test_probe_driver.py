@@ -1,4 +1,4 @@
-"""main_probe: its numbers, what it refuses."""
+"""main_probe: accuracies and errors."""
 
 import json
 from pathlib import Path

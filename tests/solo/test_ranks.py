@@ -1,4 +1,4 @@
-"""What a method keeps is the same on all processes after three steps of main_pretrain."""
+"""The state of a method is the same on all processes after three steps of main_pretrain."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ SMALL = {
 
 
 def _kept(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, buffers and plain counters; without running statistics of BatchNorm, which are each process's own."""
+    """Parameters, buffers and counters, without BatchNorm's running statistics, which differ between processes."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     state.update({name: buffer.clone() for name, buffer in model.named_buffers()})  # those that are not saved, too
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""What a run leaves behind when it is killed, stopped, started twice, or the disk is full."""
+"""The files of a run that is killed, stopped or started twice, or whose disk is full."""
 
 import csv
 import errno
@@ -68,7 +68,7 @@ def _small_disk(folder: Path, size: int) -> bool:
 
 
 def test_a_full_disk_keeps_the_checkpoint_of_before(new_run, tmp_path):
-    """A file system of its own, of the size of one checkpoint and a half; as ordinary user a limit of file size."""
+    """A separate file system of the size of 1.5 checkpoints; for an ordinary user a limit of file size."""
     whole = new_run(tmp_path / "whole")
     whole("max_epochs=1")
     size = find_checkpoint(whole.folder).stat().st_size

@@ -43,7 +43,7 @@ def test_simclr_with_more_views_is_the_mean_over_the_positives_instead_of_the_lo
 
 
 def test_barlow_twins():
-    """Theirs is multiplied by 0.025."""
+    """solo-learn's loss is multiplied by 0.025."""
     from solo.losses import barlow_loss_func
 
     assert_same_loss(
@@ -54,7 +54,7 @@ def test_barlow_twins():
 
 
 def test_moco():
-    """Theirs takes unit rows. Its MoCo v2+ is the mean of both orders of the views, each with a queue of its own."""
+    """solo-learn's loss takes unit rows. Its MoCo v2+ is the mean of both orders of views, with separate queues."""
     from solo import losses
 
     theirs = losses.mocov2plus_loss_func if MAIN else losses.moco_loss_func
@@ -86,7 +86,7 @@ def test_swav(count):
 
 @pytest.mark.parametrize("count", [2, 5])
 def test_dino_for_two_steps(count):
-    """Theirs is called with two large views and ``count`` of the student; the centre moves alike."""
+    """solo-learn's loss takes two views of the teacher and ``count`` of the student; the centres are equal."""
     from solo.losses.dino import DINOLoss as Theirs
 
     ours = DINOLoss(5, tau_teacher=0.05)

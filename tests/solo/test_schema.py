@@ -132,7 +132,7 @@ def test_a_wrong_value_of_any_entry_is_refused_in_sentences_or_works(name, parse
 
 
 def test_a_tilde_is_the_home_folder(compose, monkeypatch):
-    """In a YAML file, and in ``checkpoint.dir=~/runs``, no shell replaces it."""
+    """The shell does not replace a tilde in a YAML file or in ``checkpoint.dir=~/runs``."""
     given = compose("isoloss")
     home = Path(given.data.train_path).parent
     monkeypatch.setenv("HOME", str(home))

@@ -1,4 +1,4 @@
-"""solo-learn's own scripts, unedited, with our methods; and that they and its own tests are none the worse for it."""
+"""solo-learn's unmodified scripts run our methods, and solo-learn's tests still pass."""
 
 import json
 import os
@@ -211,7 +211,7 @@ def test_other_programs_of_hydra_pay_nothing():
 
 
 def _run(argv: list[str], cwd: Path, checkout: Path | None = None) -> str:
-    """Run Python as a user of a checkout would, who knows nothing of our variable; its output."""
+    """Run Python as a user of a checkout does, without our environment variable; return the output."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path) for path in (checkout, ROOT) if path])}
     environment.update(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
     environment.pop(CHECKOUT, None)
@@ -242,7 +242,7 @@ _SAME_EACH_TIME = [
     *("optimizer.batch_size=96", "optimizer.name=sgd", "optimizer.lr=2e-4", "max_epochs=3"),
     *("scheduler.warmup_epochs=1", "method_kwargs.proj_hidden_dim=64", "method_kwargs.proj_output_dim=32"),
 ]
-"""All images in one batch, not augmented: then their order, which the script draws otherwise than we do, is nothing."""
+"""All images in one batch, without augmentation, so that the order of the images, which differs, has no effect."""
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def _pixels(file: Path) -> np.ndarray:
 
 
 def test_one_colour_for_each_class(tmp_path):
-    """Points far apart, so that nothing is blended: the pictures hold the three colours, and blends with white."""
+    """Points far apart, so that nothing is blended: the pictures contain the three colours, and blends with white."""
     points = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     umap.plot(points, [0, 1, 2, 0], ["cat", "dog", "owl"], "a title", [tmp_path / "a" / "p.png", tmp_path / "p.pdf"])
     assert (tmp_path / "p.pdf").read_bytes().startswith(b"%PDF")

@@ -11,7 +11,7 @@ from plugins.targets.balanced_labels import assign_balanced
 
 
 def _log_probabilities(rows, classes, *, scale=1.0, seed=0):
-    """Of clustered rows, so that the plain argmax is far from balanced."""
+    """Return the class probabilities of clustered rows, whose plain argmax is far from balanced."""
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(rows, 6, generator=generator, dtype=torch.float64) + 1
     w = torch.randn(6, classes, generator=generator, dtype=torch.float64)
@@ -132,7 +132,7 @@ def _labels(comm, log_p):
 @pytest.mark.parametrize("counts", [(90, 60), (100, 47, 3), (0, 149, 1)])
 @pytest.mark.parametrize("offset", [0.0, -4000.0])
 def test_shares_of_processes_have_the_labels_of_the_whole(ranks, counts, offset):
-    """Also with fewer rows than classes on a process, or none, and a class that needs the logarithmic step."""
+    """Some processes have no rows or fewer than classes, and one class needs the logarithmic step."""
     logits = _log_probabilities(150, 12)
     logits[:, 5] += offset
     log_p = logits.log_softmax(1)

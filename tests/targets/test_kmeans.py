@@ -113,7 +113,7 @@ def _clusters(comm, x, index, spherical):
 @pytest.mark.parametrize("parts", [[range(1, 40), range(1)], [range(0, 38, 2), range(1, 40, 2), range(38, 40, 2)],
                                    [range(40), range(0), range(0)]])  # fmt: skip
 def test_shares_of_processes_have_the_clusters_of_the_whole(ranks, parts, spherical):
-    """Also with fewer rows than clusters on a process, or none."""
+    """Some processes have no rows, or fewer than clusters."""
     x = _rows(40)
     centroids, labels, white = _clusters(LOCAL, x, torch.arange(40), spherical)
     indices = [torch.tensor([*part], dtype=torch.int64) for part in parts]

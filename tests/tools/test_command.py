@@ -1,4 +1,4 @@
-"""What all commands share."""
+"""Functions that all commands share."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from plugins.tools.command import Parser, exit_on_user_error
 
 
 def test_a_line_is_one_write() -> None:
-    """Of unbuffered output too: between two writes, a signal or another process could come."""
+    """Unbuffered output is included: a signal or another process could interrupt two writes."""
     code = (
         "import sys, io\n"
         "class Raw(io.RawIOBase):\n"

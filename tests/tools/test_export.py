@@ -1,4 +1,4 @@
-"""Backbones come out of every framework's checkpoint whole, or not at all."""
+"""A backbone is exported completely from a checkpoint of any framework, or not at all."""
 
 import functools
 import importlib.util
@@ -261,7 +261,7 @@ def test_wrapped_models_are_exported_without_teacher_and_head(
 
 
 def test_the_outermost_backbone_is_exported(tmp_path: Path) -> None:
-    """A LightningModule may hold a backbone, and a model that has a backbone of its own."""
+    """A LightningModule may contain a backbone, and also a model that contains a backbone."""
     backbone, inner = nn.Linear(2, 3), nn.Linear(2, 3)
     state = {**prefixed(inner, "model.student.backbone."), **prefixed(backbone, "backbone.")}
     torch.save({"state_dict": {**state, "projector.w": torch.ones(1)}}, tmp_path / "run.ckpt")
@@ -281,7 +281,7 @@ def test_a_backbone_that_cannot_be_told_from_the_rest_is_an_error(
 
 
 def test_a_transformer_of_torchvision_is_exported_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Its blocks are called ``encoder``, as a backbone is elsewhere."""
+    """Its blocks have the name ``encoder``, which is the name of a backbone in other checkpoints."""
     model = torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 16)
     model.heads = nn.Identity()
     torch.save(model.state_dict(), tmp_path / "vit.pth")

@@ -50,7 +50,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_former_file(tmp_path: Path) -
 
 
 def test_a_full_disk_under_torch_save_is_the_same_sentence(tmp_path: Path) -> None:
-    """torch.save raises an error of its own while it handles that of the disk."""
+    """torch.save raises a second error while it handles that of the disk."""
 
     class Full(io.BytesIO):
         def write(self, part: Any) -> int:

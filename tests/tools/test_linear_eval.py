@@ -1,4 +1,4 @@
-"""Probes of features without a framework: where features come from, what is printed, what is refused."""
+"""Probes of features without a framework: sources of the features, output, errors."""
 
 import json
 import subprocess
@@ -84,7 +84,7 @@ def test_published_grid_separates_what_is_separable(tmp_path, files):
 
 
 def _vissl(folder: Path, features, labels, *, split="train", layer="res5", ranks=2, chunks=2):
-    """What two processes leave there: each has every second image, and the sampler gave both the first."""
+    """Write the files of two processes: each has every second image, and both have the first."""
     order = np.random.default_rng(0).permutation(len(labels))
     for rank in range(ranks):
         mine = np.append(order[rank::ranks], order[0])

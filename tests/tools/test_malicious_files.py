@@ -1,4 +1,4 @@
-"""Files from outside that want to run code, write elsewhere, or fill the memory."""
+"""Files from outside that try to run code, write elsewhere, or fill the memory."""
 
 import io
 import os
@@ -22,7 +22,7 @@ from plugins.tools.weights import load_dissl
 
 
 class Touch:
-    """Makes a file where it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -32,7 +32,7 @@ class Touch:
 
 
 def refused(function, *arguments, marker):
-    """The one sentence of the error; nothing has run."""
+    """Return the one-line error, and check that no code has run."""
     with pytest.raises(UserError) as error:
         function(*arguments)
     assert not marker.exists()
@@ -87,7 +87,7 @@ def archive(path, files):
 
 
 def link(name):
-    """An entry that says it is a symbolic link, as ``zip --symlinks`` writes it."""
+    """An entry that is marked as a symbolic link, as ``zip --symlinks`` writes it."""
     info = zipfile.ZipInfo(f"tiny-imagenet-200/{name}")
     info.external_attr = 0o120777 << 16
     return info

@@ -1,4 +1,4 @@
-"""Masks: pixels of the background, which mask belongs to an image, what is refused, random draws."""
+"""Masks: pixels of the background, the mask of an image, errors, random draws."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""YAML files of probes: what they mean, what they may not say, those that are shipped."""
+"""YAML files of probes: meaning, errors, and the files in configs/probes."""
 
 import json
 from pathlib import Path

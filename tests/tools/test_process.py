@@ -1,4 +1,4 @@
-"""One run per folder, no orphans, and an exit status that tells that a run was stopped."""
+"""One run per folder, no orphaned processes, and the exit status of a stopped run."""
 
 import os
 import signal

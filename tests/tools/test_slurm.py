@@ -198,7 +198,7 @@ def test_two_nodes_find_each_other(cluster, capsys):
 
 
 def test_a_job_that_is_out_of_time_is_put_into_the_queue_again(cluster):
-    """The announcement goes to all processes: submitit's ask SLURM for another turn and end the command."""
+    """The signal is sent to all processes: submitit requeues the job and ends the command."""
     code = (
         "import os, signal, time; assert signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN\n"
         "open('command.txt', 'w').write(str(os.getpid())); time.sleep(1000)"

@@ -19,7 +19,7 @@ def seed():
 
 
 def _coordinates(side):
-    """An image that says where each pixel comes from: red is the column, green the row."""
+    """An image whose colours encode the position of each pixel: red is the column, green the row."""
     column, row = np.meshgrid(np.arange(side), np.arange(side))
     return Image.fromarray(np.stack([column, row, 0 * row], 2).astype(np.uint8))
 
@@ -31,7 +31,7 @@ def _corners(patch):
 
 
 def _whole(jigsaw):
-    """Without the random crop."""
+    """Disable the random crop."""
     jigsaw.crop = lambda image: image
     return jigsaw
 

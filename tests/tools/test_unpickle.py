@@ -1,4 +1,4 @@
-"""Checkpoints that hold code: weights come out, nothing runs."""
+"""Checkpoints that contain code: the weights are read, and no code runs."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ from plugins.tools.unpickle import Placeholder, load_without_code
 
 
 def constant_rate(get_lr, indexes, rates):
-    """Plays the part of solo-learn's static_lr."""
+    """A stand-in for solo-learn's static_lr."""
     return [rates[indexes.index(i)] if i in indexes else rate for i, rate in enumerate(get_lr())]
 
 

@@ -1,4 +1,4 @@
-"""DISSL's weights: every form of file, whole or not at all; downloads that are remembered."""
+"""DISSL's weights: every form of file, completely or not at all; cached downloads."""
 
 import hashlib
 import runpy

@@ -91,7 +91,7 @@ def on() -> Callable[..., list[str]]:
 
 
 def _fresh(job: dict[str, Any]) -> dict[str, Any]:
-    """The result of a command in an interpreter of its own."""
+    """Return the result of a command in a separate interpreter."""
     process = subprocess.run(
         [sys.executable, "-P", "-m", "vissl_ext.launch", *job["argv"]],
         cwd=job["folder"],
@@ -121,7 +121,7 @@ def launches() -> Iterator[Callable[[list[dict[str, Any]]], list[dict[str, Any]]
             )
         results = []
         for job in jobs:
-            if "config.MACHINE.DEVICE=gpu" in job["argv"]:  # CUDA does not bear a fork
+            if "config.MACHINE.DEVICE=gpu" in job["argv"]:  # CUDA does not work after a fork
                 results.append(_fresh(job))
                 continue
             runner[0].stdin.write(json.dumps(job) + "\n")

@@ -21,7 +21,7 @@ import traceback
 
 
 def run(job):
-    """In the child: what ``python -m vissl_ext.launch`` does."""
+    """Run ``python -m vissl_ext.launch`` in the child process."""
     os.chdir(job["folder"])
     sys.argv = ["launch", *job["argv"]]
     if job.get("largest_file"):

@@ -1,4 +1,4 @@
-"""Checkpoints and the folder of a run: nothing that happens to a training loses what it has written."""
+"""Checkpoints and the folder of a run: no interruption of a training loses a checkpoint that was written."""
 
 import errno
 import multiprocessing
@@ -189,7 +189,7 @@ def _follow() -> None:
 
 
 def test_a_rank_ends_with_the_process_that_started_it() -> None:
-    """Without the help of torch.multiprocessing, whose SIGINT Python drops if it comes within a finalizer."""
+    """torch.multiprocessing is not used, because Python drops its SIGINT during a finalizer."""
     ours, theirs = FORK.Pipe(duplex=False)
     parent = FORK.Process(target=_start, args=(theirs,))
     parent.start()
@@ -267,7 +267,7 @@ def test_a_training_on_a_full_disk_ends_with_a_one_line_error(
 def test_an_image_that_cannot_be_read_is_named_once(
     few_digits: Path, tmp_path: Path, launches: Callable, watched: ModuleType
 ) -> None:
-    """In a folder without classes; by the processes that load images, whose epochs are two."""
+    """The folder has no classes, worker processes load the images, and the run has two epochs."""
     images = tmp_path / "images"
     images.mkdir()
     for path in sorted(few_digits.glob("train/*/*.png"))[:16]:

@@ -54,7 +54,7 @@ json.dump(said, sys.stdout)
 
 @pytest.fixture(scope="module")
 def bare() -> dict:
-    """What VISSL says without anything mended."""
+    """Return the errors and warnings of VISSL without patches."""
     process = subprocess.run([sys.executable, "-P", "-c", _BARE], capture_output=True, text=True, check=True)
     return json.loads(process.stdout)
 
@@ -323,7 +323,7 @@ def test_folder_images_are_needed(tmp_path, monkeypatch):
 
 
 def test_broadcasts_are_needed(tmp_path, monkeypatch):
-    """Without them each byte of a checkpoint becomes a Python number, for no other process."""
+    """Without the patch each byte of a checkpoint becomes a Python integer, even with one process."""
     from classy_vision.generic import distributed_util, util
 
     made = []

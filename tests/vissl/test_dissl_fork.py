@@ -639,7 +639,7 @@ def test_the_warm_up_of_the_learning_rate_is_kept(prepared: Callable) -> None:
 
 @pytest.mark.slow
 def test_simclr_of_the_forks_folder_is_warmed_up_as_written(folder: Path, tmp_path: Path, prepared: Callable) -> None:
-    """Its loss is VISSL's; what tells the fork's files is the folder pretrain/dstl or pretrain/cntr beside them."""
+    """Its loss is VISSL's; the fork's files are recognised by the folder pretrain/dstl or pretrain/cntr beside them."""
 
     def parts(at: Path, *overrides: str, name: str = "pretrain/simclr/small") -> list[tuple[str, float]]:
         lr = _lr(prepared(name, "config.MODEL.SYNC_BN_CONFIG.SYNC_BN_TYPE=pytorch", *overrides, at=at))
@@ -669,7 +669,7 @@ def _lr(config: Any) -> Any:
 
 @pytest.mark.slow
 def test_without_the_forks_keys_vissls_own_parts_are_built(prepared: Callable) -> None:
-    """Same random weights, same keys, same outputs, crops of two sizes included."""
+    """The random weights, keys and outputs are the same, also with crops of two sizes."""
     config = prepared("pretrain/simclr/simclr_8node_resnet", "config.MODEL.SYNC_BN_CONFIG.SYNC_BN_TYPE=pytorch").MODEL
     config.HEAD.PARAMS = [[["mlp", {"dims": [2048, 8, 4], "use_bn": True, "use_relu": True, "use_dropout": True}]]]
     images = [torch.randn(4, 3, size, size) for size in (40, 40, 33)]
@@ -809,7 +809,7 @@ def test_the_iteration_counts_training_steps_alone() -> None:
 
 
 def test_the_iteration_is_taken_from_a_checkpoint_of_the_fork() -> None:
-    """It has the loss within the loss; its contrastive losses save nothing."""
+    """The fork's checkpoint nests the loss in another one; the fork's contrastive losses store nothing."""
     loss = DstlISSLLoss.from_config({})
     loss.set_classy_state({"dstl_criterion.num_iteration": torch.tensor([70])})
     assert loss.num_iteration.tolist() == [70]

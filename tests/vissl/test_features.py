@@ -86,7 +86,7 @@ def float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_features_of_swavs_head(tmp_path: Path) -> None:
-    """Its embedding and the scores of each set of prototypes, a list in a list, with which stock VISSL fails."""
+    """SwAV's head returns the embedding and the scores of each set of prototypes as nested lists; stock VISSL fails."""
     words = [
         *("config=feature_extraction/extract_resnet_in1k_8gpu", "+config/feature_extraction/with_head=rn50_swav"),
         *("config.MODEL.TRUNK.NAME=plain_resnet", "config.MODEL.TRUNK.RESNETS.DEPTH=8"),
@@ -135,7 +135,7 @@ def trained(few_digits: Path, tmp_path_factory: pytest.TempPathFactory, launch: 
 
 
 def _features(checkpoint: Path, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """By the network alone, in float64: features and classes of the images in the order of their paths."""
+    """Compute features and classes of the images, in the order of their paths, by the network alone, in float64."""
     trunk = torch.load(checkpoint, weights_only=False)["classy_state_dict"]["base_model"]["model"]["trunk"]
     network = resnet8()
     network.fc = torch.nn.Identity()

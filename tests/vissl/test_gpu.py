@@ -34,13 +34,13 @@ AMP = ["config.MODEL.AMP_PARAMS.USE_AMP=true", "config.MODEL.AMP_PARAMS.AMP_TYPE
 
 
 def losses(folder: Path) -> list[float]:
-    """Of each epoch."""
+    """Return the loss of each epoch."""
     with (folder / "metrics.csv").open() as file:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
 def pretraining(folder: Path, epochs: int) -> list[str]:
-    """Of IsoLoss on the digits, with a small head."""
+    """Return the overrides of IsoLoss on the digits, with a small head."""
     small = [f"config.LOSS.isoloss.{key}" for key in ("proj_hidden_dim=32", "proj_output_dim=16", "log_eigvals=false")]
     return [
         *("config=pretrain/isoloss/digits", *small, "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=32"),
@@ -66,7 +66,7 @@ def test_nccl_trains_as_the_cpu(copy_ahead: str, on: Callable, tmp_path: Path, l
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_training_with_larc_resumes(device: str, on: Callable, tmp_path: Path, launch: Callable) -> None:
-    """On a GPU in mixed precision. To the bit on the CPU; a GPU adds up in an order of its own each time."""
+    """On a GPU in mixed precision. To the bit on the CPU; the order of a GPU's sums varies."""
     overrides = [*LARC, *on(device), *(AMP if device == "cuda" else [])]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
 

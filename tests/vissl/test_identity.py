@@ -134,7 +134,7 @@ def test_an_invalid_record_is_a_one_line_error(text: str, tmp_path: Path) -> Non
 
 
 def test_a_folder_without_classes_is_the_folder_of_the_run(few_digits: Path, tmp_path: Path) -> None:
-    """Its images are read by a list of them, which lies in the run's folder."""
+    """Its images are read from a list in the run's folder."""
     for name in ("one", "two"):
         shutil.copytree(few_digits / "train" / "0", tmp_path / name)
     for name in ("one", "two"):

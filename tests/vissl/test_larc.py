@@ -45,7 +45,7 @@ def test_clips_at_the_learning_rate(lr: float, factor: float) -> None:
 
 
 def test_zero_norms_leave_the_gradient_undecayed() -> None:
-    """As apex: without a norm the gradient stays as it is, and nothing is decayed."""
+    """As apex: if a norm is 0, the gradient is unchanged, without weight decay."""
     assert stepped([0.0, 0.0], [1.0, 2.0], lr=0.5, weight_decay=0.1).tolist() == [-0.5, -1.0]
     assert stepped([3.0, 4.0], [0.0, 0.0], lr=0.5, weight_decay=0.1).tolist() == [3.0, 4.0]
 
@@ -102,7 +102,7 @@ def optimizer_config(**changes):
 
 
 def test_takes_the_place_of_apex() -> None:
-    """Where apex is missing, VISSL's own optimiser of the same section cannot be prepared."""
+    """Without apex, VISSL's optimiser of the same section cannot be prepared."""
     config = optimizer_config()
     p = torch.nn.Parameter(torch.randn(3, 2))
     stock = build_optimizer(optimizer_config())
@@ -119,7 +119,7 @@ def test_takes_the_place_of_apex() -> None:
 
 
 def test_resumes_to_the_bit() -> None:
-    """Its state is that of SGD, the checkpoint that apex's LARC writes."""
+    """The state is that of SGD, which apex's LARC also writes to checkpoints."""
 
     def make(value: torch.Tensor) -> tuple[torch.nn.Parameter, LARC]:
         p = torch.nn.Parameter(value.clone())

@@ -373,7 +373,7 @@ def test_paths_need_no_quotes(value: str, read: list[str]):
 
 
 def test_the_home_folder_may_be_written_as_a_tilde(few_digits: Path, tmp_path: Path, monkeypatch, no_gpu):
-    """As the example of --help has it."""
+    """The example of --help has a tilde."""
     monkeypatch.setenv("HOME", str(few_digits))
     config = prepare([_ISOLOSS, "config.DATA.TRAIN.DATA_PATHS=[~/train]", f"config.CHECKPOINT.DIR={tmp_path}"], [])[1]
     assert [str(few_digits / "train")] == config.DATA.TRAIN.DATA_PATHS

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import vissl_ext.task  # mends VISSL before it is imported
+import vissl_ext.task  # patches VISSL before it is imported
 from plugins.distributed import Collective
 from plugins.methods import METHODS
 from plugins.testing import RankPool
@@ -107,7 +107,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 
 def trained(toys: ModuleType, batches: list[list[Tensor]], rank: int | None = None) -> dict[str, Tensor]:
-    """What a training holds after steps as VISSL takes them; without a rank in this process."""
+    """Return the state of a training after VISSL's steps; if ``rank`` is None, in this process."""
     from classy_vision.generic.distributed_util import init_distributed_data_parallel_model, set_cpu_device
 
     task = built(toys)
@@ -168,7 +168,7 @@ def test_two_processes_with_unequal_rows_step_as_one(toys: ModuleType) -> None:
 
 
 def test_maps_and_loss_are_those_of_a_direct_computation(toys: ModuleType) -> None:
-    """Of the student alone; a pass over the training set and an evaluation have none."""
+    """Only the student has maps; a pass over the training set and an evaluation have none."""
     task = built(toys)
     model, loss = task.base_model.double(), task.base_loss.double()
     loss.allocate(12)

@@ -53,7 +53,7 @@ def built(method: str, *overrides: str) -> Any:
 
 
 def vissl_loss(task: Any, batch: Any) -> Tensor:
-    """What VISSL's training step does with a batch, up to the loss."""
+    """Return the loss of a batch as VISSL's training step computes it."""
     output = task.base_model(batch)
     assert len(output) == 1
     views, rows = (batch, len(batch[0])) if isinstance(batch, list) else (batch.chunk(2), len(batch) // 2)

@@ -112,7 +112,7 @@ def step_of_rank(comm: Collective, method: str, views: list[Tensor], counts: lis
 
 @pytest.fixture(scope="module", params=DEVICES)
 def two(request: pytest.FixtureRequest, on: Callable) -> Iterator[RankPool]:
-    """Two processes whose default group is the two: VISSL knows no other."""
+    """A pool of two processes, because VISSL uses the default group only."""
     on(request.param, count=2)
     with RankPool(2, timeout=600, backend="nccl" if request.param == "cuda" else "gloo") as pool:
         yield pool
@@ -196,7 +196,7 @@ def test_data_loaders_have_a_fork_server_of_their_own(monkeypatch: pytest.Monkey
 
 
 def test_a_job_of_slurm_locks_the_folder_of_its_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each machine a file of its own."""
+    """Each machine has a separate file."""
     import submitit
     from vissl.utils import distributed_launcher
 
@@ -216,7 +216,7 @@ def test_a_job_of_slurm_locks_the_folder_of_its_run(monkeypatch: pytest.MonkeyPa
 
 
 def received(comm: Collective, path: str, gpu: bool) -> dict[str, Any]:
-    """What a rank has of a file that the first one reads."""
+    """Return what a rank receives of a file that rank 0 reads."""
     from classy_vision.generic.distributed_util import set_cpu_device, set_cuda_device_index
     from classy_vision.generic.util import load_and_broadcast_checkpoint
 
@@ -247,7 +247,7 @@ def test_two_processes_train_from_the_launcher(
     ]
     (result,) = launches([{"argv": argv, "folder": str(few_digits.parents[1])}])
     assert result["status"] == 0 and not result["left"], result["output"][-3000:]
-    # one of the two speaks
+    # one of the two prints
     shown = [line.split("  ")[1] for line in result["output"].splitlines() if line.startswith("epoch 1/2")]
     assert shown[0] == "iteration 1/3" and shown[-1].startswith("train loss ")
     assert len(shown) == len(set(shown))
@@ -278,7 +278,7 @@ def test_a_signal_ends_all_processes(few_digits: Path, tmp_path: Path, launches:
             *("config.LOSS.byol.proj_hidden_dim=32", "config.LOSS.byol.proj_output_dim=16"),
             *("config.CHECKPOINT.CHECKPOINT_FREQUENCY=1", f"config.CHECKPOINT.DIR={folder}"),
             *(["config.DATA.NUM_DATALOADER_WORKERS=1"] if ranks == 1 else []),
-            *(watched.TINY if fork or ranks == 1 else []),  # a spawned rank does not know it
+            *(watched.TINY if fork or ranks == 1 else []),  # it is not registered in a spawned rank
         ]
         when = {"when": str(folder / "model_phase0.torch"), "signal": name, "group": group, "watch": fork}
         jobs.append({"argv": argv, "folder": str(few_digits.parents[1]), **when})
@@ -298,7 +298,7 @@ def test_a_signal_ends_all_processes(few_digits: Path, tmp_path: Path, launches:
 def test_a_killed_process_is_reported(
     few_digits: Path, tmp_path: Path, launches: Callable, watched: ModuleType
 ) -> None:
-    """As where the system kills it for its memory."""
+    """The system kills a process like this if memory is short."""
     argv = [
         *("config=pretrain/byol/digits", *watched.TINY, "config.DISTRIBUTED.NUM_PROC_PER_NODE=2"),
         *("config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16", "config.OPTIMIZER.num_epochs=500"),

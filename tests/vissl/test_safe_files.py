@@ -21,7 +21,7 @@ pytestmark = pytest.mark.vissl
 
 
 class Touch:
-    """Makes a file where it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -31,7 +31,7 @@ class Touch:
 
 
 def write(path: Path, marker: Path) -> None:
-    """A malicious file of the kind that the name says."""
+    """A malicious file of the kind that its name shows."""
     if path.suffix == ".npy":
         np.save(path, np.array([Touch(marker)], dtype=object), allow_pickle=True)
     elif path.suffix == ".yaml":

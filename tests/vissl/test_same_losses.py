@@ -24,7 +24,7 @@ pytestmark = pytest.mark.vissl
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As VISSL's trainer sets it, which these tests do without."""
+    """Set the device as VISSL's trainer does, which these tests do not use."""
     monkeypatch.setattr(distributed_util, "_cuda_device_index", distributed_util._CPU_DEVICE_INDEX)
 
 
@@ -39,7 +39,7 @@ def test_simclr() -> None:
 
 
 def test_barlow_twins() -> None:
-    """Theirs is multiplied by scale_loss, and standardises the rows of both views together, not each view's."""
+    """VISSL's loss is multiplied by scale_loss, and standardises the rows of both views together."""
     theirs = BarlowTwinsCriterion(lambda_=0.01, scale_loss=0.024, embedding_dim=5)
     first, second = _views(2)
     same = 0.024 * barlow_twins_loss(first, first.flip(0), lambd=0.01)  # two views with the same mean and variance
@@ -50,7 +50,7 @@ def test_barlow_twins() -> None:
 
 
 def test_moco(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Theirs writes the keys before the loss, of which the logits are a copy."""
+    """VISSL's loss writes the keys before it computes the loss, whose logits use a copy of the queue."""
     monkeypatch.setattr("vissl.losses.moco_loss.concat_all_gather", lambda keys: keys)
     query, key = _views(2)
     theirs = MoCoLoss(AttrDict({"embedding_dim": 5, "queue_size": 12, "momentum": 0.999, "temperature": 0.2}))

@@ -26,7 +26,7 @@ _FORMER = {
     b"numpy._core.multiarray": b"numpy.core.multiarray",
     b"vissl.config.attr_dict": b"vissl.utils.hydra_config",
 }
-"""Where today's releases say they are, and where those of VISSL's time were."""
+"""Module names in current releases → those in the releases of VISSL's time."""
 
 
 def save_as_formerly(content: Any, path: Path, zipped: bool) -> None:
@@ -81,7 +81,7 @@ def same(saved: Any, loaded: Any) -> bool:
 
 @pytest.fixture
 def no_types_of_ours():
-    """torch as it is without us."""
+    """Remove the types that our patch allows, until the test ends."""
     ours = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     yield
@@ -142,7 +142,7 @@ def test_code_is_rejected(zipped: bool, tmp_path: Path) -> None:
 
 
 def test_clusters_are_read_as_they_were_written(tmp_path: Path) -> None:
-    """With their configuration, an AttrDict, to the depth."""
+    """The configuration is an AttrDict, including nested sections."""
     config = AttrDict({"DATA": {"TRAIN": {"TRANSFORMS": [], "DATA_LIMIT": 7}}})
     written = ClusterAssignment(config=config, cluster_assignments={"TRAIN": {0: 3, 1: 5}})
     ClusterAssignmentLoader.save_cluster_assignment(str(tmp_path), written)

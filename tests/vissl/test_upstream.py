@@ -1,4 +1,4 @@
-"""VISSL's own tests: none fails with us active that passes without.
+"""VISSL's tests: each one that passes without our patches also passes with them.
 
 They need a checkout, of whose release the tests alone are run, against the installed VISSL.
 """

@@ -1,6 +1,6 @@
 """A pytest plugin for VISSL's own tests: ``-p upstream``.
 
-Mends what keeps them from being imported, and with VISSL_EXT_ACTIVE in the environment activates and registers all
+It repairs what prevents their import, and with VISSL_EXT_ACTIVE in the environment activates and registers all
 that we have.
 """
 

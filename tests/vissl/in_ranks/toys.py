@@ -1,4 +1,4 @@
-"""A method with everything that a method may have, which the tests alone know, for runner.py and a pool of ranks."""
+"""A toy method that uses every mechanism of a method, for runner.py and a pool of ranks."""
 
 from typing import Any, NamedTuple
 
@@ -154,7 +154,7 @@ class ToyPatches(ClassyTransform):
 
 
 def install() -> None:
-    """Let this process know the method."""
+    """Register the method in this process."""
     if "toy" not in vissl_ext.methods.METHODS:
         vissl_ext.methods.METHODS = vissl_ext.task.METHODS = {**METHODS, "toy": SPEC}
         vissl_ext.methods.register_method(SPEC)

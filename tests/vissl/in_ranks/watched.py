@@ -1,4 +1,4 @@
-"""A tiny trunk, and a hook that compares what the processes of a training hold, for runner.py and a pool of ranks."""
+"""A tiny trunk, and a hook that compares the state of all processes, for runner.py and a pool of ranks."""
 
 import json
 import os
@@ -38,10 +38,10 @@ class TinyTrunk(nn.Module):
 
 
 def state(task: Any) -> dict[str, torch.Tensor]:
-    """What the model and the loss of a task hold.
+    """Return the state of the model and of the loss of a task.
 
-    BatchNorm's running statistics are left out: those of the model become the first process's with the next forward
-    pass, those of a teacher are of its own batches and not used.
+    BatchNorm's running statistics are left out: the next forward pass replaces those of the model by those of rank 0,
+    and those of a teacher differ between processes and are not used.
     """
     parts = {"model": task.base_model, "loss": task.base_loss}
     found = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
@@ -54,24 +54,24 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 class Watch(SilentHook):
-    """Writes down, at the start and after each step, what the processes do not hold alike."""
+    """Record, at the start and after each step, the names of the tensors that differ between processes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[str, Any] = {}
 
     def on_start(self, task: Any) -> None:
-        """Before the first step."""
+        """Compare before the first step."""
         clock = getattr(task.base_loss, "clock", None)
         self.clock = [clock.total, clock.steps_per_epoch] if clock is not None else None
         self.compare(task, "start")
 
     def on_step(self, task: Any) -> None:
-        """After a step."""
+        """Compare after a step."""
         self.compare(task, f"step {task.iteration}")
 
     def compare(self, task: Any, when: str) -> None:
-        """Compare with all."""
+        """Compare the state with that of all processes."""
         ours = state(task)
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, ours)
@@ -86,7 +86,7 @@ _plain = ranks.hooks
 
 
 def hooks(cfg: Any) -> list[Any]:
-    """The launcher's, and the watch."""
+    """Return the launcher's hooks and the watch."""
     return [*_plain(cfg), Watch()]
 
 
@@ -108,7 +108,7 @@ class Killed(SilentHook):
 
 
 def install(killed: int | None) -> None:
-    """Let the launcher of this process train so.
+    """Add the watch to the trainings of the launcher in this process.
 
     Args:
         killed: the rank of a process that is killed after a step.

@@ -313,3 +313,18 @@ def test_a_killed_process_is_reported(
     assert message in result["output"].splitlines(), result["output"]
     assert "resource_tracker" not in result["output"]
     assert "Traceback" not in result["output"]
+
+
+@pytest.mark.slow
+def test_workers_of_the_data_loader_end_with_a_killed_run(
+    few_digits: Path, tmp_path: Path, launches: Callable, watched: ModuleType
+) -> None:
+    """The process is killed after the first of three steps, when the worker waits for the next images to read."""
+    argv = [
+        *("config=pretrain/byol/digits", *watched.TINY, "config.DATA.NUM_DATALOADER_WORKERS=1"),
+        *("config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=32", "config.LOSS.byol.proj_hidden_dim=32"),
+        f"config.CHECKPOINT.DIR={tmp_path}",
+    ]
+    (result,) = launches([{"argv": argv, "folder": str(few_digits.parents[1]), "watch": True, "kill_rank": 0}])
+    assert result["status"] == -9, result["output"][-3000:]
+    assert not result["left"]

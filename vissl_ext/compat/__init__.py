@@ -14,6 +14,7 @@ from vissl_ext.compat import (
     import_warnings,
     kinetics400,
     linear_warmup,
+    loader_workers,
     local_copies,
     missing_weights,
     nan_output,
@@ -30,7 +31,7 @@ def activate() -> None:
         return
     patches = (
         *(import_warnings, pkg_resources, numpy_names, kinetics400, broadcasts, checkpoints, folder_images),
-        *(linear_warmup, local_copies, missing_weights, nan_output, safe_files, saved_types),
+        *(linear_warmup, loader_workers, local_copies, missing_weights, nan_output, safe_files, saved_types),
     )
     for patch in patches:
         patch.activate()

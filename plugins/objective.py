@@ -101,7 +101,11 @@ def connect(head: nn.Module, backbone: nn.Module, taps: Mapping[str, int | None]
         return
     if not isinstance(head, MapHead):
         raise ValueError(f"the method compares feature maps: the head must be a MapHead, got a {type(head).__name__}")
-    head.build(map_channels(backbone, taps))
+    try:
+        channels = map_channels(backbone, taps)
+    except ValueError as error:
+        raise ValueError(f"{error}; {head.advice}" if head.advice else str(error)) from None
+    head.build(channels)
 
 
 def project(projector: nn.Module, features: list[Tensor]) -> list[Tensor]:

@@ -156,7 +156,7 @@ class FeatureTaps:
 
 @torch.no_grad()
 def map_channels(
-    backbone: nn.Module, sizes: Mapping[str, int | None], sides: Sequence[int] = (64, 224, 32)
+    backbone: nn.Module, sizes: Mapping[str, int | None], sides: Sequence[int] = (64, 224, 128, 32)
 ) -> list[int]:
     """Count the channels of the maps, by a pass of a black image through the backbone in evaluation mode.
 

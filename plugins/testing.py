@@ -346,6 +346,8 @@ OF_IMAGES = [name for name, spec in METHODS.items() if not spec.stacks]
 """Methods without stacks of patches, for tests with one or two views of random images and their positions."""
 OF_VIEWS = [name for name in OF_IMAGES if not METHODS[name].indexed]
 """Methods that compare views and have no memory of images, for tests with two views of random images."""
+OF_FEATURES = [name for name in OF_VIEWS if not METHODS[name].taps(METHODS[name].resolve({}))]
+"""Those of OF_VIEWS that need no feature maps, for tests whose backbones have none."""
 DIFFICULT = ("normal", "large", "small", "constant", "zero", "duplicated", "rank_deficient")
 
 
@@ -378,12 +380,42 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
+def toy_maps(
+    rows: int, channels: Sequence[int], *, views: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> list[tuple[Tensor, ...]]:
+    """Generate random feature maps of some views; those of ``channels[i]`` channels have i + 2 pixels a side.
+
+    >>> [map_.shape for map_ in toy_maps(6, [4, 8])[0]]
+    [torch.Size([6, 4, 2, 2]), torch.Size([6, 8, 3, 3])]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(rows, width, number + 2, number + 2) for number, width in enumerate(channels)]
+    return [tuple(torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes) for _ in range(views)]
+
+
+def toy_backbone() -> nn.Sequential:
+    """Build a convolution, batch norm, ReLU and pooling: ``[B, 3, H, W]`` → ``[B, 8, 1, 1]``.
+
+    Like a ResNet it has modules ``layer3`` and ``layer4``, for methods that compare feature maps.
+
+    >>> toy_backbone()(torch.zeros(2, 3, 16, 16)).shape
+    torch.Size([2, 8, 1, 1])
+    """
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8))
+    network.add_module("layer3", nn.ReLU())
+    network.add_module("layer4", nn.Identity())
+    network.add_module("avgpool", nn.AdaptiveAvgPool2d(1))
+    return network
+
+
 class _Features(nn.Sequential):
     num_features = 32
 
 
 def tiny_backbone(*names: Any, **options: Any) -> nn.Module:
     """Build a convolution, batch norm and pooling: ``[B, 3, H, W]`` → ``[B, 32]``; all arguments are ignored.
+
+    Like a ResNet it has modules ``layer3`` and ``layer4``, for methods that compare feature maps.
 
     >>> tiny_backbone()(torch.zeros(2, 3, 16, 16)).shape
     torch.Size([2, 32])
@@ -392,6 +424,8 @@ def tiny_backbone(*names: Any, **options: Any) -> nn.Module:
     network.add_module("conv1", nn.Conv2d(3, 8, 3, stride=2, bias=False))
     network.add_module("bn1", nn.BatchNorm2d(8))
     network.add_module("relu", nn.ReLU())
+    for name in ("layer3", "layer4"):
+        network.add_module(name, nn.Identity())
     network.add_module("avgpool", nn.AdaptiveAvgPool2d(2))
     network.add_module("flatten", nn.Flatten())
     return network

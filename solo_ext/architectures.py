@@ -11,6 +11,12 @@ stems of the published TinyImageNet code (Dubois et al. 2022, arXiv:2209.06235):
     backbone:
       name: expanded_resnet18
       kwargs: {dim: 2048, stem: 3x3}
+
+``amdim_encoder`` takes images of one size, see :class:`plugins.tools.amdim_encoder.AMDIMEncoder`::
+
+    backbone:
+      name: amdim_encoder
+      kwargs: {size: 32, ndf: 256, n_rkhs: 2048, n_depth: 10}
 """
 
 import inspect
@@ -91,7 +97,7 @@ def _build(name: str, method: str, *, cifar: bool = False, **kwargs: Any) -> nn.
         kwargs: options of torchvision's class, or of the function in BACKBONES, such as ``zero_init_residual``.
 
     Raises:
-        TypeError: the network has no such option.
+        TypeError: the network has no such option, or its value is out of range.
     """
     build = BACKBONES.get(name) or _TORCHVISION[name]
     takes: Callable[..., Any] = build
@@ -105,9 +111,13 @@ def _build(name: str, method: str, *, cifar: bool = False, **kwargs: Any) -> nn.
             raise TypeError(
                 f"backbone {name} has no option {key!r}; known options: {', '.join(known)}{did_you_mean(key, known)}"
             )
-    network = build(weights=None, **kwargs)
-    network.num_features = network.fc.in_features
-    network.fc = nn.Identity()
+    try:
+        network: Any = build(**kwargs)
+    except ValueError as error:
+        raise TypeError(f"backbone {name}: {error}") from None
+    if hasattr(network, "fc"):
+        network.num_features = network.fc.in_features
+        network.fc = nn.Identity()
     if cifar and isinstance(network, resnet.ResNet) and name != "resnet8":
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, stride=1, padding=2, bias=False)
         network.maxpool = nn.Identity()

@@ -328,11 +328,15 @@ class Scheduler(Section):
         "type of the schedule; reduce: the learning rate falls when train_loss has stopped falling", "warmup_cosine"
     )
     lr_decay_steps: Annotated[list[integer(0)] | None, Allowed("a list of epochs")] = entry(
-        "step: epochs at which the learning rate is divided by 10", None
+        "step: epochs at which the learning rate is reduced", None
     )
     gamma: Fraction = entry("exponential: factor of the learning rate after each epoch", 0.95)
     factor: Fraction = entry("reduce: factor of the learning rate", 0.1)
     patience: integer(0) = entry("reduce: epochs without a lower loss before the learning rate falls", 10)
+    lr_decay_factor: real_number("above 0, at most 1", gt=0, le=1) = entry(
+        "step: factor of the learning rate at each of these epochs", 0.1
+    )
+    warmup_steps: integer(0) = entry("step: optimiser steps of linear warm-up", 0)
     min_lr: NonNegative = entry("warmup_cosine: final learning rate", 0.0)
     warmup_start_lr: NonNegative = entry("warmup_cosine: initial learning rate", 3e-5)
     warmup_epochs: NonNegative = entry("warmup_cosine: epochs of linear warm-up", 10)

@@ -15,7 +15,7 @@ from lightly_ext.names import CLASS_NAMES
 from plugins.distributed import LOCAL
 from plugins.heads import SharedHead, TwoBranchHead
 from plugins.methods import METHODS
-from plugins.objective import encode
+from plugins.objective import connect, encode_views
 from plugins.spec import Embeddings
 from plugins.testing import NARROW
 from plugins.tools.resnet8 import resnet8
@@ -106,13 +106,16 @@ def in_plugins(case: Case) -> tuple[Parts, Step]:
     def encoder() -> tuple[nn.Module, nn.Module]:
         backbone = resnet8()
         backbone.fc = nn.Identity()
-        return backbone, spec.head(64, options)
+        head = spec.head(64, options)
+        connect(head, backbone, spec.taps(options))
+        return backbone, head
 
     predictor = spec.predictor(options, LOCAL) if spec.predictor else None
     parts = Parts(*encoder(), predictor, *(encoder() if spec.teacher else (None, None)))
 
     def step(views: list[Tensor]) -> Tensor:
-        features = [encode(parts.backbone, view) for view in views]
+        features, maps = encode_views(parts.backbone, views, spec.taps(options))
+        local = [parts.projector.project_maps(view) for view in maps if view]
         if isinstance(parts.projector, SharedHead):
             z = list(parts.projector(torch.cat(features)).chunk(len(views)))
         else:
@@ -130,7 +133,7 @@ def in_plugins(case: Case) -> tuple[Parts, Step]:
             if hasattr(part, "allocate"):
                 part.allocate(IMAGES)
         labelled(loss)
-        return loss(Embeddings(z, p, target, index=INDEX)).loss
+        return loss(Embeddings(z, p, target, index=INDEX, maps=local)).loss
 
     return parts, step
 

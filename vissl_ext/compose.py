@@ -146,15 +146,16 @@ def _own_options() -> dict[str, set[str]]:
     from classy_vision.losses import LOSS_REGISTRY
 
     from vissl_ext.registry import register
-    from vissl_ext.trunks import CONVNEXT
+    from vissl_ext.trunks import AMDIM_ENCODER, CONVNEXT
 
     register()
     names = {name: getattr(kind, "option_names", None) for name, kind in LOSS_REGISTRY.items()}
     return {
         **{f"config.LOSS.{name}": option_names() for name, option_names in names.items() if option_names is not None},
         "config.MODEL": {"MULTI_RES_SPLIT_CROPS"},
-        "config.MODEL.TRUNK": {"OUT_FEATURE_KEYS", "CONVNEXT"},
+        "config.MODEL.TRUNK": {"OUT_FEATURE_KEYS", "CONVNEXT", "AMDIM_ENCODER"},
         "config.MODEL.TRUNK.CONVNEXT": set(CONVNEXT),
+        "config.MODEL.TRUNK.AMDIM_ENCODER": set(AMDIM_ENCODER),
         "config.MODEL.TRUNK.RESNETS": {"CIFAR_STEM", "Z_DIM_OLD_TMP_NEW", "IS_SKIP_RESIZER"},
         "config.OPTIMIZER.larc_config": {"exclude_bias_and_norm"},
         "config.OPTIMIZER.param_schedulers.lr.auto_lr_scaling": {"keep_warmup"},

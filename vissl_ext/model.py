@@ -57,7 +57,7 @@ class GroupedModel(BaseSSLMultiInputOutputModel):
         for head in self.heads:
             if isinstance(head, MethodHead):
                 try:
-                    connect(head.projector, self.trunk, head.taps)
+                    connect(head.projector, _OfImages(self.trunk), head.taps)
                 except ValueError as error:
                     raise UserError(f"config.MODEL.TRUNK: {error}") from None
 
@@ -125,6 +125,17 @@ class GroupedModel(BaseSSLMultiInputOutputModel):
         """
         names = self._output_feature_names if feature_names is None else feature_names
         return encode(lambda images: self.trunk(images, names)[0], view)
+
+
+class _OfImages(nn.Module):
+    """A trunk that is called with images alone, which some of VISSL's own do not allow."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, images: Tensor) -> Any:
+        return self.trunk(images, [])
 
 
 def by_resolution(batch: list[Tensor]) -> list[list[Tensor]]:

@@ -63,10 +63,10 @@ def check_config(config: Any, *, training: bool = True) -> None:
             raise UserError(f"{HEAD} requires config.LOSS.name to be one of {', '.join(sorted(METHODS))}, got {name}")
         return
     try:
-        options = method_options(name, config.LOSS.get(name, {}))[0]
+        taps = METHODS[name].taps(method_options(name, config.LOSS.get(name, {}))[0])
     except ValueError as error:
         raise UserError(f"config.LOSS.{name}: {error}") from None
-    if METHODS[name].taps(options) and config.MODEL.ACTIVATION_CHECKPOINTING.USE_ACTIVATION_CHECKPOINTING:
+    if taps and config.MODEL.ACTIVATION_CHECKPOINTING.USE_ACTIVATION_CHECKPOINTING:
         raise UserError(
             f"config.LOSS.name={name} compares feature maps, which lose their gradients with activation checkpointing: "
             "set config.MODEL.ACTIVATION_CHECKPOINTING.USE_ACTIVATION_CHECKPOINTING=false"

@@ -1,4 +1,4 @@
-"""Trunks that VISSL 0.1.6 does not have: small ResNets, ResNets with expanded representations, and ConvNeXt.
+"""Trunks that VISSL 0.1.6 does not have: small and expanded ResNets, ConvNeXt, and AMDIM's encoder.
 
 - ``plain_resnet``: ``TRUNK: {NAME: plain_resnet, RESNETS: {DEPTH: 18, CIFAR_STEM: true}}``. DEPTH 8 is the ResNet-8 of
   ``plugins.tools.resnet8``; 18 to 152 are torchvision's ResNets. Further options are ZERO_INIT_RESIDUAL and
@@ -7,11 +7,14 @@
 - ``resnet``: VISSL's trunk with the options of DISSL's fork, see :class:`WideResNeXt`.
 - ``convnext``: ``TRUNK: {NAME: convnext, CONVNEXT: {DEPTH: [3, 3, 27, 3], DIMS: [96, 192, 384, 768]}}``, with
   ``DROP_PATH_RATE`` in [0, 1).
+- ``amdim_encoder``: ``TRUNK: {NAME: amdim_encoder, AMDIM_ENCODER: {SIZE: 32, NDF: 128, N_RKHS: 1024}}``, see
+  ``plugins.tools.amdim_encoder``.
 """
 
 from copy import deepcopy
 from typing import Any
 
+import torch
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torchvision.models import resnet
@@ -20,6 +23,7 @@ from vissl.models.trunks import MODEL_TRUNKS_REGISTRY, register_model_trunk
 from vissl.models.trunks.resnext import ResNeXt
 
 from plugins.heads import ExpandDim
+from plugins.tools.amdim_encoder import AMDIMEncoder
 from plugins.tools.command import UserError
 from plugins.tools.resnet8 import resnet8
 from vissl_ext.parts import check_choice, is_number
@@ -60,7 +64,7 @@ _FURTHER = {"plain_resnet": {"CIFAR_STEM"}, "resnet": {"IS_SKIP_RESIZER"}}
 
 
 def check_trunk(model_config: Any) -> None:
-    """Validate the options of ``resnet``, ``plain_resnet`` and ``convnext``.
+    """Validate the options of ``resnet``, ``plain_resnet``, ``convnext`` and ``amdim_encoder``.
 
     Args:
         model_config: VISSL's MODEL section.
@@ -72,6 +76,8 @@ def check_trunk(model_config: Any) -> None:
     name, config = model_config.TRUNK.NAME, model_config.TRUNK.RESNETS
     if name == "convnext":
         convnext_settings(model_config)
+    if name == "amdim_encoder":
+        amdim_settings(model_config)
     if name not in ("resnet", "plain_resnet"):
         return
     for key in config:
@@ -109,7 +115,9 @@ def _check_widths(config: Any, own: int) -> None:
 
 
 def trunk_width(model_config: Any) -> int | None:
-    """Return the width of the features of ``plain_resnet`` or ``convnext``, or None for other trunks."""
+    """Return the width of the features of one of this module's trunks, or None for other trunks."""
+    if model_config.TRUNK.NAME == "amdim_encoder":
+        return amdim_settings(model_config)["N_RKHS"]
     if model_config.TRUNK.NAME == "convnext":
         width: int = convnext_settings(model_config)["DIMS"][-1]
         return width
@@ -288,4 +296,55 @@ class ConvNeXtTrunk(nn.Module):
 
     def forward(self, x: Tensor, out_feat_keys: list[str] | None = None) -> list[Tensor]:
         """Map images ``[B, C, H, W]`` to a list with the pooled features, for any names."""
+        return [self.network(transform_model_input_data_type(x, self.input_type))]
+
+
+AMDIM_ENCODER: dict[str, int] = {"SIZE": 32, "NDF": 128, "N_RKHS": 1024, "N_DEPTH": 3}
+"""Options of ``amdim_encoder`` and their defaults, those of the published command."""
+
+
+def amdim_settings(model_config: Any) -> dict[str, int]:
+    """Return the options of ``amdim_encoder`` in a configuration, completed by the defaults.
+
+    Args:
+        model_config: VISSL's MODEL section.
+
+    Raises:
+        UserError: an option is unknown or has an invalid value.
+    """
+    where, given = "config.MODEL.TRUNK.AMDIM_ENCODER", dict(model_config.TRUNK.get("AMDIM_ENCODER") or {})
+    for key in given:
+        check_choice(where, key, AMDIM_ENCODER)
+    settings = {**AMDIM_ENCODER, **given}
+    try:
+        with torch.device("meta"):
+            _amdim_encoder(settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from None
+    return settings
+
+
+def _amdim_encoder(settings: dict[str, int]) -> AMDIMEncoder:
+    return AMDIMEncoder(**{key.lower(): value for key, value in settings.items()})
+
+
+@register_model_trunk("amdim_encoder")
+class AMDIMTrunk(nn.Module):
+    """AMDIM's encoder as a trunk.
+
+    Args:
+        model_config: VISSL's MODEL section.
+        model_name: name of the trunk; not used.
+
+    Raises:
+        UserError: see ``amdim_settings``.
+    """
+
+    def __init__(self, model_config: Any, model_name: str) -> None:
+        super().__init__()
+        self.input_type = model_config.INPUT_TYPE
+        self.network = _amdim_encoder(amdim_settings(model_config))
+
+    def forward(self, x: Tensor, out_feat_keys: list[str] | None = None) -> list[Tensor]:
+        """Map images ``[B, 3, S, S]`` to a list with the features, for any names."""
         return [self.network(transform_model_input_data_type(x, self.input_type))]

@@ -181,11 +181,14 @@ def backbone(options: Options) -> nn.Module:
         raise UserError(
             f"--backbone: unknown model {name!r}; choose from {', '.join(known)}{did_you_mean(name, known)}"
         )
-    # a ViT accepts only images of the size that its constructor gets
-    sized = {"image_size": options.input_size} if name.startswith("vit_") else {}
     try:
-        build = BACKBONES.get(name) or partial(torchvision.models.get_model, name, weights=None, **sized)
-        network: nn.Module = build()
+        build = BACKBONES.get(name) or partial(torchvision.models.get_model, name, weights=None)
+        # a ViT and some encoders accept only images of the size that their constructor gets
+        parameters = inspect.signature(build).parameters
+        sized = {"size": options.input_size} if "size" in parameters else {}
+        if name.startswith("vit_"):
+            sized = {"image_size": options.input_size}
+        network: nn.Module = build(**sized)
     except (AssertionError, RuntimeError, ValueError) as error:
         size = options.input_size
         raise UserError(f"--backbone {name} does not accept --input-size {size}: {first_line(error)}") from None

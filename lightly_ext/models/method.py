@@ -73,7 +73,8 @@ from plugins.objective import Objective, connect, embed, encode, encode_views, p
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, Hints, MethodSpec, Terms, large_views
 
-_PROBE = (1, 3, 224, 224)
+_SIDES = (224, 128, 64, 32)
+"""Sides of the images that determine the width of the features, in pixels: the first that the backbone can process."""
 _PARTS = {"projector": "projection_head", "predictor": "prediction_head", "loss": "loss"}
 """Part of a method in the names of its hints → lightly's name of it."""
 _BRANCHES = {
@@ -544,10 +545,14 @@ def _classifier(backbone: nn.Module) -> str | None:
 
 
 def _backbone_width(backbone: nn.Module) -> int:
-    try:
-        return _width(backbone, torch.zeros(_PROBE), "backbone")
-    except Exception as error:
-        raise ValueError(f"backbone cannot process an image of shape {_PROBE} ({error}); give input_dim") from error
+    reason: Exception | None = None
+    for side in _SIDES:
+        try:
+            return _width(backbone, torch.zeros(1, 3, side, side), "backbone")
+        except Exception as error:
+            reason = reason or error
+    shape = (1, 3, _SIDES[0], _SIDES[0])
+    raise ValueError(f"backbone cannot process an image of shape {shape} ({reason}); give input_dim") from reason
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from plugins.experiments import bench_data, bench_step
 from plugins.losses import (
+    amdim_nce,
     barlow_twins_loss,
     byol_loss,
     cissl_loss,
@@ -299,6 +300,37 @@ def _ours_relic(q0: Tensor, q1: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
     return torch.cat(torch.autograd.grad(relic_loss([q0, q1], [t0, t1]), (q0, q1)))
 
 
+LOCATIONS = 49
+"""Locations of AMDIM's target map."""
+
+
+def _map(rows: int, width: int, device: str) -> list[Tensor]:
+    """Return a source and a target map, of scores about 1."""
+    generator = torch.Generator().manual_seed(0)
+    source, noise = (torch.randn(rows, width, count, generator=generator) for count in (1, LOCATIONS))
+    return [x.to(device).requires_grad_() for x in (source.squeeze(2), (source + noise) / 2)]
+
+
+def _plain_amdim(source: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """Compute the loss from the scores of all images at all locations, with products of masks as the published code."""
+    rows, width, locations = target.shape
+    scores = (source @ target.transpose(0, 1).reshape(width, -1)).view(rows, rows, locations) / width**0.5
+    regularizer = 0.05 * (scores**2).mean()
+    clipped = 20 * torch.tanh(scores / 20)
+    own = torch.eye(rows, device=source.device)[:, :, None].expand_as(clipped)
+    others = 1 - own
+    positive = (own * clipped).sum(1)
+    negatives = others * clipped - 20 * own  # the least possible score in place of the own one
+    top = negatives.flatten(1).amax(1).detach()[:, None]
+    mass = (others * torch.exp(negatives - top[:, :, None])).sum((1, 2))[:, None]
+    log_share = positive - top - torch.log(torch.exp(positive - top) + mass)
+    return torch.autograd.grad(regularizer - log_share.mean(), (source, target))
+
+
+def _ours_amdim(source: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(amdim_nce(source, target).loss, (source, target))
+
+
 def _lightly_barlow_twins(x: Tensor, y: Tensor) -> Tensor:
     from lightly.loss import BarlowTwinsLoss
 
@@ -441,6 +473,13 @@ LOSSES = {
     "isoloss": Case(_predicted_views, _plain_isoloss, _ours_isoloss),
     "matrix_ssl": Case(_four_views, _plain_matrix_ssl, _ours_matrix_ssl, sizes=WIDE_AND_TALL),
     "mec": Case(_four_views, _plain_mec, _ours_mec, sizes=WIDE_AND_TALL),
+    "amdim": Case(
+        _map,
+        _plain_amdim,
+        _ours_amdim,
+        sizes=((128, 512), (480, 512), (480, 1024)),
+        work=lambda rows, width: rows**2 * width,
+    ),
     "pirl": Case(
         _memory, _plain_pirl, _ours_pirl, sizes=((32, 128), (256, 128)), work=lambda rows, width: rows * width
     ),

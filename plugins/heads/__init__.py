@@ -1,5 +1,6 @@
 """Projection heads: from the features of a backbone to the embedding that the loss takes."""
 
+from plugins.heads.amdim import AMDIMHead, ResidualProjection
 from plugins.heads.classifier import normalized_classifier
 from plugins.heads.context import GatedContext, GRUContext, PixelCNNContext, context_network
 from plugins.heads.cpc import CPCHead
@@ -13,6 +14,7 @@ from plugins.heads.patches import PatchHead
 from plugins.heads.two_branch import SharedHead, TwoBranchHead
 
 __all__ = [
+    "AMDIMHead",
     "CPCHead",
     "ExpandDim",
     "GRUContext",
@@ -21,6 +23,7 @@ __all__ = [
     "MapHead",
     "PatchHead",
     "PixelCNNContext",
+    "ResidualProjection",
     "SharedHead",
     "StackHead",
     "TwoBranchHead",

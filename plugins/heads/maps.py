@@ -1,6 +1,7 @@
 """Base classes of heads that hand maps to the loss, beside the embeddings."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -11,6 +12,9 @@ class MapHead(nn.Module):
     ``forward`` maps the features ``[B, features_dim]`` to ``[B, D]`` as in any head. Evaluation and teachers call it
     alone.
     """
+
+    advice: ClassVar[str] = ""
+    """What to do if the backbone has no such modules, or maps that cannot be used: the end of the error's sentence."""
 
     def build(self, channels: Sequence[int]) -> None:
         """Make the layers for the maps. It is called once, before the parameters are counted, copied or loaded.

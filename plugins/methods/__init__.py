@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from plugins.methods import (
+    amdim,
     barlow_twins,
     byol,
     cissl,
@@ -35,6 +36,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
     {
         spec.name: spec
         for spec in (
+            amdim.SPEC,
             barlow_twins.SPEC,
             byol.SPEC,
             cissl.SPEC,

@@ -285,7 +285,10 @@ def with_schedule(module: Any, optimizer: torch.optim.Optimizer, cfg: DictConfig
     if cfg.name == "none":
         return optimizer
     if cfg.name == "step":
-        return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, list(cfg.lr_decay_steps), gamma=0.1)]
+        steps = torch.optim.lr_scheduler.MultiStepLR(
+            optimizer, list(cfg.lr_decay_steps), gamma=cfg.get("lr_decay_factor", 0.1)
+        )
+        return [optimizer], [steps, *_linear_warmup(optimizer, cfg.get("warmup_steps", 0))]
     if cfg.name == "exponential":  # main uses the weight decay as gamma
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, cfg.gamma)]
     if cfg.name == "reduce":  # main names no quantity, without which Lightning does not train
@@ -304,6 +307,14 @@ def with_schedule(module: Any, optimizer: torch.optim.Optimizer, cfg: DictConfig
         static=static,
     )
     return [optimizer], [{"scheduler": schedule, "interval": cfg.interval, "frequency": 1}]
+
+
+def _linear_warmup(optimizer: torch.optim.Optimizer, steps: int) -> list[dict[str, Any]]:
+    """Return the schedule whose factor is (k + 1) / ``steps`` in step k, and 1 from the end of the warm-up."""
+    if steps < 2:
+        return []
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / steps, 1.0, steps - 1)
+    return [{"scheduler": schedule, "interval": "step", "frequency": 1}]
 
 
 def _without_decay_of_vectors(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -94,6 +94,11 @@ def test_relic_takes_a_third_of_the_memory():
     assert 3 * result.ours_bytes < result.plain_bytes
 
 
+def test_amdim_takes_a_third_of_the_memory():
+    result = compare("amdim", 480, 16, repeat=1, budget=0)
+    assert 3 * result.ours_bytes < result.plain_bytes
+
+
 @pytest.mark.slow
 @pytest.mark.solo
 def test_step_compares_each_method_with_one_of_solo_learns(one_thread, tmp_path, capsys):
@@ -211,6 +216,7 @@ def test_step_takes_no_more_work_than_the_reference(method, limits, one_thread, 
         ("dissl_8", 16, 1024, None, 1.1),
         ("swav_codes", 64, 300, None, 1.8),
         ("relic", 256, 128, 1, 1.1),
+        ("amdim", 128, 64, 1, 1.5),
         ("pirl", 32, 128, None, 2.4),  # products with the whole bank, of which the published code gathers rows
         pytest.param("barlow_twins", 64, 128, 1.5, 1.1, marks=pytest.mark.lightly),
         pytest.param("barlow_twins", 256, 512, 1.5, 1.1, marks=pytest.mark.lightly),

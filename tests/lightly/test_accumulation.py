@@ -9,7 +9,7 @@ from lightly_ext.names import CLASS_NAMES
 from plugins.distributed import LOCAL
 from plugins.heads import Heads, TwoBranchHead
 from plugins.methods import METHODS
-from plugins.testing import NARROW, OF_VIEWS, assert_joined, toy_mlp, toy_views
+from plugins.testing import NARROW, OF_FEATURES, assert_joined, toy_mlp, toy_views
 from plugins.tools.command import UserError
 
 pytestmark = pytest.mark.lightly
@@ -130,7 +130,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("method", OF_VIEWS)
+@pytest.mark.parametrize("method", OF_FEATURES)
 def test_the_joined_loss_is_that_of_one_batch(method: str) -> None:
     whole, joined = perturbed(built(method)), perturbed(built(method))
     for seed in range(2):
@@ -157,7 +157,7 @@ def normed(method: str, dropout: float = 0.0) -> models.MethodModel:
     return model
 
 
-@pytest.mark.parametrize("method", OF_VIEWS)
+@pytest.mark.parametrize("method", OF_FEATURES)
 def test_with_batch_norm_it_is_that_of_the_same_embeddings(method: str) -> None:
     views = toy_views(12, 5)
     whole, joined = normed(method), normed(method)
@@ -250,7 +250,7 @@ def micro_batches(*counts: int) -> tuple[list, list]:
     return whole, split
 
 
-@pytest.mark.parametrize("method", OF_VIEWS)
+@pytest.mark.parametrize("method", OF_FEATURES)
 def test_lightning_trains_on_the_joined_batch(method: str) -> None:
     """Three steps, of 4, 4 and 2 micro-batches, with momentum and decay."""
     whole, split = micro_batches(4, 4, 2)
@@ -301,7 +301,7 @@ class _Build:
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("method", OF_VIEWS)
+@pytest.mark.parametrize("method", OF_FEATURES)
 def test_ranks_have_the_gradients_of_the_joined_batch(ranks, method: str) -> None:
     assert_joined(ranks, _joined_step, toy_views(12, 5), counts=(3, 4, 5), build=_Build(method))
 

@@ -27,7 +27,7 @@ from lightly_ext.lightning import pytorch
 from lightly_ext.names import CLASS_NAMES
 from plugins.methods import METHODS
 from plugins.targets import cosine_tau
-from plugins.testing import NARROW, OF_VIEWS
+from plugins.testing import NARROW, OF_VIEWS, toy_backbone
 from plugins.tools.command import UserError
 
 pytestmark = pytest.mark.lightly
@@ -38,7 +38,7 @@ NAMES = {spec.name: name for name, spec in CLASS_NAMES.items()}
 
 def built(method: str, flavour: object = lightning, **more: object) -> nn.Module:
     torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    backbone = toy_backbone()
     options = {key: value for key, value in SMALL.items() if key in METHODS[method].options}
     cls = flavour.__getattr__(NAMES[method])
     return cls(batch_size_per_device=8, num_classes=10, backbone=backbone, **{"optimizer": "sgd", **options, **more})

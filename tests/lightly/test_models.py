@@ -13,10 +13,10 @@ from lightly_ext.names import CLASS_NAMES
 from plugins.distributed import LOCAL
 from plugins.heads import Heads, SharedHead, TwoBranchHead
 from plugins.methods import METHODS
-from plugins.objective import Objective, encode, project
+from plugins.objective import Objective, encode, encode_views, project
 from plugins.spec import Embeddings
 from plugins.targets import EMATeacher
-from plugins.testing import NARROW, OF_IMAGES, OF_VIEWS, assert_joined, toy_mlp, toy_views
+from plugins.testing import NARROW, OF_FEATURES, OF_IMAGES, assert_joined, toy_backbone, toy_mlp, toy_views
 
 pytestmark = pytest.mark.lightly
 
@@ -36,18 +36,11 @@ def small(method: str, **more: object) -> dict:
     return {**{key: value for key, value in SMALL.items() if key in METHODS[method].options}, **more}
 
 
-def conv() -> nn.Module:
-    """A small backbone of 8 features."""
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
-    )
-
-
 def built(method: str, backbone: nn.Module | None = None, **options: object) -> models.MethodModel:
     """A small model, the same at each call, with weights that no initialisation makes: its teacher differs."""
     torch.manual_seed(0)
     size = ROWS if METHODS[method].indexed else None
-    model = vars(models)[NAMES[method]](backbone or conv(), num_samples=size, **small(method, **options))
+    model = vars(models)[NAMES[method]](backbone or toy_backbone(), num_samples=size, **small(method, **options))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -72,8 +65,9 @@ def plugins_loss(method: str, model: models.MethodModel, views: list[Tensor], in
     """The same from the SPEC alone."""
     spec = METHODS[method]
     options = spec.resolve(small(method))
-    features = [encode(model.backbone, view) for view in views]
+    features, maps = encode_views(model.backbone, views, spec.taps(options))
     z = project(model.projection_head, features)
+    local = [model.projection_head.project_maps(view) for view in maps if view]
     p = z if spec.predictor is None else model.prediction_head.predict(z)
     if spec.teacher:
         with torch.no_grad():
@@ -83,10 +77,10 @@ def plugins_loss(method: str, model: models.MethodModel, views: list[Tensor], in
     else:
         target = [view.detach() for view in z]
     if index is None:
-        return spec.loss(options, LOCAL)(Embeddings(z, p, target)).loss
+        return spec.loss(options, LOCAL)(Embeddings(z, p, target, maps=local)).loss
     objective = Objective(spec, options).to(z[0])
     objective.allocate(ROWS)
-    return objective(Embeddings(z, p, target, index=index)).loss
+    return objective(Embeddings(z, p, target, index=index, maps=local)).loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -201,7 +195,7 @@ def test_without_a_teacher_targets_are_the_other_view() -> None:
 
 def test_the_views_of_a_shared_head_have_common_batch_statistics_in_the_teacher_too() -> None:
     head = SharedHead(nn.Linear(8, 4), nn.BatchNorm1d(4))
-    model = models.BYOL(conv(), projection_head=head, pred_hidden_dim=4)
+    model = models.BYOL(toy_backbone(), projection_head=head, pred_hidden_dim=4)
     views = [1 + 2 * view for view in images()]
     views[1] = 3 * views[1]
     expected = copy.deepcopy(model.teacher_projection_head).views(
@@ -217,7 +211,7 @@ def test_heads_of_lightly() -> None:
 
     torch.manual_seed(0)
     head, predictor = heads.BYOLProjectionHead(8, 12, 4), heads.BYOLPredictionHead(4, 6, 4)
-    model = models.BYOL(conv(), projection_head=head, prediction_head=predictor)
+    model = models.BYOL(toy_backbone(), projection_head=head, prediction_head=predictor)
     assert model.projection_head is head and model.options["proj_output_dim"] == 4
     theirs = copy.deepcopy(model)
     loss = model.loss(images())
@@ -252,7 +246,7 @@ def test_state_dict_holds_everything(method: str) -> None:
     state = copy.deepcopy(first.state_dict())
     if method in ("directpred", "directcopy", "isoloss", "isocopy"):
         assert {"prediction_head.C", "prediction_head.W"} <= set(state)
-    second = vars(models)[NAMES[method]](conv(), **small(method))
+    second = vars(models)[NAMES[method]](toy_backbone(), **small(method))
     second.load_state_dict(state)
     second.start_epoch(0)
     other = torch.optim.SGD(second.training_parameters(), lr=0.05)
@@ -316,19 +310,22 @@ def test_mistakes_are_sentences() -> None:
     with torch.device("meta"):  # its weights do not matter
         vit = torchvision.models.vit_b_16()
     cases = [
-        (lambda: models.SSLEY(conv(), alhpa=1.0), "method ssl_ey has no option 'alhpa'; known options: estimator"),
-        (lambda: models.IsoLoss(conv(), roh=1.0), "; did you mean rho?"),
-        (lambda: models.SSLEY(conv(), prediction_head=nn.Identity()), "method ssl_ey has no prediction head"),
-        (lambda: models.SSLEY(conv(), teacher=True), "method ssl_ey has no teacher"),
+        (
+            lambda: models.SSLEY(toy_backbone(), alhpa=1.0),
+            "method ssl_ey has no option 'alhpa'; known options: estimator",
+        ),
+        (lambda: models.IsoLoss(toy_backbone(), roh=1.0), "; did you mean rho?"),
+        (lambda: models.SSLEY(toy_backbone(), prediction_head=nn.Identity()), "method ssl_ey has no prediction head"),
+        (lambda: models.SSLEY(toy_backbone(), teacher=True), "method ssl_ey has no teacher"),
         (lambda: models.SSLEY(nn.Linear(5, 3)), "backbone cannot process an image of shape (1, 3, 224, 224)"),
         (lambda: models.SSLEY(torchvision.models.resnet18()), "remove it: backbone.fc = torch.nn.Identity()"),
         (lambda: models.SSLEY(vit), "remove it: backbone.heads = torch.nn.Identity()"),
         (lambda: models.SSLEY(timm.create_model("convnext_atto")), "backbone.head.fc = torch.nn.Identity()"),
         (
-            lambda: models.BYOL(conv(), projection_head=nn.Linear(8, 4), proj_output_dim=5),
+            lambda: models.BYOL(toy_backbone(), projection_head=nn.Linear(8, 4), proj_output_dim=5),
             "projection_head has 4 output columns, got proj_output_dim=5",
         ),
-        (lambda: models.DISSL(conv(), projection_head=nn.Linear(8, 4)), "method dissl has two heads; pass"),
+        (lambda: models.DISSL(toy_backbone(), projection_head=nn.Linear(8, 4)), "method dissl has two heads; pass"),
         (
             lambda: built("byol").loss(views[0]),
             "got a tensor of shape (6, 3, 16, 16); pass a list with one batch of images per view",
@@ -338,7 +335,7 @@ def test_mistakes_are_sentences() -> None:
             "byol needs at least two views, got 1",
         ),
         (
-            lambda: models.PIRL(conv()).loss(views),
+            lambda: models.PIRL(toy_backbone()).loss(views),
             "method pirl needs 1 stack of patches per image, got none; use lightly_ext.transforms.PIRLTransform",
         ),
     ]
@@ -416,7 +413,7 @@ def _trained(comm, method, views):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("method", OF_VIEWS)
+@pytest.mark.parametrize("method", OF_FEATURES)
 def test_ranks_have_the_gradients_of_the_joined_batch(ranks, method: str) -> None:
     assert_joined(ranks, _ddp_step, toy_views(12, 5), counts=(3, 4, 5), build=_Build(method))
 

@@ -11,17 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from plugins.methods import METHODS
-from plugins.testing import NARROW, OF_VIEWS, POOL_SIZE
+from plugins.testing import NARROW, OF_VIEWS, POOL_SIZE, toy_backbone
 
 pytestmark = [pytest.mark.lightly, pytest.mark.slow, pytest.mark.ddp]
 SMALL = {
     **NARROW,
     **{"proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim": 10, "n_classes": 16, "log_eigvals": True},
 }
-
-
-def _backbone() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
 
 
 def _views() -> list[Tensor]:
@@ -56,7 +52,7 @@ def _loop(comm: Any, rank: int) -> dict[str, dict[str, Tensor]]:
     found = {}
     for name, spec in _of_views():
         options = {key: value for key, value in SMALL.items() if key in spec.options}
-        model = vars(models)[name](_backbone(), input_dim=8, **options)
+        model = vars(models)[name](toy_backbone(), input_dim=8, **options)
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
         optimizer = torch.optim.SGD(model.training_parameters(), lr=0.1)
         for _ in range(3):
@@ -83,7 +79,7 @@ def _trainer(comm: Any, rank: int, size: int) -> dict[str, dict[str, Tensor]]:
         for name, spec in _of_views():
             options = {key: value for key, value in SMALL.items() if key in spec.options}
             more = {"batch_size_per_device": 4, "num_classes": 4, "optimizer": "sgd", "lr": 1.0}
-            module = lightning.__getattr__(name)(backbone=_backbone(), input_dim=8, **more, **options)
+            module = lightning.__getattr__(name)(backbone=toy_backbone(), input_dim=8, **more, **options)
             quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
             trainer = pytorch_lightning.Trainer(
                 **dict.fromkeys(quiet, False),

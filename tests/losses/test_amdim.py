@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from plugins import linalg
+from plugins.distributed import LOCAL
 from plugins.losses import AMDIMLoss, AMDIMView, amdim_loss, amdim_nce
-from plugins.testing import assert_joined, devices, toy_views
+from plugins.methods import METHODS
+from plugins.methods.amdim import draw_locations
+from plugins.objective import Objective, connect, embed, encode_views
+from plugins.spec import Embeddings
+from plugins.testing import assert_joined, devices, toy_backbone, toy_views
 
 
 def _inputs(rows=6, width=5, locations=3, seed=0, scale=3.0):
@@ -252,6 +257,65 @@ def test_bad_input():
     for name, bad in (("source 0", (source * torch.nan, targets)), ("targets", (source, targets / 0))):
         with pytest.raises(ValueError, match=name):
             amdim_nce(*bad)
+
+
+# --- the method -----------------------------------------------------------------------------------------------------
+
+
+def test_the_method_pools_projects_and_compares_the_maps_of_both_views():
+    """By hand: hooks, average pooling, projections, and the sum of six terms with the locations of the first step."""
+    torch.manual_seed(0)
+    spec, backbone = METHODS["amdim"], toy_backbone().double()
+    options = spec.resolve({"proj_output_dim": 5, "locations_seed": 3})
+    head = spec.head(8, options)
+    connect(head, backbone, spec.taps(options))
+    head.double().eval()
+    views = [torch.randn(6, 3, 17, 17, dtype=torch.float64) for _ in range(2)]
+    features, maps = encode_views(backbone.eval(), views, spec.taps(options))
+    found = Objective(spec, options, LOCAL, None, head)(embed(features, head, maps=maps)).loss
+
+    def of_cells(map_, side):
+        cells = map_.unflatten(3, (side, 8 // side)).unflatten(2, (side, 8 // side)).mean((3, 5))
+        return cells.flatten(2)
+
+    made = []
+    for view in views:
+        inner = backbone[:3](view)  # 8 x 8 pixels
+        fine, coarse = of_cells(inner, 4), of_cells(inner, 2)
+        made.append(
+            AMDIMView(
+                head.whole(inner.mean((2, 3))),
+                torch.stack([head.coarse(coarse[:, :, place]) for place in range(4)], 2),
+                torch.stack([head.fine(fine[:, :, place]) for place in range(16)], 2),
+            )
+        )
+    locations = draw_locations([4, 4], 6, seed=3, step=0)
+    assert found.item() == pytest.approx(_mean_of_pairs(made, locations, 2).item(), rel=1e-10)
+    parts = head.named_parameters()
+    gradients = torch.autograd.grad(found, [*backbone.parameters(), *(p for _, p in parts)], allow_unused=True)
+    assert all(gradient is not None for gradient in gradients)
+
+
+def test_locations_are_uniform_and_depend_on_seed_and_step():
+    counts = torch.cat(draw_locations([25], 20000, seed=0, step=0)).bincount(minlength=25)
+    assert counts.sub(800).abs().max() < 5 * 28
+    first = draw_locations([25, 25], 40, seed=0, step=7)
+    assert all(torch.equal(*pair) for pair in zip(first, draw_locations([25, 25], 40, seed=0, step=7), strict=True))
+    others = (draw_locations([25, 25], 40, seed=seed, step=step) for seed, step in ((1, 7), (0, 8)))
+    assert not any(torch.equal(other, first[0]) for views in (*others, [first[1]]) for other in views)
+
+
+def test_a_restored_run_draws_the_locations_of_its_next_step():
+    generator = torch.Generator().manual_seed(1)
+    z = [torch.randn(6, 5, generator=generator) for _ in range(2)]
+    maps = [tuple(torch.randn(6, 5, side, side, generator=generator) for side in (3, 2)) for _ in range(2)]
+    e, spec = Embeddings(z, z, z, maps=maps), METHODS["amdim"]
+    run, resumed = (Objective(spec, spec.resolve({})) for _ in range(2))
+    values = [run(e).loss.item() for _ in range(2)]
+    resumed.load_state_dict(run.state_dict())
+    assert resumed(e).loss.item() == run(e).loss.item() and len({*values, run(e).loss.item()}) == 3
+    with pytest.raises(ValueError, match="method amdim needs the projected feature maps of each view"):
+        run(Embeddings(z, z, z))
 
 
 # --- several processes ----------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from plugins.losses import (
 from plugins.methods import METHODS
 from plugins.objective import Objective, embed
 from plugins.targets import IndexedBank
-from plugins.testing import NARROW, devices
+from plugins.testing import NARROW, devices, toy_maps
 
 pytestmark = pytest.mark.filterwarnings("ignore:the exact logarithm is another objective", "ignore:the series of")
 
@@ -212,6 +212,10 @@ def test_a_broken_backbone_is_an_error_of_every_method_that_names_the_view(name)
     options = spec.resolve({key: value for key, value in narrow.items() if key in spec.options})
     torch.manual_seed(0)
     head, predictor = spec.head(8, options), spec.predictor(options, LOCAL) if spec.predictor else None
+    maps = []
+    if taps := spec.taps(options):
+        head.build([4] * len(taps))
+        maps = toy_maps(6, [4] * len(taps), dtype=torch.float32)
     objective = Objective(spec, options, LOCAL, predictor, head)
     objective.allocate(10)
     features = [torch.randn(6, 8), torch.randn(6, options["patches"], 8) if spec.stacks else torch.randn(6, 8)]
@@ -219,7 +223,7 @@ def test_a_broken_backbone_is_an_error_of_every_method_that_names_the_view(name)
     predict, index = predictor.predict if predictor else None, torch.arange(6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the watch over the series warns too
-        terms = objective(embed(features, head, predict, index=index))
+        terms = objective(embed(features, head, predict, index=index, maps=maps))
         assert terms.loss.isfinite()
         assert [name for name, term in terms._asdict().items() if term.requires_grad] == ["loss"], (
             "the others are logged"
@@ -230,7 +234,7 @@ def test_a_broken_backbone_is_an_error_of_every_method_that_names_the_view(name)
             NotFiniteError,
             match=f"^the loss needs finite numbers, got NaN or inf in {both}z of view {len(features) - 1}",
         ):
-            objective(embed(features, head, predict, index=index))
+            objective(embed(features, head, predict, index=index, maps=maps))
 
 
 def _broken_rank(comm, name, views):

@@ -87,8 +87,11 @@ def test_pretraining_builds(path, images):
     for key, value in small.items():
         if key in known:
             cfg.method_kwargs[key] = value
-    wide = 440 if path.stem == "seer" else 512
-    assert cls(cfg).features_dim == (64 if path.parent.name == "digits" else wide)
+    wide = 64 if path.parent.name == "digits" else 440 if path.stem == "seer" else 512
+    if cfg.backbone.name == "amdim_encoder":
+        wide = cfg.method_kwargs.proj_output_dim = 16
+        cfg.backbone.kwargs.update(ndf=4, n_rkhs=wide, n_depth=1)
+    assert cls(cfg).features_dim == wide
 
 
 @pytest.mark.parametrize("name", ["byol", "directpred", "isoloss"])
@@ -326,3 +329,24 @@ def test_settings_of_the_linear_evaluation_on_imagenet(images):
     assert (cfg.optimizer.name, dict(cfg.optimizer.kwargs), cfg.optimizer.weight_decay) == ("lars", wanted, 0)
     assert (cfg.scheduler.interval, cfg.scheduler.warmup_epochs, cfg.max_epochs) == ("epoch", 0, 100)
     assert cfg.normalized_classifier
+
+
+def test_the_steps_of_amdim_have_a_warm_up_and_a_factor_of_their_own(images):
+    """(k + 1) / 500 in step k, and a fifth from epoch 251 on, and again from epoch 281 on."""
+    cfg = parse_pretrain(load(Path("cifar/amdim.yaml"), *local(images)))
+    assert cfg.optimizer.lr == pytest.approx(2e-4)
+    assert list(cfg.optimizer.kwargs.betas) == [0.8, 0.999]
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optimizer.lr)
+    _, (by_epoch, by_step) = with_schedule(None, optimizer, cfg.scheduler, {})
+    assert (by_step["interval"], by_step["frequency"]) == ("step", 1)
+    rates, steps_per_epoch = [], 2
+    for step in range(2 * 300):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        by_step["scheduler"].step()
+        if step % steps_per_epoch == steps_per_epoch - 1:
+            by_epoch.step()
+    for step, factor in ((0, 1 / 500), (1, 2 / 500), (498, 499 / 500), (501, 1), (502, 0.2), (561, 0.2), (562, 0.04)):
+        assert rates[step] == pytest.approx(2e-4 * factor), step
+    with_rate = with_schedule(None, optimizer, load(Path("cifar/amdim.yaml"), "scheduler.warmup_steps=0").scheduler, {})
+    assert len(with_rate[1]) == 1

@@ -7,7 +7,7 @@ import torch
 from plugins.distributed import LOCAL
 from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
-from plugins.objective import project
+from plugins.objective import encode_views, project
 from plugins.spec import Embeddings
 from plugins.testing import OF_VIEWS
 from plugins.tools.command import UserError
@@ -51,8 +51,9 @@ def test_loss_and_gradients_are_those_of_plugins(name, compose):
     gradients = torch.autograd.grad(total, parameters)
 
     model.load_state_dict(state)
-    feats = [model.backbone(view) for view in batch[1]]
+    feats, maps = encode_views(model.backbone, batch[1], METHODS[name].taps(model.options))
     z = project(model.projector, feats)
+    local = [model.projector.project_maps(view) for view in maps if view]
     p = model.predictor.predict(z) if model.predictor is not None else z
     if METHODS[name].teacher:
         with torch.no_grad():
@@ -61,7 +62,7 @@ def test_loss_and_gradients_are_those_of_plugins(name, compose):
         targets = [model.projector.teacher(f) for f in feats]
     else:
         targets = [v.detach() for v in z]
-    loss = METHODS[name].loss(model.options, LOCAL)(Embeddings(z, p, targets)).loss
+    loss = METHODS[name].loss(model.options, LOCAL)(Embeddings(z, p, targets, maps=local)).loss
     classifier = sum(torch.nn.functional.cross_entropy(model.classifier(f.detach()), batch[2]) for f in feats) / 2
     torch.testing.assert_close(total, loss + classifier, rtol=1e-12, atol=1e-12)
     for one, other in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):

@@ -18,6 +18,7 @@ from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
 from plugins.objective import Objective, encode, project
 from plugins.spec import Embeddings
+from plugins.taps import FeatureTaps
 from plugins.testing import NARROW, OF_IMAGES
 from plugins.tools.command import UserError
 from vissl_ext.hooks import EMATeacherHook
@@ -82,8 +83,11 @@ def shake(module: nn.Module) -> None:
 def plugins_loss(method: str, options: Any, trunk: nn.Module, head: Any, teacher: Any, views: list[Tensor]) -> Tensor:
     """The same from the SPEC alone, each view by itself."""
     spec = METHODS[method]
-    features = [encode(lambda images: trunk(images, [])[0], view) for view in views]
+    with FeatureTaps(trunk, spec.taps(options)) as taps:
+        features = [encode(lambda images: trunk(images, [])[0], view) for view in views]
+        maps = taps.take([view.shape[:-3] for view in views])
     z = project(head.projector, features)
+    local = [head.projector.project_maps(view) for view in maps if view]
     p = z if spec.predictor is None else head.predictor.predict(z)
     if isinstance(head.projector, TwoBranchHead):
         target = [head.projector.teacher(h) for h in features]
@@ -94,7 +98,8 @@ def plugins_loss(method: str, options: Any, trunk: nn.Module, head: Any, teacher
             target = [teacher.heads[0].projector(teacher.trunk(view, [])[0]) for view in views]
     criterion = Objective(spec, options)
     criterion.allocate(len(z[0]))
-    return criterion(Embeddings(z, p, target, index=torch.arange(len(z[0])) if spec.indexed else None)).loss
+    index = torch.arange(len(z[0])) if spec.indexed else None
+    return criterion(Embeddings(z, p, target, index=index, maps=local)).loss
 
 
 @pytest.mark.sample("isoloss-dtype0", "dissl-dtype1")

@@ -182,6 +182,7 @@ TINY = {
     "regnet": ([f"+{_TRUNK}.REGNET={_REGNET}"], ["res3", "flatten"]),
     "efficientnet": ([f"+{_TRUNK}.EFFICIENT_NETS={_EFFICIENT[:-1]},use_se:true}}"], ["block0", "flatten"]),
     "convnext": ([f"{_TRUNK}.CONVNEXT.DEPTH=[1,1,1,1]", f"{_TRUNK}.CONVNEXT.DIMS=[4,4,8,8]"], ["flatten"]),
+    "amdim_encoder": ([f"{_TRUNK}.AMDIM_ENCODER.{word}" for word in ("NDF=2", "N_RKHS=16", "N_DEPTH=1")], ["flatten"]),
     **{name: ([], ["conv1", "conv5"]) for name in _ALEXNET},
 }
 """Trunk → a small one, and names of features. alexnet_bvlc cannot run in VISSL; alexnet_colorization takes LAB."""

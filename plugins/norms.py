@@ -1,5 +1,7 @@
 """Normalisation layers of a backbone that do not mix the images of a batch."""
 
+from collections.abc import Iterable
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -39,6 +41,25 @@ def per_sample_norm_(backbone: nn.Module) -> nn.Module:
             new.weight, new.bias = old.weight, old.bias
         setattr(parent, name, new.train(old.training))
     return backbone
+
+
+def fit_norms_(backbone: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Give a new backbone the normalisation that weights were trained with.
+
+    Args:
+        backbone: images → features; changed in place by :func:`per_sample_norm_` if its batch norms have running
+            statistics and the weights have none.
+        names: names of the weights.
+
+    Returns:
+        The backbone.
+
+    >>> fit_norms_(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), ["1.weight", "1.bias"])[1].num_groups
+    1
+    """
+    statistics = ("running_mean", "running_var")
+    wanted = any(name.endswith(statistics) for name in backbone.state_dict())
+    return per_sample_norm_(backbone) if wanted and not any(name.endswith(statistics) for name in names) else backbone
 
 
 def _is(module: nn.Module) -> bool:

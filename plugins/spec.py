@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from plugins.checks import check_range
 from plugins.distributed import Collective
+from plugins.patches import Patches
 from plugins.spelling import counted, did_you_mean
 
 
@@ -212,7 +213,7 @@ class MethodSpec:
         large: least number of large views, which have targets; only used if ``views`` is None.
         stacks: number of further views that are stacks of patches, ``[B, P, 3, h, w]``. The head maps the features of
             their patches, ``[B, P, features_dim]``, to ``[B, D]``.
-        patches: options → number of patches in a stack, or None if any number is allowed.
+        patches: options → what each stack consists of, or None if any number of patches is allowed.
         indexed: whether the loss reads ``Embeddings.index``, the positions of the images in the training set.
         options: all options of the method.
         paper: title and reference.
@@ -244,7 +245,7 @@ class MethodSpec:
     width: str | None = "proj_output_dim"
     large: int = 1
     stacks: int = 0
-    patches: Callable[[Mapping[str, Any]], int | None] = any_number
+    patches: Callable[[Mapping[str, Any]], Patches | None] = any_number
     indexed: bool = False
     hints: Callable[[Mapping[str, Any]], Mapping[str, Hints]] = predictor_hints
     taps: Callable[[Mapping[str, Any]], Mapping[str, int | None]] = no_taps
@@ -254,6 +255,11 @@ class MethodSpec:
     teacher_init: Callable[[nn.Module], Any] | None = None
     fork_names: tuple[str, ...] = ()
     log_name: str = ""
+
+    @property
+    def only_stacks(self) -> bool:
+        """Whether the loss sees stacks of patches and no views beside them."""
+        return self.views == 0
 
     @property
     def title(self) -> str:
@@ -293,21 +299,21 @@ class MethodSpec:
         elif large < self.large:
             raise ValueError(f"{method} needs at least {counted(self.large, 'large view')}, {got}")
 
-    def check_patches(self, options: Mapping[str, Any], patches: int) -> None:
-        """Check that the head can take the stacks of the augmentations.
+    def check_patches(self, options: Mapping[str, Any], patches: Patches) -> None:
+        """Check that the method can take the stacks of the augmentations.
 
         Args:
             options: the result of ``resolve``.
-            patches: number of patches in a stack.
+            patches: of a stack.
 
         Raises:
-            ValueError: the options say another number.
+            ValueError: the options say another number, size or distance.
         """
         wanted = self.patches(options)
-        if wanted not in (None, patches):
+        if wanted is not None and not wanted.fits(patches):
             raise ValueError(
-                f"method {self.name} needs stacks of {wanted} patches with these options, got stacks of {patches}; "
-                "change the options or the augmentations"
+                f"method {self.name} needs stacks of {wanted} with these options, got stacks of {patches}; change the "
+                "options or the augmentations"
             )
 
     def resolve(self, given: Mapping[str, Any]) -> Mapping[str, Any]:

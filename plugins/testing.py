@@ -31,7 +31,7 @@ import pickle
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cache
 from multiprocessing import connection
@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from plugins.distributed import LOCAL, WORLD, Collective
 from plugins.methods import METHODS
+from plugins.spec import MethodSpec
 
 POOL_SIZE = 3
 _FRAMEWORKS = ("solo_ext.registry", "lightly_ext.lightning", "vissl_ext.ranks")
@@ -338,7 +339,7 @@ def waves(scale: float, rows: int, width: int) -> Tensor:
 
 NARROW = {
     **{"num_prototypes": 6, "bottleneck_dim": 6, "queue_size": 24, "queue_epoch": 0, "num_clusters": 6},
-    **{"n_clusters": 6, "n_heads": 2, "num_clusterings": 2},
+    **{"n_clusters": 6, "n_heads": 2, "num_clusterings": 2, "context_hidden_dim": 8},
     **{"freeze_prototypes_steps": 0, "freeze_last_layer": 0},
 }
 """Small values of options that some methods have, for tests that build every method; nothing waits for an epoch."""
@@ -348,6 +349,33 @@ OF_VIEWS = [name for name in OF_IMAGES if not METHODS[name].indexed]
 """Methods that compare views and have no memory of images, for tests with two views of random images."""
 OF_FEATURES = [name for name in OF_VIEWS if not METHODS[name].taps(METHODS[name].resolve({}))]
 """Those of OF_VIEWS that need no feature maps, for tests whose backbones have none."""
+
+
+def view_count(spec: MethodSpec) -> int:
+    """Return a number of views that a method accepts, without stacks: two, unless it needs another number."""
+    return 2 if spec.views is None else spec.views
+
+
+def toy_stacks(
+    spec: MethodSpec,
+    options: Mapping[str, Any],
+    rows: int,
+    *shape: int,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Generate the stacks of patches that a method compares, of random patches ``[rows, P, *shape]``.
+
+    P is the number that the options say, or four if any number is allowed.
+
+    >>> toy_stacks(METHODS["byol"], {}, 2, 3, 8, 8)
+    []
+    """
+    wanted, generator = spec.patches(options), torch.Generator().manual_seed(seed)
+    count = 4 if wanted is None else wanted.count
+    return [torch.randn(rows, count, *shape, generator=generator, dtype=dtype) for _ in range(spec.stacks)]
+
+
 DIFFICULT = ("normal", "large", "small", "constant", "zero", "duplicated", "rank_deficient")
 
 

@@ -53,8 +53,10 @@ def large_and_small(augmentations: Sequence[Any]) -> tuple[int, int]:
         UserError: small crops come before large views, or stacks of patches before either.
     """
     stacked = [is_stack(pipeline) for pipeline in augmentations]
-    if stacked != sorted(stacked) or all(stacked):
-        raise UserError("augmentations: entries with jigsaw or rotation come after at least one view, at the end")
+    if stacked != sorted(stacked):
+        raise UserError("augmentations: entries with jigsaw, rotation or grid come after the views, at the end")
+    if all(stacked):
+        return 0, 0
     sizes = [
         pipeline.crop_size for pipeline in augmentations if not is_stack(pipeline) for _ in range(pipeline.num_crops)
     ]
@@ -163,7 +165,7 @@ def _check_dali(cfg: DictConfig) -> None:
     steps = cfg.get("augmentations") or ()
     if cfg.get("shared_flip") or any(is_stack(view) or view.photometric.prob or view.translate.prob for view in steps):
         raise UserError(
-            "jigsaw, rotation, photometric, translate and shared_flip are not available with DALI; "
+            "jigsaw, rotation, grid, photometric, translate and shared_flip are not available with DALI; "
             "use data.format=image_folder"
         )
     if cfg.get("auto_augment"):

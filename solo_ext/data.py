@@ -13,6 +13,7 @@ from plugins.tools.command import UserError, print_on_rank_zero
 from solo_ext.datasets import check_same_classes, image_dataset, paths_and_labels
 from solo_ext.loaders import Images, process_count
 from solo_ext.transforms import (
+    evaluation_side,
     evaluation_transform,
     has_masks,
     linear_crop,
@@ -41,7 +42,7 @@ def pretrain_images(cfg: DictConfig) -> Images:
     if cfg.debug_augmentations:
         print_on_rank_zero(f"views:\n{transform}")
     view = cfg.augmentations[0]
-    evaluation = evaluation_transform(cfg.data.dataset, view.crop_size, view)
+    evaluation = evaluation_transform(cfg.data.dataset, evaluation_side(view, cfg.data.dataset), view)
     dali = cfg.data.format == "dali"
     train, val = _train_and_val(cfg, "pretrain", None if dali else transform, evaluation, indexed=not dali)
     _check_masks(cfg, train)

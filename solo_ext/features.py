@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
+from plugins.methods import METHODS
+from plugins.patches import see_patches_
 from plugins.tools.command import UserError, did_you_mean
 from plugins.tools.features import usable_device
 from plugins.tools.fitting import mismatch, plain_names
@@ -22,7 +24,7 @@ from solo_ext.datasets import DOWNLOADED, check_same_classes, image_dataset, pre
 from solo_ext.launch import as_user_error
 from solo_ext.loaders import evaluation_loader
 from solo_ext.registry import method_class
-from solo_ext.transforms import DATASETS, evaluation_transform
+from solo_ext.transforms import DATASETS, evaluation_side, evaluation_transform
 
 Extractor = Callable[[Tensor], dict[str, Tensor]]
 """Maps images ``[B, 3, H, W]`` to features ``[B, D]`` by name: "backbone" and, if requested, "projector"."""
@@ -50,10 +52,14 @@ class Run(NamedTuple):
         return dict(views[0] if isinstance(views, list) else views)
 
     @property
+    def patches(self) -> tuple[int, int] | None:
+        """Side and distance of the patches of which evaluation sees the mean; None if it sees whole images."""
+        return evaluated_patches(self.config)
+
+    @property
     def crop_size(self) -> int:
         """Side of the training images in pixels."""
-        own = DATASETS.get(self.config["data"].get("dataset"))
-        return self.view.get("crop_size", own.side if own else 224)
+        return evaluation_side(self.view, self.config["data"].get("dataset"))
 
 
 def read_run(folder: Path, epoch: int | None = None) -> Run:
@@ -106,6 +112,21 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def evaluated_patches(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Read from the configuration of a pre-training whether the backbone is evaluated on patches.
+
+    Returns:
+        Side and distance of the patches in pixels, or None for whole images.
+    """
+    spec = METHODS.get(str(config.get("method")))
+    if spec is None or spec.name in native_methods():
+        return None
+    try:
+        return spec.eval_patches(spec.resolve(config.get("method_kwargs") or {}))
+    except ValueError:  # of another release
+        return None
+
+
 def extractor(run: Run, device: torch.device, *, projector: bool) -> Extractor:
     """Load the network of a run's checkpoint.
 
@@ -130,6 +151,8 @@ def extractor(run: Run, device: torch.device, *, projector: bool) -> Extractor:
     entry = run.config["backbone"]
     backbone = build_backbone(entry["name"], entry.get("kwargs") or {}, run.config["data"]["dataset"], run.crop_size)
     load_backbone(run.checkpoint, backbone)
+    if run.patches is not None:
+        see_patches_(backbone, *run.patches)
     backbone.to(device).eval()
     return lambda images: {"backbone": backbone(images)}
 

@@ -35,9 +35,11 @@ def evaluate(cfg: DictConfig) -> Path:
     Raises:
         UserError: the configuration, the data or the checkpoint is invalid; raised before any training.
     """
+    from plugins.patches import see_patches_
     from plugins.tools.records import write_json
     from solo_ext.backbones import build_backbone
     from solo_ext.checkpoint import (
+        ARGS,
         Checkpointer,
         claim_folder,
         find_checkpoint,
@@ -48,6 +50,7 @@ def evaluate(cfg: DictConfig) -> Path:
     from solo_ext.compat import LinearModel
     from solo_ext.config import parse_linear
     from solo_ext.data import linear_images
+    from solo_ext.features import read_run
     from solo_ext.launch import as_user_error, build_trainer, seed_everything
     from solo_ext.logs import BestAccuracy, Totals, callbacks, host_versions, loggers
     from solo_ext.transforms import linear_crop
@@ -60,6 +63,8 @@ def evaluate(cfg: DictConfig) -> Path:
     backbone = build_backbone(cfg.backbone.name, OmegaConf.to_container(cfg.backbone.kwargs), data.dataset, crop_size)
     source = find_checkpoint(cfg.pretrained_feature_extractor)
     load_backbone(source, backbone)
+    if (source.parent / ARGS).is_file() and (patches := read_run(source.parent).patches) is not None:
+        see_patches_(backbone, *patches)
     with as_user_error("the linear model"):
         model = LinearModel(backbone, cfg, *_mixing(cfg))
     if not cfg.performance.disable_channel_last:

@@ -14,7 +14,7 @@ from plugins.checks import check_choice
 from plugins.distributed import WORLD
 from plugins.joined import ACCUMULATE, JoinedBatch
 from plugins.linalg import spectrum_statistics
-from plugins.objective import Objective, connect, embed, encode, project
+from plugins.objective import Objective, connect, embed, encode, encode_image, prepare_backbone, project
 from plugins.predictors import ClosedFormPredictor, RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
 from plugins.taps import FeatureTaps
@@ -50,6 +50,11 @@ class PluginMethod:
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         self.options = self.spec.resolve(OmegaConf.to_container(cfg.method_kwargs))
+        if self.spec.only_stacks:
+            self.num_large_crops = self.num_crops = 1  # solo-learn takes the stack for a view
+        for name in ("backbone", "momentum_backbone"):
+            if name in self._modules:
+                prepare_backbone(self.spec, self.options, self._modules[name])
         self.taps = self.spec.taps(self.options)
         self.projector = self._new_head()
         self.predictor = self.spec.predictor(self.options, WORLD) if self.spec.predictor else None
@@ -90,11 +95,33 @@ class PluginMethod:
         return [f"objective.{name}" for name, _ in self.objective.named_buffers()]
 
     def forward(self, X: Tensor) -> dict[str, Tensor]:
-        """Compute ``feats``, ``logits`` and, in evaluation mode, the projections ``z`` of images ``[B, 3, H, W]``."""
-        out = super().forward(X)
+        """Compute ``feats``, ``logits`` and, in evaluation mode, the projections ``z`` of images ``[B, 3, H, W]``.
+
+        The features of a stack ``[B, P, 3, h, w]`` are the mean of its ``patches``, ``[B, P, F]``, which it adds.
+        """
+        out = self._of_patches(X)
+        if out is None:
+            out = super().forward(X)
         if not self.training:
             out["z"] = self.projector(out["feats"])
         return out
+
+    def base_forward(self, X: Tensor) -> dict[str, Tensor]:
+        """Compute what ``forward`` of solo-learn 1.0.2 returns."""
+        out = self._of_patches(X)
+        return super().base_forward(X) if out is None else out
+
+    def _of_patches(self, X: Tensor) -> dict[str, Tensor] | None:
+        """Compute the output of ``forward`` of a stack or, in evaluation, of the patches of images; None for others."""
+        evaluated = None if self.training else self.spec.eval_patches(self.options)
+        if X.ndim == 5:
+            patches = encode(self.backbone, X)
+            out = {"feats": patches.mean(1), "patches": patches}
+        elif evaluated is not None:
+            out = {"feats": encode_image(self.backbone, X, evaluated)}
+        else:
+            return None
+        return {"logits": self.classifier(out["feats"].detach()), **out}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the classification loss of the online classifier plus the method's loss.
@@ -122,7 +149,8 @@ class PluginMethod:
     def _views_and_stacks(self, batch: Any) -> tuple[Any, list[Tensor]]:
         """Separate the views, which solo-learn processes, from the stacks of patches, which come last."""
         indexes, views, *rest = batch
-        count = len(views) - self.spec.stacks
+        # solo-learn computes the features of the first stack if there are no views
+        count = max(len(views) - self.spec.stacks, 1)
         return [indexes, views[:count], *rest], views[count:]
 
     def _encoded(
@@ -132,7 +160,7 @@ class PluginMethod:
         views, stacks = self._views_and_stacks(batch)
         with FeatureTaps(self.backbone, self.taps) as taps:
             out = step(views)
-            features = [*out["feats"], *(encode(self.backbone, stack) for stack in stacks)]
+            features = [*out.get("patches", out["feats"]), *(encode(self.backbone, stack) for stack in stacks)]
             return out, features, taps.take([view.shape[:-3] for view in batch[1]])
 
     def _index(self, batch: Any) -> Tensor | None:
@@ -144,7 +172,8 @@ class PluginMethod:
             if torch.is_grad_enabled():
                 return self._student_step(views, batch_idx)
             # the first of two forward passes, without gradients
-            return {"feats": [self(view)["feats"] for view in views[1]], "loss": None}
+            outs = [self(view) for view in views[1]]
+            return {**{name: [out[name] for out in outs] for name in outs[0]}, "loss": None}
 
         def encode_batch(micro_batch: Any) -> tuple[Embeddings, Tensor | None]:
             out, features, maps = self._encoded(micro_batch, step)

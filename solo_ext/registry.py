@@ -5,6 +5,7 @@ option that only ours has, such as ``log_eigvals``. A name in ``plugins.methods.
 is used if the configuration has an option that only this class has.
 """
 
+import warnings
 from collections.abc import Collection, Iterable
 from functools import cache, lru_cache
 
@@ -13,10 +14,12 @@ from omegaconf import DictConfig
 from plugins.methods import METHODS, VARIANTS
 from plugins.spec import MethodSpec, UnknownOptionError
 from plugins.tools.command import UserError, did_you_mean
+from plugins.tools.stacks import SHARED_COLOURS
 from solo_ext.compat import MULTICROP, host_release, native_methods, native_options
 from solo_ext.compat.common import needs_main_error
 from solo_ext.config import count_stacks
 from solo_ext.method import TeacherlessMethod, TeacherMethod
+from solo_ext.transforms import is_stack, patches_of, shares_colours
 
 ALIASES = {alias: name for name, spec in METHODS.items() for alias in spec.fork_names}
 """The forks' names of methods."""
@@ -90,15 +93,20 @@ def method_class(cfg: DictConfig) -> type:
             )
         return natives[name]
     _check_options(f"method {name}", given, _names(plugins[name].spec))
-    stacks = count_stacks(cfg.get("augmentations") or ())
+    views = cfg.get("augmentations") or ()
+    stacks = count_stacks(views)
     try:
         plugins[name].spec.check_views(cfg.data.num_large_crops, cfg.data.num_small_crops, stacks)
     except ValueError as error:
         raise UserError(f"augmentations: {error}") from None
     try:
-        plugins[name].spec.resolve(given)
+        options = plugins[name].spec.resolve(given)
+        for view in filter(is_stack, views):
+            plugins[name].spec.check_patches(options, patches_of(view))
     except ValueError as error:
         raise UserError(str(error)) from None
+    if any(map(shares_colours, views)):
+        warnings.warn(f"augmentations: {SHARED_COLOURS}", stacklevel=2)
     return plugins[name]
 
 
@@ -117,7 +125,7 @@ def _check_options(method: str, given: Collection[str], known: Collection[str], 
 def _check_native_crops(name: str, cfg: DictConfig) -> None:
     large, small = cfg.data.num_large_crops, cfg.data.num_small_crops
     if count_stacks(cfg.get("augmentations") or ()):
-        raise UserError(f"solo-learn's method {name} takes no stacks of patches; remove jigsaw and rotation")
+        raise UserError(f"solo-learn's method {name} takes no stacks of patches; remove jigsaw, rotation and grid")
     if large != 2 and name not in ("mae", "wmse"):
         raise UserError(f"solo-learn's method {name} needs 2 large crops, but augmentations produces {large}")
     if small and name not in MULTICROP:

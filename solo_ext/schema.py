@@ -215,6 +215,17 @@ class Jigsaw(Section):
     grid: integer(1, 16) = entry("cells per side; the stack has grid x grid patches", 3)
 
 
+class Grid(Section):
+    """A stack of patches: a grid of patches of a random crop, row by row, which may overlap."""
+
+    side: _Side = entry("side of the crop that is cut into patches, in pixels; with rrc.enabled=false not resized")
+    stride: integer(1, 16384) = entry("distance of neighbouring patches in pixels")
+    window: integer(1, 16384) = entry(
+        "side of a random window in each patch, outside of which it is black; default: the whole patch", optional=True
+    )
+    padding: integer(0, 16384) = entry("black pixels at each border of the image before the crop", 0)
+
+
 class Masks(Section):
     """Removal of the background of the whole image before the crop, as in ReLICv2, with a folder of masks."""
 
@@ -247,6 +258,11 @@ class View(Section):
     rotation: Boolean = entry(
         "makes a stack of one view that is turned by 0, 90, 180 or 270 degrees, instead of a view", False
     )
+    grid: Grid | None = entry(
+        "makes a stack of patches of one grid, each with crop_size and with the colours of its own, instead of a view; "
+        "horizontal_flip mirrors the whole grid",
+        optional=True,
+    )
     masks: Masks | None = entry(
         "removes the background of some images before the crop; for the large crops of relicv2", optional=True
     )
@@ -266,8 +282,11 @@ class View(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "View":
-        if self.jigsaw is not None and self.rotation:
-            raise ValueError(": jigsaw and rotation exclude each other")
+        kinds = {"jigsaw": self.jigsaw is not None, "rotation": self.rotation, "grid": self.grid is not None}
+        if len(given := [name for name, is_given in kinds.items() if is_given]) > 1:
+            raise ValueError(f": {' and '.join(given)} exclude each other")
+        if self.grid is not None:
+            self._check_grid(self.grid)
         if (self.jigsaw is not None or self.rotation) and not self.rrc.enabled:
             raise ValueError(".rrc.enabled must be true for a stack of patches, got false")
         if self.translate.prob and self.translate.pixels >= self.crop_size:
@@ -282,6 +301,15 @@ class View(Section):
                 f"{self.jigsaw.side}, grid {self.jigsaw.grid} and crop_size {self.crop_size}"
             )
         return self
+
+    def _check_grid(self, grid: Grid) -> None:
+        if grid.side < self.crop_size or (grid.side - self.crop_size) % grid.stride:
+            raise ValueError(
+                f".grid.side must be crop_size plus a multiple of grid.stride, got side {grid.side}, stride "
+                f"{grid.stride} and crop_size {self.crop_size}"
+            )
+        if grid.window is not None and grid.window > self.crop_size:
+            raise ValueError(f".grid.window must be at most crop_size = {self.crop_size}, got {grid.window}")
 
 
 _Views = Annotated[

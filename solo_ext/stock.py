@@ -28,7 +28,14 @@ from solo_ext.compat.common import CIFAR_STEM, fill_defaults
 from solo_ext.config import count_stacks, device_list, large_and_small, settle_devices
 from solo_ext.datasets import preparation_hint, split_path
 from solo_ext.registry import ALIASES, method_class, plugin_methods, register
-from solo_ext.transforms import DATASETS, evaluation_transform, has_masks, linear_crop, linear_transform
+from solo_ext.transforms import (
+    DATASETS,
+    evaluation_side,
+    evaluation_transform,
+    has_masks,
+    linear_crop,
+    linear_transform,
+)
 
 
 class Scripts:
@@ -98,7 +105,7 @@ class Scripts:
             return original(dataset)
         cfg = self.cfg or OmegaConf.create({"data": {}})
         views = cfg.get("augmentations")
-        side = views[0].crop_size if views else linear_crop(dataset, cfg).side
+        side = evaluation_side(views[0], dataset) if views else linear_crop(dataset, cfg).side
         return linear_transform(dataset, cfg), evaluation_transform(dataset, side)
 
 

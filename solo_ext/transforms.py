@@ -7,9 +7,10 @@ from PIL import ImageOps
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms as T
 
+from plugins.patches import Patches, grid_side
 from plugins.tools.geometry import SharedFlip, Translate
 from plugins.tools.masks import RemoveBackground
-from plugins.tools.stacks import Jigsaw, Photometric, Rotation, Stack
+from plugins.tools.stacks import Grid, Jigsaw, Photometric, Rotation, Stack
 from solo_ext.compat import host_data
 from solo_ext.schema import Views, validate
 
@@ -85,8 +86,13 @@ def view_transform(dataset: str, cfg: DictConfig) -> T.Compose:
 def stack_transform(dataset: str, cfg: DictConfig) -> Stack:
     """Build the transform from a PIL image to a stack of patches, ``[P, 3, h, w]``; each patch has its own steps."""
     scale, bicubic = (cfg.rrc.crop_min_scale, cfg.rrc.crop_max_scale), T.InterpolationMode.BICUBIC
-    if cfg.rotation:
-        pieces: Any = Rotation(cfg.crop_size, scale=scale, interpolation=bicubic)
+    if cfg.get("grid") is not None:
+        grid, flip = cfg.grid, cfg.horizontal_flip.prob
+        window, padding = grid.get("window"), grid.get("padding", 0)
+        crop = {"scale": scale if cfg.rrc.enabled else None, "interpolation": bicubic}
+        pieces: Any = Grid(grid.side, cfg.crop_size, grid.stride, window=window, padding=padding, flip=flip, **crop)
+    elif cfg.rotation:
+        pieces = Rotation(cfg.crop_size, scale=scale, interpolation=bicubic)
     else:
         jigsaw = cfg.jigsaw
         pieces = Jigsaw(jigsaw.side, cfg.crop_size, jigsaw.grid, scale=scale, interpolation=bicubic)
@@ -95,7 +101,31 @@ def stack_transform(dataset: str, cfg: DictConfig) -> Stack:
 
 def is_stack(cfg: Any) -> bool:
     """Return whether an entry of ``augmentations`` makes a stack of patches and not a view."""
-    return cfg.get("jigsaw") is not None or bool(cfg.get("rotation"))
+    return cfg.get("jigsaw") is not None or cfg.get("grid") is not None or bool(cfg.get("rotation"))
+
+
+def patches_of(cfg: Any) -> Patches:
+    """Return what the stack of an entry of ``augmentations`` consists of."""
+    if cfg.get("grid") is not None:
+        return Patches(grid_side(cfg.grid.side, cfg.crop_size, cfg.grid.stride) ** 2, cfg.crop_size, cfg.grid.stride)
+    return Patches(1 if cfg.get("rotation") else cfg.jigsaw.get("grid", 3) ** 2)
+
+
+def shares_colours(cfg: Any) -> bool:
+    """Return whether all patches of an entry with a grid have the colours of the image, changed by no step."""
+    steps = ("color_jitter", "photometric", "solarization", "equalization", "grayscale")
+    return cfg.get("grid") is not None and not any(cfg[step].prob for step in steps)
+
+
+def evaluation_side(view: Any, dataset: str | None = None) -> int:
+    """Return the side of the images of evaluation, in pixels, of the first entry of ``augmentations``.
+
+    It is that of the training images. A grid of a crop that is not resized has the data set's own.
+    """
+    own = DATASETS[dataset].side if dataset in DATASETS else 224
+    if view.get("grid") is None:
+        return view.get("crop_size", own)
+    return view["grid"]["side"] if view["rrc"]["enabled"] else own
 
 
 def has_masks(cfg: Any) -> bool:
@@ -122,7 +152,7 @@ def _steps(dataset: str, cfg: DictConfig) -> list[Any]:
         steps.append(T.RandomApply([host_data.Solarization()], p=cfg.solarization.prob))
     if cfg.equalization.prob:
         steps.append(T.RandomApply([ImageOps.equalize], p=cfg.equalization.prob))
-    if cfg.horizontal_flip.prob:
+    if cfg.horizontal_flip.prob and cfg.get("grid") is None:  # a grid is mirrored as a whole
         steps.append(T.RandomHorizontalFlip(p=cfg.horizontal_flip.prob))
     mean, std = statistics(dataset, cfg)
     return [*steps, T.ToTensor(), T.Normalize(mean, std)]

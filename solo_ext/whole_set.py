@@ -11,7 +11,7 @@ from plugins.tools.command import UserError
 from plugins.tools.feed import WholeSet
 from solo_ext.datasets import image_dataset
 from solo_ext.loaders import EpochSeeded
-from solo_ext.transforms import evaluation_transform, pretrain_transform
+from solo_ext.transforms import evaluation_side, evaluation_transform, pretrain_transform
 
 
 def training_set_size(trainer: Any) -> int:
@@ -89,4 +89,4 @@ def _images(cfg: DictConfig, transform: Any) -> Dataset:
 
 def _evaluated(cfg: DictConfig) -> Dataset:
     view = cfg.augmentations[0]
-    return _images(cfg, evaluation_transform(cfg.data.dataset, view.crop_size, view))
+    return _images(cfg, evaluation_transform(cfg.data.dataset, evaluation_side(view, cfg.data.dataset), view))

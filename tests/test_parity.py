@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightly_ext import models
 from lightly_ext.names import CLASS_NAMES
 from plugins.distributed import LOCAL
-from plugins.heads import SharedHead, TwoBranchHead
+from plugins.heads import SharedHead, StackHead, TwoBranchHead
 from plugins.methods import METHODS
-from plugins.objective import connect, encode_views
+from plugins.objective import connect, encode_views, prepare_backbone
 from plugins.spec import Embeddings
 from plugins.testing import NARROW
 from plugins.tools.resnet8 import resnet8
@@ -60,6 +60,10 @@ CASES["relicv2, own targets"] = Case(
 CASES["moco, symmetric"] = Case("moco", {"symmetric": True}, (16, 16, 8))
 CASES["relic, small crops"] = Case("relic", {"alpha_small": 0.5}, (16, 16, 8))
 CASES["pirl"] = Case("pirl", {"patches": 4}, (16,), patches=4)
+CASES["cpc"] = Case("cpc", {"grid": 4, "patch": 8, "stride": 4, "directions": 4}, (), patches=16)
+CASES["cpc, per sample"] = Case(
+    "cpc", {**CASES["cpc"].options, "norm": "per_sample", "context": "gated", "score": "bilinear"}, (), patches=16
+)
 CASES |= {name: Case(name, {}, (16,)) for name in ("deepcluster", "sela")}
 CROPS = {
     name: case._replace(sides=(16, 16, 8, 8)) for name, case in CASES.items() if METHODS[case.method].views is None
@@ -106,6 +110,7 @@ def in_plugins(case: Case) -> tuple[Parts, Step]:
     def encoder() -> tuple[nn.Module, nn.Module]:
         backbone = resnet8()
         backbone.fc = nn.Identity()
+        prepare_backbone(spec, options, backbone)
         head = spec.head(64, options)
         connect(head, backbone, spec.taps(options))
         return backbone, head
@@ -133,6 +138,8 @@ def in_plugins(case: Case) -> tuple[Parts, Step]:
             if hasattr(part, "allocate"):
                 part.allocate(IMAGES)
         labelled(loss)
+        if isinstance(parts.projector, StackHead):
+            local = [parts.projector.project_stack(h) if h.ndim == 3 else () for h in features]
         return loss(Embeddings(z, p, target, index=INDEX, maps=local)).loss
 
     return parts, step

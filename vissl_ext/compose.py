@@ -153,7 +153,7 @@ def _own_options() -> dict[str, set[str]]:
     return {
         **{f"config.LOSS.{name}": option_names() for name, option_names in names.items() if option_names is not None},
         "config.MODEL": {"MULTI_RES_SPLIT_CROPS"},
-        "config.MODEL.TRUNK": {"OUT_FEATURE_KEYS", "CONVNEXT", "AMDIM_ENCODER"},
+        "config.MODEL.TRUNK": {"OUT_FEATURE_KEYS", "CONVNEXT", "AMDIM_ENCODER", "PATCHES", "PER_SAMPLE_NORM"},
         "config.MODEL.TRUNK.CONVNEXT": set(CONVNEXT),
         "config.MODEL.TRUNK.AMDIM_ENCODER": set(AMDIM_ENCODER),
         "config.MODEL.TRUNK.RESNETS": {"CIFAR_STEM", "Z_DIM_OLD_TMP_NEW", "IS_SKIP_RESIZER"},

@@ -26,7 +26,7 @@ from vissl.models.heads import register_model_head
 
 from plugins.clock import Clock
 from plugins.distributed import WORLD
-from plugins.heads import TwoBranchHead
+from plugins.heads import StackHead, TwoBranchHead
 from plugins.methods import METHODS
 from plugins.objective import Objective, embed
 from plugins.predictors import RunningMoment
@@ -81,7 +81,8 @@ class MethodHead(nn.Module):
     a head of two branches, the targets and the detached features of each large view. Stacks of patches are the last
     views. Batch statistics are computed per view. In evaluation the output contains the projections only.
 
-    For a method with ``taps`` the model appends the projected feature maps, view after view.
+    For a method with ``taps`` the model appends the projected feature maps, view after view. A head that projects each
+    patch appends what it makes of each stack.
 
     Args:
         model_config: VISSL's MODEL section.
@@ -111,7 +112,7 @@ class MethodHead(nn.Module):
         if method not in METHODS:
             allowed = ", ".join(sorted(METHODS))
             raise ValueError(f"{HEAD} requires LOSS.name to be one of {allowed}, got {method}")
-        spec = METHODS[method]
+        spec = self.spec = METHODS[method]
         self.in_dim, self.views, self.large, self.stacks = in_dim, views, large, stacks
         # a dict and not a mapping proxy, because the teacher is a deep copy of the head
         self.options = dict(method_options(method, options or {})[0])
@@ -123,24 +124,27 @@ class MethodHead(nn.Module):
         """Map features to the list that the class describes.
 
         Args:
-            features: ``[V·B, in_dim]``, trailing axes of size 1 allowed; with stacks a list of these and of the
-                features of each stack, ``[B, P, in_dim]``.
+            features: ``[V·B, in_dim]``, trailing axes of size 1 allowed; with stacks a list of these, unless there are
+                no views, and of the features of each stack, ``[B, P, in_dim]``.
         """
-        features, *stacks = features if isinstance(features, list) else [features]
-        features = features.flatten(1)
-        for part in (features, *stacks):
+        parts = features if isinstance(features, list) else [features.flatten(1)]
+        for part in parts:
             if part.shape[-1] != self.in_dim:
                 raise ValueError(f"{HEAD} has in_dim={self.in_dim}, but the trunk's features have {part.shape[-1]}")
         if not self.training:
-            return [self.projector(features)]
-        if features.shape[0] % self.views:
-            raise ValueError(f"{HEAD} needs a multiple of {self.views} rows, one per view, got {features.shape[0]}")
+            return [self.projector(parts[0])]
+        of_views, stacks = (parts[:1], parts[1:]) if self.views else ([], parts)
+        if any(part.shape[0] % self.views for part in of_views):
+            rows = of_views[0].shape[0]
+            raise ValueError(f"{HEAD} needs a multiple of {self.views} rows, one per view, got {rows}")
         if len(stacks) != self.stacks:
             raise ValueError(f"{HEAD} needs {self.stacks} stacks of patches per image, got {len(stacks)}")
         predict = self.predictor.predict if self.predictor is not None else None
-        e = embed([*features.chunk(self.views), *stacks], self.projector, predict, large=self.large)
+        views = [view for part in of_views for view in part.flatten(1).chunk(self.views)]
+        e = embed([*views, *stacks], self.projector, predict, large=self.large)
         predictions = e.p if self.predictor is not None else []
-        return [*e.z, *predictions, *(e.target if e.features else []), *e.features]
+        maps = [map_ for view in e.maps for map_ in view]
+        return [*e.z, *predictions, *(e.target if e.features else []), *e.features, *maps]
 
 
 class TeacherLoss(ClassyLoss):
@@ -215,7 +219,7 @@ class MethodLoss(TeacherLoss):
         self.large = 2
         self.views = 2
         self.own_targets = 0
-        self.has_maps = False
+        self.without_maps = self.with_maps = 0
         self.index: Tensor | None = None
         self.predictor: list[nn.Module | None] = [None]  # in a list, so that it is not a submodule of the loss
         self.metrics: dict[str, Tensor] = {}
@@ -241,7 +245,10 @@ class MethodLoss(TeacherLoss):
         self.predictor = [head.predictor]
         self.large, self.views = head.large, head.views + head.stacks
         self.own_targets = head.large if isinstance(head.projector, TwoBranchHead) else 0
-        self.has_maps = bool(head.taps)
+        if head.taps:
+            self.with_maps = self.views
+        elif isinstance(head.projector, StackHead):
+            self.without_maps, self.with_maps = head.views, head.stacks
         self.objective = Objective(self.spec, self.options, WORLD, head.predictor, head.projector)
         super().attach(model)
         if self.teacher is not None:
@@ -318,10 +325,11 @@ class MethodLoss(TeacherLoss):
             target: labels; not used.
         """
         maps: list[tuple[Tensor, ...]] = []
-        if self.has_maps:
+        if self.with_maps:
             own = self.views * (1 if self.spec.predictor is None else 2)
-            per_view = (len(output) - own) // self.views
+            per_view = (len(output) - own) // self.with_maps
             maps = [tuple(output[start : start + per_view]) for start in range(own, len(output), per_view)]
+            maps = [()] * self.without_maps + maps
             output = output[:own]
         if self.own_targets:
             ends = len(output) - 2 * self.own_targets, len(output) - self.own_targets

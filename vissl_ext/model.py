@@ -11,7 +11,9 @@ from vissl.models.heads.mlp import MLP
 from vissl.models.model_helpers import is_feature_extractor_model
 
 from plugins.heads import projection_init_
-from plugins.objective import connect, encode
+from plugins.norms import per_sample_norm_
+from plugins.objective import connect, encode, prepare_backbone
+from plugins.patches import see_patches_
 from plugins.taps import FeatureTaps
 from plugins.tools.command import UserError
 from vissl_ext.heads import rows
@@ -40,6 +42,40 @@ def check_groups(model_config: Any) -> None:
         )
 
 
+def check_adaptation(model_config: Any) -> None:
+    """Validate PATCHES and PER_SAMPLE_NORM of the section TRUNK.
+
+    Args:
+        model_config: VISSL's MODEL section.
+
+    Raises:
+        UserError: PATCHES are not two positive integers, or PER_SAMPLE_NORM is not true or false.
+    """
+    patches, per_sample = (model_config.TRUNK.get(key) for key in ("PATCHES", "PER_SAMPLE_NORM"))
+    if patches is not None and (len(patches) != 2 or any(type(value) is not int or value < 1 for value in patches)):
+        raise UserError(
+            "config.MODEL.TRUNK.PATCHES must be [side of a patch, distance of neighbouring patches] in pixels, got "
+            f"{list(patches)}"
+        )
+    if not isinstance(per_sample, bool | None):
+        raise UserError(f"config.MODEL.TRUNK.PER_SAMPLE_NORM must be true or false, got {per_sample!r}")
+
+
+def adapt_trunk(model_config: Any, trunk: nn.Module) -> None:
+    """Let a trunk see what a method of patches has trained it on, for evaluation.
+
+    Args:
+        model_config: VISSL's MODEL section. ``TRUNK.PER_SAMPLE_NORM`` is true for a trunk that was trained with
+            ``norm: per_sample``. With ``TRUNK.PATCHES: [side, distance]`` the features of an image are the mean over
+            its patches.
+        trunk: of this configuration, changed in place.
+    """
+    if model_config.TRUNK.get("PER_SAMPLE_NORM"):
+        per_sample_norm_(trunk)
+    if model_config.TRUNK.get("PATCHES") is not None:
+        see_patches_(trunk, *model_config.TRUNK.PATCHES)
+
+
 class GroupedModel(BaseSSLMultiInputOutputModel):
     """VISSL's model, in which ``MULTI_RES_SPLIT_CROPS`` and ``OUT_FEATURE_KEYS`` select the features of each head.
 
@@ -51,12 +87,14 @@ class GroupedModel(BaseSSLMultiInputOutputModel):
     def __init__(self, model_config: Any, optimizer_config: Any) -> None:
         super().__init__(model_config, optimizer_config)
         self.groups = model_config.get("MULTI_RES_SPLIT_CROPS", WHOLE)
+        adapt_trunk(model_config, self.trunk)
         names = model_config.TRUNK.get("OUT_FEATURE_KEYS")
         if names and not is_feature_extractor_model(model_config):
             self._output_feature_names = list(names)
         for head in self.heads:
             if isinstance(head, MethodHead):
                 try:
+                    prepare_backbone(head.spec, head.options, self.trunk)
                     connect(head.projector, _OfImages(self.trunk), head.taps)
                 except ValueError as error:
                     raise UserError(f"config.MODEL.TRUNK: {error}") from None
@@ -110,7 +148,8 @@ class GroupedModel(BaseSSLMultiInputOutputModel):
         passes = [[crop] for crop in views] if single else by_resolution(views)
         features = [self.features(torch.cat(crops), feature_names) for crops in passes]
         (head,) = self.heads
-        return [head([torch.cat(features), *(self.features(stack, feature_names) for stack in stacks)])]
+        of_views = [torch.cat(features)] if views else []
+        return [head([*of_views, *(self.features(stack, feature_names) for stack in stacks)])]
 
     def features(self, view: Tensor, feature_names: list[str] | None = None) -> Tensor:
         """Compute the features of a view ``[B, 3, H, W]``, or of a stack of patches ``[B, P, 3, h, w]``.

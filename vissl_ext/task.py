@@ -5,6 +5,7 @@ task in three points: LARC works without apex, checkpoints contain the loss scal
 processes start with the same model and the same state of the loss.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from plugins.methods import METHODS
 from plugins.objective import Objective, ParameterGroup
 from plugins.spec import Hints
 from plugins.tools.command import UserError
+from plugins.tools.stacks import SHARED_COLOURS
 from vissl_ext.compat.broadcasts import broadcast_from_rank_zero
 from vissl_ext.compat.rank_states import KEY, RankStates, restore_rank_state
 from vissl_ext.hooks import MetricsHook, extra_hooks
@@ -30,10 +32,10 @@ from vissl_ext.labels import add_label_check, uses_class_labels
 from vissl_ext.larc import PlainLARC, needs_plain_larc
 from vissl_ext.life_cycle import LifeCycleHook
 from vissl_ext.methods import HEAD, MethodLoss, TeacherLoss, method_options
-from vissl_ext.model import check_groups
+from vissl_ext.model import check_adaptation, check_groups
 from vissl_ext.transforms import set_epoch
 from vissl_ext.trunks import check_trunk, trunk_width
-from vissl_ext.views import check_batches, large_and_small, patch_count, stack_count
+from vissl_ext.views import check_batches, large_and_small, patches_of, shares_colours, stack_count
 
 _SET_BY_TASK = {"method", "options", "views", "large", "stacks"}
 """Arguments of the head that the task adds to the user's ``in_dim``."""
@@ -50,6 +52,7 @@ def check_config(config: Any, *, training: bool = True) -> None:
         UserError: a setting is invalid.
     """
     check_trunk(config.MODEL)
+    check_adaptation(config.MODEL)
     check_groups(config.MODEL)
     check_run = getattr(LOSS_REGISTRY.get(config.LOSS.name), "check_run", None)
     if check_run is not None:
@@ -82,7 +85,7 @@ def check_config(config: Any, *, training: bool = True) -> None:
         raise UserError(f"config.LOSS.name={name} has no test phase: set config.TEST_MODEL=false")
     large, small = large_and_small(config)
     stacks = stack_count(config.DATA.TRAIN.TRANSFORMS)
-    if large + small < 2 and METHODS[name].views != 1:
+    if large + small < 2 and METHODS[name].views not in (0, 1):
         raise UserError(
             f"config.LOSS.name={name} requires two views of each image: add ImgPilToMultiCrop or ImgReplicatePil to "
             "config.DATA.TRAIN.TRANSFORMS, and collate the views with multicrop_collator or simclr_collator"
@@ -92,6 +95,8 @@ def check_config(config: Any, *, training: bool = True) -> None:
     except ValueError as error:
         raise UserError(f"config.DATA.TRAIN.TRANSFORMS: {error}") from None
     check_batches(config, views=large + small, stacks=stacks)
+    if shares_colours(config.DATA.TRAIN.TRANSFORMS):
+        warnings.warn(f"config.DATA.TRAIN.TRANSFORMS: {SHARED_COLOURS}", stacklevel=2)
 
 
 def _check_head(config: Any, name: str) -> None:
@@ -113,9 +118,9 @@ def _check_head(config: Any, name: str) -> None:
             if isinstance(head, MapHead):  # the trunk does not exist yet: any channels
                 head.build([1] * len(spec.taps(options)))
             Objective(spec, options, LOCAL, predictor, head)
-            patches = patch_count(config.DATA.TRAIN.TRANSFORMS)
-            if spec.stacks and patches:
-                head(torch.zeros(2, patches, width))  # raises a ValueError if the head takes another number
+        patches = patches_of(config.DATA.TRAIN.TRANSFORMS)
+        if spec.stacks and patches is not None:
+            spec.check_patches(options, patches)
     except (ValueError, TypeError) as error:
         raise UserError(f"config.LOSS.{name}: {error}") from None
 

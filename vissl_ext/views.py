@@ -2,11 +2,14 @@
 
 from typing import Any
 
+from plugins.patches import Patches, grid_side
 from plugins.spec import large_views
 from plugins.tools.command import UserError
 
 COLLATORS = ("multicrop_collator", "simclr_collator")
 """Collators whose batches have one view after another."""
+_COLOURLESS = {"ToTensor", "Normalize", "RandomHorizontalFlip", "ImgPilGaussianBlur", "StackPatches", "ImgTensorMask"}
+"""Transforms that leave the colours of a patch as they are."""
 
 
 def resolutions(transforms: list[Any]) -> list[tuple[int | None, int]]:
@@ -33,6 +36,8 @@ def resolutions(transforms: list[Any]) -> list[tuple[int | None, int]]:
             return [(size, copies * count) for size, count in found]
         elif transform["name"] == "ImgPilToImageAndPatches":
             return [(transform.get("image_size", 224), 1)]
+        elif transform["name"] == "ImgPilToPatches":
+            return []
     return [(None, copies)]
 
 
@@ -45,16 +50,32 @@ def stack_count(transforms: list[Any]) -> int:
     return sum(transform["name"] == "StackPatches" for transform in transforms)
 
 
-def patch_count(transforms: list[Any]) -> int:
-    """Return the number of patches in a stack, 0 if the transforms make none or do not determine it.
+def patches_of(transforms: list[Any]) -> Patches | None:
+    """Return what a stack consists of, None if the transforms make no stack or do not determine it.
+
+    Args:
+        transforms: DATA.TRAIN.TRANSFORMS.
+
+    Raises:
+        ValueError: the patches do not fill the crop.
+    """
+    for transform in transforms:
+        if transform["name"] == "ImgPilToImageAndPatches":
+            return Patches(1 if transform.get("jigsaw") is None else transform["jigsaw"].get("grid", 3) ** 2)
+        if transform["name"] == "ImgPilToPatches":
+            side, patch, stride = (transform.get(*pair) for pair in (("side", 256), ("patch", 64), ("stride", 32)))
+            return Patches(grid_side(side, patch, stride) ** 2, patch, stride)
+    return None
+
+
+def shares_colours(transforms: list[Any]) -> bool:
+    """Return whether all patches of a grid have the colours of the image, changed by no transform.
 
     Args:
         transforms: DATA.TRAIN.TRANSFORMS.
     """
-    for transform in transforms:
-        if transform["name"] == "ImgPilToImageAndPatches":
-            return 1 if transform.get("jigsaw") is None else transform["jigsaw"].get("grid", 3) ** 2
-    return 0
+    names = [transform["name"] for transform in transforms]
+    return "ImgPilToPatches" in names and {*names[names.index("ImgPilToPatches") + 1 :]} <= _COLOURLESS
 
 
 def large_and_small(config: Any) -> tuple[int, int]:
@@ -67,6 +88,8 @@ def large_and_small(config: Any) -> tuple[int, int]:
         UserError: a small crop precedes a large view.
     """
     sizes = [side or 1 for side, count in resolutions(config.DATA.TRAIN.TRANSFORMS) for _ in range(count)]
+    if not sizes:  # the image is cut into patches
+        return 0, 0
     try:
         large = large_views(sizes)
     except ValueError as error:

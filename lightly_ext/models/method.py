@@ -66,10 +66,19 @@ from plugins.checks import check_range
 from plugins.clock import Feed
 from plugins.distributed import LOCAL, WORLD
 from plugins.draws import draw_seed
-from plugins.heads import TwoBranchHead
+from plugins.heads import StackHead, TwoBranchHead
 from plugins.joined import JoinedBatch
 from plugins.modes import in_mode
-from plugins.objective import Objective, connect, embed, encode, encode_views, project
+from plugins.objective import (
+    Objective,
+    connect,
+    embed,
+    encode,
+    encode_image,
+    encode_views,
+    prepare_backbone,
+    project,
+)
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, Hints, MethodSpec, Terms, large_views
 
@@ -140,11 +149,17 @@ class MethodModel(nn.Module):
                 raise ValueError(f"projection_head has {width} output columns, got {spec.width}={options[spec.width]}")
         # a plain dict: the model can be copied and pickled
         self.options = dict(spec.resolve(options))
+        prepare_backbone(spec, self.options, self.backbone)
         if projection_head is not None:
             with torch.device("meta"):
                 wanted = type(spec.head(self.feature_dim, self.options))
             if (wanted is TwoBranchHead) != isinstance(projection_head, TwoBranchHead):
                 raise ValueError(f"method {spec.name} has {_BRANCHES[wanted is TwoBranchHead]}")
+            if issubclass(wanted, StackHead) and not isinstance(projection_head, StackHead):
+                raise ValueError(
+                    f"method {spec.name} compares patches: projection_head must be a plugins.heads.StackHead, such as "
+                    f"{wanted.__name__}, got a {type(projection_head).__name__}"
+                )
         spec = replace(spec, hints=_hints_of(spec, self.options, projection_head, prediction_head))
         self.taps = spec.taps(self.options)
         self.projection_head = projection_head or self._default_head()
@@ -206,14 +221,16 @@ class MethodModel(nn.Module):
 
         Args:
             x: images ``[B, C, H, W]``, or one such batch per view, or one list of such batches per micro-batch. The
-                features of a stack of patches ``[B, P, C, h, w]`` are the mean over the patches of each image.
+                features of a stack of patches ``[B, P, C, h, w]`` are the mean over the patches of each image. With the
+                option ``eval_input="patches"`` a model in evaluation mode cuts images into patches.
             index: of ``loss`` or ``joined_loss``.
 
         Returns:
             ``[B, feature_dim]``, or a scalar.
         """
         if isinstance(x, Tensor):
-            return whole(encode(self.backbone, x))
+            patches = None if self.training or x.ndim == 5 else self.spec.eval_patches(self.options)
+            return whole(encode(self.backbone, x)) if patches is None else encode_image(self.backbone, x, patches)
         return self.loss(x, index) if isinstance(x[0], Tensor) else self.joined_loss(x, index)
 
     def project(self, x: Tensor) -> Tensor:
@@ -498,7 +515,7 @@ def model_class(name: str, spec: MethodSpec, module: str) -> type[MethodModel]:
         for key, option in spec.options.items()
     )
     sized, index = (", num_samples=50000", ", torch.arange(4)") if spec.indexed else ("", "")
-    images = ", ".join(["torch.randn(4, 3, 32, 32)"] * (spec.views or 2))
+    images = ", ".join(["torch.randn(4, 3, 32, 32)"] * (spec.views or (1 if spec.only_stacks else 2)))
     hints = spec.hints(spec.resolve({})).values()
     epoch = "\n        >>> model.start_epoch(0)" if any(hint.frozen_epochs for hint in hints) else ""
     step = f"""{epoch}

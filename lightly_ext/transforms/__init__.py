@@ -1,21 +1,22 @@
 """Transforms in lightly's manner: ``from lightly_ext.transforms import SSLEYTransform``.
 
 Each method has ``<Name>Transform`` with flat keyword arguments. BYOLTransform and SimSiamTransform are lightly's own,
-SSLEYTransform is VICReg's, PIRLTransform makes a view and a stack of patches, AMDIMTransform
-flips both views or none. The others make two views as BYOL, or the
-first of them for a method of one view. For CISSL, DISSL, Matrix-SSL and MEC they have the values that were published on
-ImageNet. The DINOTransform of lightly itself makes eight views.
+SSLEYTransform is VICReg's, PIRLTransform makes a view and a stack of patches, CPCTransform one stack, AMDIMTransform
+flips both views or none. The others make two views as BYOL, or the first of them for a method of one view. For CISSL,
+DISSL, Matrix-SSL and MEC they have the values that were published on ImageNet. The DINOTransform of lightly itself
+makes eight views.
 """
 
 import lightly.transforms as _lightly
 
 from lightly_ext.names import CLASS_NAMES
 from lightly_ext.transforms.amdim_transform import AMDIMTransform
+from lightly_ext.transforms.cpc_transform import CPCTransform
 from lightly_ext.transforms.pirl_transform import PIRLTransform
 from lightly_ext.transforms.ssley_transform import SSLEYTransform
 from lightly_ext.transforms.two_view_transform import TwoViewTransform
 
-__all__ = ["AMDIMTransform", "PIRLTransform", "SSLEYTransform", "TwoViewTransform"]
+__all__ = ["AMDIMTransform", "CPCTransform", "PIRLTransform", "SSLEYTransform", "TwoViewTransform"]
 
 _DISSL = {
     **{"cj_bright": 0.8, "cj_contrast": 0.8, "cj_sat": 0.8, "cj_hue": 0.2},

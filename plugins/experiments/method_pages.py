@@ -24,7 +24,7 @@ if str(ROOT) not in sys.path:  # mkdocs loads this file by its path
 from lightly_ext.names import CLASS_NAMES  # noqa: E402
 from plugins.experiments.methods_table import facts  # noqa: E402
 from plugins.experiments.published import MEASURED, PUBLISHED  # noqa: E402
-from plugins.experiments.suites.lightly import stack_arguments  # noqa: E402
+from plugins.experiments.suites.lightly import input_size, stack_arguments  # noqa: E402
 from plugins.methods import METHODS  # noqa: E402
 from plugins.spec import MethodSpec  # noqa: E402
 
@@ -131,12 +131,12 @@ def _lightly_command(name: str) -> str:
     for file in ("base", "teacher/ema", name):
         path = folder / f"{file}.yaml"
         _merge(settings, yaml.safe_load(path.read_text()) if path.is_file() else {})
-    optimizer, (view, *stacks) = settings["optimizer"], settings["augmentations"]
+    optimizer, views = settings["optimizer"], settings["augmentations"]
     options = {**settings.get("method_kwargs", {}), **settings["momentum"]}
     words = {
         "val-dir": "datasets/digits/val",
         "backbone": settings["backbone"]["name"],
-        "input-size": view["crop_size"],
+        "input-size": input_size(views[0]),
         "num-workers": settings["data"]["num_workers"],
         "epochs": settings["max_epochs"],
         "warmup-epochs": settings["scheduler"]["warmup_epochs"],
@@ -151,7 +151,7 @@ def _lightly_command(name: str) -> str:
             lines[-1] += f" {word}"
         else:
             lines.append(f"    {word}")
-    for flag, pairs in {"transform": stack_arguments(*stacks), "option": options}.items():
+    for flag, pairs in {"transform": stack_arguments(views), "option": options}.items():
         if pairs:
             lines.append(f"    --{flag} " + " ".join(f"{key}={value}" for key, value in pairs.items()))
     return " \\\n".join(lines)

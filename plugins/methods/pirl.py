@@ -10,6 +10,7 @@ from plugins.heads import PatchHead
 from plugins.losses import PIRLLoss, PIRLLossTerms
 from plugins.losses.pirl import FORMS, SAMPLINGS
 from plugins.methods.common import LOG_EIGVALS, projector_options
+from plugins.patches import Patches
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
 from plugins.targets import IndexedBank
 
@@ -45,7 +46,7 @@ SPEC = MethodSpec(
     teacher=False,
     views=1,
     stacks=1,
-    patches=lambda options: options["patches"],
+    patches=lambda options: Patches(options["patches"]),
     indexed=True,
     options={
         **projector_options(hidden=2048, output=128),

@@ -7,7 +7,7 @@ in each worker.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image, ImageEnhance, ImageOps
@@ -18,6 +18,11 @@ from plugins.checks import check_range, check_whole
 from plugins.patches import grid_side
 
 Scale = tuple[float, float]
+SHARED_COLOURS = (
+    "the patches of an image share its colours, by which they can be told from those of other images: the loss falls, "
+    "and little is learned; change the colours of each patch by itself, by color_jitter or grayscale"
+)
+"""Warning for a grid of patches without a step that changes the colours of each patch."""
 
 
 class Pieces(Protocol):
@@ -128,7 +133,7 @@ _TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose
 
 
 class Grid:
-    """Cut a random resized crop into a grid of patches that may overlap, row by row.
+    """Cut a random crop into a grid of patches that may overlap, row by row.
 
     Patch (i, j) has its corner at (i · stride, j · stride). The grid has ((side − patch) / stride + 1)² patches.
 
@@ -138,7 +143,8 @@ class Grid:
         stride: distance of neighbouring patches, in pixels; below ``patch`` they overlap.
         window: side of a random window in each patch, in pixels; the other pixels of the patch are black. None keeps
             the whole patch.
-        scale: smallest and largest share of the image's area that the crop takes.
+        scale: smallest and largest share of the image's area that the crop takes, before it is resized; None takes
+            ``side`` pixels without resizing.
         padding: black pixels at each border of the image before the crop.
         flip: probability that the crop is mirrored, for all patches together.
         interpolation: of the crop.
@@ -160,7 +166,7 @@ class Grid:
         stride: int = 32,
         *,
         window: int | None = None,
-        scale: Sequence[float] = (0.6, 1.0),
+        scale: Sequence[float] | None = (0.6, 1.0),
         padding: int = 0,
         flip: float = 0.0,
         interpolation: T.InterpolationMode = T.InterpolationMode.BILINEAR,
@@ -170,7 +176,9 @@ class Grid:
         if window is not None and not (type(window) is int and 1 <= window <= patch):
             raise ValueError(f"window must be an integer from 1 to patch = {patch}, or None, got {window!r}")
         check_range("flip", flip, low=0.0, high=1.0)
-        crop = T.RandomResizedCrop(side, scale=_scale(scale), interpolation=interpolation)
+        crop: Any = T.RandomCrop(side)
+        if scale is not None:
+            crop = T.RandomResizedCrop(side, scale=_scale(scale), interpolation=interpolation)
         self.crop = T.Compose([*([T.Pad(padding)] if padding else []), crop, T.RandomHorizontalFlip(flip)])
         self.patch, self.stride, self.window = patch, stride, window
         self.count = self.grid**2

@@ -16,7 +16,17 @@ from plugins.methods import METHODS
 from plugins.objective import Objective, encode, encode_views, project
 from plugins.spec import Embeddings
 from plugins.targets import EMATeacher
-from plugins.testing import NARROW, OF_FEATURES, OF_IMAGES, assert_joined, toy_backbone, toy_mlp, toy_views
+from plugins.testing import (
+    NARROW,
+    OF_FEATURES,
+    OF_IMAGES,
+    assert_joined,
+    toy_backbone,
+    toy_mlp,
+    toy_stacks,
+    toy_views,
+    view_count,
+)
 
 pytestmark = pytest.mark.lightly
 
@@ -56,9 +66,8 @@ def images(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> list[Tensor]
 def inputs(method: str, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor | None]:
     """The views of a method, and the positions of the images if it reads them."""
     spec = METHODS[method]
-    patches = spec.resolve(small(method)).get("patches", 2)
-    stacks = [torch.stack([view[:, :, :8, :8]] * patches, dim=1) for view in images(dtype)[: spec.stacks]]
-    return images(dtype)[: spec.views or 2] + stacks, torch.arange(ROWS) if spec.indexed else None
+    stacks = toy_stacks(spec, spec.resolve(small(method)), ROWS, 3, 8, 8, dtype=dtype)
+    return images(dtype)[: view_count(spec)] + stacks, torch.arange(ROWS) if spec.indexed else None
 
 
 def plugins_loss(method: str, model: models.MethodModel, views: list[Tensor], index: Tensor | None) -> Tensor:

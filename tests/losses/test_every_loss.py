@@ -30,7 +30,7 @@ from plugins.losses import (
 from plugins.methods import METHODS
 from plugins.objective import Objective, embed
 from plugins.targets import IndexedBank
-from plugins.testing import NARROW, devices, toy_maps
+from plugins.testing import NARROW, devices, toy_maps, toy_stacks, view_count
 
 pytestmark = pytest.mark.filterwarnings("ignore:the exact logarithm is another objective", "ignore:the series of")
 
@@ -218,8 +218,7 @@ def test_a_broken_backbone_is_an_error_of_every_method_that_names_the_view(name)
         maps = toy_maps(6, [4] * len(taps), dtype=torch.float32)
     objective = Objective(spec, options, LOCAL, predictor, head)
     objective.allocate(10)
-    features = [torch.randn(6, 8), torch.randn(6, options["patches"], 8) if spec.stacks else torch.randn(6, 8)]
-    features = features[: (spec.views or 2) + spec.stacks]
+    features = [*(torch.randn(6, 8) for _ in range(view_count(spec))), *toy_stacks(spec, options, 6, 8)]
     predict, index = predictor.predict if predictor else None, torch.arange(6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the watch over the series warns too

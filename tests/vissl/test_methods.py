@@ -19,11 +19,11 @@ from plugins.methods import METHODS
 from plugins.objective import Objective, encode, project
 from plugins.spec import Embeddings
 from plugins.taps import FeatureTaps
-from plugins.testing import NARROW, OF_IMAGES
+from plugins.testing import NARROW, OF_IMAGES, toy_stacks, view_count
 from plugins.tools.command import UserError
 from vissl_ext.hooks import EMATeacherHook
 from vissl_ext.life_cycle import LifeCycleHook
-from vissl_ext.methods import copy_model
+from vissl_ext.methods import copy_model, method_options
 from vissl_ext.registry import register
 from vissl_ext.task import PluginTask, check_config
 
@@ -67,10 +67,13 @@ def vissl_loss(task: Any, batch: Any) -> Tensor:
 
 
 def views_of(method: str, rows: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Random views of the digits configuration of a method, with its stacks of four patches."""
+    """Random views of the digits configuration of a method, with its stacks of patches."""
     spec = METHODS[method]
-    views = [torch.randn(rows, 3, 16, 16, dtype=dtype) for _ in range(spec.views or 2)]
-    return views + [torch.randn(rows, 4, 3, 8, 8, dtype=dtype) for _ in range(spec.stacks)]
+    options = method_options(
+        method, compose_hydra_configuration([f"config=pretrain/{method}/digits"]).config.LOSS[method]
+    )
+    views = [torch.randn(rows, 3, 16, 16, dtype=dtype) for _ in range(view_count(spec))]
+    return views + toy_stacks(spec, options[0], rows, 3, 8, 8, dtype=dtype)
 
 
 def shake(module: nn.Module) -> None:

@@ -22,7 +22,7 @@ from vissl.config import AttrDict
 
 from plugins.distributed import Collective
 from plugins.methods import METHODS
-from plugins.testing import NARROW, OF_VIEWS, RankPool
+from plugins.testing import NARROW, RankPool, toy_stacks, view_count
 from plugins.tools.process import LOCK
 
 pytestmark = [pytest.mark.vissl, pytest.mark.ddp]
@@ -118,13 +118,19 @@ def two(request: pytest.FixtureRequest, on: Callable) -> Iterator[RankPool]:
         yield pool
 
 
-@pytest.mark.parametrize("method", OF_VIEWS)
+@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if not spec.indexed])
 def test_two_processes_step_as_one(method: str, two: RankPool) -> None:
     gpu = two.backend == "nccl"
     torch.manual_seed(3)
     spec = METHODS[method]
-    views = [torch.randn(10, 3, 16, 16, dtype=torch.float64) for _ in range(spec.views or 2)]
-    views += [torch.randn(10, 4, 3, 8, 8, dtype=torch.float64) for _ in range(spec.stacks)]
+    views = [torch.randn(10, 3, 16, 16, dtype=torch.float64) for _ in range(view_count(spec))]
+    if spec.stacks:
+        from vissl.utils.hydra_config import compose_hydra_configuration
+
+        from vissl_ext.methods import method_options
+
+        given = compose_hydra_configuration([f"config=pretrain/{method}/digits"]).config.LOSS[method]
+        views += toy_stacks(spec, method_options(method, given)[0], 10, 3, 8, 8, dtype=torch.float64)
     views[0][:6] += 0.5  # the halves differ in their means
     expected = first_step(method, views, torch.arange(10), gpu=gpu)
     for result in two.run(step_of_rank, [(method, views, [6, 4], gpu)] * 2):

@@ -4,7 +4,7 @@ lightly has no configuration files. The command-line arguments are derived from 
 frameworks train with the same settings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def _run(method: str, seed: int, config: Any, linear: Any, linear_5: Any, reques
     """Pre-train and evaluate the frozen backbone; then run the linear evaluation with five labels per class."""
     folder = request.out / "digits" / "lightly" / method / f"seed{seed}"
     data = request.data_folder / "digits"
-    view, *stacks = config.augmentations
+    view = config.augmentations[0]
     epochs = request.epochs or config.max_epochs
     common = {
         "methods": method,
@@ -53,7 +53,7 @@ def _run(method: str, seed: int, config: Any, linear: Any, linear_5: Any, reques
         "num-workers": config.data.num_workers,
         "accelerator": config.accelerator,
         "backbone": config.backbone.name,
-        "input-size": view.crop_size,
+        "input-size": input_size(view),
         **CHANNELS,
         "option": {**config.method_kwargs, **config.momentum},
         "seed": seed,
@@ -70,7 +70,7 @@ def _run(method: str, seed: int, config: Any, linear: Any, linear_5: Any, reques
         "lr": config.optimizer.lr,
         "weight-decay": config.optimizer.weight_decay,
         "warmup-epochs": config.scheduler.warmup_epochs,
-        "transform": {**_transform(view), **stack_arguments(*stacks)},
+        "transform": {**_transform(view), **stack_arguments(config.augmentations)},
         "knn-k": KNN["k"],
         "knn-t": KNN["temperature"],
     }
@@ -121,9 +121,20 @@ def _probability(view: Any, step: str) -> float:
     return (view.get(step) or {}).get("prob", 0.0)
 
 
-def stack_arguments(stack: Any = None) -> dict[str, float]:
-    """Convert an entry of ``augmentations`` with a jigsaw to arguments of PIRLTransform; its colours are the view's."""
-    if stack is None:
+def input_size(view: Any) -> int:
+    """Return the side of the images of evaluation, in pixels, of the first entry of ``augmentations``."""
+    return view["crop_size"] if view.get("grid") is None else view["grid"]["side"]
+
+
+def stack_arguments(augmentations: Sequence[Any]) -> dict[str, float]:
+    """Return the arguments of PIRLTransform or CPCTransform for the patches of ``augmentations``, if there are any.
+
+    The colours of the patches are those of the first entry.
+    """
+    stack = augmentations[-1]
+    if stack.get("grid") is not None:
+        return {"patch_size": stack["crop_size"], "patch_stride": stack["grid"]["stride"]}
+    if stack.get("jigsaw") is None:
         return {}
     return {
         "jigsaw_size": stack["jigsaw"]["side"],

@@ -5,6 +5,7 @@ import importlib
 import json
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,10 +26,11 @@ from plugins.tools.command import UserError
 from vissl_ext.compat.rank_states import restore_rank_state
 from vissl_ext.hooks import EMATeacherHook
 from vissl_ext.life_cycle import LifeCycleHook, average_gradients, feed
+from vissl_ext.model import adapt_trunk, check_adaptation
 from vissl_ext.parts import check_transforms
 from vissl_ext.registry import register
 from vissl_ext.task import PluginTask, check_config
-from vissl_ext.views import patch_count, resolutions, stack_count
+from vissl_ext.views import patches_of, resolutions, stack_count
 
 # isort: split
 from vissl.trainer.train_task import SelfSupervisionTask
@@ -285,7 +287,7 @@ def test_an_image_and_its_patches_are_a_view_and_a_stack(kind: str, shape: tuple
     for row, index in enumerate((5, 3)):
         assert stack[row, 0, 0].unique().tolist() == view[row, 0].unique().tolist() == [pytest.approx(9 * index / 255)]
     assert batch["data_idx"][0].tolist() == [5, 3, 5, 3]
-    assert (stack_count(entries), patch_count(entries), resolutions(entries)) == (1, shape[0], [(12, 1)])
+    assert (stack_count(entries), patches_of(entries), resolutions(entries)) == (1, (shape[0], None, None), [(12, 1)])
 
 
 @pytest.mark.parametrize(
@@ -306,11 +308,85 @@ def test_a_head_for_another_number_of_patches_is_refused_before_the_start() -> N
     from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
 
     method = next(name for name, spec in METHODS.items() if spec.stacks and "patches" in spec.options)
-    for patches, refused in ((4, nullcontext()), (9, pytest.raises(UserError, match="set the option patches"))):
+    for patches, refused in (
+        (4, nullcontext()),
+        (9, pytest.raises(UserError, match="stacks of 9 patches with these options, got stacks of 4 patches")),
+    ):
         words = [f"config=pretrain/{method}/digits", f"config.LOSS.{method}.patches={patches}"]
         config = convert_to_attrdict(compose_hydra_configuration(words), dump_config=False)[1]
         with refused:
             check_config(config)
+
+
+GRID = {"name": "ImgPilToPatches", "side": 16, "patch": 8, "stride": 4, "scale": [1.0, 1.0], "interpolation": 3}
+
+
+def test_an_image_is_a_stack_of_a_grid_alone() -> None:
+    from vissl.config import AttrDict
+    from vissl.data.collators import get_collator
+    from vissl.data.ssl_transforms import get_transform
+
+    entries = [GRID, {"name": "ToTensor"}, {"name": "StackPatches", "views": 0}]
+    transform = get_transform([AttrDict(entry) for entry in copy.deepcopy(entries)])
+    images = [Image.new("RGB", (20, 20), (9 * i, 0, 0)) for i in (5, 3)]
+    items = [transform({"data": [x], "label": [0], "data_valid": [1], "data_idx": [i]}) for i, x in enumerate(images)]
+    (stack,) = get_collator("multicrop_collator", {})(items)["data"][0]
+    assert stack.shape == (2, 9, 3, 8, 8)
+    assert [row[:, 0].unique().tolist() for row in stack] == [[pytest.approx(9 * i / 255)] for i in (5, 3)]
+    assert (stack_count(entries), patches_of(entries), resolutions(entries)) == (1, (9, 8, 4), [])
+
+
+def _checked(method: str, *words: str) -> None:
+    from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
+
+    words = (f"config=pretrain/{method}/digits", *words)
+    check_config(convert_to_attrdict(compose_hydra_configuration([*words]), dump_config=False)[1])
+
+
+ALONE = [name for name, spec in METHODS.items() if spec.only_stacks]
+
+
+@pytest.mark.parametrize("method", ALONE)
+def test_a_grid_whose_patches_share_their_colours_is_warned_of(method: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        _checked(method)
+        names = "[{name:ImgPilToPatches,side:20,patch:8,stride:4},{name:ToTensor},{name:StackPatches,views:0}]"
+        with pytest.raises(UserWarning, match="the patches of an image share its colours"):
+            _checked(method, f"config.DATA.TRAIN.TRANSFORMS={names}")
+
+
+@pytest.mark.parametrize("method", ALONE)
+def test_views_beside_the_patches_and_other_patches_are_refused(method: str) -> None:
+    for transforms, message in {
+        "[{name:ImgPilToImageAndPatches,jigsaw:{side:20,window:8,grid:4}},{name:StackPatches}]": "needs no view beside",
+        "[{name:ImgPilToPatches,side:24,patch:8,stride:4},{name:StackPatches,views:0}]": "got stacks of 25 patches of 8",
+        "[{name:ImgPilToPatches,side:22,patch:10,stride:4},{name:StackPatches,views:0}]": "of 10 pixels at a distance",
+        "[{name:ImgPilToPatches,side:21,patch:8,stride:4},{name:StackPatches,views:0}]": "side 20 is possible",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            _checked(method, f"config.DATA.TRAIN.TRANSFORMS={transforms}")
+
+
+def test_a_trunk_is_evaluated_as_it_was_trained() -> None:
+    """On patches, with the normalisation of each image by itself."""
+    from vissl.config import AttrDict
+
+    def settings(**options: Any) -> Any:
+        return AttrDict({"TRUNK": AttrDict(options)})
+
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.randn(2, 3, 12, 12)
+    adapt_trunk(settings(), trunk.eval())
+    assert isinstance(trunk[1], nn.BatchNorm2d)
+    adapt_trunk(settings(PER_SAMPLE_NORM=True), trunk)
+    expected = torch.stack([trunk(images[:, :, i : i + 8, j : j + 8]) for i in (0, 4) for j in (0, 4)]).mean(0)
+    assert isinstance(trunk[1], nn.GroupNorm)
+    adapt_trunk(settings(PATCHES=[8, 4]), trunk)
+    torch.testing.assert_close(trunk(images), expected)
+    for options, message in (({"PATCHES": [8]}, "PATCHES must be"), ({"PER_SAMPLE_NORM": 1}, "must be true or false")):
+        with pytest.raises(UserError, match=message):
+            check_adaptation(settings(**options))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -360,7 +360,7 @@ def test_a_grid_whose_patches_share_their_colours_is_warned_of(method: str) -> N
 def test_views_beside_the_patches_and_other_patches_are_refused(method: str) -> None:
     for transforms, message in {
         "[{name:ImgPilToImageAndPatches,jigsaw:{side:20,window:8,grid:4}},{name:StackPatches}]": "needs no view beside",
-        "[{name:ImgPilToPatches,side:24,patch:8,stride:4},{name:StackPatches,views:0}]": "got stacks of 25 patches of 8",
+        "[{name:ImgPilToPatches,side:24,patch:8,stride:4},{name:StackPatches,views:0}]": "got stacks of 25 patches of",
         "[{name:ImgPilToPatches,side:22,patch:10,stride:4},{name:StackPatches,views:0}]": "of 10 pixels at a distance",
         "[{name:ImgPilToPatches,side:21,patch:8,stride:4},{name:StackPatches,views:0}]": "side 20 is possible",
     }.items():

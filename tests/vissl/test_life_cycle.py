@@ -349,7 +349,7 @@ ALONE = [name for name, spec in METHODS.items() if spec.only_stacks]
 @pytest.mark.parametrize("method", ALONE)
 def test_a_grid_whose_patches_share_their_colours_is_warned_of(method: str) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", message=".*share its colours")
         _checked(method)
         names = "[{name:ImgPilToPatches,side:20,patch:8,stride:4},{name:ToTensor},{name:StackPatches,views:0}]"
         with pytest.raises(UserWarning, match="the patches of an image share its colours"):

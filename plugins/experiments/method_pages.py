@@ -72,7 +72,7 @@ def _facts(spec: MethodSpec) -> str:
     least = {1: "two or more, at least one of them large", 2: "two or more large ones"}.get(spec.large)
     views = f"{least}; small crops are accepted" if spec.views is None else f"{spec.views}, of one size"
     if spec.stacks:
-        views = f"{spec.views}, and {spec.stacks} stack of patches"
+        views = f"{spec.stacks} stack of patches" + ("" if spec.only_stacks else f" and {spec.views} view")
     return (
         "| `method:` | predictor | teacher | views | reference |\n|---|---|---|---|---|\n"
         f"| `{spec.name}` | {found.predictor} | {found.teacher} | {views} | {found.reference} |"

@@ -1,5 +1,7 @@
 """k-means and whitening: a slow reference, empty clusters, shares of processes, degenerate rows."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,28 @@ def test_equals_the_slow_reference(iterations, spherical):
     np.testing.assert_allclose(found.centroids.numpy(), centroids, rtol=1e-10, atol=1e-12)
     assert found.labels.tolist() == labels.tolist()
     assert torch.equal(init, x[::20]), "the given centroids stay"
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_whose_cluster_cannot_change_are_not_compared_again(spherical, dtype, monkeypatch):
+    module = importlib.import_module("plugins.targets.kmeans")
+    searched, search = [], module._Rows._search
+
+    def counted(rows, chosen):
+        searched.append(len(chosen))
+        search(rows, chosen)
+
+    monkeypatch.setattr(module._Rows, "_search", counted)
+    for seed in range(6):
+        x = _rows(300, 4, groups=12, seed=seed)
+        x = (F.normalize(x, dim=1) if spherical else x).to(dtype)
+        searched.clear()
+        found = kmeans(x, 12, iterations=20, spherical=spherical, init=x[:12].clone())
+        assert searched[0] == 300 and len(searched) == 21 and sum(searched) < 0.8 * 21 * 300
+        centroids, labels = _reference_kmeans(x.double(), x[:12].double(), 20, spherical)
+        assert found.labels.tolist() == labels.tolist()
+        np.testing.assert_allclose(found.centroids.double(), centroids, rtol=1e-4 if dtype == torch.float32 else 1e-10)
 
 
 @pytest.mark.parametrize("spherical", [False, True])

@@ -238,6 +238,7 @@ def run(args: Any, config: Any) -> None:
             raise UserError(str(error)) from None
         finally:
             _end(multiprocessing.active_children())
+            ranks.end_server()
 
 
 def _end(processes: list[Any]) -> None:

@@ -57,11 +57,12 @@ def wait(child, job):
 
 
 def left(child):
-    """Whether a process of a child's group is there thirty seconds after its end; they are killed then.
+    """Whether a process of a child's group is there two minutes after its end; they are killed then.
 
-    A fork server that is still importing what it hands down ends when that is done.
+    A fork server whose launcher was killed ends when it has imported what it hands down, and unloaded it again. That
+    takes seconds of processor time, and many times as long on a busy machine.
     """
-    for _ in range(3000):
+    for _ in range(12000):
         try:
             os.killpg(child, 0)
         except ProcessLookupError:

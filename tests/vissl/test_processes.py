@@ -8,6 +8,7 @@ everything else must be exact.
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
@@ -199,6 +200,9 @@ def test_data_loaders_have_a_fork_server_of_their_own(monkeypatch: pytest.Monkey
     ranks.worker(0, config)
     start()
     assert codes == [0, 1, 0]
+    server = ranks._SERVER._forkserver_pid
+    ranks.end_server()
+    assert os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]) == -signal.SIGKILL
 
 
 def test_a_job_of_slurm_locks_the_folder_of_its_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -26,7 +26,14 @@ from plugins.tools.command import UserError, first_process, print_on_rank_zero
 from plugins.tools.fitting import mismatch, plain_names
 from plugins.tools.process import locked_folder
 from plugins.tools.records import difference, read_json, write_json
-from plugins.tools.trainer import AtomicCheckpointIO, completed_epochs, ends_run, save_atomically, steps_done
+from plugins.tools.trainer import (
+    AtomicCheckpointIO,
+    batches_done,
+    completed_epochs,
+    ends_run,
+    save_atomically,
+    steps_done,
+)
 from plugins.tools.unpickle import load_without_code
 from solo_ext.compat import pl
 from solo_ext.compat.common import LATE_BUFFERS
@@ -446,6 +453,8 @@ class ResumePoint(NamedTuple):
     """The checkpoint to resume from; None for a new run."""
     epochs: int
     """Number of completed epochs."""
+    batches: int
+    """Number of batches that each process has trained on in the next epoch, if that has been cut off."""
     finished: bool
     """Whether nothing is left to train."""
 
@@ -485,13 +494,14 @@ def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Modul
     elif cfg.auto_resume.enabled and (newest := auto_resume(cfg, kind)) is not None:
         found, checkpoint = newest
     else:
-        return ResumePoint(folder, None, 0, False)
+        return ResumePoint(folder, None, 0, 0, False)
     epochs = check_resumable(found, checkpoint, cfg, model)
     if epochs > cfg.max_epochs:
         raise UserError(f"{found} was trained for {counted(epochs, 'epoch')}, more than max_epochs={cfg.max_epochs}")
     print_on_rank_zero(f"resuming after epoch {epochs} of {cfg.max_epochs} from {found}")
     finished = epochs == cfg.max_epochs or steps_done(checkpoint, cfg.get("max_steps"))
-    return ResumePoint(folder if cfg.checkpoint.version else found.parent, found, epochs, finished)
+    folder = folder if cfg.checkpoint.version else found.parent
+    return ResumePoint(folder, found, epochs, batches_done(checkpoint, cfg.get("max_steps")), finished)
 
 
 def load_backbone(place: str | Path, backbone: torch.nn.Module) -> None:

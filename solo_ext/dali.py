@@ -195,7 +195,7 @@ class DALILoader:
             UserError: an image cannot be decoded; the message names it.
         """
         rows = [key % len(self.files) for key in self.sampler]
-        rows = rows[: len(self) * self.batch_size]
+        rows = rows[: len(self) * self.batch_size - self.sampler.seen]
         batches, done = None, 0
         try:
             batches = self._start(rows)

@@ -33,7 +33,7 @@ def pretrain_images(cfg: DictConfig) -> Images:
 
     Returns:
         A data module with batches ``[indexes, [views], targets]`` for training and ``[images, targets]`` for
-        validation. A resumed run sets its ``start_epoch``.
+        validation. A resumed run sets its ``start_epoch`` and ``start_batch``.
 
     Raises:
         UserError: images or masks are missing, or there are too few.
@@ -67,7 +67,7 @@ def linear_images(cfg: DictConfig) -> Images:
         cfg: the validated configuration.
 
     Returns:
-        A data module with batches ``[images, targets]``. A resumed run sets its ``start_epoch``.
+        A data module with batches ``[images, targets]``. A resumed run sets its ``start_epoch`` and ``start_batch``.
 
     Raises:
         UserError: images are missing.

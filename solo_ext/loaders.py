@@ -6,6 +6,7 @@ on interruptions. A resumed run therefore reads the same batches as an uninterru
 
 import random
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,24 @@ class EpochSampler(DistributedSampler):
     It yields epoch·n + index, from which the dataset reads the epoch.
     """
 
+    _start = 0, 0  # an epoch, and the number of its images that a resumed run has seen
+
+    def start(self, epoch: int, seen: int = 0) -> None:
+        """Set the first epoch of a resumed run, and the number of its images that are left out.
+
+        The length of the sampler does not change, because a trainer counts the batches from the epoch's start.
+        """
+        self._start = epoch, seen
+        self.set_epoch(epoch)
+
+    @property
+    def seen(self) -> int:
+        """Number of images at the start of the present epoch that are left out."""
+        return self._start[1] if self.epoch == self._start[0] else 0
+
     def __iter__(self) -> Iterator[int]:
         size = len(self.dataset)
-        return (self.epoch * size + index for index in super().__iter__())
+        return (self.epoch * size + index for index in islice(super().__iter__(), self.seen, None))
 
 
 class EpochSeeded(Dataset):
@@ -73,6 +89,8 @@ class Images(pl.LightningDataModule):
         self.train, self.val, self.cfg, self.drop_last = train, val, cfg, drop_last
         self.start_epoch = 0
         """The first epoch of a resumed run; the loader reads images before Lightning sets the epoch."""
+        self.start_batch = 0
+        """Number of batches of that epoch on which each process has been trained, and which are left out."""
         batch = cfg.optimizer.batch_size * process_count(cfg)
         if drop_last and len(train) < batch:
             raise UserError(
@@ -84,7 +102,7 @@ class Images(pl.LightningDataModule):
         """Return the training batches of this process, in a reproducible order."""
         world, rank = processes()
         sampler = EpochSampler(self.train, world, rank, shuffle=True, seed=self.cfg.seed, drop_last=self.drop_last)
-        sampler.set_epoch(self.start_epoch)
+        sampler.start(self.start_epoch, self.start_batch * self.cfg.optimizer.batch_size)
         return self.loader(sampler)
 
     def loader(self, sampler: EpochSampler) -> Any:

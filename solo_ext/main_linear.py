@@ -71,7 +71,7 @@ def evaluate(cfg: DictConfig) -> Path:
         model = model.to(memory_format=torch.channels_last)
     images = linear_images(cfg)
     start = resume_point(cfg, "linear", run_folder(cfg, "linear"), model)
-    folder, resumed, images.start_epoch = start[:3]
+    folder, resumed, images.start_epoch, images.start_batch = start[:4]
     if start.is_complete("linear.json"):
         return folder
     lock = claim_folder(folder, resumed)

@@ -63,7 +63,7 @@ def pretrain(cfg: DictConfig) -> Path:
     folder, resumed = run_folder(cfg, cfg.method), None
     if cfg.max_epochs > 0:
         start = resume_point(cfg, cfg.method, folder, model)
-        folder, resumed, images.start_epoch = start[:3]
+        folder, resumed, images.start_epoch, images.start_batch = start[:4]
         if start.is_complete("pretrain.json"):
             return folder
     lock = claim_folder(folder, resumed)

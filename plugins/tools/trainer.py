@@ -78,7 +78,8 @@ def ends_run(trainer: Any) -> bool:
 def completed_epochs(checkpoint: dict[str, Any], max_steps: int | None) -> int:
     """Return the number of epochs that a run has completed when it is resumed from a checkpoint of an epoch's end.
 
-    An epoch that ``max_steps`` cut off counts, unless the run is made longer, which continues that epoch.
+    An epoch that ``max_steps``, ``max_time`` or a callback cut off counts only if the run has made ``max_steps`` steps.
+    Otherwise the resumed run continues that epoch.
 
     Args:
         checkpoint: the content of Lightning's checkpoint.
@@ -87,11 +88,25 @@ def completed_epochs(checkpoint: dict[str, Any], max_steps: int | None) -> int:
     Raises:
         KeyError: the checkpoint contains only weights.
     """
-    loop = checkpoint["loops"]["fit_loop"]
-    ended = loop["epoch_progress"]["current"]["processed"]
-    batches = loop.get("epoch_loop.batch_progress", {})
+    ended = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return max(ended - 1, 0) if batches_done(checkpoint, max_steps) else ended
+
+
+def batches_done(checkpoint: dict[str, Any], max_steps: int | None) -> int:
+    """Return the number of batches that a process has trained on in the epoch that a resumed run continues.
+
+    It is 0 unless ``max_steps``, ``max_time`` or a callback has cut off an epoch.
+
+    Args:
+        checkpoint: the content of Lightning's checkpoint of an epoch's end.
+        max_steps: that of the resumed run; -1 and None mean no limit.
+
+    Raises:
+        KeyError: the checkpoint contains only weights.
+    """
+    batches = checkpoint["loops"]["fit_loop"].get("epoch_loop.batch_progress", {})
     is_cut = not batches.get("is_last_batch", True) and not steps_done(checkpoint, max_steps)
-    return max(ended - 1, 0) if is_cut else ended
+    return batches["current"]["ready"] if is_cut else 0
 
 
 def steps_done(checkpoint: dict[str, Any], max_steps: int | None) -> bool:
@@ -165,12 +180,16 @@ class Guard:
     """
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Count the epochs of a checkpoint that was saved at an epoch's end; with max_steps, Lightning does not."""
+        """Count the epochs of a checkpoint that was saved at an epoch's end.
+
+        With max_steps, Lightning does not. Without it, Lightning counts an epoch that was cut off.
+        """
         progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
-        if trainer.max_steps == -1 or progress["current"]["processed"] != progress["current"]["completed"] + 1:
+        if progress["current"]["processed"] != progress["current"]["completed"] + 1:
             return
-        epochs = completed_epochs(checkpoint, trainer.max_steps)
-        change = epochs - progress["current"]["processed"]
+        change = completed_epochs(checkpoint, trainer.max_steps) - progress["current"]["processed"]
+        if trainer.max_steps == -1 and change == 0:
+            return
         for counts in (progress["total"], progress["current"]):
             counts["processed"] = counts["completed"] = counts["processed"] + change
 

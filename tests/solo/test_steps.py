@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from solo_ext.checkpoint import find_checkpoint, read_checkpoint
 
@@ -34,10 +35,15 @@ def test_a_run_that_ends_within_an_epoch_is_complete(run):
     run("max_epochs=9", "+max_steps=5", "auto_resume.enabled=true")  # the run is made longer
     assert _summary(run)["steps"] == 5
 
-    more = ("max_epochs=3", "+max_steps=4", "++check_val_every_n_epoch=2", f"pretrained_feature_extractor={run.folder}")
-    run(*more, kind="linear", config="linear")
-    linear = json.loads((run.out / "linear" / "v" / "linear.json").read_text())
-    assert linear["epochs"] == 2 and 0 <= linear["acc1"] <= linear["best_acc1"] <= 100
+    more = ("max_epochs=3", "++check_val_every_n_epoch=2", f"pretrained_feature_extractor={run.folder}")
+    for steps, resumes in ((4, False), (5, True)):  # the second run continues the epoch within which the first ends
+        options = (*more, f"+max_steps={steps}", "++auto_resume.enabled=true")
+        text = run(*options, kind="linear", config="linear")
+        linear = json.loads((run.out / "linear" / "v" / "linear.json").read_text())
+        assert linear["epochs"] == 2 and 0 <= linear["acc1"] <= linear["best_acc1"] <= 100
+        assert read_checkpoint(find_checkpoint(run.out / "linear" / "v"))["global_step"] == steps
+        assert ("resuming after epoch 1 of 3" in text) is resumes
+    assert "nothing left to train" in run(*options, kind="linear", config="linear")
 
 
 def _epochs_of(path: Path) -> list[int]:
@@ -62,14 +68,28 @@ def test_a_resumed_run_trains_all_steps_and_saves_them(run):
     assert "nothing left to train" in run(*more)
 
 
+_LONGER = ("max_epochs=4", "++checkpoint.frequency=10", "auto_resume.enabled=true", "++method_kwargs.log_eigvals=true")
+_LONGER += ("scheduler.name=none", "momentum.base_tau=0.9", "momentum.final_tau=0.9")  # do not depend on the length
+
+
+@pytest.fixture(scope="module")
+def seven_steps(new_run, tmp_path_factory):
+    """The checkpoint of a run of seven steps, without interruption."""
+    run = new_run(tmp_path_factory.mktemp("seven") / "runs")
+    run(*_LONGER, "+max_steps=7")
+    return read_checkpoint(find_checkpoint(run.folder))
+
+
 @pytest.mark.parametrize("first", [3, 4])
-def test_a_run_is_made_longer_after_any_step(first, run):
-    """The epoch that the limit cut off is continued; the last checkpoint has all steps."""
-    more = ("max_epochs=4", "++checkpoint.frequency=10", "auto_resume.enabled=true", "++method_kwargs.log_eigvals=true")
-    run(*more, f"+max_steps={first}")
-    run(*more, "+max_steps=7")
+def test_a_run_is_made_longer_after_any_step(first, run, seven_steps):
+    """The epoch that the limit cut off is continued with its other images; the last checkpoint has all steps."""
+    run(*_LONGER, f"+max_steps={first}")
+    text = run(*_LONGER, "+max_steps=7")
+    assert f"resuming after epoch {first // 2} of 4" in text and "not resumable" not in text
     assert (_summary(run)["epochs"], _summary(run)["steps"]) == (4, 7)
-    assert read_checkpoint(find_checkpoint(run.folder))["global_step"] == 7
+    checkpoint = read_checkpoint(find_checkpoint(run.folder))
+    assert checkpoint["global_step"] == 7
+    assert all(torch.equal(value, seven_steps["state_dict"][key]) for key, value in checkpoint["state_dict"].items())
     assert _epochs_of(run.folder / "eigenvalues.csv") == [0, 1, 2, 3]
 
 

@@ -19,6 +19,9 @@ from plugins.checks import check_count, check_range, check_result, compute_dtype
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import attach_gradient, score_blocks
 
+LARGEST_EXPONENT = 40.0
+"""Clipped scores up to this size, with either sign, have exponentials whose sum is a normal float32."""
+
 
 class AMDIMTerms(NamedTuple):
     """Only ``loss`` has a gradient."""
@@ -169,23 +172,25 @@ def _nce(
         own_a, own_t = a.detach().flatten(0, 1) * scale, t.detach().flatten(0, 1)
         all_t = comm.gather_rows(t.detach(), counts=counts).flatten(0, 1)
         wanted = torch.is_grad_enabled() and (a.requires_grad or t.requires_grad)
-        by_a, by_t = torch.zeros_like(own_a), torch.zeros_like(own_t)
+        by_a, by_t = torch.empty_like(own_a), torch.empty_like(own_t)  # blocks write them
         parts = [own_a.new_zeros(2)]
         log_masses, all_missed = own_a.new_empty(len(own_a)), own_a.new_empty(len(own_a))
-        for part in score_blocks(len(own_a), len(all_t), a.device):
+        least = max(16, width // 6)  # a block of scores takes at most a sixth of the memory of the maps
+        for part in score_blocks(len(own_a), len(all_t), a.device, least=least):
             each = torch.arange(part.stop - part.start, device=a.device)
             own = each, (each + part.start) // shared + before
             scores = (own_a[part] @ all_t.T).unflatten(1, (images, locations))
             block = _Block.of(scores, own, clip)
-            missed = (block.log_mass[:, None] - block.positive).sigmoid()
-            log_masses[part], all_missed[part] = block.log_mass, missed.sum(1)
-            lost = torch.logaddexp(block.log_mass[:, None] - block.positive, missed.new_zeros(()))
+            log_masses[part] = log_mass = block.mass.sum((1, 2)).log() + block.top
+            missed = (log_mass[:, None] - block.positive).sigmoid()
+            all_missed[part] = missed.sum(1)
+            lost = torch.logaddexp(log_mass[:, None] - block.positive, missed.new_zeros(()))
             parts.append(torch.stack([lost.sum() / (rows * locations), _mean_square(scores, rows)]))
             if wanted:
-                slope = block.slope(scores, own, missed, all_missed[part], pull)
+                slope = block.slope(scores, own, missed, all_missed[part], log_mass, pull)
                 by_a[part] = slope @ all_t
                 if comm.size == 1:
-                    by_t.addmm_(slope.T, own_a[part])
+                    by_t.addmm_(slope.T, own_a[part], beta=float(part.start > 0))
         nce, square = comm.sum(torch.stack(parts).sum(0)).unbind()
         regularizer = weight * reg * square
         loss = weight * nce + regularizer
@@ -194,14 +199,15 @@ def _nce(
                 all_a = comm.gather_rows(own_a.unflatten(0, (size, shared)), counts=counts).flatten(0, 1)
                 sums = torch.stack([log_masses, all_missed], 1).unflatten(0, (size, shared))
                 log_masses, all_missed = comm.gather_rows(sums, counts=counts).flatten(0, 1).unbind(1)
-                for part in score_blocks(len(all_a), len(own_t), a.device) if size else []:
+                for part in score_blocks(len(all_a), len(own_t), a.device, least=least) if size else []:
                     image = torch.arange(part.start, part.stop, device=a.device) // shared - before
                     inside = ((image >= 0) & (image < size)).nonzero().squeeze(1)
                     own = inside, image[inside]
                     scores = (all_a[part] @ own_t.T).unflatten(1, (size, locations))
-                    block = _Block.of(scores, own, clip, log_masses[part])
-                    missed = (block.log_mass[inside, None] - block.positive).sigmoid()
-                    by_t.addmm_(block.slope(scores, own, missed, all_missed[part], pull).T, all_a[part])
+                    block, log_mass = _Block.of(scores, own, clip), log_masses[part]
+                    missed = (log_mass[inside, None] - block.positive).sigmoid()
+                    slope = block.slope(scores, own, missed, all_missed[part], log_mass, pull)
+                    by_t.addmm_(slope.T, all_a[part], beta=float(part.start > 0))
             factor = comm.size * weight / (rows * locations)
             by_a.mul_(factor * scale)
             gradients = [by_a.view_as(a), by_t.mul_(factor).view_as(t)]
@@ -217,33 +223,31 @@ Own = tuple[Tensor, Tensor]
 class _Block(NamedTuple):
     """A block of rows, b, against J images with L locations."""
 
-    slack: Float[Tensor, "b J L"]
-    """The derivative of the clipped score, 1 − tanh²(s / c)."""
-    share: Float[Tensor, "b J L"]
-    """Softmax over the negatives of the row, 0 at its own image."""
+    ratio: Float[Tensor, "b J L"]
+    """Clipped scores over c, tanh(s / c)."""
+    mass: Float[Tensor, "b J L"]
+    """Exponentials of the clipped scores minus ``top``, 0 at the own image."""
     positive: Float[Tensor, "k L"]
     """Clipped scores with the own map."""
-    log_mass: Float[Tensor, " b"]
-    """Logarithm of the sum over the negatives, −inf without any."""
+    top: Float[Tensor, " b"]
+    clip: float
 
     @classmethod
-    def of(cls, scores: Float[Tensor, "b J L"], own: Own, clip: float, log_mass: Tensor | None = None) -> "_Block":
-        """Compute a block. ``log_mass`` is given if the row has negatives elsewhere."""
-        slack = (scores / clip).tanh_()
-        clipped = slack * clip
+    def of(cls, scores: Float[Tensor, "b J L"], own: Own, clip: float) -> "_Block":
+        """Compute a block."""
+        ratio = (scores / clip).tanh_()
+        clipped = ratio * clip
         positive = clipped[own]
         clipped[own] = -math.inf
-        if log_mass is None:
+        top = scores.new_zeros(len(scores))
+        if clip > LARGEST_EXPONENT:
             top = clipped.flatten(1).amax(1).clamp_min(-clip)
-            share = clipped.sub_(top[:, None, None]).exp_()
-            mass = share.sum((1, 2))
-            log_mass = mass.log() + top
-            share.div_(mass.clamp_min(torch.finfo(mass.dtype).tiny)[:, None, None])
-        else:
-            share = clipped.sub_(log_mass[:, None, None]).exp_()
-        return cls(slack.square_().neg_().add_(1), share, positive, log_mass)
+            clipped.sub_(top[:, None, None])
+        return cls(ratio, clipped.exp_(), positive, top, clip)
 
-    def slope(self, scores: Tensor, own: Own, missed: Tensor, all_missed: Tensor, pull: float) -> Tensor:
+    def slope(
+        self, scores: Tensor, own: Own, missed: Tensor, all_missed: Tensor, log_mass: Tensor, pull: float
+    ) -> Tensor:
         """Return the derivative by the scores of the mean over rows and locations, times their number, ``[b, J L]``.
 
         It overwrites the block.
@@ -253,11 +257,14 @@ class _Block(NamedTuple):
             own: as for :meth:`of`.
             missed: 1 − p at the own map's locations, ``[k, L]``.
             all_missed: their sum for each row, ``[b]``.
+            log_mass: logarithm of the sum of the exponentials over the negatives, ``[b]``; −inf without any.
             pull: weight of s itself, the regulariser's part.
         """
-        slope = self.share.mul_(all_missed[:, None, None])
+        # at least −c, but for rows without negatives, whose all_missed is 0
+        factor = all_missed * (self.top - log_mass.clamp_min(-self.clip)).exp()
+        slope = self.mass.mul_(factor[:, None, None])
         slope[own] = -missed
-        return slope.mul_(self.slack).add_(scores, alpha=pull).flatten(1)
+        return slope.addcmul_(slope, self.ratio.square_(), value=-1).add_(scores, alpha=pull).flatten(1)
 
 
 def _mean_square(scores: Tensor, rows: int) -> Tensor:

@@ -20,7 +20,16 @@ from plugins.spec import Embeddings
 from plugins.targets import cosine_tau
 from plugins.tools.command import UserError
 from plugins.tools.labels import check_labels
-from plugins.tools.trainer import check_strategy, ends_step, loss_scale, placeholder_loss, run_steps, set_clock
+from plugins.tools.trainer import (
+    check_strategy,
+    count_epochs,
+    ends_step,
+    loss_scale,
+    placeholder_loss,
+    run_steps,
+    set_clock,
+    start_at_epoch,
+)
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
 RATES = {"lars": 0.45, "sgd": 0.24, "adamw": 0.002}
@@ -199,12 +208,19 @@ class TrainingSteps:
         self.log_dict(cls_log, prog_bar=True, sync_dist=True, batch_size=len(targets))
         return cls_loss
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Count the epochs of a checkpoint of an epoch's end, which Lightning does not with max_steps."""
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and self._trainer.max_steps != -1 and "loops" in checkpoint:
+            count_epochs(self._trainer, checkpoint)
+
     def on_train_start(self) -> None:
         """Allocate a memory of images, and tell the method the length of the run.
 
         Raises:
             UserError: the method needs the number of training images, which the data loader does not tell.
         """
+        start_at_epoch(self.trainer)
         images = count(self.trainer.train_dataloader)
         if self.spec.indexed and images is not None:
             try:

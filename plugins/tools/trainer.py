@@ -114,6 +114,35 @@ def steps_done(checkpoint: dict[str, Any], max_steps: int | None) -> bool:
     return max_steps is not None and 0 <= max_steps <= checkpoint.get("global_step", 0)
 
 
+def count_epochs(trainer: Any, checkpoint: dict[str, Any]) -> None:
+    """Count the epochs of a checkpoint that was saved at an epoch's end. Call it in ``on_load_checkpoint``. Idempotent.
+
+    With max_steps, Lightning does not count the last epoch. Without it, Lightning counts one that was cut off.
+
+    Args:
+        trainer: Lightning's Trainer.
+        checkpoint: the content of the checkpoint; changed in place.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+    if progress["current"]["processed"] != progress["current"]["completed"] + 1:
+        return
+    change = completed_epochs(checkpoint, trainer.max_steps) - progress["current"]["processed"]
+    if trainer.max_steps == -1 and change == 0:
+        return
+    for counts in (progress["total"], progress["current"]):
+        counts["processed"] = counts["completed"] = counts["processed"] + change
+
+
+def start_at_epoch(trainer: Any) -> None:
+    """Start a resumed run with a new epoch if the last one is complete. Call it in ``on_train_start``.
+
+    With max_steps, Lightning would repeat the end of that epoch.
+    """
+    loop, current = trainer.fit_loop, trainer.fit_loop.epoch_progress.current
+    if loop.restarting and current.ready == current.started == current.processed:
+        super(type(loop), type(loop)).restarting.fset(loop, False)  # type: ignore[attr-defined]
+
+
 def loss_scale(trainer: Any) -> float:
     """Return the loss scale of a Trainer with 16-bit precision, and 1 for other precisions."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -180,28 +209,13 @@ class Guard:
     """
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Count the epochs of a checkpoint that was saved at an epoch's end.
-
-        With max_steps, Lightning does not. Without it, Lightning counts an epoch that was cut off.
-        """
-        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
-        if progress["current"]["processed"] != progress["current"]["completed"] + 1:
-            return
-        change = completed_epochs(checkpoint, trainer.max_steps) - progress["current"]["processed"]
-        if trainer.max_steps == -1 and change == 0:
-            return
-        for counts in (progress["total"], progress["current"]):
-            counts["processed"] = counts["completed"] = counts["processed"] + change
+        """Count the epochs of the checkpoint, and continue one that was cut off."""
+        count_epochs(trainer, checkpoint)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Replace the signal handlers that Lightning has just installed; Lightning restores the previous ones.
-
-        With max_steps, Lightning would repeat the end of an epoch that is complete.
-        """
+        """Replace the signal handlers that Lightning has just installed; Lightning restores the previous ones."""
         install_signal_handlers()
-        loop, current = trainer.fit_loop, trainer.fit_loop.epoch_progress.current
-        if loop.restarting and current.ready == current.started == current.processed:
-            super(type(loop), type(loop)).restarting.fset(loop, False)  # type: ignore[attr-defined]
+        start_at_epoch(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Replace the signal handlers for a validation without training."""

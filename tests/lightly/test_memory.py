@@ -525,9 +525,12 @@ def test_lightning_counts_an_accumulated_step_once() -> None:
     same(joined.state_dict(), whole.state_dict())
 
 
-@pytest.mark.parametrize("steps", [3, 5])
-def test_a_killed_run_resumes_to_the_same_bits(steps: int, tmp_path: Path) -> None:
-    """At the end of an epoch, and within one; the module gets the number of images only when training starts."""
+@pytest.mark.parametrize(("steps", "limits"), [(3, {}), (5, {}), (3, {"max_steps": 9})])
+def test_a_killed_run_resumes_to_the_same_bits(steps: int, limits: dict[str, int], tmp_path: Path) -> None:
+    """At the end of an epoch, and within one; the module gets the number of images only when training starts.
+
+    With max_steps, Lightning alone ends a run too early that is resumed from a checkpoint of an epoch's end.
+    """
     from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
     class Kill(Callback):
@@ -538,13 +541,14 @@ def test_a_killed_run_resumes_to_the_same_bits(steps: int, tmp_path: Path) -> No
     # Lightning does not restore the position of a DataLoader within an epoch
     order = WHOLE if steps == 3 else [WHOLE[0]] * 3
     straight = _module()
-    expected = _fit(straight, _batches(order))
+    expected = _fit(straight, _batches(order), **limits)
     killed = _module()
-    save = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=steps)
+    when = {"save_on_train_epoch_end": True} if limits else {"every_n_train_steps": steps}
+    save = ModelCheckpoint(tmp_path, filename="last", **when)
     with pytest.raises(_Killed):
-        _fit(killed, _batches(order), callbacks=[save, Kill()], enable_checkpointing=True)
+        _fit(killed, _batches(order), callbacks=[save, Kill()], enable_checkpointing=True, **limits)
     resumed = _module()
-    host = _fit(resumed, _batches(order), resume=tmp_path / "last.ckpt")
+    host = _fit(resumed, _batches(order), resume=tmp_path / "last.ckpt", **limits)
     assert host.global_step == 9 and resumed.objective.criterion.bank.size == N
     same(resumed.state_dict(), straight.state_dict(), rtol=0.0, atol=0.0)
     ours, theirs = (each.optimizers[0].state_dict()["state"] for each in (host, expected))

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 NORMS = ("batch", "per_sample")
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def per_sample_norm_(backbone: nn.Module) -> nn.Module:
@@ -22,7 +23,8 @@ def per_sample_norm_(backbone: nn.Module) -> nn.Module:
         The backbone.
 
     Raises:
-        ValueError: the backbone has no batch norm to replace and no group norm, so the setting would have no effect.
+        ValueError: the backbone has no batch norm to replace and no group norm, so the setting would have no effect; or
+            it has one of another library, which may do more.
 
     Reference:
         Hénaff et al. 2019, arXiv:1905.09272, section 3: batch norm lets a network compare patches by their statistics.
@@ -35,7 +37,8 @@ def per_sample_norm_(backbone: nn.Module) -> nn.Module:
         raise ValueError("norm=per_sample replaces batch norms, but the backbone has no normalisation; set norm=batch")
     for parent, name in found:
         old = parent.get_submodule(name)
-        assert isinstance(old, _BatchNorm)
+        if not isinstance(old, _BatchNorm) or type(old) not in _PLAIN:
+            raise ValueError(f"norm=per_sample cannot replace the {type(old).__name__} of the backbone; set norm=batch")
         new = nn.GroupNorm(1, old.num_features, eps=old.eps, affine=old.affine)
         if old.affine:
             new.weight, new.bias = old.weight, old.bias
@@ -57,9 +60,10 @@ def fit_norms_(backbone: nn.Module, names: Iterable[str]) -> nn.Module:
     >>> fit_norms_(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), ["1.weight", "1.bias"])[1].num_groups
     1
     """
-    statistics = ("running_mean", "running_var")
-    wanted = any(name.endswith(statistics) for name in backbone.state_dict())
-    return per_sample_norm_(backbone) if wanted and not any(name.endswith(statistics) for name in names) else backbone
+    norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    replaceable = bool(norms) and all(type(module) in _PLAIN for module in norms)
+    known = any(name.endswith(("running_mean", "running_var")) for name in names)
+    return per_sample_norm_(backbone) if replaceable and not known else backbone
 
 
 def _is(module: nn.Module) -> bool:

@@ -633,7 +633,7 @@ def _message(model: type[Section], given: Any, error: Mapping[str, Any], further
     place, kind = error["loc"], error["type"]
     if kind == "value_error":
         text = str(error["ctx"]["error"])
-        return _path(place) + text if text[0] in " ." else text
+        return _path(place) + text if text[0] in " .:" else text
     # find the innermost entry of the schema on the path of the error; the error may be in an element of its value
     field, section, depth = None, model, 0
     for index, step in enumerate(place):

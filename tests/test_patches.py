@@ -48,6 +48,14 @@ def test_mistakes_are_sentences(call, sentence):
     assert sentence in str(error.value)
 
 
+def test_a_norm_that_does_more_is_not_replaced():
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        network = timm.create_model("regnety_002")
+    with pytest.raises(ValueError, match="cannot replace the BatchNormAct2d of the backbone; set norm=batch"):
+        per_sample_norm_(network)
+
+
 def _backbone(per_sample):
     backbone = resnet8()
     backbone.fc = nn.Identity()

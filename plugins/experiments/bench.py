@@ -44,6 +44,7 @@ from plugins.losses import (
     barlow_twins_loss,
     byol_loss,
     cissl_loss,
+    cpc_terms,
     dissl_loss,
     draw_negatives,
     isoloss,
@@ -331,6 +332,38 @@ def _ours_amdim(source: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(amdim_nce(source, target).loss, (source, target))
 
 
+GRID, OFFSETS, DIRECTIONS = 7, (2, 3, 4, 5, 6), 4
+"""Patches per side, predicted offsets and directions of CPC."""
+
+
+def _grids(rows: int, width: int, device: str) -> list[Tensor]:
+    """Return the targets and the predictions of each offset, in each direction, as CPC's head makes them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(rows, DIRECTIONS, width, GRID - k, GRID) for k in (0, *OFFSETS)]
+    return [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes]
+
+
+def _plain_cpc(targets: Tensor, *predictions: Tensor) -> tuple[Tensor, ...]:
+    """Compute the matrix of the scores of each offset and direction by itself."""
+    images = GRID**2 * torch.arange(len(targets), device=targets.device)[:, None]
+    losses = []
+    for direction in range(DIRECTIONS):
+        columns = targets[:, direction].flatten(2).transpose(1, 2).flatten(0, 1)
+        for k, of_offset in zip(OFFSETS, predictions, strict=True):
+            rows = of_offset[:, direction].flatten(2).transpose(1, 2).flatten(0, 1)
+            labels = (images + torch.arange(k * GRID, GRID**2, device=targets.device)).flatten()
+            losses.append(F.cross_entropy(0.1 * rows @ columns.T, labels))
+    return torch.autograd.grad(torch.stack(losses).mean(), (targets, *predictions))
+
+
+def _ours_cpc(targets: Tensor, *predictions: Tensor) -> tuple[Tensor, ...]:
+    pairs = [
+        ({k: each[:, turn] for k, each in zip(OFFSETS, predictions, strict=True)}, targets[:, turn])
+        for turn in range(DIRECTIONS)
+    ]
+    return torch.autograd.grad(cpc_terms(pairs).loss, (targets, *predictions))
+
+
 def _lightly_barlow_twins(x: Tensor, y: Tensor) -> Tensor:
     from lightly.loss import BarlowTwinsLoss
 
@@ -480,6 +513,7 @@ LOSSES = {
         sizes=((128, 512), (480, 512), (480, 1024)),
         work=lambda rows, width: rows**2 * width,
     ),
+    "cpc": Case(_grids, _plain_cpc, _ours_cpc, sizes=((16, 64), (128, 64)), work=lambda rows, width: rows**2 * width),
     "pirl": Case(
         _memory, _plain_pirl, _ours_pirl, sizes=((32, 128), (256, 128)), work=lambda rows, width: rows * width
     ),

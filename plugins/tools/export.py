@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from plugins.norms import fit_norms_
 from plugins.tools.backbones import BACKBONES
 from plugins.tools.command import Parser, UserError, exit_on_user_error, print_on_rank_zero
 from plugins.tools.files import atomic
@@ -206,7 +207,8 @@ def _build(target: str, arch: str) -> nn.Module:
 
 
 def _differences(state: Mapping[str, Tensor], model: nn.Module) -> str:
-    """Describe why the weights do not fit a model; before that, give a ResNet the stem of the weights."""
+    """Describe why the weights do not fit a model; before that, give it their normalisation and stem."""
+    fit_norms_(model, state)
     stem, conv = state.get("conv1.weight"), dict(model.named_children()).get("conv1")
     if isinstance(stem, Tensor) and isinstance(conv, nn.Conv2d) and conv.kernel_size == (7, 7):
         width, channels = conv.weight.shape[:2]
@@ -239,6 +241,11 @@ def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Any]:
         name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
         model[re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)] = value.float().numpy()
     return {"model": model, "__author__": "plugins.tools.export", "matching_heuristics": True}
+
+
+def _has_statistics(state: Mapping[str, Tensor]) -> bool:
+    """Return whether a backbone has batch norms with running statistics."""
+    return any(name.endswith("running_mean") for name in state)
 
 
 def _tensors(state: Any) -> dict[str, Tensor]:
@@ -284,6 +291,11 @@ def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
             )
         if any(key.endswith("gating_param") for key in state):
             what += "; create the model with norm_layer=torch.nn.LayerNorm, as in VISSL"
+        if arch in _RESNETS and not _has_statistics(state):
+            what += (
+                "; its images were normalised by themselves: the model needs "
+                "norm_layer=lambda width: torch.nn.GroupNorm(1, width)"
+            )
         if arch in _RESNETS and state["conv1.weight"].shape[-1] == 3:
             what += ", with the stem for small images: the model needs a 3x3 conv1 with stride 1 and no maxpool"
     if target == "detectron2":
@@ -292,6 +304,8 @@ def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
         if arch not in _BOTTLENECKS or state["conv1.weight"].shape[-1] == 3:
             stem = " with a 3x3 conv1" if state["conv1.weight"].shape[-1] == 3 else ""
             raise UserError(f"detectron2 needs {', '.join(_BOTTLENECKS)} with a 7x7 conv1, got {arch}{stem}")
+        if not _has_statistics(state):
+            raise UserError("detectron2's ResNets have batch norms, but the backbone was trained with norm=per_sample")
     with atomic(out) as file:
         if target == "safetensors":
             from safetensors.torch import save

@@ -217,6 +217,7 @@ def test_step_takes_no_more_work_than_the_reference(method, limits, one_thread, 
         ("swav_codes", 64, 300, None, 1.8),
         ("relic", 256, 128, 1, 1.1),
         ("amdim", 128, 64, 1, 1.5),
+        ("cpc", 16, 64, 1.4, 0.7),  # it reads each block of scores more than once, but does not store it
         ("pirl", 32, 128, None, 2.4),  # products with the whole bank, of which the published code gathers rows
         pytest.param("barlow_twins", 64, 128, 1.5, 1.1, marks=pytest.mark.lightly),
         pytest.param("barlow_twins", 256, 512, 1.5, 1.1, marks=pytest.mark.lightly),
@@ -234,6 +235,13 @@ def test_work_is_less_than_that_of_the_formula(name, rows, width, operations, tr
 def test_losses_of_many_views_take_less_memory(name, rows):
     result = compare(name, rows, 1024 if name.startswith("dissl") else 128, repeat=1)
     assert result.ours_bytes < result.plain_bytes
+
+
+def test_cpc_stores_no_matrix_of_scores():
+    """Predictions x locations numbers for each offset and direction, in the published form."""
+    result = compare("cpc", 40, 64, repeat=1)
+    rows, columns = 40 * 7 * (5 + 4 + 3 + 2 + 1), 40 * 49
+    assert result.plain_bytes > 4 * 4 * rows * columns and 4 * result.ours_bytes < result.plain_bytes
 
 
 def test_pirl_gathers_no_rows_of_the_bank():

@@ -21,8 +21,12 @@ from plugins.heads.dissl import issl_head
 from plugins.install import not_installed
 from plugins.tools.probe_sklearn import CLASSIFIERS, draw_strengths, fit_classifier
 
-HIDDEN_LAYERS = {"linear": 0, "mlp": 2}
-"""Kinds of probes that are trained by gradient descent, and their number of hidden layers (Linear, BatchNorm, ReLU)."""
+HIDDEN_LAYERS = {"linear": 0, "mlp": 2, "amdim_linear": 0, "amdim_mlp": 1}
+"""Kinds of probes that are trained by gradient descent, and their number of hidden layers (Linear, BatchNorm, ReLU).
+
+Those of AMDIM (Bachman, Hjelm & Buchwalter 2019, arXiv:1906.00910) have a loss of their own, :func:`probe_loss`. Their
+MLP has a dropout of 0.2 before each linear layer.
+"""
 KINDS = (*HIDDEN_LAYERS, *CLASSIFIERS)
 OPTIMIZERS = ("sgd", "lars", "adamw")
 SELECT = ("validation", "test")
@@ -55,12 +59,13 @@ class Probe(NamedTuple):
     """A probe and the settings to choose from.
 
     Args:
-        kind: "linear", "mlp", or one of scikit-learn's classifiers, "logistic" and "svc", on features in [0, 1].
+        kind: "linear", "mlp", "amdim_linear", "amdim_mlp", or one of scikit-learn's classifiers, "logistic" and "svc",
+            on features in [0, 1].
         grid: settings of a linear probe or an MLP to choose from; a single setting is used without a choice.
         C: inverse regularisation strengths of scikit-learn's classifiers to choose from, each > 0.
         search: number of random values of C to use instead, log-uniform in [1e-4, 100].
         fraction: fraction of the training labels to use, in (0, 1], stratified by class.
-        hidden_dim: width of the MLP's two hidden layers.
+        hidden_dim: width of the hidden layers of an MLP.
         holdout: fraction of these labels that is held out for the choice of a setting, in (0, 1).
         epochs: number of epochs, >= 1.
         batch_size: batch size, >= 2; may exceed the number of rows.
@@ -137,6 +142,28 @@ def stratified(labels: Int[Tensor, " N"], count: int, seed: int) -> tuple[Tensor
     return torch.as_tensor(drawn).sort().values, torch.as_tensor(others).sort().values
 
 
+def probe_loss(kind: str, logits: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> Float[Tensor, ""]:
+    """Return the mean cross-entropy; for the probes of AMDIM that of ``10 tanh(x / 10)``, plus ``mean x² / 1000``.
+
+    Args:
+        kind: of the probe.
+        logits: x, its outputs.
+        labels: the classes.
+    """
+    if not kind.startswith("amdim_"):
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(10 * torch.tanh(logits / 10), labels) + 1e-3 * logits.square().mean()
+
+
+def _probe(kind: str, width: int, classes: int, hidden_dim: int) -> nn.Sequential:
+    """Build the classifier of a probe."""
+    if kind != "amdim_mlp":
+        return issl_head(width, classes, layers=HIDDEN_LAYERS[kind], hidden_dim=hidden_dim)
+    hidden = nn.Linear(width, hidden_dim, bias=False)
+    between = [nn.BatchNorm1d(hidden_dim), nn.ReLU(), nn.Dropout(0.2)]
+    return nn.Sequential(nn.Dropout(0.2), hidden, *between, nn.Linear(hidden_dim, classes))
+
+
 def fit_probe(
     features: Float[Tensor, "N D"],
     labels: Int[Tensor, " N"],
@@ -165,8 +192,7 @@ def fit_probe(
     width = features.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers = HIDDEN_LAYERS[probe.kind]
-        model = issl_head(width, classes, layers=layers, hidden_dim=probe.hidden_dim)
+        model = _probe(probe.kind, width, classes, probe.hidden_dim)
         if setting.normalized:
             model.insert(0, nn.BatchNorm1d(width, affine=False))
         model.to(features.device).train()
@@ -177,7 +203,7 @@ def fit_probe(
             # a batch of one row has no batch statistics
             for rows in batches if len(batches) == 1 or len(batches[-1]) > 1 else batches[:-1]:
                 optimizer.zero_grad(set_to_none=True)
-                F.cross_entropy(model(features[rows]), labels[rows]).backward()
+                probe_loss(probe.kind, model(features[rows]), labels[rows]).backward()
                 optimizer.step()
             schedule.step()
     return model.eval()

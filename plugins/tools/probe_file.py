@@ -1,7 +1,7 @@
 """Read the YAML file that defines the probes to fit::
 
     probes:
-      - kind: linear            # or mlp
+      - kind: linear            # or mlp, amdim_linear, amdim_mlp
         fraction: 1.0           # fraction of the training labels; default 1
         epochs: 100             # overrides the file's value
         optimizer: sgd          # or lars, adamw; default sgd
@@ -14,7 +14,7 @@
           - {weight_decay: 0, lr: 0.01, optimizer: lars}
       - kind: logistic          # or svc: scikit-learn's classifiers on features scaled to [0, 1]
         search: 10              # number of random values of C; or C: a number or a list
-    hidden_dim: 2048            # width of an MLP's two hidden layers
+    hidden_dim: 2048            # width of the hidden layers of an MLP
     holdout: 0.1                # held-out fraction of the labels for the choice of a setting
     batch_size: 512
     lr: 0.3

@@ -51,6 +51,35 @@ def test_linear_probe_is_plain_sgd():
     np.testing.assert_allclose(fitted[0].bias.detach().numpy(), bias, atol=1e-5)
 
 
+def test_amdims_linear_probe_takes_the_step_of_its_loss():
+    """The softmax of 10 tanh(x / 10) minus the labels, times the derivative of tanh, plus x / 500 over N C."""
+    features, labels = blobs(30)
+    features = 20 * features
+    probe = Probe(kind="amdim_linear", epochs=1, batch_size=30)
+    fitted = fit_probe(features, labels, 3, probe, Setting(0.0, 0.3), seed=4)
+    torch.manual_seed(4)
+    (start,) = issl_head(5, 3)
+    weight, bias = (part.detach().double().numpy() for part in (start.weight, start.bias))
+    x = features.double().numpy() @ weight.T + bias
+    squashed = 10 * np.tanh(x / 10)
+    chance = np.exp(squashed) / np.exp(squashed).sum(1, keepdims=True)
+    error = (chance - np.eye(3)[labels.numpy()]) / 30 * (1 - (squashed / 10) ** 2) + 2e-3 * x / x.size
+    np.testing.assert_allclose(fitted[0].weight.detach().numpy(), weight - 0.3 * error.T @ features.numpy(), atol=1e-5)
+    np.testing.assert_allclose(fitted[0].bias.detach().numpy(), bias - 0.3 * error.sum(0), atol=1e-5)
+
+
+def test_amdims_mlp_drops_features_in_training_only():
+    features, labels = blobs(90)
+    probe = QUICK._replace(kind="amdim_mlp", hidden_dim=16)
+    fitted = fit_probe(features, labels, 3, probe, Setting(0.0, 0.1), seed=0)
+    assert torch.equal(fitted(features), fitted(features)) and not fitted.training
+    assert accuracy(fitted, *blobs(90, seed=1))[0] > 95
+    shapes = [tuple(parameter.shape) for parameter in fitted.parameters()]
+    assert shapes == [(16, 5), (16,), (16,), (3, 16), (3,)], "no bias before batch norm"
+    dropped = [layer.p for layer in fitted if isinstance(layer, torch.nn.Dropout)]
+    assert dropped == [0.2, 0.2] and isinstance(fitted[0], torch.nn.Dropout)
+
+
 def test_mlp_has_two_hidden_layers_and_separates_what_no_linear_probe_can():
     generator = torch.Generator().manual_seed(0)
     features = torch.rand(400, 2, generator=generator) * 2 - 1
@@ -246,7 +275,7 @@ def test_what_is_chosen_does_not_depend_on_the_test_rows(probe):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "knn"}, "kind must be one of linear, mlp, logistic, svc, got 'knn'"),
+        ({"kind": "knn"}, "kind must be one of linear, mlp, amdim_linear, amdim_mlp, logistic, svc, got 'knn'"),
         ({"grid": ()}, "a linear probe needs a grid of settings, and neither C nor search"),
         ({"search": 3}, "a linear probe needs a grid of settings, and neither C nor search"),
         ({"kind": "svc", "grid": ()}, "a svc probe needs either C or search, and no other setting"),

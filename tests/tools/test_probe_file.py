@@ -90,7 +90,7 @@ def test_what_is_left_out_has_the_defaults(tmp_path):
         ({**SHARED, "probes": [LINEAR, {**LINEAR, "wd": 1}]}, r"probes\[1\] must have the entries .*, wd"),
         (
             {**SHARED, "probes": [{**LINEAR, "kind": "knn"}]},
-            r"kind must be one of linear, mlp, logistic, svc, got 'knn'",
+            r"kind must be one of linear, mlp, amdim_linear, amdim_mlp, logistic, svc, got 'knn'",
         ),
         ({**SHARED, "probes": [{**LINEAR, "kind": ["mlp"]}]}, "kind must be a string, got"),
         ({**SHARED, "probes": [{**LINEAR, "weight_decay": ["x"]}]}, "weight_decay must be a number or a list of numb"),

@@ -13,7 +13,6 @@ from plugins.clock import Clock, Feed, Stepped
 from plugins.distributed import LOCAL, Collective
 from plugins.heads import MapHead, SharedHead, StackHead, TwoBranchHead
 from plugins.losses import ETFMonitor
-from plugins.norms import per_sample_norm_
 from plugins.patches import patch_stack
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, Hints, MethodSpec, Terms
@@ -52,23 +51,6 @@ def encode_image(backbone: Callable[[Tensor], Tensor], images: Tensor, patches: 
         ``[B, F]``: the features of the whole images, or the means over their patches.
     """
     return encode(backbone, images) if patches is None else encode(backbone, patch_stack(images, *patches)).mean(1)
-
-
-def prepare_backbone(spec: MethodSpec, options: Mapping[str, Any], backbone: nn.Module) -> nn.Module:
-    """Change a new backbone, in place, as the method's options say.
-
-    Args:
-        spec: the method.
-        options: the result of ``spec.resolve``.
-        backbone: images → features.
-
-    Returns:
-        The backbone.
-
-    Raises:
-        ValueError: the option has no effect on such a backbone.
-    """
-    return per_sample_norm_(backbone) if spec.norm(options) == "per_sample" else backbone
 
 
 def encode_views(

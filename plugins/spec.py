@@ -3,6 +3,7 @@
 An adapter builds any method from its SPEC alone::
 
     options = spec.resolve(user_options)                # unknown names are errors, aliases are translated
+    spec.prepare(options, backbone)                     # a few methods change its first layer
     projector = spec.head(features_dim, options)
     connect(projector, backbone, spec.taps(options))    # for the few methods that compare feature maps
     predictor = spec.predictor(options, comm)           # an nn.Module with predict(list of z) → list of p
@@ -168,9 +169,9 @@ def predictor_hints(options: Mapping[str, Any]) -> Mapping[str, Hints]:
     return {"predictor": Hints(lr_scale=scale, lr_constant=constant)}
 
 
-def batch_norm(options: Mapping[str, Any]) -> str:
-    """Return the ``norm`` of a method that trains the backbone as it is."""
-    return "batch"
+def unchanged(options: Mapping[str, Any], backbone: nn.Module) -> nn.Module:
+    """Return the backbone as it is: the ``prepare`` of most methods."""
+    return backbone
 
 
 def whole_images(options: Mapping[str, Any]) -> None:
@@ -223,8 +224,10 @@ class MethodSpec:
         taps: options → name of a submodule of the backbone → largest side of its feature map, or None, as
             :class:`plugins.taps.FeatureTaps` takes them. The head must be a :class:`plugins.heads.MapHead`, which
             projects the maps of each view of the student; a teacher has no maps.
-        norm: options → "batch", or "per_sample" to replace the batch norms of the backbone,
-            :func:`plugins.norms.per_sample_norm_`.
+        prepare: (options, backbone) → the same backbone, which the method changes in place before it is trained, such
+            as its first layer or its normalisation. It draws no random numbers, so that a teacher's backbone stays a
+            copy. Evaluations recognise a changed backbone by the names of its weights: see
+            :func:`plugins.sobel.restore_sobel_` and :func:`plugins.norms.fit_norms_`.
         eval_patches: options → (side of a patch, distance of neighbouring patches) in pixels, if the features of an
             image in evaluation are the mean over its patches; None if the backbone sees the whole image.
         unbounded: whether the loss grows with the scale of the embedding, so that SGD at a usual learning rate diverges
@@ -249,7 +252,7 @@ class MethodSpec:
     indexed: bool = False
     hints: Callable[[Mapping[str, Any]], Mapping[str, Hints]] = predictor_hints
     taps: Callable[[Mapping[str, Any]], Mapping[str, int | None]] = no_taps
-    norm: Callable[[Mapping[str, Any]], str] = batch_norm
+    prepare: Callable[[Mapping[str, Any], nn.Module], nn.Module] = unchanged
     eval_patches: Callable[[Mapping[str, Any]], tuple[int, int] | None] = whole_images
     unbounded: bool = False
     teacher_init: Callable[[nn.Module], Any] | None = None

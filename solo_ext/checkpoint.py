@@ -21,6 +21,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from plugins.norms import fit_norms_
+from plugins.sobel import restore_sobel_
 from plugins.spelling import counted
 from plugins.tools.command import UserError, first_process, print_on_rank_zero
 from plugins.tools.fitting import mismatch, plain_names
@@ -523,7 +524,7 @@ def load_backbone(place: str | Path, backbone: torch.nn.Module) -> None:
     weights = plain_names(weights)
     if not weights:
         raise UserError(f"{path} contains no backbone: no weight has the prefix backbone. or encoder.")
-    fit_norms_(backbone, weights)
+    restore_sobel_(fit_norms_(backbone, weights), weights)
     if reason := mismatch(weights, backbone.state_dict()):
         raise UserError(f"{path} contains another backbone: {reason}")
     backbone.load_state_dict(weights)

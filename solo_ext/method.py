@@ -14,7 +14,7 @@ from plugins.checks import check_choice
 from plugins.distributed import WORLD
 from plugins.joined import ACCUMULATE, JoinedBatch
 from plugins.linalg import spectrum_statistics
-from plugins.objective import Objective, connect, embed, encode, encode_image, prepare_backbone, project
+from plugins.objective import Objective, connect, embed, encode, encode_image, project
 from plugins.predictors import ClosedFormPredictor, RunningMoment
 from plugins.spec import Embeddings, MethodSpec, Terms
 from plugins.taps import FeatureTaps
@@ -54,7 +54,7 @@ class PluginMethod:
             self.num_large_crops = self.num_crops = 1  # solo-learn takes the stack for a view
         for name in ("backbone", "momentum_backbone"):
             if name in self._modules:
-                prepare_backbone(self.spec, self.options, self._modules[name])
+                self.spec.prepare(self.options, self._modules[name])
         self.taps = self.spec.taps(self.options)
         self.projector = self._new_head()
         self.predictor = self.spec.predictor(self.options, WORLD) if self.spec.predictor else None
@@ -217,7 +217,10 @@ class PluginMethod:
                 optimizer.state.pop(parameter, None)
 
     def _encode_views(self, views: list[Tensor]) -> list[Tensor]:
-        return [encode(self.backbone, view) for view in views]
+        """Compute the features of the views of a pass over the training set, in the precision of the Trainer."""
+        plugin = self.trainer.precision_plugin
+        with plugin.forward_context():
+            return [encode(self.backbone, plugin.convert_input(view)).float() for view in views]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Freeze parameters, after their gradients have been reduced over the processes."""
@@ -302,6 +305,7 @@ class TeacherMethod(PluginMethod, BaseMomentumMethod):
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
+        self.spec.prepare(self.options, self.momentum_backbone)
         self.momentum_projector = self._new_head()
         with torch.no_grad():
             for teacher, student in zip(self.momentum_projector.parameters(), self.projector.parameters(), strict=True):

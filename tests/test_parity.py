@@ -15,7 +15,7 @@ from lightly_ext.names import CLASS_NAMES
 from plugins.distributed import LOCAL
 from plugins.heads import SharedHead, StackHead, TwoBranchHead
 from plugins.methods import METHODS
-from plugins.objective import connect, encode_views, prepare_backbone
+from plugins.objective import connect, encode_views
 from plugins.spec import Embeddings
 from plugins.testing import NARROW
 from plugins.tools.resnet8 import resnet8
@@ -110,7 +110,7 @@ def in_plugins(case: Case) -> tuple[Parts, Step]:
     def encoder() -> tuple[nn.Module, nn.Module]:
         backbone = resnet8()
         backbone.fc = nn.Identity()
-        prepare_backbone(spec, options, backbone)
+        spec.prepare(options, backbone)
         head = spec.head(64, options)
         connect(head, backbone, spec.taps(options))
         return backbone, head

@@ -12,7 +12,7 @@ from vissl.models.model_helpers import is_feature_extractor_model
 
 from plugins.heads import projection_init_
 from plugins.norms import per_sample_norm_
-from plugins.objective import connect, encode, prepare_backbone
+from plugins.objective import connect, encode
 from plugins.patches import see_patches_
 from plugins.taps import FeatureTaps
 from plugins.tools.command import UserError
@@ -94,7 +94,7 @@ class GroupedModel(BaseSSLMultiInputOutputModel):
         for head in self.heads:
             if isinstance(head, MethodHead):
                 try:
-                    prepare_backbone(head.spec, head.options, self.trunk)
+                    head.prepare(self.trunk)
                     connect(head.projector, _OfImages(self.trunk), head.taps)
                 except ValueError as error:
                     raise UserError(f"config.MODEL.TRUNK: {error}") from None

@@ -76,7 +76,6 @@ from plugins.objective import (
     encode,
     encode_image,
     encode_views,
-    prepare_backbone,
     project,
 )
 from plugins.predictors import RunningMoment
@@ -149,7 +148,7 @@ class MethodModel(nn.Module):
                 raise ValueError(f"projection_head has {width} output columns, got {spec.width}={options[spec.width]}")
         # a plain dict: the model can be copied and pickled
         self.options = dict(spec.resolve(options))
-        prepare_backbone(spec, self.options, self.backbone)
+        spec.prepare(self.options, self.backbone)
         if projection_head is not None:
             with torch.device("meta"):
                 wanted = type(spec.head(self.feature_dim, self.options))

@@ -11,7 +11,7 @@ from plugins.heads.context import CONTEXTS
 from plugins.heads.cpc import DIRECTIONS
 from plugins.losses import CPCLoss, CPCTerms, non_overlapping_offsets
 from plugins.losses.cpc import REDUCTIONS
-from plugins.norms import NORMS
+from plugins.norms import NORMS, per_sample_norm_
 from plugins.patches import EVAL_INPUTS, Patches
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
 
@@ -72,6 +72,10 @@ def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
     )
 
 
+def _prepare(options: Mapping[str, Any], backbone: nn.Module) -> nn.Module:
+    return per_sample_norm_(backbone) if options["norm"] == "per_sample" else backbone
+
+
 def _eval_patches(options: Mapping[str, Any]) -> tuple[int, int] | None:
     return (options["patch"], options["stride"]) if options["eval_input"] == "patches" else None
 
@@ -111,7 +115,7 @@ SPEC = MethodSpec(
             "patches", "what evaluation sees: the mean features of the patches, or the whole image", choices=EVAL_INPUTS
         ),
     },
-    norm=lambda options: options["norm"],
+    prepare=_prepare,
     eval_patches=_eval_patches,
     width=None,
     paper=Paper("CPC", "van den Oord et al. 2018, arXiv:1807.03748, eq. 4; Hénaff et al. 2019, arXiv:1905.09272"),

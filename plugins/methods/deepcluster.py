@@ -11,6 +11,7 @@ from plugins.distributed import Collective
 from plugins.draws import draw_seed
 from plugins.losses import DeepClusterTerms, cluster_weights, deepcluster_terms
 from plugins.methods.common import HALF_FEATURES, ProjectingLoss
+from plugins.sobel import sobel_
 from plugins.spec import Embeddings, Hints, MethodSpec, Option, Paper
 from plugins.targets import kmeans, whitened
 from plugins.targets.label_table import (
@@ -82,6 +83,10 @@ class _Loss(ProjectingLoss):
         return [*layer.parameters()]
 
 
+def _prepare(options: Mapping[str, Any], backbone: nn.Module) -> nn.Module:
+    return sobel_(backbone) if options["sobel"] else backbone
+
+
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
     return nn.Linear(features_dim, options["num_clusters"])
 
@@ -101,10 +106,14 @@ SPEC = MethodSpec(
         "balance": Option(
             "weight", "weight: all clusters count alike, like the published sampler; none: all images", choices=BALANCES
         ),
+        "sobel": Option(
+            False, "whether the backbone sees the output of a fixed Sobel filter in place of colours, as published"
+        ),
         "half_features": HALF_FEATURES,
         "clusters_seed": Option(0, "seed of the clusters and of the top layer, >= 0", low=0),
     },
     paper=Paper("DeepCluster", "Caron et al. 2018, arXiv:1807.05520"),
     width="num_clusters",
     hints=lambda options: {"projector": Hints(momentum=0.0)},
+    prepare=_prepare,
 )

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from plugins.norms import fit_norms_
+from plugins.sobel import BUFFER
 from plugins.tools.backbones import BACKBONES
 from plugins.tools.command import Parser, UserError, exit_on_user_error, print_on_rank_zero
 from plugins.tools.files import atomic
@@ -275,6 +276,11 @@ def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
     # tensors of a checkpoint may share memory: safetensors rejects them, and torch.save would write all of the memory
     state = {key: value.clone().contiguous() for key, value in backbone.state.items()}
     what = f"{len(state)} tensors"
+    if target != "safetensors" and any(key.rpartition(".")[2] == BUFFER for key in state):
+        raise UserError(
+            f"{path} has a Sobel filter before its first convolution, which no model of {target} has; export it with "
+            "--to safetensors, and load it into plugins.sobel.sobel_(model)"
+        )
     if target == "dissl":
         from plugins.tools.weights import backbone_weights, build, published_names
 

@@ -18,8 +18,10 @@ from lightly_ext.data import IndexedDataset
 from lightly_ext.models.method import model_class
 from plugins.clock import Clock, Stepped
 from plugins.heads import MapHead
+from plugins.sobel import SobelConv2d
 from plugins.spec import Embeddings, Hints, MethodSpec, Option, Paper
 from plugins.targets import IndexedBank
+from plugins.testing import tiny_backbone
 
 pytestmark = pytest.mark.lightly
 
@@ -641,3 +643,12 @@ def test_lightning_on_ranks_trains_as_one(ranks) -> None:
         same({name: value for name, value in state.items() if not name.startswith("online")}, expected)
         assert seen == [(view, [*range(rank, N, 3)]) for view in ("eval", "train")] * 2
         assert "objective.criterion.bank.rows" in ignored
+
+
+def test_a_method_changes_the_backbone_in_place() -> None:
+    """DeepCluster with the Sobel filter."""
+    backbone = tiny_backbone()
+    model = models.DeepCluster(backbone, num_clusters=2, sobel=True, num_samples=4)
+    assert model.backbone is backbone and isinstance(backbone.conv1, SobelConv2d)
+    model.loss([torch.randn(4, 3, 16, 16)], torch.arange(4)).backward()
+    assert backbone.conv1.weight.grad.any()

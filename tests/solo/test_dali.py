@@ -326,6 +326,22 @@ def test_a_method_with_a_memory_of_the_images(compose):
     assert torch.isfinite(trainer.callback_metrics["train_deepcluster_loss_epoch"])  # NaN in the first, by design
 
 
+@pytest.mark.parametrize("method", ["sela", "deepcluster", "deepcluster_v2"])
+def test_a_pass_over_the_training_set_labels_the_images_that_dali_reads(method, compose, tiny):
+    """The pass reads the image folder, whose positions are those of DALI's batches."""
+    found = []
+    for form in ((), DALI):
+        cfg = parse_pretrain(compose(method, tiny, *form, "++max_epochs=1", "++limit_train_batches=1"))
+        torch.manual_seed(0)
+        model = method_class(cfg)(cfg)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = pl.Trainer(accelerator="cpu", max_epochs=1, limit_train_batches=1, limit_val_batches=0, **quiet)
+        trainer.fit(model, datamodule=pretrain_images(cfg))
+        found.append(model.objective.criterion.table.labels.clone())
+    assert found[0].shape[1] == 96 and found[0].min() >= 0
+    assert torch.equal(*found)
+
+
 # refusals
 
 

@@ -8,11 +8,14 @@ from plugins.distributed import LOCAL
 from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
 from plugins.objective import encode_views, project
+from plugins.sobel import SobelConv2d
 from plugins.spec import Embeddings
-from plugins.testing import OF_VIEWS
+from plugins.testing import OF_VIEWS, tiny_backbone
 from plugins.tools.command import UserError
+from solo_ext.checkpoint import load_backbone
 from solo_ext.compat import native_methods, pl
 from solo_ext.config import parse_pretrain
+from solo_ext.data import pretrain_images
 from solo_ext.registry import method_class, plugin_methods, register
 
 pytestmark = pytest.mark.solo
@@ -293,3 +296,29 @@ def test_predictor_learning_rate_is_scaled_and_simsiams_is_constant(compose):
         model = _build(compose(name, "++method_kwargs.pred_lr_scale=10.0"))
         (group,) = (group for group in model.learnable_params if group["name"] == "predictor")
         assert group["lr"] == pytest.approx(10 * model.lr) and group.get("static_lr", False) is static
+
+
+def test_a_method_changes_the_backbone_and_evaluations_recognise_it(compose, tmp_path):
+    """DeepCluster with the Sobel filter: its networks, those that the kNN and linear evaluation build, and resuming."""
+    model = _build(compose("deepcluster", "++method_kwargs.sobel=True")).eval()
+    assert isinstance(model.backbone.conv1, SobelConv2d)
+    names = {id(parameter) for group in model.learnable_params for parameter in group["params"]}
+    assert id(model.backbone.conv1.weight) in names
+    path = tmp_path / "sobel.ckpt"
+    torch.save({"state_dict": model.state_dict()}, path)
+    plain, images = tiny_backbone(), torch.randn(2, 3, 16, 16)
+    load_backbone(path, plain)
+    assert torch.equal(plain.eval()(images), model(images)["feats"])
+    other = _build(compose("deepcluster", "++method_kwargs.sobel=True"))
+    other.load_state_dict(model.state_dict())
+
+
+def test_a_pass_over_the_training_set_has_the_precision_of_the_run(compose):
+    """In half precision the images of the pass are converted, as Lightning converts those of the training."""
+    cfg = parse_pretrain(compose("sela", "knn_eval.enabled=False"))
+    model = method_class(cfg)(cfg)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, precision="bf16-true", **quiet)
+    trainer.fit(model, datamodule=pretrain_images(cfg))
+    assert model.backbone.conv1.weight.dtype == torch.bfloat16
+    assert model.objective.criterion.table.epoch == 0

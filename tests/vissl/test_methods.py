@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from vissl.models import build_model
 from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
 
 from plugins.distributed import LOCAL
 from plugins.heads import TwoBranchHead
 from plugins.methods import METHODS
 from plugins.objective import Objective, encode, project
+from plugins.sobel import SobelConv2d
 from plugins.spec import Embeddings
 from plugins.taps import FeatureTaps
 from plugins.testing import NARROW, OF_IMAGES, toy_stacks, view_count
@@ -371,3 +373,21 @@ def test_a_run_with_masks_sees_the_images_without_their_background(
     (row,) = csv.DictReader((tmp_path / "metrics.csv").open())
     assert abs(float(row["invariance"])) < 1e-9
     assert math.log(10) - 1e-4 <= float(row["contrastive"]) <= math.log(11) + 1e-4
+
+
+def test_a_method_changes_the_trunk_and_evaluations_recognise_it() -> None:
+    """DeepCluster with the Sobel filter, and the trunk of a kNN evaluation of its checkpoint."""
+    task = built("deepcluster", "+config.LOSS.deepcluster.sobel=true")
+    trunk = task.base_model.trunk
+    assert isinstance(trunk._feature_blocks.conv1, SobelConv2d)
+    words = [
+        "config=benchmark/nearest_neighbor/digits/knn",
+        "config.MODEL.WEIGHTS_INIT.PARAMS_FILE=/dev/null",
+    ]
+    config = convert_to_attrdict(compose_hydra_configuration(words), dump_config=False)[1]
+    model = build_model(config.MODEL, config.OPTIMIZER)
+    parts = {"trunk": trunk.state_dict(), "heads": {}}
+    model.init_model_from_weights_params_file(config, {"classy_state_dict": {"base_model": {"model": parts}}})
+    images = torch.randn(2, 3, 16, 16)
+    trunk.eval(), model.eval()
+    assert torch.equal(model(images)[0].flatten(1), trunk(images)[0])

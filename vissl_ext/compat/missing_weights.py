@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from plugins.sobel import restore_sobel_
 from plugins.tools.command import UserError, print_on_rank_zero
 from plugins.tools.fitting import differences, mismatch, plain_names
 from plugins.tools.overrides import hydra_value
@@ -50,6 +51,7 @@ def _checked(load: Callable[..., Any], config: Any, model: Any, state_dict: Any,
             found = replace_module_prefix(found, how["replace_prefix"])
         if how.get("append_prefix"):
             found = append_module_prefix(found, how["append_prefix"])
+    restore_sobel_(model.trunk, found)
     _compare(config, model, found, how.get("skip_layers") or [])
     return load(config, model, state_dict, **how)
 

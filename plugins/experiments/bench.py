@@ -606,7 +606,7 @@ def compare(name: str, rows: int, width: int, *, device: str = "cpu", repeat: in
     )
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Track the storages that operators return until they are freed; ``peak`` is the largest total size in bytes."""
 
     def __init__(self) -> None:
@@ -639,7 +639,7 @@ class _LiveBytes(TorchDispatchMode):
 
 def _counted(function: Callable[..., Any], inputs: Sequence[Tensor], device: str) -> tuple[Any, int, int]:
     """Return the result, the operations in matrix products, and the peak memory in bytes without the inputs."""
-    live = _LiveBytes()
+    live = LiveBytes()
     with live, FlopCounterMode(display=False) as flops:
         result = function(*inputs)
     _wait(device)

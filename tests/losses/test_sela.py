@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from plugins.distributed import LOCAL
+from plugins.experiments.bench import LiveBytes
 from plugins.losses import SeLaLoss, sela_loss, sela_terms
 from plugins.methods import METHODS
 from plugins.methods.sela import updates_labels
@@ -277,6 +278,34 @@ def test_processes_train_as_one(ranks, method, options, counts):
             torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     read = [seen[0] for _, seen in results]
     assert sorted(image for of_rank in read for image in of_rank) == [*range(SIZE)] == sorted(first)
+
+
+def _peak(method, images, **options):
+    """Bytes that are alive at once while the labels are made, beside the networks."""
+    spec = METHODS[method]
+    options = spec.resolve(options)
+    objective = Objective(spec, options, LOCAL, projector=spec.head(64, options))
+    objective.allocate(images)
+
+    def feed(*, view, mode):
+        for index in torch.arange(images).split(500):
+            yield index, [torch.randn(len(index), 64)]
+
+    with LiveBytes() as live:
+        objective.start_epoch(0, feed)
+    return live.peak
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    ("method", "options", "numbers"),
+    [("sela", {"n_clusters": 50, "n_heads": 2, "max_iter": 3}, 2 * 50), ("deepcluster", {"num_clusters": 9}, 64)],
+)
+def test_the_memory_for_labels_is_that_of_the_documentation(method, options, numbers, half):
+    """The features once, and the matrix of a head twice or the components; a few numbers for each image."""
+    few, many = (_peak(method, images, half_features=half, **options) for images in (20_000, 40_000))
+    stated = 64 * (2 if half else 4) + 4 * numbers
+    assert stated - 16 <= (many - few) / 20_000 <= stated + 64
 
 
 @pytest.mark.parametrize("method", ["sela", "deepcluster", "deepcluster_v2"])

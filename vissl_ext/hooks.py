@@ -9,7 +9,7 @@ from classy_vision.generic.distributed_util import is_primary
 from plugins.linalg import spectrum_statistics
 from plugins.tools.records import write_row
 from vissl_ext.life_cycle import LifeCycleHook
-from vissl_ext.methods import TeacherLoss
+from vissl_ext.methods import MethodLoss
 from vissl_ext.protocol import LossWithMetrics
 from vissl_ext.silent_hook import SilentHook
 
@@ -20,7 +20,7 @@ def extra_hooks() -> list[Any]:
 
 
 class EMATeacherHook(SilentHook):
-    """Evaluate and update the teacher of a TeacherLoss: ``θ_t ← τ θ_t + (1 − τ) θ``.
+    """Evaluate and update the teacher of a method: ``θ_t ← τ θ_t + (1 − τ) θ``.
 
     τ follows BYOL's cosine schedule over all steps. It depends only on the number of optimiser steps done, which VISSL
     checkpoints, so a resumed run continues the schedule.
@@ -36,14 +36,14 @@ class EMATeacherHook(SilentHook):
     def on_forward(self, task: Any) -> None:
         """Compute the teacher's output for the batch, without gradient."""
         loss = task.base_loss
-        if isinstance(loss, TeacherLoss) and loss.teacher is not None:
+        if isinstance(loss, MethodLoss) and loss.teacher is not None:
             output = loss.teacher(loss.teacher_input(task.last_batch.sample["input"]))
             # VISSL passes the output of a model with one head to the loss without the surrounding list
             loss.teacher_output = output[0] if len(output) == 1 else output
 
     def on_update(self, task: Any) -> None:
         """End the step of the method. ``task.iteration`` is the number of optimiser steps before it."""
-        if isinstance(task.base_loss, TeacherLoss):
+        if isinstance(task.base_loss, MethodLoss):
             task.base_loss.after_step(task.iteration, task.max_iteration)
 
 

@@ -152,61 +152,19 @@ class MethodHead(nn.Module):
         return [*e.z, *predictions, *(e.target if e.features else []), *e.features, *maps]
 
 
-class TeacherLoss(ClassyLoss):
-    """Base class of losses with an optional exponential-moving-average (EMA) teacher.
-
-    The task calls ``attach`` after it has built the model and before it loads a checkpoint; the teacher is a submodule
-    and therefore part of the checkpoint. ``EMATeacherHook`` sets ``teacher_output`` before each loss and calls
-    ``after_step`` after each optimiser step. If both momenta are 0, there is no teacher and ``teacher_output`` stays
-    None.
-
-    Args:
-        base_tau: momentum τ of the first update, in [0, 1].
-        final_tau: τ of the last update, in [0, 1].
-    """
-
-    def __init__(self, base_tau: float, final_tau: float) -> None:
-        super().__init__()
-        self.base_tau, self.final_tau = base_tau, final_tau
-        self.teacher: EMATeacher | None = None
-        self.teacher_output: Any = None
-
-    def attach(self, model: nn.Module) -> None:
-        """Create the teacher from a model, a copy of the modules that ``teacher_pair`` selects."""
-        if needs_teacher(self.base_tau, self.final_tau):
-            student, copied = self.teacher_pair(model)
-            self.teacher = EMATeacher(student, copied, base=self.base_tau, final=self.final_tau)
-
-    def teacher_pair(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """Return the modules whose weights the teacher averages, and the copy that becomes the teacher.
-
-        The default is the whole model.
-        """
-        return model, copy_model(model)
-
-    def teacher_input(self, images: Any) -> Any:
-        """Return the part of a batch's input that the teacher processes. The default is all of it."""
-        return images
-
-    def after_step(self, step: int, total: int) -> None:
-        """Update the teacher after an optimiser step, and set ``tau``, the τ of the update.
-
-        Args:
-            step: number of earlier steps.
-            total: number of steps of the run.
-        """
-        if self.teacher is not None:
-            self.tau = self.teacher.update(step, total)
-
-
 def copy_model(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model. It shares the process groups of SyncBatchNorm, which cannot be copied."""
     groups = [getattr(module, "process_group", None) for module in model.modules()]
     return copy.deepcopy(model, {id(group): group for group in groups if group is not None})
 
 
-class MethodLoss(TeacherLoss):
+class MethodLoss(ClassyLoss):
     """Loss of a method. For each entry of METHODS a subclass that sets ``spec`` is registered below.
+
+    The task calls ``attach`` after it has built the model and before it loads a checkpoint; the teacher is a submodule
+    and therefore part of the checkpoint. ``EMATeacherHook`` sets ``teacher_output`` before each loss and calls
+    ``after_step`` after each optimiser step. If both momenta are 0, there is no teacher and ``teacher_output`` stays
+    None.
 
     Args:
         config: the section ``LOSS.<name>``.
@@ -218,8 +176,10 @@ class MethodLoss(TeacherLoss):
     spec: ClassVar[MethodSpec]
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.options, taus = method_options(self.spec.name, config)
-        super().__init__(*taus)
+        super().__init__()
+        self.options, (self.base_tau, self.final_tau) = method_options(self.spec.name, config)
+        self.teacher: EMATeacher | None = None
+        self.teacher_output: Any = None
         self.objective = Objective(self.spec, self.options, WORLD)
         self.large = 2
         self.views = 2
@@ -255,8 +215,9 @@ class MethodLoss(TeacherLoss):
         elif isinstance(head.projector, StackHead):
             self.without_maps, self.with_maps = head.views, head.stacks
         self.objective = Objective(self.spec, self.options, WORLD, head.predictor, head.projector)
-        super().attach(model)
-        if self.teacher is not None:
+        if needs_teacher(self.base_tau, self.final_tau):
+            student, copied = self.teacher_pair(model)
+            self.teacher = EMATeacher(student, copied, base=self.base_tau, final=self.final_tau)
             self.objective.set_teacher([self.teacher.module], [self.teacher.student])
 
     def has_learned_parameters(self) -> bool:
@@ -292,7 +253,12 @@ class MethodLoss(TeacherLoss):
             self.index = positions[: len(positions) // self.views]
 
     def after_step(self, step: int, total: int) -> None:
-        """End an optimiser step of the method, which also updates the teacher."""
+        """End an optimiser step of the method, which also updates the teacher, and set ``tau``, the τ of the update.
+
+        Args:
+            step: number of earlier steps.
+            total: number of steps of the run.
+        """
         if self.teacher is None:
             self.objective.after_step()
         else:
@@ -310,7 +276,10 @@ class MethodLoss(TeacherLoss):
         return self.objective.tracked_moment(self.predictor[0])
 
     def teacher_pair(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """Return the trunk and the projector, and a copy of the model without the predictor."""
+        """Return the modules whose weights the teacher averages, and the copy that becomes the teacher.
+
+        The teacher averages trunk and projector. The copy has no predictor.
+        """
         copied = copy_model(model)
         for head in copied.heads:
             head.predictor, head.views, head.stacks, head.taps = None, head.large, 0, {}
@@ -319,7 +288,7 @@ class MethodLoss(TeacherLoss):
         return nn.ModuleList([model.trunk, *(head.projector for head in model.heads)]), copied
 
     def teacher_input(self, images: Any) -> Any:
-        """Return the large views. If a batch is a single tensor, all its views are large."""
+        """Return the large views, the teacher's input. If a batch is a single tensor, all its views are large."""
         return images[: self.large] if isinstance(images, list) else images
 
     def forward(self, output: list[Tensor], target: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from vissl_ext.hooks import MetricsHook, extra_hooks
 from vissl_ext.labels import add_label_check, uses_class_labels
 from vissl_ext.larc import PlainLARC, needs_plain_larc
 from vissl_ext.life_cycle import LifeCycleHook
-from vissl_ext.methods import HEAD, MethodLoss, TeacherLoss, method_options
+from vissl_ext.methods import HEAD, MethodLoss, method_options
 from vissl_ext.model import check_adaptation, check_groups
 from vissl_ext.transforms import set_epoch
 from vissl_ext.trunks import check_trunk, trunk_width
@@ -237,7 +237,7 @@ class PluginTask(SelfSupervisionTask):
 
     def _attached_loss(self) -> Any:
         loss = super()._build_loss()
-        if isinstance(loss, TeacherLoss):
+        if isinstance(loss, MethodLoss):
             # before the checkpoint, which contains the teacher, is loaded
             loss.attach(self.base_model)
         broadcast_from_rank_zero(loss)

@@ -13,7 +13,7 @@ from lightly_ext.benchmarks.checkpoints import identity, load
 from lightly_ext.benchmarks.checks import prepare
 from lightly_ext.benchmarks.evaluation import evaluate
 from lightly_ext.benchmarks.setup import Setup
-from lightly_ext.benchmarks.trainer import EpochRecord, trainer
+from lightly_ext.benchmarks.trainer import EpochRecord, RandomStates, trainer
 from plugins.spelling import counted
 from plugins.tools.command import UserError, first_process, print_on_rank_zero
 from plugins.tools.files import atomic
@@ -109,7 +109,7 @@ def _pretrain(setup: Setup, name: str, model: LightningModule, folder: Path) -> 
         options,
         folder / "pretrain",
         options.epochs,
-        [record, stop, save],
+        [record, RandomStates(), stop, save],
         precision=options.precision,
         sync_batchnorm=True,
         epochs_before=setup.epochs_before,

@@ -164,7 +164,6 @@ class Setup:
             shuffle=shuffle,
             drop_last=shuffle,
             num_workers=options.num_workers,
-            persistent_workers=shuffle and options.num_workers > 0,
         )
 
 

@@ -1,12 +1,15 @@
 """Build the Trainer of a run and its callbacks."""
 
+import random
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
@@ -131,6 +134,68 @@ class EpochRecord(Callback):
             spectrum = pl_module.moment.spectrum().tolist()
             values = {f"eigval_{index}": value for index, value in enumerate(spectrum, 1)}
             write_row(self.folder / "eigenvalues.csv", trainer.current_epoch, values)
+
+
+class RandomStates(Callback):
+    """Continue the random numbers of each process in a resumed run, so that it sees the images of an uninterrupted one.
+
+    The checkpoint of an epoch contains the states after the epoch. A run that is resumed with another number of
+    processes draws new numbers.
+    """
+
+    def __init__(self) -> None:
+        self._states: list[dict[str, Any]] = []
+        self._resumed: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of all processes."""
+        return {"states": self._states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Store the states until training starts."""
+        self._states = self._resumed = state_dict["states"]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the states in the first epoch of a resumed run."""
+        states, self._resumed = self._resumed, []
+        if len(states) == trainer.world_size:
+            _restore_random_state(states[trainer.global_rank])
+            # the data loader of a resumed run has already drawn the order of the images and the seed of its workers
+            loop: Any = trainer.fit_loop
+            if getattr(loop, "is_resuming", False):
+                iter(loop._data_fetcher)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collect the states of all processes."""
+        mine = _random_state()
+        self._states = [mine]
+        if trainer.world_size > 1:
+            self._states = [mine] * trainer.world_size
+            dist.all_gather_object(self._states, mine)
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the states of the generators of torch, NumPy and Python, as types that torch loads without code."""
+    _, keys, position, has_normal, normal = np.random.get_state()
+    version, internal, next_normal = random.getstate()
+    found = {
+        "torch": torch.get_rng_state(),
+        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_normal, normal],
+        "python": [version, torch.tensor(internal), next_normal],
+    }
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    keys, position, has_normal, normal = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_normal, normal))
+    version, internal, next_normal = state["python"]
+    random.setstate((version, tuple(internal.tolist()), next_normal))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 class RunGuard(Guard, Callback):

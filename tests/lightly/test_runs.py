@@ -165,6 +165,36 @@ def test_a_kill_right_after_the_checkpoint_loses_no_row(runs):
         assert [row["epoch"] for row in logged if row.get(name)] == ["0", "1", "2"], name
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(workers, runs, tmp_path):
+    """The images, their order and their augmentations are the same: all tensors of model and optimiser are equal."""
+    words = ("--methods", "moco", "--backbone", "resnet8", "--option", "proj_hidden_dim=8", "proj_output_dim=8")
+    words = (
+        *words,
+        "queue_size=64",
+        "--optimizer",
+        "adamw",
+        "--lr",
+        "0.001",
+        "--num-workers",
+        workers,
+        "--epochs",
+        "3",
+    )
+    found = []
+    for kill_at in (None, 1):
+        folder = tmp_path / f"logs-{kill_at}"
+        here = (*words, "--log-dir", str(folder))
+        path = folder / "moco" / "checkpoint.ckpt"
+        if kill_at is not None:
+            runs(*here, kill_at=kill_at, status=-signal.SIGKILL)
+            here = (*here, "--ckpt-path", str(path))
+        runs(*here)
+        checkpoint = torch.load(path, weights_only=True)
+        found.append((checkpoint["state_dict"], checkpoint["optimizer_states"][0]["state"]))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_ends_with_a_status_and_goes_on(number, status, runs):
     """The summary counts the epochs before."""

@@ -93,6 +93,31 @@ def test_amdim_takes_its_maps_and_its_features():
         assert [map_.shape for map_ in head.project_maps(maps[0])] == [(2, 24, 7, 7), (2, 24, 5, 5)]
 
 
+@pytest.mark.lightly
+def test_lightly_finds_the_width_of_each_size():
+    from lightly_ext.models import AMDIM
+
+    given = {"fine_map": FINE, "coarse_map": COARSE, "project_features": False, "proj_output_dim": 24}
+    for size in SIZES:
+        model = AMDIM(AMDIMEncoder(size, ndf=2, n_rkhs=24, n_depth=1), **given)
+        assert model.feature_dim == 24
+        loss = model.loss([torch.randn(3, 3, size, size) for _ in range(2)])
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters()) and loss.isfinite()
+
+
+@pytest.mark.solo
+def test_solo_builds_it_and_names_its_options():
+    from solo_ext.architectures import ARCHITECTURES
+
+    encoder = ARCHITECTURES["amdim_encoder"]("amdim", size=64, ndf=2, n_rkhs=16, n_depth=1)
+    assert (encoder.size, encoder.num_features) == (64, 16)
+    with pytest.raises(TypeError, match=r"no option 'nrkhs'; known options: size, ndf, n_rkhs, n_depth; did you mean"):
+        ARCHITECTURES["amdim_encoder"]("amdim", nrkhs=16)
+    with pytest.raises(TypeError, match="backbone amdim_encoder: size must be one of"):
+        ARCHITECTURES["amdim_encoder"]("amdim", size=96)
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="size must be one of 32, 64, 128, got 224"):
         AMDIMEncoder(224)

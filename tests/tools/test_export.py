@@ -120,6 +120,26 @@ def test_detectron2(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) ->
         assert torch.equal(torch.from_numpy(written["model"][name]), value), name
 
 
+@pytest.mark.lightly
+def test_a_backbone_that_was_trained_on_its_maps_is_exported_without_them(tmp_path: Path) -> None:
+    """Two steps of AMDIM; the features of plain images are the same in torchvision."""
+    from lightly_ext.models import AMDIM
+
+    model = AMDIM(resnet().train(), proj_output_dim=8)
+    optimizer = torch.optim.SGD(model.training_parameters(), lr=0.01)
+    for _ in range(2):
+        model.loss([torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)]).backward()
+        optimizer.step()
+    expected = features(model)
+    assert torch.equal(expected, features(model.backbone))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "run.ckpt")
+    main([str(tmp_path / "run.ckpt"), "--to", "torchvision", str(tmp_path / "tv.pth")])
+    other = torchvision.models.resnet18()
+    other.fc = nn.Identity()
+    other.load_state_dict(torch.load(tmp_path / "tv.pth", weights_only=True))
+    torch.testing.assert_close(features(other), expected)
+
+
 def test_half_precision_becomes_single_for_detectron2(tmp_path: Path) -> None:
     model = resnet("resnet50").to(torch.bfloat16)
     torch.save(checkpoint("bare", model), tmp_path / "run.ckpt")

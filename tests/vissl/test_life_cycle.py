@@ -233,7 +233,7 @@ def test_the_maps_of_crops_of_two_resolutions_come_view_after_view(toys: ModuleT
             "config.MODEL.ACTIVATION_CHECKPOINTING.USE_ACTIVATION_CHECKPOINTING=true",
             r"toy compares feature maps, .*: set config.MODEL.ACTIVATION_CHECKPOINTING.USE_ACTIVATION_CHECKPOINTING=",
         ),
-        ("+config.LOSS.toy.module=layer3", r"config.MODEL.TRUNK: the backbone has no submodule 'layer3'"),
+        ("+config.LOSS.toy.module=layer9", r"config.MODEL.TRUNK: the backbone has no submodule 'layer9'"),
     ],
 )
 def test_trunks_without_maps_are_refused(toys: ModuleType, override: str, message: str) -> None:

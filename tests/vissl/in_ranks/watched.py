@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from plugins.testing import toy_backbone
 from vissl_ext import ranks  # patches VISSL
 
 # isort: split
@@ -28,9 +29,8 @@ class TinyTrunk(nn.Module):
 
     def __init__(self, model_config: Any, model_name: str) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        )
+        self.layers = toy_backbone()
+        self.layers.add_module("flatten", nn.Flatten())
 
     def forward(self, x: torch.Tensor, out_feat_keys: list[str] | None = None) -> list[torch.Tensor]:
         """Images → features."""

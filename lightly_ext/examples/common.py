@@ -74,8 +74,11 @@ class _Block(nn.Module):
 
 
 def _backbone() -> nn.Module:
-    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    return nn.Sequential(*stem, _Block(16, 32), _Block(32, 64), _Block(64, 128), nn.AdaptiveAvgPool2d(1))
+    network = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+    for number, width in ((2, 32), (3, 64), (4, 128)):  # with the names of a ResNet's stages, which AMDIM looks for
+        network.add_module(f"layer{number}", _Block(width // 2, width))
+    network.add_module("avgpool", nn.AdaptiveAvgPool2d(1))
+    return network
 
 
 def arguments(description: str, method: str, given: list[str] | None = None, **more: Any) -> argparse.Namespace:

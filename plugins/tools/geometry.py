@@ -77,8 +77,9 @@ class Translate:
             raise ValueError(
                 f"pixels must be below height and width of the image, {width} x {height}, got {self.pixels}"
             )
-        padded = F.pad(image, [self.pixels], padding_mode="reflect")
-        return F.crop(padded, top, left, height, width)
+        given: Any = image  # torchvision's annotations have tensors only
+        padded: Any = F.pad(given, [self.pixels], padding_mode="reflect")
+        return padded.crop((left, top, left + width, top + height))
 
     def __repr__(self) -> str:
         return f"Translate({self.pixels}, {self.p})"

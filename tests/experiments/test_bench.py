@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from plugins.experiments import bench_step
 from plugins.experiments.bench import CASES, LOSSES, PREDICTORS, compare, main
 from plugins.methods import METHODS
+from plugins.testing import OF_FEATURES
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_command_leaves_out_what_does_not_fit(capsys):
         (["step", "--batch", "1"], "--batch: must be an integer, at least 2, got 1"),
         (
             ["step", "--method", "isolos"],
-            "no method matches 'isolos'; the methods are barlow_twins, byol, cissl, deepcluster",
+            "no method matches 'isolos'; the methods are amdim, barlow_twins, byol, cissl",
         ),
         (["step", "--method", "isoloss", "--backbone", "resnet1"], "unknown backbone 'resnet1'"),
         (["step", "--method", "isoloss", "optimizer"], "optimizer"),
@@ -104,7 +105,7 @@ def test_amdim_takes_a_third_of_the_memory():
 def test_step_compares_each_method_with_one_of_solo_learns(one_thread, tmp_path, capsys):
     assert main(["step", "--method", "[!i]*", *_TINY, "--json", str(tmp_path / "step.json"), "optimizer.name=sgd"]) == 0
     header, titles, rule, *rows, left_out = (line for line in capsys.readouterr().out.splitlines() if line)
-    assert left_out.endswith("solo-learn's projector): cissl, deepcluster, deepcluster_v2, dissl, pirl, sela")
+    assert left_out.endswith("solo-learn's projector): amdim, cissl, deepcluster, deepcluster_v2, dissl, pirl, sela")
     assert "4 images of 16 px" in header and "CPU threads" in header
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (titles, rule, *rows)]
     assert {len(row) for row in cells} == {9}
@@ -114,8 +115,7 @@ def test_step_compares_each_method_with_one_of_solo_learns(one_thread, tmp_path,
     expected = []
     native = {name: name for name in ("barlow_twins", "byol", "dino", "simclr", "simsiam", "swav")}
     native["moco"] = "mocov2plus"
-    of_views = [name for name, spec in METHODS.items() if not spec.stacks and not spec.indexed]
-    compared = [name for name in of_views if name[0] != "i" and name not in ("cissl", "dissl")]
+    compared = [name for name in OF_FEATURES if name[0] != "i" and name not in ("cissl", "dissl")]
     for name in compared:
         spec = METHODS[name]
         reference = native.get(name) or ("byol" if spec.teacher else "vicreg")

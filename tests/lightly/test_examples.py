@@ -168,7 +168,7 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path) -> None:
     for given, sentence in (
         (["--method", "isolos"], "--method: unknown method 'isolos'; did you mean isoloss?"),
         (["--method", "pirl"], "--method: the examples do not train pirl, which needs the indexes of the images and"),
-        (["--method", "?"], "--method: unknown method '?'; choose from barlow_twins, byol, "),
+        (["--method", "?"], "--method: unknown method '?'; choose from amdim, barlow_twins, byol, "),
         (["--steps", "0"], "argument --steps: must be above 0, got 0; see --help"),
         (["--data", str(tmp_path)], f"--data must be a folder with train/ and val/, but {tmp_path} has no folder val"),
         (
@@ -183,8 +183,10 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path) -> None:
 
 
 def _small_backbone() -> nn.Module:
-    layers = nn.Conv2d(3, 64, 3, 2), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
-    return nn.Sequential(*layers)
+    network = nn.Sequential(nn.Conv2d(3, 64, 3, 2), nn.BatchNorm2d(64))
+    for name, module in {"layer3": nn.ReLU(), "layer4": nn.Identity(), "avgpool": nn.AdaptiveAvgPool2d(1)}.items():
+        network.add_module(name, module)
+    return network
 
 
 @pytest.fixture(scope="module")

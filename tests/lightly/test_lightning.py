@@ -417,7 +417,7 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.
     (tmp_path / "none.py").write_text("x = 1\n")
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
     cases = [
-        (["--methods", "barlow"], "--methods: unknown method 'barlow'; choose from barlow_twins, byol, "),
+        (["--methods", "barlow"], "--methods: unknown method 'barlow'; choose from amdim, barlow_twins, byol, "),
         (["--methods", "isolos"], "; did you mean isoloss?"),
         (["--train-dir", str(tmp_path / "gone")], f"--train-dir: there is no folder {tmp_path / 'gone'}"),
         (["--val-dir", str(empty)], f"--val-dir: there are no images in class folders of {empty}"),

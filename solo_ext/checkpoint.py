@@ -61,7 +61,7 @@ _STATE = (
 _IDENTITY = (
     *_STATE,
     "name",
-    "augmentations",
+    *("augmentations", "shared_flip"),
     *("max_epochs", "max_steps"),
     "seed",
     "pretrained_feature_extractor",
@@ -110,6 +110,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 def _identity(cfg: dict[str, Any]) -> dict[str, Any]:
     """Return the identity of a configuration of plain values; the value of a missing entry is None."""
     same = {key: cfg.get(key) for key in _IDENTITY}
+    same["shared_flip"] = same["shared_flip"] or None  # as in runs of releases that did not have it
     data = {key: value for key, value in cfg["data"].items() if key not in _NOT_OF_IDENTITY}
     for holder, key in ((data, "train_path"), (same, "pretrained_feature_extractor")):
         if holder.get(key) is not None:

@@ -82,3 +82,15 @@ def test_a_missing_module_is_an_error_that_names_the_options():
         connect(spec.head(512, options), backbone, spec.taps(options))
     with pytest.raises(ValueError, match="fine_map and coarse_map must be two modules, got 'layer4' for both"):
         spec.taps(spec.resolve({"fine_map": "layer4"}))
+
+
+def test_timms_names_and_the_last_part_of_a_name_are_found():
+    from timm.models.convnext import ConvNeXt
+
+    network = ConvNeXt(depths=(1, 1, 1, 1), dims=(4, 5, 6, 7), num_classes=0)
+    spec = METHODS["amdim"]
+    options = spec.resolve({"fine_map": "stages.2", "coarse_map": "stages.3", "proj_output_dim": 8})
+    for backbone in (network, nn.Sequential(network)):
+        head = spec.head(7, options)
+        connect(head, backbone, spec.taps(options))
+        assert [part.shortcut.in_channels for part in (head.whole, head.fine, head.coarse)] == [7, 6, 7]

@@ -216,7 +216,7 @@ def test_auto_resume_takes_the_same_run_only(compose, tmp_path):
     assert path == run / "a-ep=0.ckpt" and content == {"state_dict": {}}
     others = (
         *("method_kwargs.rho=0.5", "+method_kwargs.iso=false", "momentum.base_tau=0.5", "seed=6"),
-        *("optimizer.lr=0.1", "++max_epochs=2", "name=other"),
+        *("optimizer.lr=0.1", "++max_epochs=2", "name=other", "++shared_flip=0.5"),
     )
     for other in others:
         changed = parse_pretrain(compose("isoloss", "auto_resume.enabled=true", "name=shared", "++seed=5", other))

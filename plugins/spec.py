@@ -355,9 +355,9 @@ class MethodSpec:
             value = float(value)
         if type(value) is not kind:
             raise ValueError(f"method {self.name}: {key} must be a {kind.__name__}, got {value!r}")
+        if option.low is not None:
+            check_range(f"method {self.name}: {key}", value, low=option.low, high=option.high)
         if option.choices is not None and value not in option.choices:
             allowed = ", ".join(str(choice) for choice in option.choices)
             raise ValueError(f"method {self.name}: {key} must be one of {allowed}, got {value!r}")
-        if option.low is not None:
-            check_range(f"method {self.name}: {key}", value, low=option.low, high=option.high)
         return value

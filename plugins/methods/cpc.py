@@ -97,14 +97,16 @@ SPEC = MethodSpec(
             -1, "rows after the context's own that are not predicted; -1: those that overlap with it", low=-1
         ),
         "predict_rows": Option(5, "largest number of predicted rows, >= 1", low=1),
-        "directions": Option(1, "directions of prediction: down, and up, and to both sides", choices=DIRECTIONS),
+        "directions": Option(
+            1, "directions of prediction: down, and up, and to both sides", choices=DIRECTIONS, low=1, high=4
+        ),
         "context": Option("pixelcnn", "network of the context: of CPC v2, or one of two of v1", choices=(*CONTEXTS,)),
         "context_hidden_dim": Option(256, "hidden width of the pixelcnn, >= 1", low=1),
         "score": Option(
             "projected", "<p, W z> of width proj_output_dim as in CPC v2, or z W_k c as in v1", choices=SCORES
         ),
         "proj_output_dim": Option(64, "width D of targets and predictions, >= 1; only with score=projected", low=1),
-        "scale": Option(0.0, "factor of the scores, > 0; 0: 0.1 with score=projected, 1 with bilinear", low=0.0),
+        "scale": Option(0.0, "factor of the scores; 0 is 0.1 with score=projected and 1 with score=bilinear", low=0.0),
         "num_negatives": Option(0, "locations that are drawn as negatives; 0: all of the joined batch", low=0),
         "negatives_seed": Option(0, "seed of drawn negatives, >= 0", low=0),
         "reduction": Option("mean", "of the offsets; sum in the papers", choices=REDUCTIONS),

@@ -13,7 +13,7 @@ from plugins.experiments.method_pages import commands as page_commands
 from plugins.experiments.report import read_losses, read_spectrum
 from plugins.experiments.suites import Request, lightly, solo
 from plugins.methods import METHODS
-from solo_ext.transforms import DATASETS
+from solo_ext.transforms import DATASETS, evaluation_side
 
 pytestmark = pytest.mark.lightly
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,9 @@ def test_settings_are_those_of_solo_learns_column(in_checkout, column, method):
     assert train.option == {**theirs.method_kwargs, **theirs.momentum}
     assert train.option == few.option, "the checkpoint is of the same model"
     assert (tuple(train.mean), tuple(train.std)) == DATASETS["digits"][1:3]
-    assert train.input_size == DATASETS["digits"].side and train.eval_hf_prob == float(DATASETS["digits"].flip)
+    assert train.input_size == evaluation_side(theirs.augmentations[0], "digits") and train.eval_hf_prob == float(
+        DATASETS["digits"].flip
+    )
     assert (train.linear_epochs, train.linear_lr) == (linear.max_epochs, linear.optimizer.lr)
     assert (few.linear_epochs, few.batch_size_per_device) == (linear_5.max_epochs, linear_5.optimizer.batch_size)
     expected = {"min_scale": 0.6, "cj_strength": 1.0, "cj_bright": 0.4, "cj_hue": 0.5, "hf_prob": 0.0}

@@ -16,6 +16,7 @@ from plugins.losses import (
     barlow_twins_loss,
     byol_loss,
     cissl_loss,
+    cpc_loss,
     dissl_loss,
     isoloss,
     matrix_ssl_loss,
@@ -42,6 +43,12 @@ def _pirl(z_image, z_patches, form="info_nce"):
     return pirl_loss(z_image, z_patches, torch.arange(rows, device=device), bank, form=form)
 
 
+def _cpc(a, b):
+    """A grid of 2 x 2 locations, whose upper row predicts the lower one."""
+    targets = torch.stack([a, b, b, a], -1).unflatten(2, (2, 2))
+    return cpc_loss({1: torch.stack([b, a], -1).unsqueeze(2)}, targets)
+
+
 LOSSES = {
     "barlow_twins": lambda a, b, c, d: barlow_twins_loss(a, b),
     "barlow_twins, gram": lambda a, b, c, d: barlow_twins_loss(a, b, form="gram"),
@@ -66,6 +73,7 @@ LOSSES = {
     "simclr": lambda a, b, c, d: simclr_loss([a, b, c, d]),
     "mec": partial(mec_loss, eps_d=0.5),
     "mec, strong": partial(mec_loss, eps_d=1 / 32),
+    "cpc": lambda a, b, c, d: _cpc(a, b),
     "pirl": lambda a, b, c, d: _pirl(a, b),
     "pirl, nce": lambda a, b, c, d: _pirl(a, b, form="nce"),
     "pirl, nce_paper": lambda a, b, c, d: _pirl(a, b, form="nce_paper"),
@@ -81,6 +89,7 @@ NAMES = {
     "dissl": [r"student_logits\[0\]", r"student_logits\[1\]", r"teacher_logits\[0\]", r"teacher_logits\[1\]"],
     "matrix_ssl": _MATRIX,
     "mec": _MATRIX,
+    "cpc": [r"targets, predictions\[1\]"] * 2,
     "pirl": ["z_image", "z_patches"],
     "relic": [r"online\[0\]", r"online\[1\]", r"target\[0\]", r"target\[1\]"],
     "simclr": [rf"views\[{view}\]" for view in range(4)],
@@ -148,7 +157,7 @@ def test_an_input_that_is_not_finite_is_named(name, value):
     """On the CPU; on a GPU it shows in the loss, so that nothing waits for the device."""
     views = [torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     kind = name.partition(",")[0]
-    two, three = ("barlow_twins", "pirl", "ssl_ey"), ("byol", "isoloss", "dissl, one")
+    two, three = ("barlow_twins", "cpc", "pirl", "ssl_ey"), ("byol", "isoloss", "dissl, one")
     used = 2 if name.startswith(two) else 3 if name.startswith(three) else 4
     for index in range(used):
         if name.startswith("byol") and index == 1:

@@ -191,6 +191,42 @@ def trained(thin_digits, tmp_path_factory):
     return pretrain(cfg), digits
 
 
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_weights(compose, digits, tmp_path, monkeypatch):
+    """With drawn negatives, which depend on the step."""
+    from solo_ext.main_pretrain import pretrain
+
+    words = ["max_epochs=2", "check_val_every_n_epoch=2", "checkpoint.frequency=1", "optimizer.batch_size=8"]
+    words += ["++method_kwargs.num_negatives=16", "++checkpoint.version=run", "++auto_resume.enabled=True"]
+
+    def run(folder):
+        return pretrain(compose(ALONE[0], *words, f"++checkpoint.dir={tmp_path / folder}"))
+
+    straight = run("straight")
+    cls, started = method_class(parse_pretrain(compose(ALONE[0]))), []
+
+    def killed(self, *args):
+        started.append(self.current_epoch)
+        if started == [0, 1]:
+            raise _Killed
+        original(self, *args)
+
+    original = cls.on_train_epoch_start
+    monkeypatch.setattr(cls, "on_train_epoch_start", killed)
+    with pytest.raises(_Killed):
+        run("killed")
+    resumed = run("killed")
+    assert started == [0, 1, 1]
+    states = [torch.load(find_checkpoint(place), weights_only=True)["state_dict"] for place in (straight, resumed)]
+    assert states[0].keys() == states[1].keys() and "objective.criterion.cpc.clock.steps" in states[0]
+    for key, value in states[0].items():
+        assert torch.equal(states[1][key], value), key
+
+
 @pytest.mark.slow
 def test_an_exported_trunk_gives_the_same_features_in_torchvision(trained, tmp_path):
     folder, _ = trained

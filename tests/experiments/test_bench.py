@@ -105,7 +105,9 @@ def test_amdim_takes_a_third_of_the_memory():
 def test_step_compares_each_method_with_one_of_solo_learns(one_thread, tmp_path, capsys):
     assert main(["step", "--method", "[!i]*", *_TINY, "--json", str(tmp_path / "step.json"), "optimizer.name=sgd"]) == 0
     header, titles, rule, *rows, left_out = (line for line in capsys.readouterr().out.splitlines() if line)
-    assert left_out.endswith("solo-learn's projector): amdim, cissl, cpc, deepcluster, deepcluster_v2, dissl, pirl, sela")
+    assert left_out.endswith(
+        "solo-learn's projector): amdim, cissl, cpc, deepcluster, deepcluster_v2, dissl, pirl, sela"
+    )
     assert "4 images of 16 px" in header and "CPU threads" in header
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (titles, rule, *rows)]
     assert {len(row) for row in cells} == {9}

@@ -352,7 +352,7 @@ def test_a_suite_says_how_many_runs_go_at_a_time(suite, monkeypatch, capfd):
     monkeypatch.setitem(experiments.SUITES, "toy", replace(experiments.SUITES["toy"], jobs=lambda request: 1))
     experiments.main(["toy", "--only", "good"])
     experiments.main(["toy"])
-    assert "1 runs, 1 at a time" in capfd.readouterr().out
+    assert "1 run, 1 at a time" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

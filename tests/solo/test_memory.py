@@ -203,7 +203,7 @@ def test_the_optimiser_has_the_groups_that_the_hints_name(toy):
         (["augmentations.1.crop_size=11"], "crop_size at most side / grid"),
         (["++augmentations.1.rotation=True"], "jigsaw and rotation exclude each other"),
         (["augmentations.1.rrc.enabled=False"], "rrc.enabled must be true"),
-        (["++augmentations.0.rotation=True"], "come after at least one view"),
+        (["++augmentations.0.rotation=True"], "needs 1 stack of patches per image, got 2"),
         (["method=vicreg", "~method_kwargs"], "solo-learn's method vicreg"),
     ],
 )  # fmt: skip

@@ -495,7 +495,9 @@ def test_gradients_are_finite_at_the_first_scale_of_a_grad_scaler(device):
 @pytest.mark.parametrize("shape", [(8, 4), (8, 32)])
 def test_compiles_to_one_graph(shape, estimator):
     views = [view.float().requires_grad_() for view in toy_views(*shape)]
-    compiled = torch.compile(ssl_ey_loss, fullgraph=True)
+    # code is generated once; the other cases test that there is one graph
+    backend = "inductor" if (shape, estimator) == ((8, 4), "plugin") else "aot_eager"
+    compiled = torch.compile(ssl_ey_loss, fullgraph=True, backend=backend)
     expected = ssl_ey_loss(*views, estimator=estimator)
     found = compiled(*views, estimator=estimator)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,8 @@
-"""torch.hub.load(REPOSITORY, NAME): published DISSL weights (arXiv:2209.06235) in torchvision's ResNet-50."""
+"""Backbones for ``torch.hub.load(REPOSITORY, NAME)``.
+
+``<method>_<arch>``, such as ``ssl_ey_resnet50``, takes ``weights=FILE``, a checkpoint or an export of yours.
+``dissl_resnet50_...`` are the published DISSL weights (arXiv:2209.06235) in torchvision's ResNet-50.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,3 +37,12 @@ dissl_resnet50_dNone_e400_m2 = _constructor(2048, 400, 2)
 dissl_resnet50_dNone_e400_m6 = _constructor(2048, 400, 6)
 dissl_resnet50_d8192_e400_m6 = _constructor(8192, 400, 6)
 dissl_resnet50_d8192_e800_m8 = _constructor(8192, 800, 8)
+
+
+def _of_files() -> dict[str, Callable[..., Any]]:
+    from plugins.tools.hub import constructors
+
+    return constructors()
+
+
+globals().update(_of_files())

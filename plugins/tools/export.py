@@ -170,7 +170,7 @@ def fit(state: Mapping[str, Tensor], target: str, arch: str | None) -> tuple[str
     if arch is None:
         for arch in _RESNETS:
             with torch.device("meta"):
-                model = _build("torchvision", arch)
+                model = build("torchvision", arch)
             if not _differences(state, model):
                 break
         else:
@@ -179,14 +179,19 @@ def fit(state: Mapping[str, Tensor], target: str, arch: str | None) -> tuple[str
                 f"the backbone is not a ResNet (its keys start with {keys}); select its architecture with --arch, or "
                 "export with --to safetensors"
             )
-    model = _build(target, arch)
+    model = build(target, arch)
     if differences := _differences(state, model):
         raise UserError(f"the backbone is not a {arch} of {target}: {differences}")
     model.load_state_dict(dict(state))
     return arch, model
 
 
-def _build(target: str, arch: str) -> nn.Module:
+def build(target: str, arch: str) -> nn.Module:
+    """Build an untrained network of "torchvision", this package included, or of "timm", without its classifier.
+
+    Raises:
+        UserError: there is no network of that name.
+    """
     if target == "timm":
         import timm
 

@@ -60,7 +60,7 @@ def load_dissl(source: str | Path, *, sha256: str | None = None) -> nn.Module:
             raise UserError(f"there is no file {source}, and no published weights of that name: {', '.join(NAMES)}")
         path = _downloaded(str(source), sha256)
     elif sha256 is not None:
-        _check_digest(path, sha256)
+        check_digest(path, sha256)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -229,13 +229,18 @@ def _downloaded(name: str, sha256: str | None) -> Path:
         except RuntimeError as error:
             raise UserError(f"{url} is not the expected file: {error}") from error
     recorded = record.read_text().strip() if record.is_file() else None
-    digest = _check_digest(path, sha256 or recorded)
+    digest = check_digest(path, sha256 or recorded)
     if recorded is None:
         record.write_text(f"{digest}\n")
     return path
 
 
-def _check_digest(path: Path, expected: str | None) -> str:
+def check_digest(path: Path, expected: str | None) -> str:
+    """Return the SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        UserError: it is not the expected one.
+    """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
     if expected is not None and digest != expected.lower():

@@ -1,0 +1,65 @@
+"""Backbones with the weights of a file, for scripts and for ``hubconf.py``::
+
+model = load_weights("trained_models/ssl_ey/first")            # the folder of a run, or a checkpoint, or an export
+model = torch.hub.load(REPOSITORY, "ssl_ey_resnet50", weights="backbone.pth")
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from torch import nn
+
+from plugins.methods import METHODS
+from plugins.tools.export import build, checkpoint_file, fit, read_backbone
+from plugins.tools.library_names import library_names
+from plugins.tools.weights import check_digest
+
+ARCHITECTURES = ("resnet18", "resnet50", "resnet50x2", "resnet200x2")
+"""Networks of the constructors; those with a factor are in :mod:`plugins.tools.backbones`."""
+
+
+def load_weights(source: str | Path, arch: str | None = None, *, sha256: str | None = None) -> nn.Module:
+    """Load the backbone in a file that a method was trained to, in any of the frameworks.
+
+    Args:
+        source: a checkpoint, with or without the other parts of the method, the folder of a run, or a file of
+            ``plugins.tools.export``.
+        arch: name of the network in torchvision or in ``plugins.tools.backbones``; None selects the ResNet that fits.
+        sha256: hexadecimal SHA-256 of the file; None does not compare it.
+
+    Returns:
+        The network ``[B, 3, H, W] → [B, F]`` in evaluation mode, on the CPU. A ResNet that was trained with the
+        stem for small images has that stem.
+
+    Raises:
+        UserError: there is no such file, it contains no backbone, its SHA-256 differs, or a tensor is missing,
+            unexpected or of another shape. No code in the file is executed.
+    """
+    path = checkpoint_file(Path(source).expanduser())
+    if sha256 is not None and path.is_file():
+        check_digest(path, sha256)
+    return fit(library_names(read_backbone(path).state, "torchvision"), "torchvision", arch)[1].eval()
+
+
+def constructors(names: Iterable[str] = METHODS) -> dict[str, Callable[..., nn.Module]]:
+    """Return the functions of ``hubconf.py``: ``<method>_<arch>(weights=None, *, sha256=None)``.
+
+    Args:
+        names: of the methods.
+
+    >>> "ssl_ey_resnet50x2" in constructors()
+    True
+    """
+    return {f"{name}_{arch}": _constructor(name, arch) for name in names for arch in ARCHITECTURES}
+
+
+def _constructor(name: str, arch: str) -> Callable[..., nn.Module]:
+    def make(weights: str | Path | None = None, *, sha256: str | None = None) -> nn.Module:
+        return build("torchvision", arch) if weights is None else load_weights(weights, arch, sha256=sha256)
+
+    make.__name__ = f"{name}_{arch}"
+    make.__doc__ = (
+        f"{arch} without its classifier, with the weights of a file of {METHODS[name].title}, a checkpoint or an "
+        "export; untrained without weights. sha256 is that of the file."
+    )
+    return make

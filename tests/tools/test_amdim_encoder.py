@@ -112,7 +112,7 @@ def test_solo_builds_it_and_names_its_options():
 
     encoder = ARCHITECTURES["amdim_encoder"]("amdim", size=64, ndf=2, n_rkhs=16, n_depth=1)
     assert (encoder.size, encoder.num_features) == (64, 16)
-    with pytest.raises(TypeError, match=r"no option 'nrkhs'; known options: size, ndf, n_rkhs, n_depth; did you mean"):
+    with pytest.raises(TypeError, match=r"no option 'nrkhs'; known options: n_depth, n_rkhs, ndf, size; did you mean"):
         ARCHITECTURES["amdim_encoder"]("amdim", nrkhs=16)
     with pytest.raises(TypeError, match="backbone amdim_encoder: size must be one of"):
         ARCHITECTURES["amdim_encoder"]("amdim", size=96)

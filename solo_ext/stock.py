@@ -58,6 +58,9 @@ class Scripts:
                 raise UserError(f"solo-learn's own script cannot make stacks of patches; {_INSTEAD}")
             if any(has_masks(view) for view in cfg.get("augmentations") or ()):  # main would ignore the entry
                 raise UserError(f"augmentations.masks is not available in solo-learn's own script; {_INSTEAD}")
+            if steps := _ignored_steps(cfg):  # main would train without them
+                be = "is" if len(steps) == 1 else "are"
+                raise UserError(f"{', '.join(steps)} {be} not available in solo-learn's own script; {_INSTEAD}")
         cfg = self._parse(original, cfg)
         if cfg.data.dataset in self.own:
             # main's transform uses these values for a dataset that is not in its own table
@@ -107,6 +110,18 @@ class Scripts:
         views = cfg.get("augmentations")
         side = evaluation_side(views[0], dataset) if views else linear_crop(dataset, cfg).side
         return linear_transform(dataset, cfg), evaluation_transform(dataset, side)
+
+
+def _ignored_steps(cfg: DictConfig) -> list[str]:
+    """Return the steps of this package in a configuration that main's transforms do not have."""
+    steps = ["shared_flip"] if cfg.get("shared_flip") else []
+    for place, view in enumerate(cfg.get("augmentations") or ()):
+        steps += [f"augmentations.{place}.{name}" for name in ("translate", "photometric") if _happens(view.get(name))]
+    return steps
+
+
+def _happens(step: Any) -> bool:
+    return step is not None and bool(step.get("prob", 1.0))
 
 
 def _check_input(method: type, cfg: DictConfig) -> None:

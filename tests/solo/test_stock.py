@@ -115,6 +115,14 @@ _REFUSED = {
     "missing images": (["data.train_path=nowhere"], "data.train_path is not a folder: nowhere (create it with"),
     "devices": (["devices=many"], "devices must be a number above 0 or a list of indexes, got 'many'"),
     "no device": (["devices=0"], "devices must be a number above 0 or a list of indexes, got 0"),
+    "flip of all views": (
+        ["+shared_flip=0.5"],
+        "shared_flip is not available in solo-learn's own script; run the same",
+    ),
+    "steps of a view": (
+        ["+augmentations.0.translate={prob:0.8,pixels:1}", "+augmentations.0.photometric.prob=0.5"],
+        "augmentations.0.translate, augmentations.0.photometric are not available in solo-learn's own script",
+    ),
     "interpolation": (["seed=${nothing}"], "the configuration does not resolve"),
 }
 

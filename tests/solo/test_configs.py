@@ -9,10 +9,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from plugins.methods import METHODS
+from plugins.methods.cpc import offsets
 from solo_ext.compat.common import with_schedule
 from solo_ext.config import count_stacks, parse_linear, parse_pretrain
 from solo_ext.launch import config_folder
 from solo_ext.registry import method_class, register
+from solo_ext.transforms import patches_of
 
 ROOT = Path(__file__).parents[2] / "configs" / "solo"
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.yaml"))
@@ -104,6 +107,21 @@ def test_imagenet_settings(name, images):
     assert cfg.optimizer.weight_decay == {"byol": 1e-6}.get(name, 1e-5)
     assert (cfg.max_epochs, cfg.backbone.name, cfg.augmentations[0].crop_size) == (100, "resnet50", 224)
     assert [view.gaussian_blur.prob for view in cfg.augmentations] == [1.0, 0.1]
+
+
+def test_the_overrides_of_cpc_v2_make_its_patches(images):
+    """Those of the comment: the grid of v2 with whole patches, and colours in place of the grey patches of v1."""
+    path = Path("imagenet/cpc.yaml")
+    words = re.findall(r"\+\+[^\s']+", (ROOT / path).read_text())
+    cfg = parse_pretrain(load(path, *words, *local(images)[:-1], "++devices=1"))
+    (view,) = cfg.augmentations
+    spec = METHODS["cpc"]
+    options = spec.resolve(OmegaConf.to_container(cfg.method_kwargs))
+    spec.check_patches(options, patches_of(view))
+    assert (patches_of(view), offsets(options)) == ((36, 80, 36), [3, 4, 5])
+    assert (options["context"], options["score"], options["directions"]) == ("pixelcnn", "projected", 4)
+    assert (view.color_jitter.prob, view.grayscale.prob, view.grid.window) == (0.8, 0.25, 80)
+    assert cfg.backbone.name == "resnet161_v2_stacks"
 
 
 @pytest.mark.sample("digits/linear.yaml", "imagenet/linear_finetune.yaml")

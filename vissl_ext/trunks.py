@@ -1,4 +1,4 @@
-"""Trunks that VISSL 0.1.6 does not have: small and expanded ResNets, ConvNeXt, and AMDIM's encoder.
+"""Trunks that VISSL 0.1.6 does not have: small and expanded ResNets, ConvNeXt, and the encoders of AMDIM and CPC.
 
 - ``plain_resnet``: ``TRUNK: {NAME: plain_resnet, RESNETS: {DEPTH: 18, CIFAR_STEM: true}}``. DEPTH 8 is the ResNet-8 of
   ``plugins.tools.resnet8``; 18 to 152 are torchvision's ResNets. Further options are ZERO_INIT_RESIDUAL and
@@ -7,8 +7,8 @@
 - ``resnet``: VISSL's trunk with the options of DISSL's fork, see :class:`WideResNeXt`.
 - ``convnext``: ``TRUNK: {NAME: convnext, CONVNEXT: {DEPTH: [3, 3, 27, 3], DIMS: [96, 192, 384, 768]}}``, with
   ``DROP_PATH_RATE`` in [0, 1).
-- ``amdim_encoder``: ``TRUNK: {NAME: amdim_encoder, AMDIM_ENCODER: {SIZE: 32, NDF: 128, N_RKHS: 1024}}``, see
-  ``plugins.tools.amdim_encoder``.
+- each backbone of ``plugins.tools.backbones``; its options are in the section of its name in capitals:
+  ``TRUNK: {NAME: wrn_28_2_gn}``, ``TRUNK: {NAME: amdim_encoder, AMDIM_ENCODER: {SIZE: 32, NDF: 128, N_RKHS: 1024}}``.
 """
 
 from copy import deepcopy
@@ -23,7 +23,7 @@ from vissl.models.trunks import MODEL_TRUNKS_REGISTRY, register_model_trunk
 from vissl.models.trunks.resnext import ResNeXt
 
 from plugins.heads import ExpandDim
-from plugins.tools.amdim_encoder import AMDIMEncoder
+from plugins.tools.backbones import BACKBONES, backbone_options, headless_backbone
 from plugins.tools.command import UserError
 from plugins.tools.resnet8 import resnet8
 from vissl_ext.parts import check_choice, is_number
@@ -64,7 +64,7 @@ _FURTHER = {"plain_resnet": {"CIFAR_STEM"}, "resnet": {"IS_SKIP_RESIZER"}}
 
 
 def check_trunk(model_config: Any) -> None:
-    """Validate the options of ``resnet``, ``plain_resnet``, ``convnext`` and ``amdim_encoder``.
+    """Validate the options of ``resnet``, ``plain_resnet``, ``convnext`` and the backbones of BACKBONES.
 
     Args:
         model_config: VISSL's MODEL section.
@@ -76,8 +76,8 @@ def check_trunk(model_config: Any) -> None:
     name, config = model_config.TRUNK.NAME, model_config.TRUNK.RESNETS
     if name == "convnext":
         convnext_settings(model_config)
-    if name == "amdim_encoder":
-        amdim_settings(model_config)
+    if name in BACKBONES:
+        backbone_width(model_config)
     if name not in ("resnet", "plain_resnet"):
         return
     for key in config:
@@ -116,8 +116,8 @@ def _check_widths(config: Any, own: int) -> None:
 
 def trunk_width(model_config: Any) -> int | None:
     """Return the width of the features of one of this module's trunks, or None for other trunks."""
-    if model_config.TRUNK.NAME == "amdim_encoder":
-        return amdim_settings(model_config)["N_RKHS"]
+    if model_config.TRUNK.NAME in BACKBONES:
+        return backbone_width(model_config)
     if model_config.TRUNK.NAME == "convnext":
         width: int = convnext_settings(model_config)["DIMS"][-1]
         return width
@@ -299,12 +299,14 @@ class ConvNeXtTrunk(nn.Module):
         return [self.network(transform_model_input_data_type(x, self.input_type))]
 
 
-AMDIM_ENCODER: dict[str, int] = {"SIZE": 32, "NDF": 128, "N_RKHS": 1024, "N_DEPTH": 3}
-"""Options of ``amdim_encoder`` and their defaults, those of the published command."""
+BACKBONE_SECTIONS: dict[str, set[str]] = {
+    name.upper(): {key.upper() for key in backbone_options(name)} for name in BACKBONES
+}
+"""Section of TRUNK with the options of a backbone of BACKBONES → names of the options."""
 
 
-def amdim_settings(model_config: Any) -> dict[str, int]:
-    """Return the options of ``amdim_encoder`` in a configuration, completed by the defaults.
+def backbone_width(model_config: Any) -> int:
+    """Return the width of the features of a backbone of BACKBONES, which is built without memory.
 
     Args:
         model_config: VISSL's MODEL section.
@@ -312,39 +314,45 @@ def amdim_settings(model_config: Any) -> dict[str, int]:
     Raises:
         UserError: an option is unknown or has an invalid value.
     """
-    where, given = "config.MODEL.TRUNK.AMDIM_ENCODER", dict(model_config.TRUNK.get("AMDIM_ENCODER") or {})
-    for key in given:
-        check_choice(where, key, AMDIM_ENCODER)
-    settings = {**AMDIM_ENCODER, **given}
+    name = model_config.TRUNK.NAME
+    where = f"config.MODEL.TRUNK.{name.upper()}"
+    for key in model_config.TRUNK.get(name.upper()) or {}:
+        check_choice(where, key, BACKBONE_SECTIONS[name.upper()])
     try:
         with torch.device("meta"):
-            _amdim_encoder(settings)
+            network: Any = _backbone(model_config)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from None
-    return settings
+    return network.num_features
 
 
-def _amdim_encoder(settings: dict[str, int]) -> AMDIMEncoder:
-    return AMDIMEncoder(**{key.lower(): value for key, value in settings.items()})
+def _backbone(model_config: Any) -> nn.Module:
+    name = model_config.TRUNK.NAME
+    given = model_config.TRUNK.get(name.upper()) or {}
+    return headless_backbone(name, **{key.lower(): value for key, value in given.items()})
 
 
-@register_model_trunk("amdim_encoder")
-class AMDIMTrunk(nn.Module):
-    """AMDIM's encoder as a trunk.
+class BackboneTrunk(nn.Module):
+    """A backbone of BACKBONES as a trunk.
 
     Args:
         model_config: VISSL's MODEL section.
         model_name: name of the trunk; not used.
 
     Raises:
-        UserError: see ``amdim_settings``.
+        UserError: see ``backbone_width``.
     """
 
     def __init__(self, model_config: Any, model_name: str) -> None:
         super().__init__()
+        self.num_features = backbone_width(model_config)
         self.input_type = model_config.INPUT_TYPE
-        self.network = _amdim_encoder(amdim_settings(model_config))
+        self.network = _backbone(model_config)
 
     def forward(self, x: Tensor, out_feat_keys: list[str] | None = None) -> list[Tensor]:
-        """Map images ``[B, 3, S, S]`` to a list with the features, for any names."""
+        """Map images ``[B, 3, H, W]`` to a list with the features, for any names."""
         return [self.network(transform_model_input_data_type(x, self.input_type))]
+
+
+for _name in BACKBONES:
+    register_model_trunk(_name)(type(f"Trunk_{_name}", (BackboneTrunk,), {"__module__": __name__}))

@@ -1,7 +1,9 @@
-"""Backbones that torchvision does not have, by the names under which solo-learn and lightly find them."""
+"""Backbones that torchvision does not have, by the names under which all frameworks find them."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -24,3 +26,43 @@ BACKBONES: Mapping[str, Callable[..., nn.Module]] = {
 """Name → function that builds the untrained network; its keywords are the options. It has a classifier ``fc``, or
 ``num_features`` and no classifier. An option ``size`` is the side of its images in pixels. To add a backbone, add one
 line."""
+
+
+def backbone_options(name: str) -> dict[str, Any]:
+    """Return the options of a backbone and their defaults.
+
+    Args:
+        name: a key of BACKBONES.
+
+    >>> backbone_options("amdim_encoder")
+    {'size': 32, 'ndf': 128, 'n_rkhs': 1024, 'n_depth': 3}
+    """
+    keywords = inspect.signature(BACKBONES[name]).parameters.values()
+    return {
+        each.name: each.default
+        for each in keywords
+        if each.default is not each.empty and each.name not in ("weights", "num_classes")
+    }
+
+
+def headless_backbone(name: str, **options: Any) -> nn.Module:
+    """Build a backbone without its classifier.
+
+    Args:
+        name: a key of BACKBONES.
+        options: of the backbone, see :func:`backbone_options`.
+
+    Returns:
+        The network, images ``[B, 3, H, W]`` → features ``[B, num_features]``.
+
+    Raises:
+        TypeError: the backbone has no such option, or one has the wrong type.
+        ValueError: an option is out of range.
+
+    >>> headless_backbone("wrn_28_2_gn").num_features
+    128
+    """
+    network: Any = BACKBONES[name](**options)
+    if hasattr(network, "fc"):
+        network.num_features, network.fc = network.fc.in_features, nn.Identity()
+    return network

@@ -19,6 +19,7 @@ from vissl.models.trunks import get_model_trunk
 from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
 
 from plugins.heads import expand_resnet_dim
+from plugins.tools.backbones import BACKBONES
 from plugins.tools.command import UserError
 from plugins.tools.export import export, read_backbone
 from plugins.tools.library_names import library_names
@@ -28,6 +29,7 @@ from vissl_ext.compose import compose
 from vissl_ext.defaults import adapt
 from vissl_ext.parts import check_layers
 from vissl_ext.registry import register
+from vissl_ext.trunks import check_trunk, trunk_width
 
 register()
 pytestmark = pytest.mark.vissl
@@ -183,6 +185,7 @@ TINY = {
     "efficientnet": ([f"+{_TRUNK}.EFFICIENT_NETS={_EFFICIENT[:-1]},use_se:true}}"], ["block0", "flatten"]),
     "convnext": ([f"{_TRUNK}.CONVNEXT.DEPTH=[1,1,1,1]", f"{_TRUNK}.CONVNEXT.DIMS=[4,4,8,8]"], ["flatten"]),
     "amdim_encoder": ([f"{_TRUNK}.AMDIM_ENCODER.{word}" for word in ("NDF=2", "N_RKHS=16", "N_DEPTH=1")], ["flatten"]),
+    "wrn_28_2_gn": ([], ["flatten"]),
     **{name: ([], ["conv1", "conv5"]) for name in _ALEXNET},
 }
 """Trunk → a small one, and names of features. alexnet_bvlc cannot run in VISSL; alexnet_colorization takes LAB."""
@@ -200,6 +203,7 @@ _OF_LIBRARY = {
         partial(ConVit, 32, 16, norm_layer=torch.nn.LayerNorm, embed_dim=8, depth=2, num_heads=2, local_up_to_layer=1),
     ),
     "xcit": ("timm", partial(Xcit, 32, 16, embed_dim=16, depth=2, num_heads=2, eta=1.0, tokens_norm=True)),
+    "wrn_28_2_gn": ("torchvision", BACKBONES["wrn_28_2_gn"]),
     "convnext": ("timm", partial(ConvNeXt, depths=(1, 1, 1, 1), dims=(4, 4, 8, 8))),
 }
 
@@ -278,3 +282,20 @@ def test_trunks_that_need_a_gpu_raise_an_error(name: str, monkeypatch: pytest.Mo
     words = ["config=feature_extraction/digits/extract", f"{_TRUNK}.NAME={name}"]
     with pytest.raises(UserError, match=f"{_TRUNK}.NAME={name} needs a GPU"):
         adapt(*compose(words))
+
+
+def test_every_backbone_is_a_trunk_with_its_options() -> None:
+    """Its width is known before it is built, and the options are those of its section."""
+    widths = {"amdim_encoder": 1024, "resnet8": 64, "resnet161_v2_stacks": 4096, "wrn_28_2_gn": 128, "resnet50x2": 4096}
+    for name in BACKBONES:
+        config = model_config(f"{_TRUNK}.NAME={name}")
+        with torch.device("meta"):
+            built = get_model_trunk(name)(config, name)
+        assert trunk_width(config) == built.num_features == widths.get(name, built.num_features)
+    section = f"+{_TRUNK}.AMDIM_ENCODER"
+    for option, message in (
+        ("{NRKHS:16}", "AMDIM_ENCODER: 'NRKHS' is unknown, did you mean 'N_RKHS'"),
+        ("{SIZE:96}", "AMDIM_ENCODER: size must be one of 32, 64, 128, got 96"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_trunk(model_config(f"{_TRUNK}.NAME=amdim_encoder", f"{section}={option}"))

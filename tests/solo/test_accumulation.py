@@ -8,7 +8,7 @@ from plugins.distributed import WORLD
 from plugins.heads import Heads, TwoBranchHead
 from plugins.methods import METHODS
 from plugins.objective import Objective
-from plugins.testing import OF_VIEWS, toy_mlp, toy_views
+from plugins.testing import OF_FEATURES, toy_mlp, toy_views
 from plugins.tools.command import UserError
 from solo_ext.compat import pl
 from solo_ext.config import parse_pretrain
@@ -87,7 +87,7 @@ def test_accumulated_batches_are_one_step(method, compose) -> None:
 
 
 @pytest.mark.sample("isoloss", "dissl")
-@pytest.mark.parametrize("method", OF_VIEWS)
+@pytest.mark.parametrize("method", OF_FEATURES)
 def test_the_joined_loss_trains_as_one_batch(method, compose) -> None:
     """Three steps, of 4, 4 and 2 micro-batches."""
     whole, split = micro_batches((4, 4, 2))

@@ -67,7 +67,8 @@ def test_mixed_precision_trains(name, device, precision, compose):
     epochs = 3 if precision == "16-mixed" else 1
     options = (_on(device), f"++precision={precision}", f"max_epochs={epochs}", "++checkpoint.version=v")
     cfg = compose(name, *options, "scheduler.name=none", "optimizer.lr=0.01", "++log_every_n_steps=1")
-    cfg.augmentations[0].crop_size = PIXELS
+    if not METHODS[name].only_stacks:  # the size of patches is that of the method's options
+        cfg.augmentations[0].crop_size = PIXELS
     before = {key: value.clone() for key, value in _untrained(cfg.copy()).named_parameters()}
     folder = pretrain(cfg)
     state = torch.load(find_checkpoint(folder), weights_only=True)

@@ -443,7 +443,7 @@ def test_commands(few_digits: Path, tmp_path: Path, launches: Callable, no_gpu):
     rate = "config.OPTIMIZER.param_schedulers.lr.auto_lr_scaling.base_value=1e25"
     wrong = {
         "the catalogue has nothing": ([SIMCLR], "'imagenet1k_folder' is in no data set catalogue"),
-        "no such folder": ([SIMCLR, "config.DATA.TRAIN.DATA_PATHS=[/nowhere]"], "is no folder"),
+        "no such folder": ([SIMCLR, "config.DATA.TRAIN.DATA_PATHS=[/nowhere]"], "is neither a folder nor"),
         "steps for more epochs": (
             ["config=pretrain/moco/moco_1node_resnet", data, "config.OPTIMIZER.num_epochs=2"],
             "VISSL rejects the configuration: Total num_updates",

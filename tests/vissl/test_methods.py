@@ -310,7 +310,10 @@ def test_closed_form_methods_have_no_learned_predictor() -> None:
             "large views come first, small crops after them: put the largest first, got views of sizes [8, 8, 16, 16]",
         ),
         (["config.DATA.TRAIN.COLLATE_FUNCTION=default_collate"], "got default_collate"),
-        (["config.LOSS.name=barlow_twins_loss"], "method_head requires config.LOSS.name to be one of barlow_twins, "),
+        (
+            ["config.LOSS.name=barlow_twins_loss"],
+            "method_head requires config.LOSS.name to be one of amdim, barlow_twins, ",
+        ),
     ],
 )
 def test_invalid_settings_raise_a_one_line_error(overrides: list[str], message: str) -> None:

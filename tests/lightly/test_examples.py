@@ -10,14 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import pytorch_lightning
 import torch
 from lightly.transforms import SimCLRTransform
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightly_ext import examples, lightning, models
+from lightly_ext import examples, models
 from lightly_ext.examples import common
 from lightly_ext.loss import SSLEYLoss
 from lightly_ext.models.modules import SSLEYProjectionHead
@@ -43,69 +42,6 @@ def accuracies(printed: str) -> tuple[float, float]:
 def few_batches(digits: Path) -> DataLoader:
     """One epoch of augmented batches of the thinned digits."""
     return DataLoader(list(common.views(digits / "train")), batch_size=None)
-
-
-@pytest.fixture(scope="module")
-def real(all_digits: Path) -> tuple[list, Callable[..., list]]:
-    """Return what all methods share: three times four augmented epochs as batches, and images that are decoded once."""
-    torch.manual_seed(0)
-    loader = common.views(all_digits / "train")
-    open_dataset, opened = common.dataset, {}
-
-    def dataset(folder: Path, transform: Callable | None = None) -> list:
-        name = folder, str(transform)
-        if name not in opened:
-            opened[name] = list(open_dataset(folder, transform))
-        return opened[name]
-
-    return [batch for _ in range(4) for batch in loader] * 3, dataset
-
-
-STEPS = (60, 200)
-"""Most methods have learned something after the first number of steps; for the others the test begins anew."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", OF_VIEWS)
-def test_every_method_learns_the_digits_in_200_steps(
-    method: str, real: tuple, all_digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    batches, dataset = real
-    monkeypatch.setattr(common, "views", lambda folder: batches)
-    monkeypatch.setattr(common, "dataset", dataset)
-    script = importlib.import_module("lightly_ext.examples.plain_pytorch")
-    for steps in STEPS:
-        script.main(["--method", method, "--data", str(all_digits), "--steps", str(steps)])
-        printed = capsys.readouterr().out
-        losses = [float(value) for value in re.findall(r"loss (\S+)", printed)]
-        assert len(losses) == steps / 20 and torch.tensor(losses).isfinite().all(), printed
-        before, after = accuracies(printed)
-        if after > before + 10:
-            return
-    pytest.fail(printed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", OF_VIEWS)
-def test_every_lightning_class_learns_the_digits_with_its_defaults(
-    method: str, real: tuple, all_digits: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches, dataset = real
-    monkeypatch.setattr(common, "dataset", dataset)
-    widths = {key: value for key, value in common.WIDTHS.items() if key in METHODS[method].options}
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    for steps in STEPS:
-        torch.manual_seed(0)
-        model = getattr(lightning, NAMES[method])(common.BATCH, 10, common._backbone(), input_dim=128, **widths)
-        before = common.knn(model, all_digits)
-        host = pytorch_lightning.Trainer(accelerator="cpu", devices=1, max_steps=steps, **quiet)
-        host.fit(model, DataLoader(batches, batch_size=None))
-        assert host.global_step == steps
-        assert all(parameter.isfinite().all() for parameter in model.parameters())
-        after = common.knn(model, all_digits)
-        if after > before + 10:
-            return
-    pytest.fail(f"kNN {before} before and {after} after the training")
 
 
 @pytest.mark.sample("isoloss-*", "dissl-plain_pytorch")

@@ -210,10 +210,14 @@ class _Rows:
             self.labels[chosen], self.lead[chosen] = labels, best - second
 
     def _gathered(self, labels: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the sums and numbers of some rows of each cluster, in float64. The sums of given rows are exact."""
+        """Return the sums and numbers of some rows of each cluster, None of all rows, in float64.
+
+        float32 sums of rows far from the origin would move the centroids, by an error that depends on the blocks and on
+        how processes share the rows, and that stays in a cluster which loses its rows.
+        """
         sums = torch.zeros_like(self.sums)
         for part in score_blocks(len(labels), max(sums.shape), self.x.device, least=256):
-            block = self.x[part].to(self.norms.dtype) if rows is None else self.x[rows[part]].double()
+            block = self.x[part if rows is None else rows[part]].double()
             # in the order of the labels, which needs no atomic additions
             order = labels[part].argsort(stable=True)
             bounds = torch.bincount(labels[part], minlength=len(sums)).cumsum(0)

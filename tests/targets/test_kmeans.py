@@ -84,6 +84,14 @@ def test_the_mean_score_improves_in_every_iteration(spherical):
     assert seen[-1][1] == pytest.approx(last.mean().item(), rel=1e-10)
 
 
+def test_centroids_far_from_the_origin_are_the_means():
+    """The sums are in float64: a float32 sum of these rows is wrong by more than the distance of two neighbours."""
+    x = torch.cat([torch.full((4096, 1), 1000.0), torch.full((4096, 1), 3000.0)]) + torch.rand(8192, 1)
+    found = kmeans(x, 2, iterations=2, init=torch.tensor([[1000.0], [3000.0]]))
+    means = torch.stack([x[:4096].double().mean(0), x[4096:].double().mean(0)])
+    torch.testing.assert_close(found.centroids, means.float(), rtol=1e-7, atol=0)
+
+
 def test_blocks_and_dtypes_change_nothing(monkeypatch):
     x = _rows(700).float()
     whole = kmeans(x, 6, iterations=4)

@@ -62,7 +62,7 @@ def test_pretraining_configuration_builds(name: str) -> None:
     assert all(patches.side in (None, stack.shape[-1]) for stack in stacks)
     views = views[: len(views) - len(stacks)]
     assert len(views) == (config.DATA.TRAIN.TRANSFORMS[0].get("total_num_crops") or head.views)
-    crop = {"digits": 16, "cifar": 32, "imagenet128": 128, "imagenet100": 224, "imagenet_rn50": 224}[
+    crop = {"digits": 16, "cifar": 32, "stl10": 64, "imagenet128": 128, "imagenet100": 224, "imagenet_rn50": 224}[
         name.rpartition("/")[2].partition("_e")[0]
     ]
     assert all(view.shape == (3, crop, crop) for view in views[:2])

@@ -30,7 +30,7 @@ from torchvision.models.regnet import RegNet
 
 from plugins.heads import expand_resnet_dim, issl_init_
 from plugins.spelling import did_you_mean
-from plugins.tools.backbones import BACKBONES
+from plugins.tools.backbones import BACKBONES, backbone_options, headless_backbone, without_classifier
 from plugins.tools.regnet import BLOCKS, regnet_y, small_stem_
 
 _TORCHVISION = {
@@ -99,31 +99,32 @@ def _build(name: str, method: str, *, cifar: bool = False, **kwargs: Any) -> nn.
     Raises:
         TypeError: the network has no such option, or its value is out of range.
     """
-    build = BACKBONES.get(name) or _TORCHVISION[name]
-    takes: Callable[..., Any] = build
-    if name not in BACKBONES or name in BLOCKS:  # torchvision's functions pass their options to the class
-        takes = RegNet if name in BLOCKS else resnet.ResNet
-    # options of the classifier, which is removed, and of the architecture, which the name defines
-    fixed = {"self", "weights", "num_classes", "block", "layers", "block_params", "groups", "width_per_group"}
-    known = sorted(set(inspect.signature(takes).parameters) - fixed)
+    known = _options(name)
     for key in kwargs:
         if key not in known:
             raise TypeError(
                 f"backbone {name} has no option {key!r}; known options: {', '.join(known)}{did_you_mean(key, known)}"
             )
     try:
-        network: Any = build(**kwargs)
+        ours = name in BACKBONES
+        network: Any = headless_backbone(name, **kwargs) if ours else without_classifier(_TORCHVISION[name](**kwargs))
     except ValueError as error:
         raise TypeError(f"backbone {name}: {error}") from None
-    if hasattr(network, "fc"):
-        network.num_features = network.fc.in_features
-        network.fc = nn.Identity()
     if cifar and isinstance(network, resnet.ResNet) and name != "resnet8":
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, stride=1, padding=2, bias=False)
         network.maxpool = nn.Identity()
     elif cifar and isinstance(network, RegNet):
         small_stem_(network)
     return network
+
+
+def _options(name: str) -> list[str]:
+    """Return the options of a network, without those that its name defines and those of the classifier."""
+    if name in BACKBONES and name not in BLOCKS:
+        return sorted(backbone_options(name))
+    # torchvision's functions pass their options to the class
+    fixed = {"num_classes", "block", "layers", "block_params", "groups", "width_per_group"}
+    return sorted(set(inspect.signature(RegNet if name in BLOCKS else resnet.ResNet).parameters) - fixed)
 
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {

@@ -77,7 +77,7 @@ def check_trunk(model_config: Any) -> None:
     if name == "convnext":
         convnext_settings(model_config)
     if name in BACKBONES:
-        backbone_width(model_config)
+        _backbone_width(model_config)
     if name not in ("resnet", "plain_resnet"):
         return
     for key in config:
@@ -117,7 +117,7 @@ def _check_widths(config: Any, own: int) -> None:
 def trunk_width(model_config: Any) -> int | None:
     """Return the width of the features of one of this module's trunks, or None for other trunks."""
     if model_config.TRUNK.NAME in BACKBONES:
-        return backbone_width(model_config)
+        return _backbone_width(model_config)
     if model_config.TRUNK.NAME == "convnext":
         width: int = convnext_settings(model_config)["DIMS"][-1]
         return width
@@ -305,31 +305,26 @@ BACKBONE_SECTIONS: dict[str, set[str]] = {
 """Section of TRUNK with the options of a backbone of BACKBONES → names of the options."""
 
 
-def backbone_width(model_config: Any) -> int:
-    """Return the width of the features of a backbone of BACKBONES, which is built without memory.
-
-    Args:
-        model_config: VISSL's MODEL section.
+def _backbone(model_config: Any) -> Any:
+    """Build the backbone of BACKBONES that a configuration names.
 
     Raises:
         UserError: an option is unknown or has an invalid value.
     """
     name = model_config.TRUNK.NAME
-    where = f"config.MODEL.TRUNK.{name.upper()}"
-    for key in model_config.TRUNK.get(name.upper()) or {}:
+    where, given = f"config.MODEL.TRUNK.{name.upper()}", model_config.TRUNK.get(name.upper()) or {}
+    for key in given:
         check_choice(where, key, BACKBONE_SECTIONS[name.upper()])
     try:
-        with torch.device("meta"):
-            network: Any = _backbone(model_config)
+        return headless_backbone(name, **{key.lower(): value for key, value in given.items()})
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from None
-    return network.num_features
 
 
-def _backbone(model_config: Any) -> nn.Module:
-    name = model_config.TRUNK.NAME
-    given = model_config.TRUNK.get(name.upper()) or {}
-    return headless_backbone(name, **{key.lower(): value for key, value in given.items()})
+def _backbone_width(model_config: Any) -> int:
+    """Return the width of the features of that backbone, which is built without memory."""
+    with torch.device("meta"):
+        return _backbone(model_config).num_features
 
 
 class BackboneTrunk(nn.Module):
@@ -340,14 +335,14 @@ class BackboneTrunk(nn.Module):
         model_name: name of the trunk; not used.
 
     Raises:
-        UserError: see ``backbone_width``.
+        UserError: an option is unknown or has an invalid value.
     """
 
     def __init__(self, model_config: Any, model_name: str) -> None:
         super().__init__()
-        self.num_features = backbone_width(model_config)
         self.input_type = model_config.INPUT_TYPE
         self.network = _backbone(model_config)
+        self.num_features = self.network.num_features
 
     def forward(self, x: Tensor, out_feat_keys: list[str] | None = None) -> list[Tensor]:
         """Map images ``[B, 3, H, W]`` to a list with the features, for any names."""

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from lightly_ext.benchmarks.schema import Options
 from lightly_ext.data import IndexedDataset
 from lightly_ext.models import MethodModel
 from lightly_ext.transforms import TwoViewTransform
-from plugins.tools.backbones import BACKBONES
+from plugins.tools.backbones import BACKBONES, backbone_options, headless_backbone, without_classifier
 from plugins.tools.command import UserError, did_you_mean
 from plugins.tools.folders import ImageFolder
 from plugins.tools.images import open_image
@@ -181,19 +180,16 @@ def backbone(options: Options) -> nn.Module:
             f"--backbone: unknown model {name!r}; choose from {', '.join(known)}{did_you_mean(name, known)}"
         )
     try:
-        build = BACKBONES.get(name) or partial(torchvision.models.get_model, name, weights=None)
         # a ViT and some encoders accept only images of the size that their constructor gets
-        parameters = inspect.signature(build).parameters
-        sized = {"size": options.input_size} if "size" in parameters else {}
-        if name.startswith("vit_"):
-            sized = {"image_size": options.input_size}
-        network: nn.Module = build(**sized)
+        if name in BACKBONES:
+            sized = {"size": options.input_size} if "size" in backbone_options(name) else {}
+            network = headless_backbone(name, **sized)
+        else:
+            sized = {"image_size": options.input_size} if name.startswith("vit_") else {}
+            network = without_classifier(torchvision.models.get_model(name, weights=None, **sized))
     except (AssertionError, RuntimeError, ValueError) as error:
         size = options.input_size
         raise UserError(f"--backbone {name} does not accept --input-size {size}: {first_line(error)}") from None
-    for part in ("fc", "classifier", "heads", "head"):
-        if part in network._modules:
-            network._modules[part] = nn.Identity()
     if options.small_images and isinstance(network, torchvision.models.RegNet):
         small_stem_(network)
     elif options.small_images:

@@ -28,6 +28,27 @@ BACKBONES: Mapping[str, Callable[..., nn.Module]] = {
 line."""
 
 
+CLASSIFIERS = ("fc", "classifier", "heads", "head")
+"""Names of the classifier in torchvision's networks."""
+
+
+def without_classifier(network: Any) -> Any:
+    """Replace the classifier of a network by the identity, in place.
+
+    Args:
+        network: one of torchvision, or of BACKBONES.
+
+    Returns:
+        The network. If its classifier was a linear layer ``fc``, ``num_features`` is the width of its features.
+    """
+    if isinstance(getattr(network, "fc", None), nn.Linear):
+        network.num_features = network.fc.in_features
+    for name in CLASSIFIERS:
+        if name in network._modules:
+            setattr(network, name, nn.Identity())
+    return network
+
+
 def backbone_options(name: str) -> dict[str, Any]:
     """Return the options of a backbone and their defaults.
 
@@ -62,7 +83,4 @@ def headless_backbone(name: str, **options: Any) -> nn.Module:
     >>> headless_backbone("wrn_28_2_gn").num_features
     128
     """
-    network: Any = BACKBONES[name](**options)
-    if hasattr(network, "fc"):
-        network.num_features, network.fc = network.fc.in_features, nn.Identity()
-    return network
+    return without_classifier(BACKBONES[name](**options))

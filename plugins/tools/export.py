@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from plugins.norms import fit_norms_
 from plugins.sobel import BUFFER
-from plugins.tools.backbones import BACKBONES
+from plugins.tools.backbones import BACKBONES, headless_backbone, without_classifier
 from plugins.tools.command import Parser, UserError, exit_on_user_error, print_on_rank_zero
 from plugins.tools.files import atomic
 from plugins.tools.fitting import mismatch, plain_names
@@ -170,7 +170,7 @@ def fit(state: Mapping[str, Tensor], target: str, arch: str | None) -> tuple[str
     if arch is None:
         for arch in _RESNETS:
             with torch.device("meta"):
-                model = build("torchvision", arch)
+                model = build_network("torchvision", arch)
             if not _differences(state, model):
                 break
         else:
@@ -179,14 +179,14 @@ def fit(state: Mapping[str, Tensor], target: str, arch: str | None) -> tuple[str
                 f"the backbone is not a ResNet (its keys start with {keys}); select its architecture with --arch, or "
                 "export with --to safetensors"
             )
-    model = build(target, arch)
+    model = build_network(target, arch)
     if differences := _differences(state, model):
         raise UserError(f"the backbone is not a {arch} of {target}: {differences}")
     model.load_state_dict(dict(state))
     return arch, model
 
 
-def build(target: str, arch: str) -> nn.Module:
+def build_network(target: str, arch: str) -> nn.Module:
     """Build an untrained network of "torchvision", this package included, or of "timm", without its classifier.
 
     Raises:
@@ -201,15 +201,10 @@ def build(target: str, arch: str) -> nn.Module:
     import torchvision
 
     if arch in BACKBONES:
-        model = BACKBONES[arch]()
-    elif arch in torchvision.models.list_models(module=torchvision.models):
-        model = torchvision.models.get_model(arch, weights=None)
-    else:
-        raise UserError(f"torchvision has no model {arch!r}; of ours there are {', '.join(BACKBONES)}")
-    for name in ("fc", "classifier", "heads", "head"):
-        if name in dict(model.named_children()):
-            setattr(model, name, nn.Identity())
-    return model
+        return headless_backbone(arch)
+    if arch in torchvision.models.list_models(module=torchvision.models):
+        return without_classifier(torchvision.models.get_model(arch, weights=None))
+    raise UserError(f"torchvision has no model {arch!r}; of ours there are {', '.join(BACKBONES)}")
 
 
 def _differences(state: Mapping[str, Tensor], model: nn.Module) -> str:

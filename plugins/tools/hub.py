@@ -1,7 +1,9 @@
 """Backbones with the weights of a file, for scripts and for ``hubconf.py``::
 
-model = load_weights("trained_models/ssl_ey/first")            # the folder of a run, or a checkpoint, or an export
-model = torch.hub.load(REPOSITORY, "ssl_ey_resnet50", weights="backbone.pth")
+    model = load_weights("trained_models/ssl_ey/first")            # the folder of a run, a checkpoint, or an export
+    model = torch.hub.load(REPOSITORY, "ssl_ey_resnet50", weights="backbone.pth")
+
+The file may be of any of the three frameworks.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from plugins.methods import METHODS
-from plugins.tools.export import build, checkpoint_file, fit, read_backbone
+from plugins.tools.export import build_network, checkpoint_file, fit, read_backbone
 from plugins.tools.library_names import library_names
 from plugins.tools.weights import check_digest
 
@@ -55,7 +57,7 @@ def constructors(names: Iterable[str] = METHODS) -> dict[str, Callable[..., nn.M
 
 def _constructor(name: str, arch: str) -> Callable[..., nn.Module]:
     def make(weights: str | Path | None = None, *, sha256: str | None = None) -> nn.Module:
-        return build("torchvision", arch) if weights is None else load_weights(weights, arch, sha256=sha256)
+        return build_network("torchvision", arch) if weights is None else load_weights(weights, arch, sha256=sha256)
 
     make.__name__ = f"{name}_{arch}"
     make.__doc__ = (

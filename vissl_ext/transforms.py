@@ -175,49 +175,18 @@ class ImgPilToImageAndPatches(ClassyTransform):
 
 
 @register_transform("ImgPilToPatches")
-class ImgPilToPatches(ClassyTransform):
+class ImgPilToPatches(Grid, ClassyTransform):
     """Cut a random crop of an image into a grid of patches: PIL image → ``[patch, ...]``, PIL images, row by row.
 
-    The following transforms of the list are applied to each patch by itself. ``StackPatches`` with ``views: 0`` ends
-    the list.
-
-    Args:
-        side: side of the crop in pixels, which is mirrored with probability ``flip``.
-        patch: side of a patch in pixels.
-        stride: distance of neighbouring patches in pixels.
-        window: side of a random window in each patch, outside of which it is black; None for the whole patch.
-        scale: smallest and largest share of the image's area that the crop takes; None does not resize it.
-        padding: black pixels at each border of the image before the crop.
-        flip: probability of a horizontal flip of all patches together.
-        interpolation: of the crop, PIL's number; 2 is bilinear, 3 bicubic.
-
-    Raises:
-        ValueError: an argument is out of range.
+    The options are the arguments of :class:`plugins.tools.stacks.Grid`; ``interpolation`` is PIL's number: 2 is
+    bilinear, 3 bicubic. The following transforms of the list are applied to each patch by itself. ``StackPatches`` with
+    ``views: 0`` ends the list.
     """
-
-    def __init__(
-        self,
-        side: int = 256,
-        patch: int = 64,
-        stride: int = 32,
-        window: int | None = None,
-        scale: Sequence[float] | None = (0.6, 1.0),
-        padding: int = 0,
-        flip: float = 0.0,
-        interpolation: int = 2,
-    ) -> None:
-        mode: Any = interpolation  # torchvision takes the number
-        options = {"window": window, "scale": scale, "padding": padding, "flip": flip, "interpolation": mode}
-        self.pieces = Grid(side, patch, stride, **options)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ImgPilToPatches":
         """Create the transform from an entry of TRANSFORMS."""
         return cls(**{key: config[key] for key in inspect.signature(cls).parameters if key in config})
-
-    def __call__(self, image: Any) -> list[Any]:
-        """Return the patches."""
-        return self.pieces(image)
 
 
 @register_transform("StackPatches")

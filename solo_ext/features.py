@@ -63,7 +63,7 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path, epoch: int | None = None) -> Run:
-    """Read the args.json of a run, in our format, that of solo-learn's main branch, or the flat one until 1.0.5.
+    """Read the configuration of a run, and find its checkpoint.
 
     Args:
         folder: the run's folder.
@@ -71,6 +71,22 @@ def read_run(folder: Path, epoch: int | None = None) -> Run:
 
     Raises:
         UserError: the folder has no valid args.json or no such checkpoint.
+    """
+    config = read_config(folder)
+    return Run(find_checkpoint(folder, epoch), config)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the args.json of a run, in our format, that of solo-learn's main branch, or the flat one until 1.0.5.
+
+    Args:
+        folder: the run's folder.
+
+    Returns:
+        The configuration in the format of solo-learn's main branch.
+
+    Raises:
+        UserError: the folder has no valid args.json.
     """
     path = folder / ARGS
     if not path.is_file():
@@ -83,7 +99,7 @@ def read_run(folder: Path, epoch: int | None = None) -> Run:
         config = _nested(config)
     if not isinstance(config, dict) or not all(isinstance(config.get(key), dict) for key in ("backbone", "data")):
         raise UserError(f"{path} was not written by solo-learn: it has no sections backbone and data")
-    return Run(find_checkpoint(folder, epoch), config)
+    return config
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def evaluate(cfg: DictConfig) -> Path:
     from solo_ext.compat import LinearModel
     from solo_ext.config import parse_linear
     from solo_ext.data import linear_images
-    from solo_ext.features import read_run
+    from solo_ext.features import evaluated_patches, read_config
     from solo_ext.launch import as_user_error, build_trainer, seed_everything
     from solo_ext.logs import BestAccuracy, Totals, callbacks, host_versions, loggers
     from solo_ext.transforms import linear_crop
@@ -63,7 +63,7 @@ def evaluate(cfg: DictConfig) -> Path:
     backbone = build_backbone(cfg.backbone.name, OmegaConf.to_container(cfg.backbone.kwargs), data.dataset, crop_size)
     source = find_checkpoint(cfg.pretrained_feature_extractor)
     load_backbone(source, backbone)
-    if (source.parent / ARGS).is_file() and (patches := read_run(source.parent).patches) is not None:
+    if (source.parent / ARGS).is_file() and (patches := evaluated_patches(read_config(source.parent))) is not None:
         see_patches_(backbone, *patches)
     with as_user_error("the linear model"):
         model = LinearModel(backbone, cfg, *_mixing(cfg))

@@ -52,9 +52,7 @@ class PluginMethod:
         self.options = self.spec.resolve(OmegaConf.to_container(cfg.method_kwargs))
         if self.spec.only_stacks:
             self.num_large_crops = self.num_crops = 1  # solo-learn takes the stack for a view
-        for name in ("backbone", "momentum_backbone"):
-            if name in self._modules:
-                self.spec.prepare(self.options, self._modules[name])
+        self.spec.prepare(self.options, self.backbone)
         self.taps = self.spec.taps(self.options)
         self.projector = self._new_head()
         self.predictor = self.spec.predictor(self.options, WORLD) if self.spec.predictor else None

@@ -119,11 +119,10 @@ class MethodHead(nn.Module):
         self.projector = spec.head(in_dim, self.options)
         self.predictor = spec.predictor(self.options, WORLD) if spec.predictor else None
         self.taps = dict(spec.taps(self.options))
-        self.method = spec.name
 
     def prepare(self, trunk: nn.Module) -> None:
         """Change the trunk in place, as the method's options say."""
-        METHODS[self.method].prepare(self.options, trunk)
+        self.spec.prepare(self.options, trunk)
 
     def forward(self, features: Tensor | list[Tensor]) -> list[Tensor]:
         """Map features to the list that the class describes.

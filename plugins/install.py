@@ -25,7 +25,7 @@ REQUIRED = {
         *("filelock", "hydra", "lightning", "numpy", "omegaconf", "PIL", "pydantic", "pytorch_lightning"),
         *("timm", "torchvision", "tqdm", "yaml"),
     ),
-    "lightly_ext": ("PIL", "lightly", "numpy", "pydantic", "pytorch_lightning", "torchvision"),
+    "lightly_ext": ("PIL", "lightly", "pydantic", "pytorch_lightning", "torchvision"),
     "vissl_ext": (
         *("PIL", "fvcore", "hydra", "iopath", "numpy", "omegaconf"),
         *("timm", "torchvision", "vissl", "yaml"),

@@ -1,13 +1,11 @@
 """Build the Trainer of a run and its callbacks."""
 
-import random
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from pytorch_lightning import LightningModule, Trainer
@@ -18,6 +16,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from lightly_ext.benchmarks.schema import Options
 from lightly_ext.models import MethodModel
 from plugins.tools.metrics import AppendingRows
+from plugins.tools.random_state import RandomState
 from plugins.tools.records import write_row
 from plugins.tools.trainer import AtomicCheckpointIO, Guard
 
@@ -144,8 +143,8 @@ class RandomStates(Callback):
     """
 
     def __init__(self) -> None:
-        self._states: list[dict[str, Any]] = []
-        self._resumed: list[dict[str, Any]] = []
+        self._states: list[Any] = []
+        self._resumed: list[Any] = []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of all processes."""
@@ -159,7 +158,7 @@ class RandomStates(Callback):
         """Restore the states in the first epoch of a resumed run."""
         states, self._resumed = self._resumed, []
         if len(states) == trainer.world_size:
-            _restore_random_state(states[trainer.global_rank])
+            RandomState.from_plain(states[trainer.global_rank]).restore()
             # the data loader of a resumed run has already drawn the order of the images and the seed of its workers
             loop: Any = trainer.fit_loop
             if getattr(loop, "is_resuming", False):
@@ -167,35 +166,11 @@ class RandomStates(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the states of all processes."""
-        mine = _random_state()
+        mine = RandomState.now(pl_module.device).plain()
         self._states = [mine]
         if trainer.world_size > 1:
             self._states = [mine] * trainer.world_size
             dist.all_gather_object(self._states, mine)
-
-
-def _random_state() -> dict[str, Any]:
-    """Return the states of the generators of torch, NumPy and Python, as types that torch loads without code."""
-    _, keys, position, has_normal, normal = np.random.get_state()
-    version, internal, next_normal = random.getstate()
-    found = {
-        "torch": torch.get_rng_state(),
-        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_normal, normal],
-        "python": [version, torch.tensor(internal), next_normal],
-    }
-    if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_rng_state()
-    return found
-
-
-def _restore_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    keys, position, has_normal, normal = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_normal, normal))
-    version, internal, next_normal = state["python"]
-    random.setstate((version, tuple(internal.tolist()), next_normal))
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 class RunGuard(Guard, Callback):

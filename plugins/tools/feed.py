@@ -11,12 +11,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import get_device_states, set_device_states
 from torch.utils.data import DataLoader, Dataset
 
 from plugins.checks import check_choice
 from plugins.distributed import WORLD, Collective
 from plugins.modes import in_mode
+from plugins.tools.random_state import RandomState
 
 VIEWS = ("eval", "train")
 
@@ -40,33 +40,24 @@ class _Generators:
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self.device = torch.empty(0, device=device)
-        run = self._now()
+        self.device = device
+        run = RandomState.now(device)
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        self.states = self._now()
-        self._set(run)
+        self.state = RandomState.now(device)
+        run.restore()
 
     @contextmanager
     def used(self) -> Iterator[None]:
         """Draw from these states within the block, and from those of the run after it."""
-        run = self._now()
-        self._set(self.states)
+        run = RandomState.now(self.device)
+        self.state.restore()
         try:
             yield
         finally:
-            self.states = self._now()
-            self._set(run)
-
-    def _now(self) -> tuple[Any, ...]:
-        return torch.get_rng_state(), random.getstate(), np.random.get_state(), get_device_states(self.device)
-
-    def _set(self, states: tuple[Any, ...]) -> None:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
-        set_device_states(*states[3])
+            self.state = RandomState.now(self.device)
+            run.restore()
 
 
 class WholeSet:

@@ -86,13 +86,15 @@ def run_folder(cfg: DictConfig, kind: str) -> Path:
 def _new_version() -> str:
     """Return a random name that is the same in all processes of a run.
 
-    Processes that Lightning starts inherit the name. Processes of SLURM or torchrun draw it with the job's id as seed.
+    Processes of SLURM or torchrun draw the name with the job's id as seed: a name in their environment may be that of a
+    run of the process that submitted the job. Processes that Lightning starts inherit the name.
     """
-    if not first_process() and _VERSION in os.environ:
-        return os.environ[_VERSION]
     several = int(os.environ.get("SLURM_NTASKS", 1)) > 1
     job = os.environ.get("SLURM_JOB_ID") if several else os.environ.get("TORCHELASTIC_RUN_ID")
-    letters = random.Random(job if job not in (None, "none") else time.time_ns())
+    of_job = job not in (None, "none")
+    if not of_job and not first_process() and _VERSION in os.environ:
+        return os.environ[_VERSION]
+    letters = random.Random(job if of_job else time.time_ns())
     version = "offline-" + "".join(letters.choices(string.ascii_lowercase + string.digits, k=8))
     os.environ[_VERSION] = version
     return version

@@ -6,9 +6,10 @@ import socket
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from plugins.testing import tiny_backbone
-from solo_ext.checkpoint import find_checkpoint
+from solo_ext.checkpoint import find_checkpoint, run_folder
 from solo_ext.datasets import image_dataset
 from solo_ext.transforms import evaluation_transform
 
@@ -95,3 +96,19 @@ def test_evaluation_counts_every_image_once(pretrained, new_run, tmp_path):
     expected = (logits.argmax(dim=1) == labels).double().mean().item() * 100
     assert len(val) == 40
     assert json.loads((folder / "linear.json").read_text())["acc1"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_processes_of_a_job_do_not_inherit_the_name_of_another_run(monkeypatch):
+    """The process that submits a job may have trained before: its environment has the name of that run."""
+    cfg = OmegaConf.create({"checkpoint": {"dir": "runs", "version": "", "group": None}})
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(name, value)
+    found = set()
+    for rank in ("0", "1"):
+        monkeypatch.setenv("SOLO_EXT_RUN_VERSION", "offline-submitted")
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        found.add(run_folder(cfg, "isoloss").name)
+    assert len(found) == 1 and found != {"offline-submitted"}
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # Lightning has started the process
+    monkeypatch.setenv("SOLO_EXT_RUN_VERSION", "offline-started")
+    assert run_folder(cfg, "isoloss").name == "offline-started"

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from plugins.testing import RankPool
+
+yaml.SafeLoader = yaml.CSafeLoader  # Hydra reads thousands of files in the tests, with libyaml in a tenth of the time
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -16,6 +16,7 @@ measures complete training steps, ``data`` the loading of images: see :mod:`plug
 """
 
 import argparse
+import fnmatch
 import importlib
 import importlib.util
 import json
@@ -691,6 +692,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=f"Time and memory of {text}.")
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         command.add_argument("--sizes", nargs="+", type=_size, metavar="NxD", help="rows x width, such as 256x512")
+        command.add_argument("--case", nargs="+", metavar="NAME", help="only these, such as ssl_ey byol; * stands for any text")
         least = bench_step.at_least(1)
         command.add_argument("--repeat", type=least, default=7, help="number of timed rounds (default: %(default)s)")
         command.add_argument("--quick", action="store_true", help="only sizes that take a few seconds")
@@ -714,12 +716,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is visible to torch")
     run = {"step": bench_step.run, "data": bench_data.run}.get(options.what, _run)
+    if run is _run:
+        _check_cases(parser, options)
     environment, results = run(options)
     if options.json is not None:
         environment["machine"] = platform.machine()
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"environment": environment, "results": results}, indent=2) + "\n")
     return 0
+
+
+def _check_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    known = {"losses": LOSSES, "predictors": PREDICTORS, "all": CASES}[options.what]
+    for pattern in options.case or ():
+        if not fnmatch.filter(known, pattern):
+            parser.error(f"--case: no case of {options.what} matches {pattern!r}; the cases are {', '.join(known)}")
 
 
 def _run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -733,6 +744,8 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, An
             jobs += [(n, *size) for n, sizes in of_own.items() for size in sizes]
     if options.what in ("predictors", "all"):
         jobs += [(n, *size) for size in options.sizes or PREDICTOR_SIZES for n in PREDICTORS]
+    if options.case:
+        jobs = [job for job in jobs if any(fnmatch.fnmatchcase(job[0], pattern) for pattern in options.case)]
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU threads: {torch.get_num_threads()}"
     print(f"torch {torch.__version__}, {device}; medians of forward and backward; floor: ratio of operation counts")
     header = ("case", "N", "D", "plain ms", "ours ms", "faster", "floor", "plain MB", "ours MB")

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -32,20 +32,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: -weights[item.path])  # stable: files of equal weight keep their order
 
 
+CASES = 6
+"""Number of cases of a test that ``--fast`` runs if the test has no marker ``sample``."""
+
+
 def _mark_further_cases(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give the marker ``more`` to the cases that a test's marker ``sample`` does not name."""
-    kept: dict[str, bool] = {}
+    """Give the marker ``more`` to the cases that ``--fast`` leaves out.
+
+    It keeps the cases that the marker ``sample`` of a test names. Without this marker it keeps CASES of them, at equal
+    distances.
+    """
+    tests: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        marker, callspec = item.get_closest_marker("sample"), getattr(item, "callspec", None)
-        if marker is None or callspec is None:
-            continue
-        name = item.nodeid.removesuffix(f"[{callspec.id}]")
-        kept.setdefault(name, False)
-        if any(fnmatchcase(callspec.id, pattern) for pattern in marker.args):
-            kept[name] = True
+        if callspec := getattr(item, "callspec", None):
+            tests[item.nodeid.removesuffix(f"[{callspec.id}]")].append(item)
+    without = []
+    for name, cases in tests.items():
+        marker = cases[0].get_closest_marker("sample")
+        if marker is None:
+            kept = [
+                not number or number * CASES // len(cases) > (number - 1) * CASES // len(cases)
+                for number in range(len(cases))
+            ]
         else:
-            item.add_marker("more")
-    without = [name for name, any_case in kept.items() if not any_case]
+            kept = [any(fnmatchcase(case.callspec.id, pattern) for pattern in marker.args) for case in cases]
+            if not any(kept):
+                without.append(name)
+        for case, is_kept in zip(cases, kept, strict=True):
+            if not is_kept:
+                case.add_marker("more")
     if without and not any("::" in argument for argument in config.args):
         raise pytest.UsageError(f"the marker sample names no case of {', '.join(without)}")
 

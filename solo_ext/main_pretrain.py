@@ -3,6 +3,7 @@
 The options are those of solo-learn's main_pretrain.py: a folder of YAML files, the name of one of them, and overrides.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ auto_resume.enabled=True resumes from the newest checkpoint of the same run.
 max_epochs=0 writes the untrained weights."""
 
 
-def pretrain(cfg: DictConfig) -> Path:
+def pretrain(cfg: DictConfig, further: Callable[[Path], Sequence[Any]] = lambda folder: ()) -> Path:
     """Pre-train a method.
 
     Args:
         cfg: the configuration that Hydra composed, in the format of solo-learn's main branch.
+        further: the run's folder → further callbacks, which may log values.
 
     Returns:
         The run's folder.
@@ -70,7 +72,7 @@ def pretrain(cfg: DictConfig) -> Path:
 
     throughput, totals, checkpointer = Throughput(), Totals(), Checkpointer(cfg, folder, resumed)
     extra = [SpectrumWriter(folder, images.start_epoch)] if getattr(model, "log_eigvals", False) else []
-    hooks = [*callbacks(cfg), throughput, totals, *extra, checkpointer]
+    hooks = [*callbacks(cfg), *further(folder), throughput, totals, *extra, checkpointer]
     if not cfg.checkpoint.enabled:
         hooks.remove(checkpointer)
     if cfg.auto_umap.enabled:

@@ -1,6 +1,6 @@
 """Load the network of a run: one of solo_ext, or ``best_model.pt`` of Self-Supervised-Vision."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +10,9 @@ from torch import Tensor
 from plugins.tools.command import UserError
 from plugins.tools.fitting import mismatch, plain_names
 from solo_ext.checkpoint import find_checkpoint, read_checkpoint
+from solo_ext.ssv.metrics import EVALUATED
 
 BEST = "best_model.pt"
-PARTS = ("backbone", "projector", "predictor")
-"""The parts of a method that are loaded. The classifier, the teacher and the loss are not evaluated."""
 
 
 class Layout(NamedTuple):
@@ -48,7 +47,7 @@ LAYOUTS = {
 
 
 def load_network(place: Path, algo: str, method: Any) -> Path:
-    """Load backbone, projector and predictor; every weight must match.
+    """Load the parts of a method that are evaluated; every weight must match.
 
     Args:
         place: a checkpoint, or a folder: that of a run of solo_ext, or one with ``best_model.pt``.
@@ -68,16 +67,22 @@ def load_network(place: Path, algo: str, method: Any) -> Path:
         if place.is_dir() and not any(place.glob("*.ckpt")):
             raise UserError(f"--load {place} contains neither {BEST} nor a checkpoint of a run (*.ckpt)")
         file = find_checkpoint(place)
-        weights = _evaluated(plain_names(read_checkpoint(file)["state_dict"]))
-    wanted = _evaluated(method.state_dict())
+        weights = _select(plain_names(read_checkpoint(file)["state_dict"]), parts(method))
+    wanted = _select(method.state_dict(), parts(method))
     if reason := mismatch(weights, wanted):
         raise UserError(f"{file} contains another network than --algo, --arch and --config: {reason}")
     method.load_state_dict(weights, strict=False)  # the names have been compared
     return file
 
 
-def _evaluated(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if name.partition(".")[0] in PARTS}
+def parts(method: Any) -> tuple[str, ...]:
+    """Return the parts of a method that are evaluated: backbone, projector and, of some methods, the predictor."""
+    predicts = EVALUATED.get(method.spec.name) == "prediction"
+    return ("backbone", "projector", *(["predictor"] if predicts else []))
+
+
+def _select(state: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if name.partition(".")[0] in names}
 
 
 def _translated(file: Path, algo: str, method: Any) -> dict[str, Tensor]:
@@ -88,24 +93,22 @@ def _translated(file: Path, algo: str, method: Any) -> dict[str, Tensor]:
     if algo not in LAYOUTS:
         raise UserError(f"{file}: the original has no {algo}; --load a run of {', '.join(sorted(LAYOUTS))}, or of ours")
     layout, state = LAYOUTS[algo], _flat(file)
-    heads = [layout.projector] + ([(layout.predictor,)] if layout.predictor else [])
-    prefixes = (layout.backbone, *(prefix for head in heads for prefix in head))
-    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
+    heads = {"projector": layout.projector, "predictor": (layout.predictor,) if layout.predictor else ()}
+    prefixes = (layout.backbone, *(prefix for head in heads.values() for prefix in head))
+    given: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
     for name, value in state.items():
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         if prefix is None:
             raise UserError(f"{file} is not a checkpoint of {algo}: it contains {name}")
-        parts[prefix][name.removeprefix(prefix)] = value
-    weights = {f"backbone.{name}": value for name, value in parts[layout.backbone].items()}
-    for ours, head in zip(PARTS[1:], heads, strict=False):
-        given = [tensor for prefix in head for tensor in _layers(prefix, parts[prefix])]
-        names = [name for name in method.state_dict() if name.startswith(f"{ours}.")]
-        if len(names) != len(given):
-            raise UserError(
-                f"{file} contains another network than --algo, --arch and --config: {len(given)} weights of the "
-                f"{ours} in the file, {len(names)} here"
-            )
-        weights.update(zip(names, given, strict=True))
+        given[prefix][name.removeprefix(prefix)] = value
+    weights = {f"backbone.{name}": value for name, value in given[layout.backbone].items()}
+    for part, head in heads.items():
+        theirs = [tensor for prefix in head for tensor in _layers(prefix, given[prefix])]
+        ours = [name for name in method.state_dict() if name.startswith(f"{part}.")] if head else []
+        if len(ours) != len(theirs):
+            counts = f"{len(theirs)} weights of the {part} in the file, {len(ours)} here"
+            raise UserError(f"{file} contains another network than --algo, --arch and --config: {counts}")
+        weights.update(zip(ours, theirs, strict=True))
     return weights
 
 

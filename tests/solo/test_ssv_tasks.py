@@ -224,3 +224,43 @@ def test_a_file_of_the_original_gives_its_outputs(algo, files, method):
         expected = F.normalize(expected, dim=1)
     torch.testing.assert_close(got["head"], expected)
     torch.testing.assert_close(got["trunk"], whole.get_submodule(path[0])(images))
+
+
+def _saved(folder: Path, content: object) -> Path:
+    folder.mkdir()
+    torch.save(content, folder / "best_model.pt")
+    return folder
+
+
+def test_other_files_are_refused_in_one_sentence(files, method, tmp_path):
+    ours = method("byol")
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    state = files["byol"][0].state_dict()
+    tensors = "it contains other things than weights"
+    cases = {
+        "another algorithm": (files["simsiam"][2], "byol", "21 weights of the projector in the file, 9 here"),
+        "its layout": (files["simclr"][2], "byol", "is not a checkpoint of byol: it contains encoder.conv1.weight"),
+        "another width": (
+            _saved(tmp_path / "a", {"encoder": {**state, "proj_head.fc2.bias": torch.zeros(9)}}),
+            "byol",
+            r"--algo, --arch and --config: of another shape projector\.3\.bias \(9 in the file, 16 here\)",
+        ),
+        "one weight is missing": (
+            _saved(tmp_path / "b", {"encoder": {k: v for k, v in state.items() if k != "encoder.conv1.weight"}}),
+            "byol",
+            "missing backbone.conv1.weight",
+        ),
+        "no original": (files["byol"][2], "cpc", r"the original has no cpc"),
+        "numbers": (_saved(tmp_path / "c", {"encoder": {"epoch": 3}}), "byol", tensors),
+        "a list": (_saved(tmp_path / "d", [1, 2]), "byol", tensors),
+        "code": (_saved(tmp_path / "e", {"encoder": SimpleNamespace()}), "byol", "code that is not safe to load"),
+        "empty": (tmp_path, "byol", r"contains neither best_model\.pt nor a checkpoint"),
+    }
+    (tmp_path / "e" / "x").mkdir()
+    (tmp_path / "e" / "x" / "best_model.pt").write_bytes(b"PK no file of torch")
+    cases["broken"] = (tmp_path / "e" / "x", "byol", "cannot be read as a checkpoint")
+    for name, (folder, algo, sentence) in cases.items():
+        with pytest.raises(UserError, match=sentence) as error:
+            load_network(folder, algo, ours)
+        assert "\n" not in str(error.value), name
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())

@@ -1,10 +1,12 @@
 """Self-Supervised-Vision: its metric during training, its checkpoints, and the tasks that evaluate a network."""
 
 import csv
+import json
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,13 +14,20 @@ from torch import nn
 
 from plugins.testing import tiny_backbone
 from plugins.tools.command import UserError
+from plugins.tools.knn import knn_accuracy
 from plugins.tools.neighbors import neighbor_consistency
+from plugins.tools.probe import Probe, Setting, evaluate_probe
 from solo_ext.checkpoint import find_checkpoint, read_checkpoint
+from solo_ext.config import parse_pretrain
+from solo_ext.datasets import image_dataset
 from solo_ext.features import extractor, read_run
 from solo_ext.main_pretrain import pretrain
 from solo_ext.registry import method_class
+from solo_ext.ssv import evaluate
 from solo_ext.ssv.checkpoints import LAYOUTS, load_network
+from solo_ext.ssv.command import Arguments
 from solo_ext.ssv.metrics import K, NeighborMetrics, outputs
+from solo_ext.transforms import evaluation_transform
 
 pytestmark = pytest.mark.solo
 
@@ -202,8 +211,6 @@ def method(compose, tiny):
         name = METHODS.get(algo, algo)
         given = OPTIONS.get(algo, ("head=ssv",))
         cfg = compose(name, tiny, *(f"++method_kwargs.{option}" for option in given))
-        from solo_ext.config import parse_pretrain
-
         cfg = parse_pretrain(cfg)
         return method_class(cfg)(cfg)
 
@@ -264,3 +271,87 @@ def test_other_files_are_refused_in_one_sentence(files, method, tmp_path):
             load_network(folder, algo, ours)
         assert "\n" not in str(error.value), name
     assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+
+
+# the tasks
+
+
+LINEAR = {"epochs": 20, "batch_size": 32, "lr": 0.1}
+
+
+@pytest.fixture
+def arguments(compose, tiny, tmp_path, monkeypatch):
+    """arguments(algo, load=…) → those of a task, with the configuration of the tiny backbone."""
+
+    def build(algo: str, **more) -> Arguments:
+        options = (f"++method_kwargs.{option}" for option in OPTIONS[algo])
+        cfg = compose(METHODS.get(algo, algo), tiny, *options)
+        monkeypatch.setattr(evaluate, "translate", lambda *_, **__: cfg)
+        output = str(tmp_path / "out")
+        return Arguments({"linear_eval": LINEAR}, algo=algo, arch="resnet18", output=output, **more)
+
+    return build
+
+
+def test_features_of_a_file_of_the_original_are_written(arguments, files, digits, tmp_path, capsys):
+    evaluate.get_features(arguments("sela", load=files["sela"][2]))
+    whole, _, folder = files["sela"]
+    assert f"loaded {folder / 'best_model.pt'}" in capsys.readouterr().out
+    arrays = {path.name: np.load(path, allow_pickle=False) for path in (tmp_path / "out").glob("*.npy")}
+    assert {name: (each.shape, each.dtype.name) for name, each in arrays.items()} == {
+        "train_fvecs.npy": ((96, WIDTH), "float32"),
+        "train_gt.npy": ((96,), "int64"),
+        "test_fvecs.npy": ((40, WIDTH), "float32"),
+        "test_gt.npy": ((40,), "int64"),
+    }
+    # rows in the order of the files, as evaluated: whole images, in evaluation mode
+    transform = evaluation_transform("digits", 16, {})
+    images = image_dataset("digits", digits / "val", "val", transform, indexed=False, no_labels=False)
+    for row in (0, 17, 39):
+        image, label = images[row]
+        with torch.no_grad():
+            expected = whole.backbone(image[None])[0].numpy()
+        np.testing.assert_allclose(arrays["test_fvecs.npy"][row], expected, rtol=1e-4, atol=1e-5)
+        assert arrays["test_gt.npy"][row] == label
+
+
+def test_linear_evaluation_of_our_run(arguments, compose, tiny, tmp_path, capsys):
+    """The numbers are those of the arrays that get_features writes, and those of the training's last evaluation."""
+    cfg = compose("relic", tiny, *(f"++method_kwargs.{option}" for option in OPTIONS["relic"]))
+    run = pretrain(cfg, lambda folder: [NeighborMetrics(folder, every=5)])
+    args = arguments("relic", load=run)
+    result = evaluate.linear_eval(args)
+    evaluate.get_features(args)
+    out = tmp_path / "out"
+    assert json.loads((out / "linear_eval.json").read_text()) == result
+    for part in ("head", "trunk"):
+        assert result["neighbors"][part] == pytest.approx(_column(run, f"val_neighbors_{part}")[1])
+    train, test = (
+        [torch.from_numpy(np.load(out / f"{s}_{k}.npy")) for k in ("fvecs", "gt")] for s in ("train", "test")
+    )
+    torch.testing.assert_close(train[0].norm(dim=1), torch.ones(96))
+    assert result["neighbors"]["head"] == pytest.approx(100 * neighbor_consistency(*test))
+    assert result["knn"]["head"] == pytest.approx(knn_accuracy(*train, *test, k=20, temperature=0.07)[0])
+    setting = Setting(weight_decay=1e-6, lr=0.1, optimizer="sgd")
+    probe = Probe(grid=(setting,), epochs=20, batch_size=32)
+    assert result["linear"]["head"] == evaluate_probe(train, test, probe)["acc1"]
+    lines = (out / "trainlogs.txt").read_text().splitlines()
+    assert lines == [f"[INFO] Test linear eval accuracy: {result['linear']['head'] / 100:.4f}"]
+    printed = capsys.readouterr().out
+    for kind, title in (("knn", "weighted kNN, k 20"), ("linear", "linear classifier")):
+        assert f"{title}: head {result[kind]['head']:.2f} %  trunk {result[kind]['trunk']:.2f} %" in printed
+
+
+def test_tasks_refuse_before_they_read_an_image(arguments, files, tmp_path):
+    for task in (evaluate.get_features, evaluate.linear_eval):
+        with pytest.raises(UserError, match="with --load"):
+            task(arguments("relic"))
+        with pytest.raises(UserError, match="contains another network"):
+            task(arguments("relic", load=files["simsiam"][2]))
+        with pytest.raises(UserError, match=f"there is no checkpoint {tmp_path / 'nowhere'}"):
+            task(arguments("relic", load=tmp_path / "nowhere"))
+    bad = arguments("relic", load=files["relic"][2])
+    bad.document["linear_eval"] = {**LINEAR, "lr": 0}
+    with pytest.raises(UserError, match="linear_eval: lr must be above 0, got 0"):
+        evaluate.linear_eval(bad)
+    assert not (tmp_path / "out").exists()

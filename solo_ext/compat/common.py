@@ -27,7 +27,7 @@ from plugins.heads import normalized_classifier
 from plugins.targets import cosine_tau
 from plugins.tools.command import UserError, did_you_mean
 from plugins.tools.trainer import run_steps
-from solo_ext.architectures import ARCHITECTURES
+from solo_ext.architectures import ARCHITECTURES, set_stem_
 from solo_ext.compat.optim import OPTIMIZERS, WarmupCosineLR
 from solo_ext.schema import Pretrain, defaults
 
@@ -67,6 +67,26 @@ class MethodMixin:
     """Corrections of solo-learn's BaseMethod. The mixin must come first in the method resolution order."""
 
     _late_buffers: ClassVar[dict[str, Tensor]] = {}
+
+    def set_stem(self, stem: str | None) -> None:
+        """Replace the first layers of the backbone, which solo-learn's classes choose themselves, and of the teacher's.
+
+        Args:
+            stem: of :func:`solo_ext.architectures.set_stem_`; None keeps those of solo-learn.
+
+        Raises:
+            UserError: the backbone has no such stem.
+        """
+        if stem is None:
+            return
+        try:
+            set_stem_(self.backbone, stem)
+        except TypeError as error:
+            raise UserError(f"backbone.kwargs: {error}") from None
+        teacher = getattr(self, "momentum_backbone", None)
+        if teacher is not None:
+            set_stem_(teacher, stem).load_state_dict(self.backbone.state_dict())
+            teacher.requires_grad_(False)
 
     def _base_shared_step(self, X: Tensor, targets: Tensor) -> dict[str, Any]:
         """Classify one view; the loss of a batch without labels is 0."""

@@ -28,7 +28,7 @@ from plugins.targets import cosine_tau
 from plugins.tools.command import UserError, did_you_mean
 from plugins.tools.trainer import run_steps
 from solo_ext.architectures import ARCHITECTURES, set_stem_
-from solo_ext.compat.optim import OPTIMIZERS, WarmupCosineLR
+from solo_ext.compat.optim import OPTIMIZERS, EpochWarmupLR, WarmupCosineLR
 from solo_ext.schema import Pretrain, defaults
 
 _METHOD_ENTRIES = (
@@ -315,6 +315,17 @@ def with_schedule(module: Any, optimizer: torch.optim.Optimizer, cfg: DictConfig
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=cfg.factor, patience=cfg.patience)
         return [optimizer], [{"scheduler": plateau, "interval": "epoch", "frequency": 1, "monitor": "train_loss"}]
     steps, steps_per_epoch = run_steps(module.trainer)
+    if cfg.name == "ssv":
+        schedule: Any = EpochWarmupLR(
+            optimizer,
+            cfg.warmup_epochs,
+            math.ceil(steps / max(steps_per_epoch or 1, 1)),
+            decay=cfg.get("decay", "cosine"),
+            milestones=list(cfg.lr_decay_steps or ()),
+            factor=cfg.lr_decay_factor,
+            static=static,
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "epoch", "frequency": 1}]
     if steps_per_epoch is None:
         raise UserError("scheduler.name=warmup_cosine needs data of a known length; use scheduler.name=none")
     by_step = cfg.interval == "step"

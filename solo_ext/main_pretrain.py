@@ -3,7 +3,7 @@
 The options are those of solo-learn's main_pretrain.py: a folder of YAML files, the name of one of them, and overrides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,12 @@ auto_resume.enabled=True resumes from the newest checkpoint of the same run.
 max_epochs=0 writes the untrained weights."""
 
 
-def pretrain(cfg: DictConfig, further: Sequence[Any] = ()) -> Path:
+def pretrain(cfg: DictConfig, further: Callable[[Path], Sequence[Any]] = lambda folder: ()) -> Path:
     """Pre-train a method.
 
     Args:
         cfg: the configuration that Hydra composed, in the format of solo-learn's main branch.
-        further: further callbacks of Lightning's Trainer; they come first.
+        further: the run's folder → further callbacks, which may log values.
 
     Returns:
         The run's folder.
@@ -82,7 +82,7 @@ def pretrain(cfg: DictConfig, further: Sequence[Any] = ()) -> Path:
     extra: list[Any] = [SpectrumWriter(folder, images.start_epoch)] if getattr(model, "log_eigvals", False) else []
     if cfg.optimizer.get("final_weight_decay") is not None:
         extra.append(WeightDecaySchedule(cfg.optimizer.weight_decay, cfg.optimizer.final_weight_decay))
-    hooks = [*further, *callbacks(cfg), throughput, totals, *extra, checkpointer]
+    hooks = [*callbacks(cfg), *further(folder), throughput, totals, *extra, checkpointer]
     if not cfg.checkpoint.enabled:
         hooks.remove(checkpointer)
     if cfg.auto_umap.enabled:

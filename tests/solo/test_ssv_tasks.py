@@ -46,8 +46,8 @@ def test_the_metric_is_logged_and_changes_nothing(compose, tiny, tmp_path, capsy
     plain = pretrain(compose("relic", *overrides, "++checkpoint.group=plain"))
     images = []
     folder = tmp_path / "runs" / "measured" / "v"
-    measure = [NeighborMetrics(folder, every=2), _Keep(images)]
-    assert pretrain(compose("relic", *overrides, "++checkpoint.group=measured"), measure) == folder
+    cfg = compose("relic", *overrides, "++checkpoint.group=measured")
+    assert pretrain(cfg, lambda folder: [NeighborMetrics(folder, every=2), _Keep(images)]) == folder
     weights = [read_checkpoint(find_checkpoint(run))["state_dict"] for run in (plain, folder)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
@@ -102,7 +102,7 @@ def test_too_few_test_images_are_refused_before_the_training(compose, tiny, digi
             (few / folder.name / image.name).symlink_to(image)
     cfg = compose("relic", tiny, f"data.val_path={few}")
     with pytest.raises(UserError, match="more than 20 labelled test images, got 20"):
-        pretrain(cfg, [NeighborMetrics(tmp_path, every=1)])
+        pretrain(cfg, lambda folder: [NeighborMetrics(folder, every=1)])
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
@@ -317,8 +317,7 @@ def test_features_of_a_file_of_the_original_are_written(arguments, files, digits
 def test_linear_evaluation_of_our_run(arguments, compose, tiny, tmp_path, capsys):
     """The numbers are those of the arrays that get_features writes, and those of the training's last evaluation."""
     options = (f"++method_kwargs.{option}" for option in OPTIONS["relic"])
-    run = tmp_path / "runs" / "relic" / "v"
-    pretrain(compose("relic", tiny, "++checkpoint.version=v", *options), [NeighborMetrics(run, every=5)])
+    run = pretrain(compose("relic", tiny, *options), lambda folder: [NeighborMetrics(folder, every=5)])
     args = arguments("relic", load=run)
     result = evaluate.linear_eval(args)
     evaluate.get_features(args)

@@ -3,7 +3,12 @@ ResNets, ResNeXts and RegNets, all untrained.
 
 The classifier is removed, and ``num_features`` is the width of the features. On CIFAR, a ResNet has the stem of
 solo-learn's own ResNets: a 3×3 convolution with stride 1 and padding 2 (32 pixels become 34) and no max-pool. A RegNet
-has its usual 3×3 stem with stride 1, so that 32 pixels stay 32.
+has its usual 3×3 stem with stride 1, so that 32 pixels stay 32. Every ResNet, also solo-learn's own, has the option
+``stem`` for another one, see :func:`set_stem_`::
+
+    backbone:
+      name: resnet18
+      kwargs: {stem: 3x3}
 
 ``expanded_resnet18``, ``34``, ``50`` and ``101`` are ResNets of any feature width, with the initialisation and the
 stems of the published TinyImageNet code (Dubois et al. 2022, arXiv:2209.06235)::
@@ -20,7 +25,7 @@ stems of the published TinyImageNet code (Dubois et al. 2022, arXiv:2209.06235):
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -45,6 +50,44 @@ _TORCHVISION = {
 }
 _EXPANDED = {f"expanded_{name}": vars(resnet)[name] for name in ("resnet18", "resnet34", "resnet50", "resnet101")}
 _STEMS = ("7x7", "3x3", "cifar")
+
+
+def set_stem_(network: Any, stem: str) -> Any:
+    """Replace the first layers of a ResNet, in place, with new weights.
+
+    Args:
+        network: one of torchvision's ``ResNet``, or a ``RegNet``, whose only other stem is "3x3", which has stride 1.
+        stem: "7x7" with stride 2; "3x3" with stride 1 and padding 1; "cifar", which is "3x3" without the max-pool.
+
+    Returns:
+        The network.
+
+    Raises:
+        TypeError: the stem is unknown, or the network has no such stem.
+
+    >>> set_stem_(resnet.resnet18(), "3x3").conv1
+    Conv2d(3, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False)
+    """
+    if stem not in _STEMS:
+        raise TypeError(f"stem must be one of {', '.join(_STEMS)}, got {stem!r}")
+    if isinstance(network, RegNet) and stem == "3x3":
+        return small_stem_(network)
+    if not isinstance(network, resnet.ResNet):
+        raise TypeError(f"stem={stem} is not available for a {type(network).__name__}; remove stem")
+    _replace_stem(network, stem)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as all of torchvision's layers
+    return network
+
+
+def _replace_stem(network: Any, stem: str) -> None:
+    size, stride, padding = (7, 2, 3) if stem == "7x7" else (3, 1, 1)
+    network.conv1 = nn.Conv2d(3, network.conv1.out_channels, size, stride, padding, bias=False)
+    network.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, stride=2, padding=1)
+
+
+def pop_stem(name: str, kwargs: MutableMapping[str, Any]) -> str | None:
+    """Remove ``stem`` from the arguments of a network, and return it; None without it, or if the network takes it."""
+    return None if name in _EXPANDED else kwargs.pop("stem", None)
 
 
 def _expanded(
@@ -76,9 +119,7 @@ def _expanded(
     if stem not in _STEMS:
         raise TypeError(f"stem of backbone {name} must be one of {', '.join(_STEMS)}, got {stem!r}")
     if stem != "7x7":
-        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
-    if stem == "cifar":
-        network.maxpool = nn.Identity()
+        _replace_stem(network, stem)
     network.fc = nn.Identity()
     issl_init_(network)
     try:

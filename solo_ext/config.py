@@ -168,6 +168,8 @@ def _check_dali(cfg: DictConfig) -> None:
             "jigsaw, rotation, grid, photometric, translate and shared_flip are not available with DALI; "
             "use data.format=image_folder"
         )
+    if any(view.get("steps") is not None for view in steps):
+        raise UserError("augmentations.steps is not available with data.format=dali; use data.format=image_folder")
     if cfg.get("auto_augment"):
         raise UserError("auto_augment is not available with data.format=dali; use data.format=image_folder")
 

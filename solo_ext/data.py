@@ -47,10 +47,25 @@ def pretrain_images(cfg: DictConfig) -> Images:
     train, val = _train_and_val(cfg, "pretrain", None if dali else transform, evaluation, indexed=not dali)
     _check_masks(cfg, train)
     if not dali:
-        return Images(train, val, cfg, drop_last=True)
+        return Images(train, val, cfg, drop_last=_drops_last(cfg, len(train)))
     from solo_ext.dali import DALIImages, pretrain_views
 
     return DALIImages(train, val, cfg, pretrain_views(cfg), indexed=True, drop_last=True)
+
+
+def _drops_last(cfg: DictConfig, images: int) -> bool:
+    """Return ``data.drop_last``.
+
+    Raises:
+        UserError: the last batch has one image, of which neither a batch norm nor most losses can be trained.
+    """
+    drops = cfg.data.get("drop_last", True)
+    if not drops and -(-images // process_count(cfg)) % cfg.optimizer.batch_size == 1:
+        raise UserError(
+            f"the last batch of an epoch has a single image: {images} images in batches of "
+            f"{cfg.optimizer.batch_size}; set another batch size"
+        )
+    return drops
 
 
 def _check_masks(cfg: DictConfig, train: Any) -> None:

@@ -5,6 +5,7 @@ set, and a JSON summary. With ``wandb.enabled`` the values are also logged to We
 """
 
 import csv
+import math
 import sys
 import time
 from pathlib import Path
@@ -78,6 +79,27 @@ def callbacks(cfg: DictConfig) -> list[pl.Callback]:
         pl.callbacks.LearningRateMonitor(logging_interval="epoch"),
         FlushMetrics(),
     ]
+
+
+class WeightDecaySchedule(pl.Callback):
+    """Change the weight decay at the start of each epoch t of E: ``last − (last − first) (1 + cos(π t / E)) / 2``.
+
+    Parameter groups without weight decay keep none.
+
+    Args:
+        first, last: the weight decay, > 0.
+    """
+
+    def __init__(self, first: float, last: float) -> None:
+        self.first, self.last = first, last
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Set the weight decay of the epoch."""
+        share = (1 + math.cos(math.pi * trainer.current_epoch / max(trainer.max_epochs or 1, 1))) / 2
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                if group["weight_decay"]:
+                    group["weight_decay"] = self.last - (self.last - self.first) * share
 
 
 class RunGuard(Guard, pl.Callback):

@@ -3,6 +3,7 @@
 The options are those of solo-learn's main_pretrain.py: a folder of YAML files, the name of one of them, and overrides.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ auto_resume.enabled=True resumes from the newest checkpoint of the same run.
 max_epochs=0 writes the untrained weights."""
 
 
-def pretrain(cfg: DictConfig) -> Path:
+def pretrain(cfg: DictConfig, further: Callable[[Path], Sequence[Any]] = lambda folder: ()) -> Path:
     """Pre-train a method.
 
     Args:
         cfg: the configuration that Hydra composed, in the format of solo-learn's main branch.
+        further: the run's folder → further callbacks, which may log values.
 
     Returns:
         The run's folder.
@@ -47,7 +49,15 @@ def pretrain(cfg: DictConfig) -> Path:
     from solo_ext.config import parse_pretrain
     from solo_ext.data import pretrain_images
     from solo_ext.launch import as_user_error, build_trainer, seed_everything
-    from solo_ext.logs import SpectrumWriter, Throughput, Totals, callbacks, host_versions, loggers
+    from solo_ext.logs import (
+        SpectrumWriter,
+        Throughput,
+        Totals,
+        WeightDecaySchedule,
+        callbacks,
+        host_versions,
+        loggers,
+    )
     from solo_ext.registry import method_class, register
 
     register()
@@ -69,8 +79,10 @@ def pretrain(cfg: DictConfig) -> Path:
     lock = claim_folder(folder, resumed)
 
     throughput, totals, checkpointer = Throughput(), Totals(), Checkpointer(cfg, folder, resumed)
-    extra = [SpectrumWriter(folder, images.start_epoch)] if getattr(model, "log_eigvals", False) else []
-    hooks = [*callbacks(cfg), throughput, totals, *extra, checkpointer]
+    extra: list[Any] = [SpectrumWriter(folder, images.start_epoch)] if getattr(model, "log_eigvals", False) else []
+    if cfg.optimizer.get("final_weight_decay") is not None:
+        extra.append(WeightDecaySchedule(cfg.optimizer.weight_decay, cfg.optimizer.final_weight_decay))
+    hooks = [*callbacks(cfg), *further(folder), throughput, totals, *extra, checkpointer]
     if not cfg.checkpoint.enabled:
         hooks.remove(checkpointer)
     if cfg.auto_umap.enabled:

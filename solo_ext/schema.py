@@ -97,6 +97,9 @@ class Data(Section):
     fraction: real_number("above 0 and at most 1, or -1 for all images", ge=-1, le=1) = entry(
         "fraction of the training images of each class to use; -1: all", -1
     )
+    drop_last: Boolean = entry(
+        "main_pretrain: whether the last batch of an epoch is left out if it is smaller; default: true", optional=True
+    )
 
     @model_validator(mode="after")
     def _check_fraction(self) -> "Data":
@@ -226,6 +229,26 @@ class Grid(Section):
     padding: integer(0, 16384) = entry("black pixels at each border of the image before the crop", 0)
 
 
+def _steps_of(value: Any) -> Any:
+    """Check a list of steps by building them."""
+    from plugins.tools.steps import build_steps  # torchvision is needed only here
+
+    if not isinstance(value, list):
+        raise ValueError(
+            f" must be a list of steps, each a name or a mapping of one name to its options, got {value!r}"
+        )
+    try:
+        build_steps(value)
+    except ValueError as error:
+        raise ValueError(f": {error}") from None
+    return value
+
+
+_Steps = Annotated[
+    list[Any], BeforeValidator(_steps_of), Allowed("a list of steps, each a name or a mapping of it to its options")
+]
+
+
 class Masks(Section):
     """Removal of the background of the whole image before the crop, as in ReLICv2, with a folder of masks."""
 
@@ -272,13 +295,41 @@ class View(Section):
     std: triple("at least 1e-06", ge=1e-6) = entry(
         "for each channel, in [0, 1], for custom data; default: that of ImageNet", optional=True
     )
+    steps: _Steps = entry(
+        "all transforms of an image in this order, in place of rrc ... horizontal_flip, the conversion to a tensor and "
+        "the normalisation; see plugins/tools/steps.py",
+        optional=True,
+    )
+    patch_steps: _Steps = entry("with jigsaw or grid and steps: the transforms of each patch", optional=True)
+    eval_steps: _Steps = entry(
+        "first view: the transforms of the images of evaluation; default: those of the data set", optional=True
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _left_out(cls, view: Any) -> Any:
         if not isinstance(view, Mapping):
             return view
-        return {key: value for key, value in view.items() if key not in _STEPS or value not in (None, {})}
+        kept = {key: value for key, value in view.items() if key not in _STEPS or value not in (None, {})}
+        if kept.get("steps") is not None:
+            kept.setdefault("rrc", {"enabled": False})
+        return kept
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> "View":
+        if self.steps is None:
+            if self.patch_steps is not None:
+                raise ValueError(".patch_steps needs steps; add steps, which may be an empty list")
+            return self
+        given = [name for name in _STEPS if getattr(self, name).prob] + ["rrc"] * self.rrc.enabled
+        if given:
+            raise ValueError(f".steps replaces {', '.join(given)}: remove {'them' if len(given) > 1 else 'it'}")
+        stack = self.jigsaw is not None or self.grid is not None
+        if self.rotation:
+            raise ValueError(".rotation is not available with steps; remove one of them")
+        if stack != (self.patch_steps is not None):
+            raise ValueError(".patch_steps must be given with steps and jigsaw or grid, and only then")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> "View":
@@ -287,7 +338,7 @@ class View(Section):
             raise ValueError(f": {' and '.join(given)} exclude each other")
         if self.grid is not None:
             self._check_grid(self.grid)
-        if (self.jigsaw is not None or self.rotation) and not self.rrc.enabled:
+        if (self.jigsaw is not None or self.rotation) and not self.rrc.enabled and self.steps is None:
             raise ValueError(".rrc.enabled must be true for a stack of patches, got false")
         if self.translate.prob and self.translate.pixels >= self.crop_size:
             raise ValueError(
@@ -339,6 +390,17 @@ class PretrainOptimizer(Optimizer):
 
     batch_size: integer(2) = entry("batch size on each device")
     classifier_lr: NonNegative = entry("learning rate of the online classifier, multiplied in the same way as lr")
+    final_weight_decay: NonNegative = entry(
+        "weight decay at the end of the run, towards which it moves from weight_decay by half a cosine, once an epoch; "
+        "default: weight_decay",
+        optional=True,
+    )
+
+    @model_validator(mode="after")
+    def _check_decay(self) -> "PretrainOptimizer":
+        if self.final_weight_decay is not None and not self.weight_decay:
+            raise ValueError(".weight_decay must be above 0 with final_weight_decay, got 0")
+        return self
 
 
 class LinearOptimizer(Optimizer):
@@ -352,8 +414,14 @@ class LinearOptimizer(Optimizer):
 class Scheduler(Section):
     """The schedule of the learning rate."""
 
-    name: Literal["warmup_cosine", "step", "exponential", "reduce", "none"] = entry(
-        "type of the schedule; reduce: the learning rate falls when train_loss has stopped falling", "warmup_cosine"
+    name: Literal["warmup_cosine", "step", "exponential", "reduce", "ssv", "none"] = entry(
+        "type of the schedule; reduce: the learning rate falls when train_loss has stopped falling; ssv: warm-up by "
+        "epochs, as in Self-Supervised-Vision, followed by decay",
+        "warmup_cosine",
+    )
+    decay: Literal["cosine", "step", "none"] = entry(
+        "ssv: after warmup_epochs, to 0, or by lr_decay_factor lr_decay_steps epochs later; default: cosine",
+        optional=True,
     )
     lr_decay_steps: Annotated[list[integer(0)] | None, Allowed("a list of epochs")] = entry(
         "step: epochs at which the learning rate is reduced", None
@@ -374,7 +442,7 @@ class Scheduler(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Scheduler":
-        if self.name == "step" and self.lr_decay_steps is None:
+        if (self.name == "step" or self.decay == "step") and self.lr_decay_steps is None:
             raise ValueError(".lr_decay_steps must be a list of epochs, got None")
         if self.factor >= 1:
             raise ValueError(f".factor must be in [0, 1), got {self.factor}")

@@ -58,6 +58,8 @@ class Scripts:
                 raise UserError(f"solo-learn's own script cannot make stacks of patches; {_INSTEAD}")
             if any(has_masks(view) for view in cfg.get("augmentations") or ()):  # main would ignore the entry
                 raise UserError(f"augmentations.masks is not available in solo-learn's own script; {_INSTEAD}")
+            if any(view.get("steps") is not None for view in cfg.get("augmentations") or ()):  # main has no such entry
+                raise UserError(f"augmentations.steps is not available in solo-learn's own script; {_INSTEAD}")
             if steps := _ignored_steps(cfg):  # main would train without them
                 be = "is" if len(steps) == 1 else "are"
                 raise UserError(f"{', '.join(steps)} {be} not available in solo-learn's own script; {_INSTEAD}")

@@ -11,6 +11,7 @@ from plugins.patches import Patches, grid_side
 from plugins.tools.geometry import SharedFlip, Translate
 from plugins.tools.masks import RemoveBackground
 from plugins.tools.stacks import Grid, Jigsaw, Photometric, Rotation, Stack
+from plugins.tools.steps import COLOURS, build_steps, named_steps
 from solo_ext.compat import host_data
 from solo_ext.schema import Views, validate
 
@@ -72,7 +73,9 @@ def statistics(dataset: str, cfg: Any = None) -> tuple[tuple[float, ...], tuple[
 
 
 def view_transform(dataset: str, cfg: DictConfig) -> T.Compose:
-    """Build the transform of a PIL image from a complete entry of ``augmentations``, in main's order."""
+    """Build the transform of a PIL image from a complete entry of ``augmentations``, in main's order or its own."""
+    if cfg.get("steps") is not None:
+        return build_steps(_plain(cfg.steps))
     bicubic = T.InterpolationMode.BICUBIC
     if cfg.rrc.enabled:
         scale = (cfg.rrc.crop_min_scale, cfg.rrc.crop_max_scale)
@@ -83,8 +86,19 @@ def view_transform(dataset: str, cfg: DictConfig) -> T.Compose:
     return T.Compose([*crop, *_steps(dataset, cfg)])
 
 
-def stack_transform(dataset: str, cfg: DictConfig) -> Stack:
+def _plain(steps: Any) -> list[Any]:
+    return OmegaConf.to_container(steps) if OmegaConf.is_config(steps) else steps
+
+
+def stack_transform(dataset: str, cfg: DictConfig) -> Any:
     """Build the transform from a PIL image to a stack of patches, ``[P, 3, h, w]``; each patch has its own steps."""
+    if cfg.get("steps") is not None:
+        before, each = build_steps(_plain(cfg.steps)), build_steps(_plain(cfg.patch_steps))
+        if cfg.get("grid") is not None:
+            cut: Any = Grid(cfg.grid.side, cfg.crop_size, cfg.grid.stride, scale=None)
+        else:
+            cut = Jigsaw(cfg.jigsaw.side, cfg.crop_size, cfg.jigsaw.grid, scale=None)
+        return T.Compose([*before.transforms, Stack(cut, each)])
     scale, bicubic = (cfg.rrc.crop_min_scale, cfg.rrc.crop_max_scale), T.InterpolationMode.BICUBIC
     if cfg.get("grid") is not None:
         grid, flip = cfg.grid, cfg.horizontal_flip.prob
@@ -113,6 +127,9 @@ def patches_of(cfg: Any) -> Patches:
 
 def shares_colours(cfg: Any) -> bool:
     """Return whether all patches of an entry with a grid have the colours of the image, changed by no step."""
+    if cfg.get("patch_steps") is not None:
+        changed = {name for name, _ in named_steps(_plain(cfg.patch_steps))} & COLOURS
+        return cfg.get("grid") is not None and not changed
     steps = ("color_jitter", "photometric", "solarization", "equalization", "grayscale")
     return cfg.get("grid") is not None and not any(cfg[step].prob for step in steps)
 
@@ -123,6 +140,8 @@ def evaluation_side(view: Any, dataset: str | None = None) -> int:
     It is that of the training images. A grid of a crop that is not resized has the data set's own.
     """
     own = DATASETS[dataset].side if dataset in DATASETS else 224
+    if view.get("eval_steps") is not None:
+        return view["grid"]["side"] if view.get("grid") is not None else view["crop_size"]
     if view.get("grid") is None:
         return view.get("crop_size", own)
     return view["grid"]["side"] if view["rrc"]["enabled"] else own
@@ -190,8 +209,10 @@ def evaluation_transform(dataset: str, crop_size: int | None = None, cfg: Any = 
         dataset: name of the dataset.
         crop_size: side of the training images in pixels; None means that of the dataset. Images are resized to this
             size times a ratio, which is 256/224 for ImageNet and custom data and 1 for other datasets, and cropped.
-        cfg: a section with ``mean`` and ``std``, for custom data.
+        cfg: a section with ``mean`` and ``std``, for custom data, or with ``eval_steps``, which are the transform.
     """
+    if cfg is not None and cfg.get("eval_steps") is not None:
+        return build_steps(_plain(cfg["eval_steps"]))
     info = DATASETS[dataset]
     side = crop_size or info.side
     margin = 256 / 224 if dataset == "custom" else info.resize[0] / info.resize[1] if info.resize else 1

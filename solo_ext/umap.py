@@ -1,19 +1,16 @@
 """A callback that draws the validation images with UMAP while a method is trained."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
 
 from plugins.tools.command import UserError
 from plugins.tools.trainer import ends_run
 from plugins.tools.umap import NEIGHBOURS, check_installed, embed, plot
 from solo_ext.checkpoint import check_writable
 from solo_ext.compat import pl
-from solo_ext.loaders import evaluation_loader
+from solo_ext.validation import validation_outputs
 
 
 class AutoUMAP(pl.Callback):
@@ -36,7 +33,6 @@ class AutoUMAP(pl.Callback):
         self.folder = Path(cfg.auto_umap.dir) / cfg.method / folder.name
         self.stem = f"{cfg.name}-{folder.name}"
         self.seed = cfg.seed
-        self.reading = (cfg.optimizer.batch_size, cfg.data.num_workers)
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Check before training that the pictures can be drawn and written."""
@@ -54,7 +50,8 @@ class AutoUMAP(pl.Callback):
             return
         if not trainer.is_global_zero:
             return
-        features, labels = self._features(trainer, module)
+        outputs, labels = validation_outputs(trainer, module, lambda images: {"backbone": module.backbone(images)})
+        features = outputs["backbone"]
         if not torch.isfinite(features).all():
             print(f"auto_umap: no picture of epoch {epoch}, since the features contain inf or NaN", flush=True)
             return
@@ -65,28 +62,3 @@ class AutoUMAP(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, pl.loggers.WandbLogger):
                 logger.log_image("validation_umap", [str(files[1])])
-
-    @torch.no_grad()
-    def _features(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[Tensor, Tensor]:
-        """Compute the features and labels of all validation images."""
-        parts, labels = [], []
-        precision = trainer.precision_plugin
-        # a data loader draws a random number when it starts, which must not change the training
-        with _evaluating(module), torch.random.fork_rng(devices=[]), precision.val_step_context():
-            for images, targets in evaluation_loader(trainer.datamodule.val, *self.reading):
-                images = precision.convert_input(images.to(module.device))
-                parts.append(module.backbone(images).float().cpu())
-                labels.append(targets.cpu())
-        return torch.cat(parts), torch.cat(labels)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Set a module to evaluation mode, and restore the mode of each submodule at the end."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode

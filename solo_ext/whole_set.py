@@ -56,7 +56,7 @@ class WholeTrainingSet:
         feed = WholeSet(
             {
                 "train": lambda: _Epoch(_images(cfg, pretrain_transform(cfg)), cfg, epoch),
-                "eval": lambda: _evaluated(cfg),
+                "eval": lambda: evaluation_images(cfg),
             },
             lambda item: item[0][: cfg.data.num_large_crops] if view == "train" else [item[0]],
             self.encode,
@@ -87,6 +87,14 @@ def _images(cfg: DictConfig, transform: Any) -> Dataset:
     return image_dataset(data.dataset, data.train_path, "pretrain", transform, indexed=False, **options)
 
 
-def _evaluated(cfg: DictConfig) -> Dataset:
+def evaluation_images(cfg: DictConfig) -> Dataset:
+    """Open the training images of a pre-training, as (image, label) with the transform of the evaluation.
+
+    Args:
+        cfg: the validated configuration.
+
+    Raises:
+        UserError: images are missing.
+    """
     view = cfg.augmentations[0]
     return _images(cfg, evaluation_transform(cfg.data.dataset, evaluation_side(view, cfg.data.dataset), view))

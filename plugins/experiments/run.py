@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from plugins.experiments.live import live_table
-from plugins.experiments.suites import Request, Run, Suite, dissl, lightly, matrix_ssl, solo, toy, vissl
+from plugins.experiments.suites import Request, Run, Suite, dissl, lightly, matrix_ssl, solo, ssv, toy, vissl
 from plugins.experiments.suites.runner import ENVIRONMENT, THREADS, Outcome, Runner, is_warm, shell
 from plugins.experiments.warm import start_server
 from plugins.spelling import counted
@@ -87,6 +87,16 @@ SUITES: dict[str, Suite] = {
         datasets=(*matrix_ssl.DATA, "digits"),
         prepare=solo.prepare,
         report=("-m", "plugins.experiments.report", "--by-dataset"),
+        jobs=solo.one_at_a_time,
+    ),
+    "self_supervised_vision": Suite(
+        title="twelve methods on six networks, CIFAR-10 or CIFAR-100, by the commands of Self-Supervised-Vision",
+        folder="self_supervised_vision",
+        frameworks={"solo": ssv.runs},
+        options=("seeds", "epochs", "devices", "data"),
+        datasets=ssv.DATA,
+        prepare=solo.prepare,
+        report=("-m", "plugins.experiments.report_ssv"),
         jobs=solo.one_at_a_time,
     ),
     "toy_dynamics": Suite(

@@ -11,9 +11,19 @@ from plugins.heads.init import issl_init_, projection_init_
 from plugins.heads.maps import MapHead, StackHead
 from plugins.heads.mlp import mlp_head, plain_head
 from plugins.heads.patches import PatchHead
+from plugins.heads.ssv import (
+    HEADS,
+    ssv_barlow_head,
+    ssv_deepcluster_head,
+    ssv_dino_head,
+    ssv_simclr_head,
+    ssv_simsiam_head,
+    ssv_swav_head,
+)
 from plugins.heads.two_branch import SharedHead, TwoBranchHead
 
 __all__ = [
+    "HEADS",
     "AMDIMHead",
     "CPCHead",
     "ExpandDim",
@@ -38,4 +48,10 @@ __all__ = [
     "normalized_classifier",
     "plain_head",
     "projection_init_",
+    "ssv_barlow_head",
+    "ssv_deepcluster_head",
+    "ssv_dino_head",
+    "ssv_simclr_head",
+    "ssv_simsiam_head",
+    "ssv_swav_head",
 ]

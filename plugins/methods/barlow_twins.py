@@ -1,14 +1,15 @@
 """Barlow Twins: the cross-correlation of two views' embeddings becomes the identity (arXiv:2103.03230)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from plugins.distributed import Collective
-from plugins.heads import mlp_head
+from plugins.heads import mlp_head, ssv_barlow_head
 from plugins.losses import BarlowTwinsLossTerms, barlow_twins_terms
-from plugins.methods.common import LOG_EIGVALS, projector_options
+from plugins.methods.common import HEAD, LOG_EIGVALS, SCALE_LOSS, projector_options
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
 
 
@@ -24,6 +25,8 @@ class _Loss(nn.Module):
 
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
     widths = features_dim, options["proj_hidden_dim"], options["proj_output_dim"]
+    if options["head"] == "ssv":
+        return ssv_barlow_head(*widths)
     return mlp_head(*widths, layers=3, bias=False, final_bias=False)
 
 
@@ -36,13 +39,14 @@ SPEC = MethodSpec(
     views=None,
     options={
         **projector_options(hidden=8192, output=8192),
+        "head": HEAD,
         "lambd": Option(
             0.0051,
             "weight λ of the off-diagonal terms, >= 0",
             aliases={"lamb": None, "lambda_": None, "lambda_param": None},
             low=0,
         ),
-        "scale_loss": Option(1.0, "factor of the loss, > 0; the authors, solo-learn and VISSL have one", low=1e-6),
+        "scale_loss": replace(SCALE_LOSS, help="factor of the loss, > 0; the authors, solo-learn and VISSL have one"),
         "log_eigvals": LOG_EIGVALS,
     },
     paper=Paper("Barlow Twins", "Zbontar, Jing, Misra, LeCun and Deny 2021, arXiv:2103.03230"),

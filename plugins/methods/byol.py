@@ -3,6 +3,7 @@
 from plugins.methods.common import (
     LOG_EIGVALS,
     METRIC,
+    SCALE_LOSS,
     CrossViewLoss,
     predictor_options,
     projector_options,
@@ -22,6 +23,7 @@ SPEC = MethodSpec(
         **projector_options(hidden=4096, output=256),
         **predictor_options(hidden=4096),
         "metric": METRIC,
+        "scale_loss": SCALE_LOSS,
         "log_eigvals": LOG_EIGVALS,
     },
     paper=Paper("BYOL", "Grill et al. 2020, arXiv:2006.07733, eq. 2"),

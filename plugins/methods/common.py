@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from plugins.clock import Stepped
 from plugins.distributed import Collective
-from plugins.heads import mlp_head
+from plugins.heads import HEADS, mlp_head
 from plugins.losses import BYOLLossTerms, byol_terms, isoloss_terms
 from plugins.predictors import MLPPredictor
 from plugins.spec import Embeddings, Option
@@ -34,19 +34,20 @@ def view_pairs(e: Embeddings) -> list[tuple[int, int]]:
 class CrossViewLoss(nn.Module):
     """``Σ L(p_a, y_b)`` over :func:`view_pairs`, where L is BYOL's loss, or IsoLoss with the option ``iso``.
 
-    With two views this is L(p_0, y_1) + L(p_1, y_0).
+    With two views this is L(p_0, y_1) + L(p_1, y_0). The option ``scale_loss`` multiplies it, if the method has one.
     """
 
     def __init__(self, options: Mapping[str, Any], comm: Collective) -> None:
         super().__init__()
         self.metric, self.iso, self.comm = options["metric"], options.get("iso", False), comm
+        self.scale = options.get("scale_loss", 1.0)
 
     def forward(self, e: Embeddings) -> PairTerms:
         """Sum the loss over all ordered pairs of views."""
         terms = [self._pair(e, a, b) for a, b in view_pairs(e)]
         loss = sum((pair.loss for pair in terms[1:]), terms[0].loss)
         similarity = sum((pair.similarity for pair in terms[1:]), terms[0].similarity)
-        return PairTerms(loss, similarity / len(terms))
+        return PairTerms(loss * self.scale, similarity / len(terms))
 
     def _pair(self, e: Embeddings, a: int, b: int) -> BYOLLossTerms:
         if self.iso:
@@ -96,6 +97,12 @@ METRIC = Option(
     "distance between prediction and target: 2 - 2 cos, or the squared Euclidean distance",
     aliases={"use_l2": _metric_of_use_l2},
     choices=("cosine", "euclidean"),
+)
+SCALE_LOSS = Option(1.0, "factor of the loss, > 0", low=1e-6)
+HEAD = Option(
+    "paper",
+    "projection head: the paper's, or that of Self-Supervised-Vision, which has biases and torch's initialisation",
+    choices=HEADS,
 )
 LOG_EIGVALS = Option(False, "write the whole spectrum of the embedding's second moment once an epoch")
 

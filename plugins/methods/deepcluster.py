@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from plugins.clock import Feed
 from plugins.distributed import Collective
 from plugins.draws import draw_seed
+from plugins.heads import ssv_deepcluster_head
+from plugins.linalg import directions
 from plugins.losses import DeepClusterTerms, cluster_weights, deepcluster_terms
-from plugins.methods.common import HALF_FEATURES, ProjectingLoss
+from plugins.methods.common import HALF_FEATURES, HEAD, ProjectingLoss
 from plugins.sobel import sobel_
 from plugins.spec import Embeddings, Hints, MethodSpec, Option, Paper
 from plugins.targets import kmeans, whitened
@@ -54,7 +56,8 @@ class _Loss(ProjectingLoss):
         options, progress = self.options, Progress("deepcluster", self.comm)
         seed = draw_seed(options["clusters_seed"], epoch)
         index, features = collect_features(feed, self.table.size, progress, self.comm, half=options["half_features"])
-        rows = whitened(features, options["pca_dim"], comm=self.comm)
+        width = options["pca_dim"]
+        rows = whitened(features, width, comm=self.comm) if width else directions(features.float())
         del features
         iterations = options["kmeans_iterations"]
         found = kmeans(
@@ -88,6 +91,8 @@ def _prepare(options: Mapping[str, Any], backbone: nn.Module) -> nn.Module:
 
 
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
+    if options["head"] == "ssv":
+        return ssv_deepcluster_head(features_dim, options["num_clusters"])
     return nn.Linear(features_dim, options["num_clusters"])
 
 
@@ -101,7 +106,10 @@ SPEC = MethodSpec(
     indexed=True,
     options={
         "num_clusters": Option(10000, "clusters K, >= 2, at most a few for every hundred images", low=2),
-        "pca_dim": Option(256, "components of the features that are clustered, >= 1", low=1),
+        "head": HEAD,
+        "pca_dim": Option(
+            256, "components of the features that are clustered, whitened, >= 0; 0 clusters their directions", low=0
+        ),
         "kmeans_iterations": Option(20, "iterations of k-means, >= 0", low=0),
         "balance": Option(
             "weight", "weight: all clusters count alike, like the published sampler; none: all images", choices=BALANCES

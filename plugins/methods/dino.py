@@ -7,8 +7,9 @@ from torch import nn
 
 from plugins.clock import Clock
 from plugins.distributed import Collective
-from plugins.heads import dino_head
+from plugins.heads import dino_head, ssv_dino_head
 from plugins.losses import DINOLoss, DINOTerms, teacher_temperature
+from plugins.methods.common import HEAD
 from plugins.spec import Embeddings, Hints, MethodSpec, Option, Paper
 
 
@@ -52,6 +53,8 @@ class DINOCriterion(nn.Module):
 
 
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
+    if options["head"] == "ssv":
+        return ssv_dino_head(features_dim, options["proj_hidden_dim"], options["num_prototypes"])
     widths = options["proj_hidden_dim"], options["bottleneck_dim"], options["num_prototypes"]
     return dino_head(features_dim, *widths, norm=options["proj_norm"])
 
@@ -69,6 +72,7 @@ SPEC = MethodSpec(
     teacher=True,
     views=None,
     options={
+        "head": HEAD,
         "proj_hidden_dim": Option(2048, "width of the projector's hidden layers, > 0", low=1),
         "proj_norm": Option(False, "whether a batch norm follows each hidden layer of the projector"),
         "bottleneck_dim": Option(256, "width of the rows before the last layer, > 0", low=1),

@@ -1,6 +1,7 @@
 """SeLa: labels of equal class sizes for the whole training set, which the network predicts (arXiv:1911.05371)."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from plugins.clock import Clock, Feed
 from plugins.distributed import Collective
 from plugins.draws import draw_seed
 from plugins.losses import SeLaTerms, sela_terms
-from plugins.methods.common import HALF_FEATURES, ProjectingLoss
+from plugins.methods.common import HALF_FEATURES, SCALE_LOSS, ProjectingLoss
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
 from plugins.targets.balanced_labels import assign_balanced
 from plugins.targets.label_table import LabelTable, Progress, collect_features, warn_without_pass
@@ -56,7 +57,8 @@ class _Loss(ProjectingLoss):
                 f"{heads} heads of {classes} classes need {heads * classes} outputs, got {e.p[0].shape[1]}; change "
                 "n_heads, n_clusters, or the projection head"
             )
-        return sela_terms(e.p[0], self.table.read(e.index), comm=self.comm)
+        terms = sela_terms(e.p[0], self.table.read(e.index), comm=self.comm)
+        return terms._replace(loss=terms.loss * self.options["scale_loss"])
 
     @torch.no_grad()
     def start_epoch(self, epoch: int, feed: Feed | None) -> Iterable[nn.Parameter]:
@@ -141,6 +143,7 @@ SPEC = MethodSpec(
         ),
         "label_mode": Option("eval", "mode of the network that labels; train is the published one", choices=VIEWS),
         "half_features": HALF_FEATURES,
+        "scale_loss": replace(SCALE_LOSS, help="factor of the mean over the heads, > 0; n_heads makes it the sum"),
         "labels_seed": Option(0, "seed of the first labels, >= 0", low=0),
     },
     paper=Paper("SeLa", "Asano, Rupprecht and Vedaldi 2020, arXiv:1911.05371, eqs. 6-8"),

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from plugins.distributed import Collective
-from plugins.heads import SharedHead, mlp_head
+from plugins.heads import SharedHead, mlp_head, ssv_simclr_head
 from plugins.losses import CISSLTerms, simclr_terms
-from plugins.methods.common import LOG_EIGVALS, projector_options
+from plugins.methods.common import HEAD, LOG_EIGVALS, projector_options
 from plugins.spec import Embeddings, MethodSpec, Option, Paper
 
 
@@ -27,6 +27,8 @@ class _Loss(nn.Module):
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
     """Build Linear, BN, ReLU, Linear, BN without biases; all views pass through it together, as published."""
     widths = features_dim, options["proj_hidden_dim"], options["proj_output_dim"]
+    if options["head"] == "ssv":
+        return ssv_simclr_head(*widths)
     return SharedHead(*mlp_head(*widths, bias=False, final_norm="affine", final_bias=False).children())
 
 
@@ -39,6 +41,7 @@ SPEC = MethodSpec(
     views=None,
     options={
         **projector_options(hidden=2048, output=128),
+        "head": HEAD,
         "temperature": Option(0.5, "of the softmax, > 0; 0.1 in the published ImageNet runs", low=1e-6),
         "log_eigvals": LOG_EIGVALS,
     },

@@ -6,14 +6,16 @@ from typing import Any
 from torch import nn
 
 from plugins.distributed import Collective
-from plugins.heads import mlp_head
+from plugins.heads import mlp_head, ssv_simsiam_head
 from plugins.methods.common import (
+    HEAD,
     LOG_EIGVALS,
     CrossViewLoss,
     PairTerms,
     bottleneck_predictor,
     predictor_options,
     projector_options,
+    two_layer_predictor,
     view_pairs,
 )
 from plugins.spec import Embeddings, MethodSpec, Paper
@@ -33,18 +35,26 @@ class SimSiamLoss(CrossViewLoss):
 
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
     hidden, output = options["proj_hidden_dim"], options["proj_output_dim"]
+    if options["head"] == "ssv":
+        return ssv_simsiam_head(features_dim, hidden, output)
     return mlp_head(features_dim, hidden, output, layers=3, bias=False, final_bias=False, final_norm="plain")
+
+
+def _predictor(options: Mapping[str, Any], comm: Collective) -> nn.Module:
+    build = two_layer_predictor if options["head"] == "ssv" else bottleneck_predictor
+    return build(options, comm)
 
 
 SPEC = MethodSpec(
     name="simsiam",
     loss=SimSiamLoss,
     head=_head,
-    predictor=bottleneck_predictor,
+    predictor=_predictor,
     teacher=False,
     views=None,
     options={
         **projector_options(hidden=2048, output=2048),
+        "head": HEAD,
         **predictor_options(hidden=512, constant_lr=True),  # section 4.2
         "log_eigvals": LOG_EIGVALS,
     },

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from plugins.clock import Clock, Stepped
 from plugins.distributed import Collective
-from plugins.heads import UnitRows, plain_head
+from plugins.heads import UnitRows, plain_head, ssv_swav_head
 from plugins.losses import SwAVTerms, swav_terms
-from plugins.methods.common import LOG_EIGVALS, projector_options
+from plugins.methods.common import HEAD, LOG_EIGVALS, SCALE_LOSS, projector_options
 from plugins.predictors import Prototypes
 from plugins.spec import Embeddings, Hints, MethodSpec, Option, Paper
 from plugins.targets import RingQueue
@@ -21,6 +21,7 @@ class _Loss(Stepped, nn.Module):
         super().__init__()
         self.options = {name: options[name] for name in ("temperature", "epsilon", "iterations")}
         self.large, self.queue_epoch, self.comm = options["code_views"], options["queue_epoch"], comm
+        self.scale = options["scale_loss"]
         self.clock = Clock()
         slots = self.large if options["queue_size"] else 0
         self.queues: Any = nn.ModuleList(
@@ -45,7 +46,7 @@ class _Loss(Stepped, nn.Module):
         if queued:
             for queue, view in zip(self.queues, e.z, strict=False):
                 queue.write(view, self.comm)
-        return terms
+        return terms._replace(loss=terms.loss * self.scale)
 
     def _queue_has_begun(self) -> bool:
         if not self.queue_epoch:
@@ -69,11 +70,13 @@ class _Loss(Stepped, nn.Module):
 
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
     widths = features_dim, options["proj_hidden_dim"], options["proj_output_dim"]
+    if options["head"] == "ssv":
+        return ssv_swav_head(*widths)
     return nn.Sequential(*plain_head(*widths, layers=options["proj_layers"], norm=options["proj_norm"]), UnitRows())
 
 
 def _predictor(options: Mapping[str, Any], _comm: Collective) -> nn.Module:
-    return Prototypes(options["proj_output_dim"], options["num_prototypes"])
+    return Prototypes(options["proj_output_dim"], options["num_prototypes"], free=options["free_prototypes"])
 
 
 def _hints(options: Mapping[str, Any]) -> Mapping[str, Hints]:
@@ -86,9 +89,13 @@ def swav_options(
     """Return the options of SwAV and SEER, which differ in their defaults."""
     return {
         **projector_options(hidden=hidden, output=output),
+        "head": HEAD,
         "proj_layers": Option(layers, "number of Linear layers of the projector, >= 1", low=1),
         "proj_norm": Option(norm, "whether a batch norm follows each hidden layer of the projector"),
         "num_prototypes": Option(prototypes, "number K of prototypes, >= 2", low=2),
+        "free_prototypes": Option(
+            False, "whether prototypes may have any length: their directions are compared, as in Self-Supervised-Vision"
+        ),
         "temperature": Option(0.1, "temperature of the predictions, > 0", low=1e-6),
         "epsilon": Option(
             0.05, "temperature of the codes, > 0; a small one makes them hard", aliases={"sk_epsilon": None}, low=1e-6
@@ -104,6 +111,7 @@ def swav_options(
         "freeze_prototypes_steps": Option(
             313, "steps in which the prototypes stay as they are, >= 0; about one epoch in the paper's runs", low=0
         ),
+        "scale_loss": SCALE_LOSS,
         "log_eigvals": LOG_EIGVALS,
     }
 

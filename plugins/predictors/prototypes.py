@@ -18,6 +18,8 @@ class Prototypes(nn.Module):
     Args:
         dim: width D of the projections.
         count: number K of prototypes.
+        free: whether the rows keep any length. Then their directions are compared, with a gradient, they begin as
+            normal numbers, and ``predict`` changes nothing.
 
     Raises:
         ValueError: an argument is below 1.
@@ -29,11 +31,13 @@ class Prototypes(nn.Module):
         (torch.Size([2, 3]), True)
     """
 
-    def __init__(self, dim: int, count: int) -> None:
+    def __init__(self, dim: int, count: int, *, free: bool = False) -> None:
         super().__init__()
         check_range("dim", dim, low=1)
         check_range("count", count, low=1)
-        self.weight = nn.Parameter(nn.Linear(dim, count, bias=False).weight.detach())
+        self.free = free
+        rows = torch.randn(count, dim) if free else nn.Linear(dim, count, bias=False).weight.detach()
+        self.weight = nn.Parameter(rows)
 
     def forward(self, z: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
         """Return the cosines of rows with the prototypes, in float32 (float64 for float64)."""
@@ -41,11 +45,12 @@ class Prototypes(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             # a copy: autograd stores it for backward, and the next normalisation overwrites the parameter
             weight = self.weight.to(dtype, copy=True)
-            return directions(z.to(dtype)) @ (weight if self.training else F.normalize(weight, dim=1)).T
+            in_place = self.training and not self.free
+            return directions(z.to(dtype)) @ (weight if in_place else F.normalize(weight, dim=1)).T
 
     def predict(self, views: list[Float[Tensor, "_ D"]]) -> list[Float[Tensor, "_ K"]]:
         """Return the scores of all views, with unit prototypes."""
-        if self.training:
+        if self.training and not self.free:
             with torch.no_grad():
                 self.weight.copy_(F.normalize(self.weight, dim=1))
         return [self(z) for z in views]

@@ -11,6 +11,7 @@ from plugins.tools.amdim_encoder import AMDIMEncoder
 from plugins.tools.cpc_encoders import ENCODERS, cpc_encoder
 from plugins.tools.regnet import regnet_y
 from plugins.tools.resnet8 import resnet8
+from plugins.tools.ssv_vit import SSVViT
 from plugins.tools.wide_resnet import wide_resnet
 
 BACKBONES: Mapping[str, Callable[..., nn.Module]] = {
@@ -21,6 +22,7 @@ BACKBONES: Mapping[str, Callable[..., nn.Module]] = {
     "resnet50x4": partial(wide_resnet, 50, 4),
     "resnet200": partial(wide_resnet, 200, 1),
     "resnet200x2": partial(wide_resnet, 200, 2),
+    "ssv_vit": SSVViT,
     **{name: partial(cpc_encoder, name) for name in ENCODERS},
 }
 """Name → function that builds the untrained network; its keywords are the options. It has a classifier ``fc``, or

@@ -40,7 +40,8 @@ class Jigsaw:
         side: of the crop, in pixels, a multiple of ``grid``.
         window: side of the windows, in pixels, at most ``side / grid``. Each lies at a random place in its cell.
         grid: cells per side.
-        scale: smallest and largest share of the image's area that the crop takes.
+        scale: smallest and largest share of the image's area that the crop takes; None takes the central ``side``
+            pixels without resizing, of an image that has been cropped already.
         interpolation: of the crop.
         permute: whether the order is random; otherwise it is row by row.
 
@@ -60,7 +61,7 @@ class Jigsaw:
         window: int = 64,
         grid: int = 3,
         *,
-        scale: Sequence[float] = (0.6, 1.0),
+        scale: Sequence[float] | None = (0.6, 1.0),
         interpolation: T.InterpolationMode = T.InterpolationMode.BILINEAR,
         permute: bool = True,
     ) -> None:
@@ -71,7 +72,9 @@ class Jigsaw:
         self.cell = side // grid
         if window > self.cell:
             raise ValueError(f"window must be at most side / grid = {self.cell} pixels, got {window}")
-        self.crop = T.RandomResizedCrop(side, scale=_scale(scale), interpolation=interpolation)
+        self.crop: Any = T.CenterCrop(side)
+        if scale is not None:
+            self.crop = T.RandomResizedCrop(side, scale=_scale(scale), interpolation=interpolation)
         self.window, self.grid, self.permute = window, grid, permute
         self.count = grid**2
 

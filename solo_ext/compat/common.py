@@ -27,8 +27,8 @@ from plugins.heads import normalized_classifier
 from plugins.targets import cosine_tau
 from plugins.tools.command import UserError, did_you_mean
 from plugins.tools.trainer import run_steps
-from solo_ext.architectures import ARCHITECTURES
-from solo_ext.compat.optim import OPTIMIZERS, WarmupCosineLR
+from solo_ext.architectures import ARCHITECTURES, set_stem_
+from solo_ext.compat.optim import OPTIMIZERS, EpochWarmupLR, WarmupCosineLR
 from solo_ext.schema import Pretrain, defaults
 
 _METHOD_ENTRIES = (
@@ -67,6 +67,26 @@ class MethodMixin:
     """Corrections of solo-learn's BaseMethod. The mixin must come first in the method resolution order."""
 
     _late_buffers: ClassVar[dict[str, Tensor]] = {}
+
+    def set_stem(self, stem: str | None) -> None:
+        """Replace the first layers of the backbone, which solo-learn's classes choose themselves, and of the teacher's.
+
+        Args:
+            stem: of :func:`solo_ext.architectures.set_stem_`; None keeps those of solo-learn.
+
+        Raises:
+            UserError: the backbone has no such stem.
+        """
+        if stem is None:
+            return
+        try:
+            set_stem_(self.backbone, stem)
+        except TypeError as error:
+            raise UserError(f"backbone.kwargs: {error}") from None
+        teacher = getattr(self, "momentum_backbone", None)
+        if teacher is not None:
+            set_stem_(teacher, stem).load_state_dict(self.backbone.state_dict())
+            teacher.requires_grad_(False)
 
     def _base_shared_step(self, X: Tensor, targets: Tensor) -> dict[str, Any]:
         """Classify one view; the loss of a batch without labels is 0."""
@@ -295,6 +315,17 @@ def with_schedule(module: Any, optimizer: torch.optim.Optimizer, cfg: DictConfig
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=cfg.factor, patience=cfg.patience)
         return [optimizer], [{"scheduler": plateau, "interval": "epoch", "frequency": 1, "monitor": "train_loss"}]
     steps, steps_per_epoch = run_steps(module.trainer)
+    if cfg.name == "ssv":
+        schedule: Any = EpochWarmupLR(
+            optimizer,
+            cfg.warmup_epochs,
+            math.ceil(steps / max(steps_per_epoch or 1, 1)),
+            decay=cfg.get("decay", "cosine"),
+            milestones=list(cfg.lr_decay_steps or ()),
+            factor=cfg.lr_decay_factor,
+            static=static,
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "epoch", "frequency": 1}]
     if steps_per_epoch is None:
         raise UserError("scheduler.name=warmup_cosine needs data of a known length; use scheduler.name=none")
     by_step = cfg.interval == "step"

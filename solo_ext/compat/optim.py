@@ -106,6 +106,66 @@ def _scaled(parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tenso
     return torch.where(adaptive, gradient.add(parameter, alpha=decay) * rate, gradient)
 
 
+class EpochWarmupLR(LRScheduler):
+    """The schedule of Self-Supervised-Vision, which changes after each epoch, in closed form.
+
+    With W warm-up epochs of E in all and base rate b, epoch t = 0 … E − 1 has::
+
+        lr(t) = b max(1, t) / W                                   t < W
+        lr(t) = b (1 + cos(π (t − W) / (E − W))) / 2              else, decay = "cosine"
+        lr(t) = b factor^(number of milestones m with m ≤ t − W)  else, decay = "step"
+        lr(t) = b                                                 else, decay = "none"
+
+    The first two epochs of a warm-up have the same rate.
+
+    Args:
+        optimizer: the optimiser.
+        warmup_epochs: W, >= 0.
+        epochs: E.
+        decay: "cosine", "step" or "none".
+        milestones: of "step", in epochs after the warm-up.
+        factor: of "step", in (0, 1].
+        static: {index of a parameter group: its constant learning rate}.
+
+    Reference:
+        github.com/NishantPrabhu/Self-Supervised-Vision, ``adjust_learning_rate`` and utils/train_utils.py.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_epochs: float,
+        epochs: int,
+        *,
+        decay: str = "cosine",
+        milestones: Iterable[int] = (),
+        factor: float = 0.1,
+        static: dict[int, float] | None = None,
+    ) -> None:
+        self.warmup, self.epochs, self.decay = warmup_epochs, epochs, decay
+        self.milestones, self.factor, self.static = [*milestones], factor, dict(static or {})
+        super().__init__(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return only the progress; the configuration defines the shape."""
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count, "_last_lr": list(self._last_lr)}
+
+    def get_lr(self) -> list[float]:
+        """Return the learning rate of each group in this epoch."""
+        factor = self._factor(self.last_epoch)
+        return [self.static.get(index, base * factor) for index, base in enumerate(self.base_lrs)]
+
+    def _factor(self, epoch: int) -> float:
+        if epoch < self.warmup:
+            return max(1, epoch) / self.warmup
+        past = epoch - self.warmup
+        if self.decay == "step":
+            return self.factor ** sum(milestone <= past for milestone in self.milestones)
+        if self.decay == "cosine":
+            return (1 + math.cos(math.pi * min(past / max(self.epochs - self.warmup, 1), 1.0))) / 2
+        return 1.0
+
+
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "sgd": torch.optim.SGD,
     "lars": LARS,

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from solo_ext.architectures import ARCHITECTURES
+from solo_ext.architectures import ARCHITECTURES, pop_stem
 from solo_ext.compat.common import (
     CIFAR_STEM,
     MethodMixin,
@@ -101,7 +101,10 @@ class MainInterface(MethodMixin):
         if architecture is not None:
             architecture = partial(architecture, cfg.method, cifar=cfg.backbone.kwargs.cifar)
         object.__setattr__(self, "_architecture", architecture)  # before nn.Module.__init__
-        super().__init__(**_keywords(cfg, type(self)))
+        keywords = _keywords(cfg, type(self))
+        stem = pop_stem(cfg.backbone.name, keywords["backbone_args"])
+        super().__init__(**keywords)
+        self.set_stem(stem)
         self.encoder_name = cfg.backbone.name
         self.cfg = cfg
         self.knn_eval = cfg.knn_eval.enabled

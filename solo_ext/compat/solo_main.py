@@ -31,7 +31,7 @@ from solo.utils.metrics import accuracy_at_k
 from solo.utils.misc import param_groups_layer_decay
 
 from plugins.tools.command import UserError
-from solo_ext.architectures import ARCHITECTURES
+from solo_ext.architectures import ARCHITECTURES, pop_stem
 from solo_ext.compat.common import (
     MethodMixin,
     fill_defaults,
@@ -96,7 +96,9 @@ class MainInterface(MethodMixin):
         crop_size = cfg.augmentations[0].crop_size
         if cfg.backbone.name.startswith(("vit", "swin")) and crop_size != 224:
             cfg.backbone.kwargs.setdefault("img_size", crop_size)
+        stem = pop_stem(cfg.backbone.name, cfg.backbone.kwargs)  # of the copy that fill_defaults has made
         super().__init__(cfg)
+        self.set_stem(stem)
 
 
 class Linear(_HostLinear):

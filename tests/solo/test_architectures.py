@@ -1,5 +1,6 @@
 """The backbones that we add: their widths, sizes, stems and options."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,77 @@ def test_expanded_stems():
         network.layer1.register_forward_hook(lambda module, inputs, output: seen.update({"size": output.shape[2:]}))
         _shape(network, pixels)
         assert seen["size"] == (32, 32), options
+
+
+# parameters without classifier of Self-Supervised-Vision's networks
+STEM_3X3 = {
+    "resnet18": 11_168_832,
+    "resnet50": 23_500_352,
+    "resnext50": 22_972_224,
+    "resnext101": 86_734_656,
+    "wide_resnet50": 66_826_560,
+    "wide_resnet101": 124_830_016,
+}
+
+
+@pytest.mark.sample("resnet18")
+@pytest.mark.parametrize("name", sorted(STEM_3X3))
+def test_stem_3x3_keeps_the_max_pool(name, unset_weights):
+    """Also of solo-learn's own ResNets, whose stem its classes would replace for CIFAR."""
+    network = build_backbone(name, {"stem": "3x3"}, "cifar10", 32)
+    assert _count(network) == STEM_3X3[name]
+    sizes = []
+    for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
+        stage.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[-1]))
+    _shape(network.to("meta"), 32)
+    assert sizes == [16, 8, 4, 2]
+
+
+def test_stem_of_a_teacher_is_that_of_the_student():
+    from omegaconf import OmegaConf
+
+    from solo_ext.compat import BaseMomentumMethod
+
+    torch.manual_seed(0)
+    cfg = {
+        "method": "base",
+        "backbone": {"name": "resnet18", "kwargs": {"stem": "3x3"}},
+        "data": {"dataset": "cifar10", "num_classes": 2, "num_large_crops": 2, "num_small_crops": 0},
+        "augmentations": [{"crop_size": 32}],
+        "max_epochs": 1,
+        "optimizer": {"name": "sgd", "batch_size": 2, "lr": 0.0, "weight_decay": 0.0, "classifier_lr": 0.0},
+        "scheduler": {"name": "none"},
+    }
+    model = BaseMomentumMethod(OmegaConf.create(cfg))
+    student, teacher = model.backbone.conv1, model.momentum_backbone.conv1
+    assert student.kernel_size == teacher.kernel_size == (3, 3) and student.padding == (1, 1)
+    assert torch.equal(student.weight, teacher.weight) and student.weight.requires_grad
+    assert not teacher.weight.requires_grad
+    # torchvision's initialisation: variance 2 / (64 * 9)
+    assert abs(student.weight.std().item() - (2 / (64 * 9)) ** 0.5) < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "sentence"),
+    [
+        ("resnet18", "5x5", "backbone.kwargs: stem must be one of 7x7, 3x3, cifar, got '5x5'"),
+        ("vit_tiny", "3x3", "backbone.kwargs: stem=3x3 is not available for a VisionTransformer; remove stem"),
+        ("regnet_y_400mf", "7x7", "backbone.kwargs: stem=7x7 is not available for a RegNet; remove stem"),
+    ],
+)
+def test_stem_mistakes(name, stem, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        build_backbone(name, {"stem": stem}, "cifar10", 32)
+
+
+def test_vit_of_self_supervised_vision():
+    """6 blocks of 384: the input, positions of 64 and 4 patches, and LayerNorm, attention and MLP in each block."""
+    network = build_backbone("ssv_vit", {}, "cifar10", 32)
+    block = 4 * 384 + 3 * 384**2 + 2 * 384 * 768 + 768 + 384
+    assert _count(network) == 48 + (65 + 5) * 192 + (48 + 192) * 384 + 384 + 6 * block
+    assert _shape(network, 32) == _shape(network, 8) == (2, 384)
+    with pytest.raises(ValueError, match="have 16 patches of 4 pixels, but the network has positions for"):
+        _shape(network, 16)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""The suite self_supervised_vision: runs, commands, collected results, the table, and one training."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from plugins.experiments import report_ssv
+from plugins.experiments import run as experiments
+from plugins.experiments.suites import Request, ssv
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_twelve_methods_on_six_networks(capsys):
+    assert experiments.main(["self_supervised_vision", "--list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    archs = ("resnet18", "resnet50", "resnext50", "resnext101", "wide_resnet50", "wide_resnet101")
+    algos = ("byol", "relic", "simclr", "swav", "moco", "barlow", "pirl", "amdim", "cpc", "seer", "sela", "dino")
+    assert listed == [f"solo/{algo}-{arch}/seed420" for algo in algos for arch in archs]
+    runs = [run for data in ssv.DATA for run in ssv.runs(Request(data=[data]))]
+    assert len({run.folder for run in runs}) == 3 * 72
+
+
+def test_command_is_that_of_the_original(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ("--only", "byol-resnet18", "--epochs", "3", "--devices", "2", "--data-folder", "/data")
+    assert experiments.main(["self_supervised_vision", *options, "--data", "cifar100", "--dry-run"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "solo_ext.ssv" in line]
+    folder = tmp_path / "results" / "self_supervised_vision" / "solo" / "byol-resnet18_cifar100" / "seed420"
+    assert line.partition(" -m solo_ext.ssv ")[2].split() == [
+        *("--config", "configs/ssv/byol.yaml", "--algo", "byol", "--arch", "resnet18", "--task", "train"),
+        *("--output", str(folder), "--devices", "2"),
+        *("seed=420", "data.dataset_name=cifar100", "data.root=/data", "epochs=3"),
+    ]
+    trial = ssv.runs(Request(data=["digits"], seeds=range(2)))[-1].steps[0].arguments
+    assert trial[3] == "configs/ssv/digits/dino.yaml"
+    assert trial[-3:] == ("seed=421", "data.dataset_name=digits", "data.root=datasets/digits")
+
+
+@pytest.mark.parametrize("folder", ["", "digits"])
+def test_every_method_has_a_file(folder):
+    assert {f"{algo}.yaml" for algo in ssv.ALGORITHMS} <= {
+        path.name for path in (ROOT / "configs/ssv" / folder).iterdir()
+    }
+
+
+def _outputs(run):
+    """Write what the command of a run leaves."""
+    run.folder.mkdir(parents=True)
+    training = {"epochs": 3, "seconds": 5400.0, "images_per_second": 9.0, "versions": {}, "config": {}}
+    (run.folder / "pretrain.json").write_text(json.dumps({**training, "metrics": {}}))
+    found = {"neighbors": {"head": 61.0, "trunk": 62.0}, "knn": {"head": 71.0, "trunk": 72.0}}
+    found["linear"] = {"head": 81.0, "trunk": 82.0}
+    (run.folder / "linear_eval.json").write_text(json.dumps(found))
+    return training
+
+
+def test_result_and_table(tmp_path):
+    wanted = ("byol-resnet18", "sela-wide_resnet50")
+    runs = [run for run in ssv.runs(Request(out=tmp_path)) if run.label in wanted]
+    runs += [run for run in ssv.runs(Request(out=tmp_path, data=["cifar100"])) if run.label.startswith(wanted)]
+    for run in reversed(runs[:3]):
+        training = _outputs(run)
+        result = ssv.collect(run)
+        scores = {"neighbors": 62.0, "neighbors_head": 61.0, "knn": 72.0, "knn_head": 71.0}
+        assert result == {**scores, "linear": 82.0, "linear_head": 81.0, **training}
+        run.result.write_text(json.dumps(result))
+    runs[3].folder.mkdir(parents=True)
+    lines = report_ssv.write(tmp_path / "self_supervised_vision").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert rows[0][-2:] == ["published, best on test", "hours"]
+    assert rows[2:] == [
+        ["cifar10", "byol", "resnet18", "3", "61.0", "62.0", "72.0", "82.0", "80.09", "1.50"],
+        ["cifar10", "sela", "wide_resnet50", "3", "61.0", "62.0", "72.0", "82.0", "", "1.50"],
+        ["cifar100", "byol", "resnet18", "3", "61.0", "62.0", "72.0", "82.0", "", "1.50"],
+        ["cifar100", "sela", "wide_resnet50: missing", "–", "–", "–", "–", "–", "", "–"],
+    ]
+
+
+def test_without_runs_the_report_is_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        report_ssv.main([str(tmp_path)])
+    assert capsys.readouterr().err.startswith(f"error: no runs in {tmp_path}; expected folders solo/<algo>-<arch>")

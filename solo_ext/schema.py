@@ -763,7 +763,8 @@ def _unknown_entry(model: type[Section], section: type[Section], place: Sequence
     guess = f"; did you mean {names[near]}?" if near else ""
     if above:
         return f"{above} has no entry {key!r}; known entries: {', '.join(known)}{guess}"
-    return f"the configuration has no entry {key!r}{guess or '; --help-config lists all'}"
+    end = "--help-config lists all" if issubclass(model, Run) else f"known entries: {', '.join(known)}"
+    return f"the configuration has no entry {key!r}{guess or f'; {end}'}"
 
 
 def _plain(section: Section) -> dict[str, Any]:

@@ -140,8 +140,6 @@ def evaluation_side(view: Any, dataset: str | None = None) -> int:
     It is that of the training images. A grid of a crop that is not resized has the data set's own.
     """
     own = DATASETS[dataset].side if dataset in DATASETS else 224
-    if view.get("eval_steps") is not None:
-        return view["grid"]["side"] if view.get("grid") is not None else view["crop_size"]
     if view.get("grid") is None:
         return view.get("crop_size", own)
     return view["grid"]["side"] if view["rrc"]["enabled"] else own

@@ -20,8 +20,8 @@ from solo_ext.data import pretrain_images
 from solo_ext.features import collect
 from solo_ext.launch import as_user_error, seed_everything
 from solo_ext.registry import method_class, register
+from solo_ext.ssv.arguments import Arguments
 from solo_ext.ssv.checkpoints import load_network
-from solo_ext.ssv.command import Arguments
 from solo_ext.ssv.metrics import LOG, K, outputs
 from solo_ext.ssv.translate import run_folder, translate
 from solo_ext.whole_set import evaluation_images

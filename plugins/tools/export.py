@@ -57,9 +57,9 @@ _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer
 _RESNETS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
-    *("resnet50x2", "resnet50x4", "resnet200", "resnet200x2"),
+    *("resnet50x2", "resnet50x4", "resnet50x5", "resnet200", "resnet200x2"),
 )
-"""Networks to which weights are fitted without ``--arch``; the last four are of plugins.tools.backbones."""
+"""Networks to which weights are fitted without ``--arch``; the last five are of plugins.tools.backbones."""
 _BOTTLENECKS = ("resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d")
 _STAGES = {f"layer{stage}": f"res{stage + 1}" for stage in range(1, 5)}
 TARGETS = ("torchvision", "timm", "detectron2", "safetensors", "dissl")

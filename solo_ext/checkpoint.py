@@ -24,7 +24,8 @@ from plugins.norms import fit_norms_
 from plugins.sobel import restore_sobel_
 from plugins.spelling import counted
 from plugins.tools.command import UserError, first_process, print_on_rank_zero
-from plugins.tools.fitting import mismatch, plain_names
+from plugins.tools.export import read_backbone
+from plugins.tools.fitting import mismatch
 from plugins.tools.process import locked_folder
 from plugins.tools.records import difference, read_json, write_json
 from plugins.tools.trainer import (
@@ -35,7 +36,7 @@ from plugins.tools.trainer import (
     save_atomically,
     steps_done,
 )
-from plugins.tools.unpickle import load_without_code
+from plugins.tools.unpickle import read_without_code
 from solo_ext.compat import pl
 from solo_ext.compat.common import LATE_BUFFERS
 
@@ -297,13 +298,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Load a checkpoint; return its content and the names of the functions and classes in it."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
-    try:
-        checkpoint, code = load_without_code(path)
-    except Exception as error:
-        reason = "it was not written by torch.save, or it contains code that is not safe to load"
-        if isinstance(error, OSError | RuntimeError) and str(error).strip():
-            reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from None
+    checkpoint, code = read_without_code(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{path} is not a checkpoint of solo-learn: it has no state_dict")
     return checkpoint, code
@@ -509,24 +504,18 @@ def resume_point(cfg: DictConfig, kind: str, folder: Path, model: torch.nn.Modul
 
 
 def load_backbone(place: str | Path, backbone: torch.nn.Module) -> None:
-    """Load the backbone of a checkpoint; every weight must match.
+    """Load the backbone of a file; every weight must match.
 
     Args:
-        place: a checkpoint, or the folder of a run.
+        place: the folder of a run, or a file that ``plugins.tools.export`` reads: a checkpoint of any framework, a file
+            of VICReg's scripts, or an export.
         backbone: the network that receives the weights.
 
     Raises:
         UserError: a weight is missing, unexpected or of another shape.
     """
     path = find_checkpoint(place)
-    state = plain_names(read_checkpoint(path)["state_dict"])
-    # solo-learn 1.0.2 names the backbone encoder
-    weights = {}
-    for prefix in ("backbone.", "encoder."):
-        weights.update({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
-    weights = plain_names(weights)
-    if not weights:
-        raise UserError(f"{path} contains no backbone: no weight has the prefix backbone. or encoder.")
+    weights = read_backbone(path).state
     restore_sobel_(fit_norms_(backbone, weights), weights)
     if reason := mismatch(weights, backbone.state_dict()):
         raise UserError(f"{path} contains another backbone: {reason}")

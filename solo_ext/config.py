@@ -73,14 +73,19 @@ def count_stacks(augmentations: Sequence[Any]) -> int:
 
 
 def parse_linear(cfg: DictConfig) -> DictConfig:
-    """Complete and validate the configuration of a linear evaluation; ``lr`` is scaled as in pre-training.
+    """Complete and validate the configuration of a linear evaluation; learning rates are scaled as in pre-training.
 
     Raises:
         UserError: the configuration is invalid.
     """
     cfg = _checked(cfg, Linear)
+    if "backbone_lr" in cfg.optimizer and cfg.optimizer.get("layer_decay"):
+        raise UserError("optimizer.backbone_lr and optimizer.layer_decay exclude each other; remove one of them")
     cfg.identity = identity(cfg)
-    cfg.optimizer.lr *= _batch_scale(cfg)
+    scale = _batch_scale(cfg)
+    cfg.optimizer.lr *= scale
+    if "backbone_lr" in cfg.optimizer:
+        cfg.optimizer.backbone_lr *= scale
     return cfg
 
 

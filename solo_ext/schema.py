@@ -406,6 +406,9 @@ class PretrainOptimizer(Optimizer):
 class LinearOptimizer(Optimizer):
     """The optimiser of a linear evaluation."""
 
+    backbone_lr: NonNegative = entry(
+        "learning rate of the backbone with finetune, multiplied in the same way as lr; default: lr", optional=True
+    )
     layer_decay: NonNegative = entry(
         "ratio of the learning rates of successive layers; only with finetune and a ViT", optional=True
     )

@@ -39,6 +39,7 @@ ELSEWHERE = {
     r"git clone .* && .*": "needs a network",
     r"(uv )?pip install .*|uv sync .*": "needs a package index",
     r"python main_pretrain\.py .*": "the fork's own command",
+    r"python (-m torch\.distributed\.launch .*main_vicreg|run_with_submitit|evaluate)\.py .*": "VICReg's own commands",
     r"python configs/detectron2/train\.py .*": "tests/tools, where detectron2 is installed",
     r"(python|torchrun --nproc-per-node 2) train\.py": "tests/test_docs_loop.py",
     r"mkdocs \w+": "a check of ./run_experiments.sh test",
@@ -129,6 +130,22 @@ def fork_of_the_dissl_paper(work: Path) -> None:
         (folder / f"{name}.yaml").write_text("# @package _global_\n" + yaml.safe_dump(file))
 
 
+@pytest.fixture(scope="module")
+def files_of_vicreg(work: Path) -> None:
+    """The two files of its training script, whose tensors are views of one number, and a list of images."""
+    from plugins.tools.data import make_subset
+    from plugins.tools.export import build_network
+
+    with torch.device("meta"):
+        state = build_network("torchvision", "resnet50").state_dict()
+    state = {name: torch.zeros((), dtype=value.dtype).expand(value.shape) for name, value in state.items()}
+    torch.save(state, work / "resnet50.pth")
+    full = {f"module.backbone.{name}": value for name, value in state.items()}
+    torch.save({"epoch": 1, "model": {**full, "module.projector.0.weight": torch.zeros(1)}}, work / "model.pth")
+    (work / "1percent.txt").write_text("".join(f"{index}.png\n" for index in range(20)))
+    make_subset(work / "IMAGENET" / "train", work / "IMAGENET" / "train_1", names=work / "1percent.txt")
+
+
 def _solo(module: str, words: list[str], patch: pytest.MonkeyPatch) -> None:
     from solo_ext import config
     from solo_ext.registry import method_class, register
@@ -154,9 +171,11 @@ def _solo(module: str, words: list[str], patch: pytest.MonkeyPatch) -> None:
 
 
 def _vissl(words: list[str], patch: pytest.MonkeyPatch) -> None:
-    from vissl_ext import launch
+    from vissl_ext import defaults, launch
     from vissl_ext.compat import missing_weights
 
+    if "config.SLURM.USE_SLURM=true" in words:
+        patch.setattr(defaults.shutil, "which", lambda name: name)  # the page's cluster has sbatch
     patch.setattr(missing_weights, "check_weights_file", lambda weights: None)  # of a run that an earlier command makes
     seen = []
     patch.setattr(launch, "run", lambda args, config: seen.append(config))
@@ -228,7 +247,7 @@ def _tool(module: str, words: list[str], work: Path, patch: pytest.MonkeyPatch) 
 @pytest.mark.sample("README.md: python -m *_ext.*", "page of isoloss: *")
 @pytest.mark.parametrize(("page", "command"), CASES, ids=[f"{page}: {command[:70]}" for page, command in CASES])
 def test_command_of_a_page(
-    page, command, work, fork_of_the_isoloss_paper, fork_of_the_dissl_paper, monkeypatch, capsys
+    page, command, work, fork_of_the_isoloss_paper, fork_of_the_dissl_paper, files_of_vicreg, monkeypatch, capsys
 ):
     monkeypatch.chdir(work)
     words = shlex.split(command)

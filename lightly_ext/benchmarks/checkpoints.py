@@ -17,7 +17,17 @@ from plugins.tools.records import difference
 # Options that change the images, the objective or the optimisation. --epochs may change: a run can be made longer.
 _IDENTITY = (
     *("train_dir", "batch_size_per_device", "seed", "input_size", "normalize", "transform"),
-    *("backbone", "small_images", "option", "optimizer", "lr", "weight_decay", "decay_all", "warmup_epochs"),
+    *(
+        "backbone",
+        "backbone_option",
+        "small_images",
+        "option",
+        "optimizer",
+        "lr",
+        "weight_decay",
+        "decay_all",
+        "warmup_epochs",
+    ),
 )
 
 

@@ -76,6 +76,12 @@ class Options(Section):
     ckpt_path: _File | None = entry("checkpoint to resume from; --methods must name one method", None)
     seed: integer(0, 2**32 - 1) | None = entry("seed of all random numbers; default: none", None)
     backbone: String = entry(f"a model of torchvision, {', '.join(BACKBONES)}; for our methods", "resnet50")
+    backbone_option: _Pairs = entry("options of the backbone, such as zero_init_residual=True", {})
+    weights: _File | None = entry(
+        "initial weights of the backbone: a checkpoint or an export of any of the frameworks, or a file of VICReg's "
+        "scripts; with --epochs 0 they are evaluated",
+        None,
+    )
     small_images: Boolean = entry(
         "ResNet with a 3x3 stem of stride 1 and without max-pool; RegNet with a stem of stride 1", False
     )

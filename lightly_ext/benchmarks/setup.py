@@ -21,8 +21,11 @@ from lightly_ext.models import MethodModel
 from lightly_ext.transforms import TwoViewTransform
 from plugins.tools.backbones import BACKBONES, backbone_options, headless_backbone, without_classifier
 from plugins.tools.command import UserError, did_you_mean
+from plugins.tools.export import read_backbone
+from plugins.tools.fitting import mismatch
 from plugins.tools.folders import ImageFolder
 from plugins.tools.images import open_image
+from plugins.tools.library_names import library_names
 from plugins.tools.regnet import small_stem_
 
 _LARGE = 64  # up to this side in pixels, evaluation resizes to the input size, without a margin that is cropped
@@ -167,10 +170,11 @@ class Setup:
 
 
 def backbone(options: Options) -> nn.Module:
-    """Build a network of torchvision or of BACKBONES, without its classifier.
+    """Build a network of torchvision or of BACKBONES, without its classifier, with the weights of --weights.
 
     Raises:
-        UserError: there is no such network, or it does not accept images of this size.
+        UserError: there is no such network, it does not accept images of this size or one of --backbone-option, or the
+            weights are those of another network.
     """
     name = options.backbone
     published = torchvision.models.list_models(module=torchvision.models)
@@ -183,10 +187,13 @@ def backbone(options: Options) -> nn.Module:
         # a ViT and some encoders accept only images of the size that their constructor gets
         if name in BACKBONES:
             sized = {"size": options.input_size} if "size" in backbone_options(name) else {}
-            network = headless_backbone(name, **sized)
+            network = headless_backbone(name, **{**sized, **options.backbone_option})
         else:
             sized = {"image_size": options.input_size} if name.startswith("vit_") else {}
+            sized.update(options.backbone_option)
             network = without_classifier(torchvision.models.get_model(name, weights=None, **sized))
+    except TypeError as error:
+        raise UserError(f"--backbone-option: {name}: {first_line(error)}") from None
     except (AssertionError, RuntimeError, ValueError) as error:
         size = options.input_size
         raise UserError(f"--backbone {name} does not accept --input-size {size}: {first_line(error)}") from None
@@ -197,6 +204,11 @@ def backbone(options: Options) -> nn.Module:
             raise UserError(f"--small-images needs a ResNet or a RegNet, got --backbone {name}")
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
+    if options.weights is not None:
+        state = library_names(read_backbone(options.weights).state, "torchvision")
+        if reason := mismatch(state, network.state_dict()):
+            raise UserError(f"--weights: {options.weights} is of another backbone than {name}: {reason}")
+        network.load_state_dict(state)
     return network
 
 

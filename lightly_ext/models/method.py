@@ -106,6 +106,9 @@ class MethodModel(nn.Module):
         prediction_head: a head of your own, ``[B, D] → [B, D]``; None makes the method's.
         teacher: whether the targets come from a momentum teacher; None is the method's default. Without a teacher the
             targets are the detached projections of the other view.
+        scaled_head: whether the last layer of the method's own projection head is a ScaledLinear if the loss of the
+            method grows with the scale of the embedding, as SSL-EY's does. False leaves it an ordinary Linear, as in
+            solo-learn and VISSL; then use LARS or AdamW.
         gather_distributed: whether the rows of all processes make one batch. True by default, unlike in the losses of
             ``lightly_ext.loss``. It has no effect while no process group is initialised.
         num_samples: number of training images. Methods with a memory of each image need it; a state dict or
@@ -127,6 +130,7 @@ class MethodModel(nn.Module):
         projection_head: nn.Module | None = None,
         prediction_head: nn.Module | None = None,
         teacher: bool | None = None,
+        scaled_head: bool = True,
         gather_distributed: bool = True,
         num_samples: int | None = None,
         **options: Any,
@@ -161,7 +165,7 @@ class MethodModel(nn.Module):
                 )
         spec = replace(spec, hints=_hints_of(spec, self.options, projection_head, prediction_head))
         self.taps = spec.taps(self.options)
-        self.projection_head = projection_head or self._default_head()
+        self.projection_head = projection_head or self._default_head(scaled_head)
         connect(self.projection_head, self.backbone, self.taps)
         if prediction_head is None and spec.predictor is not None:
             prediction_head = spec.predictor(self.options, self.comm)
@@ -178,10 +182,10 @@ class MethodModel(nn.Module):
         if num_samples is not None:
             self.allocate(num_samples)
 
-    def _default_head(self) -> nn.Module:
-        """Make the method's projection head. If the loss is unbounded, its last layer is a ScaledLinear."""
+    def _default_head(self, scaled: bool) -> nn.Module:
+        """Make the method's projection head. If the loss is unbounded, its last layer can be a ScaledLinear."""
         head = self.spec.head(self.feature_dim, self.options)
-        return scale_last_layer(head) if self.spec.unbounded else head
+        return scale_last_layer(head) if scaled and self.spec.unbounded else head
 
     @property
     def moment(self) -> RunningMoment | None:

@@ -24,7 +24,8 @@ class _Loss(nn.Module):
 def _head(features_dim: int, options: Mapping[str, Any]) -> nn.Module:
     hidden, output = options["proj_hidden_dim"], options["proj_output_dim"]
     if options["projector"]:
-        return mlp_head(features_dim, hidden, output, layers=3)
+        layers, bias = options["proj_layers"], options["proj_output_bias"]
+        return mlp_head(features_dim, hidden, output, layers=layers, final_bias=bias)
     if output != features_dim:
         raise ValueError(f"without a projector proj_output_dim is that of the features, {features_dim}, got {output}")
     return nn.Identity()
@@ -39,6 +40,10 @@ SPEC = MethodSpec(
     views=None,
     options={
         **projector_options(hidden=2048, output=2048),
+        "proj_layers": Option(3, "number of linear layers of the projector, > 0", low=1),
+        "proj_output_bias": Option(
+            True, "whether the projector's last layer has a bias; the loss does not depend on it"
+        ),
         "projector": Option(True, "whether there is a projector; without one the loss takes the backbone's features"),
         "estimator": Option(
             "plugin",

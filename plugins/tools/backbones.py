@@ -20,6 +20,7 @@ BACKBONES: Mapping[str, Callable[..., nn.Module]] = {
     "resnet8": resnet8,
     "resnet50x2": partial(wide_resnet, 50, 2),
     "resnet50x4": partial(wide_resnet, 50, 4),
+    "resnet50x5": partial(wide_resnet, 50, 5),
     "resnet200": partial(wide_resnet, 200, 1),
     "resnet200x2": partial(wide_resnet, 200, 2),
     "ssv_vit": SSVViT,

@@ -3,7 +3,8 @@
     python -m plugins.tools.export CKPT --to torchvision|timm|detectron2|safetensors|dissl OUT
 
 CKPT is a checkpoint of solo-learn (both generations), of lightly or any other LightningModule with a ``backbone``, of
-VISSL, or a state dict. ``torchvision`` and ``timm`` write a state dict for the library's model without its classifier::
+VISSL, of the scripts of VICReg, SSL-EY, MEC and Matrix-SSL, or a state dict. ``torchvision`` and ``timm`` write a state
+dict for the library's model without its classifier::
 
     model = torchvision.models.resnet18()
     model.fc = torch.nn.Identity()
@@ -56,9 +57,9 @@ _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer
 _RESNETS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
-    *("resnet50x2", "resnet50x4", "resnet200", "resnet200x2"),
+    *("resnet50x2", "resnet50x4", "resnet50x5", "resnet200", "resnet200x2"),
 )
-"""Networks to which weights are fitted without ``--arch``; the last four are of plugins.tools.backbones."""
+"""Networks to which weights are fitted without ``--arch``; the last five are of plugins.tools.backbones."""
 _BOTTLENECKS = ("resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d")
 _STAGES = {f"layer{stage}": f"res{stage + 1}" for stage in range(1, 5)}
 TARGETS = ("torchvision", "timm", "detectron2", "safetensors", "dissl")
@@ -99,17 +100,13 @@ def read_backbone(path: Path) -> Backbone:
     Raises:
         UserError: there is no such file, it is not a checkpoint, or it contains no backbone.
     """
-    from plugins.tools.unpickle import load_without_code
+    from plugins.tools.unpickle import read_without_code
     from plugins.tools.weights import vissl_parts
 
     path = checkpoint_file(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    try:
-        content = load_without_code(path)[0]
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    content = read_without_code(path)[0]
     if not isinstance(content, Mapping):
         raise UserError(f"{path} is not a checkpoint: it contains a {type(content).__name__}")
     if "classy_state_dict" in content:
@@ -120,7 +117,8 @@ def read_backbone(path: Path) -> Backbone:
                 state = {key.removeprefix(prefix): value for key, value in state.items()}
         dropped = Counter({part: len(tensors) for part, tensors in parts.items() if tensors})
     else:
-        every = _tensors(content.get("state_dict", content))
+        nested = (content[key] for key in ("state_dict", "model") if isinstance(content.get(key), Mapping))
+        every = _tensors(next(nested, content))
         script = bool(every) and all(key.startswith("module.") for key in every)
         every = plain_names(every)
         prefix = _prefix(every, path)
@@ -144,6 +142,8 @@ def _prefix(state: Mapping[str, Tensor], path: Path) -> str:
     for name in _BACKBONES:
         if found := {match[0] for key in state if (match := re.match(rf"{_WRAPPERS}{name}\.", key))}:
             return min(found, key=len)
+    if "0.conv1.weight" in state:  # nn.Sequential(resnet, classifier), as VICReg's evaluate.py writes it
+        return "0."
     parts = sorted({key.split(".")[0] for key in state})
     if _OTHERS & set(parts):
         raise UserError(
@@ -152,21 +152,25 @@ def _prefix(state: Mapping[str, Tensor], path: Path) -> str:
     return ""
 
 
-def fit(state: Mapping[str, Tensor], target: str, arch: str | None) -> tuple[str, nn.Module]:
+def fit(state: Mapping[str, Tensor], target: str, arch: str | None, **options: Any) -> tuple[str, nn.Module]:
     """Load the weights of a backbone into a model of a library.
 
     Args:
         state: state dict of a backbone.
         target: "torchvision" or "timm".
         arch: name of the model in the library; None selects the ResNet that fits.
+        options: of the model, if ``arch`` is given.
 
     Returns:
         The name of the model, and the model without its classifier. If the weights are those of a ResNet with the stem
         for small images, the model has that stem.
 
     Raises:
-        UserError: there is no such model, or the weights do not fit it; the message names the differences.
+        UserError: there is no such model, it has no such option, or the weights do not fit it; the message names the
+            differences.
     """
+    if arch is None and options:
+        raise UserError(f"the options {', '.join(options)} need an architecture; set arch too")
     if arch is None:
         for arch in _RESNETS:
             with torch.device("meta"):
@@ -179,31 +183,39 @@ def fit(state: Mapping[str, Tensor], target: str, arch: str | None) -> tuple[str
                 f"the backbone is not a ResNet (its keys start with {keys}); select its architecture with --arch, or "
                 "export with --to safetensors"
             )
-    model = build_network(target, arch)
+    model = build_network(target, arch, **options)
     if differences := _differences(state, model):
         raise UserError(f"the backbone is not a {arch} of {target}: {differences}")
     model.load_state_dict(dict(state))
     return arch, model
 
 
-def build_network(target: str, arch: str) -> nn.Module:
+def build_network(target: str, arch: str, **options: Any) -> nn.Module:
     """Build an untrained network of "torchvision", this package included, or of "timm", without its classifier.
 
+    Args:
+        target: the library.
+        arch: name of the network.
+        options: of the network, such as ``zero_init_residual`` of a ResNet.
+
     Raises:
-        UserError: there is no network of that name.
+        UserError: there is no network of that name, or it has no such option or value.
     """
-    if target == "timm":
-        import timm
+    try:
+        if target == "timm":
+            import timm
 
-        if arch not in timm.list_models():
-            raise UserError(f"timm has no model {arch!r}")
-        return timm.create_model(arch, num_classes=0)
-    import torchvision
+            if arch not in timm.list_models():
+                raise UserError(f"timm has no model {arch!r}")
+            return timm.create_model(arch, num_classes=0, **options)
+        import torchvision
 
-    if arch in BACKBONES:
-        return headless_backbone(arch)
-    if arch in torchvision.models.list_models(module=torchvision.models):
-        return without_classifier(torchvision.models.get_model(arch, weights=None))
+        if arch in BACKBONES:
+            return headless_backbone(arch, **options)
+        if arch in torchvision.models.list_models(module=torchvision.models):
+            return without_classifier(torchvision.models.get_model(arch, weights=None, **options))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"network {arch}: {error}") from None
     raise UserError(f"torchvision has no model {arch!r}; of ours there are {', '.join(BACKBONES)}")
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from plugins.tools.command import UserError
+
 
 class Placeholder:
     """Placeholder for a class or function in a checkpoint: accepts any arguments and any state and ignores them."""
@@ -56,3 +58,18 @@ def load_without_code(path: Path) -> tuple[Any, list[str]]:
     placeholders: list[Any] = [(_mapping if name in _MAPPINGS else Placeholder, name) for name in names]
     with torch.serialization.safe_globals(placeholders):
         return torch.load(path, map_location="cpu", weights_only=True), names
+
+
+def read_without_code(path: Path) -> tuple[Any, list[str]]:
+    """Load a file as :func:`load_without_code` does.
+
+    Raises:
+        UserError: torch cannot read the file, or rejects it.
+    """
+    try:
+        return load_without_code(path)
+    except Exception as error:
+        reason = "it was not written by torch.save, or it contains code that is not safe to load"
+        if isinstance(error, OSError | RuntimeError) and str(error).strip():
+            reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from None

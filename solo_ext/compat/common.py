@@ -220,8 +220,11 @@ class LinearMixin:
         if self.cfg.optimizer.get("layer_decay", 0.0) > 0:
             groups = self.layer_decay_groups()
         else:
-            trained = self if self.finetune else self.classifier
+            apart = self.finetune and "backbone_lr" in self.cfg.optimizer
+            trained = self if self.finetune and not apart else self.classifier
             groups = [{"params": list(trained.parameters())}]
+            if apart:
+                groups.append({"params": list(self.backbone.parameters()), "lr": self.cfg.optimizer.backbone_lr})
         if self.cfg.optimizer.exclude_bias_n_norm_wd:
             groups = _without_decay_of_vectors(groups)
         optimizer = _optimizer(self, groups)

@@ -292,6 +292,29 @@ def test_the_host_builds_student_and_teacher(name, dataset, unset_weights):
     assert method.features_dim == method.classifier.in_features == expected.num_features
 
 
+def test_evaluations_read_files_of_vicregs_scripts_exports_and_other_frameworks(tmp_path: Path) -> None:
+    """main_linear, main_knn and main_probe load a backbone with the same function as the export."""
+    network = models.resnet18()
+    network.fc = nn.Identity()
+    state = network.state_dict()
+    trunk = {f"_feature_blocks.{name}": value for name, value in state.items()}
+    files = {
+        "model.pth": {"epoch": 1, "model": {f"module.backbone.{name}": value for name, value in state.items()}},
+        "resnet50.pth": state,
+        "checkpoint.torch": {"classy_state_dict": {"base_model": {"model": {"trunk": trunk, "heads": {}}}}},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+        backbone = build_backbone("resnet18", {}, "imagenet", 224)
+        load_backbone(tmp_path / name, backbone)
+        assert all(torch.equal(value, state[key]) for key, value in backbone.state_dict().items()), name
+    torch.save({"model": {"module.projector.0.weight": torch.zeros(1)}}, tmp_path / "head.pth")
+    with pytest.raises(
+        UserError, match=r"head\.pth contains no backbone: none of its parts projector is named backbone"
+    ):
+        load_backbone(tmp_path / "head.pth", backbone)
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_every_backbone_is_exported_whole_and_alone(tmp_path: Path) -> None:

@@ -341,7 +341,7 @@ def test_linear_refuses_what_is_no_checkpoint(untrained, digits, tmp_path, monke
     torch.save({"state_dict": None}, tmp_path / "empty.ckpt")
     (tmp_path / "text.ckpt").write_text("a line of text\nand another\n")
     for place, sentence in (
-        (tmp_path / "empty.ckpt", "it has no state_dict"),
+        (tmp_path / "empty.ckpt", "contains no backbone: it has no tensors"),
         (tmp_path / "text.ckpt", "cannot be read as a checkpoint: it was not written by torch.save"),
         (tmp_path / "a.ckpt", "there is no checkpoint"),
         (broken, "cannot be read as a checkpoint"),

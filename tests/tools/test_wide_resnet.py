@@ -30,7 +30,13 @@ def _count(depth: int, width: int) -> int:
 
 @pytest.mark.parametrize(
     ("name", "depth", "width"),
-    [("resnet50x2", 50, 2), ("resnet50x4", 50, 4), ("resnet200", 200, 1), ("resnet200x2", 200, 2)],
+    [
+        ("resnet50x2", 50, 2),
+        ("resnet50x4", 50, 4),
+        ("resnet50x5", 50, 5),
+        ("resnet200", 200, 1),
+        ("resnet200x2", 200, 2),
+    ],
 )
 def test_number_of_parameters_and_width_of_the_features(name: str, depth: int, width: int) -> None:
     with torch.device("meta"):

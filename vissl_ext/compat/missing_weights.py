@@ -38,7 +38,8 @@ def _checked(load: Callable[..., Any], config: Any, model: Any, state_dict: Any,
 
     path, key = config.MODEL.WEIGHTS_INIT.PARAMS_FILE, how.get("state_dict_key_name")
     check_content(state_dict, key, path)
-    found = state_dict[key] if key else state_dict
+    # VISSL's loader adds the entry "type" to weights that are not nested
+    found = state_dict[key] if key else {name: value for name, value in state_dict.items() if name != "type"}
     if key == "classy_state_dict":
         parts = found["base_model"]["model"]
         trunk = plain_names(parts["trunk"])

@@ -26,6 +26,9 @@ environment .venv (several GB); later calls use it as it is, until pyproject.tom
   ./run_experiments.sh ssl_ey                   SSL-EY with and without projector, CIFAR and ImageNet-100; wants a GPU
   ./run_experiments.sh dissl_table1_contrastive  CISSL on TinyImageNet; so dissl_table1_distillation, dissl_fig7a, dissl_fig7c
   ./run_experiments.sh matrix_ssl               Matrix-SSL and MEC on ImageNet, linear probing, weights for COCO; wants GPUs
+  ./run_experiments.sh digits --status          state, epoch, loss and accuracy of each run; --report makes the table
+  ./run_experiments.sh implicit_var_reg --cluster slurm --partition gpu   each run as a job of SLURM; --cluster local
+                                                executes the jobs on this machine
   ./run_experiments.sh test -k isoloss          checks, then the tests that match
   ./run_experiments.sh test --fast              ruff and lint-imports, then the tests that are neither slow nor run on
                                                 several processes, and a few cases of those with many; 90 s on two cores

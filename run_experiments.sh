@@ -28,6 +28,9 @@ environment .venv (several GB); later calls use it as it is, until pyproject.tom
   ./run_experiments.sh matrix_ssl               Matrix-SSL and MEC on ImageNet, linear probing, weights for COCO; wants GPUs
   ./run_experiments.sh self_supervised_vision   twelve methods on six networks on CIFAR-10, by the commands of that
                                                 repository; wants a GPU. --data digits --only byol-resnet18: a trial
+  ./run_experiments.sh digits --status          state, epoch, loss and accuracy of each run; --report makes the table
+  ./run_experiments.sh implicit_var_reg --cluster slurm --partition gpu   each run as a job of SLURM; --cluster local
+                                                executes the jobs on this machine
   ./run_experiments.sh test -k isoloss          checks, then the tests that match
   ./run_experiments.sh test --fast              ruff and lint-imports, then the tests that are neither slow nor run on
                                                 several processes, and a few cases of those with many; 90 s on two cores

@@ -10,6 +10,7 @@ _COMMANDS = {
     "solo": ("solo-learn", 'pip install "ssl-plugins[solo]", then: pip install --no-deps solo-learn==1.0.2'),
     "vissl": ("VISSL", 'pip install "ssl-plugins[vissl]", then: pip install --no-deps vissl==0.1.6'),
     "lightly": ("lightly", 'pip install "ssl-plugins[lightly]"'),
+    "submitit": ("submitit", 'pip install "ssl-plugins[cluster]"'),
     "nvidia.dali": ("NVIDIA DALI", 'pip install "ssl-plugins[dali]"'),
 }
 _DISTRIBUTIONS = {

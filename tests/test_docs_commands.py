@@ -208,7 +208,7 @@ def _suite(words: list[str], capsys: pytest.CaptureFixture) -> None:
     from plugins.experiments import run
 
     assert run.main([*words, "--dry-run"] if "--dry-run" not in words else words) in (0, None)
-    assert "python" in capsys.readouterr().out
+    assert ("| state" if "--status" in words else "python") in capsys.readouterr().out
 
 
 def _tool(module: str, words: list[str], work: Path, patch: pytest.MonkeyPatch) -> None:

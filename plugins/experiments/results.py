@@ -16,6 +16,8 @@ MISSING = "–"
 """The cell of a missing number."""
 LOSSES = ("train_ssl_loss_epoch", "loss")
 """Columns of metrics.csv with the mean loss of an epoch: in solo-learn, and in lightly and VISSL."""
+ACCURACY = "val_acc1"
+"""Column of solo-learn's metrics.csv with the accuracy of the online classifier on the validation images."""
 INK, FAINT, ACCENT, SECOND = "#222222", "#9a9a9a", "#1f6fb4", "#c8553d"
 
 

@@ -2,7 +2,7 @@
 
 Several runs are active at a time. A finished run (its ``result.json`` exists) is skipped, an interrupted run continues
 with the command that was interrupted, and a failed run does not stop the others. The suites are defined in
-:mod:`plugins.experiments.suites`.
+:mod:`plugins.experiments.suites`. With ``--cluster``, each run is a job of its own: :mod:`plugins.experiments.cluster`.
 """
 
 import argparse
@@ -12,18 +12,23 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from plugins.experiments import cluster
 from plugins.experiments.live import live_table
+from plugins.experiments.status import format_table, read_states
 from plugins.experiments.suites import Request, Run, Suite, dissl, lightly, matrix_ssl, solo, ssv, toy, vissl
 from plugins.experiments.suites.runner import ENVIRONMENT, THREADS, Outcome, Runner, is_warm, shell
 from plugins.experiments.warm import start_server
 from plugins.spelling import counted
-from plugins.tools.command import Parser, UserError
+from plugins.tools.command import Parser, UserError, key_value, minutes
 from plugins.tools.records import read_json
 
+DAY = 24 * 60
+"""Default time limit of a job, in minutes."""
 DIGITS_SAMPLE = (
     ("solo", "cissl"),
     ("solo", "untrained"),
@@ -164,11 +169,42 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help="folder of the data sets (default: datasets)",
     )
-    add("--jobs", type=_positive, metavar="N", help="concurrent runs (default: one per core; 1 if runs need a GPU)")
+    add(
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="concurrent runs (default: one per core; 1 if runs need a GPU); with --cluster slurm, concurrent jobs of "
+        "each job array (default: 256)",
+    )
     add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="folder of the results (default: results)")
     add("--list", action="store_true", help="list the runs and exit")
     add("--dry-run", action="store_true", help="print the commands and exit")
+    add("--status", action="store_true", help="show state, epoch, loss and accuracy of each run, and exit")
+    add("--report", action="store_true", help="make the report of the finished runs, and exit")
     add("--check", action="store_true", help="check the command line and exit")
+    add("--job", metavar="RUN", help=argparse.SUPPRESS)  # the command of a job
+    add("--token", metavar="TOKEN", help=argparse.SUPPRESS)
+    jobs = parser.add_argument_group("jobs of a cluster, one per run")
+    add = jobs.add_argument
+    add(
+        "--cluster",
+        choices=("slurm", "local"),
+        help="slurm: submit the runs that are neither finished nor in the queue, and exit; jobs are requeued after "
+        "their time limit and continue. local: execute the same jobs on this machine, and wait",
+    )
+    add("--partition", metavar="NAME", help="partition of the cluster")
+    add("--time", type=minutes, metavar="TIME", help="time limit of a job: [D-]HH:MM:SS or minutes (default: 1 day)")
+    add("--gpus", type=_natural, metavar="N", help="GPUs of a job (default: as many as its training uses)")
+    add("--cpus", type=_positive, metavar="N", help="CPU cores of a job")
+    add("--mem", metavar="SIZE", help="memory of a job, such as 64GB")
+    add(
+        "--sbatch",
+        type=key_value,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other option of sbatch, such as account=NAME or qos=NAME; may be repeated",
+    )
     options = parser.parse_args(argv)
     if options.suite not in SUITES:
         raise UserError(f"unknown suite {options.suite!r}; the suites are: {', '.join(SUITES)}")
@@ -184,12 +220,36 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for option in ("seeds", "epochs", "devices", "data"):
         if getattr(options, option) is not None and option not in suite.options:
             raise UserError(f"suite {options.suite} has no --{option}")
+    _check_cluster(options)
     if options.data is not None:
         options.data = options.data.split(",")
         for name in options.data:
             if name not in suite.datasets:
                 raise UserError(f"suite {options.suite} has no data set {name!r}; it has: {', '.join(suite.datasets)}")
     return options
+
+
+def _check_cluster(options: argparse.Namespace) -> None:
+    """Check the options of jobs, and set the default of ``--time``.
+
+    Raises:
+        UserError: an option has no effect without another one.
+    """
+    for name in ("partition", "cpus", "mem", "sbatch"):
+        if getattr(options, name) and options.cluster != "slurm":
+            raise UserError(f"--{name} is an option of SLURM's jobs; add --cluster slurm, or remove --{name}")
+    for name in ("time", "gpus"):
+        if getattr(options, name) is not None and options.cluster is None:
+            raise UserError(
+                f"--{name} is an option of jobs; add --cluster slurm or --cluster local, or remove --{name}"
+            )
+    options.time = options.time or DAY
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
+    return int(text)
 
 
 def _positive(text: str) -> int:
@@ -219,26 +279,44 @@ def run_suite(options: argparse.Namespace) -> int:
         devices=options.devices,
         data=options.data,
         data_folder=options.data_folder,
+        elsewhere=options.cluster == "slurm",
     )
+    if options.job is not None:
+        return _execute_job(suite, options, request)
     runs = select(_of_frameworks(suite, options.framework, options.only, request), options.only)
     if options.list:
         width = max(len(run.name) for run in runs)
         for run in runs:
             print(f"{run.name:{width}}  {'finished' if run.result.is_file() else 'to do'}")
         return 0
+    if options.status:
+        print(format_table(read_states(_with_started(runs, suite, options, request))))
+        return 0
     to_do = [run for run in runs if not run.result.is_file()]
     preparation = suite.prepare(to_do, request)
     results = options.out / suite.folder
     report = (*suite.report, str(results))
+    if options.report:
+        if options.dry_run:
+            print(shell(report))
+            return 0
+        return _make_report(report)
+    submission = cluster.Submission(options, results, _selection(options))
+    if options.cluster is not None:
+        submission.check()
     if options.dry_run:
-        _print_commands(preparation, runs, report)
+        _print_commands(preparation, runs, report, submission)
         return 0
     for run in runs:
         if run.result.is_file():
             print(_skipped(run), flush=True)
     status = 0
+    if options.cluster is None:
+        states = read_states(to_do)
+        cluster.print_skipped(states)
+        to_do = [state.run for state in states if state.startable]
     if to_do:
-        if any(is_warm(step.arguments) for run in to_do for step in run.steps):
+        if options.cluster is None and any(is_warm(step.arguments) for run in to_do for step in run.steps):
             start_server(ENVIRONMENT)  # it imports the frameworks while the data sets are prepared
         for arguments in preparation:
             failed = _call(arguments)
@@ -247,21 +325,63 @@ def run_suite(options: argparse.Namespace) -> int:
             if failed != 0:
                 print(f"error: the preparation failed, no run was started: {shell(arguments)}", file=sys.stderr)
                 return 1
+        if options.cluster == "slurm":
+            cluster.submit_to_slurm(to_do, submission)
+            return 0
         jobs = min(options.jobs or suite.jobs(request) or _cores(), len(to_do))
         print(
             f"{counted(len(to_do), 'run')}, {jobs} at a time; logs in {results}/<framework>/<run>/seed<n>/log.txt",
             flush=True,
         )
-        with live_table() as table:
-            report_line = table.report_line if table else partial(print, flush=True)
-            outcome = Runner(to_do, jobs=jobs, report_line=report_line, show=table.update if table else None).go()
+        if options.cluster == "local":
+            outcome = cluster.run_locally(to_do, submission, jobs=jobs)
+        else:
+            with live_table() as table:
+                report_line = table.report_line if table else partial(print, flush=True)
+                outcome = Runner(to_do, jobs=jobs, report_line=report_line, show=table.update if table else None).go()
         status = 1 if outcome.failed else 0
-    if _call(report) != 0:
-        print(f"error: the report failed: {shell(report)}", file=sys.stderr)
-        status = 1
+    status = max(status, _make_report(report))
     if to_do:
         _summarise(outcome, {run.name: run for run in to_do})
     return status
+
+
+def _make_report(report: Sequence[str]) -> int:
+    """Run the command of the report, and return the exit status."""
+    if _call(report) == 0:
+        return 0
+    print(f"error: the report failed: {shell(report)}", file=sys.stderr)
+    return 1
+
+
+def _selection(options: argparse.Namespace) -> tuple[str, ...]:
+    """Return the options that define the runs, for the command of a job."""
+    given = {
+        "--seeds": options.seeds,
+        "--epochs": options.epochs,
+        "--devices": options.devices,
+        "--data": options.data and ",".join(options.data),
+        "--data-folder": options.data_folder,
+        "--out": options.out,
+    }
+    return tuple(word for name, value in given.items() if value is not None for word in (name, str(value)))
+
+
+def _execute_job(suite: Suite, options: argparse.Namespace, request: Request) -> int:
+    """Execute the run of a job, without the runs that it needs: they are finished."""
+    runs = {run.name: run for run in suite.frameworks[options.framework](request)}
+    if options.job not in runs:
+        raise UserError(f"suite {options.suite} has no run {options.job} with these options; see --list")
+    return cluster.execute(replace(runs[options.job], needs=()), options.token)
+
+
+def _with_started(runs: list[Run], suite: Suite, options: argparse.Namespace, request: Request) -> list[Run]:
+    """Add the runs that have been started, if the selection is the default sample of the suite."""
+    if suite.sample is None or options.framework is not None or options.only is not None:
+        return runs
+    known = {run.name for run in runs}
+    others = [run for list_runs in suite.frameworks.values() for run in list_runs(request)]
+    return runs + [run for run in others if run.name not in known and run.folder.is_dir()]
 
 
 def _of_frameworks(suite: Suite, framework: str | None, only: str | None, request: Request) -> list[Run]:
@@ -289,12 +409,18 @@ def _sample(suite: Suite, runs: list[Run]) -> list[Run]:
     return sorted(chosen, key=lambda run: (run.seed, place[run.framework, run.method]))
 
 
-def _print_commands(preparation: Sequence[Sequence[str]], runs: Sequence[Run], report: Sequence[str]) -> None:
+def _print_commands(
+    preparation: Sequence[Sequence[str]], runs: Sequence[Run], report: Sequence[str], submission: cluster.Submission
+) -> None:
     for arguments in preparation:
         print(shell(arguments))
+    if submission.options.cluster == "slurm":
+        cluster.print_scripts(runs, submission)
     for run in runs:
         if run.result.is_file():
             print(f"# {_skipped(run)}")
+            continue
+        if submission.options.cluster == "slurm":
             continue
         print(f"# {run.name}")
         for step in run.steps:
@@ -312,7 +438,8 @@ def _skipped(run: Run) -> str:
 
 
 def _summarise(outcome: Outcome, runs: Mapping[str, Run]) -> None:
-    print(f"{counted(len(outcome.finished), 'run')} finished, {len(outcome.failed)} failed", flush=True)
+    skipped = f", {len(outcome.skipped)} skipped" if outcome.skipped else ""
+    print(f"{counted(len(outcome.finished), 'run')} finished, {len(outcome.failed)} failed{skipped}", flush=True)
     for name, why in outcome.failed.items():
         print(f"failed: {name}: {why}; log: {runs[name].log}", file=sys.stderr, flush=True)
 

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ __all__ = [
     "exit_on_user_error",
     "first_process",
     "home",
+    "key_value",
+    "minutes",
     "nearest",
     "positive_number",
     "print_on_rank_zero",
@@ -122,6 +125,34 @@ def positive_number(kind: type, *, zero: bool = False) -> Any:
 
     positive.__name__ = kind.__name__  # argparse prints this name if the text is not a number
     return positive
+
+
+def minutes(text: str) -> int:
+    """Convert the text of a time limit to minutes, rounded up; a type for argparse.
+
+    >>> minutes("90"), minutes("2:30:00"), minutes("1-00:00:01")
+    (90, 150, 1441)
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)|(\d+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"must be [D-]HH:MM:SS or minutes, got {text!r}")
+    days, hours, whole, seconds, alone = (int(part or 0) for part in found.groups())
+    total = alone or (days * 24 + hours) * 60 + whole + (seconds > 0)
+    if total < 1:
+        raise argparse.ArgumentTypeError(f"must be at least a minute, got {text!r}")
+    return total
+
+
+def key_value(text: str) -> tuple[str, str]:
+    """Split KEY=VALUE, with or without dashes before KEY; a type for argparse.
+
+    >>> key_value("--qos=long")
+    ('qos', 'long')
+    """
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
+    return key.lstrip("-"), value
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import Any
 from submitit import JobEnvironment, LocalExecutor, SlurmExecutor
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
-from plugins.tools.command import Parser, UserError
+from plugins.tools.command import Parser, UserError, key_value, minutes
 
 REQUEUES = 1000
 """Maximal number of times that a job is requeued after it has reached its time limit."""
@@ -153,19 +153,26 @@ def _count(devices: str) -> int | None:
 # ------------------------------------------------------------------------------------------------------- the job
 
 
-class _Sketch(SlurmExecutor):
+class Sketch(SlurmExecutor):
     """Executor that writes sbatch scripts on a machine without SLURM."""
 
     @classmethod
     def affinity(cls) -> int:
         return 1
 
-    def script(self) -> str:
+    def script(self, jobs: int = 1) -> str:
+        """Return the script of a job, or of an array of several jobs."""
+        if jobs > 1:
+            self.parameters["map_count"] = jobs
         return self._make_submission_file_text(self._submitit_command_str, "")
 
 
-def make_executor(options: argparse.Namespace) -> SlurmExecutor | LocalExecutor:
+def make_executor(options: argparse.Namespace, **more: Any) -> SlurmExecutor | LocalExecutor:
     """Create submitit's executor for the options of the command line.
+
+    Args:
+        options: of :func:`parse`.
+        more: further parameters of submitit's executor.
 
     Raises:
         UserError: SLURM is not installed.
@@ -174,11 +181,14 @@ def make_executor(options: argparse.Namespace) -> SlurmExecutor | LocalExecutor:
     if options.cluster == "local":
         local = LocalExecutor(folder, max_num_timeout=REQUEUES)
         local.update_parameters(
-            timeout_min=options.time, tasks_per_node=options.tasks_per_node, gpus_per_node=options.gpus_per_node
+            timeout_min=options.time,
+            tasks_per_node=options.tasks_per_node,
+            gpus_per_node=options.gpus_per_node,
+            **more,
         )
         return local
     if options.dry_run:
-        slurm = _Sketch(folder, max_num_timeout=REQUEUES)
+        slurm = Sketch(folder, max_num_timeout=REQUEUES)
     else:
         try:
             slurm = SlurmExecutor(folder, max_num_timeout=REQUEUES)
@@ -196,6 +206,7 @@ def make_executor(options: argparse.Namespace) -> SlurmExecutor | LocalExecutor:
         "mem": options.mem,
         "partition": options.partition,
         "additional_parameters": dict(options.sbatch) or None,
+        **more,
     }
     slurm.update_parameters(**{name: value for name, value in parameters.items() if value is not None})
     return slurm
@@ -204,7 +215,7 @@ def make_executor(options: argparse.Namespace) -> SlurmExecutor | LocalExecutor:
 def submit(options: argparse.Namespace, command: Command) -> int:
     """Submit the job and return the exit status; with ``--cluster local``, wait until the job has ended."""
     executor = make_executor(options)
-    if isinstance(executor, _Sketch):
+    if isinstance(executor, Sketch):
         print(executor.script())
         print(f"# each process: {shlex.join([sys.executable, *command.arguments])}")
         return 0
@@ -246,13 +257,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--mem", metavar="SIZE", help="memory per machine, such as 128GB")
     add(
         "--time",
-        type=_minutes,
+        type=minutes,
         default=24 * 60,
         metavar="TIME",
         help="time limit: [D-]HH:MM:SS or minutes (default: 1 day)",
     )
     add("--partition", metavar="NAME", help="partition of the cluster")
-    add("--sbatch", type=_pair, action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch")
+    add("--sbatch", type=key_value, action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch")
     add("--name", default="ssl-plugins", metavar="NAME", help="name of the job (default: %(default)s)")
     add(
         "--folder",
@@ -287,24 +298,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
-
-
-def _minutes(text: str) -> int:
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)|(\d+)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"must be [D-]HH:MM:SS or minutes, got {text!r}")
-    days, hours, minutes, seconds, alone = (int(part or 0) for part in found.groups())
-    total = alone or (days * 24 + hours) * 60 + minutes + (seconds > 0)
-    if total < 1:
-        raise argparse.ArgumentTypeError(f"must be at least a minute, got {text!r}")
-    return total
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
-    return key.lstrip("-"), value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

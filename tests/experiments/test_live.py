@@ -103,8 +103,8 @@ def test_the_runner_draws_the_table_and_prints_only_failures_above_it(tmp_path, 
     assert (outcome.finished, list(outcome.failed)) == (["solo/good/seed0"], ["solo/bad/seed0"])
     assert drawn[0] == [("pretrain", True), ("waiting", False)]
     good, bad = found.statuses.values()
-    assert (good.state, good.progress, good.detail) == ("finished", (2, 2, 0.25), "kNN 90.0")
-    assert (bad.state, bad.progress, Path(bad.detail.removeprefix("log: "))) == ("failed", (1, 2, None), runs[1].log)
+    assert (good.state, good.progress, good.detail) == ("finished", Progress(2, 2, 0.25), "kNN 90.0")
+    assert (bad.state, bad.progress, Path(bad.detail.removeprefix("log: "))) == ("failed", Progress(1, 2), runs[1].log)
     text = console.file.getvalue()
     assert "solo/bad/seed0: FAILED: pretrain ended with status 3" in text and "    | the reason" in text
     assert "finished in" not in text  # a plain line

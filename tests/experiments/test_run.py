@@ -335,9 +335,9 @@ def test_progress_reads_the_epoch_from_the_metrics(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,loss\n")
     assert solo.progress(tmp_path) is None
     (tmp_path / "metrics.csv").write_text("epoch,loss\n0,1.0\n1,0.5\n,0.4\n")
-    assert solo.progress(tmp_path) == (2, 25, 0.5)
-    (tmp_path / "metrics.csv").write_text("epoch,train_ssl_loss_epoch,knn\n0,1.0,\n0,,3\n")
-    assert solo.progress(tmp_path) == (1, 25, 1.0)
+    assert solo.progress(tmp_path) == (2, 25, 0.5, None)
+    (tmp_path / "metrics.csv").write_text("epoch,train_ssl_loss_epoch,val_acc1\n0,1.0,\n0,,3\n")
+    assert solo.progress(tmp_path) == (1, 25, 1.0, 3.0)
 
 
 def test_remaining_time_is_work_over_places(tmp_path, lines):

@@ -94,7 +94,7 @@ def test_progress_is_rows_of_all_epochs(in_checkout, tmp_path, monkeypatch):
     assert run.progress(run.folder) is None
     (run.folder / run.method).mkdir(parents=True)
     (run.folder / run.method / "metrics.csv").write_text("epoch,loss\n0,2.0\n1,1.5\n")
-    assert run.progress(run.folder) == (2, parsed(run.steps[0]).epochs, 1.5)
+    assert run.progress(run.folder) == (2, parsed(run.steps[0]).epochs, 1.5, None)
 
 
 @pytest.mark.slow

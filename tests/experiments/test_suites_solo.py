@@ -1,6 +1,7 @@
 """The suites in solo-learn: runs, commands, collected results, and one training."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,9 @@ def digits(tmp_path, monkeypatch):
     return lambda **options: {run.name: run for run in solo.digits(Request(**options))}
 
 
+RESUMED = ("++auto_resume.enabled=True", f"++auto_resume.max_hours={365 * 24}")
+
+
 def test_methods_are_those_with_a_yaml_and_the_baselines(digits):
     assert list(digits()) == [f"solo/{name}/seed0" for name in ("untrained", "byol", "ssl_ey", "supervised")]
 
@@ -35,12 +39,32 @@ def test_pretraining_command_names_yaml_seed_folder_and_data(digits):
         "++seed=3",
         "++checkpoint.dir='my results/digits/solo'",
         "++checkpoint.version=seed3",
-        "++auto_resume.enabled=True",
+        *RESUMED,
         "++data.train_path=datasets/digits/train",
         "++data.val_path=datasets/digits/val",
         "++max_epochs=2",
     )
     assert [step.name for step in run.steps] == ["pretrain", "knn", "linear", "linear_5"]
+
+
+def test_every_training_resumes_after_a_long_time(digits, in_checkout):
+    """A run may wait for days in the queue of a cluster, and be interrupted in any of its trainings."""
+    runs = [*digits().values(), *solo.ssl_ey(Request(data=["imagenet100", "cifar10"]))]
+    for run in runs:
+        for step in run.steps:
+            if step.arguments[1] in ("solo_ext.main_pretrain", "solo_ext.main_linear"):
+                assert set(RESUMED) <= set(step.arguments), (run.name, step.name)
+
+
+def test_jobs_have_the_gpus_of_the_configuration_or_those_that_were_asked_for(in_checkout):
+    assert {run.gpus for run in solo.implicit_var_reg(Request())} == {1}
+    assert {run.gpus for run in solo.implicit_var_reg(Request(devices=2))} == {2}
+    assert {run.gpus for run in solo.implicit_var_reg(Request(data=["digits"], devices=2))} == {0}
+    for name, data in solo.DATA.items():
+        lines = [path.read_text() for path in (ROOT / "configs" / "solo" / data.configs).glob("*linear*.yaml")]
+        lines += [path.read_text() for path in (ROOT / "configs" / "solo" / data.configs).glob("matrix_ssl.yaml")]
+        devices = {int(found) for text in lines for found in re.findall(r"^devices: (\d+)$", text, re.MULTILINE)}
+        assert devices <= {max(data.gpus, 1)}, name
 
 
 def test_epochs_change_the_training_of_backbones_only(digits):
@@ -180,6 +204,8 @@ def test_only_the_wanted_data_are_prepared(in_checkout):
         ("-m", "plugins.experiments.suites.prepare", "cifar10", "stl10", "--folder", "d")
     ]
     assert solo.prepare([], Request()) == []
+    (elsewhere,) = solo.prepare(few, Request(elsewhere=True))
+    assert elsewhere[-1] == "--elsewhere"  # on the login node of a cluster, a missing GPU means nothing
 
 
 def test_result_of_a_table_is_that_of_the_last_epoch(in_checkout, tmp_path):

@@ -43,7 +43,7 @@ def test_progress_is_rows_of_all_epochs(tmp_path):
     (folder / "train_config.yaml").write_text("OPTIMIZER:\n  num_epochs: 20\n")
     assert vissl.progress(tmp_path) is None
     (folder / "metrics.csv").write_text("epoch,loss\n0,2.0\n1,1.5\n")
-    assert vissl.progress(tmp_path) == (2, 20, 1.5)
+    assert vissl.progress(tmp_path) == (2, 20, 1.5, None)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from plugins.tools.command import UserError
-from plugins.tools.process import end_with_parent, exit_when_stopped, locked_folder
+from plugins.tools.process import end_with_parent, exit_when_stopped, holder, locked_folder
 
 
 def _forked(body: Callable[[], None]) -> int:
@@ -45,15 +45,18 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_killed(tmp_path:
             ready.touch()
             time.sleep(1000)
 
-    holder = _forked(hold)
+    assert holder(tmp_path / "run") is None
+    first = _forked(hold)
     _wait_until(ready.exists)
+    assert (holder(tmp_path / "run") or "").startswith(f"process {first} on ")
     with (
-        pytest.raises(UserError, match=rf"another run \(process {holder} on [^)]+\) writes into .*run"),
+        pytest.raises(UserError, match=rf"another run \(process {first} on [^)]+\) writes into .*run"),
         locked_folder(tmp_path / "run"),
     ):
         pass
-    os.kill(holder, signal.SIGKILL)
-    os.waitpid(holder, 0)
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    assert holder(tmp_path / "run") is None
     with locked_folder(tmp_path / "run"):
         pass
     with locked_folder(tmp_path / "run"):  # released at the block's end

@@ -24,6 +24,7 @@ class Request:
         devices: number of GPUs of each pre-training; None uses the value of the YAML file.
         data: names of the data sets to run on; None selects all data sets of the suite.
         data_folder: folder of the data sets, one subfolder each.
+        elsewhere: whether the runs are executed on other machines than the preparation.
     """
 
     out: Path = Path("results")
@@ -32,6 +33,7 @@ class Request:
     devices: int | None = None
     data: Sequence[str] | None = None
     data_folder: Path = Path("datasets")
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,15 @@ class Step:
 
 
 class Progress(NamedTuple):
-    """State of a pre-training: finished epochs, total epochs, and the mean loss of the last epoch or None."""
+    """State of a pre-training: finished epochs, total epochs, and the latest mean loss and online accuracy or None.
+
+    The accuracy is that of the online classifier on the validation images, in per cent.
+    """
 
     epoch: int
     epochs: int
     loss: float | None = None
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Run:
         epochs: number of epochs given on the command line; None uses the value of the YAML file.
         label: name of the run within the suite, if the method alone is not unique.
         progress: folder → state of the pre-training; None if it is not known yet.
+        gpus: number of GPUs that its training uses.
     """
 
     framework: str
@@ -76,6 +83,7 @@ class Run:
     epochs: int | None = None
     label: str | None = None
     progress: Callable[[Path], Progress | None] = lambda folder: None
+    gpus: int = 0
 
     @property
     def name(self) -> str:

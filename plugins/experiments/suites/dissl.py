@@ -13,6 +13,7 @@ from plugins.experiments.suites.solo import (
     DATA,
     command,
     config_folder,
+    gpu_count,
     pretraining,
     progress,
     requested_epochs,
@@ -194,6 +195,7 @@ def _run(suite: str, variant: Variant, dataset: str, seed: int, request: Request
         epochs=request.epochs,
         progress=progress,
         label=label,
+        gpus=gpu_count(dataset, request),
     )
 
 

@@ -96,6 +96,7 @@ def _solo_run(method: str, dataset: str, epochs: int | None, seed: int, request:
         epochs=epochs,
         label=name,
         progress=solo.progress,
+        gpus=solo.gpu_count(dataset, request),
     )
 
 
@@ -162,6 +163,7 @@ def _vissl_run(method: str, dataset: str, epochs: int | None, seed: int, request
         epochs=epochs,
         label=name,
         progress=vissl.progress,
+        gpus=solo.gpu_count(dataset, request),
     )
 
 

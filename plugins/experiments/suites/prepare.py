@@ -108,12 +108,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--folder", type=Path, default=Path("datasets"), help="folder of the data sets (default: datasets)"
     )
+    parser.add_argument(
+        "--elsewhere", action="store_true", help="the training runs on another machine than this command"
+    )
     options = parser.parse_args(argv)
     try:
         prepare(options.datasets, options.folder)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if options.elsewhere:
+        return 0
     import torch
 
     if not torch.cuda.is_available():

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +19,7 @@ from typing import IO, Any
 from plugins.experiments.suites import Progress, Run, Step
 from plugins.experiments.warm import WarmProcess
 from plugins.tools.command import UserError
+from plugins.tools.process import hold_folder
 from plugins.tools.records import read_json, write_json
 
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -31,6 +32,10 @@ PROGRESS_SECONDS = 15.0
 """Time between two plain lines of progress."""
 KILL_SECONDS = 10.0
 LAST_LINES = 12
+RUN_LOCK = ".run-lock"
+"""The file in a run's folder that is locked while its commands are executed, by a suite or by a job of a cluster."""
+FAILURE = "failed.json"
+"""The file in a run's folder with the reason why its last execution failed; deleted when the run starts again."""
 
 
 def shell(arguments: Sequence[str]) -> str:
@@ -50,14 +55,19 @@ class Job:
     step_started: float = 0.0
     process: "subprocess.Popen[bytes] | WarmProcess | None" = None
     log: IO[bytes] | None = None
+    lock: IO[str] | None = None
 
 
 @dataclass
 class Outcome:
-    """Names of the finished runs, failed runs with the reason, and the durations of the finished ones."""
+    """Names of the finished runs, failed and skipped runs with the reason, and the durations of the finished ones.
+
+    A run is skipped if another process executes it.
+    """
 
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
 
 
@@ -67,7 +77,7 @@ class Status:
 
     Args:
         name: name of the run.
-        state: ``waiting``, ``finished``, ``failed``, or the name of the active step.
+        state: ``waiting``, ``finished``, ``failed``, ``skipped``, or the name of the active step.
         progress: progress of the pre-training; None if it is not known.
         seconds: seconds since the start of the run; None if it has not started.
         eta: remaining seconds of the pre-training; None if they are not known.
@@ -133,21 +143,39 @@ class Runner:
     def _start(self) -> None:
         """Start waiting runs until the maximal number is active."""
         for run in list(self.waiting):
-            broken = [name for name in run.needs if name in self.outcome.failed]
-            if broken:
+            broken = {
+                **dict.fromkeys(self.outcome.failed, "failed"),
+                **dict.fromkeys(self.outcome.skipped, "is skipped"),
+            }
+            needed = next((name for name in run.needs if name in broken), None)
+            if needed is not None:
                 self.waiting.remove(run)
-                self._fail(run, f"not started: it needs {broken[0]}, which failed")
+                self._fail(run, f"not started: it needs {needed}, which {broken[needed]}")
                 continue
             ahead = {other.name for other in self.waiting} | {job.run.name for job in self.active}
             if len(self.active) >= self.jobs or any(name in ahead for name in run.needs):
                 continue
             self.waiting.remove(run)
             try:
+                lock = hold_folder(run.folder, RUN_LOCK)
+            except UserError as error:
+                self._skip(run, str(error))
+                continue
+            except OSError as error:
+                self._fail(run, f"{run.folder} cannot be written: {error.strerror}")
+                continue
+            if run.result.is_file():  # another process has finished it since the runs were listed
+                lock.close()
+                self._skip(run, f"finished before ({run.result})")
+                continue
+            try:
                 remaining = _remaining_steps(run)
             except UserError as error:
+                lock.close()
                 self._fail(run, str(error))
                 continue
-            self.active.append(Job(run, remaining, started=time.monotonic()))
+            (run.folder / FAILURE).unlink(missing_ok=True)
+            self.active.append(Job(run, remaining, started=time.monotonic(), lock=lock))
 
     def _advance(self) -> None:
         """Poll the processes; when one has ended, start the next command of its run, or finish the run."""
@@ -163,6 +191,7 @@ class Runner:
                     how = f"status {status}" if status > 0 else f"signal {signal.Signals(-status).name}"
                     self.active.remove(job)
                     self._fail(job.run, f"{step.name} ended with {how} after {took}", log=True)
+                    self._release(job)
                     continue
                 _note_step(job.run, step, seconds=time.monotonic() - job.step_started)
             if job.remaining:
@@ -170,6 +199,7 @@ class Runner:
             else:
                 self.active.remove(job)
                 self._finish(job)
+                self._release(job)
 
     def _launch(self, job: Job) -> None:
         step = job.remaining[0]
@@ -200,11 +230,7 @@ class Runner:
         write_json(run.result, result)
         self.outcome.finished.append(run.name)
         self.outcome.seconds.append(time.monotonic() - job.started)
-        scores = ", ".join(
-            f"{name} {result[key]:.1f}"
-            for name, key in (("online", "online"), ("kNN", "knn"), ("linear", "linear"), ("5 labels", "linear_5"))
-            if isinstance(result.get(key), int | float)
-        )
+        scores = format_scores(result)
         done = len(self.outcome.finished) + len(self.outcome.failed)
         seconds = time.monotonic() - job.started
         progress = run.progress(run.folder)
@@ -219,9 +245,15 @@ class Runner:
         self.statuses[run.name] = replace(self.statuses[run.name], state="failed", eta=None, detail=detail)
         self.report_line(f"{self._elapsed()}  {run.name}: FAILED: {why}")
         if log:
+            write_json(run.folder / FAILURE, {"reason": why})
             self.report_line(f"    log: {run.log}; last lines:")
             for line in _last_lines(run.log):
                 self.report_line(f"    | {line}")
+
+    def _skip(self, run: Run, why: str) -> None:
+        self.outcome.skipped[run.name] = why
+        self.statuses[run.name] = Status(run.name, "skipped", detail=why)
+        self.report_line(f"{self._elapsed()}  {run.name}: skipped: {why}")
 
     def _report_event(self, text: str) -> None:
         """Print a line on a run, or update the live table."""
@@ -260,7 +292,7 @@ class Runner:
 
     def _summary(self) -> str:
         """Format the elapsed time, the number of completed runs and the remaining time."""
-        done = len(self.outcome.finished) + len(self.outcome.failed)
+        done = len(self.outcome.finished) + len(self.outcome.failed) + len(self.outcome.skipped)
         left = self._seconds_left()
         eta = f", about {clock(left)} left" if left is not None else ""
         return f"{self._elapsed()}  {done} of {self.total} done{eta}"
@@ -287,6 +319,10 @@ class Runner:
     def _elapsed(self) -> str:
         return clock(time.monotonic() - self.began)
 
+    def _release(self, job: Job) -> None:
+        if job.lock is not None:
+            job.lock.close()
+
     def _close(self, job: Job) -> None:
         if job.log is not None:
             job.log.close()
@@ -308,6 +344,7 @@ class Runner:
                 process.wait()
         for job in self.active:
             self._close(job)
+            self._release(job)
 
 
 def is_warm(arguments: Sequence[str]) -> bool:
@@ -368,6 +405,17 @@ def _remaining_steps(run: Run) -> list[Step]:
         if note["seconds"] is None or tuple(note["arguments"]) != step.arguments:
             return list(run.steps[index:])
     return []
+
+
+def format_scores(result: Mapping[str, Any]) -> str:
+    """Format the accuracies in a result.json, in per cent.
+
+    >>> format_scores({"knn": 92.44, "linear": None})
+    'kNN 92.4'
+    """
+    titles = {"online": "online", "knn": "kNN", "linear": "linear", "linear_5": "5 labels"}
+    found = {title: result.get(key) for key, title in titles.items()}
+    return ", ".join(f"{title} {value:.1f}" for title, value in found.items() if isinstance(value, int | float))
 
 
 def _last_lines(file: Path) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plugins.experiments.results import LOSSES
+from plugins.experiments.results import ACCURACY, LOSSES
 from plugins.experiments.suites import Progress, Request, Run, Step
 from plugins.tools.command import UserError
 from plugins.tools.overrides import hydra_value
@@ -22,6 +22,7 @@ class Data(NamedTuple):
         train, val: paths of its images, relative to the folder of data sets.
         workers: number of data loader workers for kNN.
         linear: whether its runs end with a linear evaluation. Without it, the online classifier gives the accuracy.
+        gpus: number of GPUs in its YAML files.
     """
 
     configs: str
@@ -29,6 +30,7 @@ class Data(NamedTuple):
     val: str
     workers: int = 4
     linear: bool = False
+    gpus: int = 1
 
 
 DATA = {
@@ -37,13 +39,16 @@ DATA = {
     "stl10": Data("stl10", ".", "."),
     "tinyimagenet": Data("tinyimagenet", "tinyimagenet/train", "tinyimagenet/val"),
     "imagenet100": Data("imagenet100", "imagenet100/train", "imagenet100/val", workers=8, linear=True),
-    "imagenet": Data("imagenet", "imagenet/train", "imagenet/val", workers=8, linear=True),
-    "digits": Data("digits", "digits/train", "digits/val", workers=0, linear=True),
+    "imagenet": Data("imagenet", "imagenet/train", "imagenet/val", workers=8, linear=True, gpus=8),
+    "digits": Data("digits", "digits/train", "digits/val", workers=0, linear=True, gpus=0),
 }
 
 
 KNN: dict[str, float] = {"k": 20, "temperature": 0.07}
 """Number of neighbours, and temperature of their weights."""
+
+RESUME = {"auto_resume.enabled": True, "auto_resume.max_hours": 24 * 365}
+"""Overrides with which a training continues after an interruption, also after days in the queue of a cluster."""
 
 
 def prepare(runs: Sequence[Run], request: Request) -> list[tuple[str, ...]]:
@@ -57,8 +62,8 @@ def prepare(runs: Sequence[Run], request: Request) -> list[tuple[str, ...]]:
     others = [name for name in wanted if name != "digits"]
     commands: list[tuple[str, ...]] = []
     if others:
-        folder = ("--folder", str(request.data_folder))
-        commands.append(("-m", "plugins.experiments.suites.prepare", *others, *folder))
+        options = ("--folder", str(request.data_folder), *(["--elsewhere"] if request.elsewhere else []))
+        commands.append(("-m", "plugins.experiments.suites.prepare", *others, *options))
     if "digits" in wanted:
         commands.append(("-m", "plugins.tools.data", "digits", "--out", str(request.data_folder / "digits")))
     return commands
@@ -67,6 +72,11 @@ def prepare(runs: Sequence[Run], request: Request) -> list[tuple[str, ...]]:
 def one_at_a_time(request: Request) -> int | None:
     """Return the number of concurrent runs: 1, because each needs the GPU; None (one per core) on the digits."""
     return None if request.data is not None and set(request.data) == {"digits"} else 1
+
+
+def gpu_count(dataset: str, request: Request) -> int:
+    """Return the number of GPUs of a pre-training; 0 on the digits, whose ``devices`` are processes on the CPU."""
+    return DATA[dataset].gpus and (request.devices or DATA[dataset].gpus)
 
 
 # --------------------------------------------------------------------------------------------------------- digits
@@ -104,7 +114,7 @@ def _digits_pretrained(method: str, seed: int, epochs: int | None, configs: Path
             "seed": seed,
             "checkpoint.dir": base,
             "checkpoint.version": f"seed{seed}",
-            "auto_resume.enabled": True,
+            **RESUME,
             **train,
             **({} if epochs is None else {"max_epochs": epochs}),
         },
@@ -264,6 +274,7 @@ def _table_run(suite: str, variant: Variant, dataset: str, seed: int, request: R
         collect=collect_table,
         epochs=request.epochs,
         progress=progress,
+        gpus=gpu_count(dataset, request),
         label=label,
     )
 
@@ -365,7 +376,7 @@ def pretraining(base: Path, label: str, seed: int, places: Mapping[str, Any], re
         "checkpoint.dir": base,
         "checkpoint.group": label,
         "checkpoint.version": f"seed{seed}",
-        "auto_resume.enabled": True,
+        **RESUME,
     }
     if request.devices is not None:
         overrides["devices"] = request.devices
@@ -382,7 +393,7 @@ def requested_epochs(epochs: int) -> dict[str, int]:
 
 def linear_step(step: str, configs: Path, name: str, overrides: Mapping[str, Any]) -> Step:
     """Return the step of a linear evaluation or of a supervised training."""
-    return Step(step, command("main_linear", configs, name, overrides))
+    return Step(step, command("main_linear", configs, name, {**overrides, **RESUME}))
 
 
 def knn_step(checkpoints: Path, folder: Path, dataset: str, request: Request) -> Step:
@@ -411,7 +422,7 @@ def knn_step(checkpoints: Path, folder: Path, dataset: str, request: Request) ->
 
 
 def read_progress(folder: Path, epochs: Callable[[], Any]) -> Progress | None:
-    """Read the number of finished epochs and the loss of the last one from metrics.csv in a folder.
+    """Read the number of finished epochs, and the latest loss and online accuracy, from metrics.csv in a folder.
 
     Args:
         folder: folder of the pre-training.
@@ -424,7 +435,9 @@ def read_progress(folder: Path, epochs: Callable[[], Any]) -> Progress | None:
         rows = [row for row in read_rows(folder / "metrics.csv") if row.get("epoch")]
         finished = int(max(float(row["epoch"]) for row in rows)) + 1
         losses = [float(row[name]) for row in rows for name in LOSSES if row.get(name)]
-        return Progress(finished, int(epochs()), losses[-1] if losses else None)
+        accuracies = [float(row[ACCURACY]) for row in rows if row.get(ACCURACY)]
+        latest = (values[-1] if values else None for values in (losses, accuracies))
+        return Progress(finished, int(epochs()), *latest)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -23,7 +23,7 @@ configuration and overrides in Hydra's syntax.
                         (pretrain/isoloss/...), of ./configs/config or of FOLDER/config; --list shows all
   config.KEY=VALUE      override a value; +config.KEY=VALUE adds a key
   +config/GROUP=NAME    merge another file into the configuration
-  engine_name=NAME      train (default), extract_features, ...
+  engine_name=NAME      train (default), extract_features, knn, svm, svm_low_shot, cluster, retrieval, ...
   node_id=NUMBER        number of this machine in a run on several machines
   --config-dir FOLDER   a folder with a subfolder 'config'; may be repeated
   --list [TEXT]         list the configurations whose names contain TEXT
@@ -109,7 +109,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     from vissl.utils.hydra_config import convert_to_attrdict, save_attrdict_to_disk
 
     from vissl_ext import catalog
-    from vissl_ext.checks import check, check_outputs, check_sections
+    from vissl_ext.checks import check, check_engine, check_outputs, check_sections
     from vissl_ext.compat.checkpoints import reopen, set_aside, torn_name
     from vissl_ext.compat.console import hide_log
     from vissl_ext.compat.folder_images import reset_unreadable
@@ -136,12 +136,15 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     given_paths = {split: cfg.config.DATA[split].DATA_PATHS for split in ("TRAIN", "TEST")}
     paths = {split: list(those) for split, those in given_paths.items() if OmegaConf.is_list(those)}
     complete_masks(cfg.config)
-    lists = catalog.complete(cfg.config, given, same_classes=cfg.engine_name == "train")
+    lists = {}
+    if cfg.engine_name != "retrieval":  # which does not read the images in DATA
+        lists = catalog.complete(cfg.config, given, same_classes=cfg.engine_name in ("train", "svm", "svm_low_shot"))
     if cfg.engine_name == "train":
         check_masks(cfg.config, {path: lists[path] for path in cfg.config.DATA.TRAIN.DATA_PATHS if path in lists})
     check(cfg, given)
     if cfg.engine_name == "train":
         check_outputs(cfg.config)
+    check_engine(cfg.engine_name, cfg.config)
     check_weights_file(weights)
     try:
         args, config = convert_to_attrdict(cfg, dump_config=False)

@@ -4,8 +4,8 @@ It replaces VISSL's tools/cluster_features_and_label.py, which needs faiss. As t
 length, reduced by VISSL's PCA if ``CLUSTERFIT.FEATURES.DIMENSIONALITY_REDUCTION`` is set, and clustered, all of them or
 ``CLUSTERFIT.DATA_LIMIT``. Differences: the k-means is that of :mod:`plugins.targets.kmeans`, whose first centroids
 depend on ``SEED_VALUE``; an image that the sampler repeats is written once; centroids and distances are .npy files, and
-not a pickle. VISSL subtracts the mean before its PCA twice from the features of the k-means (vissl/utils/pca.py:27), but
-once from those that are compared with the centroids.
+not a pickle. Before its PCA, VISSL subtracts the mean twice from the features of the k-means (vissl/utils/pca.py:28),
+but once from those that are compared with the centroids.
 """
 
 from pathlib import Path
@@ -173,7 +173,7 @@ class ClusterEngine(Engine):
         output = Path(section.OUTPUT_DIR).expanduser()
         output = Path(cfg.CHECKPOINT.DIR) if str(output) == "." else output
         arrays = {
-            "images": np.array([str(paths[place]) for place in order]),
+            "images": np.array([str(Path(paths[place]).absolute()) for place in order]),
             "labels": labels.astype(np.int64),
             "distances": distances,
             "centroids": centroids.cpu().numpy(),

@@ -1,8 +1,9 @@
 """Engines ``svm`` and ``svm_low_shot``: linear support vector machines on extracted features, as for VOC07.
 
-They replace VISSL's tools/train_svm.py, which needs a GPU, and tools/train_svm_low_shot.py, which fails for VOC07
-(extra_scripts/create_low_shot_samples.py:115 needs an argument that it does not get). Settings and results are those of
-these tools, see :mod:`plugins.tools.svm`, with these differences:
+They replace VISSL's tools/train_svm.py, which needs a GPU and fails with current NumPy (vissl/utils/svm_utils/
+svm_trainer.py:256), and tools/train_svm_low_shot.py, which fails for VOC07, since it calls the function in
+extra_scripts/create_low_shot_samples.py:109 without one of its arguments. Settings and results are those of the tools,
+see :mod:`plugins.tools.svm`, with these differences:
 
 - The random numbers depend on ``SEED_VALUE``. VISSL's threads share an unseeded generator.
 - Classifiers of an earlier command in the folder are not used again, since they may be those of another model.

@@ -158,7 +158,7 @@ def test_errors_come_before_the_first_fit(data):
         svm.evaluate(*data, SETTINGS._replace(folds=40))
     with pytest.raises(UserError, match="the low-shot evaluation with k=50 needs 50 of each class"):
         svm.low_shot(*data, SETTINGS, [1, 50], [1])
-    with pytest.raises(UserError, match="class 0 has 1 negative training images, but .* with k=2 needs 2"):
+    with pytest.raises(UserError, match=r"class 0 has 1 negative training images, but .* with k=2 needs 2"):
         svm.low_shot_targets(np.array([[1, 1], [1, 1], [0, 1]]), 2, 1, 0)
     for wrong in ({"costs": (0.0,)}, {"costs": ()}, {"folds": 1}, {"loss": "hinge", "dual": False}, {"loss": "huber"}):
         with pytest.raises(ValueError):

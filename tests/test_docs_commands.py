@@ -42,6 +42,8 @@ ELSEWHERE = {
     r"python (-m torch\.distributed\.launch .*main_vicreg|run_with_submitit|evaluate)\.py .*": "VICReg's own commands",
     r"python configs/detectron2/train\.py .*": "tests/tools, where detectron2 is installed",
     r"(python|torchrun --nproc-per-node 2) train\.py": "tests/test_docs_loop.py",
+    r"python -m extra_scripts\..*": "tests/vissl/test_engines.py",
+    r"python -m vissl_ext\.launch --import .*": "tests/vissl/test_loading.py",
     r"mkdocs \w+": "a check of ./run_experiments.sh test",
 }
 """Pattern of a whole command → why it is not run here, or where it is."""
@@ -103,6 +105,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         features = rng.normal(size=(60, 8)).astype("float32") + 3 * np.eye(8, dtype="float32")[labels]
         np.save(folder / f"X{name}.npy", features)
         np.save(folder / f"Y{name}.npy", labels)
+    (folder / "voc07").mkdir()
+    for split in ("train", "test"):  # as VISSL's script makes them
+        np.save(folder / "voc07" / f"{split}_images.npy", np.array(["a.jpg"] * 60))
+        np.save(folder / "voc07" / f"{split}_labels.npy", np.eye(20, dtype=int)[np.arange(60) % 20])
     return folder
 
 

@@ -41,6 +41,8 @@ _MINIMUM: dict[str, tuple[int, type | UnionType]] = {
     "DATA.NUM_DATALOADER_WORKERS": (0, int | float),
 }
 """Key → its smallest value and its type."""
+EXTRACTING = ("extract_features", "knn", "svm", "svm_low_shot", "cluster")
+"""Engines that extract the features of the images in ``DATA``."""
 _LARC = ("clip", "eps", "trust_coefficient", "exclude_bias_and_norm")
 _MISPLACED = {"ignore_index"}
 """Keys directly below LOSS in stock files (pretrain/rotnet/rotnet_8gpu_resnet), where VISSL ignores them."""
@@ -152,7 +154,7 @@ def check(cfg: DictConfig, given: dict[str, Any]) -> None:
     check_schedules(_plain(config.OPTIMIZER.param_schedulers))
     _check_keys("config.OPTIMIZER.larc_config", config.OPTIMIZER.larc_config, dict.fromkeys(_LARC))
     plain = AttrDict(OmegaConf.to_container(config))
-    if cfg.engine_name in ("knn", "extract_features"):
+    if cfg.engine_name in EXTRACTING:
         _check_extraction(cfg.engine_name, config)
     elif cfg.engine_name == "train":
         _check_training(plain)
@@ -176,20 +178,19 @@ def _check_types(given: dict[str, Any]) -> None:
 
 
 _ENGINES = {
-    "SVM": "add engine_name=extract_features, then fit the SVM to the folder with the features: "
-    "python -m plugins.tools.linear_eval --features FOLDER --config dissl_transfer",
-    "IMG_RETRIEVAL": "for instance retrieval run VISSL's tools/instance_retrieval_test.py, which needs a GPU",
-    "CLUSTERFIT": "add engine_name=extract_features; then run VISSL's tools/cluster_features_and_label.py",
+    "SVM": "engine_name=svm, or engine_name=svm_low_shot",
+    "IMG_RETRIEVAL": "engine_name=retrieval",
+    "CLUSTERFIT": "engine_name=cluster",
 }
-"""Section of a configuration → what to do with a configuration that changes this section."""
+"""Section of a configuration → the engine of a configuration that changes this section."""
 
 
 def _evaluation_advice(config: Any) -> str:
     """Return what to do with a configuration of an evaluation without training."""
-    for section, advice in _ENGINES.items():
+    for section, engine in _ENGINES.items():
         default = _plain(defaults().config[section])
         if any(config[section].get(key) != value for key, value in default.items()):
-            return advice
+            return f"add {engine}"
     if config.MODEL.FEATURE_EVAL_SETTINGS.EVAL_TRUNK_AND_HEAD:
         return "add engine_name=extract_features, engine_name=knn, or engine_name=extract_cluster for SwAV's clusters"
     return "add engine_name=extract_features, or engine_name=knn"
@@ -273,6 +274,28 @@ def _check_extraction(engine: str, config: DictConfig) -> None:
             raise UserError("engine_name=knn classifies the test images: set config.TEST_MODEL=true")
         if config.NEAREST_NEIGHBOR.TOPK < 1 or config.NEAREST_NEIGHBOR.SIGMA <= 0:
             raise UserError("config.NEAREST_NEIGHBOR.TOPK must be at least 1, and SIGMA above 0")
+
+
+def check_engine(engine: str, config: DictConfig) -> None:
+    """Validate the section of an engine that evaluates features.
+
+    Args:
+        engine: name of the engine.
+        config: VISSL's configuration, below ``config``, after ``catalog.complete``.
+
+    Raises:
+        UserError: a setting is invalid, or data are missing.
+    """
+    from vissl_ext.clusters import check_clusters
+    from vissl_ext.retrieval import check_retrieval
+    from vissl_ext.svm import check_svm
+
+    if engine in ("svm", "svm_low_shot"):
+        check_svm(engine, config)
+    elif engine == "cluster":
+        check_clusters(config)
+    elif engine == "retrieval":
+        check_retrieval(config)
 
 
 def _head_names(params: list[Any]) -> Iterator[Any]:

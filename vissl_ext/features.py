@@ -1,4 +1,4 @@
-"""Feature extraction and k-nearest-neighbour evaluation on CPUs and GPUs.
+"""Feature extraction on CPUs and GPUs, for the engines of this package, and k-nearest-neighbour evaluation.
 
 ``engine_name=extract_features`` writes the files of VISSL's engine, which needs a GPU (vissl/trainer/
 trainer_main.py:345); ``EXTRACT_FEATURES.CHUNK_THRESHOLD`` bounds its memory. ``engine_name=knn`` extracts features and
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from classy_vision.generic.distributed_util import barrier, get_rank, is_primary
 from torch import Tensor
+from tqdm import tqdm
 from vissl.engines import extract_features as stock
 from vissl.engines.engine_registry import Engine, register_engine
 from vissl.models.model_helpers import get_trunk_output_feature_names
@@ -29,8 +30,8 @@ from plugins.tools.features import load_features
 from plugins.tools.knn import knn_accuracy
 from plugins.tools.records import write_json
 
-_KNN_FOLDER = "knn_features"
-"""Folder of the features of ``engine_name=knn``, which it deletes."""
+_TEMPORARY = re.compile(r"\.\w+_features")
+"""Names of folders with the features of an engine, which it deletes."""
 
 
 class FeatureWriter:
@@ -89,7 +90,7 @@ class Extractor(SelfSupervisionTrainer):
         task, config = self.task, self.cfg
         task.prepare_extraction(pin_memory=config.DATA.PIN_MEMORY)
         # without features of the trunk, the output of the head is written under VISSL's name
-        layers = get_trunk_output_feature_names(config.MODEL) or ["heads"]
+        layers = layer_names(config)
         folder = Path(output_folder)
         folder.mkdir(parents=True, exist_ok=True)
         if is_primary():
@@ -103,7 +104,8 @@ class Extractor(SelfSupervisionTrainer):
         for split in task.available_splits:
             logging.info(f"Extracting features for partition: {split.lower()}")
             writer = FeatureWriter(folder, split.lower(), layers, config.EXTRACT_FEATURES.CHUNK_THRESHOLD)
-            for sample in task.dataloaders[split.lower()]:
+            loader = task.dataloaders[split.lower()]
+            for sample in tqdm(loader, f"{split.lower()} features", disable=None if is_primary() else True):
                 images = torch.cat(sample["data"]).to(task.device, non_blocking=True)
                 features = _flat(model(images))
                 if layers == ["heads"]:  # SwAV's head returns the embedding and the scores of each set of prototypes
@@ -113,9 +115,49 @@ class Extractor(SelfSupervisionTrainer):
             counts[split.lower()] = len(task.dataloaders[split.lower()].dataset)
         barrier()
         self._cleanup_task()
-        if folder.name != _KNN_FOLDER:
+        if not _TEMPORARY.fullmatch(folder.name):
             images = " and ".join(f"{counts[split]} {split}" for split in ("train", "test") if split in counts)
             print_on_rank_zero(f"wrote the features of {images} images ({', '.join(layers)}) to {folder}")
+
+
+def extract_for(
+    engine: str, cfg: Any, dist_run_id: str, checkpoint_folder: str, local_rank: int, node_id: int
+) -> Path | None:
+    """Extract the features for an engine, in each process.
+
+    They are in ``EXTRACT_FEATURES.OUTPUT_DIR``, or, if it is not set, in a folder that the engine deletes with
+    :func:`discard`.
+
+    Args:
+        engine: name of the engine.
+        cfg: VISSL's configuration, below ``config``; changed in place.
+        dist_run_id: the other arguments are those of ``Engine.run_engine``.
+
+    Returns:
+        The folder in the primary process, None in the others.
+    """
+    settings = cfg.EXTRACT_FEATURES
+    settings.OUTPUT_DIR = settings.OUTPUT_DIR or str(Path(checkpoint_folder) / f".{engine}_features")
+    # at least 4096 rows per file, instead of one file per batch
+    settings.CHUNK_THRESHOLD = max(settings.CHUNK_THRESHOLD, 4096)
+    stock.extract_main(cfg, dist_run_id, checkpoint_folder, local_rank=local_rank, node_id=node_id)
+    barrier()
+    return Path(settings.OUTPUT_DIR) if is_primary() else None
+
+
+def discard(folder: Path) -> None:
+    """Delete the folder of :func:`extract_for`, unless it is ``EXTRACT_FEATURES.OUTPUT_DIR``."""
+    if _TEMPORARY.fullmatch(folder.name):
+        shutil.rmtree(folder)
+
+
+def layer_names(cfg: Any) -> list[str]:
+    """Return the names of the layers whose features are extracted.
+
+    Args:
+        cfg: VISSL's configuration, below ``config``.
+    """
+    return get_trunk_output_feature_names(cfg.MODEL) or ["heads"]
 
 
 def _flat(output: Any) -> list[Tensor]:
@@ -175,17 +217,12 @@ class NearestNeighborEngine(Engine):
         hook_generator: Any = None,
     ) -> None:
         """Run the engine; VISSL calls it in each process."""
-        folder = Path(checkpoint_folder) / _KNN_FOLDER
-        cfg.EXTRACT_FEATURES.OUTPUT_DIR = str(folder)
-        # at least 4096 rows per file, instead of one file per batch
-        cfg.EXTRACT_FEATURES.CHUNK_THRESHOLD = max(cfg.EXTRACT_FEATURES.CHUNK_THRESHOLD, 4096)
-        stock.extract_main(cfg, dist_run_id, checkpoint_folder, local_rank=local_rank, node_id=node_id)
-        barrier()
-        if not is_primary():
+        folder = extract_for("knn", cfg, dist_run_id, checkpoint_folder, local_rank, node_id)
+        if folder is None:
             return
         results = {}
         device = torch.device("cuda" if cfg.MACHINE.DEVICE == "gpu" else "cpu")
-        for layer in get_trunk_output_feature_names(cfg.MODEL) or ["heads"]:
+        for layer in layer_names(cfg):
             bank = load_features(folder, "train", layer)
             labelled = int((bank[1] != -1).sum())
             k, sigma = min(cfg.NEAREST_NEIGHBOR.TOPK, max(labelled, 1)), cfg.NEAREST_NEIGHBOR.SIGMA
@@ -199,7 +236,7 @@ class NearestNeighborEngine(Engine):
             results[layer] = {"top1": top1, "top5": top5, "k": k, "sigma": sigma}
             print_on_rank_zero(f"kNN of {layer}: top-1 {top1:.2f} %, top-5 {top5:.2f} % ({k} neighbours)")
         write_json(Path(checkpoint_folder) / "knn.json", results)
-        shutil.rmtree(folder)
+        discard(folder)
 
 
 def replace_trainer() -> None:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ from plugins.spelling import counted
 from plugins.tools.command import UserError, exit_on_user_error, print_on_rank_zero, with_command_name
 from plugins.tools.process import Stopped, exit_when_stopped
 
-USAGE = """usage: python -m vissl_ext.launch config=NAME [OVERRIDE ...] [--config-dir FOLDER]
+USAGE = """usage: python -m vissl_ext.launch config=NAME [OVERRIDE ...] [--config-dir FOLDER] [--import MODULE]
 
 Trains or evaluates with VISSL 0.1.6. The arguments are those of VISSL's tools/run_distributed_engines.py: the name of a
 configuration and overrides in Hydra's syntax.
@@ -23,9 +24,10 @@ configuration and overrides in Hydra's syntax.
                         (pretrain/isoloss/...), of ./configs/config or of FOLDER/config; --list shows all
   config.KEY=VALUE      override a value; +config.KEY=VALUE adds a key
   +config/GROUP=NAME    merge another file into the configuration
-  engine_name=NAME      train (default), extract_features, ...
+  engine_name=NAME      train (default), extract_features, knn, svm, svm_low_shot, cluster, retrieval, ...
   node_id=NUMBER        number of this machine in a run on several machines
   --config-dir FOLDER   a folder with a subfolder 'config'; may be repeated
+  --import MODULE       import a module of yours, or a .py file, that registers losses, trunks, ...; may be repeated
   --list [TEXT]         list the configurations whose names contain TEXT
 
 Images: config.DATA.TRAIN.DATA_PATHS=[FOLDER] is sufficient; the folder may have one subfolder per class.
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> None:
     """
     if find_spec("vissl") is None:
         raise UserError(not_installed("vissl"))
-    overrides, folders = _options(argv)
+    overrides, folders, modules = _options(argv)
     if "--list" in overrides:
         from vissl_ext.compose import config_names
 
@@ -72,30 +74,34 @@ def main(argv: list[str]) -> None:
     unknown = next((word for word in overrides if word.startswith("-")), None)
     if unknown:
         raise UserError(f"unknown option {unknown}; see --help")
-    args, config = prepare(overrides, folders)
+    args, config = prepare(overrides, folders, modules)
     run(args, config)
 
 
-def _options(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments into overrides and the folders of ``--config-dir``."""
-    overrides, folders, words = [], [], iter(argv)
+def _options(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Split the arguments into overrides, the folders of ``--config-dir`` and the modules of ``--import``."""
+    overrides, words = [], iter(argv)
+    values: dict[str, list[str]] = {"--config-dir": [], "--import": []}
     for word in words:
-        if word == "--config-dir" or word.startswith("--config-dir="):
-            folder = word.partition("=")[2] or next(words, None)
-            if not folder:
-                raise UserError("--config-dir needs a folder: --config-dir FOLDER")
-            folders.append(folder)
+        option, _, value = word.partition("=")
+        if option in values:
+            value = value or next(words, "")
+            if not value:
+                what = "FOLDER" if option == "--config-dir" else "MODULE"
+                raise UserError(f"{option} needs a {what.lower()}: {option} {what}")
+            values[option].append(value)
         else:
             overrides.append(word)
-    return overrides, folders
+    return overrides, values["--config-dir"], values["--import"]
 
 
-def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
+def prepare(overrides: list[str], folders: list[str], modules: Sequence[str] = ()) -> tuple[Any, Any]:
     """Compose, validate and complete a configuration, and create the folder of the run.
 
     Args:
         overrides: ``config=NAME`` and Hydra's overrides.
         folders: the folders of ``--config-dir``.
+        modules: the modules of ``--import``.
 
     Returns:
         VISSL's configuration, and its section ``config``.
@@ -109,7 +115,7 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     from vissl.utils.hydra_config import convert_to_attrdict, save_attrdict_to_disk
 
     from vissl_ext import catalog
-    from vissl_ext.checks import check, check_outputs, check_sections
+    from vissl_ext.checks import check, check_engine, check_outputs, check_sections
     from vissl_ext.compat.checkpoints import reopen, set_aside, torn_name
     from vissl_ext.compat.console import hide_log
     from vissl_ext.compat.folder_images import reset_unreadable
@@ -119,9 +125,15 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     from vissl_ext.identity import check_same, run_settings, write_settings
     from vissl_ext.locks import lock
     from vissl_ext.masks import check_masks, complete_masks
+    from vissl_ext.registry import register
+    from vissl_ext.user_modules import KEY, import_modules
 
     hide_log()
+    register()
+    modules = import_modules(modules)
     cfg, given = compose(overrides, folders)
+    if modules and OmegaConf.select(cfg.config, "LOSS.name") not in (None, *cfg.config.LOSS):
+        cfg.config.LOSS[cfg.config.LOSS.name] = {}  # a loss of the user without options
     check_sections(cfg)
     changed, slurm = adapt(cfg, given), without_slurm(cfg.config, given)
     if cfg.engine_name == "train":
@@ -136,18 +148,23 @@ def prepare(overrides: list[str], folders: list[str]) -> tuple[Any, Any]:
     given_paths = {split: cfg.config.DATA[split].DATA_PATHS for split in ("TRAIN", "TEST")}
     paths = {split: list(those) for split, those in given_paths.items() if OmegaConf.is_list(those)}
     complete_masks(cfg.config)
-    lists = catalog.complete(cfg.config, given, same_classes=cfg.engine_name == "train")
+    lists = {}
+    if cfg.engine_name != "retrieval":  # which does not read the images in DATA
+        lists = catalog.complete(cfg.config, given, same_classes=cfg.engine_name in ("train", "svm", "svm_low_shot"))
     if cfg.engine_name == "train":
         check_masks(cfg.config, {path: lists[path] for path in cfg.config.DATA.TRAIN.DATA_PATHS if path in lists})
     check(cfg, given)
     if cfg.engine_name == "train":
         check_outputs(cfg.config)
+    check_engine(cfg.engine_name, cfg.config)
     check_weights_file(weights)
     try:
         args, config = convert_to_attrdict(cfg, dump_config=False)
         build_optimizer_schedulers(deepcopy(config.OPTIMIZER))
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UserError(f"VISSL rejects the configuration: {str(error).strip().splitlines()[0]}") from None
+    if modules:
+        config[KEY] = modules
     folder = Path(config.CHECKPOINT.DIR)
     try:
         folder.mkdir(parents=True, exist_ok=True)

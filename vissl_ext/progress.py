@@ -75,11 +75,8 @@ class Progress(SilentHook):
             self.bar = None
         if not is_primary():
             return
-        kind = "train" if task.train else "test"
-        values = [f"{kind} loss {self.losses / self.step:.4f}"] if self.step else []
-        if not task.train or task.config["METERS"]["enable_training_meter"]:
-            for meter in task.meters:
-                values += [f"{kind} {name} {value:.4g}" for name, value in _numbers(meter.value)]
+        values = [f"{'train' if task.train else 'test'} loss {self.losses / self.step:.4f}"] if self.step else []
+        values += [f"{name} {value:.4g}" for name, value in meters(task).items()]
         if task.train:
             values.append(f"lr {_rate(task):.3g}")
         passed = time.perf_counter() - self.began
@@ -89,6 +86,14 @@ class Progress(SilentHook):
         """Print the folder of the run."""
         if is_primary():
             print_on_rank_zero(f"finished; checkpoints and log.txt are in {task.checkpoint_folder}")
+
+
+def meters(task: Any) -> dict[str, float]:
+    """Return the values of the meters at the end of a phase, with names such as "train top_1"."""
+    if task.train and not task.config["METERS"]["enable_training_meter"]:
+        return {}
+    kind = "train" if task.train else "test"
+    return {f"{kind} {name}": value for meter in task.meters for name, value in _numbers(meter.value)}
 
 
 def _epoch(task: Any) -> str:

@@ -34,6 +34,7 @@ from vissl_ext.progress import Progress
 from vissl_ext.registry import register
 from vissl_ext.silent_hook import SilentHook
 from vissl_ext.summary import Summary
+from vissl_ext.user_modules import KEY, import_modules
 
 register()
 
@@ -92,6 +93,7 @@ def worker(local_rank: int, cfg: Any, *args: Any, **kwargs: Any) -> None:
         end_with_parent()
         for number in (signal.SIGINT, signal.SIGTERM):  # a forked process inherits the handlers of the launcher
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    import_modules(cfg.get(KEY, ()))
     catalog.register(cfg)
     _SERVER.set_forkserver_preload([*_PRELOADED])
     try:

@@ -3,7 +3,21 @@
 
 def register() -> None:
     """Import the modules that register classes, and replace VISSL's classes. Repeated calls have no effect."""
-    from vissl_ext import dissl_losses, features, heads, masks, methods, model, schedules, task, transforms, trunks  # noqa: F401
+    from vissl_ext import (  # noqa: F401  # noqa: F401
+        clusters,
+        dissl_losses,
+        features,
+        heads,
+        masks,
+        methods,
+        model,
+        retrieval,
+        schedules,
+        svm,
+        task,
+        transforms,
+        trunks,
+    )
 
     task.replace_task()
     features.replace_trainer()

@@ -65,9 +65,9 @@ def test_as_many_neighbours_as_there_are_training_images(tmp_path: Path, monkeyp
     monkeypatch.setattr("vissl_ext.features.stock.extract_main", lambda *_, **__: None)
     cfg = convert_to_attrdict(compose(["config=benchmark/nearest_neighbor/digits/knn"])[0], dump_config=False)[1]
     (layer,) = get_trunk_output_feature_names(cfg.MODEL)
-    (tmp_path / "knn_features").mkdir()
+    (tmp_path / ".knn_features").mkdir()
     for split in ("train", "test"):
-        writer = FeatureWriter(tmp_path / "knn_features", split, [layer], -1)
+        writer = FeatureWriter(tmp_path / ".knn_features", split, [layer], -1)
         writer.add(torch.arange(5), torch.arange(5), [torch.eye(5)])
         writer.flush()
     NearestNeighborEngine().run_engine(cfg, "", "", str(tmp_path))
@@ -210,7 +210,7 @@ def test_nearest_neighbours_equal_brute_force(
     found = json.loads((tmp_path / "knn.json").read_text())["res5avg"]["top1"]
     assert low - 1e-4 <= found <= high + 1e-4
     assert f"kNN of res5avg: top-1 {found:.2f} %" in out
-    assert not (tmp_path / "knn_features").exists()
+    assert not (tmp_path / ".knn_features").exists()
 
 
 @pytest.mark.slow

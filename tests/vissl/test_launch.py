@@ -101,7 +101,10 @@ def test_every_stock_file_passes_the_checks():
 
 
 def test_options_take_both_forms():
-    assert _options(["a=1", "--config-dir", "x", "--config-dir=y"]) == (["a=1"], ["x", "y"])
+    assert _options(["a=1", "--config-dir", "x", "--config-dir=y"]) == (["a=1"], ["x", "y"], [])
+    assert _options(["--import=u.py", "--import", "v", "a=1"]) == (["a=1"], [], ["u.py", "v"])
+    with pytest.raises(UserError, match="--import needs a module: --import MODULE"):
+        _options(["--import"])
     with pytest.raises(UserError, match="needs a folder"):
         _options(["--config-dir"])
 
@@ -168,9 +171,9 @@ _RESNETS = "config.MODEL.TRUNK.RESNETS"
         ),
         (["config=feature_extraction/digits/extract"], "leaves nothing to train with engine_name=train"),
         # engines of files that train nothing
-        ([f"config={_VOC}"], "add engine_name=extract_features, then fit the SVM"),
-        (["config=benchmark/instance_retrieval/eval_resnet_1gpu_roxford"], "tools/instance_retrieval_test.py"),
-        (["config=pretrain/clusterfit/cluster_features_resnet_8gpu_imagenet"], "tools/cluster_features_and_label.py"),
+        ([f"config={_VOC}"], "add engine_name=svm, or engine_name=svm_low_shot"),
+        (["config=benchmark/instance_retrieval/eval_resnet_1gpu_roxford"], "add engine_name=retrieval"),
+        (["config=pretrain/clusterfit/cluster_features_resnet_8gpu_imagenet"], "add engine_name=cluster"),
         # schedules and optimiser
         ([_ISOLOSS, f"{_LR}=0.1"], f"{_LR} must be a mapping"),
         ([_ISOLOSS, f"{_LR}.warmup=abc"], f"{_LR}.warmup must be a number, got 'abc'"),

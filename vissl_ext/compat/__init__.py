@@ -22,6 +22,7 @@ from vissl_ext.compat import (
     pkg_resources,
     safe_files,
     saved_types,
+    tensorboard_values,
 )
 
 
@@ -32,6 +33,7 @@ def activate() -> None:
     patches = (
         *(import_warnings, pkg_resources, numpy_names, kinetics400, broadcasts, checkpoints, folder_images),
         *(linear_warmup, loader_workers, local_copies, missing_weights, nan_output, safe_files, saved_types),
+        tensorboard_values,
     )
     for patch in patches:
         patch.activate()

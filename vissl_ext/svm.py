@@ -1,0 +1,182 @@
+"""Engines ``svm`` and ``svm_low_shot``: linear support vector machines on extracted features, as for VOC07.
+
+They replace VISSL's tools/train_svm.py, which needs a GPU and fails with current NumPy (vissl/utils/svm_utils/
+svm_trainer.py:256), and tools/train_svm_low_shot.py, which fails for VOC07, since it calls the function in
+extra_scripts/create_low_shot_samples.py:109 without one of its arguments. Settings and results are those of the tools,
+see :mod:`plugins.tools.svm`, with these differences:
+
+- The random numbers depend on ``SEED_VALUE``. VISSL's threads share an unseeded generator.
+- Classifiers of an earlier command in the folder are not used again, since they may be those of another model.
+  ``SVM.force_retrain`` has no effect.
+- Images with one class each are allowed: one classifier is trained for each class. In the low-shot evaluation their
+  features are extracted once, also for Places205, for which VISSL extracts them for each sample.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from vissl.engines.engine_registry import Engine, register_engine
+from vissl.utils.extract_features_utils import ExtractedFeaturesLoader
+
+from plugins.tools import svm
+from plugins.tools.command import UserError, print_on_rank_zero
+from plugins.tools.records import write_json
+from vissl_ext.compat.safe_files import load_file
+from vissl_ext.features import discard, extract_for, layer_names
+
+
+def svm_settings(config: Any) -> svm.Settings:
+    """Return the settings of the classifiers.
+
+    Args:
+        config: VISSL's configuration, below ``config``.
+
+    Raises:
+        UserError: a setting is invalid.
+    """
+    section = config.SVM
+    costs, base = [float(cost) for cost in section.costs.costs_list], section.costs.base
+    if base > 0:
+        costs += [float(base) ** power for power in range(*section.costs.power_range)]
+    settings = svm.Settings(
+        costs=costs,
+        loss=section.loss,
+        penalty=section.penalty,
+        dual=section.dual,
+        max_iter=section.max_iter,
+        folds=section.cross_val_folds,
+        seed=int(config.SEED_VALUE),
+        workers=max(int(config.DATA.NUM_DATALOADER_WORKERS), 1),
+    )
+    try:
+        svm.check_settings(settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"config.SVM: {' '.join(str(error).split())}") from None
+    return settings
+
+
+def check_svm(engine: str, config: Any) -> None:
+    """Validate the settings, and the training labels if they are .npy files.
+
+    Args:
+        engine: "svm" or "svm_low_shot".
+        config: VISSL's configuration, below ``config``.
+
+    Raises:
+        UserError: a setting is invalid, there is no such file, or a class has too few images.
+    """
+    settings, shots, wanted = svm_settings(config), config.SVM.low_shot, list(config.SVM.cls_list)
+    if not config.TEST_MODEL:
+        raise UserError(f"engine_name={engine} classifies the test images: set config.TEST_MODEL=true")
+    for key, values, least in (
+        ("low_shot.k_values", shots.k_values, 1),
+        ("low_shot.sample_inds", shots.sample_inds, 0),
+        ("cls_list", [0, *wanted], 0),
+    ):
+        if not values or any(type(value) is not int or value < least for value in values):
+            raise UserError(f"config.SVM.{key} must be a list of integers of at least {least}, got {list(values)}")
+    for path in map(str, config.DATA.TRAIN.LABEL_PATHS):
+        if not Path(path).is_file():
+            raise UserError(f"config.DATA.TRAIN.LABEL_PATHS: there is no file {path}")
+        targets = _columns(load_file(path), wanted)
+        if config.DATA.TRAIN.DATA_LIMIT > 0:
+            continue  # some of the images are drawn
+        if engine == "svm":
+            svm.check_counts(targets, settings.folds, f"config.SVM.cross_val_folds={settings.folds}")
+        else:
+            svm.low_shot_targets(targets, max(shots.k_values), 0, settings.seed)
+
+
+def _columns(targets: np.ndarray, wanted: list[int], classes: int | None = None) -> np.ndarray:
+    """Return one column for each wanted class, of all classes if none is named."""
+    columns = svm.class_targets(targets, classes)
+    if wanted and max(wanted) >= columns.shape[1]:
+        raise UserError(f"config.SVM.cls_list must name classes below {columns.shape[1]}, got {max(wanted)}")
+    return columns[:, wanted] if wanted else columns
+
+
+class _Engine(Engine):
+    """Extract the features, evaluate each layer, print a line for each and write metrics.json."""
+
+    name: str
+
+    def run_engine(
+        self,
+        cfg: Any,
+        dist_run_id: str,
+        checkpoint_path: str,
+        checkpoint_folder: str,
+        local_rank: int = 0,
+        node_id: int = 0,
+        hook_generator: Any = None,
+    ) -> None:
+        """Run the engine; VISSL calls it in each process."""
+        folder = extract_for(self.name, cfg, dist_run_id, checkpoint_folder, local_rank, node_id)
+        if folder is None:
+            return
+        settings, results = svm_settings(cfg), {}
+        for layer in layer_names(cfg):
+            arrays = []
+            for split in ("train", "test"):
+                found = ExtractedFeaturesLoader.load_features(str(folder), split, layer, flatten_features=True)
+                features, targets = found["features"], found["targets"]
+                arrays.append((svm.unit_rows(features) if cfg.SVM.normalize else features, targets))
+            (train, labels), (test, truth) = arrays
+            wanted, classes = list(cfg.SVM.cls_list), None
+            if labels.shape[1] == 1:
+                classes = int(max(labels.max(), truth.max())) + 1
+            bar = partial(tqdm, desc=f"{self.name} of {layer}", disable=None, leave=False)
+            data = (train, _columns(labels, wanted, classes), test, _columns(truth, wanted, classes))
+            results[layer], lines = self.evaluate(data, settings, cfg.SVM, bar)
+            for line in lines:
+                print_on_rank_zero(f"{self.name} of {layer}: {line}")
+        write_json(Path(checkpoint_folder) / "metrics.json", {self.name: results})
+        discard(folder)
+
+    def evaluate(self, data: Any, settings: svm.Settings, section: Any, bar: Any) -> tuple[dict[str, Any], list[str]]:
+        """Return the results of a layer for metrics.json, and the lines that describe them."""
+        raise NotImplementedError
+
+
+@register_engine("svm")
+class SVMEngine(_Engine):
+    """Classify with the training images of each class; the costs are chosen by cross-validation."""
+
+    name = "svm"
+
+    def evaluate(self, data: Any, settings: svm.Settings, section: Any, bar: Any) -> tuple[dict[str, Any], list[str]]:
+        """Return mAP, average precision and chosen cost of each class."""
+        found = svm.evaluate(*data, settings, bar=bar)
+        numbers = list(section.cls_list) or list(range(len(found.costs)))
+        content = {
+            "mAP": 100 * found.mean,
+            "classes": numbers,
+            "AP": [None if np.isnan(value) else 100 * value for value in found.precisions],
+            "cost": found.costs,
+            "stopped at max_iter": found.stopped,
+        }
+        known = sum(value is not None for value in content["AP"])
+        of = (
+            f"{known} classes"
+            if known == len(numbers)
+            else f"{known} of {len(numbers)} classes, which have test images"
+        )
+        return content, [f"mAP {content['mAP']:.2f} % ({of})"]
+
+
+@register_engine("svm_low_shot")
+class LowShotEngine(_Engine):
+    """Classify with k training images of each class, in independent samples."""
+
+    name = "svm_low_shot"
+
+    def evaluate(self, data: Any, settings: svm.Settings, section: Any, bar: Any) -> tuple[dict[str, Any], list[str]]:
+        """Return mean, least, largest and standard deviation of the mAP of each k."""
+        counts, samples = list(section.low_shot.k_values), list(section.low_shot.sample_inds)
+        values = svm.low_shot(*data, settings, counts, samples, bar=bar)
+        rows = {f"k={k}": svm.summarise(table, settings.costs) for k, table in zip(counts, values, strict=True)}
+        shown = "mAP {mean:.2f} % (min {min:.2f}, max {max:.2f}, std {std:.2f}; cost {cost:g})"
+        return rows, [f"{k}  {shown.format(**row)}" for k, row in rows.items()]

@@ -173,7 +173,7 @@ run_tests() {
         options=(-m "not slow and not more and not ddp")
         share_cores 100
     else
-        share_cores 150  # slow tests wait for processes that they start
+        share_cores 200  # slow tests wait for processes that they start
     fi
     check() {
         name="$1"

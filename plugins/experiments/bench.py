@@ -692,7 +692,9 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=f"Time and memory of {text}.")
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         command.add_argument("--sizes", nargs="+", type=_size, metavar="NxD", help="rows x width, such as 256x512")
-        command.add_argument("--case", nargs="+", metavar="NAME", help="only these, such as ssl_ey byol; * stands for any text")
+        command.add_argument(
+            "--case", nargs="+", metavar="NAME", help="only these, such as ssl_ey byol; * stands for any text"
+        )
         least = bench_step.at_least(1)
         command.add_argument("--repeat", type=least, default=7, help="number of timed rounds (default: %(default)s)")
         command.add_argument("--quick", action="store_true", help="only sizes that take a few seconds")

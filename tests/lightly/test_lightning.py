@@ -67,6 +67,35 @@ def test_wide_resnets_are_backbones(tmp_path: Path) -> None:
     assert network.conv1.weight.shape == (128, 3, 3, 3)
 
 
+def test_weights_of_a_file_and_options_reach_the_backbone(tmp_path: Path) -> None:
+    """A bare state dict, and the full checkpoint of VICReg's script."""
+    options = {"train_dir": tmp_path, "val_dir": tmp_path, "backbone": "resnet18"}
+    plain = backbone(validate({**options, "backbone_option": {"zero_init_residual": True}}))
+    assert all((block.bn2.weight == 0).all() for layer in (plain.layer1, plain.layer4) for block in layer)
+    torch.save(plain.state_dict(), tmp_path / "resnet50.pth")
+    full = {f"module.backbone.{name}": value for name, value in plain.state_dict().items()}
+    torch.save({"epoch": 1, "model": {**full, "module.projector.0.weight": torch.zeros(1)}}, tmp_path / "model.pth")
+    for name in ("resnet50.pth", "model.pth"):
+        found = backbone(validate({**options, "weights": tmp_path / name})).state_dict()
+        assert all(torch.equal(value, found[key]) for key, value in plain.state_dict().items()), name
+    for more, message in (
+        ({"backbone": "resnet34", "weights": tmp_path / "model.pth"}, "of another backbone than resnet34: missing "),
+        ({"weights": tmp_path / "gone"}, "there is no file .*gone"),
+        ({"backbone_option": {"depth": 3}}, "--backbone-option: resnet18: .*'depth'"),
+        ({"backbone": "amdim_encoder", "input_size": 32, "backbone_option": {"ndf": 0}}, "ndf must be .*, got 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            backbone(validate({**options, **more}))
+
+
+def test_heads_of_ssl_ey() -> None:
+    """lightly's own is scaled; the other is that of solo-learn and VISSL, which is VICReg's without the last bias."""
+    scaled, plain = built("ssl_ey"), built("ssl_ey", scaled_head=False, proj_output_bias=False, proj_layers=4)
+    assert type(scaled.projection_head[-1]).__name__ == "ScaledLinear" and len(scaled.projection_head) == 7
+    assert type(plain.projection_head[-1]) is nn.Linear and plain.projection_head[-1].bias is None
+    assert [type(part) for part in plain.projection_head].count(nn.Linear) == 4
+
+
 def batches(count: int = 4, rows: int = 8) -> list[tuple[list[Tensor], Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [

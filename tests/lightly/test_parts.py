@@ -8,8 +8,10 @@ import pkgutil
 
 import pytest
 import torch
+from lightly.transforms.vicreg_transform import VICRegTransform
 from PIL import Image
 from torch import nn
+from torchvision.transforms import InterpolationMode
 
 import lightly_ext
 from lightly_ext import collective, loss, models, transforms
@@ -240,3 +242,23 @@ def test_knobs_reach_the_views() -> None:
     torch.testing.assert_close(first, expected)
     assert not torch.equal(second, expected)
     assert transforms.IsoLossTransform(solarization_prob=0.3).transforms[0].transform.transforms[7].prob == 0.3
+
+
+def test_views_of_ssl_ey_are_lightlys_vicreg_or_those_of_the_original_scripts() -> None:
+    ours, theirs = transforms.SSLEYTransform(), VICRegTransform()
+    for mine, other in zip(ours.transforms, theirs.transforms, strict=True):
+        pairs = zip(mine.transform.transforms, other.transform.transforms, strict=True)
+        for one, two in pairs:
+            seen = [
+                {name: value for name, value in vars(step).items() if name[0] != "_" and name != "interpolation"}
+                for step in (one, two)
+            ]
+            assert type(one) is type(two) and str(seen[0]) == str(seen[1])
+        first, second = (view.transform.transforms[0].interpolation for view in (mine, other))
+        assert InterpolationMode(first) is InterpolationMode(second) is InterpolationMode.BILINEAR
+    other = transforms.SSLEYTransform(gaussian_blur=(1.0, 0.1), solarize_prob=(0.0, 0.2), interpolation="bicubic")
+    views = [view.transform.transforms for view in other.transforms]
+    assert [(view[6].prob, view[7].prob) for view in views] == [(0.0, 1.0), (0.2, 0.1)]
+    assert [view[0].interpolation.value for view in views] == ["bicubic", "bicubic"]
+    with pytest.raises(ValueError, match="interpolation must be one of bilinear, bicubic, got 'cubic'"):
+        transforms.SSLEYTransform(interpolation="cubic")

@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from plugins.methods import METHODS
 from plugins.methods.cpc import offsets
+from plugins.tools.command import UserError
+from solo_ext.compat import LinearModel
 from solo_ext.compat.common import with_schedule
 from solo_ext.config import count_stacks, parse_linear, parse_pretrain
 from solo_ext.launch import config_folder
@@ -335,6 +337,30 @@ def test_other_published_runs_are_those_of_the_comments(images):
     assert (cfg.data.no_labels, cfg.max_epochs, cfg.max_steps) == (True, 1, 10**9 // 8192)
     assert cfg.scheduler.warmup_epochs * cfg.max_steps == pytest.approx(8000, rel=1e-3)
     assert cfg.optimizer.lr == pytest.approx(9.6)
+
+
+def test_the_backbone_has_a_learning_rate_of_its_own(images):
+    """VICReg's evaluate.py: 0.3 and 0, for 256 images; with fine-tuning the README's two rates."""
+    words = ("pretrained_feature_extractor=x", *local(images)[:-1])
+    cfg = parse_linear(load(Path("imagenet/linear.yaml"), *words))
+    assert (cfg.optimizer.lr, cfg.optimizer.backbone_lr, cfg.finetune) == (0.3, 0.0, False)
+    assert cfg.optimizer.batch_size * cfg.devices == 256
+    assert (cfg.optimizer.name, cfg.optimizer.weight_decay, dict(cfg.optimizer.kwargs)) == (
+        *("sgd", 1e-6, {"momentum": 0.9}),
+    )
+    assert (cfg.scheduler.interval, cfg.scheduler.warmup_epochs, cfg.max_epochs) == ("epoch", 0, 100)
+    further = _further_words("linear.yaml")
+    cfg = parse_linear(load(Path("imagenet/linear.yaml"), *words, *further, "optimizer.batch_size=64"))
+    assert (cfg.optimizer.lr, cfg.optimizer.backbone_lr) == (0.16, 0.06)
+    assert (cfg.optimizer.weight_decay, cfg.max_epochs) == (0, 20)
+    network = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    network.num_features = 3
+    for finetune, rates in ((True, [(2, 0.16), (2, 0.06)]), (False, [(2, 0.16)])):
+        cfg.finetune, cfg.scheduler.name = finetune, "none"
+        optimizer = LinearModel(network, cfg).configure_optimizers()
+        assert [(len(group["params"]), group["lr"]) for group in optimizer.param_groups] == rates
+    with pytest.raises(UserError, match=r"optimizer\.backbone_lr and optimizer\.layer_decay exclude each other"):
+        parse_linear(load(Path("imagenet/linear.yaml"), *words, "++optimizer.layer_decay=0.5"))
 
 
 def test_settings_of_the_linear_evaluation_on_imagenet(images):

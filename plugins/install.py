@@ -29,7 +29,7 @@ REQUIRED = {
     "lightly_ext": ("PIL", "lightly", "pydantic", "pytorch_lightning", "torchvision"),
     "vissl_ext": (
         *("PIL", "fvcore", "hydra", "iopath", "numpy", "omegaconf"),
-        *("timm", "torchvision", "vissl", "yaml"),
+        *("timm", "torchvision", "tqdm", "vissl", "yaml"),
     ),
 }
 """Modules that each adapter imports at module level and that its extra installs.

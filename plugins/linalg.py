@@ -351,7 +351,8 @@ def sinkhorn_codes(
 
     ``Q = diag(a) exp(scores / ε) diag(b)``. Each iteration scales the columns such that each prototype has the mass
     N / K, then the rows such that each sums to 1. After it, the rows sum to 1 exactly, the columns approximately. Only
-    the vectors a and b are iterated. Each row is shifted by its largest score, so that no row underflows.
+    the vectors a and b are iterated. Each row is shifted by its largest score, so that no row underflows. In float32,
+    a prototype gets less than its share if its mass is below 1e-32 of the largest.
 
     Args:
         scores: of the rows of this process with K prototypes, for each view; detached. Views are assigned separately.

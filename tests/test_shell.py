@@ -180,7 +180,7 @@ def test_all_checks_run_even_when_some_fail(checkout):
     site, pyright, pytest_call = sorted(beside)
     assert pyright == "pyright plugins" and site.startswith("mkdocs build --strict --quiet --site-dir ")
     assert not Path(site.split()[-1]).parent.exists()
-    assert pytest_call == "python -m pytest --numprocesses 1 --durations=10 -k isoloss"
+    assert pytest_call == "python -m pytest --numprocesses 2 --durations=10 -k isoloss"
     assert "passed: lint-imports, pytest, mkdocs" in done.stdout
     assert "failed: ruff check (status 1), ruff format (status 1), pyright (status 1)" in done.stderr
 
@@ -202,7 +202,7 @@ def test_slow_tests_have_more_workers_than_cores(checkout):
     for options in (["test"], ["test", "--fast"]):
         assert call(checkout, *options).returncode == 0
     runs = [line.split()[4] for line in calls(checkout) if line.startswith("python -m pytest")]
-    assert runs == ["3", "2"]
+    assert runs == ["4", "2"]
 
 
 def test_passing_checks_give_status_zero(checkout):

@@ -67,7 +67,9 @@ def test_codes_equal_the_slow_reference(rows, prototypes, epsilon, iterations, s
         expected = _reference_codes(view.numpy(), epsilon, iterations)
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(sinkhorn_codes(view, epsilon=epsilon, iterations=iterations), found)
-    np.testing.assert_allclose(sinkhorn_codes(scores.float(), epsilon=epsilon, iterations=iterations), codes, atol=2e-5)
+    if (scores.amax() - scores.amin()) / epsilon < 70:  # beyond it, masses of prototypes are too small for float32
+        found = sinkhorn_codes(scores.float(), epsilon=epsilon, iterations=iterations)
+        np.testing.assert_allclose(found, codes, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,8 @@ def test_only_selects_by_part_of_the_name(suite, capsys, pattern, names):
         (
             ["nonsense"],
             "unknown suite 'nonsense'; the suites are: digits, implicit_var_reg, ssl_ey, dissl_table1_contrastive, "
-            "dissl_table1_distillation, dissl_fig7a, dissl_fig7c, matrix_ssl, self_supervised_vision, toy_dynamics, toy",
+            "dissl_table1_distillation, dissl_fig7a, dissl_fig7c, matrix_ssl, self_supervised_vision, toy_dynamics, "
+            "toy",
         ),
         (["toy_dynamics", "--seeds", "2"], "suite toy_dynamics has no --seeds"),
         (["toy_dynamics", "--epochs", "2"], "suite toy_dynamics has no --epochs"),

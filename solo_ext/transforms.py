@@ -113,8 +113,10 @@ def patches_of(cfg: Any) -> Patches:
 
 def shares_colours(cfg: Any) -> bool:
     """Return whether all patches of an entry with a grid have the colours of the image, changed by no step."""
-    steps = ("color_jitter", "photometric", "solarization", "equalization", "grayscale")
-    return cfg.get("grid") is not None and not any(cfg[step].prob for step in steps)
+    steps = ("photometric", "solarization", "equalization", "grayscale")
+    jitter = cfg.color_jitter
+    jitters = jitter.prob and any((jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue))
+    return cfg.get("grid") is not None and not jitters and not any(cfg[step].prob for step in steps)
 
 
 def evaluation_side(view: Any, dataset: str | None = None) -> int:

@@ -47,6 +47,7 @@ def pretrain(cfg: DictConfig) -> Path:
     from solo_ext.config import parse_pretrain
     from solo_ext.data import pretrain_images
     from solo_ext.launch import as_user_error, build_trainer, seed_everything
+    from solo_ext.loaders import finish_bad_images
     from solo_ext.logs import SpectrumWriter, Throughput, Totals, callbacks, host_versions, loggers
     from solo_ext.registry import method_class, register
 
@@ -67,6 +68,8 @@ def pretrain(cfg: DictConfig) -> Path:
         if start.is_complete("pretrain.json"):
             return folder
     lock = claim_folder(folder, resumed)
+    if images.bad is not None:
+        images.bad.folder = folder
 
     throughput, totals, checkpointer = Throughput(), Totals(), Checkpointer(cfg, folder, resumed)
     extra = [SpectrumWriter(folder, images.start_epoch)] if getattr(model, "log_eigvals", False) else []
@@ -85,6 +88,7 @@ def pretrain(cfg: DictConfig) -> Path:
     else:
         with exit_when_stopped(checkpointer.resume_hint):
             trainer.fit(model, datamodule=images, ckpt_path=resumed, weights_only=True if resumed else None)
+    bad = finish_bad_images(images, trainer)
     if trainer.is_global_zero:
         speed = throughput.images_per_second
         totals.update(trainer)
@@ -98,6 +102,7 @@ def pretrain(cfg: DictConfig) -> Path:
             "seconds": totals.seconds,
             "images_per_second": speed and speed * trainer.world_size,
             "metrics": totals.metrics,
+            **bad,
             "versions": host_versions(),
             "config": given,
         }

@@ -97,6 +97,19 @@ class Data(Section):
     fraction: real_number("above 0 and at most 1, or -1 for all images", ge=-1, le=1) = entry(
         "fraction of the training images of each class to use; -1: all", -1
     )
+    skip_bad_images: Boolean = entry(
+        "whether to go on if an image cannot be decoded: training takes the next image, validation leaves it out",
+        False,
+    )
+
+    @model_validator(mode="after")
+    def _check_bad_images(self) -> "Data":
+        if self.skip_bad_images and self.format == "dali":
+            raise ValueError(
+                ".skip_bad_images=true is not possible with data.format=dali, which stops at an image that it cannot "
+                "decode; use data.format=image_folder"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_fraction(self) -> "Data":

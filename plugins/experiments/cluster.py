@@ -190,7 +190,9 @@ def submit_to_slurm(runs: Sequence[Run], submission: Submission) -> None:
             if other is not None:
                 raise UserError(f"{run.name} needs {other}, which is executed without a job; submit when it has ended")
         for group, needed, gpus in _groups(chosen):
-            more = {"dependency": _after(needed, numbers)} if any(name in numbers for name in needed) else {}
+            more: dict[str, Any] = (
+                {"dependency": _after(needed, numbers)} if any(name in numbers for name in needed) else {}
+            )
             executor = submission.executor(gpus, **more)
             tokens = [_claim(run, "slurm") for run in group]
             try:

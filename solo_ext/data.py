@@ -71,7 +71,7 @@ def _drops_last(cfg: DictConfig, images: int) -> bool:
 
 def _record(cfg: DictConfig) -> BadImages | None:
     """Return the record of images that cannot be decoded, without its folder; None if such an image is an error."""
-    return BadImages() if cfg.data.skip_bad_images else None
+    return BadImages() if cfg.data.get("skip_bad_images") else None
 
 
 def _check_masks(cfg: DictConfig, train: Any) -> None:

@@ -70,7 +70,10 @@ _IDENTITY = (
     *("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "overfit_batches"),
 )
 # Entries of ``data`` that do not identify a run: the reader, the validation images, and derived numbers.
-_NOT_OF_IDENTITY = ("dataset", "val_path", "num_workers", "num_classes", "num_large_crops", "num_small_crops")
+_NOT_OF_IDENTITY = (
+    *("dataset", "val_path", "num_workers", "skip_bad_images"),
+    *("num_classes", "num_large_crops", "num_small_crops"),
+)
 
 
 def run_folder(cfg: DictConfig, kind: str) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
+from plugins.tools.bad_images import BadImages
 from plugins.tools.command import UserError, print_on_rank_zero
 from solo_ext.datasets import check_same_classes, image_dataset, paths_and_labels
 from solo_ext.loaders import Images, process_count
@@ -43,11 +44,11 @@ def pretrain_images(cfg: DictConfig) -> Images:
         print_on_rank_zero(f"views:\n{transform}")
     view = cfg.augmentations[0]
     evaluation = evaluation_transform(cfg.data.dataset, evaluation_side(view, cfg.data.dataset), view)
-    dali = cfg.data.format == "dali"
-    train, val = _train_and_val(cfg, "pretrain", None if dali else transform, evaluation, indexed=not dali)
+    dali, bad = cfg.data.format == "dali", _record(cfg)
+    train, val = _train_and_val(cfg, "pretrain", None if dali else transform, evaluation, indexed=not dali, bad=bad)
     _check_masks(cfg, train)
     if not dali:
-        return Images(train, val, cfg, drop_last=_drops_last(cfg, len(train)))
+        return Images(train, val, cfg, drop_last=_drops_last(cfg, len(train)), bad=bad)
     from solo_ext.dali import DALIImages, pretrain_views
 
     return DALIImages(train, val, cfg, pretrain_views(cfg), indexed=True, drop_last=True)
@@ -66,6 +67,11 @@ def _drops_last(cfg: DictConfig, images: int) -> bool:
             f"{cfg.optimizer.batch_size}; set another batch size"
         )
     return drops
+
+
+def _record(cfg: DictConfig) -> BadImages | None:
+    """Return the record of images that cannot be decoded, without its folder; None if such an image is an error."""
+    return BadImages() if cfg.data.skip_bad_images else None
 
 
 def _check_masks(cfg: DictConfig, train: Any) -> None:
@@ -90,13 +96,13 @@ def linear_images(cfg: DictConfig) -> Images:
     data = cfg.data
     crop = linear_crop(data.dataset, cfg)
     evaluation = evaluation_transform(data.dataset, crop.side, data.get("augmentations"))
-    dali = data.format == "dali"
+    dali, bad = data.format == "dali", _record(cfg)
     transform = None if dali else linear_transform(data.dataset, cfg)
-    train, val = _train_and_val(cfg, "train", transform, evaluation, indexed=False)
+    train, val = _train_and_val(cfg, "train", transform, evaluation, indexed=False, bad=bad)
     # mixup pairs the images of a batch, so that every batch must have an even number of images
     drop_last = cfg.get("mixup", 0) > 0 or cfg.get("cutmix", 0) > 0 or _ends_in_one_image(cfg, len(train))
     if not dali:
-        return Images(train, val, cfg, drop_last=drop_last)
+        return Images(train, val, cfg, drop_last=drop_last, bad=bad)
     from solo_ext.dali import DALIImages, linear_view
 
     return DALIImages(train, val, cfg, [linear_view(crop)], indexed=False, drop_last=drop_last)
@@ -119,13 +125,14 @@ def _ends_in_one_image(cfg: DictConfig, images: int) -> bool:
 
 
 def _train_and_val(
-    cfg: DictConfig, split: str, transform: Any, evaluation: Any, *, indexed: bool
+    cfg: DictConfig, split: str, transform: Any, evaluation: Any, *, indexed: bool, bad: BadImages | None
 ) -> tuple[Dataset, Dataset | None]:
     data = cfg.data
     options = {"indexed": indexed, "no_labels": data.no_labels, "fraction": data.fraction, "data_format": data.format}
+    options["bad"] = bad
     train, val = image_dataset(data.dataset, data.train_path, split, transform, **options), None
     if data.val_path is not None and not data.no_labels:
-        options = {"indexed": False, "no_labels": False, "data_format": data.format}
+        options = {"indexed": False, "no_labels": False, "data_format": data.format, "bad": bad}
         val = image_dataset(data.dataset, data.val_path, "val", evaluation, **options)
     check_same_classes(train, val)
     return train, val

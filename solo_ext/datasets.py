@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from plugins.tools.bad_images import BadImages, LeavingOut, Replacing
 from plugins.tools.command import UserError, print_on_rank_zero
 from plugins.tools.folders import ImageFolder
 from plugins.tools.folders import check_same_classes as _check_same_classes
@@ -64,6 +65,7 @@ def image_dataset(
     no_labels: bool,
     data_format: str = "image_folder",
     fraction: float = -1,
+    bad: BadImages | None = None,
 ) -> Dataset:
     """Open a dataset.
 
@@ -76,6 +78,8 @@ def image_dataset(
         no_labels: whether the images of ``path`` and its subfolders have no classes (custom data); every label is -1.
         data_format: "h5" if ``path`` is an HDF5 file; any other value means folders.
         fraction: fraction of the images of each class to use, in (0, 1); any other value means all images.
+        bad: record of the images that cannot be decoded. "val" leaves them out, the other splits replace them; None
+            means that such an image is an error.
 
     Raises:
         UserError: the folder contains no images, or a download fails.
@@ -97,6 +101,8 @@ def image_dataset(
         _check_classes(dataset, path, found.classes)
     if 0 < fraction < 1:
         found = Subset(found, _fraction(found, fraction))
+    if bad is not None:
+        found = (LeavingOut if split == "val" else Replacing)(found, bad)
     return Indexed(found) if indexed else found
 
 
@@ -283,6 +289,8 @@ def check_same_classes(train: Dataset, val: Dataset | None) -> None:
     """
     while isinstance(train, Indexed | Subset):
         train = train.dataset
+    while isinstance(val, Subset):
+        val = val.dataset
     if isinstance(train, ImageFolder) and isinstance(val, ImageFolder):
         _check_same_classes(train.root, train.classes, val.root, val.classes)
     if isinstance(train, H5Images) and isinstance(val, H5Images):

@@ -1,6 +1,8 @@
 """Functions that main_knn, main_probe and main_umap share: load the network of a run, and extract features."""
 
 import argparse
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 from plugins.methods import METHODS
 from plugins.patches import see_patches_
+from plugins.tools.bad_images import BadImages, LeavingOut, describe
 from plugins.tools.command import UserError, did_you_mean
 from plugins.tools.features import usable_device
 from plugins.tools.fitting import mismatch, plain_names
@@ -238,6 +241,8 @@ def open_images(args: argparse.Namespace, run: Run, *, need_labels: bool) -> dic
             data_format=args.data_format,
             fraction=args.data_fraction if split == "train" else -1,
         )
+        if args.skip_bad_images:
+            found[split] = LeavingOut(found[split], BadImages(Path(tempfile.mkdtemp())))
     check_same_classes(found["train"], found.get("val"))
     return found
 
@@ -270,6 +275,17 @@ def class_names(images: Dataset) -> list[str]:
     return list(getattr(images, "classes", []))
 
 
+def _print_left_out(images: Dataset, title: str) -> None:
+    """Print the images that LeavingOut has left out, and delete their record."""
+    while isinstance(images, Subset):
+        if isinstance(images, LeavingOut):
+            if names := images.bad.names():
+                print(f"{title}: {describe(names)}", flush=True)
+            if images.bad.folder is not None:
+                shutil.rmtree(images.bad.folder, ignore_errors=True)
+        images = images.dataset
+
+
 @torch.no_grad()
 def collect(
     images: Dataset, extract: Extractor, device: torch.device, *, batch_size: int, workers: int, title: str
@@ -285,7 +301,8 @@ def collect(
         title: title of the progress bar.
 
     Returns:
-        Features ``[N, D]`` by name, and "labels" ``[N]``, on the CPU.
+        Features ``[N, D]`` by name, and "labels" ``[N]``, on the CPU. Images that LeavingOut leaves out have no row; a
+        line names them.
 
     Raises:
         UserError: an image cannot be read.
@@ -295,4 +312,5 @@ def collect(
     for batch, labels in tqdm(loader, desc=title, disable=None):
         for name, rows in {**extract(batch.to(device)), "labels": labels}.items():
             found.setdefault(name, []).append(rows.cpu())
+    _print_left_out(images, title)
     return {name: torch.cat(parts) for name, parts in found.items()}

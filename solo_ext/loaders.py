@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
+from plugins.tools.bad_images import BadImages, decoded_batch
 from plugins.tools.command import UserError
 from solo_ext.compat import pl
 
@@ -79,14 +80,17 @@ class Images(pl.LightningDataModule):
         val: validation images, or None.
         cfg: the configuration.
         drop_last: whether the last, smaller batch of an epoch is dropped.
+        bad: the record of images that cannot be decoded, which both data sets have; None if such an image is an error.
 
     Raises:
         UserError: there are fewer training images than one batch.
     """
 
-    def __init__(self, train: Dataset, val: Dataset | None, cfg: DictConfig, *, drop_last: bool) -> None:
+    def __init__(
+        self, train: Dataset, val: Dataset | None, cfg: DictConfig, *, drop_last: bool, bad: BadImages | None = None
+    ) -> None:
         super().__init__()
-        self.train, self.val, self.cfg, self.drop_last = train, val, cfg, drop_last
+        self.train, self.val, self.cfg, self.drop_last, self.bad = train, val, cfg, drop_last, bad
         self.start_epoch = 0
         """The first epoch of a resumed run; the loader reads images before Lightning sets the epoch."""
         self.start_batch = 0
@@ -127,6 +131,22 @@ class Images(pl.LightningDataModule):
         return evaluation_loader(mine, self.cfg.optimizer.batch_size, self.cfg.data.num_workers)
 
 
+def finish_bad_images(images: Images, trainer: Any) -> dict[str, int]:
+    """Print and list the images that could not be decoded, when training has ended.
+
+    Args:
+        images: the data module.
+        trainer: Lightning's Trainer; all processes must call this function.
+
+    Returns:
+        The entry ``bad_images`` of the run's summary; an empty dictionary without ``data.skip_bad_images``.
+    """
+    if images.bad is None:
+        return {}
+    trainer.strategy.barrier()  # until the last process has read its last image
+    return {"bad_images": images.bad.finish()} if trainer.is_global_zero else {}
+
+
 def process_count(cfg: DictConfig) -> int:
     """Return the number of processes of the run; ``devices`` must be validated."""
     devices = cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
@@ -141,5 +161,6 @@ def processes() -> tuple[int, int]:
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int) -> DataLoader:
-    """Return a loader without shuffling that keeps the last, smaller batch."""
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, persistent_workers=workers > 0)
+    """Return a loader without shuffling that keeps the last, smaller batch, without the images that are left out."""
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": decoded_batch}
+    return DataLoader(dataset, batch_size=batch_size, **options)

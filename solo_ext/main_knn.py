@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="custom data: the images have no labels; they are in the folder itself or in subfolders",
     )
+    add("--skip_bad_images", action="store_true", help="leave out images that cannot be decoded, and name them")
     add("--mean", type=float, nargs=3, help="custom data: mean of each channel; default: as in pre-training")
     add("--std", type=float, nargs=3, help="custom data: standard deviation; default: as in pre-training")
     add("--batch_size", type=positive_number(int), default=256)

@@ -52,6 +52,7 @@ def evaluate(cfg: DictConfig) -> Path:
     from solo_ext.data import linear_images
     from solo_ext.features import evaluated_patches, read_config
     from solo_ext.launch import as_user_error, build_trainer, seed_everything
+    from solo_ext.loaders import finish_bad_images
     from solo_ext.logs import BestAccuracy, Totals, callbacks, host_versions, loggers
     from solo_ext.transforms import linear_crop
 
@@ -75,6 +76,8 @@ def evaluate(cfg: DictConfig) -> Path:
     if start.is_complete("linear.json"):
         return folder
     lock = claim_folder(folder, resumed)
+    if images.bad is not None:
+        images.bad.folder = folder
     best, totals, checkpointer = BestAccuracy(), Totals(), Checkpointer(cfg, folder, resumed)
     hooks = [*callbacks(cfg), best, totals, *([checkpointer] if cfg.checkpoint.enabled else [])]
     trainer = build_trainer(cfg, loggers(cfg, folder, images.start_epoch), hooks)
@@ -84,6 +87,7 @@ def evaluate(cfg: DictConfig) -> Path:
         if trainer.current_epoch % cfg.check_val_every_n_epoch != 0 or not trainer.is_last_batch:
             trainer.validate(model, dataloaders=images.val_dataloader(), verbose=False)
             best.acc1 = max(best.acc1, float(trainer.callback_metrics["val_acc1"]))
+    bad = finish_bad_images(images, trainer)
     if trainer.is_global_zero:
         totals.update(trainer)
         metrics = totals.metrics
@@ -100,6 +104,7 @@ def evaluate(cfg: DictConfig) -> Path:
             "acc5": metrics.get("val_acc5"),
             "best_acc1": best.acc1,
             "seconds": totals.seconds,
+            **bad,
             "versions": host_versions(),
             "config": given,
         }

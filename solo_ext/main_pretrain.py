@@ -49,6 +49,7 @@ def pretrain(cfg: DictConfig, further: Callable[[Path], Sequence[Any]] = lambda 
     from solo_ext.config import parse_pretrain
     from solo_ext.data import pretrain_images
     from solo_ext.launch import as_user_error, build_trainer, seed_everything
+    from solo_ext.loaders import finish_bad_images
     from solo_ext.logs import (
         SpectrumWriter,
         Throughput,
@@ -77,6 +78,8 @@ def pretrain(cfg: DictConfig, further: Callable[[Path], Sequence[Any]] = lambda 
         if start.is_complete("pretrain.json"):
             return folder
     lock = claim_folder(folder, resumed)
+    if images.bad is not None:
+        images.bad.folder = folder
 
     throughput, totals, checkpointer = Throughput(), Totals(), Checkpointer(cfg, folder, resumed)
     extra: list[Any] = [SpectrumWriter(folder, images.start_epoch)] if getattr(model, "log_eigvals", False) else []
@@ -97,6 +100,7 @@ def pretrain(cfg: DictConfig, further: Callable[[Path], Sequence[Any]] = lambda 
     else:
         with exit_when_stopped(checkpointer.resume_hint):
             trainer.fit(model, datamodule=images, ckpt_path=resumed, weights_only=True if resumed else None)
+    bad = finish_bad_images(images, trainer)
     if trainer.is_global_zero:
         speed = throughput.images_per_second
         totals.update(trainer)
@@ -110,6 +114,7 @@ def pretrain(cfg: DictConfig, further: Callable[[Path], Sequence[Any]] = lambda 
             "seconds": totals.seconds,
             "images_per_second": speed and speed * trainer.world_size,
             "metrics": totals.metrics,
+            **bad,
             "versions": host_versions(),
             "config": given,
         }

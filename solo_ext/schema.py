@@ -100,6 +100,19 @@ class Data(Section):
     drop_last: Boolean = entry(
         "main_pretrain: whether the last batch of an epoch is left out if it is smaller; default: true", optional=True
     )
+    skip_bad_images: Boolean = entry(
+        "whether to go on if an image cannot be decoded: training takes the next image, validation leaves it out",
+        False,
+    )
+
+    @model_validator(mode="after")
+    def _check_bad_images(self) -> "Data":
+        if self.skip_bad_images and self.format == "dali":
+            raise ValueError(
+                ".skip_bad_images=true is not possible with data.format=dali, which stops at an image that it cannot "
+                "decode; use data.format=image_folder"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_fraction(self) -> "Data":

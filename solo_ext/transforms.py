@@ -130,8 +130,10 @@ def shares_colours(cfg: Any) -> bool:
     if cfg.get("patch_steps") is not None:
         changed = {name for name, _ in named_steps(_plain(cfg.patch_steps))} & COLOURS
         return cfg.get("grid") is not None and not changed
-    steps = ("color_jitter", "photometric", "solarization", "equalization", "grayscale")
-    return cfg.get("grid") is not None and not any(cfg[step].prob for step in steps)
+    steps = ("photometric", "solarization", "equalization", "grayscale")
+    jitter = cfg.color_jitter
+    jitters = jitter.prob and any((jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue))
+    return cfg.get("grid") is not None and not jitters and not any(cfg[step].prob for step in steps)
 
 
 def evaluation_side(view: Any, dataset: str | None = None) -> int:

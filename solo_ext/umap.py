@@ -10,6 +10,7 @@ from plugins.tools.trainer import ends_run
 from plugins.tools.umap import NEIGHBOURS, check_installed, embed, plot
 from solo_ext.checkpoint import check_writable
 from solo_ext.compat import pl
+from solo_ext.features import class_names
 from solo_ext.validation import validation_outputs
 
 
@@ -57,7 +58,7 @@ class AutoUMAP(pl.Callback):
             return
         files = [self.folder / f"{self.stem}-ep={epoch}{ending}" for ending in (".pdf", ".png")]
         title = f"{self.stem}, epoch {epoch + 1}: {len(labels)} validation images"
-        classes = getattr(trainer.datamodule.val, "classes", [])
+        classes = class_names(trainer.datamodule.val)
         plot(embed(features, seed=self.seed), labels.tolist(), classes, title, files)
         for logger in trainer.loggers:
             if isinstance(logger, pl.loggers.WandbLogger):

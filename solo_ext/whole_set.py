@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from plugins.tools.bad_images import BadImages
 from plugins.tools.command import UserError
 from plugins.tools.feed import WholeSet
 from solo_ext.datasets import image_dataset
@@ -52,11 +53,12 @@ class WholeTrainingSet:
                 "the method reads the whole training set at the start of an epoch, but solo-learn's own script cannot; "
                 "start it with python -m solo_ext.main_pretrain"
             )
+        bad = getattr(self.trainer.datamodule, "bad", None)
         epoch, device = self.trainer.current_epoch, self.trainer.strategy.root_device
         feed = WholeSet(
             {
-                "train": lambda: _Epoch(_images(cfg, pretrain_transform(cfg)), cfg, epoch),
-                "eval": lambda: evaluation_images(cfg),
+                "train": lambda: _Epoch(_images(cfg, pretrain_transform(cfg), bad), cfg, epoch),
+                "eval": lambda: evaluation_images(cfg, bad),
             },
             lambda item: item[0][: cfg.data.num_large_crops] if view == "train" else [item[0]],
             self.encode,
@@ -80,21 +82,22 @@ class _Epoch(EpochSeeded):
         return super().__getitem__(self.epoch * len(self.dataset) + index)
 
 
-def _images(cfg: DictConfig, transform: Any) -> Dataset:
+def _images(cfg: DictConfig, transform: Any, bad: BadImages | None) -> Dataset:
     data = cfg.data
     form = "image_folder" if data.format == "dali" else data.format
-    options = {"no_labels": data.no_labels, "fraction": data.fraction, "data_format": form}
+    options = {"no_labels": data.no_labels, "fraction": data.fraction, "data_format": form, "bad": bad}
     return image_dataset(data.dataset, data.train_path, "pretrain", transform, indexed=False, **options)
 
 
-def evaluation_images(cfg: DictConfig) -> Dataset:
+def evaluation_images(cfg: DictConfig, bad: BadImages | None = None) -> Dataset:
     """Open the training images of a pre-training, as (image, label) with the transform of the evaluation.
 
     Args:
         cfg: the validated configuration.
+        bad: the record of images that cannot be decoded; None if such an image is an error.
 
     Raises:
         UserError: images are missing.
     """
     view = cfg.augmentations[0]
-    return _images(cfg, evaluation_transform(cfg.data.dataset, evaluation_side(view, cfg.data.dataset), view))
+    return _images(cfg, evaluation_transform(cfg.data.dataset, evaluation_side(view, cfg.data.dataset), view), bad)

@@ -145,9 +145,10 @@ def _evaluated(section: Any) -> Any:
         if not any(len(truth["ok"]) for truth in dataset.truth):
             raise UserError(f"{key}: {root} must have one subfolder per class, and two images in one of them")
         return dataset
-    needed = root / name / (f"gnd_{name}.pkl" if name in REVISITED else "queries")
-    if not needed.exists():
-        raise UserError(f"{key}: {name} needs {needed}, which does not exist")
+    database = "database_and_distractors" if section.USE_DISTRACTORS else "database"
+    for entry in ("jpg", f"gnd_{name}.pkl") if name in REVISITED else ("queries", database):
+        if not (root / name / entry).exists():
+            raise UserError(f"{key}: {name} needs {root / name / entry}, which does not exist")
     if name in REVISITED:
         return data_util.RevisitedInstanceRetrievalDataset(name, str(root))
     return data_util.CopyDaysDataset(str(root / name), use_distractors=section.USE_DISTRACTORS)

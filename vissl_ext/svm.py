@@ -12,6 +12,8 @@ see :mod:`plugins.tools.svm`, with these differences:
   features are extracted once, also for Places205, for which VISSL extracts them for each sample.
 """
 
+import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from vissl.utils.extract_features_utils import ExtractedFeaturesLoader
 
 from plugins.tools import svm
 from plugins.tools.command import UserError, print_on_rank_zero
+from plugins.tools.folders import ImageFolder
 from plugins.tools.records import write_json
 from vissl_ext.compat.safe_files import load_file
 from vissl_ext.features import discard, extract_for, layer_names
@@ -59,7 +62,7 @@ def svm_settings(config: Any) -> svm.Settings:
 
 
 def check_svm(engine: str, config: Any) -> None:
-    """Validate the settings, and the training labels if they are .npy files.
+    """Validate the settings, and the training labels of .npy files or class folders.
 
     Args:
         engine: "svm" or "svm_low_shot".
@@ -78,16 +81,25 @@ def check_svm(engine: str, config: Any) -> None:
     ):
         if not values or any(type(value) is not int or value < least for value in values):
             raise UserError(f"config.SVM.{key} must be a list of integers of at least {least}, got {list(values)}")
-    for path in map(str, config.DATA.TRAIN.LABEL_PATHS):
-        if not Path(path).is_file():
-            raise UserError(f"config.DATA.TRAIN.LABEL_PATHS: there is no file {path}")
-        targets = _columns(load_file(path), wanted)
+    for labels in _training_labels(config.DATA.TRAIN):
+        targets = _columns(labels, wanted)
         if config.DATA.TRAIN.DATA_LIMIT > 0:
             continue  # some of the images are drawn
         if engine == "svm":
             svm.check_counts(targets, settings.folds, f"config.SVM.cross_val_folds={settings.folds}")
         else:
             svm.low_shot_targets(targets, max(shots.k_values), 0, settings.seed)
+
+
+def _training_labels(data: Any) -> Iterator[np.ndarray]:
+    """Yield the labels in the .npy files or class folders of the section DATA.TRAIN."""
+    for path in map(str, data.LABEL_PATHS):
+        if not Path(path).is_file():
+            raise UserError(f"config.DATA.TRAIN.LABEL_PATHS: there is no file {path}")
+        yield load_file(path)
+    if not data.LABEL_PATHS and "disk_folder" in data.LABEL_SOURCES:
+        for path in filter(os.path.isdir, map(str, data.DATA_PATHS)):
+            yield np.array(ImageFolder(path).targets)
 
 
 def _columns(targets: np.ndarray, wanted: list[int], classes: int | None = None) -> np.ndarray:

@@ -75,7 +75,20 @@ def shares_colours(transforms: list[Any]) -> bool:
         transforms: DATA.TRAIN.TRANSFORMS.
     """
     names = [transform["name"] for transform in transforms]
-    return "ImgPilToPatches" in names and {*names[names.index("ImgPilToPatches") + 1 :]} <= _COLOURLESS
+    if "ImgPilToPatches" not in names:
+        return False
+    return all(map(_keeps_colours, transforms[names.index("ImgPilToPatches") + 1 :]))
+
+
+def _keeps_colours(transform: Any) -> bool:
+    """Return whether a transform leaves colours as they are, by its kind, its probability or its strength."""
+    if transform["name"] in _COLOURLESS or 0 in (transform.get("p"), transform.get("strength")):
+        return True
+    if transform["name"] == "ColorJitter":
+        return not any(transform.get(name) for name in ("brightness", "contrast", "saturation", "hue"))
+    if transform["name"] == "ImgPilMultiCropRandomApply":
+        return not any(transform["prob"]) or all(map(_keeps_colours, transform["transforms"]))
+    return False
 
 
 def large_and_small(config: Any) -> tuple[int, int]:

@@ -100,11 +100,12 @@ class CPCTransform(MultiViewTransform):
         normalize: dict[str, list[float]] | None = IMAGENET_NORMALIZE,
     ) -> None:
         """Initializes the transform with the specified parameters."""
-        if not any((cj_prob, photometric_prob, random_gray_scale, solarization_prob)):
+        strengths = [cj_strength * strength for strength in (cj_bright, cj_contrast, cj_sat, cj_hue)]
+        jitters = cj_prob and any(strengths)
+        if not any((jitters, photometric_prob, random_gray_scale, solarization_prob)):
             warnings.warn(
                 SHARED_COLOURS.replace("color_jitter or grayscale", "cj_prob or random_gray_scale"), stacklevel=2
             )
-        strengths = [cj_strength * strength for strength in (cj_bright, cj_contrast, cj_sat, cj_hue)]
         each = T.Compose(
             [
                 T.RandomApply([T.ColorJitter(*strengths)], p=cj_prob),

@@ -29,8 +29,18 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 from plugins.tools.command import UserError
 
 _PATH = "path of the image file"  # in the dictionary info, which Pillow copies with the image
+_REASON = " cannot be read as an image: "
 _DALI_MODES = ("L", "LA", "RGB", "RGBA", "P", "I;16", "I;16B", "I;16L", "I;16N")
 """Modes of TIFF files that DALI decodes to the same pixels, as a test checks."""
+
+
+class ImageError(UserError):
+    """The content of an image file cannot be decoded."""
+
+    @property
+    def name(self) -> str:
+        """The name of the image in the message, which is its path unless another name was given."""
+        return str(self).partition(_REASON)[0]
 
 
 def open_image(source: Any, name: str | None = None) -> Image.Image:
@@ -44,7 +54,8 @@ def open_image(source: Any, name: str | None = None) -> Image.Image:
         The image; :func:`path_of` returns its path.
 
     Raises:
-        UserError: the image cannot be decoded, or its values are out of range.
+        ImageError: the image cannot be decoded, or its values are out of range.
+        UserError: the file cannot be opened or read.
     """
     with decoded(source, name) as image:
         return with_path(_rgb(image), source if isinstance(source, str | Path) else getattr(source, "name", None))
@@ -59,7 +70,8 @@ def decoded(source: Any, name: str | None = None) -> Iterator[Image.Image]:
         name: as for :func:`open_image`.
 
     Raises:
-        UserError: the image cannot be decoded, or the block raises an error.
+        ImageError: the image cannot be decoded, or the block raises an error.
+        UserError: the file cannot be opened or read.
     """
     try:
         with Image.open(source) as file:
@@ -70,7 +82,9 @@ def decoded(source: Any, name: str | None = None) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # Pillow raises many kinds of exceptions for a corrupt file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name or source} cannot be read as an image: {reason}") from None
+        # an error with a number is of the operating system; Pillow's for a corrupt file has none
+        failed = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
+        raise (UserError if failed else ImageError)(f"{name or source}{_REASON}{reason}") from None
 
 
 def with_path(image: Image.Image, path: Any) -> Image.Image:

@@ -311,6 +311,8 @@ def test_status_of_each_state_on_this_machine(stub, capsys):
     done = subprocess.run([sys.executable, *MAIN, "--jobs", "1", "--only", "broken"], capture_output=True, text=True)
     assert done.returncode == 1
     Path("wait").touch()
+    folder("base").mkdir(parents=True)
+    (folder("base") / "failed.json").write_text('{"reason": "of an earlier execution"}')
     process = subprocess.Popen([sys.executable, *MAIN, "--jobs", "1", "--only", "base"], stdout=subprocess.DEVNULL)
     steps = folder("base") / "steps.json"
     wait_for(lambda: steps.is_file() and "score" in json.loads(steps.read_text()))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from plugins.experiments import report_ssv
 from plugins.experiments import run as experiments
@@ -31,7 +32,7 @@ def test_command_is_that_of_the_original(tmp_path, monkeypatch, capsys):
     assert line.partition(" -m solo_ext.ssv ")[2].split() == [
         *("--config", "configs/ssv/byol.yaml", "--algo", "byol", "--arch", "resnet18", "--task", "train"),
         *("--output", str(folder), "--devices", "2"),
-        *("seed=420", "data.dataset_name=cifar100", "data.root=/data", "epochs=3"),
+        *("seed=420", "data.dataset_name=cifar100", "data.root=/data", "epochs=3", "scheduler.warmup_epochs=0"),
     ]
     trial = ssv.runs(Request(data=["digits"], seeds=range(2)))[-1].steps[0].arguments
     assert trial[3] == "configs/ssv/digits/dino.yaml"
@@ -82,3 +83,29 @@ def test_without_runs_the_report_is_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         report_ssv.main([str(tmp_path)])
     assert capsys.readouterr().err.startswith(f"error: no runs in {tmp_path}; expected folders solo/<algo>-<arch>")
+
+
+def test_no_file_has_a_longer_warm_up():
+    """A longer one would make short runs of the suite fail."""
+    warmups = [
+        yaml.safe_load((ROOT / "configs/ssv" / f"{algo}.yaml").read_text())["scheduler"] for algo in ssv.ALGORITHMS
+    ]
+    assert max(each.get("warmup_epochs", 0) for each in warmups) == ssv.WARMUP
+
+
+@pytest.mark.slow
+def test_a_trial_on_the_digits(tmp_path, few_digits_here, capfd):
+    """Two epochs of SimCLR on a few images, its evaluation, and the suite's table."""
+    few_digits_here(10)
+    options = ("--data", "digits", "--only", "simclr-resnet18", "--epochs", "2")
+    assert experiments.main(["self_supervised_vision", *options]) == 0, capfd.readouterr()
+    suite = tmp_path / "results" / "self_supervised_vision"
+    result = json.loads((suite / "solo" / "simclr-resnet18_digits" / "seed420" / "result.json").read_text())
+    assert (result["method"], result["dataset"], result["epochs"], result["seed"]) == ("simclr", "digits", 2, 420)
+    scores = [result[key] for key in ("neighbors_head", "neighbors", "knn", "linear")]
+    assert all(0 < score <= 100 for score in scores)
+    (line,) = [line for line in (suite / "table.md").read_text().splitlines() if line.startswith("| digits")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:8] == ["digits", "simclr", "resnet18", "2", *(f"{score:.1f}" for score in scores)]
+    assert experiments.main(["self_supervised_vision", *options]) == 0
+    assert "skipped, finished before" in capfd.readouterr().out

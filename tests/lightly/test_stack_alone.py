@@ -183,3 +183,5 @@ def test_the_transform_makes_a_stack_and_warns_of_shared_colours(title: str) -> 
     with pytest.warns(UserWarning, match=r"share its colours, .* by cj_prob or random_gray_scale"):
         (stack,) = flat(**small, cj_prob=0.0, random_gray_scale=0.0, min_scale=None)(image)
     assert (stack == stack[:1]).all()
+    with pytest.warns(UserWarning, match=r"share its colours, .* by cj_prob or random_gray_scale"):
+        flat(**small, cj_strength=0.0, random_gray_scale=0.0)

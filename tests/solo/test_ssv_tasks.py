@@ -25,11 +25,13 @@ from solo_ext.main_pretrain import pretrain
 from solo_ext.registry import method_class
 from solo_ext.ssv import evaluate
 from solo_ext.ssv.checkpoints import LAYOUTS, load_network
-from solo_ext.ssv.command import Arguments
+from solo_ext.ssv.command import Arguments, run
 from solo_ext.ssv.metrics import K, NeighborMetrics, outputs
 from solo_ext.transforms import evaluation_transform
 
 pytestmark = pytest.mark.solo
+
+ROOT = Path(__file__).parents[2]
 
 # the metric during training
 
@@ -317,14 +319,14 @@ def test_features_of_a_file_of_the_original_are_written(arguments, files, digits
 def test_linear_evaluation_of_our_run(arguments, compose, tiny, tmp_path, capsys):
     """The numbers are those of the arrays that get_features writes, and those of the training's last evaluation."""
     options = (f"++method_kwargs.{option}" for option in OPTIONS["relic"])
-    run = pretrain(compose("relic", tiny, *options), lambda folder: [NeighborMetrics(folder, every=5)])
-    args = arguments("relic", load=run)
+    trained = pretrain(compose("relic", tiny, *options), lambda folder: [NeighborMetrics(folder, every=5)])
+    args = arguments("relic", load=trained)
     result = evaluate.linear_eval(args)
     evaluate.get_features(args)
     out = tmp_path / "out"
     assert json.loads((out / "linear_eval.json").read_text()) == result
     for part in ("head", "trunk"):
-        assert result["neighbors"][part] == pytest.approx(_column(run, f"val_neighbors_{part}")[1])
+        assert result["neighbors"][part] == pytest.approx(_column(trained, f"val_neighbors_{part}")[1])
     train, test = (
         [torch.from_numpy(np.load(out / f"{s}_{k}.npy")) for k in ("fvecs", "gt")] for s in ("train", "test")
     )
@@ -354,3 +356,30 @@ def test_tasks_refuse_before_they_read_an_image(arguments, files, tmp_path):
     with pytest.raises(UserError, match="linear_eval: lr must be above 0, got 0"):
         evaluate.linear_eval(bad)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_train_then_linear_eval_then_get_features(digits, tmp_path, monkeypatch, capsys):
+    """The three tasks as main.py runs them: BYOL's trial for two epochs of 96 images, with its ResNet-18."""
+    monkeypatch.chdir(tmp_path)
+    given = ["-c", str(ROOT / "configs" / "ssv" / "digits" / "byol.yaml"), "-a", "byol", "-m", "resnet18"]
+    entries = [f"data.root={digits}", "data.batch_size=32", "epochs=2", "eval_every=1", "linear_eval.epochs=2"]
+    run([*given, "-t", "train", "-o", "trained", *entries])
+    folder = tmp_path / "outputs" / "byol" / "resnet18" / "trained"
+    logged = (folder / "trainlogs.txt").read_text().splitlines()
+    assert [line.partition(" [")[0] for line in logged] == [
+        *(f"[{kind}] Epoch    {epoch}/   2" for epoch in (1, 2) for kind in ("TRAIN", "VALID")),
+        f"[INFO] Test linear eval accuracy:{logged[-1].rpartition(':')[2]}",
+    ]
+    run([*given, "-t", "linear_eval", "-l", str(folder), "-o", "evaluated", *entries])
+    results = [json.loads((at / "linear_eval.json").read_text()) for at in (folder, folder.parent / "evaluated")]
+    assert results[0]["neighbors"] == results[1]["neighbors"] and results[0]["linear"] == results[1]["linear"]
+    assert f"[accuracy] {results[0]['neighbors']['head'] / 100:.4f}" in logged[-2]
+    run([*given, "-t", "get_features", "-l", str(folder), "-o", "features", *entries])
+    shapes = {path.name: np.load(path).shape for path in (folder.parent / "features").glob("*.npy")}
+    assert shapes == {
+        **{"train_fvecs.npy": (96, 128), "train_gt.npy": (96,)},
+        **{"test_fvecs.npy": (40, 128), "test_gt.npy": (40,)},
+    }
+    loaded = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loaded ")]
+    assert [Path(line.removeprefix("loaded ")).resolve() for line in loaded] == [find_checkpoint(folder)] * 3

@@ -131,10 +131,11 @@ def test_patches_that_share_their_colours_are_warned_of(name, compose):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         method_class(cfg)
-    none = ["augmentations.0.color_jitter.prob=0.0", "augmentations.0.grayscale.prob=0.0"]
-    cfg = parse_pretrain(compose(name, *none))
-    with pytest.warns(UserWarning, match=r"the patches of an image share its colours, .* by color_jitter or grayscale"):
-        method_class(cfg)
+    jitter, strengths = "augmentations.0.color_jitter", ("brightness", "contrast", "saturation", "hue")
+    for none in ([f"{jitter}.prob=0.0"], [f"{jitter}.{each}=0.0" for each in strengths]):
+        cfg = parse_pretrain(compose(name, *none, "augmentations.0.grayscale.prob=0.0"))
+        with pytest.warns(UserWarning, match=r"patches of an image share its colours, .* by color_jitter or grayscale"):
+            method_class(cfg)
 
 
 def test_native_methods_and_dali_refuse_grids(compose, monkeypatch):

@@ -407,6 +407,31 @@ def test_gem_is_the_mean_power_of_the_map(work: Path, revisited: dict, launch: C
     assert f"retrieval in folder: mAP {100 * found['mAP']:.2f} %; precision at 1, 5, 10: " in out
 
 
+@pytest.mark.slow
+def test_copydays(work: Path, revisited: dict, launch: Callable) -> None:
+    """Each set of queries has its scores; the numbers of an image and of its original have the same hundreds."""
+    root = work / "retrieval" / "copydays"
+    paths = sorted((work / "datasets" / "digits" / "val").glob("*/*.png"))[::4]
+    for name in ("queries", "database"):
+        (root / name).mkdir(parents=True)
+    for number, path in enumerate(paths):
+        image = Image.open(path).convert("RGB")
+        image.save(root / "database" / f"{200000 + 100 * number}.jpg", quality=95)
+        image.rotate(25).save(root / "queries" / f"strong_{200001 + 100 * number}.jpg", quality=95)
+    words = ("EVAL_DATASET_NAME=copydays", "DATASET_PATH=retrieval", "TRAIN_DATASET_NAME=others", "N_PCA=16")
+    words = (*words, "RESIZE_IMG=32", "USE_DISTRACTORS=false", "SIMILARITY_MEASURE=l2")
+    out = launch(
+        "config=benchmark/instance_retrieval/eval_resnet_1gpu_copydays",
+        *("engine_name=retrieval", WEIGHTS, *TRUNK, *(f"config.IMG_RETRIEVAL.{word}" for word in words)),
+        f"config.CHECKPOINT.DIR={work / 'copies'}",
+    )
+    found = json.loads((work / "copies" / "metrics.json").read_text())
+    rankings = json.loads((work / "copies" / "rankings.json").read_text())
+    results = [_reference_retrieval(ranking, [query], [])[0] for query, ranking in enumerate(rankings)]
+    assert list(found) == ["strong"] and found["strong"]["mAP"] == pytest.approx(np.mean(results), abs=1e-9)
+    assert f"retrieval in copydays: strong: mAP {100 * np.mean(results):.2f} %" in out
+
+
 # errors
 
 
@@ -431,6 +456,10 @@ _RETRIEVAL, _CLUSTERFIT = "config.IMG_RETRIEVAL", "config.CLUSTERFIT"
             ["svm_low_shot", _SHOTS, "config.DATA.TRAIN.LABEL_PATHS=[few.npy]"],
             "class 0 has 3 training images, but the low-shot evaluation with k=96 needs 96 of each class",
         ),
+        (
+            ["svm", "config=benchmark/nearest_neighbor/digits/knn", "config.DATA.TRAIN.DATA_PATHS=[classes]"],
+            "class 1 has 1 training images, but config.SVM.cross_val_folds=3 needs 3 of each class",
+        ),
         (["svm_low_shot", _SHOTS, "config.SVM.low_shot.k_values=[0]"], "k_values must be a list of integers of at lea"),
         (
             ["cluster", _CLUSTER, f"{_CLUSTERFIT}.NUM_CLUSTERS=0"],
@@ -446,7 +475,7 @@ _RETRIEVAL, _CLUSTERFIT = "config.IMG_RETRIEVAL", "config.CLUSTERFIT"
         (["retrieval", _ROXFORD, f"{_RETRIEVAL}.EVAL_DATASET_NAME=Oxford"], "EVAL_DATASET_NAME must be one of 'roxfor"),
         (["retrieval", _ROXFORD, f"{_RETRIEVAL}.FEATS_PROCESSING_TYPE=max"], "must be one of 'rmac', 'gem', '', got"),
         (["retrieval", _ROXFORD, f"{_RETRIEVAL}.IMG_SCALINGS=[1,2]"], "rmac needs TRAIN_PCA_WHITENING=true and one sc"),
-        (["retrieval", _ROXFORD, f"{_RETRIEVAL}.DATASET_PATH=/no"], "roxford5k needs /no/roxford5k/gnd_roxford5k.pkl"),
+        (["retrieval", _ROXFORD, f"{_RETRIEVAL}.DATASET_PATH=/no"], "roxford5k needs /no/roxford5k/jpg, which does no"),
         (
             ["retrieval", _ROXFORD, "config.MODEL.FEATURE_EVAL_SETTINGS.SHOULD_FLATTEN_FEATS=true"],
             "pools feature maps: set config.MODEL.FEATURE_EVAL_SETTINGS.SHOULD_FLATTEN_FEATS=false",
@@ -464,6 +493,9 @@ def test_invalid_settings_raise_a_one_line_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    for name in ("a/0.png", "a/1.png", "a/2.png", "b/0.png"):
+        (tmp_path / "classes" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "classes" / name).touch()
     np.save("few.npy", np.array([[1, 0], [1, 0], [1, 1], [0, 1]]))
     engine, *words = words
     cfg, given = compose([*words, f"engine_name={engine}", f"config.CHECKPOINT.DIR={tmp_path}"])

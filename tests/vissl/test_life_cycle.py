@@ -351,9 +351,19 @@ def test_a_grid_whose_patches_share_their_colours_is_warned_of(method: str) -> N
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*share its colours")
         _checked(method)
-        names = "[{name:ImgPilToPatches,side:20,patch:8,stride:4},{name:ToTensor},{name:StackPatches,views:0}]"
-        with pytest.raises(UserWarning, match="the patches of an image share its colours"):
-            _checked(method, f"config.DATA.TRAIN.TRANSFORMS={names}")
+        for colours, shared in {
+            "": True,
+            "{name:ColorJitter,brightness:0.0,hue:0},{name:RandomGrayscale,p:0.0},": True,
+            "{name:ImgPilRandomColorJitter,strength:0.0,p:1.0},": True,
+            "{name:ImgPilMultiCropRandomApply,prob:[0.0],transforms:[{name:ColorJitter,hue:0.1}]},": True,
+            "{name:ImgPilMultiCropRandomApply,prob:[0.5],transforms:[{name:RandomSolarize,p:0.0}]},": True,
+            "{name:ColorJitter,hue:0.1},": False,
+            "{name:RandomGrayscale},": False,
+        }.items():
+            grid = "{name:ImgPilToPatches,side:20,patch:8,stride:4}"
+            words = f"config.DATA.TRAIN.TRANSFORMS=[{grid},{colours}{{name:ToTensor}},{{name:StackPatches,views:0}}]"
+            with pytest.raises(UserWarning, match="share its colours") if shared else nullcontext():
+                _checked(method, words)
 
 
 @pytest.mark.parametrize("method", ALONE)

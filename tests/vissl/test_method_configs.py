@@ -130,6 +130,32 @@ def test_ten_epochs_of_warm_up_however_long_the_run(method: str, suffix: str, ep
     assert 0 < schedule((total - 1) / total) < 1e-7
 
 
+@pytest.mark.parametrize(
+    ("data", "per_epoch", "milestones"),
+    [
+        ("cifar", 50000 // 480, (251, 281, 300)),
+        ("stl10", 105000 // 480, (251, 281, 300)),
+        ("imagenet128", 1281167 // 480, (31, 46, 50)),
+        ("imagenet_rn50", 1281167 // 480, (61, 91, 100)),
+    ],
+)
+def test_amdim_warms_up_for_500_steps(data: str, per_epoch: int, milestones: tuple[int, int, int]) -> None:
+    """(k + 1) / 500 of the rate in step k, and a fifth of it from each milestone on."""
+    cfg = compose_hydra_configuration([f"config=pretrain/amdim/{data}"])
+    config: Any = convert_to_attrdict(cfg, dump_config=False)[1]
+    first, second, epochs = milestones
+    assert config.OPTIMIZER.num_epochs == epochs
+    schedule, total = build_optimizer_schedulers(config.OPTIMIZER)["lr"], epochs * per_epoch
+    assert schedule.update_interval == UpdateInterval.STEP
+    for step in (0, 1, 250, 498):
+        assert schedule(step / total) == pytest.approx(2e-4 * (step + 1) / 500, rel=3e-3), step
+    for step, rate in (
+        *((501, 2e-4), (first * per_epoch - 1, 2e-4), (first * per_epoch, 4e-5)),
+        *((second * per_epoch - 1, 4e-5), (second * per_epoch, 8e-6), (total - 1, 8e-6)),
+    ):
+        assert schedule(step / total) == pytest.approx(rate, rel=1e-9), step
+
+
 @pytest.mark.sample("mec-of_loss1-_e200")
 @pytest.mark.parametrize("suffix", ["", "_e200", "_e400"])
 @pytest.mark.parametrize(

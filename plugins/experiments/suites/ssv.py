@@ -15,6 +15,8 @@ ARCHS = ("resnet18", "resnet50", "resnext50", "resnext101", "wide_resnet50", "wi
 DATA = ("cifar10", "cifar100", "digits")
 CONFIGS = Path("configs/ssv")
 """Folder of the YAML files; the command finds those that are installed with solo_ext, too."""
+WARMUP = 10
+"""Longest warm-up of the YAML files, in epochs. A run of fewer epochs has none, since a warm-up must end before it."""
 SEED = 420
 """The original's seed, that of the first run of a method."""
 
@@ -51,6 +53,8 @@ def _run(algo: str, arch: str, dataset: str, seed: int, request: Request) -> Run
     entries: dict[str, Any] = {"seed": seed, "data.dataset_name": dataset, "data.root": root}
     if request.epochs is not None:
         entries["epochs"] = request.epochs
+        if request.epochs <= WARMUP:
+            entries["scheduler.warmup_epochs"] = 0
     options = {
         "config": CONFIGS / ("digits" if dataset == "digits" else "") / f"{algo}.yaml",
         "algo": algo,

@@ -176,6 +176,26 @@ def _solo(module: str, words: list[str], patch: pytest.MonkeyPatch) -> None:
     assert len(seen) == 1
 
 
+def _ssv(words: list[str], patch: pytest.MonkeyPatch) -> None:
+    """Check a command of Self-Supervised-Vision up to its task; tests/solo/test_ssv*.py do these."""
+    from solo_ext import config
+    from solo_ext.registry import method_class, register
+    from solo_ext.ssv import command
+    from solo_ext.ssv.translate import translate
+
+    register()
+    seen = []
+
+    def check(given: command.Arguments) -> None:
+        devices = {"devices": given.devices}
+        cfg = translate(given.document, given.algo, given.arch, output=given.output, **devices)
+        seen.append(method_class(config.parse_pretrain(cfg)))
+
+    patch.setattr(command, "TASKS", dict.fromkeys(command.TASKS, check))
+    command.run(words)
+    assert len(seen) == 1
+
+
 def _vissl(words: list[str], patch: pytest.MonkeyPatch) -> None:
     from vissl_ext import defaults, launch
     from vissl_ext.compat import missing_weights
@@ -259,6 +279,8 @@ def test_command_of_a_page(
     words = shlex.split(command)
     if words[0] == "./run_experiments.sh":
         return _suite(words[1:], capsys)
+    if words[:2] == ["python", "main.py"]:
+        return _ssv(words[2:], monkeypatch)
     assert words[:2] == ["python", "-m"], f"{page}: no test knows how to run: {command}"
     module, rest = words[2], words[3:]
     if rest[-1:] in (["--help"], ["--help-config"]):
@@ -268,6 +290,8 @@ def test_command_of_a_page(
             importlib.import_module(name).main()
         assert not ended.value.code and len(capsys.readouterr().out) > 500
         return None
+    if module == "solo_ext.ssv":
+        return _ssv(rest, monkeypatch)
     if module.startswith("solo_ext."):
         return _solo(module, rest, monkeypatch)
     if module == "vissl_ext.launch":

@@ -177,7 +177,8 @@ def _solo(module: str, words: list[str], patch: pytest.MonkeyPatch) -> None:
 
 
 def _ssv(words: list[str], patch: pytest.MonkeyPatch) -> None:
-    from solo_ext.config import parse_pretrain
+    """Check a command of Self-Supervised-Vision up to its task; tests/solo/test_ssv*.py do these."""
+    from solo_ext import config
     from solo_ext.registry import method_class, register
     from solo_ext.ssv import command
     from solo_ext.ssv.translate import translate
@@ -185,13 +186,14 @@ def _ssv(words: list[str], patch: pytest.MonkeyPatch) -> None:
     register()
     seen = []
 
-    def build(arguments: command.Arguments) -> None:
-        cfg = parse_pretrain(translate(arguments.document, arguments.algo, arguments.arch))
-        seen.append(method_class(cfg))
+    def check(given: command.Arguments) -> None:
+        devices = {"devices": given.devices}
+        cfg = translate(given.document, given.algo, given.arch, output=given.output, **devices)
+        seen.append(method_class(config.parse_pretrain(cfg)))
 
-    patch.setattr(command, "TASKS", dict.fromkeys(command.TASKS, build))
+    patch.setattr(command, "TASKS", dict.fromkeys(command.TASKS, check))
     command.run(words)
-    assert seen
+    assert len(seen) == 1
 
 
 def _vissl(words: list[str], patch: pytest.MonkeyPatch) -> None:

@@ -37,11 +37,13 @@ class GaussianBlur:
 
 
 class Cutout:
-    """Set squares of an image ``[C, H, W]`` to 0. All squares of an image have one side, of 1 to ``max_len`` pixels.
+    """Set squares of an image ``[C, H, W]`` to 0. All squares of an image have one side, an even number.
+
+    The side is twice the half, rounded down, of a uniform number from 1 to ``max_len``, so that it may be 0.
 
     Args:
         n_cuts: number of squares; their centres are uniform in the image.
-        max_len: largest side, in pixels.
+        max_len: largest side plus one if it is odd, in pixels.
 
     >>> Cutout(1, 1)(torch.ones(1, 4, 4)).shape
     torch.Size([1, 4, 4])

@@ -11,7 +11,6 @@ import yaml
 from plugins.tools.command import Parser, UserError, did_you_mean, first_process, print_on_rank_zero
 from solo_ext.ssv.arguments import Arguments
 from solo_ext.ssv.grammar import ALGORITHMS, ARCHS, check
-from solo_ext.ssv.repairs import announcements
 
 __all__ = ["TASKS", "Arguments", "change_entries", "main", "parser", "read_document", "run"]
 
@@ -148,9 +147,6 @@ def run(argv: Sequence[str] | None = None) -> None:
     if given.task != "train" and given.load is None:
         raise UserError(f"--task {given.task} needs a trained network: give its folder with --load")
     document = check(change_entries(read_document(given.config, given.algo), given.entries), given.algo)
-    if given.task == "train":
-        for line in announcements(given.algo):
-            print_on_rank_zero(line)
     arguments = Arguments(
         document, given.algo, given.arch, _output(given.output), given.load, given.devices, given.wandb
     )

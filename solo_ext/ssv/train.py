@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from plugins.tools.command import first_process
+from plugins.tools.command import first_process, print_on_rank_zero
 from plugins.tools.files import atomic
 from solo_ext.compat import pl
 from solo_ext.main_pretrain import pretrain
@@ -13,6 +13,7 @@ from solo_ext.ssv.arguments import Arguments
 from solo_ext.ssv.checkpoints import load_network
 from solo_ext.ssv.evaluate import RESULT, linear_eval
 from solo_ext.ssv.metrics import NeighborMetrics
+from solo_ext.ssv.repairs import announcements
 from solo_ext.ssv.translate import translate
 
 HYPERPARAMETERS = "hyperparameters.txt"
@@ -37,7 +38,7 @@ class LoadWeights(pl.Callback):
 
 
 class Hyperparameters(pl.Callback):
-    """Write the configuration, as it was given, to hyperparameters.txt.
+    """Write the validated configuration to hyperparameters.txt, and delete the evaluation of a run that is made longer.
 
     Args:
         folder: the run's folder.
@@ -50,6 +51,7 @@ class Hyperparameters(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write the file."""
         if trainer.is_global_zero:
+            (self.path.parent / RESULT).unlink(missing_ok=True)
             with atomic(self.path, "w") as file:
                 yaml.safe_dump(self.document, file)
 
@@ -68,6 +70,8 @@ def train(arguments: Arguments) -> None:
     document, algo, arch = arguments.document, arguments.algo, arguments.arch
     options = {"output": arguments.output, "devices": arguments.devices, "wandb": arguments.wandb}
     cfg = translate(document, algo, arch, **options)
+    for line in announcements(algo):
+        print_on_rank_zero(line)
 
     def further(folder: Path) -> list[Any]:
         loading = [] if arguments.load is None else [LoadWeights(arguments.load, algo)]

@@ -5,15 +5,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor
 
 from plugins.tools.command import UserError
-from plugins.tools.steps import GEOMETRIC
+from plugins.tools.steps import GEOMETRIC, build_steps
 from solo_ext.ssv.grammar import check
 
 OUTPUTS = Path("outputs")
 """Folder of all runs, in the working directory."""
 WIDTHS = {"resnet18": 512, "regnet_y_400mf": 440}
 """Widths of the features; those of the other networks are 2048, and that of vit is its ``hidden_dim``."""
+SIDES = {"cifar10": 32, "cifar100": 32, "digits": 16}
+"""Sides of the images of the data sets, in pixels."""
 MOMENTUM = {"momentum": 0.9, "nesterov": True}
 """Of SGD, in all files."""
 CLASSIFIER_LR = 0.1
@@ -61,7 +65,7 @@ def translate(
         UserError: an entry is missing, unknown or out of range; the message lists all errors.
     """
     document = check(document, algo)
-    if (arch, algo) in [("vit", algo), ("regnet_y_400mf", algo)] and algo != _OWNERS[arch]:
+    if _OWNERS.get(arch, algo) != algo:
         raise UserError(f"--arch {arch} is only available with --algo {_OWNERS[arch]}; choose another network")
     data, folder = document["data"], run_folder(algo, arch, output)
     if data["batch_size"] % devices:
@@ -69,6 +73,7 @@ def translate(
     backbone, width = _backbone(document["encoder"], arch)
     method = METHODS[algo](document, width)
     views = _VIEWS.get(algo, _two_views)(document)
+    _try_out(views["augmentations"], data["dataset_name"])
     cfg: dict[str, Any] = {
         "name": algo,
         "method": method.name,
@@ -172,7 +177,7 @@ def _pirl_views(document: Document) -> dict[str, Any]:
             f"make {count} x {count} patches, got num_patches {document['num_patches']}"
         )
     names = [next(iter(step)) for step in steps]
-    cut = names.index("to_tensor")  # what follows acts on each pixel by itself
+    cut = names.index("to_tensor") if "to_tensor" in names else len(names)  # what follows acts on each pixel by itself
     stack = {"steps": steps[:cut], "patch_steps": steps[cut:], "jigsaw": {"side": side, "grid": count}}
     return {"augmentations": [view, {**stack, "crop_size": cell, "num_crops": 1}]}
 
@@ -242,13 +247,30 @@ def _view(document: Document, transforms: Document, names: tuple[str, str], *, c
     return {"steps": steps, "eval_steps": evaluation, "crop_size": side, "num_crops": crops}
 
 
+def _try_out(views: list[dict[str, Any]], dataset: str) -> None:
+    """Apply the transforms to a black image of the data set's size.
+
+    Raises:
+        UserError: a crop is larger than the image, or evaluation makes no tensor.
+    """
+    side = SIDES[dataset]
+    for view in views:
+        for name in ("steps", "eval_steps"):
+            try:
+                image = build_steps(view.get(name) or ())(Image.new("RGB", (side, side)))
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"data: the transforms do not fit images of {side} x {side} pixels: {error}") from None
+            if view.get(name) and "patch_steps" not in view and not isinstance(image, Tensor):
+                raise UserError("data: the transforms do not end in tensors; add to_tensor")
+
+
 def image_side(steps: Steps, dataset: str) -> int:
     """Return the side of the images that a list of transforms makes, in pixels.
 
     Raises:
         UserError: they are not square.
     """
-    side: Any = 16 if dataset == "digits" else 32
+    side: Any = SIDES[dataset]
     for step in steps:
         ((name, options),) = step.items()
         if name in GEOMETRIC and "size" in (options or {}):

@@ -23,6 +23,11 @@ def test_twelve_methods_on_six_networks(capsys):
     assert len({run.folder for run in runs}) == 3 * 72
 
 
+@pytest.mark.parametrize(("data", "devices", "gpus"), [("cifar10", None, 1), ("cifar100", 4, 4), ("digits", 4, 0)])
+def test_a_job_has_the_gpus_of_its_training(data, devices, gpus):
+    assert {run.gpus for run in ssv.runs(Request(data=[data], devices=devices))} == {gpus}
+
+
 def test_command_is_that_of_the_original(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = ("--only", "byol-resnet18", "--epochs", "3", "--devices", "2", "--data-folder", "/data")

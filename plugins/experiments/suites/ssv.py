@@ -75,6 +75,7 @@ def _run(algo: str, arch: str, dataset: str, seed: int, request: Request) -> Run
         epochs=request.epochs,
         label=name,
         progress=solo.progress,
+        gpus=solo.gpu_count(dataset, request),
     )
 
 

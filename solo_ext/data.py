@@ -61,7 +61,7 @@ def _drops_last(cfg: DictConfig, images: int) -> bool:
         UserError: the last batch has one image, of which neither a batch norm nor most losses can be trained.
     """
     drops = cfg.data.get("drop_last", True)
-    if not drops and -(-images // process_count(cfg)) % cfg.optimizer.batch_size == 1:
+    if not drops and _leaves_one_image(cfg, images):
         raise UserError(
             f"the last batch of an epoch has a single image: {images} images in batches of "
             f"{cfg.optimizer.batch_size}; set another batch size"
@@ -116,12 +116,16 @@ def _ends_in_one_image(cfg: DictConfig, images: int) -> bool:
     """
     if not (cfg.finetune or cfg.normalized_classifier):
         return False
-    batch = cfg.optimizer.batch_size
-    if batch == 1:
+    if cfg.optimizer.batch_size == 1:
         raise UserError(
             "finetune and normalized_classifier train batch norm, which needs optimizer.batch_size above 1, got 1"
         )
-    return -(-images // process_count(cfg)) % batch == 1
+    return _leaves_one_image(cfg, images)
+
+
+def _leaves_one_image(cfg: DictConfig, images: int) -> bool:
+    """Return whether the last batch of an epoch of each process is a single image."""
+    return -(-images // process_count(cfg)) % cfg.optimizer.batch_size == 1
 
 
 def _train_and_val(

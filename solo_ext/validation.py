@@ -1,12 +1,12 @@
 """The outputs of a network for all validation images, for callbacks that evaluate it while it is trained."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from plugins.modes import in_mode
 from solo_ext.loaders import evaluation_loader
 
 
@@ -28,7 +28,7 @@ def validation_outputs(
     parts: dict[str, list[Tensor]] = {}
     labels = []
     # a data loader draws a random number when it starts, which must not change the training
-    with evaluating(module), torch.random.fork_rng(devices=[]), precision.val_step_context():
+    with in_mode(False, module), torch.random.fork_rng(devices=[]), precision.val_step_context():
         for images, targets in evaluation_loader(
             trainer.datamodule.val, cfg.optimizer.batch_size, cfg.data.num_workers
         ):
@@ -36,15 +36,3 @@ def validation_outputs(
                 parts.setdefault(name, []).append(rows.float().cpu())
             labels.append(targets.cpu())
     return {name: torch.cat(rows) for name, rows in parts.items()}, torch.cat(labels)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Set a module to evaluation mode, and restore the mode of each submodule at the end."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode

@@ -25,6 +25,7 @@ from plugins.targets import kmeans
 from plugins.tools.command import UserError, print_on_rank_zero
 from plugins.tools.files import atomic
 from plugins.tools.records import write_json
+from plugins.tools.svm import unit_rows
 from vissl_ext.features import extract_for, layer_names
 
 
@@ -128,7 +129,7 @@ class ClusterEngine(Engine):
                 f"config.CLUSTERFIT.NUM_CLUSTERS must be at most the number of features, {len(found)}, got "
                 f"{section.NUM_CLUSTERS}"
             )
-        rows, width = _unit(found), section.FEATURES.DIMENSIONALITY_REDUCTION
+        rows, width = unit_rows(found, np.float32), section.FEATURES.DIMENSIONALITY_REDUCTION
         reduced = PCA(n_components=width) if width else None
         if reduced is not None:
             if width > min(rows.shape):
@@ -157,7 +158,7 @@ class ClusterEngine(Engine):
         places, labels, distances = [], [], []
         for shard in ExtractedFeaturesLoader.get_shard_file_names(str(folder), split, layer):
             content = ExtractedFeaturesLoader.load_feature_shard(shard)
-            rows = _unit(content.features)
+            rows = unit_rows(content.features, np.float32)
             rows = rows if reduced is None else np.ascontiguousarray(reduced.transform(rows))
             nearest_of, distance = nearest(torch.from_numpy(rows).to(centroids.device), centroids)
             places.append(content.indices)
@@ -188,9 +189,3 @@ class ClusterEngine(Engine):
             f"{mean:.4f}; {output / prefix}_{{images,labels}}.npy"
         )
         return {"images": len(labels), "clusters": used, "mean_squared_distance": mean, "prefix": str(output / prefix)}
-
-
-def _unit(features: np.ndarray) -> np.ndarray:
-    """Divide the rows by their length plus 1e-5, as VISSL does."""
-    rows = features.reshape(len(features), -1).astype(np.float32)
-    return rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-5)

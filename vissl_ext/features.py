@@ -197,14 +197,12 @@ def _stems(folder: Path, split: str, layer: str) -> list[str]:
     return stems
 
 
-@register_engine("knn")
-class NearestNeighborEngine(Engine):
-    """Classify each test image by its nearest training images, measured by the cosine.
+class LayerEngine(Engine):
+    """Extract the features, evaluate each layer, print its lines and write the results."""
 
-    ``NEAREST_NEIGHBOR.TOPK`` neighbours, at most all training images, vote with weight ``exp(cosine / SIGMA)``. The
-    engine prints one line per layer
-    and writes knn.json. It ignores ``L2_NORM_FEATS`` and normalises all features, because the weights would overflow.
-    """
+    name: str
+    title: str
+    """The beginning of a line, before "of LAYER"."""
 
     def run_engine(
         self,
@@ -217,26 +215,56 @@ class NearestNeighborEngine(Engine):
         hook_generator: Any = None,
     ) -> None:
         """Run the engine; VISSL calls it in each process."""
-        folder = extract_for("knn", cfg, dist_run_id, checkpoint_folder, local_rank, node_id)
+        folder = extract_for(self.name, cfg, dist_run_id, checkpoint_folder, local_rank, node_id)
         if folder is None:
             return
         results = {}
-        device = torch.device("cuda" if cfg.MACHINE.DEVICE == "gpu" else "cpu")
         for layer in layer_names(cfg):
-            bank = load_features(folder, "train", layer)
-            labelled = int((bank[1] != -1).sum())
-            k, sigma = min(cfg.NEAREST_NEIGHBOR.TOPK, max(labelled, 1)), cfg.NEAREST_NEIGHBOR.SIGMA
-            rows, hits = 0, np.zeros(2)
-            for features, classes in feature_chunks(folder, "test", layer):
-                count = int((classes != -1).sum())  # -1 means unlabelled
-                if count:
-                    accuracies = knn_accuracy(*bank, features, classes, k=k, temperature=sigma, device=device)
-                    rows, hits = rows + count, hits + np.multiply(accuracies, count)
-            top1, top5 = (hits / rows).tolist() if rows else (-1.0, -1.0)
-            results[layer] = {"top1": top1, "top5": top5, "k": k, "sigma": sigma}
-            print_on_rank_zero(f"kNN of {layer}: top-1 {top1:.2f} %, top-5 {top5:.2f} % ({k} neighbours)")
-        write_json(Path(checkpoint_folder) / "knn.json", results)
+            results[layer], lines = self.evaluate(cfg, folder, layer)
+            for line in lines:
+                print_on_rank_zero(f"{self.title} of {layer}: {line}")
+        self.write(Path(checkpoint_folder), results)
         discard(folder)
+
+    def evaluate(self, cfg: Any, folder: Path, layer: str) -> tuple[dict[str, Any], list[str]]:
+        """Return the results of a layer, whose features are in a folder, and the lines that describe them."""
+        raise NotImplementedError
+
+    def write(self, folder: Path, results: dict[str, Any]) -> None:
+        """Write the results of all layers to metrics.json."""
+        write_json(folder / "metrics.json", {self.name: results})
+
+
+@register_engine("knn")
+class NearestNeighborEngine(LayerEngine):
+    """Classify each test image by its nearest training images, measured by the cosine.
+
+    ``NEAREST_NEIGHBOR.TOPK`` neighbours, at most all training images, vote with weight ``exp(cosine / SIGMA)``. The
+    engine prints one line per layer
+    and writes knn.json. It ignores ``L2_NORM_FEATS`` and normalises all features, because the weights would overflow.
+    """
+
+    name, title = "knn", "kNN"
+
+    def evaluate(self, cfg: Any, folder: Path, layer: str) -> tuple[dict[str, Any], list[str]]:
+        """Return the accuracies."""
+        device = torch.device("cuda" if cfg.MACHINE.DEVICE == "gpu" else "cpu")
+        bank = load_features(folder, "train", layer)
+        labelled = int((bank[1] != -1).sum())
+        k, sigma = min(cfg.NEAREST_NEIGHBOR.TOPK, max(labelled, 1)), cfg.NEAREST_NEIGHBOR.SIGMA
+        rows, hits = 0, np.zeros(2)
+        for features, classes in feature_chunks(folder, "test", layer):
+            count = int((classes != -1).sum())  # -1 means unlabelled
+            if count:
+                accuracies = knn_accuracy(*bank, features, classes, k=k, temperature=sigma, device=device)
+                rows, hits = rows + count, hits + np.multiply(accuracies, count)
+        top1, top5 = (hits / rows).tolist() if rows else (-1.0, -1.0)
+        line = f"top-1 {top1:.2f} %, top-5 {top5:.2f} % ({k} neighbours)"
+        return {"top1": top1, "top5": top5, "k": k, "sigma": sigma}, [line]
+
+    def write(self, folder: Path, results: dict[str, Any]) -> None:
+        """Write the results of all layers to knn.json."""
+        write_json(folder / "knn.json", results)
 
 
 def replace_trainer() -> None:

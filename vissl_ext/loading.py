@@ -14,7 +14,7 @@ from plugins.sobel import restore_sobel_
 from plugins.tools.command import UserError
 from plugins.tools.export import checkpoint_file
 from plugins.tools.fitting import mismatch, plain_names
-from plugins.tools.unpickle import load_without_code
+from plugins.tools.unpickle import read_without_code
 from plugins.tools.weights import vissl_parts
 from vissl_ext.compat.safe_files import load_file
 from vissl_ext.compose import defaults
@@ -75,11 +75,7 @@ def load(source: str | Path, config: str | Path | None = None) -> Trunk:
         raise UserError(f"{place}: the trunk {name} {reason}")
     run.MODEL.ACTIVATION_CHECKPOINTING.USE_ACTIVATION_CHECKPOINTING = False
     trunk = get_model_trunk(name)(run.MODEL, name)
-    try:
-        content = load_without_code(path)[0]
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    content = read_without_code(path)[0]
     if not isinstance(content, Mapping) or "classy_state_dict" not in content:
         raise UserError(f"{path} is not a checkpoint of VISSL: it has no classy_state_dict")
     state = plain_names(vissl_parts(content, str(path))["trunk"])

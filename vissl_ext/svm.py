@@ -20,15 +20,14 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
-from vissl.engines.engine_registry import Engine, register_engine
+from vissl.engines.engine_registry import register_engine
 from vissl.utils.extract_features_utils import ExtractedFeaturesLoader
 
 from plugins.tools import svm
-from plugins.tools.command import UserError, print_on_rank_zero
+from plugins.tools.command import UserError
 from plugins.tools.folders import ImageFolder
-from plugins.tools.records import write_json
 from vissl_ext.compat.safe_files import load_file
-from vissl_ext.features import discard, extract_for, layer_names
+from vissl_ext.features import LayerEngine
 
 
 def svm_settings(config: Any) -> svm.Settings:
@@ -110,46 +109,26 @@ def _columns(targets: np.ndarray, wanted: list[int], classes: int | None = None)
     return columns[:, wanted] if wanted else columns
 
 
-class _Engine(Engine):
-    """Extract the features, evaluate each layer, print a line for each and write metrics.json."""
+class _Engine(LayerEngine):
+    """Fit and test the classifiers of each layer."""
 
-    name: str
+    def evaluate(self, cfg: Any, folder: Path, layer: str) -> tuple[dict[str, Any], list[str]]:
+        """Return the results of a layer, and the lines that describe them."""
+        arrays = []
+        for split in ("train", "test"):
+            found = ExtractedFeaturesLoader.load_features(str(folder), split, layer, flatten_features=True)
+            features, targets = found["features"], found["targets"]
+            arrays.append((svm.unit_rows(features) if cfg.SVM.normalize else features, targets))
+        (train, labels), (test, truth) = arrays
+        wanted, classes = list(cfg.SVM.cls_list), None
+        if labels.shape[1] == 1:
+            classes = int(max(labels.max(), truth.max())) + 1
+        bar = partial(tqdm, desc=f"{self.name} of {layer}", disable=None, leave=False)
+        data = (train, _columns(labels, wanted, classes), test, _columns(truth, wanted, classes))
+        return self.classify(data, svm_settings(cfg), cfg.SVM, bar)
 
-    def run_engine(
-        self,
-        cfg: Any,
-        dist_run_id: str,
-        checkpoint_path: str,
-        checkpoint_folder: str,
-        local_rank: int = 0,
-        node_id: int = 0,
-        hook_generator: Any = None,
-    ) -> None:
-        """Run the engine; VISSL calls it in each process."""
-        folder = extract_for(self.name, cfg, dist_run_id, checkpoint_folder, local_rank, node_id)
-        if folder is None:
-            return
-        settings, results = svm_settings(cfg), {}
-        for layer in layer_names(cfg):
-            arrays = []
-            for split in ("train", "test"):
-                found = ExtractedFeaturesLoader.load_features(str(folder), split, layer, flatten_features=True)
-                features, targets = found["features"], found["targets"]
-                arrays.append((svm.unit_rows(features) if cfg.SVM.normalize else features, targets))
-            (train, labels), (test, truth) = arrays
-            wanted, classes = list(cfg.SVM.cls_list), None
-            if labels.shape[1] == 1:
-                classes = int(max(labels.max(), truth.max())) + 1
-            bar = partial(tqdm, desc=f"{self.name} of {layer}", disable=None, leave=False)
-            data = (train, _columns(labels, wanted, classes), test, _columns(truth, wanted, classes))
-            results[layer], lines = self.evaluate(data, settings, cfg.SVM, bar)
-            for line in lines:
-                print_on_rank_zero(f"{self.name} of {layer}: {line}")
-        write_json(Path(checkpoint_folder) / "metrics.json", {self.name: results})
-        discard(folder)
-
-    def evaluate(self, data: Any, settings: svm.Settings, section: Any, bar: Any) -> tuple[dict[str, Any], list[str]]:
-        """Return the results of a layer for metrics.json, and the lines that describe them."""
+    def classify(self, data: Any, settings: svm.Settings, section: Any, bar: Any) -> tuple[dict[str, Any], list[str]]:
+        """Return the results of the classifiers of a layer, and the lines that describe them."""
         raise NotImplementedError
 
 
@@ -157,9 +136,9 @@ class _Engine(Engine):
 class SVMEngine(_Engine):
     """Classify with the training images of each class; the costs are chosen by cross-validation."""
 
-    name = "svm"
+    name = title = "svm"
 
-    def evaluate(self, data: Any, settings: svm.Settings, section: Any, bar: Any) -> tuple[dict[str, Any], list[str]]:
+    def classify(self, data: Any, settings: svm.Settings, section: Any, bar: Any) -> tuple[dict[str, Any], list[str]]:
         """Return mAP, average precision and chosen cost of each class."""
         found = svm.evaluate(*data, settings, bar=bar)
         numbers = list(section.cls_list) or list(range(len(found.costs)))
@@ -183,9 +162,9 @@ class SVMEngine(_Engine):
 class LowShotEngine(_Engine):
     """Classify with k training images of each class, in independent samples."""
 
-    name = "svm_low_shot"
+    name = title = "svm_low_shot"
 
-    def evaluate(self, data: Any, settings: svm.Settings, section: Any, bar: Any) -> tuple[dict[str, Any], list[str]]:
+    def classify(self, data: Any, settings: svm.Settings, section: Any, bar: Any) -> tuple[dict[str, Any], list[str]]:
         """Return mean, least, largest and standard deviation of the mAP of each k."""
         counts, samples = list(section.low_shot.k_values), list(section.low_shot.sample_inds)
         values = svm.low_shot(*data, settings, counts, samples, bar=bar)

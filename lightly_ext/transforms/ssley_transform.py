@@ -7,6 +7,7 @@ from lightly.transforms.utils import IMAGENET_NORMALIZE
 from lightly.transforms.vicreg_transform import VICRegTransform, VICRegViewTransform
 from torchvision.transforms import InterpolationMode
 
+from lightly_ext.transforms.two_view_transform import pair
 from plugins.checks import check_choice
 
 
@@ -82,13 +83,9 @@ class SSLEYTransform(VICRegTransform):
         }
         views = [
             VICRegViewTransform(**both, solarize_prob=solarize, gaussian_blur=blur)
-            for solarize, blur in zip(_pair(solarize_prob), _pair(gaussian_blur), strict=True)
+            for solarize, blur in zip(pair(solarize_prob), pair(gaussian_blur), strict=True)
         ]
         for view in views:
             crop: Any = view.transform.transforms[0]
             crop.interpolation = InterpolationMode(interpolation)
         MultiViewTransform.__init__(self, views)
-
-
-def _pair(value: float | tuple[float, float]) -> tuple[float, float]:
-    return value if isinstance(value, tuple) else (value, value)

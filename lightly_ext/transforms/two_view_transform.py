@@ -13,6 +13,11 @@ from torchvision.transforms import Compose
 from plugins.tools.masks import DEFAULT_PROB, RemoveBackground
 
 
+def pair(value: float | tuple[float, float]) -> tuple[float, float]:
+    """Return the values of both views; a number is that of both."""
+    return value if isinstance(value, tuple) else (value, value)
+
+
 class TwoViewTransform(MultiViewTransform):
     """Transforms an image into two views, as BYOL [0]. DirectPred, DirectCopy and IsoLoss use the same views.
 
@@ -131,10 +136,7 @@ class TwoViewTransform(MultiViewTransform):
             "solarization_prob": solarization_prob,
         }
         both = {name: self.published[name] if value is None else value for name, value in given.items()}
-        blurs, solarizations = (
-            value if isinstance(value, tuple) else (value, value)
-            for value in (both.pop("gaussian_blur"), both.pop("solarization_prob"))
-        )
+        blurs, solarizations = (pair(both.pop(name)) for name in ("gaussian_blur", "solarization_prob"))
         both |= {
             "input_size": input_size,
             "cj_prob": cj_prob,

@@ -24,7 +24,7 @@ from plugins.experiments.suites import Request, Run, Suite, dissl, lightly, matr
 from plugins.experiments.suites.runner import ENVIRONMENT, THREADS, Outcome, Runner, is_warm, shell
 from plugins.experiments.warm import start_server
 from plugins.spelling import counted
-from plugins.tools.command import Parser, UserError, key_value, minutes
+from plugins.tools.command import Parser, UserError, integer_from, key_value, minutes
 from plugins.tools.records import read_json
 
 DAY = 24 * 60
@@ -158,9 +158,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--all", action="store_true", help="all methods in all frameworks (digits: instead of a sample)")
     add("--framework", metavar="NAME", help="all methods in this framework (all: the same as --all)")
     add("--only", metavar="PATTERN", help="only runs whose name contains this pattern; * and ? are wildcards")
-    add("--seeds", type=_positive, metavar="N", help="seeds 0 to N-1 (default: 1)")
-    add("--epochs", type=_positive, metavar="N", help="pre-training epochs (default: those of the YAML file)")
-    add("--devices", type=_positive, metavar="N", help="GPUs per pre-training, each with the YAML file's batch size")
+    add("--seeds", type=integer_from(1), metavar="N", help="seeds 0 to N-1 (default: 1)")
+    add("--epochs", type=integer_from(1), metavar="N", help="pre-training epochs (default: those of the YAML file)")
+    add(
+        "--devices",
+        type=integer_from(1),
+        metavar="N",
+        help="GPUs per pre-training, each with the YAML file's batch size",
+    )
     add("--data", metavar="NAME,...", help="data sets (default: all of the suite); digits is for a quick trial")
     add(
         "--data-folder",
@@ -171,7 +176,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--jobs",
-        type=_positive,
+        type=integer_from(1),
         metavar="N",
         help="concurrent runs (default: one per core; 1 if runs need a GPU); with --cluster slurm, concurrent jobs of "
         "each job array (default: 256)",
@@ -194,8 +199,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--partition", metavar="NAME", help="partition of the cluster")
     add("--time", type=minutes, metavar="TIME", help="time limit of a job: [D-]HH:MM:SS or minutes (default: 1 day)")
-    add("--gpus", type=_natural, metavar="N", help="GPUs of a job (default: as many as its training uses)")
-    add("--cpus", type=_positive, metavar="N", help="CPU cores of a job")
+    add("--gpus", type=integer_from(0), metavar="N", help="GPUs of a job (default: as many as its training uses)")
+    add("--cpus", type=integer_from(1), metavar="N", help="CPU cores of a job")
     add("--mem", metavar="SIZE", help="memory of a job, such as 64GB")
     add(
         "--sbatch",
@@ -244,18 +249,6 @@ def _check_cluster(options: argparse.Namespace) -> None:
                 f"--{name} is an option of jobs; add --cluster slurm or --cluster local, or remove --{name}"
             )
     options.time = options.time or DAY
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
 
 
 def _cores() -> int:

@@ -81,7 +81,19 @@ class BadImages:
         return sorted(self.folder.glob(f".{LIST}-*")) if self.folder is not None else []
 
 
-class Replacing(Subset):
+class _Recorded(Subset):
+    """All images of a data set, and the record of those that cannot be decoded."""
+
+    def __init__(self, dataset: Dataset, bad: BadImages) -> None:
+        super().__init__(dataset, range(len(dataset)))  # pyright: ignore[reportArgumentType]
+        self.bad = bad
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Return several items; the inherited method would not call ``__getitem__``."""
+        return [self[index] for index in indices]
+
+
+class Replacing(_Recorded):
     """A training set that replaces an image that cannot be decoded.
 
     Item i is the item of the first image among i, i + 1, … that can be decoded; after the last image comes the first.
@@ -104,10 +116,6 @@ class Replacing(Subset):
     ['0.png', '1.png', '0.png']
     """
 
-    def __init__(self, dataset: Dataset, bad: BadImages) -> None:
-        super().__init__(dataset, range(len(dataset)))  # pyright: ignore[reportArgumentType]
-        self.bad = bad
-
     def __getitem__(self, index: Any) -> Any:
         """Return the item of the image, or of the next one that can be decoded."""
         size, first = len(self), None
@@ -120,22 +128,14 @@ class Replacing(Subset):
                 first = first or error
         raise UserError(f"none of the {size} images can be decoded: {first}")
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """Return several items; the inherited method would not replace images."""
-        return [self[index] for index in indices]
 
-
-class LeavingOut(Subset):
+class LeavingOut(_Recorded):
     """A data set for evaluation whose item is None if the image cannot be decoded; see :func:`decoded_batch`.
 
     Args:
         dataset: as for :class:`Replacing`.
         bad: the record of the images.
     """
-
-    def __init__(self, dataset: Dataset, bad: BadImages) -> None:
-        super().__init__(dataset, range(len(dataset)))  # pyright: ignore[reportArgumentType]
-        self.bad = bad
 
     def __getitem__(self, index: Any) -> Any:
         """Return the item of the image, or None."""
@@ -144,10 +144,6 @@ class LeavingOut(Subset):
         except ImageError as error:
             self.bad.add(error)
             return None
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """Return several items."""
-        return [self[index] for index in indices]
 
 
 def decoded_batch(items: Sequence[Any]) -> Any:

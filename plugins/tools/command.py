@@ -5,7 +5,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +20,7 @@ __all__ = [
     "exit_on_user_error",
     "first_process",
     "home",
+    "integer_from",
     "key_value",
     "minutes",
     "nearest",
@@ -125,6 +126,17 @@ def positive_number(kind: type, *, zero: bool = False) -> Any:
 
     positive.__name__ = kind.__name__  # argparse prints this name if the text is not a number
     return positive
+
+
+def integer_from(least: int) -> Callable[[str], int]:
+    """Return a type for argparse that accepts integers of at least ``least``, which is 0 or more."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
 
 
 def minutes(text: str) -> int:

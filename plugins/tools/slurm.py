@@ -24,7 +24,7 @@ from typing import Any
 from submitit import JobEnvironment, LocalExecutor, SlurmExecutor
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
-from plugins.tools.command import Parser, UserError, key_value, minutes
+from plugins.tools.command import Parser, UserError, integer_from, key_value, minutes
 
 REQUEUES = 1000
 """Maximal number of times that a job is requeued after it has reached its time limit."""
@@ -250,10 +250,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--nodes", type=_positive, default=1, metavar="N", help="number of machines (default: 1)")
+    add("--nodes", type=integer_from(1), default=1, metavar="N", help="number of machines (default: 1)")
     add("--gpus-per-node", type=_whole, default=0, metavar="N", help="GPUs per machine (default: 0)")
-    add("--tasks-per-node", type=_positive, metavar="N", help="processes per machine (default: one per GPU)")
-    add("--cpus-per-task", type=_positive, metavar="N", help="CPU cores per process")
+    add("--tasks-per-node", type=integer_from(1), metavar="N", help="processes per machine (default: one per GPU)")
+    add("--cpus-per-task", type=integer_from(1), metavar="N", help="CPU cores per process")
     add("--mem", metavar="SIZE", help="memory per machine, such as 128GB")
     add(
         "--time",
@@ -291,12 +291,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
 
 

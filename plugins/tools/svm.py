@@ -48,9 +48,9 @@ def check_settings(settings: Settings) -> None:
     _fitted(rows, np.array([1, -1, 1, -1]), settings.costs[0], settings)
 
 
-def unit_rows(features: np.ndarray) -> np.ndarray:
-    """Divide the rows ``[N, D]`` by their length plus 1e-5, as VISSL does, in float64."""
-    rows = features.reshape(len(features), -1).astype(np.float64)
+def unit_rows(features: np.ndarray, dtype: type = np.float64) -> np.ndarray:
+    """Divide the rows ``[N, D]`` by their length plus 1e-5, as VISSL does."""
+    rows = features.reshape(len(features), -1).astype(dtype)
     return rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-5)
 
 
@@ -179,9 +179,8 @@ def evaluate(
 
     def tested(number: int, cost: float) -> tuple[float, int]:
         machine = _fitted(features, np.where(targets[:, number] == 1, 1, -1), cost, settings)
-        used = test_targets[:, number] != IGNORED
-        scores = machine.decision_function(test_features[used])
-        return average_precision(scores, test_targets[used, number] == 1), int(machine.n_iter_ >= settings.max_iter)
+        precision = _precision(machine, test_features, test_targets[:, number])
+        return precision, int(machine.n_iter_ >= settings.max_iter)
 
     jobs = [(number, cost) for number in numbers for cost in settings.costs]
     table = np.array(_parallel(validated, jobs, settings.workers, bar)).reshape(len(numbers), -1)
@@ -261,10 +260,9 @@ def low_shot(
     def tested(k: int, sample: int, cost: float) -> float:
         drawn, precisions = low_shot_targets(targets, k, sample, settings.seed), []
         for number, column in enumerate(drawn.T):
-            rows, used = column != IGNORED, test_targets[:, number] != IGNORED
+            rows = column != IGNORED
             machine = _fitted(features[rows], np.where(column[rows] == 1, 1, -1), cost, settings)
-            scores = machine.decision_function(test_features[used])
-            precisions.append(average_precision(scores, test_targets[used, number] == 1))
+            precisions.append(_precision(machine, test_features, test_targets[:, number]))
         return float(np.nanmean(precisions))
 
     jobs = [(k, sample, cost) for k in counts for sample in samples for cost in settings.costs]
@@ -301,6 +299,12 @@ def _fitted(features: np.ndarray, signs: np.ndarray, cost: float, settings: Sett
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of convergence, which is counted
         return _machine(cost, settings).fit(features, signs)
+
+
+def _precision(machine: Any, features: np.ndarray, column: np.ndarray) -> float:
+    """Return the average precision of a class over the test images that are not ignored."""
+    used = column != IGNORED
+    return average_precision(machine.decision_function(features[used]), column[used] == 1)
 
 
 def _parallel(function: Any, jobs: Sequence[tuple[Any, ...]], workers: int, bar: Any) -> list[Any]:

@@ -7,6 +7,8 @@ values are loaded unchanged.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +68,22 @@ def read_without_code(path: Path) -> tuple[Any, list[str]]:
     Raises:
         UserError: torch cannot read the file, or rejects it.
     """
-    try:
+    with checkpoint_errors(path):
         return load_without_code(path)
+
+
+@contextmanager
+def checkpoint_errors(path: Path) -> Iterator[None]:
+    """Turn the exceptions of torch.load into one-line errors.
+
+    Args:
+        path: the file that the block loads.
+
+    Raises:
+        UserError: torch cannot read the file, or rejects it.
+    """
+    try:
+        yield
     except Exception as error:
         reason = "it was not written by torch.save, or it contains code that is not safe to load"
         if isinstance(error, OSError | RuntimeError) and str(error).strip():

@@ -106,7 +106,31 @@ def _scaled(parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tenso
     return torch.where(adaptive, gradient.add(parameter, alpha=decay) * rate, gradient)
 
 
-class EpochWarmupLR(LRScheduler):
+class _ClosedFormLR(LRScheduler):
+    """A schedule whose learning rate is a function of ``last_epoch`` and of the base rate: :meth:`_rate`.
+
+    Args:
+        optimizer: the optimiser.
+        static: {index of a parameter group: its constant learning rate}.
+    """
+
+    def __init__(self, optimizer: Optimizer, static: dict[int, float] | None) -> None:
+        self.static = dict(static or {})
+        super().__init__(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return only the progress; the configuration defines the shape, so that a run can be made longer."""
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count, "_last_lr": list(self._last_lr)}
+
+    def get_lr(self) -> list[float]:
+        """Return the present learning rate of each group."""
+        return [self.static.get(index, self._rate(base)) for index, base in enumerate(self.base_lrs)]
+
+    def _rate(self, base: float) -> float:
+        raise NotImplementedError
+
+
+class EpochWarmupLR(_ClosedFormLR):
     """The schedule of Self-Supervised-Vision, which changes after each epoch, in closed form.
 
     With W warm-up epochs of E in all and base rate b, epoch t = 0 … E − 1 has::
@@ -143,17 +167,11 @@ class EpochWarmupLR(LRScheduler):
         static: dict[int, float] | None = None,
     ) -> None:
         self.warmup, self.epochs, self.decay = warmup_epochs, epochs, decay
-        self.milestones, self.factor, self.static = [*milestones], factor, dict(static or {})
-        super().__init__(optimizer)
+        self.milestones, self.factor = [*milestones], factor
+        super().__init__(optimizer, static)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return only the progress; the configuration defines the shape."""
-        return {"last_epoch": self.last_epoch, "_step_count": self._step_count, "_last_lr": list(self._last_lr)}
-
-    def get_lr(self) -> list[float]:
-        """Return the learning rate of each group in this epoch."""
-        factor = self._factor(self.last_epoch)
-        return [self.static.get(index, base * factor) for index, base in enumerate(self.base_lrs)]
+    def _rate(self, base: float) -> float:
+        return base * self._factor(self.last_epoch)
 
     def _factor(self, epoch: int) -> float:
         if epoch < self.warmup:
@@ -175,7 +193,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 """The optimisers by ``optimizer.name``."""
 
 
-class WarmupCosineLR(LRScheduler):
+class WarmupCosineLR(_ClosedFormLR):
     """Linear warm-up, then half a cosine, as solo-learn's LinearWarmupCosineAnnealingLR, in closed form.
 
     With T_w warm-up steps of T in all, base rate b, start s and end e::
@@ -205,16 +223,7 @@ class WarmupCosineLR(LRScheduler):
         self.total_steps = float(total_steps)
         self.start_lr = float(start_lr)
         self.end_lr = float(end_lr)
-        self.static = dict(static or {})
-        super().__init__(optimizer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return only the progress; the configuration defines the shape, so that a run can be made longer."""
-        return {"last_epoch": self.last_epoch, "_step_count": self._step_count, "_last_lr": list(self._last_lr)}
-
-    def get_lr(self) -> list[float]:
-        """Return the learning rate of each group in this step."""
-        return [self.static.get(index, self._rate(base)) for index, base in enumerate(self.base_lrs)]
+        super().__init__(optimizer, static)
 
     def _rate(self, base: float) -> float:
         step = self.last_epoch

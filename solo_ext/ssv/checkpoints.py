@@ -9,6 +9,7 @@ from torch import Tensor
 
 from plugins.tools.command import UserError
 from plugins.tools.fitting import mismatch, plain_names
+from plugins.tools.unpickle import checkpoint_errors
 from solo_ext.checkpoint import find_checkpoint, read_checkpoint
 from solo_ext.ssv.metrics import EVALUATED
 
@@ -114,13 +115,8 @@ def _translated(file: Path, algo: str, method: Any) -> dict[str, Tensor]:
 
 def _flat(file: Path) -> dict[str, Tensor]:
     """Load a file of one or two state dicts, and join the names by dots."""
-    try:
+    with checkpoint_errors(file):
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        if not isinstance(error, OSError | RuntimeError):
-            reason = "it was not written by torch.save, or it contains code that is not safe to load"
-        raise UserError(f"{file} cannot be read as a checkpoint: {reason}") from None
     flat = {}
     for name, value in content.items() if isinstance(content, dict) else ():
         flat.update(

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from plugins.modes import in_mode
 from plugins.tools import umap
 from plugins.tools.command import UserError
 from solo_ext import main_umap
 from solo_ext.checkpoint import find_checkpoint
 from solo_ext.main_pretrain import pretrain
-from solo_ext.validation import evaluating
 
 pytestmark = pytest.mark.solo
 
@@ -262,6 +262,6 @@ def test_evaluation_mode_is_given_back():
     network = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Dropout())
     network.train()
     network[0].eval()
-    with evaluating(network):
+    with in_mode(False, network):
         assert not any(module.training for module in network.modules())
     assert (network.training, network[0].training, network[1].training) == (True, False, True)

@@ -15,9 +15,9 @@ import io
 import os
 import secrets
 import shlex
+import signal
 import socket
 import sys
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr

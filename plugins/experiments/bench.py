@@ -54,6 +54,7 @@ from plugins.losses import (
     pirl_loss,
     relic_loss,
     ssl_ey_loss,
+    vicreg_loss,
 )
 from plugins.predictors import ClosedFormPredictor
 from plugins.targets import IndexedBank, balanced_labels, kmeans, sinkhorn_codes
@@ -376,6 +377,16 @@ def _ours_barlow_twins(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat(torch.autograd.grad(barlow_twins_loss(x, y), (x, y)))
 
 
+def _lightly_vicreg(x: Tensor, y: Tensor) -> Tensor:
+    from lightly.loss import VICRegLoss
+
+    return torch.cat(torch.autograd.grad(VICRegLoss().forward(x, y), (x, y)))
+
+
+def _ours_vicreg(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(vicreg_loss(x, y), (x, y)))
+
+
 def _scores(rows: int, width: int, device: str) -> list[Tensor]:
     """Return cosines of random rows with random prototypes, in 128 dimensions."""
     generator = torch.Generator().manual_seed(0)
@@ -552,6 +563,7 @@ LOSSES["balanced_labels_log"] = LOSSES["balanced_labels"]._replace(plain=_log_ba
 if importlib.util.find_spec("lightly") is not None:
     sizes = ((256, 512), (256, 2048), (1024, 512), (2048, 1024))
     LOSSES["barlow_twins"] = Case(_views, _lightly_barlow_twins, _ours_barlow_twins, sizes=sizes)
+    LOSSES["vicreg"] = Case(_views, _lightly_vicreg, _ours_vicreg, sizes=sizes)
 if importlib.util.find_spec("faiss") is not None:
     LOSSES["kmeans_faiss"] = LOSSES["kmeans"]._replace(plain=_faiss_kmeans)
 PREDICTORS = {

@@ -42,6 +42,7 @@ from plugins.losses.sela import SeLaLoss, SeLaTerms, sela_loss, sela_terms
 from plugins.losses.simclr import SimCLRLoss, simclr_loss, simclr_terms
 from plugins.losses.ssl_ey import SSLEYLoss, SSLEYLossTerms, ssl_ey_loss, ssl_ey_terms
 from plugins.losses.swav import SwAVLoss, SwAVTerms, swav_loss, swav_terms
+from plugins.losses.vicreg import VICRegLoss, VICRegLossTerms, vicreg_loss, vicreg_terms
 
 __all__ = [
     "AMDIMLoss",
@@ -86,6 +87,8 @@ __all__ = [
     "StallAlarm",
     "SwAVLoss",
     "SwAVTerms",
+    "VICRegLoss",
+    "VICRegLossTerms",
     "amdim_loss",
     "amdim_nce",
     "amdim_terms",
@@ -133,4 +136,6 @@ __all__ = [
     "swav_loss",
     "swav_terms",
     "teacher_temperature",
+    "vicreg_loss",
+    "vicreg_terms",
 ]

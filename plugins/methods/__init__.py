@@ -30,6 +30,7 @@ from plugins.methods import (
     simsiam,
     ssl_ey,
     swav,
+    vicreg,
 )
 from plugins.spec import MethodSpec
 
@@ -62,6 +63,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
             simsiam.SPEC,
             ssl_ey.SPEC,
             swav.SPEC,
+            vicreg.SPEC,
         )
     }
 )

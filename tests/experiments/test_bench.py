@@ -120,7 +120,7 @@ def test_step_compares_each_method_with_one_of_solo_learns(one_thread, tmp_path,
     assert written["environment"]["batch"] == 4 and written["environment"]["overrides"] == ["optimizer.name=sgd"]
     results = written["results"]
     expected = []
-    native = {name: name for name in ("barlow_twins", "byol", "dino", "simclr", "simsiam", "swav")}
+    native = {name: name for name in ("barlow_twins", "byol", "dino", "simclr", "simsiam", "swav", "vicreg")}
     native["moco"] = "mocov2plus"
     compared = [name for name in OF_FEATURES if name[0] != "i" and name not in ("cissl", "dissl")]
     for name in compared:
@@ -183,6 +183,7 @@ def counted(function, inputs):
         ("isoloss", (1.02, 0.8)),
         ("ssl_ey", (1.02,)),
         ("barlow_twins", (1.02,)),
+        ("vicreg", (1.02,)),
         ("dino", (1.02, 0.8)),
         ("moco", (0.8, 0.6)),
         ("s[iw]*", (1.02, 1.02, 1.02)),
@@ -228,6 +229,8 @@ def test_step_takes_no_more_work_than_the_reference(method, limits, one_thread, 
         ("pirl", 32, 128, None, 2.4),  # products with the whole bank, of which the published code gathers rows
         pytest.param("barlow_twins", 64, 128, 1.5, 1.1, marks=pytest.mark.lightly),
         pytest.param("barlow_twins", 256, 512, 1.5, 1.1, marks=pytest.mark.lightly),
+        pytest.param("vicreg", 64, 128, 1.5, 1.1, marks=pytest.mark.lightly),
+        pytest.param("vicreg", 256, 512, 1.5, 1.1, marks=pytest.mark.lightly),
     ],
 )
 def test_work_is_less_than_that_of_the_formula(name, rows, width, operations, traffic):

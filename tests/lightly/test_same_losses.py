@@ -4,8 +4,9 @@ import pytest
 import torch
 from lightly.loss import BarlowTwinsLoss, NTXentLoss, SwaVLoss
 from lightly.loss import DINOLoss as LightlyDINO
+from lightly.loss import VICRegLoss as LightlyVICReg
 
-from plugins.losses import DINOLoss, barlow_twins_loss, moco_loss, simclr_loss, swav_loss
+from plugins.losses import DINOLoss, barlow_twins_loss, moco_loss, simclr_loss, swav_loss, vicreg_loss
 from plugins.testing import toy_views
 
 pytestmark = pytest.mark.lightly
@@ -21,6 +22,13 @@ def test_barlow_twins():
     views = toy_views(6, 5)
     expected = BarlowTwinsLoss(lambda_param=0.01)(*views)
     torch.testing.assert_close(barlow_twins_loss(*views, lambd=0.01), expected, rtol=1e-10, atol=0)
+
+
+def test_vicreg():
+    views = toy_views(6, 5)
+    expected = LightlyVICReg(lambda_param=3, mu_param=5, nu_param=0.7)(*views)
+    found = vicreg_loss(*views, sim_coeff=3, std_coeff=5, cov_coeff=0.7)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("queued", [False, True])

@@ -27,6 +27,7 @@ from plugins.losses import (
     relic_loss,
     simclr_loss,
     ssl_ey_loss,
+    vicreg_loss,
 )
 from plugins.methods import METHODS
 from plugins.objective import Objective, embed
@@ -53,6 +54,8 @@ LOSSES = {
     "barlow_twins": lambda a, b, c, d: barlow_twins_loss(a, b),
     "barlow_twins, gram": lambda a, b, c, d: barlow_twins_loss(a, b, form="gram"),
     "ssl_ey": lambda a, b, c, d: ssl_ey_loss(a, b),
+    "vicreg": lambda a, b, c, d: vicreg_loss(a, b),
+    "vicreg, gram": lambda a, b, c, d: vicreg_loss(a, b, form="gram"),
     "ssl_ey, split": lambda a, b, c, d: ssl_ey_loss(a, b, estimator="split"),
     "ssl_ey, ustat": lambda a, b, c, d: ssl_ey_loss(a, b, estimator="ustat"),
     "byol": lambda a, b, c, d: byol_loss(a, c),
@@ -83,6 +86,7 @@ _MATRIX = ["p0", "p1", "target0", "target1"]
 NAMES = {
     "barlow_twins": ["z0", "z1"],
     "ssl_ey": ["z0", "z1"],
+    "vicreg": ["z0", "z1"],
     "byol": ["p", None, "target"],
     "isoloss": ["z", "p", "target"],
     "cissl": [r"student\[0\]", r"student\[1\]", r"teacher\[0\]", r"teacher\[1\]"],
@@ -157,7 +161,7 @@ def test_an_input_that_is_not_finite_is_named(name, value):
     """On the CPU; on a GPU it shows in the loss, so that nothing waits for the device."""
     views = [torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     kind = name.partition(",")[0]
-    two, three = ("barlow_twins", "cpc", "pirl", "ssl_ey"), ("byol", "isoloss", "dissl, one")
+    two, three = ("barlow_twins", "cpc", "pirl", "ssl_ey", "vicreg"), ("byol", "isoloss", "dissl, one")
     used = 2 if name.startswith(two) else 3 if name.startswith(three) else 4
     for index in range(used):
         if name.startswith("byol") and index == 1:
@@ -258,6 +262,7 @@ CALLS_OF_RANKS = {
     "the BYOL loss": lambda a, b, comm: byol_loss(a, b, comm=comm),
     "the IsoLoss": lambda a, b, comm: isoloss(a, a, b, comm=comm),
     "the SSL-EY loss": lambda a, b, comm: ssl_ey_loss(a, b, comm=comm),
+    "the VICReg loss": lambda a, b, comm: vicreg_loss(a, b, comm=comm),
     "a contrastive loss": lambda a, b, comm: cissl_loss([a, b], [a, b], comm=comm),
     "the DISSL loss": lambda a, b, comm: dissl_loss([a, b], [a, b], comm=comm),
     "the ReLIC loss": lambda a, b, comm: relic_loss([a, b], [a, b], comm=comm),

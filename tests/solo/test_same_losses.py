@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from plugins.linalg import sinkhorn_codes
-from plugins.losses import DINOLoss, barlow_twins_loss, moco_loss, simclr_loss, swav_loss
+from plugins.losses import DINOLoss, barlow_twins_loss, moco_loss, simclr_loss, swav_loss, vicreg_loss
 from plugins.testing import assert_same_loss, toy_views
 from solo_ext.compat import GENERATION
 
@@ -49,6 +49,17 @@ def test_barlow_twins():
     assert_same_loss(
         lambda *z: 0.025 * barlow_twins_loss(*z, lambd=0.01),
         lambda *z: barlow_loss_func(*z, lamb=0.01, scale_loss=0.025),
+        _views(2),
+    )
+
+
+def test_vicreg():
+    """solo-learn adds the hinge over both views, of which ours is the mean."""
+    from solo.losses import vicreg_loss_func
+
+    assert_same_loss(
+        lambda *z: vicreg_loss(*z, sim_coeff=3, std_coeff=10, cov_coeff=0.7),
+        lambda *z: vicreg_loss_func(*z, sim_loss_weight=3, var_loss_weight=5, cov_loss_weight=0.7),
         _views(2),
     )
 

@@ -1,7 +1,7 @@
 """Transforms in lightly's manner: ``from lightly_ext.transforms import SSLEYTransform``.
 
 Each method has ``<Name>Transform`` with flat keyword arguments. BYOLTransform and SimSiamTransform are lightly's own,
-SSLEYTransform is VICReg's, PIRLTransform makes a view and a stack of patches, CPCTransform one stack, AMDIMTransform
+SSLEYTransform and VICRegTransform are lightly's VICRegTransform with further arguments, PIRLTransform makes a view and a stack of patches, CPCTransform one stack, AMDIMTransform
 flips both views or none. The others make two views as BYOL, or the first of them for a method of one view. For CISSL,
 DISSL, Matrix-SSL and MEC they have the values that were published on ImageNet. The DINOTransform of lightly itself
 makes eight views.
@@ -16,7 +16,15 @@ from lightly_ext.transforms.pirl_transform import PIRLTransform
 from lightly_ext.transforms.ssley_transform import SSLEYTransform
 from lightly_ext.transforms.two_view_transform import TwoViewTransform
 
-__all__ = ["AMDIMTransform", "CPCTransform", "PIRLTransform", "SSLEYTransform", "TwoViewTransform"]
+__all__ = ["AMDIMTransform", "CPCTransform", "PIRLTransform", "SSLEYTransform", "TwoViewTransform", "VICRegTransform"]
+
+
+class VICRegTransform(SSLEYTransform):
+    """The transformations of VICReg, which are those of SSLEYTransform.
+
+    lightly's class of this name has no `interpolation`, and one probability of blur and solarization for both views.
+    """
+
 
 _DISSL = {
     **{"cj_bright": 0.8, "cj_contrast": 0.8, "cj_sat": 0.8, "cj_hue": 0.2},

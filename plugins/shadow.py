@@ -1,7 +1,7 @@
 """Check that ``import plugins`` finds this package, and that the framework is not a fork in the working directory.
 
 ``python -m`` searches the working directory first. Many repositories have another folder named ``plugins``, and the
-checkout of a fork contains a framework with methods of the same names. The packages ``*_ext`` run this file by its path,
+checkout of a fork contains a framework with methods of the same names. The packages ``*_ext`` run this file by path,
 because ``import plugins.shadow`` would find the other folder.
 """
 

@@ -129,7 +129,8 @@ def drawn(size: tuple[float, float], files: Sequence[Path], style: Mapping[str, 
     from matplotlib.figure import Figure
 
     shared: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
-    with rc_context({**shared, **(style or {})}):
+    shared.update(style or {})
+    with rc_context(shared):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)  # never opens a window
         yield figure

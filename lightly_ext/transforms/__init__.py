@@ -1,10 +1,10 @@
 """Transforms in lightly's manner: ``from lightly_ext.transforms import SSLEYTransform``.
 
 Each method has ``<Name>Transform`` with flat keyword arguments. BYOLTransform and SimSiamTransform are lightly's own,
-SSLEYTransform and VICRegTransform are lightly's VICRegTransform with further arguments, PIRLTransform makes a view and a stack of patches, CPCTransform one stack, AMDIMTransform
-flips both views or none. The others make two views as BYOL, or the first of them for a method of one view. For CISSL,
-DISSL, Matrix-SSL and MEC they have the values that were published on ImageNet. The DINOTransform of lightly itself
-makes eight views.
+SSLEYTransform and VICRegTransform are lightly's VICRegTransform with further arguments, PIRLTransform makes a view and
+a stack of patches, CPCTransform one stack, AMDIMTransform flips both views or none. The others make two views as BYOL,
+or the first of them for a method of one view. For CISSL, DISSL, Matrix-SSL and MEC they have the values that were
+published on ImageNet. The DINOTransform of lightly itself makes eight views.
 """
 
 import lightly.transforms as _lightly

@@ -27,6 +27,7 @@ from plugins.losses.dino import DINOLoss, DINOTerms, dino_loss, dino_terms, teac
 from plugins.losses.dissl import DISSLLoss, DISSLTerms, dissl_loss, dissl_terms
 from plugins.losses.dissl_monitor import DISSLWeights, ETFMonitor, ETFTerms, StallAlarm, dissl_warmup
 from plugins.losses.isoloss import IsoLoss, IsoLossTerms, isoloss, isoloss_terms
+from plugins.losses.lejepa import LeJEPALoss, LeJEPALossTerms, lejepa_loss, lejepa_terms
 from plugins.losses.matrix_ssl import (
     MatrixSSLLoss,
     MatrixSSLTerms,
@@ -68,6 +69,8 @@ __all__ = [
     "ETFTerms",
     "IsoLoss",
     "IsoLossTerms",
+    "LeJEPALoss",
+    "LeJEPALossTerms",
     "MECLoss",
     "MECTerms",
     "MatrixSSLLoss",
@@ -110,6 +113,8 @@ __all__ = [
     "draw_negatives",
     "isoloss",
     "isoloss_terms",
+    "lejepa_loss",
+    "lejepa_terms",
     "matrix_ssl_loss",
     "matrix_ssl_pair_terms",
     "matrix_ssl_terms",

@@ -49,6 +49,7 @@ from plugins.losses import (
     dissl_loss,
     draw_negatives,
     isoloss,
+    lejepa_loss,
     matrix_ssl_loss,
     mec_loss,
     pirl_loss,
@@ -333,6 +334,30 @@ def _ours_amdim(source: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(amdim_nce(source, target).loss, (source, target))
 
 
+DRAWN = 1024
+"""Directions of LeJEPA."""
+
+
+def _views_and_directions(rows: int, width: int, device: str) -> list[Tensor]:
+    directions = F.normalize(torch.randn(DRAWN, width, generator=torch.Generator().manual_seed(1)), dim=1)
+    return [*_views(rows, width, device), directions.to(device)]
+
+
+def _plain_lejepa(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+    """Compute the loss from the cosines and sines at all knots, for each row and direction."""
+    z, t = torch.stack([x, y]), torch.linspace(0, 5, 17, device=x.device)
+    normal = torch.exp(-t.square() / 2)
+    phase = (z @ directions.T).unsqueeze(3) * t
+    error = (phase.cos().mean(1) - normal).square() + phase.sin().mean(1).square()
+    sigreg = 2 * len(x) * torch.trapezoid(error * normal, t).mean()
+    loss = 0.95 * (z - z.mean(0)).square().mean() + 0.05 * sigreg
+    return torch.cat(torch.autograd.grad(loss, (x, y)))
+
+
+def _ours_lejepa(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(lejepa_loss([x, y], directions), (x, y)))
+
+
 GRID, OFFSETS, DIRECTIONS = 7, (2, 3, 4, 5, 6), 4
 """Patches per side, predicted offsets and directions of CPC."""
 
@@ -524,6 +549,13 @@ LOSSES = {
         _ours_codes,
         sizes=((256, 3000), (4096, 3000)),
         work=lambda rows, width: rows * width,
+    ),
+    "lejepa": Case(
+        _views_and_directions,
+        _plain_lejepa,
+        _ours_lejepa,
+        sizes=((256, 128), (1024, 128)),
+        work=lambda rows, width: rows * (width + 100),
     ),
     "balanced_labels": Case(
         _log_probabilities,

@@ -122,7 +122,7 @@ def lejepa_terms(
 
 
 def centre_distance(z: Float[Tensor, "V B D"], large: int) -> tuple[Float[Tensor, ""], Float[Tensor, "V B D"]]:
-    """Return the sum of ``(z_v - μ)²`` over all entries, with μ the mean of the first ``large`` views, and its gradient."""
+    """Return the sum of all ``(z_v - μ)²`` and its gradient; μ is the mean of the first ``large`` views."""
     slope = z - z[:large].mean(0)
     total = torch.linalg.vector_norm(slope).square()
     if large < len(z):  # with all views large the distances to the mean add up to 0

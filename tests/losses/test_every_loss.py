@@ -19,6 +19,7 @@ from plugins.losses import (
     cpc_loss,
     dissl_loss,
     isoloss,
+    lejepa_loss,
     matrix_ssl_loss,
     matrix_ssl_terms,
     mec_loss,
@@ -49,6 +50,10 @@ def _cpc(a, b):
     return cpc_loss({1: torch.stack([b, a], -1).unsqueeze(2)}, targets)
 
 
+def _eye(z):
+    return torch.eye(z.shape[1], device=z.device)
+
+
 LOSSES = {
     "barlow_twins": lambda a, b, c, d: barlow_twins_loss(a, b),
     "barlow_twins, gram": lambda a, b, c, d: barlow_twins_loss(a, b, form="gram"),
@@ -62,6 +67,7 @@ LOSSES = {
     "cissl, other": lambda a, b, c, d: cissl_loss([a, b], [c, d], positives="other"),
     "dissl": lambda a, b, c, d: dissl_loss([c, d], [a, b]),
     "dissl, one teacher view": lambda a, b, c, d: dissl_loss([c], [a, b]),
+    "lejepa": lambda a, b, c, d: lejepa_loss([a, b, c, d], _eye(a), large=2),
     "matrix_ssl": matrix_ssl_loss,
     "matrix_ssl, covariance": partial(matrix_ssl_loss, form="covariance", mce_mu=0.5),
     "matrix_ssl, exact": partial(matrix_ssl_loss, logarithm="exact"),
@@ -87,6 +93,7 @@ NAMES = {
     "isoloss": ["z", "p", "target"],
     "cissl": [r"student\[0\]", r"student\[1\]", r"teacher\[0\]", r"teacher\[1\]"],
     "dissl": [r"student_logits\[0\]", r"student_logits\[1\]", r"teacher_logits\[0\]", r"teacher_logits\[1\]"],
+    "lejepa": [rf"views\[{view}\]" for view in range(4)],
     "matrix_ssl": _MATRIX,
     "mec": _MATRIX,
     "cpc": [r"targets, predictions\[1\]"] * 2,
@@ -261,6 +268,7 @@ CALLS_OF_RANKS = {
     "a contrastive loss": lambda a, b, comm: cissl_loss([a, b], [a, b], comm=comm),
     "the DISSL loss": lambda a, b, comm: dissl_loss([a, b], [a, b], comm=comm),
     "the ReLIC loss": lambda a, b, comm: relic_loss([a, b], [a, b], comm=comm),
+    "the LeJEPA loss": lambda a, b, comm: lejepa_loss([a, b], _eye(a), comm=comm),
     "the SimCLR loss": lambda a, b, comm: simclr_loss([a, b], comm=comm),
     "the Matrix-SSL loss": lambda a, b, comm: matrix_ssl_loss(a, b, a, b, comm=comm),
     "the MEC loss": lambda a, b, comm: mec_loss(a, b, a, b, eps_d=0.5, comm=comm),

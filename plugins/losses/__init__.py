@@ -38,6 +38,12 @@ from plugins.losses.matrix_ssl import (
 from plugins.losses.mec import MECLoss, MECTerms, mec_loss, mec_pair_terms, mec_terms, mec_warmup
 from plugins.losses.moco import MoCoLoss, MoCoTerms, moco_loss, moco_terms
 from plugins.losses.pirl import PIRLLoss, PIRLLossTerms, draw_negatives, pirl_loss, pirl_terms
+from plugins.losses.rectified_lpjepa import (
+    RectifiedLpJEPALoss,
+    RectifiedLpJEPALossTerms,
+    rectified_lpjepa_loss,
+    rectified_lpjepa_terms,
+)
 from plugins.losses.relic import ReLICLoss, ReLICLossTerms, relic_loss, relic_terms
 from plugins.losses.sela import SeLaLoss, SeLaTerms, sela_loss, sela_terms
 from plugins.losses.simclr import SimCLRLoss, simclr_loss, simclr_terms
@@ -81,6 +87,8 @@ __all__ = [
     "PIRLLossTerms",
     "ReLICLoss",
     "ReLICLossTerms",
+    "RectifiedLpJEPALoss",
+    "RectifiedLpJEPALossTerms",
     "SSLEYLoss",
     "SSLEYLossTerms",
     "SeLaLoss",
@@ -127,6 +135,8 @@ __all__ = [
     "non_overlapping_offsets",
     "pirl_loss",
     "pirl_terms",
+    "rectified_lpjepa_loss",
+    "rectified_lpjepa_terms",
     "relic_loss",
     "relic_terms",
     "sela_loss",

@@ -28,9 +28,13 @@ from plugins.checks import (
 from plugins.clock import Clock
 from plugins.distributed import LOCAL, Collective
 from plugins.draws import device_generator, unit_directions
+from plugins.generalized_gaussian import (
+    draw_generalized_gaussian,
+    rectified_unit_variance_scale,
+    unit_variance_scale,
+)
 from plugins.linalg import attach_gradient, score_blocks
 from plugins.losses.lejepa import centre_distance
-from plugins.targets import draw_generalized_gaussian, rectified_unit_variance_scale, unit_variance_scale
 
 Views = Sequence[Float[Tensor, "B D"]] | Float[Tensor, "V B D"]
 PROJECTIONS = ("random", "torch_svd_and_random", "torch_svd_bottom_half_eigen_and_random")

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from plugins.distributed import LOCAL
-from plugins.losses import RectifiedLpJEPALoss, rectified_lpjepa_loss, rectified_lpjepa_terms
-from plugins.losses.rectified_lpjepa import PROJECTIONS, projection_directions
-from plugins.methods import METHODS
-from plugins.spec import Embeddings
-from plugins.targets import (
+from plugins.generalized_gaussian import (
     draw_generalized_gaussian,
     rectified_moments,
     rectified_unit_variance_scale,
     unit_variance_scale,
 )
+from plugins.losses import RectifiedLpJEPALoss, rectified_lpjepa_loss, rectified_lpjepa_terms
+from plugins.losses.rectified_lpjepa import PROJECTIONS, projection_directions
+from plugins.methods import METHODS
+from plugins.spec import Embeddings
 from plugins.testing import assert_joined, toy_views
 
 LAPLACE = math.sqrt(0.5)

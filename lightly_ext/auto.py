@@ -1,7 +1,8 @@
 """``import lightly_ext.auto`` puts our names into lightly's modules, and does nothing else.
 
 lightly's own names stay, without a warning: ``BarlowTwinsLoss``, ``DINOLoss`` and ``LeJEPALoss`` of ``lightly.loss``,
-``DINOTransform`` and ``PIRLTransform`` of ``lightly.transforms``, and in lightly 1.5 the classes of ``lightly.models``, such as ``BYOL``.
+``DINOTransform`` and ``PIRLTransform`` of ``lightly.transforms``,
+and in lightly 1.5 the classes of ``lightly.models``, such as ``BYOL``.
 Import ours from ``lightly_ext``.
 """
 

@@ -3,7 +3,8 @@
 Each method has ``<Name>Transform`` with flat keyword arguments. BYOLTransform and SimSiamTransform are lightly's own,
 SSLEYTransform is VICReg's, PIRLTransform makes a view and a stack of patches, CPCTransform one stack, AMDIMTransform
 flips both views or none. The others make two views as BYOL, or the first of them for a method of one view. For CISSL,
-DISSL, LeJEPA, Matrix-SSL, MEC and Rectified LpJEPA they have the values that were published on ImageNet. The DINOTransform of lightly itself
+DISSL, LeJEPA, Matrix-SSL, MEC and Rectified LpJEPA they have the
+values that were published on ImageNet. The DINOTransform of lightly itself
 makes eight views.
 """
 

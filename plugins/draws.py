@@ -3,7 +3,8 @@
 import zlib
 
 import torch
-from jaxtyping import Int64
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 
@@ -25,6 +26,35 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     """
     # the generator uses 32 bits of its seed; a sum or product of both numbers would give two runs the same draws
     return torch.Generator().manual_seed(draw_seed(seed, step))
+
+
+def device_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Return the generator of :func:`step_generator` on a device, for many numbers; they differ from a CPU's.
+
+    Args:
+        seed: of the run.
+        step: number of earlier optimiser steps.
+        device: type and index, the same type on all processes.
+    """
+    return torch.Generator(device).manual_seed(draw_seed(seed, step))
+
+
+def unit_directions(
+    count: int, width: int, generator: torch.Generator, *, dtype: torch.dtype | None = None
+) -> Float[Tensor, "M D"]:
+    """Draw unit rows, uniformly on the sphere, on the device of the generator.
+
+    Args:
+        count: M ≥ 1.
+        width: D ≥ 1.
+        generator: of the draw.
+        dtype: of the result.
+
+    >>> bool(unit_directions(3, 2, step_generator(0, 0)).square().sum(1).allclose(torch.ones(3)))
+    True
+    """
+    drawn = torch.randn(count, width, generator=generator, device=generator.device, dtype=dtype)
+    return F.normalize(drawn, dim=1)
 
 
 def distinct(size: int, count: int, generator: torch.Generator) -> Int64[Tensor, " K"]:

@@ -23,7 +23,7 @@ from solo_ext.compat.optim import OPTIMIZERS
 from solo_ext.datasets import DOWNLOADED, H5Images, preparation_hint, split_path
 from solo_ext.launch import as_user_error, trainer_arguments
 from solo_ext.loaders import process_count
-from solo_ext.schema import Linear, Pretrain, Run, join_messages, validate
+from solo_ext.schema import FORK_ENTRIES, Linear, Pretrain, Run, join_messages, validate
 from solo_ext.transforms import CLASSES, has_masks, is_stack
 
 
@@ -97,6 +97,7 @@ def _checked(cfg: DictConfig, model: type[Run]) -> DictConfig:
     except OmegaConfBaseException as error:
         key = f" ({error.full_key})" if error.full_key else ""
         raise UserError(f"the configuration does not resolve: {str(error).splitlines()[0]}{key}") from None
+    _drop_fork_entries(given)
     cfg = OmegaConf.create(validate(model, given, trainer_arguments(), variables))
     errors = []
     for check in (check_data, _check_trainer, _check_optimizer):
@@ -107,6 +108,18 @@ def _checked(cfg: DictConfig, model: type[Run]) -> DictConfig:
     if errors:
         raise UserError(join_messages(errors))
     return cfg
+
+
+def _drop_fork_entries(given: Any) -> None:
+    """Remove the entries that only a fork of solo-learn reads, in place, with a line for each."""
+    for path, reason in FORK_ENTRIES.get(given.get("method"), {}).items():
+        *parents, key = path
+        section = given
+        for parent in parents:
+            section = section.get(parent) or {}
+        if key in section:
+            del section[key]
+            print_on_rank_zero(f"{'.'.join(path)} is ignored: {reason}")
 
 
 def check_data(cfg: DictConfig) -> None:

@@ -41,6 +41,15 @@ IGNORED = {
     "hydra": "Hydra's own section; Hydra removes it",
 }
 """Top-level entries that are accepted and ignored, and the reason."""
+FORK_ENTRIES = {
+    "rectified_lpjepa": {
+        ("mlp_probe",): "main_probe trains probes after the pre-training",
+        ("data", "preload"): "images are read from the files",
+        ("method_kwargs", "add_projector_classifier"): "the online classifier sees the features",
+        ("method_kwargs", "logging_interval"): "log_every_n_steps is the interval",
+    }
+}
+"""Entries of the forks' files of a method that are announced and ignored, and the reason."""
 SET_BY_COMMANDS = {
     "logger": "metrics.csv and TensorBoard are always written, wandb.enabled=true adds Weights & Biases",
     "callbacks": "a configuration cannot contain callbacks",

@@ -3,8 +3,8 @@
 Each method has ``<Name>Transform`` with flat keyword arguments. BYOLTransform and SimSiamTransform are lightly's own,
 SSLEYTransform and VICRegTransform are lightly's VICRegTransform with further arguments, PIRLTransform makes a view and
 a stack of patches, CPCTransform one stack, AMDIMTransform flips both views or none. The others make two views as BYOL,
-or the first of them for a method of one view. For CISSL, DISSL, Matrix-SSL and MEC they have the values that were
-published on ImageNet. The DINOTransform of lightly itself makes eight views.
+or the first of them for a method of one view. For CISSL, DISSL, LeJEPA, Matrix-SSL, MEC and Rectified LpJEPA
+they have the values that were published on ImageNet. The DINOTransform of lightly itself makes eight views.
 """
 
 import lightly.transforms as _lightly
@@ -30,7 +30,11 @@ _DISSL = {
     **{"cj_bright": 0.8, "cj_contrast": 0.8, "cj_sat": 0.8, "cj_hue": 0.2},
     **{"gaussian_blur": 0.5, "solarization_prob": 0.0},
 }
-_PUBLISHED = {"CISSL": _DISSL, "DISSL": _DISSL, "MatrixSSL": {"min_scale": 0.2}, "MEC": {"min_scale": 0.2}}
+_PUBLISHED = {
+    **{"CISSL": _DISSL, "DISSL": _DISSL, "MatrixSSL": {"min_scale": 0.2}, "MEC": {"min_scale": 0.2}},
+    "LeJEPA": {"min_scale": 0.3, "gaussian_blur": 0.5, "solarization_prob": 0.2},
+    "RectifiedLpJEPA": {"min_scale": 0.2, "gaussian_blur": 0.5, "solarization_prob": 0.1},
+}
 
 for _name, _spec in CLASS_NAMES.items():
     _transform = f"{_name}Transform"

@@ -41,6 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from plugins.experiments import bench_data, bench_step
 from plugins.losses import (
+    RectifiedLpJEPALoss,
     amdim_nce,
     barlow_twins_loss,
     byol_loss,
@@ -49,9 +50,11 @@ from plugins.losses import (
     dissl_loss,
     draw_negatives,
     isoloss,
+    lejepa_loss,
     matrix_ssl_loss,
     mec_loss,
     pirl_loss,
+    rectified_lpjepa_loss,
     relic_loss,
     ssl_ey_loss,
     vicreg_loss,
@@ -334,6 +337,54 @@ def _ours_amdim(source: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(amdim_nce(source, target).loss, (source, target))
 
 
+DRAWN = 1024
+"""Directions of LeJEPA."""
+
+
+def _views_and_directions(rows: int, width: int, device: str) -> list[Tensor]:
+    directions = F.normalize(torch.randn(DRAWN, width, generator=torch.Generator().manual_seed(1)), dim=1)
+    return [*_views(rows, width, device), directions.to(device)]
+
+
+def _plain_lejepa(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+    """Compute the loss from the cosines and sines at all knots, for each row and direction."""
+    z, t = torch.stack([x, y]), torch.linspace(0, 5, 17, device=x.device)
+    normal = torch.exp(-t.square() / 2)
+    phase = (z @ directions.T).unsqueeze(3) * t
+    error = (phase.cos().mean(1) - normal).square() + phase.sin().mean(1).square()
+    sigreg = 2 * len(x) * torch.trapezoid(error * normal, t).mean()
+    loss = 0.95 * (z - z.mean(0)).square().mean() + 0.05 * sigreg
+    return torch.cat(torch.autograd.grad(loss, (x, y)))
+
+
+def _ours_lejepa(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(lejepa_loss([x, y], directions), (x, y)))
+
+
+PROJECTED = 8192
+"""Directions of Rectified LpJEPA."""
+
+
+def _rectified_views(rows: int, width: int, device: str) -> list[Tensor]:
+    """Return two views, directions and targets, as Rectified LpJEPA draws them."""
+    loss = RectifiedLpJEPALoss(num_projections=PROJECTED)
+    views = [view.detach().relu().requires_grad_() for view in _views(rows, width, device)]
+    return [*views, *(drawn.to(device) for drawn in loss.draw(rows, width, 0, torch.zeros(())))]
+
+
+def _plain_rectified_lpjepa(x: Tensor, y: Tensor, directions: Tensor, targets: Tensor) -> Tensor:
+    """Sort all projections of each view and of the targets along the rows, as the published code does."""
+    loss = 25 * F.mse_loss(x, y)
+    for z in (x, y):
+        found, wanted = ((rows @ directions.T).sort(0).values for rows in (z, targets))
+        loss = loss + 125 * (found - wanted).square().mean() / 2
+    return torch.cat(torch.autograd.grad(loss, (x, y)))
+
+
+def _ours_rectified_lpjepa(x: Tensor, y: Tensor, directions: Tensor, targets: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(rectified_lpjepa_loss([x, y], directions, targets), (x, y)))
+
+
 GRID, OFFSETS, DIRECTIONS = 7, (2, 3, 4, 5, 6), 4
 """Patches per side, predicted offsets and directions of CPC."""
 
@@ -535,6 +586,20 @@ LOSSES = {
         _ours_codes,
         sizes=((256, 3000), (4096, 3000)),
         work=lambda rows, width: rows * width,
+    ),
+    "lejepa": Case(
+        _views_and_directions,
+        _plain_lejepa,
+        _ours_lejepa,
+        sizes=((256, 128), (1024, 128)),
+        work=lambda rows, width: rows * (width + 100),
+    ),
+    "rectified_lpjepa": Case(
+        _rectified_views,
+        _plain_rectified_lpjepa,
+        _ours_rectified_lpjepa,
+        sizes=((256, 512), (128, 2048)),
+        work=lambda rows, width: rows * (width + 100),
     ),
     "balanced_labels": Case(
         _log_probabilities,

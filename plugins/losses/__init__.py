@@ -27,6 +27,7 @@ from plugins.losses.dino import DINOLoss, DINOTerms, dino_loss, dino_terms, teac
 from plugins.losses.dissl import DISSLLoss, DISSLTerms, dissl_loss, dissl_terms
 from plugins.losses.dissl_monitor import DISSLWeights, ETFMonitor, ETFTerms, StallAlarm, dissl_warmup
 from plugins.losses.isoloss import IsoLoss, IsoLossTerms, isoloss, isoloss_terms
+from plugins.losses.lejepa import LeJEPALoss, LeJEPALossTerms, lejepa_loss, lejepa_terms
 from plugins.losses.matrix_ssl import (
     MatrixSSLLoss,
     MatrixSSLTerms,
@@ -37,6 +38,12 @@ from plugins.losses.matrix_ssl import (
 from plugins.losses.mec import MECLoss, MECTerms, mec_loss, mec_pair_terms, mec_terms, mec_warmup
 from plugins.losses.moco import MoCoLoss, MoCoTerms, moco_loss, moco_terms
 from plugins.losses.pirl import PIRLLoss, PIRLLossTerms, draw_negatives, pirl_loss, pirl_terms
+from plugins.losses.rectified_lpjepa import (
+    RectifiedLpJEPALoss,
+    RectifiedLpJEPALossTerms,
+    rectified_lpjepa_loss,
+    rectified_lpjepa_terms,
+)
 from plugins.losses.relic import ReLICLoss, ReLICLossTerms, relic_loss, relic_terms
 from plugins.losses.sela import SeLaLoss, SeLaTerms, sela_loss, sela_terms
 from plugins.losses.simclr import SimCLRLoss, simclr_loss, simclr_terms
@@ -69,6 +76,8 @@ __all__ = [
     "ETFTerms",
     "IsoLoss",
     "IsoLossTerms",
+    "LeJEPALoss",
+    "LeJEPALossTerms",
     "MECLoss",
     "MECTerms",
     "MatrixSSLLoss",
@@ -79,6 +88,8 @@ __all__ = [
     "PIRLLossTerms",
     "ReLICLoss",
     "ReLICLossTerms",
+    "RectifiedLpJEPALoss",
+    "RectifiedLpJEPALossTerms",
     "SSLEYLoss",
     "SSLEYLossTerms",
     "SeLaLoss",
@@ -113,6 +124,8 @@ __all__ = [
     "draw_negatives",
     "isoloss",
     "isoloss_terms",
+    "lejepa_loss",
+    "lejepa_terms",
     "matrix_ssl_loss",
     "matrix_ssl_pair_terms",
     "matrix_ssl_terms",
@@ -125,6 +138,8 @@ __all__ = [
     "non_overlapping_offsets",
     "pirl_loss",
     "pirl_terms",
+    "rectified_lpjepa_loss",
+    "rectified_lpjepa_terms",
     "relic_loss",
     "relic_terms",
     "sela_loss",

@@ -226,7 +226,9 @@ def test_step_takes_no_more_work_than_the_reference(method, limits, one_thread, 
         ("relic", 256, 128, 1, 1.1),
         ("amdim", 128, 64, 1, 1.5),
         ("cpc", 16, 64, 1.4, 0.7),  # it reads each block of scores more than once, but does not store it
+        ("lejepa", 64, 32, 0.6, 1),  # the sums in the cache count as traffic, too; cosines and sines cost the time
         ("pirl", 32, 128, None, 2.4),  # products with the whole bank, of which the published code gathers rows
+        ("rectified_lpjepa", 64, 128, 1.3, 1.4),  # the targets of both views are sorted once
         pytest.param("barlow_twins", 64, 128, 1.5, 1.1, marks=pytest.mark.lightly),
         pytest.param("barlow_twins", 256, 512, 1.5, 1.1, marks=pytest.mark.lightly),
         pytest.param("vicreg", 64, 128, 1.5, 1.1, marks=pytest.mark.lightly),
@@ -252,6 +254,18 @@ def test_cpc_stores_no_matrix_of_scores():
     result = compare("cpc", 40, 64, repeat=1)
     rows, columns = 40 * 7 * (5 + 4 + 3 + 2 + 1), 40 * 49
     assert result.plain_bytes > 4 * 4 * rows * columns and 4 * result.ours_bytes < result.plain_bytes
+
+
+def test_lejepa_stores_no_cosines():
+    """Rows x directions x knots numbers, several times, in the formula."""
+    result = compare("lejepa", 64, 32, repeat=1)
+    assert result.plain_bytes > 3 * 4 * 2 * 64 * 1024 * 17 and 8 * result.ours_bytes < result.plain_bytes
+
+
+def test_rectified_lpjepa_stores_no_projections():
+    """Rows x directions numbers, several for each view, in the published form; ours has blocks of a fixed size."""
+    result = compare("rectified_lpjepa", 256, 64, repeat=1)
+    assert result.plain_bytes > 6 * 4 * 256 * 8192 and 3 * result.ours_bytes < result.plain_bytes
 
 
 def test_pirl_gathers_no_rows_of_the_bank():

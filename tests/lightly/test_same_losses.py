@@ -6,7 +6,7 @@ from lightly.loss import BarlowTwinsLoss, NTXentLoss, SwaVLoss
 from lightly.loss import DINOLoss as LightlyDINO
 from lightly.loss import VICRegLoss as LightlyVICReg
 
-from plugins.losses import DINOLoss, barlow_twins_loss, moco_loss, simclr_loss, swav_loss, vicreg_loss
+from plugins.losses import DINOLoss, barlow_twins_loss, lejepa_loss, moco_loss, simclr_loss, swav_loss, vicreg_loss
 from plugins.testing import toy_views
 
 pytestmark = pytest.mark.lightly
@@ -55,3 +55,15 @@ def test_dino_for_two_steps():
         expected = theirs(teacher, student, teacher_temp=0.05)
         torch.testing.assert_close(ours(student, teacher).loss, expected, rtol=1e-5, atol=0)
         torch.testing.assert_close(ours.center, theirs.center.flatten(), rtol=1e-6, atol=1e-7)
+
+
+def test_lejepa():
+    """lightly draws its directions itself, has the domain [0, 3], and needs a small crop."""
+    theirs = pytest.importorskip("lightly.loss.lejepa_loss", reason="this release of lightly has no LeJEPALoss")
+    views = [*toy_views(7, 5, views=3)]
+    torch.manual_seed(0)
+    expected = theirs.LeJEPALoss(sigreg_num_vectors=9)(global_proj=torch.stack(views[:2]), local_proj=views[2][None])
+    torch.manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(5, 9, dtype=torch.float64), dim=0).T
+    found = lejepa_loss(views, directions, large=2, t_max=3.0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # its knots are in float32

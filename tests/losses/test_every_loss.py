@@ -19,11 +19,13 @@ from plugins.losses import (
     cpc_loss,
     dissl_loss,
     isoloss,
+    lejepa_loss,
     matrix_ssl_loss,
     matrix_ssl_terms,
     mec_loss,
     mec_terms,
     pirl_loss,
+    rectified_lpjepa_loss,
     relic_loss,
     simclr_loss,
     ssl_ey_loss,
@@ -50,6 +52,14 @@ def _cpc(a, b):
     return cpc_loss({1: torch.stack([b, a], -1).unsqueeze(2)}, targets)
 
 
+def _eye(z):
+    return torch.eye(z.shape[1], device=z.device)
+
+
+def _ramp(z):
+    return torch.linspace(0, 1, z.numel(), device=z.device).view_as(z)
+
+
 LOSSES = {
     "barlow_twins": lambda a, b, c, d: barlow_twins_loss(a, b),
     "barlow_twins, gram": lambda a, b, c, d: barlow_twins_loss(a, b, form="gram"),
@@ -65,11 +75,16 @@ LOSSES = {
     "cissl, other": lambda a, b, c, d: cissl_loss([a, b], [c, d], positives="other"),
     "dissl": lambda a, b, c, d: dissl_loss([c, d], [a, b]),
     "dissl, one teacher view": lambda a, b, c, d: dissl_loss([c], [a, b]),
+    "lejepa": lambda a, b, c, d: lejepa_loss([a, b, c, d], _eye(a), large=2),
     "matrix_ssl": matrix_ssl_loss,
     "matrix_ssl, covariance": partial(matrix_ssl_loss, form="covariance", mce_mu=0.5),
     "matrix_ssl, exact": partial(matrix_ssl_loss, logarithm="exact"),
     "matrix_ssl, exact, covariance": partial(matrix_ssl_loss, logarithm="exact", form="covariance"),
     "matrix_ssl, exact, gram": partial(matrix_ssl_loss, logarithm="exact", form="gram"),
+    "rectified_lpjepa": lambda a, b, c, d: rectified_lpjepa_loss([a, b, c, d], _eye(a), _ramp(a)),
+    "rectified_lpjepa, svd": lambda a, b, c, d: rectified_lpjepa_loss(
+        [a, b, c, d], _eye(a), _ramp(a), projection_vectors_type="torch_svd_and_random"
+    ),
     "relic": lambda a, b, c, d: relic_loss([a, b], [c, d]),
     "relic, column": lambda a, b, c, d: relic_loss([a, b], [c, d], kl="column", stop="none", pairs="all"),
     "relic, subset": lambda a, b, c, d: relic_loss([a, b], [c, d], stop="entropy", candidates=torch.tensor([1])),
@@ -91,10 +106,12 @@ NAMES = {
     "isoloss": ["z", "p", "target"],
     "cissl": [r"student\[0\]", r"student\[1\]", r"teacher\[0\]", r"teacher\[1\]"],
     "dissl": [r"student_logits\[0\]", r"student_logits\[1\]", r"teacher_logits\[0\]", r"teacher_logits\[1\]"],
+    "lejepa": [rf"views\[{view}\]" for view in range(4)],
     "matrix_ssl": _MATRIX,
     "mec": _MATRIX,
     "cpc": [r"targets, predictions\[1\]"] * 2,
     "pirl": ["z_image", "z_patches"],
+    "rectified_lpjepa": [rf"views\[{view}\]" for view in range(4)],
     "relic": [r"online\[0\]", r"online\[1\]", r"target\[0\]", r"target\[1\]"],
     "simclr": [rf"views\[{view}\]" for view in range(4)],
 }
@@ -266,6 +283,8 @@ CALLS_OF_RANKS = {
     "a contrastive loss": lambda a, b, comm: cissl_loss([a, b], [a, b], comm=comm),
     "the DISSL loss": lambda a, b, comm: dissl_loss([a, b], [a, b], comm=comm),
     "the ReLIC loss": lambda a, b, comm: relic_loss([a, b], [a, b], comm=comm),
+    "the LeJEPA loss": lambda a, b, comm: lejepa_loss([a, b], _eye(a), comm=comm),
+    "the Rectified LpJEPA loss": lambda a, b, comm: rectified_lpjepa_loss([a, b], _eye(a), torch.ones(8, 3), comm=comm),
     "the SimCLR loss": lambda a, b, comm: simclr_loss([a, b], comm=comm),
     "the Matrix-SSL loss": lambda a, b, comm: matrix_ssl_loss(a, b, a, b, comm=comm),
     "the MEC loss": lambda a, b, comm: mec_loss(a, b, a, b, eps_d=0.5, comm=comm),

@@ -93,6 +93,8 @@ def test_pretraining_builds(path, images):
         if key in known:
             cfg.method_kwargs[key] = value
     wide = 64 if path.parent.name == "digits" else 440 if path.stem == "seer" else 512
+    if cfg.backbone.name == "resnet50":
+        wide = 2048
     if cfg.backbone.name == "amdim_encoder":
         wide = cfg.method_kwargs.proj_output_dim = 16
         cfg.backbone.kwargs.update(ndf=4, n_rkhs=wide, n_depth=1)
@@ -394,3 +396,20 @@ def test_the_steps_of_amdim_have_a_warm_up_and_a_factor_of_their_own(images):
         assert rates[step] == pytest.approx(2e-4 * factor), step
     with_rate = with_schedule(None, optimizer, load(Path("cifar/amdim.yaml"), "scheduler.warmup_steps=0").scheduler, {})
     assert len(with_rate[1]) == 1
+
+
+def test_entries_of_a_fork_are_announced_and_ignored(images, capsys):
+    """Those of Rectified LpJEPA's files; another method has no such entries."""
+    entries = (
+        *("++mlp_probe.enabled=False", "++mlp_probe.num_layers=3", "++data.preload=True"),
+        *("++method_kwargs.add_projector_classifier=true", "++method_kwargs.logging_interval=50"),
+    )
+    cfg = parse_pretrain(load(Path("cifar/rectified_lpjepa.yaml"), *entries, *local(images)))
+    assert method_class(cfg).spec.name == "rectified_lpjepa"
+    told = [
+        line.partition(" is ignored: ")[0] for line in capsys.readouterr().out.splitlines() if " is ignored" in line
+    ]
+    names = ["data.preload", "method_kwargs.add_projector_classifier", "method_kwargs.logging_interval", "mlp_probe"]
+    assert sorted(told) == names
+    with pytest.raises(UserError, match="mlp_probe"):
+        parse_pretrain(load(Path("cifar/lejepa.yaml"), *entries[:2], *local(images)))

@@ -49,6 +49,7 @@ from plugins.losses import (
     cpc_terms,
     dissl_loss,
     draw_negatives,
+    i_vne_loss,
     isoloss,
     lejepa_loss,
     matrix_ssl_loss,
@@ -77,7 +78,7 @@ class Case(NamedTuple):
     make: Callable[[int, int, str], list[Tensor]]
     plain: Callable[..., Any]
     ours: Callable[..., Any]
-    extra_flops: Callable[[int], tuple[float, float]] = lambda width: (0, 0)
+    extra_flops: Callable[[int, int], tuple[float, float]] = lambda rows, width: (0, 0)
     """Number of operations that are not matrix products, of plain and of ours."""
     sizes: tuple[tuple[int, int], ...] = ()
     """Default sizes, of which ``--quick`` runs the first only; () means the sizes that all cases share."""
@@ -438,6 +439,26 @@ def _ours_vicreg(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat(torch.autograd.grad(vicreg_loss(x, y), (x, y)))
 
 
+def _plain_i_vne(x: Tensor, y: Tensor) -> Tensor:
+    """Compute the entropies from singular values, as the published code."""
+    u, v = F.normalize(x, dim=1), F.normalize(y, dim=1)
+    loss = -4.16 * F.cosine_similarity(x, y).mean()
+    for z in (u, v):
+        values = torch.svd(z / len(z) ** 0.5)[1].square()
+        loss = loss + (values * values.log()).nansum() / 2
+    return torch.cat(torch.autograd.grad(loss, (x, y)))
+
+
+def _solvers_i_vne(rows: int, width: int) -> tuple[float, float]:
+    """Count the operations of two singular value decompositions with vectors, and of two eigendecompositions."""
+    small, big = sorted((rows, width))
+    return 2 * (6 * big * small**2 + 20 * small**3), 2 * SYMMETRIC_EIG * small**3
+
+
+def _ours_i_vne(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(i_vne_loss(x, y), (x, y)))
+
+
 def _scores(rows: int, width: int, device: str) -> list[Tensor]:
     """Return cosines of random rows with random prototypes, in 128 dimensions."""
     generator = torch.Generator().manual_seed(0)
@@ -567,6 +588,9 @@ LOSSES = {
     "ssl_ey": Case(_views, _plain_ssl_ey, _ours_ssl_ey),
     "byol": Case(_views, _plain_byol, _ours_byol),
     "isoloss": Case(_predicted_views, _plain_isoloss, _ours_isoloss),
+    "i_vne": Case(
+        _views, _plain_i_vne, _ours_i_vne, _solvers_i_vne, sizes=((64, 256), (256, 256), (1024, 256), (256, 2048))
+    ),
     "matrix_ssl": Case(_four_views, _plain_matrix_ssl, _ours_matrix_ssl, sizes=WIDE_AND_TALL),
     "mec": Case(_four_views, _plain_mec, _ours_mec, sizes=WIDE_AND_TALL),
     "amdim": Case(
@@ -633,7 +657,10 @@ if importlib.util.find_spec("faiss") is not None:
     LOSSES["kmeans_faiss"] = LOSSES["kmeans"]._replace(plain=_faiss_kmeans)
 PREDICTORS = {
     "closed_form_predictor": Case(
-        _moments, _plain_predictor, _ours_predictor, lambda width: (GENERAL_EIG * width**3, SYMMETRIC_EIG * width**3)
+        _moments,
+        _plain_predictor,
+        _ours_predictor,
+        lambda rows, width: (GENERAL_EIG * width**3, SYMMETRIC_EIG * width**3),
     )
 }
 
@@ -668,7 +695,7 @@ def compare(name: str, rows: int, width: int, *, device: str = "cpu", repeat: in
             break
     plain_seconds, ours_seconds = (statistics.median(times) for times in seconds)
     plain_flops, ours_flops = (
-        c[0] + e for c, e in zip((plain_counts, ours_counts), case.extra_flops(width), strict=True)
+        c[0] + e for c, e in zip((plain_counts, ours_counts), case.extra_flops(rows, width), strict=True)
     )
     return Result(
         case=name,

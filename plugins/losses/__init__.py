@@ -26,6 +26,7 @@ from plugins.losses.deepcluster_v2 import (
 from plugins.losses.dino import DINOLoss, DINOTerms, dino_loss, dino_terms, teacher_temperature
 from plugins.losses.dissl import DISSLLoss, DISSLTerms, dissl_loss, dissl_terms
 from plugins.losses.dissl_monitor import DISSLWeights, ETFMonitor, ETFTerms, StallAlarm, dissl_warmup
+from plugins.losses.i_vne import IVNELoss, IVNELossTerms, i_vne_loss, i_vne_terms
 from plugins.losses.isoloss import IsoLoss, IsoLossTerms, isoloss, isoloss_terms
 from plugins.losses.lejepa import LeJEPALoss, LeJEPALossTerms, lejepa_loss, lejepa_terms
 from plugins.losses.matrix_ssl import (
@@ -74,6 +75,8 @@ __all__ = [
     "DeepClusterV2Terms",
     "ETFMonitor",
     "ETFTerms",
+    "IVNELoss",
+    "IVNELossTerms",
     "IsoLoss",
     "IsoLossTerms",
     "LeJEPALoss",
@@ -122,6 +125,8 @@ __all__ = [
     "dissl_terms",
     "dissl_warmup",
     "draw_negatives",
+    "i_vne_loss",
+    "i_vne_terms",
     "isoloss",
     "isoloss_terms",
     "lejepa_loss",

@@ -224,6 +224,8 @@ def test_step_takes_no_more_work_than_the_reference(method, limits, one_thread, 
         ("dissl_8", 16, 1024, None, 1.1),
         ("swav_codes", 64, 300, None, 1.8),
         ("relic", 256, 128, 1, 1.1),
+        ("i_vne", 64, 64, None, 1),  # the operations of solvers are not counted
+        ("i_vne", 64, 256, None, 1.2),
         ("amdim", 128, 64, 1, 1.5),
         ("cpc", 16, 64, 1.4, 0.7),  # it reads each block of scores more than once, but does not store it
         ("lejepa", 64, 32, 0.6, 1),  # the sums in the cache count as traffic, too; cosines and sines cost the time
@@ -279,6 +281,15 @@ def test_barlow_twins_computes_no_norms_of_columns():
     """Norms of columns take six to nine times as long as sums of squares. The one call is for the norms of C's rows."""
     case = CASES["barlow_twins"]
     assert counted(case.ours, case.make(256, 64, "cpu"))[2]["linalg_vector_norm"] == 1
+
+
+def test_i_vne_solves_once_for_all_views():
+    """One batched eigendecomposition in place of a singular value decomposition for each view."""
+    case = CASES["i_vne"]
+    inputs = case.make(16, 32, "cpu")
+    assert counted(case.plain, inputs)[2]["_linalg_svd"] == 2
+    calls = counted(case.ours, inputs)[2]
+    assert (calls["_linalg_eigh"], calls["_linalg_svd"]) == (1, 0)
 
 
 def test_predictor_solves_once_by_the_symmetric_solver():

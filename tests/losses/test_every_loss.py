@@ -18,6 +18,7 @@ from plugins.losses import (
     cissl_loss,
     cpc_loss,
     dissl_loss,
+    i_vne_loss,
     isoloss,
     lejepa_loss,
     matrix_ssl_loss,
@@ -70,6 +71,9 @@ LOSSES = {
     "ssl_ey, ustat": lambda a, b, c, d: ssl_ey_loss(a, b, estimator="ustat"),
     "byol": lambda a, b, c, d: byol_loss(a, c),
     "byol, euclidean": lambda a, b, c, d: byol_loss(a, c, metric="euclidean"),
+    "i_vne": lambda a, b, c, d: i_vne_loss(a, b),
+    "i_vne, covariance": lambda a, b, c, d: i_vne_loss(a, b, form="covariance"),
+    "i_vne, gram": lambda a, b, c, d: i_vne_loss(a, b, form="gram"),
     "isoloss": lambda a, b, c, d: isoloss(a, b, c),
     "cissl": lambda a, b, c, d: cissl_loss([a, b], [c, d]),
     "cissl, other": lambda a, b, c, d: cissl_loss([a, b], [c, d], positives="other"),
@@ -103,6 +107,7 @@ NAMES = {
     "ssl_ey": ["z0", "z1"],
     "vicreg": ["z0", "z1"],
     "byol": ["p", None, "target"],
+    "i_vne": ["z0", "z1"],
     "isoloss": ["z", "p", "target"],
     "cissl": [r"student\[0\]", r"student\[1\]", r"teacher\[0\]", r"teacher\[1\]"],
     "dissl": [r"student_logits\[0\]", r"student_logits\[1\]", r"teacher_logits\[0\]", r"teacher_logits\[1\]"],
@@ -178,7 +183,7 @@ def test_an_input_that_is_not_finite_is_named(name, value):
     """On the CPU; on a GPU it shows in the loss, so that nothing waits for the device."""
     views = [torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     kind = name.partition(",")[0]
-    two, three = ("barlow_twins", "cpc", "pirl", "ssl_ey", "vicreg"), ("byol", "isoloss", "dissl, one")
+    two, three = ("barlow_twins", "cpc", "i_vne", "pirl", "ssl_ey", "vicreg"), ("byol", "isoloss", "dissl, one")
     used = 2 if name.startswith(two) else 3 if name.startswith(three) else 4
     for index in range(used):
         if name.startswith("byol") and index == 1:
@@ -277,6 +282,7 @@ def _broken_rank(comm, name, views):
 CALLS_OF_RANKS = {
     "the Barlow Twins loss": lambda a, b, comm: barlow_twins_loss(a, b, comm=comm),
     "the BYOL loss": lambda a, b, comm: byol_loss(a, b, comm=comm),
+    "the I-VNE+ loss": lambda a, b, comm: i_vne_loss(a, b, comm=comm),
     "the IsoLoss": lambda a, b, comm: isoloss(a, a, b, comm=comm),
     "the SSL-EY loss": lambda a, b, comm: ssl_ey_loss(a, b, comm=comm),
     "the VICReg loss": lambda a, b, comm: vicreg_loss(a, b, comm=comm),

@@ -1,5 +1,6 @@
 """Every YAML file in configs/: it starts with its purpose, composes, and builds."""
 
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,6 +100,12 @@ def test_pretraining_builds(path, images):
         wide = cfg.method_kwargs.proj_output_dim = 16
         cfg.backbone.kwargs.update(ndf=4, n_rkhs=wide, n_depth=1)
     assert cls(cfg).features_dim == wide
+
+
+@pytest.mark.parametrize("folder", ["digits", "cifar", "imagenet", "imagenet100"])
+def test_i_vne_weighs_the_cosine_by_the_logarithm_of_the_joined_batch(folder):
+    cfg = load(Path(folder) / "i_vne.yaml")
+    assert cfg.method_kwargs.alpha_1 == pytest.approx(math.log(cfg.optimizer.batch_size * cfg.devices), abs=0.005)
 
 
 @pytest.mark.parametrize("name", ["byol", "directpred", "isoloss"])

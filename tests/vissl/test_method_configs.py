@@ -1,5 +1,6 @@
 """Every configuration of our methods composes, and builds model, loss, optimiser, schedule and views."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,8 @@ OURS = sorted(
 
 def test_every_method_has_its_three() -> None:
     expected = {f"pretrain/{method}/{data}" for method in METHODS for data in ("digits", "cifar", "imagenet_rn50")}
-    assert expected | {f"pretrain/{method}/imagenet100" for method in ("matrix_ssl", "mec", "rectified_lpjepa")} <= set(
-        OURS
-    )
+    hundred = {f"pretrain/{method}/imagenet100" for method in ("i_vne", "matrix_ssl", "mec", "rectified_lpjepa")}
+    assert expected | hundred <= set(OURS)
 
 
 @pytest.mark.sample("pretrain/isoloss/digits", "pretrain/dissl/cifar", "pretrain/cissl/imagenet_rn50")
@@ -80,6 +80,14 @@ def test_pretraining_configuration_builds(name: str) -> None:
     base = config.OPTIMIZER.param_schedulers.lr.auto_lr_scaling
     assert peak == pytest.approx(base.base_value * images / base.base_lr_batch_size, rel=1e-4)
     assert sum(parameter.numel() for parameter in task.base_model.trunk.parameters()) > (7e4 if crop == 16 else 1e7)
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar", "imagenet_rn50", "imagenet100"])
+def test_i_vne_weighs_the_cosine_by_the_logarithm_of_the_joined_batch(data: str) -> None:
+    config: Any = compose_hydra_configuration([f"config=pretrain/i_vne/{data}"]).config
+    nodes, processes = config.DISTRIBUTED.NUM_NODES, config.DISTRIBUTED.NUM_PROC_PER_NODE
+    images = config.DATA.TRAIN.BATCHSIZE_PER_REPLICA * nodes * processes
+    assert config.LOSS.i_vne.alpha_1 == pytest.approx(math.log(images), abs=0.005)
 
 
 LINEAR = "benchmark/linear_image_classification"

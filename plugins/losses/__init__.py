@@ -40,6 +40,7 @@ from plugins.losses.pirl import PIRLLoss, PIRLLossTerms, draw_negatives, pirl_lo
 from plugins.losses.relic import ReLICLoss, ReLICLossTerms, relic_loss, relic_terms
 from plugins.losses.sela import SeLaLoss, SeLaTerms, sela_loss, sela_terms
 from plugins.losses.simclr import SimCLRLoss, simclr_loss, simclr_terms
+from plugins.losses.simdino import SimDINOLoss, SimDINOTerms, simdino_loss, simdino_terms
 from plugins.losses.ssl_ey import SSLEYLoss, SSLEYLossTerms, ssl_ey_loss, ssl_ey_terms
 from plugins.losses.swav import SwAVLoss, SwAVTerms, swav_loss, swav_terms
 
@@ -83,6 +84,8 @@ __all__ = [
     "SeLaLoss",
     "SeLaTerms",
     "SimCLRLoss",
+    "SimDINOLoss",
+    "SimDINOTerms",
     "StallAlarm",
     "SwAVLoss",
     "SwAVTerms",
@@ -128,6 +131,8 @@ __all__ = [
     "sela_terms",
     "simclr_loss",
     "simclr_terms",
+    "simdino_loss",
+    "simdino_terms",
     "ssl_ey_loss",
     "ssl_ey_terms",
     "swav_loss",

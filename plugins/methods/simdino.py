@@ -40,7 +40,9 @@ SPEC = MethodSpec(
     options={
         **projector_options(hidden=2048, output=256),
         "proj_norm": Option(False, "whether a batch norm follows each hidden layer of the projector"),
-        "eps": Option(0.05, "square of the paper's ε, at least 1e-5 D; a smaller one spreads the rows more", low=1e-6),
+        "eps": Option(
+            0.05, "square of the paper's ε, > 0 and at least 1e-5 D; a smaller one spreads the rows more", low=1e-6
+        ),
         "similarity_weight": Option(1.0, "weight of the cosine of student and teacher, >= 0", low=0),
         "expansion_of": Option(
             "mean", "rows that spread: the mean of student and teacher, or the student's", choices=EXPANSIONS

@@ -578,6 +578,41 @@ def spectral_radius(x: Float[Tensor, "*V n n"], *, shift: float = 0.0, steps: in
     return torch.stack(growth[steps // 2 :]).log().mean(0).exp().squeeze(-1)
 
 
+def coding_rate(
+    rows: Float[Tensor, "*V B D"], scale: float, counts: list[int] | None = None, comm: Collective = LOCAL
+) -> tuple[Float[Tensor, "*V"], Float[Tensor, "*V B D"]]:
+    """Compute ``R(U) = ½ logdet(I + c UᵀU)`` of the joined rows U by Cholesky, and its derivative with respect to U.
+
+    The derivative ``c U (I + c UᵀU)⁻¹`` is that at this process's rows. The identity keeps the eigenvalues at 1 or
+    above, so that the decomposition exists if c times the largest eigenvalue of UᵀU is far below 1 / eps of the dtype.
+
+    Args:
+        rows: rows of this process, for each view; without gradient.
+        scale: c > 0.
+        counts: the numbers of rows of all processes, to use ``U Uᵀ`` (rows x rows), which has the same determinant;
+            None uses ``UᵀU`` (width x width).
+        comm: the processes that share the batch.
+
+    >>> rate, slope = coding_rate(torch.tensor([[1.0, 0.0]]), 3.0)  # ½ log 4; 3 / 4
+    >>> round(rate.item(), 4), slope
+    (0.6931, tensor([[0.7500, 0.0000]]))
+    """
+    if counts is None:
+        matrix = comm.sum(rows.mT @ rows)
+    else:
+        every = comm.gather_rows(rows.movedim(-2, 0), counts=counts).movedim(0, -2)
+        matrix = every @ every.mT
+    matrix = matrix * scale
+    matrix.diagonal(dim1=-2, dim2=-1).add_(1)
+    factor, _ = torch.linalg.cholesky_ex(matrix)
+    rate = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    if counts is None:
+        return rate, torch.cholesky_solve(rows.mT, factor).mT * scale
+    first = sum(counts[: comm.rank])
+    own = slice(first, first + rows.shape[-2])
+    return rate, torch.cholesky_solve(every, factor)[..., own, :] * scale
+
+
 def attach_gradient(
     value: Float[Tensor, " *B"], inputs: Sequence[Float[Tensor, "..."]], gradients: Sequence[Float[Tensor, "..."]]
 ) -> Float[Tensor, " *B"]:

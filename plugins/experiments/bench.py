@@ -57,6 +57,7 @@ from plugins.losses import (
     pirl_loss,
     rectified_lpjepa_loss,
     relic_loss,
+    simdino_loss,
     ssl_ey_loss,
     vicreg_loss,
 )
@@ -305,6 +306,36 @@ def _plain_relic(q0: Tensor, q1: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
 
 def _ours_relic(q0: Tensor, q1: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
     return torch.cat(torch.autograd.grad(relic_loss([q0, q1], [t0, t1]), (q0, q1)))
+
+
+def _crops(count: int) -> Callable[[int, int, str], list[Tensor]]:
+    """Return rows of that many student views and of two teacher views."""
+
+    def make(rows: int, width: int, device: str) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        common = torch.randn(rows, width, generator=generator)
+        views = [common + torch.randn(rows, width, generator=generator) for _ in range(count + 2)]
+        return [view.to(device).requires_grad_(number < count) for number, view in enumerate(views)]
+
+    return make
+
+
+def _plain_simdino(*views: Tensor) -> Tensor:
+    """Compute all cosines of unit rows at once, and the determinants of D x D matrices with autograd."""
+    student, teacher = (F.normalize(torch.stack(part), dim=-1) for part in (views[:-2], views[-2:]))
+    rows, width = views[0].shape
+    cosines = F.cosine_similarity(teacher[:, None], student[None], dim=-1).mean(2)
+    different = 1 - torch.eye(2, len(student), device=student.device)
+    spread = (student[:2] + teacher) / 2
+    identity = torch.eye(width, device=student.device)
+    factors = torch.linalg.cholesky(identity + width / (rows * 0.05) * spread.mT @ spread)
+    rate = factors.diagonal(dim1=1, dim2=2).log().sum(1).mean()
+    loss = -(cosines * different).sum() / different.sum() - (width + rows) / (width * rows) * rate
+    return torch.cat(torch.autograd.grad(loss, views[:-2]))
+
+
+def _ours_simdino(*views: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(simdino_loss(views[:-2], views[-2:]), views[:-2]))
 
 
 LOCATIONS = 49
@@ -593,6 +624,7 @@ LOSSES = {
     ),
     "matrix_ssl": Case(_four_views, _plain_matrix_ssl, _ours_matrix_ssl, sizes=WIDE_AND_TALL),
     "mec": Case(_four_views, _plain_mec, _ours_mec, sizes=WIDE_AND_TALL),
+    "simdino": Case(_crops(12), _plain_simdino, _ours_simdino, sizes=((64, 256), (512, 256), (1024, 256))),
     "amdim": Case(
         _map,
         _plain_amdim,

@@ -4,7 +4,7 @@ from plugins.heads.amdim import AMDIMHead, ResidualProjection
 from plugins.heads.classifier import normalized_classifier
 from plugins.heads.context import GatedContext, GRUContext, PixelCNNContext, context_network
 from plugins.heads.cpc import CPCHead
-from plugins.heads.dino import dino_head
+from plugins.heads.dino import dino_head, dino_mlp
 from plugins.heads.dissl import Heads, UnitRows, dissl_heads, issl_head
 from plugins.heads.expand import ExpandDim, expand_resnet_dim
 from plugins.heads.init import issl_init_, projection_init_
@@ -40,6 +40,7 @@ __all__ = [
     "UnitRows",
     "context_network",
     "dino_head",
+    "dino_mlp",
     "dissl_heads",
     "expand_resnet_dim",
     "issl_head",

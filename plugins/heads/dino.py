@@ -29,10 +29,29 @@ def dino_head(in_dim: int, hidden_dim: int, bottleneck: int, out_dim: int, *, no
     ['mlp', 'unit', 'last_layer']
     """
     check_range("out_dim", out_dim, low=1)
-    mlp = plain_head(in_dim, hidden_dim, bottleneck, layers=3, activation=nn.GELU, norm=norm)
+    mlp = dino_mlp(in_dim, hidden_dim, bottleneck, norm=norm)
+    last = UnitLinear(bottleneck, out_dim, bias=False)
+    return nn.Sequential(OrderedDict(mlp=mlp, unit=UnitRows(), last_layer=last))
+
+
+def dino_mlp(in_dim: int, hidden_dim: int, out_dim: int, *, norm: bool = False) -> nn.Sequential:
+    """Build the MLP of DINO's head: three layers with GELU, truncated normal weights (0.02), biases 0.
+
+    Args:
+        in_dim: width of the backbone's features.
+        hidden_dim: width of the two hidden layers; 2048.
+        out_dim: width of the rows; 256.
+        norm: whether a BatchNorm follows each hidden layer.
+
+    Raises:
+        ValueError: a width is below 1.
+
+    >>> [type(module).__name__ for module in dino_mlp(8, 4, 3)]
+    ['Linear', 'GELU', 'Linear', 'GELU', 'Linear']
+    """
+    mlp = plain_head(in_dim, hidden_dim, out_dim, layers=3, activation=nn.GELU, norm=norm)
     for module in mlp:
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
-    last = UnitLinear(bottleneck, out_dim, bias=False)
-    return nn.Sequential(OrderedDict(mlp=mlp, unit=UnitRows(), last_layer=last))
+    return mlp

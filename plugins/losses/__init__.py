@@ -48,6 +48,7 @@ from plugins.losses.rectified_lpjepa import (
 from plugins.losses.relic import ReLICLoss, ReLICLossTerms, relic_loss, relic_terms
 from plugins.losses.sela import SeLaLoss, SeLaTerms, sela_loss, sela_terms
 from plugins.losses.simclr import SimCLRLoss, simclr_loss, simclr_terms
+from plugins.losses.simdino import SimDINOLoss, SimDINOTerms, simdino_loss, simdino_terms
 from plugins.losses.ssl_ey import SSLEYLoss, SSLEYLossTerms, ssl_ey_loss, ssl_ey_terms
 from plugins.losses.swav import SwAVLoss, SwAVTerms, swav_loss, swav_terms
 from plugins.losses.vicreg import VICRegLoss, VICRegLossTerms, vicreg_loss, vicreg_terms
@@ -98,6 +99,8 @@ __all__ = [
     "SeLaLoss",
     "SeLaTerms",
     "SimCLRLoss",
+    "SimDINOLoss",
+    "SimDINOTerms",
     "StallAlarm",
     "SwAVLoss",
     "SwAVTerms",
@@ -151,6 +154,8 @@ __all__ = [
     "sela_terms",
     "simclr_loss",
     "simclr_terms",
+    "simdino_loss",
+    "simdino_terms",
     "ssl_ey_loss",
     "ssl_ey_terms",
     "swav_loss",

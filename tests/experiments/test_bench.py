@@ -218,6 +218,8 @@ def test_step_takes_no_more_work_than_the_reference(method, limits, one_thread, 
         ("matrix_ssl", 256, 64, 4, 1.7),
         ("mec", 64, 16, 60, 8),
         ("mec", 128, 64, 13, 3.6),
+        ("simdino", 64, 256, 1.5, 1.5),
+        ("simdino", 256, 64, 1.5, 1.5),
         ("cissl_2", 64, 32, 1.5, 0.65),
         ("cissl_8", 64, 32, 1.5, 0.9),
         ("dissl_2", 16, 1024, None, 0.8),  # no matrix products

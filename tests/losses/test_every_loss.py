@@ -29,6 +29,7 @@ from plugins.losses import (
     rectified_lpjepa_loss,
     relic_loss,
     simclr_loss,
+    simdino_loss,
     ssl_ey_loss,
     vicreg_loss,
 )
@@ -93,6 +94,8 @@ LOSSES = {
     "relic, column": lambda a, b, c, d: relic_loss([a, b], [c, d], kl="column", stop="none", pairs="all"),
     "relic, subset": lambda a, b, c, d: relic_loss([a, b], [c, d], stop="entropy", candidates=torch.tensor([1])),
     "simclr": lambda a, b, c, d: simclr_loss([a, b, c, d]),
+    "simdino": lambda a, b, c, d: simdino_loss([a, b], [c, d]),
+    "simdino, student": lambda a, b, c, d: simdino_loss([a, b], [c, d], eps=0.5, expansion_of="student"),
     "mec": partial(mec_loss, eps_d=0.5),
     "mec, strong": partial(mec_loss, eps_d=1 / 32),
     "cpc": lambda a, b, c, d: _cpc(a, b),
@@ -118,6 +121,7 @@ NAMES = {
     "pirl": ["z_image", "z_patches"],
     "rectified_lpjepa": [rf"views\[{view}\]" for view in range(4)],
     "relic": [r"online\[0\]", r"online\[1\]", r"target\[0\]", r"target\[1\]"],
+    "simdino": [r"student\[0\]", r"student\[1\]", r"teacher\[0\]", r"teacher\[1\]"],
     "simclr": [rf"views\[{view}\]" for view in range(4)],
 }
 """How an error message calls the four views."""
@@ -292,6 +296,7 @@ CALLS_OF_RANKS = {
     "the LeJEPA loss": lambda a, b, comm: lejepa_loss([a, b], _eye(a), comm=comm),
     "the Rectified LpJEPA loss": lambda a, b, comm: rectified_lpjepa_loss([a, b], _eye(a), torch.ones(8, 3), comm=comm),
     "the SimCLR loss": lambda a, b, comm: simclr_loss([a, b], comm=comm),
+    "the SimDINO loss": lambda a, b, comm: simdino_loss([a, b], [a, b], comm=comm),
     "the Matrix-SSL loss": lambda a, b, comm: matrix_ssl_loss(a, b, a, b, comm=comm),
     "the MEC loss": lambda a, b, comm: mec_loss(a, b, a, b, eps_d=0.5, comm=comm),
 }

@@ -294,6 +294,7 @@ _CROPS = {
     "swav": [(224, 2, 0.14, 1), (96, 6, 0.05, 0.14)],
     "seer": [(224, 2, 0.14, 1), (96, 4, 0.05, 0.14)],
     "dino": [(224, 1, 0.14, 1), (224, 1, 0.14, 1), (96, 8, 0.05, 0.14)],
+    "simdino": [(224, 1, 0.4, 1), (224, 1, 0.4, 1), (96, 10, 0.05, 0.4)],
     "sela": [(224, 1, 0.08, 1)],
     "deepcluster": [(224, 1, 0.08, 1)],
     "deepcluster_v2": [(224, 2, 0.14, 1), (96, 6, 0.05, 0.14)],
@@ -307,6 +308,7 @@ _CROPS = {
         ("swav", 4096, 800, (0.3, 4.8, 0.0048), "lars", 1e-6, None),
         ("seer", 8192, 100, (0.15, 9.6, 0.0096), "lars", 1e-5, None),
         ("dino", 512, 100, (0, 0.06, 1e-6), "sgd", 1e-4, (0.996, 1)),
+        ("simdino", 512, 100, (0, 1e-3, 1e-6), "adamw", 0.04, (0.996, 1)),
         ("sela", 256, 400, ("step", 0.08, None), "sgd", 1e-5, None),
         ("deepcluster", 256, 200, ("none", 0.05, None), "sgd", 1e-5, None),
         ("deepcluster_v2", 4096, 800, (0.3, 4.8, 0.0048), "lars", 1e-6, None),
@@ -326,11 +328,11 @@ def test_published_settings_on_imagenet(method, batch, epochs, rates, optimizer,
         assert cfg.scheduler.min_lr == last
     assert cfg.optimizer.lr == pytest.approx(peak)
     assert (cfg.optimizer.name, float(cfg.optimizer.weight_decay), cfg.max_epochs) == (optimizer, decay, epochs)
-    assert optimizer == "sgd" or not cfg.optimizer.kwargs.exclude_bias_n_norm
+    assert optimizer in ("sgd", "adamw") or not cfg.optimizer.kwargs.exclude_bias_n_norm
     assert tau is None or (cfg.momentum.base_tau, cfg.momentum.final_tau) == tau
     crops = [(v.crop_size, v.num_crops, v.rrc.crop_min_scale, v.rrc.crop_max_scale) for v in cfg.augmentations]
     assert crops == _CROPS[method]
-    assert cfg.backbone.name == ("regnet_y_32gf" if method == "seer" else "resnet50")
+    assert cfg.backbone.name == {"seer": "regnet_y_32gf", "simdino": "vit_base"}.get(method, "resnet50")
 
 
 def test_other_published_runs_are_those_of_the_comments(images):

@@ -311,7 +311,7 @@ class _Sparse:
         self.rows, self.columns = rows, columns
         self.by_rows = _compressed(counts[self.order].long(), columns, values, shape)
         in_columns = torch.bincount(columns, minlength=shape[1])
-        self.by_columns = _compressed(in_columns, rows[by_column], values[by_column], shape[::-1])
+        self.by_columns = _compressed(in_columns, rows[by_column], values[by_column], (shape[1], shape[0]))
         self.v = values.new_ones(shape[0])
         self.sums = torch.mv(self.by_columns, self.v).double()
 

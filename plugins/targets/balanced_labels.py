@@ -138,13 +138,15 @@ def _check(log_probabilities: Tensor, comm: Collective) -> int:
 class _Scaled:
     """``E = n exp(x + f0 + g0)`` with the factors u = exp(f - f0) and v = exp(g - g0). The rows of E sum to 1.
 
-    Entries below ``θ = ε exp(-limit) / K`` of the largest one of their row are 0; ε is the precision of the dtype.
+    Entries below ``θ = ε exp(-limit) / K``, times the sum of their row, are left out; ε is the precision of the dtype.
 
     * While the changes f - f0 of any two classes differ by at most the limit, such an entry is at most ε / K of the sum
       of its row, and all of them at most ε.
     * A column whose next step multiplies it by exp(s) has the sum n / K exp(-s). What it lacks is at most ε of it while
       the difference and s together are at most the limit.
     * The steps do not grow from one iteration to the next, so the last step bounds the next one.
+    * After the differences have become at most m, the entries left out are at most ``ε exp(m - limit) / K``. A new
+      limit of at most limit - m needs none of them, and is applied to the stored entries alone.
     """
 
     def __init__(self, log_probabilities: Tensor, lamb: float, n: int, comm: Collective) -> None:
@@ -186,10 +188,17 @@ class _Scaled:
         """Leave out more entries when the potentials have become slow, unless they then left such a limit."""
         f = self.potentials()
         low, high = (f - self.seen).aminmax()
-        limit, self.seen = max(2 * (high - low).item(), NEAR), f
-        if self.slow and 2 * limit <= self.limit and self.stored is not None:
-            self.g += self.stored.log_factors()
-            self.f, self.limit = f, limit
+        change, self.seen = (high - low).item(), f
+        if self.stored is None or self.u is None or not self.slow or max(2 * change, NEAR) > self.limit / 2:
+            return
+        room, limit = self.limit - (self.u.max() / self.u.min()).log().item(), max(2 * change, NEAR)
+        stored = max(1.5 * change, NEAR) <= room  # a somewhat narrower limit saves a search of the whole matrix
+        u, self.g = self.u.to(self.dtype), self.g + self.stored.log_factors()
+        self.f, self.limit = f, min(limit, room) if stored else limit
+        if isinstance(self.stored, _Sparse) and stored:
+            names, rows, columns = self.stored.above(u, math.exp(-self._depth()))
+            self._store(self._sparse(names, rows, columns, self.g + math.log(self.n)))
+        else:
             self._rescale(False)
 
     def _balanced(self) -> Tensor:
@@ -201,15 +210,20 @@ class _Scaled:
 
     def _rescale(self, measured: bool) -> Tensor:
         """Compute g and E from f; return the change of g if it is measured."""
-        depth = self.limit + math.log(self.classes / torch.finfo(self.dtype).eps)
         old = self.g.clone() if measured else self.g
-        self.u = torch.ones_like(self.f)
-        self.stored = self._sparse(depth) or self._dense(depth)
-        self.sums = self.comm.sum(self.stored.sums) / self.n
+        self._store(self._selected() or self._dense())
         return (old - self.g).expm1().abs().sum() if measured else self.f[0]
 
-    def _dense(self, depth: float) -> "_Dense":
-        entries = torch.empty(self.x.shape, dtype=self.dtype, device=self.x.device)
+    def _store(self, stored: "_Dense | _Sparse") -> None:
+        self.u, self.stored = torch.ones_like(self.f), stored
+        self.sums = self.comm.sum(stored.sums) / self.n
+
+    def _depth(self) -> float:
+        """Return -log θ."""
+        return self.limit + math.log(self.classes / torch.finfo(self.dtype).eps)
+
+    def _dense(self) -> "_Dense":
+        entries, depth = torch.empty(self.x.shape, dtype=self.dtype, device=self.x.device), self._depth()
         for block, x in self._scores():
             x += self.f
             scale = x.logsumexp(1)
@@ -218,28 +232,39 @@ class _Scaled:
             entries[block] = part.exp().masked_fill_(part < -depth, 0)
         return _Dense(entries, self.blocks)
 
-    def _sparse(self, depth: float) -> "_Sparse | None":
+    def _selected(self) -> "_Sparse | None":
         """Return None if the matrix is not on the CPU, or too many entries remain."""
         if self.x.device.type != "cpu" or not torch.backends.mkl.is_available() or not len(self.x):
             return None
         x, f = self.x.to(self.dtype), self.f.to(self.dtype)
         size = max(float(self.f.abs().max()), self.lamb * float(torch.stack(x.aminmax()).abs().max()))
-        depth += 8 * torch.finfo(self.dtype).eps * size  # rounding errors of the comparison
+        depth = self._depth() + 8 * torch.finfo(self.dtype).eps * size  # rounding errors of the comparison
         found, tops, left = [], [], min(DENSITY * x.numel(), 2**31 - 1)
         for block in self.blocks:
             scores = torch.add(f, x[block], alpha=self.lamb)
-            top = scores.amax(1, keepdim=True)
+            top = scores.amax(1, keepdim=True)  # at most the logarithm of the sum of the row
             found.append((scores > top - depth).flatten().nonzero().flatten().add_(block.start * self.classes))
             tops.append(top)
             left -= len(found[-1])
             if left < 0:
                 return None
-        place, top = torch.cat(found), torch.cat(tops).flatten().double()
-        rows, columns = place // self.classes, place % self.classes
-        values = x.flatten()[place].double().mul_(self.lamb).add_(self.f[columns]).sub_(top[rows]).to(self.dtype).exp_()
-        totals = torch.bincount(rows, values.double(), len(x))
-        self.g = -math.log(self.n) - top - totals.log()
-        return _Sparse(rows, columns, values.div_(totals.to(self.dtype)[rows]), (len(x), self.classes))
+        place = torch.cat(found)
+        rows = place.div(self.classes, rounding_mode="floor")
+        names = torch.arange(len(x))
+        return self._sparse(names, rows, place - rows * self.classes, -torch.cat(tops).flatten().double())
+
+    def _sparse(self, names: Tensor, rows: Tensor, columns: Tensor, scale: Tensor) -> "_Sparse":
+        """Compute entries of the rows ``names[rows]``, and g. ``exp(x + f + scale)`` must not over- or underflow."""
+        # index_select is five times faster than an index in brackets
+        own = names.index_select(0, rows)
+        values = self.x.flatten().index_select(0, own * self.classes + columns).double().mul_(self.lamb)
+        values += self.f.index_select(0, columns)
+        values += scale.index_select(0, own)
+        values = values.to(self.dtype).exp_()
+        totals = torch.bincount(own, values.double(), len(self.x))
+        self.g = scale - math.log(self.n) - totals.log()
+        values /= totals.to(self.dtype).index_select(0, own)
+        return _Sparse(names, rows, columns, values, self.classes)
 
     def _scores(self) -> Iterator[tuple[slice, Tensor]]:
         for block in self.blocks:
@@ -254,9 +279,10 @@ class _Scaled:
         f = self.potentials()
         if isinstance(self.stored, _Sparse):
             rows, columns = self.stored.positions()
-            scores = self.x[rows, columns].double().mul_(self.lamb).add_(f[columns])
+            scores = self.x.flatten().index_select(0, rows * self.classes + columns).double().mul_(self.lamb)
+            scores += f.index_select(0, columns)
             best = scores.new_full((len(self.x),), -math.inf).scatter_reduce_(0, rows, scores, "amax")
-            columns.masked_fill_(scores < best[rows], self.classes)
+            columns.masked_fill_(scores < best.index_select(0, rows), self.classes)
             return columns.new_full((len(self.x),), self.classes).scatter_reduce_(0, rows, columns, "amin")
         found = [(x + f).argmax(1) for _, x in self._scores()]
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=self.x.device)
@@ -297,22 +323,23 @@ class _Sparse:
     which made it four times slower.
     """
 
-    def __init__(self, rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
-        counts = torch.bincount(rows, minlength=shape[0])
+    def __init__(self, names: Tensor, rows: Tensor, columns: Tensor, values: Tensor, classes: int) -> None:
+        counts = torch.bincount(rows, minlength=len(names))
         # integers of few bits are sorted faster
-        small = torch.uint8 if shape[1] < 256 else torch.int32
+        small = torch.uint8 if classes < 256 else torch.int32
         counts = counts.to(small)
-        self.order = counts.argsort(stable=True)
-        by_row = counts[rows].argsort(stable=True)
-        rank = torch.empty_like(self.order)
-        rank[self.order] = torch.arange(shape[0])
-        rows, columns, values = rank[rows[by_row]].int(), columns[by_row].int(), values[by_row]
+        order = counts.argsort(stable=True)
+        by_row = counts.index_select(0, rows).argsort(stable=True)
+        rank = torch.empty_like(order, dtype=torch.int32)
+        rank[order] = torch.arange(len(names), dtype=torch.int32)
+        rows = rank.index_select(0, rows.index_select(0, by_row))
+        columns, values = columns.index_select(0, by_row).int(), values.index_select(0, by_row)
         by_column = columns.to(small).argsort(stable=True)
-        self.rows, self.columns = rows, columns
-        self.by_rows = _compressed(counts[self.order].long(), columns, values, shape)
-        in_columns = torch.bincount(columns, minlength=shape[1])
-        self.by_columns = _compressed(in_columns, rows[by_column], values[by_column], (shape[1], shape[0]))
-        self.v = values.new_ones(shape[0])
+        self.names, self.rows, self.columns = names[order], rows, columns
+        self.by_rows = _compressed(counts[order].long(), columns, values, (len(names), classes))
+        across = rows.index_select(0, by_column), values.index_select(0, by_column)
+        self.by_columns = _compressed(torch.bincount(columns, minlength=classes), *across, (classes, len(names)))
+        self.v = values.new_ones(len(names))
         self.sums = torch.mv(self.by_columns, self.v).double()
 
     def iterate(self, u: Tensor, measured: bool) -> Tensor:
@@ -324,12 +351,18 @@ class _Sparse:
     def log_factors(self) -> Tensor:
         """Return log v, in the order of the rows of the matrix."""
         result = self.v.new_empty(len(self.v), dtype=torch.float64)
-        result[self.order] = self.v.double().log()
+        result[self.names] = self.v.double().log()
         return result
+
+    def above(self, u: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the names of the rows, and row and column of each entry above a number, times the factors."""
+        shares = self.by_rows.values() * u.index_select(0, self.columns)
+        kept = (shares.mul_(self.v.index_select(0, self.rows)) > least).nonzero().flatten()
+        return self.names, self.rows.index_select(0, kept).long(), self.columns.index_select(0, kept).long()
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Return the row and the column of each entry."""
-        return self.order[self.rows], self.columns.long()
+        return self.names.index_select(0, self.rows), self.columns.long()
 
 
 def _compressed(counts: Tensor, indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -86,16 +86,20 @@ def test_entries_that_do_not_count_change_nothing(density, dtype, monkeypatch):
     """The matrix is computed again when the potentials have moved far, and smaller when they have become slow."""
     module = importlib.import_module("plugins.targets.balanced_labels")
     monkeypatch.setattr(module, "DENSITY", density)
-    kept, limits, rescale = [], [], module._Scaled._rescale
+    kept, limits, store, narrowed, above = [], [], module._Scaled._store, [], module._Sparse.above
 
-    def counted(matrix, measured):
-        change = rescale(matrix, measured)
+    def counted(matrix, stored):
+        store(matrix, stored)
         limits.append(matrix.limit)
-        if isinstance(matrix.stored, module._Sparse):
-            kept.append(len(matrix.stored.rows) / matrix.x.numel())
-        return change
+        if isinstance(stored, module._Sparse):
+            kept.append(len(stored.rows) / matrix.x.numel())
 
-    monkeypatch.setattr(module._Scaled, "_rescale", counted)
+    def selected(matrix, *args):
+        narrowed.append(above(matrix, *args))
+        return narrowed[-1]
+
+    monkeypatch.setattr(module._Scaled, "_store", counted)
+    monkeypatch.setattr(module._Sparse, "above", selected)
     log_p = _log_probabilities(500, 40, scale=0.5)
     labels, iterations, f = _reference_balanced(log_p, 25.0, 1e-5)
     found = assign_balanced(log_p.to(dtype))
@@ -104,9 +108,9 @@ def test_entries_that_do_not_count_change_nothing(density, dtype, monkeypatch):
     np.testing.assert_allclose(found.potentials.numpy(), f, rtol=1e-11 if exact else 1e-4)
     assert limits[0] == 40 and 4 <= limits[-1] < 20
     if density:
-        assert len(kept) == len(limits) and kept[-1] < 0.7 * kept[0] < 0.5
+        assert narrowed and len(kept) == len(limits) and kept[-1] < 0.7 * kept[0] < 0.5
     else:
-        assert not kept
+        assert not kept and not narrowed
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -176,8 +176,11 @@ def _nce(
         parts = [own_a.new_zeros(2)]
         log_masses, all_missed = own_a.new_empty(len(own_a)), own_a.new_empty(len(own_a))
         least = max(16, width // 3)  # a block of scores takes at most a third of the memory of the maps
-        for part in score_blocks(len(own_a), len(all_t), a.device, least=least):
-            every = (own_a[part] @ all_t.T).unflatten(1, (images, locations))
+        blocks = score_blocks(len(own_a), len(all_t), a.device, least=least)
+        memory = own_a.new_empty(blocks[0].stop if blocks else 0, len(all_t))
+        for part in blocks:
+            slopes = memory[: part.stop - part.start]
+            every = torch.mm(own_a[part], all_t.T, out=slopes).unflatten(1, (images, locations))
             # few rows, which stay in the cache; with gradients the slopes overwrite their scores
             for few in score_blocks(len(every), 4 * len(all_t), a.device, least=4):
                 scores, here = every[few], slice(part.start + few.start, part.start + few.stop)
@@ -193,7 +196,6 @@ def _nce(
                     slope = block.slope(scores, own, missed, all_missed[here], log_mass, pull)
                     scores.copy_(slope.view_as(scores))
             if wanted:
-                slopes = every.flatten(1)
                 torch.mm(slopes, all_t, out=by_a[part])
                 if comm.size == 1:
                     by_t.addmm_(slopes.T, own_a[part], beta=float(part.start > 0))

@@ -753,10 +753,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = func(*args, **(kwargs or {}))
-        # the storages of inputs are not new, and those of views and in-place operators are already tracked
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        # the storages of inputs are not new, and those of views and in-place operators are already tracked; so are the
+        # parts of a sparse matrix
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if _has_storage(leaf)}
         for leaf in tree_leaves(returned):
-            if isinstance(leaf, Tensor):
+            if _has_storage(leaf):
                 storage = leaf.untyped_storage()
                 if id(storage) not in self.live and id(storage) not in given:
                     self._follow(storage)
@@ -772,6 +773,10 @@ class LiveBytes(TorchDispatchMode):
         self.live[key] = (weakref.ref(storage, freed), size)
         self.held += size
         self.peak = max(self.peak, self.held)
+
+
+def _has_storage(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
 
 
 def _counted(function: Callable[..., Any], inputs: Sequence[Tensor], device: str) -> tuple[Any, int, int]:

@@ -175,22 +175,30 @@ def _nce(
         by_a, by_t = torch.empty_like(own_a), torch.empty_like(own_t)  # blocks write them
         parts = [own_a.new_zeros(2)]
         log_masses, all_missed = own_a.new_empty(len(own_a)), own_a.new_empty(len(own_a))
-        least = max(16, width // 6)  # a block of scores takes at most a sixth of the memory of the maps
-        for part in score_blocks(len(own_a), len(all_t), a.device, least=least):
-            each = torch.arange(part.stop - part.start, device=a.device)
-            own = each, (each + part.start) // shared + before
-            scores = (own_a[part] @ all_t.T).unflatten(1, (images, locations))
-            block = _Block.of(scores, own, clip)
-            log_masses[part] = log_mass = block.mass.sum((1, 2)).log() + block.top
-            missed = (log_mass[:, None] - block.positive).sigmoid()
-            all_missed[part] = missed.sum(1)
-            lost = torch.logaddexp(log_mass[:, None] - block.positive, missed.new_zeros(()))
-            parts.append(torch.stack([lost.sum() / (rows * locations), _mean_square(scores, rows)]))
+        least = max(16, width // 3)  # a block of scores takes at most a third of the memory of the maps
+        blocks = score_blocks(len(own_a), len(all_t), a.device, least=least)
+        memory = own_a.new_empty(blocks[0].stop if blocks else 0, len(all_t))
+        for part in blocks:
+            slopes = memory[: part.stop - part.start]
+            every = torch.mm(own_a[part], all_t.T, out=slopes).unflatten(1, (images, locations))
+            # few rows, which stay in the cache; with gradients the slopes overwrite their scores
+            for few in score_blocks(len(every), 4 * len(all_t), a.device, least=4):
+                scores, here = every[few], slice(part.start + few.start, part.start + few.stop)
+                each = torch.arange(len(scores), device=a.device)
+                own = each, (each + here.start) // shared + before
+                block = _Block.of(scores, own, clip)
+                log_masses[here] = log_mass = block.mass.sum((1, 2)).log() + block.top
+                missed = (log_mass[:, None] - block.positive).sigmoid()
+                all_missed[here] = missed.sum(1)
+                lost = torch.logaddexp(log_mass[:, None] - block.positive, missed.new_zeros(()))
+                parts.append(torch.stack([lost.sum() / (rows * locations), _mean_square(scores, rows)]))
+                if wanted:
+                    slope = block.slope(scores, own, missed, all_missed[here], log_mass, pull)
+                    scores.copy_(slope.view_as(scores))
             if wanted:
-                slope = block.slope(scores, own, missed, all_missed[part], log_mass, pull)
-                by_a[part] = slope @ all_t
+                torch.mm(slopes, all_t, out=by_a[part])
                 if comm.size == 1:
-                    by_t.addmm_(slope.T, own_a[part], beta=float(part.start > 0))
+                    by_t.addmm_(slopes.T, own_a[part], beta=float(part.start > 0))
         nce, square = comm.sum(torch.stack(parts).sum(0)).unbind()
         regularizer = weight * reg * square
         loss = weight * nce + regularizer

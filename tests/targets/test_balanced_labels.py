@@ -1,5 +1,7 @@
 """Balanced labels: the published iteration, a slow log-domain reference, what underflows there, processes."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -76,6 +78,39 @@ def test_equals_the_slow_reference_where_a_power_underflows(scale, dtype):
     exact = dtype == torch.float64
     np.testing.assert_allclose(found.potentials.numpy(), f, rtol=1e-9 if exact else 1e-3)
     assert np.mean(found.labels.numpy() == labels) >= (1.0 if exact else 0.99)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("density", [0.0, 1.0], ids=["all entries", "entries that count"])
+def test_entries_that_do_not_count_change_nothing(density, dtype, monkeypatch):
+    """The matrix is computed again when the potentials have moved far, and smaller when they have become slow."""
+    module = importlib.import_module("plugins.targets.balanced_labels")
+    monkeypatch.setattr(module, "DENSITY", density)
+    kept, limits, store, narrowed, above = [], [], module._Scaled._store, [], module._Sparse.above
+
+    def counted(matrix, stored):
+        store(matrix, stored)
+        limits.append(matrix.limit)
+        if isinstance(stored, module._Sparse):
+            kept.append(len(stored.rows) / matrix.x.numel())
+
+    def selected(matrix, *args):
+        narrowed.append(above(matrix, *args))
+        return narrowed[-1]
+
+    monkeypatch.setattr(module._Scaled, "_store", counted)
+    monkeypatch.setattr(module._Sparse, "above", selected)
+    log_p = _log_probabilities(500, 40, scale=0.5)
+    labels, iterations, f = _reference_balanced(log_p, 25.0, 1e-5)
+    found = assign_balanced(log_p.to(dtype))
+    assert found.labels.tolist() == labels.tolist() and found.iterations == iterations
+    exact = dtype == torch.float64
+    np.testing.assert_allclose(found.potentials.numpy(), f, rtol=1e-11 if exact else 1e-4)
+    assert limits[0] == 40 and 4 <= limits[-1] < 20
+    if density:
+        assert narrowed and len(kept) == len(limits) and kept[-1] < 0.7 * kept[0] < 0.5
+    else:
+        assert not kept and not narrowed
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -23,7 +23,7 @@ def digits(thin_digits: Callable[[int, int], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def augmented_digits(all_digits: Path) -> tuple[list, Callable[..., list]]:
-    """Return what all methods share: three times four augmented epochs as batches, and images that are decoded once."""
+    """Return what all methods share: six times two augmented epochs as batches, and images that are decoded once."""
     import torch
 
     from lightly_ext.examples import common
@@ -38,4 +38,4 @@ def augmented_digits(all_digits: Path) -> tuple[list, Callable[..., list]]:
             opened[name] = list(open_dataset(folder, transform))
         return opened[name]
 
-    return [batch for _ in range(4) for batch in loader] * 3, dataset
+    return [batch for _ in range(2) for batch in loader] * 6, dataset

@@ -48,7 +48,7 @@ def test_every_lightning_class_learns_the_digits_with_its_defaults(
     torch.manual_seed(0)
     model = getattr(lightning, NAMES[method])(common.BATCH, 10, common._backbone(), input_dim=128, **widths)
     before = common.knn(model, all_digits)
-    learned = Learned(before, all_digits, (60, 100, 150, 200))
+    learned = Learned(before, all_digits, (20, 60, 100, 150, 200))
     host = pytorch_lightning.Trainer(accelerator="cpu", devices=1, max_steps=200, callbacks=[learned], **quiet)
     host.fit(model, DataLoader(batches, batch_size=None))
     assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -172,6 +172,7 @@ def test_checkpoint_and_link_can_be_moved_with_their_folder(tmp_path, monkeypatc
 def test_half_written_checkpoints_are_set_aside(tmp_path):
     for number in (0, 1):
         torch.save({"number": number}, tmp_path / f"model_phase{number}.torch")
+        os.utime(tmp_path / f"model_phase{number}.torch", (number, number))  # VISSL takes the newest
     whole = (tmp_path / "model_phase1.torch").read_bytes()
     (tmp_path / "model_phase2.torch").write_bytes(whole[:-30])
     (tmp_path / "model_final_checkpoint_phase3.torch").write_bytes(b"")

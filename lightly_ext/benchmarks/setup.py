@@ -22,7 +22,7 @@ from lightly_ext.transforms import TwoViewTransform
 from plugins.tools.backbones import BACKBONES, backbone_options, headless_backbone, without_classifier
 from plugins.tools.command import UserError, did_you_mean
 from plugins.tools.export import read_backbone
-from plugins.tools.fitting import mismatch
+from plugins.tools.fitting import load_fitting
 from plugins.tools.folders import ImageFolder
 from plugins.tools.images import open_image
 from plugins.tools.library_names import library_names
@@ -206,9 +206,7 @@ def backbone(options: Options) -> nn.Module:
         network.maxpool = nn.Identity()
     if options.weights is not None:
         state = library_names(read_backbone(options.weights).state, "torchvision")
-        if reason := mismatch(state, network.state_dict()):
-            raise UserError(f"--weights: {options.weights} is of another backbone than {name}: {reason}")
-        network.load_state_dict(state)
+        load_fitting(network, state, f"--weights: {options.weights}", f"backbone than {name}")
     return network
 
 

@@ -25,7 +25,7 @@ from plugins.sobel import restore_sobel_
 from plugins.spelling import counted
 from plugins.tools.command import UserError, first_process, print_on_rank_zero
 from plugins.tools.export import read_backbone
-from plugins.tools.fitting import mismatch
+from plugins.tools.fitting import load_fitting
 from plugins.tools.process import locked_folder
 from plugins.tools.records import difference, read_json, write_json
 from plugins.tools.stems import fit_stem_, stem_record
@@ -523,6 +523,5 @@ def load_backbone(place: str | Path, backbone: torch.nn.Module) -> None:
     path = find_checkpoint(place)
     weights, _, stem = read_backbone(path)
     restore_sobel_(fit_norms_(backbone, weights), weights)
-    if reason := mismatch(weights, backbone.state_dict()):
-        raise UserError(f"{path} contains another backbone: {reason}")
-    fit_stem_(backbone, stem).load_state_dict(weights)
+    load_fitting(backbone, weights, path, "backbone")
+    fit_stem_(backbone, stem)

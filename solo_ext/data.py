@@ -14,7 +14,7 @@ from plugins.tools.command import UserError, print_on_rank_zero
 from solo_ext.datasets import check_same_classes, image_dataset, paths_and_labels
 from solo_ext.loaders import Images, process_count
 from solo_ext.transforms import (
-    evaluation_side,
+    evaluation_of_pretraining,
     evaluation_transform,
     has_masks,
     linear_crop,
@@ -42,9 +42,7 @@ def pretrain_images(cfg: DictConfig) -> Images:
     transform = pretrain_transform(cfg)
     if cfg.debug_augmentations:
         print_on_rank_zero(f"views:\n{transform}")
-    view = cfg.augmentations[0]
-    evaluation = evaluation_transform(cfg.data.dataset, evaluation_side(view, cfg.data.dataset), view)
-    dali, bad = cfg.data.format == "dali", _record(cfg)
+    dali, bad, evaluation = cfg.data.format == "dali", _record(cfg), evaluation_of_pretraining(cfg)
     train, val = _train_and_val(cfg, "pretrain", None if dali else transform, evaluation, indexed=not dali, bad=bad)
     _check_masks(cfg, train)
     if not dali:
@@ -52,6 +50,22 @@ def pretrain_images(cfg: DictConfig) -> Images:
     from solo_ext.dali import DALIImages, pretrain_views
 
     return DALIImages(train, val, cfg, pretrain_views(cfg), indexed=True, drop_last=True)
+
+
+def evaluated_images(cfg: DictConfig) -> tuple[Dataset, Dataset | None]:
+    """Open the training and the validation images of a pre-training, both with the transform of the evaluation.
+
+    Args:
+        cfg: the validated configuration.
+
+    Returns:
+        Datasets of (image, label); the second is None if there are no validation images.
+
+    Raises:
+        UserError: images are missing.
+    """
+    transform = evaluation_of_pretraining(cfg)
+    return _train_and_val(cfg, "pretrain", transform, transform, indexed=False, bad=None)
 
 
 def _drops_last(cfg: DictConfig, images: int) -> bool:

@@ -18,7 +18,7 @@ from plugins.patches import see_patches_
 from plugins.tools.bad_images import BadImages, LeavingOut, describe
 from plugins.tools.command import UserError, did_you_mean
 from plugins.tools.features import usable_device
-from plugins.tools.fitting import mismatch, plain_names
+from plugins.tools.fitting import load_fitting, plain_names
 from plugins.tools.records import read_json
 from solo_ext.backbones import build_backbone
 from solo_ext.checkpoint import ARGS, check_writable, find_checkpoint, load_backbone, read_checkpoint
@@ -191,9 +191,7 @@ def _load_method(run: Run) -> torch.nn.Module:
     # other parts of the checkpoint, such as an online classifier, are ignored
     parts = {name.partition(".")[0] for name in wanted}
     weights = {name: value for name, value in weights.items() if name in wanted or name.partition(".")[0] in parts}
-    if reason := mismatch(weights, wanted):
-        raise UserError(f"{run.checkpoint} contains another network: {reason}")
-    method.load_state_dict(weights)
+    load_fitting(method, weights, run.checkpoint, "network")
     return method
 
 

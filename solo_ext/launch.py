@@ -20,10 +20,10 @@ from yaml import YAMLError
 
 from plugins.tools.command import Parser, UserError, exit_on_user_error, nearest, with_command_name
 from plugins.tools.overrides import list_mistake, quote_override
+from plugins.tools.shipped import shipped_configs
 from solo_ext.foreign_yaml import check_hydra
 from solo_ext.schema import COMMANDS, Run, help_text, unknown_entry
 
-_PACKAGE = Path(__file__).parent
 _HYDRA_OPTIONS = (
     *("--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info"),
     *("--shell-completion", "--config-dir", "--experimental-rerun"),
@@ -40,9 +40,8 @@ def config_folder(given: str) -> Path:
         UserError: there is no such folder.
     """
     path = Path(given).expanduser()
-    # configs/solo is inside the package in an installed copy, and beside it in a checkout
     shipped = Path(*path.parts[2:]) if path.parts[:2] == ("configs", "solo") else path
-    for folder in (path, _PACKAGE / "configs" / shipped, _PACKAGE.parent / "configs" / "solo" / shipped):
+    for folder in (path, shipped_configs("solo") / shipped):
         if folder.is_dir():
             return folder.resolve()
     raise UserError(f"--config-path is not a folder: {given}")

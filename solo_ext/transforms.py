@@ -222,6 +222,16 @@ def evaluation_transform(dataset: str, crop_size: int | None = None, cfg: Any = 
     return T.Compose([*steps, T.ToTensor(), T.Normalize(*statistics(dataset, cfg))])
 
 
+def evaluation_of_pretraining(cfg: DictConfig) -> T.Compose:
+    """Build the evaluation transform of a pre-training, whose images have the size of its first view.
+
+    Args:
+        cfg: the validated configuration.
+    """
+    view, dataset = cfg.augmentations[0], cfg.data.dataset
+    return evaluation_transform(dataset, evaluation_side(view, dataset), view)
+
+
 class LinearCrop(NamedTuple):
     """The training augmentation of a linear evaluation: a random crop and, for some datasets, a flip.
 

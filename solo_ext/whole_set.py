@@ -12,7 +12,7 @@ from plugins.tools.command import UserError
 from plugins.tools.feed import WholeSet
 from solo_ext.datasets import image_dataset
 from solo_ext.loaders import EpochSeeded
-from solo_ext.transforms import evaluation_side, evaluation_transform, pretrain_transform
+from solo_ext.transforms import evaluation_of_pretraining, pretrain_transform
 
 
 def training_set_size(trainer: Any) -> int:
@@ -58,7 +58,7 @@ class WholeTrainingSet:
         feed = WholeSet(
             {
                 "train": lambda: _Epoch(_images(cfg, pretrain_transform(cfg), bad), cfg, epoch),
-                "eval": lambda: evaluation_images(cfg, bad),
+                "eval": lambda: _images(cfg, evaluation_of_pretraining(cfg), bad),
             },
             lambda item: item[0][: cfg.data.num_large_crops] if view == "train" else [item[0]],
             self.encode,
@@ -87,17 +87,3 @@ def _images(cfg: DictConfig, transform: Any, bad: BadImages | None) -> Dataset:
     form = "image_folder" if data.format == "dali" else data.format
     options = {"no_labels": data.no_labels, "fraction": data.fraction, "data_format": form, "bad": bad}
     return image_dataset(data.dataset, data.train_path, "pretrain", transform, indexed=False, **options)
-
-
-def evaluation_images(cfg: DictConfig, bad: BadImages | None = None) -> Dataset:
-    """Open the training images of a pre-training, as (image, label) with the transform of the evaluation.
-
-    Args:
-        cfg: the validated configuration.
-        bad: the record of images that cannot be decoded; None if such an image is an error.
-
-    Raises:
-        UserError: images are missing.
-    """
-    view = cfg.augmentations[0]
-    return _images(cfg, evaluation_transform(cfg.data.dataset, evaluation_side(view, cfg.data.dataset), view), bad)

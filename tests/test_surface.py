@@ -149,7 +149,10 @@ def test_wheel_holds_packages_and_configurations(tmp_path):
     # an installed copy finds its configurations from anywhere
     target = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(target)
-    code = "from solo_ext.launch import config_folder; print(config_folder('configs/solo/digits'))"
+    code = (
+        "from plugins.tools.shipped import shipped_configs; from solo_ext.launch import config_folder; "
+        "print(config_folder('configs/solo/digits'), *map(shipped_configs, ('probes', 'ssv', 'vissl')))"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -158,4 +161,5 @@ def test_wheel_holds_packages_and_configurations(tmp_path):
         text=True,
         check=True,
     )
-    assert found.stdout.strip() == str((target / "solo_ext" / "configs" / "digits").resolve())
+    places = ("solo_ext/configs/digits", "plugins/configs/probes", "solo_ext/ssv/configs", "vissl_ext/configs")
+    assert found.stdout.split() == [str((target / place).resolve()) for place in places]

@@ -48,7 +48,7 @@ def check_clusters(config: Any) -> None:
     for name, least in (("NUM_CLUSTERS", 1), ("NUM_ITER", 0), ("FEATURES.DIMENSIONALITY_REDUCTION", 0)):
         value = section.FEATURES.DIMENSIONALITY_REDUCTION if "." in name else section[name]
         if type(value) is not int or value < least:
-            raise UserError(f"{key}.{name} must be an integer of at least {least}, got {value!r}")
+            raise UserError(f"{key}.{name} must be an integer, at least {least}, got {value!r}")
     for name in ("DATA_PARTITION", "TEST_PARTITION"):
         if (value := section.FEATURES[name]) not in ("TRAIN", "TEST", *([""] if name.startswith("TEST") else [])):
             raise UserError(f"{key}.FEATURES.{name} must be TRAIN or TEST, got {value!r}")

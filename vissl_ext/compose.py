@@ -23,9 +23,9 @@ from yaml import YAMLError
 
 from plugins.tools.command import UserError, nearest
 from plugins.tools.overrides import list_mistake, quote_override
+from plugins.tools.shipped import shipped_configs
 from vissl_ext.compat.linear_warmup import keep_warmup_of_fork
 
-_PACKAGE = Path(__file__).parent
 _DEFAULTS = Path(vissl.config.__file__).parent / "defaults.yaml"
 
 
@@ -34,12 +34,6 @@ def defaults() -> DictConfig:
     """Return VISSL's defaults.yaml, which is read once because it is long. Do not change the result."""
     # OmegaConf reads 1e-08 as a number, PyYAML as a string
     return OmegaConf.load(_DEFAULTS)
-
-
-def own_folder() -> Path:
-    """Return the folder of this package's configurations, in the installed package or in the checkout."""
-    places = [_PACKAGE / "configs", _PACKAGE.parent / "configs" / "vissl"]
-    return next((place for place in places if place.is_dir()), places[0])
 
 
 def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[DictConfig, dict[str, Any]]:
@@ -72,7 +66,7 @@ def compose(overrides: Sequence[str], folders: Sequence[str] = ()) -> tuple[Dict
         given = _given(overrides)
         search = create_config_search_path("pkg://vissl.config")
         if not any(entry.provider == "vissl_ext" for entry in search.get_path()):
-            search.append("vissl_ext", f"file://{own_folder()}")
+            search.append("vissl_ext", f"file://{shipped_configs('vissl')}")
         for place in reversed(places):
             search.prepend("user", f"file://{place}")
         with warnings.catch_warnings():
@@ -113,7 +107,7 @@ def config_names(folders: Sequence[Path] = ()) -> list[str]:
     spec = find_spec("configs")
     stock = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
     names = set()
-    for folder in (*folders, Path("configs"), *stock, own_folder()):
+    for folder in (*folders, Path("configs"), *stock, shipped_configs("vissl")):
         root = folder / "config"
         names |= {path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml")}
     return sorted(names)

@@ -13,7 +13,7 @@ from plugins.methods import METHODS
 from plugins.sobel import restore_sobel_
 from plugins.tools.command import UserError
 from plugins.tools.export import checkpoint_file
-from plugins.tools.fitting import mismatch, plain_names
+from plugins.tools.fitting import load_fitting, plain_names
 from plugins.tools.unpickle import read_without_code
 from plugins.tools.weights import vissl_parts
 from vissl_ext.compat.safe_files import load_file
@@ -87,7 +87,5 @@ def load(source: str | Path, config: str | Path | None = None) -> Trunk:
         spec.prepare(options, trunk)
         run.MODEL.TRUNK.PATCHES = run.MODEL.TRUNK.get("PATCHES") or spec.eval_patches(options)
     adapt_trunk(run.MODEL, restore_sobel_(trunk, state))
-    if reason := mismatch(state, trunk.state_dict()):
-        raise UserError(f"{path} does not fit the trunk {name} of {place}: {reason}")
-    trunk.load_state_dict(state)
+    load_fitting(trunk, state, path, f"trunk than {name} of {place}")
     return Trunk(trunk, run).eval()

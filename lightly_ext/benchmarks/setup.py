@@ -22,7 +22,7 @@ from lightly_ext.transforms import TwoViewTransform
 from plugins.tools.backbones import BACKBONES, backbone_options, headless_backbone, without_classifier
 from plugins.tools.command import UserError, did_you_mean
 from plugins.tools.export import read_backbone
-from plugins.tools.fitting import mismatch
+from plugins.tools.fitting import load_fitting
 from plugins.tools.folders import ImageFolder
 from plugins.tools.images import open_image
 from plugins.tools.library_names import library_names
@@ -208,9 +208,8 @@ def backbone(options: Options) -> nn.Module:
     if options.weights is not None:
         found = read_backbone(options.weights)
         state = library_names(found.state, "torchvision")
-        if reason := mismatch(state, network.state_dict()):
-            raise UserError(f"--weights: {options.weights} is of another backbone than {name}: {reason}")
-        fit_stem_(network, found.stem).load_state_dict(state)
+        load_fitting(network, state, f"--weights: {options.weights}", f"backbone than {name}")
+        fit_stem_(network, found.stem)
     return network
 
 

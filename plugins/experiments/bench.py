@@ -63,6 +63,7 @@ from plugins.losses import (
 )
 from plugins.predictors import ClosedFormPredictor
 from plugins.targets import IndexedBank, balanced_labels, kmeans, sinkhorn_codes
+from plugins.tools.command import integer_from
 
 QUICK_SIZES = ((256, 128), (256, 512), (1024, 512), (256, 2048))
 SIZES = (*QUICK_SIZES, (1024, 2048), (2048, 2048), (2048, 8192))
@@ -836,7 +837,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--case", nargs="+", metavar="NAME", help="only these, such as ssl_ey byol; * stands for any text"
         )
-        least = bench_step.at_least(1)
+        least = integer_from(1)
         command.add_argument("--repeat", type=least, default=7, help="number of timed rounds (default: %(default)s)")
         command.add_argument("--quick", action="store_true", help="only sizes that take a few seconds")
         command.add_argument("--budget", type=float, default=600, help="seconds for all cases (default: %(default)s)")

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from plugins.experiments.bench_step import at_least
-from plugins.tools.command import UserError, exit_on_user_error
+from plugins.tools.command import UserError, exit_on_user_error, integer_from
 
 SYNTHETIC = 512
 """Number of synthetic images if no folder is given."""
@@ -168,11 +167,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--images", type=Path, help=f"folder of class folders (default: {SYNTHETIC} synthetic JPEGs of 256 px)")
     add("--device", choices=("cpu", "gpu"), default="cpu", help="device of DALI (default: %(default)s)")
-    add("--batch-size", type=at_least(1), default=64, help="images per batch (default: %(default)s)")
-    add("--workers", type=at_least(1), default=2, help="loader processes, DALI threads (default: %(default)s)")
-    add("--crop", type=at_least(1), default=224, help="side of the two views in pixels (default: %(default)s)")
-    add("--batches", type=at_least(1), default=8, help="timed batches per round (default: %(default)s)")
-    add("--rounds", type=at_least(1), default=3, help="number of rounds (default: %(default)s)")
+    add("--batch-size", type=integer_from(1), default=64, help="images per batch (default: %(default)s)")
+    add("--workers", type=integer_from(1), default=2, help="loader processes, DALI threads (default: %(default)s)")
+    add("--crop", type=integer_from(1), default=224, help="side of the two views in pixels (default: %(default)s)")
+    add("--batches", type=integer_from(1), default=8, help="timed batches per round (default: %(default)s)")
+    add("--rounds", type=integer_from(1), default=3, help="number of rounds (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -14,7 +14,7 @@ import argparse
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from plugins.tools.command import UserError, exit_on_user_error
+from plugins.tools.command import UserError, exit_on_user_error, integer_from
 
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -277,17 +277,6 @@ def table(results: Iterable[StepResult]) -> str:
     return "\n".join(lines)
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Return a type for argparse that accepts integers of at least ``least``."""
-
-    def whole(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer, at least {least}, got {text}")
-        return int(text)
-
-    return whole
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``bench step``."""
     default = Setting()
@@ -295,10 +284,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--method", default="*", metavar="PATTERN", help="methods whose name matches, such as 'iso*'")
     add("--configs", default=default.configs, metavar="FOLDER", help="folder of YAML files (default: %(default)s)")
     add("--backbone", metavar="NAME", help="backbone.name (default: as in the YAML file)")
-    add("--size", type=at_least(1), default=default.size, help="height and width of the images (default: %(default)s)")
-    add("--batch", type=at_least(2), default=default.batch, help="batch size, two views each (default: %(default)s)")
-    add("--hidden", type=at_least(1), help="hidden width of projector and predictor (default: as in the YAML file)")
-    add("--width", type=at_least(1), help="width of the embedding (default: as in the YAML file)")
+    add(
+        "--size",
+        type=integer_from(1),
+        default=default.size,
+        help="height and width of the images (default: %(default)s)",
+    )
+    add(
+        "--batch", type=integer_from(2), default=default.batch, help="batch size, two views each (default: %(default)s)"
+    )
+    add("--hidden", type=integer_from(1), help="hidden width of projector and predictor (default: as in the YAML file)")
+    add("--width", type=integer_from(1), help="width of the embedding (default: as in the YAML file)")
     add("--device", choices=("cpu", "cuda"), default=default.device)
     add("--precision", choices=tuple(PRECISIONS), default=default.precision, help="16 and bf16 are mixed precision")
     add(
@@ -307,13 +303,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=default.clock,
         help="processor: excludes other programs; for one thread",
     )
-    add(
-        "--repeat",
-        type=at_least(1),
-        default=5,
-        help="number of rounds (default: %(default)s)",
-    )
-    add("--steps", type=at_least(1), default=3, help="timed steps per method and round (default: %(default)s)")
+    add("--repeat", type=integer_from(1), default=5, help="number of rounds (default: %(default)s)")
+    add("--steps", type=integer_from(1), default=3, help="timed steps per method and round (default: %(default)s)")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of all methods, as data.dataset=cifar10")
 
 

@@ -133,7 +133,7 @@ def integer_from(least: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be an integer, at least {least}, got {text!r}")
         return int(text)
 
     return parse

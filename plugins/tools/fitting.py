@@ -1,12 +1,15 @@
-"""Compare the weights of a file with those of a network.
+"""Compare the weights of a file with those of a network, and load them.
 
 Every loader reports missing and unexpected weights, since a partially loaded backbone gives random features.
 """
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from plugins.tools.command import UserError
 
 _WRAPPER = re.compile(r"(?:^|(?<=\.))_orig_mod\.")
 """Matches the prefix that torch.compile adds to the names of a module, at any depth."""
@@ -76,6 +79,27 @@ def mismatch(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
             text += " ({} in the file, {} here)".format(*shapes)
         words.append(text + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
     return f"{'; '.join(words)}. It is probably {_reason(found, given, wanted)}"
+
+
+def load_fitting(network: nn.Module, weights: Mapping[str, Tensor], source: str | Path, kind: str) -> None:
+    """Load weights into a network; every name and shape must match.
+
+    Args:
+        network: receives the weights.
+        weights: name → tensor of a file.
+        source: the file, for the error.
+        kind: what the network is, for the error, such as "backbone", or "backbone than resnet18".
+
+    Raises:
+        UserError: a weight is missing, unexpected or of another shape.
+
+    >>> load_fitting(nn.Linear(1, 2), nn.Linear(3, 2).state_dict(), "a.pt", "head")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    plugins.tools.command.UserError: a.pt contains another head: of another shape weight (2x3 in the file, 2x1 here)...
+    """
+    if reason := mismatch(weights, network.state_dict()):
+        raise UserError(f"{source} contains another {kind}: {reason}")
+    network.load_state_dict(weights)
 
 
 def _reason(found: dict[str, list[str]], given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

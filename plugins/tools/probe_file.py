@@ -30,6 +30,7 @@ from typing import Any
 from plugins.tools.command import UserError
 from plugins.tools.probe import HIDDEN_LAYERS, KINDS, Probe, Setting
 from plugins.tools.probe_sklearn import CLASSIFIERS
+from plugins.tools.shipped import shipped_configs
 
 _NUMBERS = (int, float, list)
 _SHARED = {"hidden_dim": (int,), "holdout": (int, float), "batch_size": (int,), "lr": (int, float), "epochs": (int,)}
@@ -81,18 +82,11 @@ def read_probes(path: Path) -> list[Probe]:
 
 
 def _found(path: Path) -> Path:
-    package = Path(__file__).parents[1]
-    # configs/probes is inside the package in an installed copy, and beside it in a checkout
-    places = [path, *(folder / f"{path.name}.yaml" for folder in shipped_folders(package) if len(path.parts) == 1)]
+    places = [path, *([shipped_configs("probes") / f"{path.name}.yaml"] if len(path.parts) == 1 else [])]
     for place in places:
         if place.is_file():
             return place
     raise UserError(f"--config must be a YAML file or the name of one in configs/probes, got {path}")
-
-
-def shipped_folders(package: Path) -> tuple[Path, Path]:
-    """Return the two possible locations of configs/probes, given the folder of the package ``plugins``."""
-    return package / "configs" / "probes", package.parent / "configs" / "probes"
 
 
 def _probe(given: Any, shared: dict[str, Any], place: str) -> Probe:

@@ -9,16 +9,14 @@ from typing import Any
 import yaml
 
 from plugins.tools.command import Parser, UserError, did_you_mean, first_process, print_on_rank_zero
+from plugins.tools.shipped import shipped_configs
 from solo_ext.ssv.arguments import Arguments
 from solo_ext.ssv.grammar import ALGORITHMS, ARCHS, check
 
 __all__ = ["TASKS", "Arguments", "change_entries", "main", "parser", "read_document", "run"]
 
-PACKAGE = Path(__file__).parent
-PACKAGED = next(
-    (folder for folder in (PACKAGE / "configs", PACKAGE.parents[1] / "configs" / "ssv") if folder.is_dir()), PACKAGE
-)
-"""Folder of our own YAML files: inside the package in an installed copy, beside it in a checkout."""
+PACKAGED = shipped_configs("ssv")
+"""Folder of our own YAML files."""
 _OUTPUT = "SOLO_EXT_SSV_OUTPUT"
 """Environment variable with the name of the folder, for the processes that a run starts."""
 

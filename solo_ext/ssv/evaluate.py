@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 from torch import Tensor
 
 from plugins.tools.command import UserError
@@ -16,7 +15,7 @@ from plugins.tools.probe import Probe, Setting, evaluate_probe
 from plugins.tools.records import write_json
 from solo_ext.checkpoint import check_writable
 from solo_ext.config import parse_pretrain
-from solo_ext.data import pretrain_images
+from solo_ext.data import evaluated_images
 from solo_ext.features import collect
 from solo_ext.launch import as_user_error, seed_everything
 from solo_ext.registry import method_class, register
@@ -24,7 +23,6 @@ from solo_ext.ssv.arguments import Arguments
 from solo_ext.ssv.checkpoints import load_network
 from solo_ext.ssv.metrics import LOG, K, outputs
 from solo_ext.ssv.translate import run_folder, translate
-from solo_ext.whole_set import evaluation_images
 
 RESULT = "linear_eval.json"
 WEIGHT_DECAY = 1e-6
@@ -112,7 +110,7 @@ def _evaluated(args: Arguments) -> tuple[Path, dict[str, Side]]:
     with as_user_error("the method"):
         method = method_class(cfg)(cfg)
     print(f"loaded {load_network(args.load, args.algo, method)}", flush=True)
-    sets = _images(cfg)
+    sets = dict(zip(("train", "test"), evaluated_images(cfg), strict=True))
     check_writable(folder, "--output")
     device = usable_device(None)
     method.to(device).eval()
@@ -120,7 +118,3 @@ def _evaluated(args: Arguments) -> tuple[Path, dict[str, Side]]:
     return folder, {
         split: collect(images, outputs(method), device, **reading, title=split) for split, images in sets.items()
     }
-
-
-def _images(cfg: DictConfig) -> dict[str, Any]:
-    return {"train": evaluation_images(cfg), "test": pretrain_images(cfg).val}

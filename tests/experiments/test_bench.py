@@ -66,8 +66,8 @@ def test_command_leaves_out_what_does_not_fit(capsys):
         (["losses", "--sizes", "256"], "must be ROWSxWIDTH"),
         (["losses", "--sizes", "1x8"], "at least 2 rows"),
         (["losses", "--case", "ssl_ey", "bool"], "--case: no case of losses matches 'bool'; the cases are ssl_ey, "),
-        (["predictors", "--repeat", "0"], "--repeat: must be an integer, at least 1, got 0"),
-        (["step", "--batch", "1"], "--batch: must be an integer, at least 2, got 1"),
+        (["predictors", "--repeat", "0"], "--repeat: must be an integer, at least 1, got '0'"),
+        (["step", "--batch", "1"], "--batch: must be an integer, at least 2, got '1'"),
         (
             ["step", "--method", "isolos"],
             "no method matches 'isolos'; the methods are amdim, barlow_twins, byol, cissl",

@@ -52,7 +52,7 @@ def test_command_prints_and_writes(jpegs, tmp_path, capsys):
         (["--images", "none"], "error: data.train_path is not a folder"),
         (["--images", "JPEGS", "--device", "gpu", "--batch-size", "4"], "this machine has no GPU"),
         (["--images", "JPEGS", "--batch-size", "16"], "at least two batches of 16, got 24 images"),
-        (["--rounds", "0"], "argument --rounds: must be an integer, at least 1, got 0"),
+        (["--rounds", "0"], "argument --rounds: must be an integer, at least 1, got '0'"),
     ],
 )
 def test_command_explains_mistakes(jpegs, capsys, monkeypatch, options, sentence):

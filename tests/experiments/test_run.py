@@ -185,7 +185,7 @@ def test_only_selects_by_part_of_the_name(suite, capsys, pattern, names):
         ),
         (["toy", "--framework", "keras"], "suite toy has no framework 'keras'; it has: solo, all"),
         (["toy", "--all", "--framework", "solo"], "--all and --framework solo exclude each other; give one of them"),
-        (["toy", "--seeds", "0"], "argument --seeds: must be an integer of at least 1, got '0'"),
+        (["toy", "--seeds", "0"], "argument --seeds: must be an integer, at least 1, got '0'"),
         (["toy", "--epoch", "3"], "unrecognized arguments: --epoch 3; did you mean --epochs?"),
     ],
 )

@@ -82,7 +82,7 @@ def test_supervised_starts_from_the_untrained_weights(digits):
 
 def test_without_configurations_there_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(solo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(solo, "shipped_configs", lambda name: tmp_path / name)
     assert experiments.main(["digits", "--list"]) == 2
     assert capsys.readouterr().err.startswith("error: there is no folder configs/solo, nor")
 

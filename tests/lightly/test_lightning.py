@@ -92,7 +92,10 @@ def test_weights_of_a_file_and_options_reach_the_backbone(tmp_path: Path) -> Non
         found = backbone(validate({**options, "weights": tmp_path / name})).state_dict()
         assert all(torch.equal(value, found[key]) for key, value in plain.state_dict().items()), name
     for more, message in (
-        ({"backbone": "resnet34", "weights": tmp_path / "model.pth"}, "of another backbone than resnet34: missing "),
+        (
+            {"backbone": "resnet34", "weights": tmp_path / "model.pth"},
+            "contains another backbone than resnet34: missing ",
+        ),
         ({"weights": tmp_path / "gone"}, "there is no file .*gone"),
         ({"backbone_option": {"depth": 3}}, "--backbone-option: resnet18: .*'depth'"),
         ({"backbone": "amdim_encoder", "input_size": 32, "backbone_option": {"ndf": 0}}, "ndf must be .*, got 0"),

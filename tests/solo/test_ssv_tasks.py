@@ -21,6 +21,7 @@ from plugins.tools.command import UserError
 from plugins.tools.knn import knn_accuracy
 from plugins.tools.neighbors import neighbor_consistency
 from plugins.tools.probe import Probe, Setting, evaluate_probe
+from solo_ext import datasets
 from solo_ext.checkpoint import find_checkpoint, read_checkpoint
 from solo_ext.config import parse_pretrain
 from solo_ext.datasets import image_dataset
@@ -321,12 +322,22 @@ def test_features_of_a_file_of_the_original_are_written(arguments, files, digits
         assert arrays["test_gt.npy"][row] == label
 
 
-def test_linear_evaluation_of_our_run(arguments, compose, tiny, tmp_path, capsys):
+def test_linear_evaluation_of_our_run(arguments, compose, tiny, tmp_path, capsys, monkeypatch):
     """The numbers are those of the arrays that get_features writes, and those of the training's last evaluation."""
     options = (f"++method_kwargs.{option}" for option in OPTIONS["relic"])
     trained = pretrain(compose("relic", tiny, *options), lambda folder: [NeighborMetrics(folder, every=5)])
     args = arguments("relic", load=trained)
-    result = evaluate.linear_eval(args)
+    opened = []
+
+    class Folder(datasets.ImageFolder):
+        def __init__(self, path, *more, **options):
+            opened.append(Path(path).name)
+            super().__init__(path, *more, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "ImageFolder", Folder)
+        result = evaluate.linear_eval(args)
+    assert opened == ["train", "val"], "each folder is read once"
     evaluate.get_features(args)
     out = tmp_path / "out"
     assert json.loads((out / "linear_eval.json").read_text()) == result

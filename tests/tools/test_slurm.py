@@ -131,7 +131,7 @@ def test_resuming_can_be_switched_off():
         (["train.py"], "unrecognized arguments: train.py"),
         (["--time", "soon", "--", "x"], "argument --time: must be [D-]HH:MM:SS or minutes, got 'soon'"),
         (["--time", "0", "--", "x"], "argument --time: must be at least a minute, got '0'"),
-        (["--nodes", "0", "--", "x"], "argument --nodes: must be an integer of at least 1, got '0'"),
+        (["--nodes", "0", "--", "x"], "argument --nodes: must be an integer, at least 1, got '0'"),
         (["--sbatch", "account", "--", "x"], "argument --sbatch: must be KEY=VALUE, got 'account'"),
         (
             ["--cluster", "local", "--nodes", "2", "--", "x"],

@@ -463,7 +463,7 @@ _RETRIEVAL, _CLUSTERFIT = "config.IMG_RETRIEVAL", "config.CLUSTERFIT"
         (["svm_low_shot", _SHOTS, "config.SVM.low_shot.k_values=[0]"], "k_values must be a list of integers of at lea"),
         (
             ["cluster", _CLUSTER, f"{_CLUSTERFIT}.NUM_CLUSTERS=0"],
-            "NUM_CLUSTERS must be an integer of at least 1, got 0",
+            "NUM_CLUSTERS must be an integer, at least 1, got 0",
         ),
         (["cluster", _CLUSTER], "contains no features of res5 of the train images; extract them with config.CLUSTERF"),
         (["cluster", _CLUSTER, f"{_CLUSTERFIT}.FEATURES.DATA_PARTITION=VAL"], "DATA_PARTITION must be TRAIN or TEST"),

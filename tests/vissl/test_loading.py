@@ -130,7 +130,7 @@ def test_wrong_files_raise_a_one_line_error(runs: Path, tmp_path: Path) -> None:
     vissl_ext.load_model(moved, folder / "train_config.yaml")
     text = (folder / "train_config.yaml").read_text()
     for old, new, message in (
-        ("DEPTH: 8", "DEPTH: 18", "does not fit the trunk plain_resnet of"),
+        ("DEPTH: 8", "DEPTH: 18", "contains another trunk than plain_resnet of"),
         ("NAME: plain_resnet", "NAME: mine", "the trunk mine is not registered: import the module that registers it"),
         ("MODEL:", "MODELS:", "it has no section MODEL"),
     ):

@@ -1,6 +1,5 @@
 """The suites that run in solo-learn: ``digits``, ``implicit_var_reg`` and ``ssl_ey``."""
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from plugins.experiments.suites import Progress, Request, Run, Step
 from plugins.tools.command import UserError
 from plugins.tools.overrides import hydra_value
 from plugins.tools.records import read_json, read_rows
+from plugins.tools.shipped import shipped_configs
 
 # ------------------------------------------------------------------------------------------------------ data sets
 
@@ -324,8 +324,8 @@ def methods_of(configs: Path) -> list[str]:
 def installed_configs(framework: str) -> Path:
     """Return the folder of our configurations for a framework.
 
-    It is ``configs/<framework>`` in the working directory or, if that does not exist, the folder installed with the
-    adapter.
+    It is ``configs/<framework>`` in the working directory or, if that does not exist, the folder that comes with this
+    package.
 
     Raises:
         UserError: neither folder exists.
@@ -333,10 +333,8 @@ def installed_configs(framework: str) -> Path:
     here = Path("configs") / framework
     if here.is_dir():
         return here
-    spec = importlib.util.find_spec(f"{framework}_ext")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(folder) / "configs").is_dir():
-            return Path(folder) / "configs"
+    if (shipped := shipped_configs(framework)).is_dir():
+        return shipped
     raise UserError(f"there is no folder {here}, nor is one installed with {framework}_ext; run this from the checkout")
 
 

@@ -54,10 +54,19 @@ class BadImages:
         files = [self.folder / LIST, *self._parts()]
         return sorted({name for file in files if file.is_file() for name in file.read_text("utf-8").splitlines()})
 
-    def finish(self) -> int:
+    def reset(self) -> None:
+        """Delete the list of an earlier run in the folder. Call it in one process, before the first image is read."""
+        if self.folder is not None:
+            for file in (self.folder / LIST, *self._parts()):
+                file.unlink(missing_ok=True)
+
+    def finish(self, instead: str = "replaced by other images in training, left out of validation") -> int:
         """Write bad_images.txt, delete the files of the processes, and print the number of images.
 
         Call it in one process, after the others have read their last image.
+
+        Args:
+            instead: what the run did with these images, for the message.
 
         Returns:
             The number of images.
@@ -71,8 +80,7 @@ class BadImages:
         for part in self._parts():
             part.unlink(missing_ok=True)
         print(
-            f"{counted(len(names), 'image')} could not be decoded: replaced by other images in training, left out of "
-            f"validation; list: {self.folder / LIST}",
+            f"{counted(len(names), 'image')} could not be decoded: {instead}; list: {self.folder / LIST}",
             flush=True,
         )
         return len(names)

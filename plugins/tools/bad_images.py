@@ -38,9 +38,9 @@ class BadImages:
         self.folder = folder
         self._added: set[str] = set()
 
-    def add(self, error: ImageError) -> None:
-        """Record the image of an error, once per process."""
-        name = error.name.replace("\n", " ")
+    def add(self, name: str) -> None:
+        """Record the name of an image, once per process."""
+        name = name.replace("\n", " ")
         if name in self._added or self.folder is None:
             return
         self._added.add(name)
@@ -60,13 +60,15 @@ class BadImages:
             for file in (self.folder / LIST, *self._parts()):
                 file.unlink(missing_ok=True)
 
-    def finish(self, instead: str = "replaced by other images in training, left out of validation") -> int:
+    def finish(
+        self, what: str = "could not be decoded: replaced by other images in training, left out of validation"
+    ) -> int:
         """Write bad_images.txt, delete the files of the processes, and print the number of images.
 
         Call it in one process, after the others have read their last image.
 
         Args:
-            instead: what the run did with these images, for the message.
+            what: what happened to these images, for the message.
 
         Returns:
             The number of images.
@@ -79,10 +81,7 @@ class BadImages:
             file.write("".join(f"{name}\n" for name in names))
         for part in self._parts():
             part.unlink(missing_ok=True)
-        print(
-            f"{counted(len(names), 'image')} could not be decoded: {instead}; list: {self.folder / LIST}",
-            flush=True,
-        )
+        print(f"{counted(len(names), 'image')} {what}; list: {self.folder / LIST}", flush=True)
         return len(names)
 
     def _parts(self) -> list[Path]:
@@ -132,7 +131,7 @@ class Replacing(_Recorded):
             try:
                 return self.dataset[(index + number) % size]
             except ImageError as error:
-                self.bad.add(error)
+                self.bad.add(error.name)
                 first = first or error
         raise UserError(f"none of the {size} images can be decoded: {first}")
 
@@ -150,7 +149,7 @@ class LeavingOut(_Recorded):
         try:
             return self.dataset[index]
         except ImageError as error:
-            self.bad.add(error)
+            self.bad.add(error.name)
             return None
 
 

@@ -114,6 +114,9 @@ def check(cfg: DictConfig, given: dict[str, Any]) -> None:
 
     config = cfg.config
     _check_types(given)
+    skip = config.DATA.get("SKIP_BAD_IMAGES", False)  # VISSL's defaults do not contain it
+    if not isinstance(skip, bool):
+        raise UserError(f"config.DATA.SKIP_BAD_IMAGES must be true or false, got {skip!r}")
     check_choice("engine_name", cfg.engine_name, _ENGINE_REGISTRY)
     choices = {
         "MACHINE.DEVICE": ("cpu", "gpu"),
@@ -175,9 +178,6 @@ def _check_types(given: dict[str, Any]) -> None:
             raise UserError(f"config.{key} must be a number, got {value!r}")
         if isinstance(default, bool) and not isinstance(value, bool):
             raise UserError(f"config.{key} must be true or false, got {value!r}")
-    skip = given.get("DATA.SKIP_BAD_IMAGES", False)  # VISSL's defaults do not contain it
-    if not isinstance(skip, bool):
-        raise UserError(f"config.DATA.SKIP_BAD_IMAGES must be true or false, got {skip!r}")
 
 
 _ENGINES = {

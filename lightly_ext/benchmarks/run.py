@@ -84,9 +84,10 @@ def _train_and_evaluate(setup: Setup, name: str, folder: Path) -> dict[str, Any]
     if options.seed is not None:
         seed_everything(options.seed, workers=True, verbose=False)
     if options.skip_bad_images:
-        setup = replace(setup, bad=BadImages(folder))
+        bad = BadImages(folder)
+        setup = replace(setup, bad=bad)
         if options.ckpt_path is None and first_process():
-            setup.bad.reset()
+            bad.reset()
     model = setup.model(name)
     result: dict[str, Any] = {"framework": "lightly", "method": name, "epochs": options.epochs, "seed": options.seed}
     result.update(versions=versions("lightly", "pytorch-lightning"), config=setup.config())

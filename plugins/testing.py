@@ -459,6 +459,25 @@ def tiny_backbone(*names: Any, **options: Any) -> nn.Module:
     return network
 
 
+def spoil(path: Path) -> Path:
+    """Replace an image file by a truncated JPEG file with the same position in its folder.
+
+    Args:
+        path: a PNG file.
+
+    Returns:
+        The path of the new file.
+    """
+    from PIL import Image
+
+    broken = path.with_suffix(".jpg")
+    with Image.open(path) as image:
+        image.convert("RGB").save(broken, "JPEG")
+    path.unlink()
+    broken.write_bytes(broken.read_bytes()[:-200])
+    return broken
+
+
 def composed(arguments: Sequence[str], module: str = "main_pretrain") -> Any:
     """Compose the configuration that a command of a suite trains with in solo-learn.
 

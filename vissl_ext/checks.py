@@ -114,6 +114,9 @@ def check(cfg: DictConfig, given: dict[str, Any]) -> None:
 
     config = cfg.config
     _check_types(given)
+    skip = config.DATA.get("SKIP_BAD_IMAGES", False)  # VISSL's defaults do not contain it
+    if not isinstance(skip, bool):
+        raise UserError(f"config.DATA.SKIP_BAD_IMAGES must be true or false, got {skip!r}")
     check_choice("engine_name", cfg.engine_name, _ENGINE_REGISTRY)
     choices = {
         "MACHINE.DEVICE": ("cpu", "gpu"),

@@ -146,6 +146,7 @@ def _own_options() -> dict[str, set[str]]:
     names = {name: getattr(kind, "option_names", None) for name, kind in LOSS_REGISTRY.items()}
     return {
         **{f"config.LOSS.{name}": option_names() for name, option_names in names.items() if option_names is not None},
+        "config.DATA": {"SKIP_BAD_IMAGES"},
         "config.MODEL": {"MULTI_RES_SPLIT_CROPS"},
         "config.MODEL.TRUNK": {"OUT_FEATURE_KEYS", "CONVNEXT", *BACKBONE_SECTIONS, "PATCHES", "PER_SAMPLE_NORM"},
         "config.MODEL.TRUNK.CONVNEXT": set(CONVNEXT),

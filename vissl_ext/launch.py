@@ -12,6 +12,7 @@ from typing import Any
 
 from plugins.install import not_installed
 from plugins.spelling import counted
+from plugins.tools.bad_images import BadImages
 from plugins.tools.command import UserError, exit_on_user_error, print_on_rank_zero, with_command_name
 from plugins.tools.process import Stopped, exit_when_stopped
 
@@ -116,9 +117,8 @@ def prepare(overrides: list[str], folders: list[str], modules: Sequence[str] = (
 
     from vissl_ext import catalog
     from vissl_ext.checks import check, check_engine, check_outputs, check_sections
-    from vissl_ext.compat.checkpoints import reopen, set_aside, torn_name
+    from vissl_ext.compat.checkpoints import checkpoints, reopen, set_aside, torn_name
     from vissl_ext.compat.console import hide_log
-    from vissl_ext.compat.folder_images import reset_unreadable
     from vissl_ext.compat.missing_weights import check_weights_file
     from vissl_ext.compose import compose
     from vissl_ext.defaults import adapt, set_sampler, without_slurm
@@ -177,7 +177,8 @@ def prepare(overrides: list[str], folders: list[str], modules: Sequence[str] = (
             )
         if is_training_finished(config, checkpoint_folder=str(folder)):
             return args, config  # nothing will be trained, so no file is changed
-        if config.CHECKPOINT.AUTO_RESUME and not config.CHECKPOINT.OVERWRITE_EXISTING:
+        resumes = config.CHECKPOINT.AUTO_RESUME and not config.CHECKPOINT.OVERWRITE_EXISTING
+        if resumes:
             before = reopen(folder) or before
             if before is not None:
                 print_on_rank_zero(
@@ -185,7 +186,8 @@ def prepare(overrides: list[str], folders: list[str], modules: Sequence[str] = (
                     "the learning rate and other schedules follow the new number of epochs"
                 )
         write_settings(folder, settings)
-        reset_unreadable(folder)
+        if not (resumes and checkpoints(folder)) and args.node_id == 0:
+            BadImages(folder).reset()
         save_attrdict_to_disk(_plain(config))
         catalog.write_lists(lists)
     except OSError as error:
@@ -219,6 +221,7 @@ def run(args: Any, config: Any) -> None:
 
     from vissl_ext import catalog, ranks
     from vissl_ext.compat.checkpoints import resume_hint, trained_epochs
+    from vissl_ext.compat.folder_images import finish_unreadable
 
     distributed_launcher._distributed_worker = ranks.worker
     distributed_launcher._ResumableSlurmJob = ranks.SlurmJob
@@ -242,6 +245,8 @@ def run(args: Any, config: Any) -> None:
             distributed_launcher.launch_distributed(
                 cfg=config, node_id=args.node_id, engine_name=args.engine_name, hook_generator=ranks.hooks
             )
+            if args.engine_name != "train" and args.node_id == 0:  # a training does it in the hook Summary
+                finish_unreadable(Path(folder), bool(config.DATA.get("SKIP_BAD_IMAGES")))
         except ProcessExitedException as error:
             for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes, of which another was the first
                 if error.exit_code in (-number, 128 + number):

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from classy_vision.generic.distributed_util import get_world_size, is_primary
+from classy_vision.generic.distributed_util import barrier, get_world_size, is_primary
 
 from plugins.tools.records import versions, write_json
+from vissl_ext.compat.folder_images import finish_unreadable
 from vissl_ext.silent_hook import SilentHook
 
 
@@ -19,7 +20,8 @@ class Summary(SilentHook):
     ``metrics`` has the last values of each meter in metrics.json, such as ``test_accuracy_list_meter`` in per cent.
     ``seconds`` and ``images_per_second`` cover the whole training. The counts are in the checkpoints, so those of a
     resumed run include the time until its last checkpoint. ``images_per_second`` counts each training image of an epoch
-    once, independent of the number of views, over all processes; test phases do not count.
+    once, independent of the number of views, over all processes; test phases do not count. ``bad_images`` is the number
+    of images that could not be read, if there are some or config.DATA.SKIP_BAD_IMAGES is true.
     """
 
     def __init__(self) -> None:
@@ -55,9 +57,11 @@ class Summary(SilentHook):
     def on_end(self, task: Any) -> None:
         """Write the file."""
         self._count(training=False)
+        config = task.config
+        barrier()  # until the last process has read its last image
         if not is_primary():
             return
-        config = task.config
+        bad = finish_unreadable(Path(task.checkpoint_folder), bool(config["DATA"].get("SKIP_BAD_IMAGES")))
         summary = {
             "framework": "vissl",
             "method": config["LOSS"]["name"],
@@ -66,6 +70,7 @@ class Summary(SilentHook):
             "seconds": self.state.seconds,
             "images_per_second": self.state.images / self.state.training_seconds if self.state.images else None,
             "metrics": last_meters(Path(task.checkpoint_folder) / "metrics.json"),
+            **bad,
             "versions": versions("vissl", "fvcore", "iopath"),
             "config": plain(config),
         }

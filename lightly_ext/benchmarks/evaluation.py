@@ -45,7 +45,8 @@ def _knn(setup: Setup, model: LightningModule, folder: Path) -> dict[str, float]
         val_dataloader_idx=1,
         topk=setup.topk,
     )
-    loaders = [setup.loader(path, setup.plain()) for path in (options.train_dir, options.val_dir)]
+    train = setup.loader(options.train_dir, setup.plain())
+    loaders = [train, setup.loader(options.val_dir, setup.plain(), held_out=True)]
     trainer(options, folder / "knn", 1, [metrics]).validate(classifier, loaders, verbose=False)
     values = {name.partition("/")[0]: history[-1] for name, history in metrics.val_metrics.items()}
     return {f"top{k}": values[f"val_knn_top{k}"] for k in setup.topk}
@@ -66,7 +67,7 @@ def _classify(
     )
     model.train()  # lightly's linear evaluation sets evaluation mode, which fine-tuning must not use
     train = setup.loader(options.train_dir, setup.augmented(), shuffle=True)
-    held_out = setup.loader(options.val_dir, setup.plain())
+    held_out = setup.loader(options.val_dir, setup.plain(), held_out=True)
     host = trainer(options, folder / name, epochs, [metrics], precision=options.precision)
     host.fit(classifier, train, held_out)
     return {f"top{k}": metrics.val_metrics[f"val_top{k}"][-1] for k in setup.topk}

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from pytorch_lightning import LightningModule, seed_everything
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
@@ -15,6 +17,7 @@ from lightly_ext.benchmarks.evaluation import evaluate
 from lightly_ext.benchmarks.setup import Setup
 from lightly_ext.benchmarks.trainer import EpochRecord, RandomStates, trainer
 from plugins.spelling import counted
+from plugins.tools.bad_images import BadImages
 from plugins.tools.command import UserError, first_process, print_on_rank_zero
 from plugins.tools.files import atomic
 from plugins.tools.process import exit_when_stopped, locked_folder
@@ -80,6 +83,11 @@ def _train_and_evaluate(setup: Setup, name: str, folder: Path) -> dict[str, Any]
     options = setup.options
     if options.seed is not None:
         seed_everything(options.seed, workers=True, verbose=False)
+    if options.skip_bad_images:
+        bad = BadImages(folder)
+        setup = replace(setup, bad=bad)
+        if options.ckpt_path is None and first_process():
+            bad.reset()
     model = setup.model(name)
     result: dict[str, Any] = {"framework": "lightly", "method": name, "epochs": options.epochs, "seed": options.seed}
     result.update(versions=versions("lightly", "pytorch-lightning"), config=setup.config())
@@ -88,6 +96,11 @@ def _train_and_evaluate(setup: Setup, name: str, folder: Path) -> dict[str, Any]
     elif options.ckpt_path is not None:
         load(options.ckpt_path, name, model)
     result.update(evaluate(setup, model, folder))
+    if setup.bad is not None:
+        if dist.is_initialized():
+            dist.barrier()  # until the last process has read its last image
+        if first_process():
+            result["bad_images"] = setup.bad.finish()
     if first_process():
         write_json(folder / "result.json", result)
     return result
@@ -97,7 +110,7 @@ def _pretrain(setup: Setup, name: str, model: LightningModule, folder: Path) -> 
     options = setup.options
     print_on_rank_zero(f"{name}: pre-training for {counted(options.epochs, 'epoch')}")
     train = setup.loader(options.train_dir, setup.transform(name), shuffle=True, indexed=setup.is_ours(name))
-    held_out: Any = setup.loader(options.val_dir, setup.plain())
+    held_out: Any = setup.loader(options.val_dir, setup.plain(), held_out=True)
     if setup.wants_knn(name):
         held_out = [setup.loader(options.train_dir, setup.plain()), held_out]
     stop = EarlyStopping(monitor="train_loss", patience=10**12, check_finite=True, check_on_train_epoch_end=True)

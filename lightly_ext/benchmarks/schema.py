@@ -67,6 +67,9 @@ class Options(Section):
     epochs: integer(0) = entry("epochs of pre-training; 0 evaluates an untrained backbone", 100)
     batch_size_per_device: integer(2) = entry("batch size on each device", 128)
     num_workers: integer(0) = entry("worker processes of the data loader; 0: the training process reads the images", 8)
+    skip_bad_images: Boolean = entry(
+        "whether to go on if an image cannot be decoded: training takes the next image, validation leaves it out", False
+    )
     accelerator: String = entry("auto, cpu, gpu, or another accelerator of Lightning", "auto")
     devices: integer(1) = entry("number of devices", 1)
     precision: String = entry("floating-point precision, such as 16-mixed or bf16-mixed", "32-true")

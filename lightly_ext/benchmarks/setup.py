@@ -20,6 +20,7 @@ from lightly_ext.data import IndexedDataset
 from lightly_ext.models import MethodModel
 from lightly_ext.transforms import TwoViewTransform
 from plugins.tools.backbones import BACKBONES, backbone_options, headless_backbone, without_classifier
+from plugins.tools.bad_images import BadImages, LeavingOut, Replacing, decoded_batch
 from plugins.tools.command import UserError, did_you_mean
 from plugins.tools.export import read_backbone
 from plugins.tools.fitting import load_fitting
@@ -41,12 +42,14 @@ class Setup:
         table: {method: {"model": LightningModule class, "transform": transform}} of our methods and those of --add.
         classes: the sorted names of the class folders of --train-dir.
         epochs_before: number of completed epochs of the checkpoint --ckpt-path.
+        bad: record of the images that cannot be decoded, with --skip-bad-images; None means that they are errors.
     """
 
     options: Options
     table: Mapping[str, Mapping[str, Any]]
     classes: Sequence[str]
     epochs_before: int = 0
+    bad: BadImages | None = None
 
     @property
     def methods(self) -> list[str]:
@@ -149,7 +152,9 @@ class Setup:
         flip = T.RandomHorizontalFlip(options.eval_hf_prob)
         return T.Compose([crop, flip, T.ToTensor(), T.Normalize(**self.normalize)])
 
-    def loader(self, folder: Path, transform: Any, *, shuffle: bool = False, indexed: bool = False) -> DataLoader:
+    def loader(
+        self, folder: Path, transform: Any, *, shuffle: bool = False, indexed: bool = False, held_out: bool = False
+    ) -> DataLoader:
         """Return the batches of a folder.
 
         Args:
@@ -158,15 +163,22 @@ class Setup:
             shuffle: whether they are for training: shuffled, and all of the same size.
             indexed: whether each image comes with its position in place of its file name, and can be had as it is
                 evaluated.
+            held_out: whether they are for validation. With --skip-bad-images, bad images are left out of these, and
+                replaced elsewhere: lightly's kNN needs the same number of training images in all processes.
         """
-        options = self.options
-        images: Any = image_folder(folder, transform)
+        options, bad = self.options, self.bad
+
+        def images(transform: Any) -> Any:
+            found = image_folder(folder, transform)
+            return found if bad is None else (LeavingOut if held_out else Replacing)(found, bad)
+
         return DataLoader(
-            IndexedDataset(images, evaluation=image_folder(folder, self.plain())) if indexed else images,
+            IndexedDataset(images(transform), evaluation=images(self.plain())) if indexed else images(transform),
             batch_size=options.batch_size_per_device,
             shuffle=shuffle,
             drop_last=shuffle,
             num_workers=options.num_workers,
+            collate_fn=decoded_batch if bad is not None and held_out else None,
         )
 
 

@@ -38,9 +38,9 @@ class BadImages:
         self.folder = folder
         self._added: set[str] = set()
 
-    def add(self, error: ImageError) -> None:
-        """Record the image of an error, once per process."""
-        name = error.name.replace("\n", " ")
+    def add(self, name: str) -> None:
+        """Record the name of an image, once per process."""
+        name = name.replace("\n", " ")
         if name in self._added or self.folder is None:
             return
         self._added.add(name)
@@ -54,10 +54,21 @@ class BadImages:
         files = [self.folder / LIST, *self._parts()]
         return sorted({name for file in files if file.is_file() for name in file.read_text("utf-8").splitlines()})
 
-    def finish(self) -> int:
+    def reset(self) -> None:
+        """Delete the list of an earlier run in the folder. Call it in one process, before the first image is read."""
+        if self.folder is not None:
+            for file in (self.folder / LIST, *self._parts()):
+                file.unlink(missing_ok=True)
+
+    def finish(
+        self, what: str = "could not be decoded: replaced by other images in training, left out of validation"
+    ) -> int:
         """Write bad_images.txt, delete the files of the processes, and print the number of images.
 
         Call it in one process, after the others have read their last image.
+
+        Args:
+            what: what happened to these images, for the message.
 
         Returns:
             The number of images.
@@ -70,11 +81,7 @@ class BadImages:
             file.write("".join(f"{name}\n" for name in names))
         for part in self._parts():
             part.unlink(missing_ok=True)
-        print(
-            f"{counted(len(names), 'image')} could not be decoded: replaced by other images in training, left out of "
-            f"validation; list: {self.folder / LIST}",
-            flush=True,
-        )
+        print(f"{counted(len(names), 'image')} {what}; list: {self.folder / LIST}", flush=True)
         return len(names)
 
     def _parts(self) -> list[Path]:
@@ -124,7 +131,7 @@ class Replacing(_Recorded):
             try:
                 return self.dataset[(index + number) % size]
             except ImageError as error:
-                self.bad.add(error)
+                self.bad.add(error.name)
                 first = first or error
         raise UserError(f"none of the {size} images can be decoded: {first}")
 
@@ -142,7 +149,7 @@ class LeavingOut(_Recorded):
         try:
             return self.dataset[index]
         except ImageError as error:
-            self.bad.add(error)
+            self.bad.add(error.name)
             return None
 
 

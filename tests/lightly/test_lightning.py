@@ -27,7 +27,8 @@ from lightly_ext.lightning import pytorch
 from lightly_ext.names import CLASS_NAMES
 from plugins.methods import METHODS
 from plugins.targets import cosine_tau
-from plugins.testing import NARROW, OF_VIEWS, toy_backbone
+from plugins.testing import NARROW, OF_VIEWS, spoil, toy_backbone
+from plugins.tools.bad_images import LIST
 from plugins.tools.command import UserError
 
 pytestmark = pytest.mark.lightly
@@ -429,8 +430,13 @@ def test_benchmark_of_ours_and_of_lightlys(digits: Path, tmp_path: Path, capsys:
 @pytest.mark.ddp
 def test_two_processes_print_one_table(digits: Path, tmp_path: Path) -> None:
     """The command uses its default strategy; teacher and prediction matrix are in the checkpoint."""
-    folders = ["--train-dir", str(digits / "train"), "--val-dir", str(digits / "val"), "--log-dir", str(tmp_path)]
-    more = ["--methods", "isoloss", "--devices", "2", "--skip-linear-eval", "--skip-finetune-eval"]
+    images = tmp_path / "digits"
+    shutil.copytree(digits, images)
+    # of the validation images, each process reads one
+    paths = [next((images / "train" / "3").iterdir()), *sorted((images / "val" / "0").iterdir())[:2]]
+    bad = [str(spoil(path)) for path in paths]
+    folders = ["--train-dir", str(images / "train"), "--val-dir", str(images / "val"), "--log-dir", str(tmp_path)]
+    more = ["--methods", "isoloss", "--devices", "2", "--skip-linear-eval", "--skip-finetune-eval", "--skip-bad-images"]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "lightly_ext.benchmarks", *folders, *QUICK, *more],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -440,6 +446,9 @@ def test_two_processes_print_one_table(digits: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "exists and is not empty" not in done.stderr and "LeafSpec" not in done.stderr
     assert done.stdout.count("| Method ") == 1 and done.stdout.count("pre-training for 1 epoch\n") == 1
+    assert (tmp_path / "isoloss" / LIST).read_text().splitlines() == bad
+    assert json.loads((tmp_path / "isoloss" / "result.json").read_text())["bad_images"] == 3
+    assert done.stdout.count("3 images could not be decoded") == 1
     state = torch.load(tmp_path / "isoloss" / "checkpoint.ckpt", weights_only=True)
     # 80 images are two steps of 2 x 16 and a rest: two updates of the second moment each
     assert state["global_step"] == 2 and int(state["state_dict"]["prediction_head.steps"]) == 4

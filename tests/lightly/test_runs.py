@@ -5,6 +5,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -16,6 +17,10 @@ import torch
 
 from lightly_ext.benchmarks import __main__ as command
 from lightly_ext.benchmarks import run, trainer  # noqa: F401  (the forks need not import them)
+from lightly_ext.benchmarks.schema import validate
+from lightly_ext.benchmarks.setup import Setup
+from plugins.testing import spoil
+from plugins.tools.bad_images import LIST, BadImages
 from plugins.tools.process import install_signal_handlers, locked_folder
 from plugins.tools.records import read_rows
 
@@ -271,3 +276,47 @@ def test_a_run_with_masks_sees_the_images_without_their_background(runs, digits,
     assert float(row["loss"]) == pytest.approx(math.log(16), abs=1e-5)
     said = runs(*words, "masks=nowhere", status=2)
     assert "error: the folder of masks does not exist: nowhere" in said
+
+
+def test_bad_images_are_skipped_and_counted(runs, digits, tmp_path):
+    """A resumed run goes on counting; a new one starts again. With two workers, and the kNN evaluation."""
+    for split in ("train", "val"):
+        shutil.copytree(digits / split, tmp_path / split)
+    good = next((tmp_path / "train" / "4").iterdir())
+    content = good.read_bytes()
+    bad = [spoil(path) for path in (good, next((tmp_path / "val" / "2").iterdir()))]
+    runs.arguments.remove("--skip-knn-eval")
+    words = ("--train-dir", str(tmp_path / "train"), "--val-dir", str(tmp_path / "val"), "--num-workers", "2")
+    words = (*words, "--knn-k", "5")
+    said = runs("--epochs", "1", *words, status=2)
+    assert "cannot be read as an image: " in said and "Traceback" not in said
+    words = (*words, "--skip-bad-images")
+    said = runs("--epochs", "1", *words)
+    instead = "replaced by other images in training, left out of validation"
+    assert f"2 images could not be decoded: {instead}; list: {runs.folder / LIST}\n" in said
+    for path in (bad[0], runs.folder / LIST):
+        assert path.is_file()
+    bad[0].unlink()
+    good.write_bytes(content)
+    for more, names in ((runs.more(), bad), ((), bad[1:])):
+        said = runs("--epochs", "2", *words, *more)
+        assert (runs.folder / LIST).read_text().splitlines() == [str(path) for path in names]
+        assert json.loads((runs.folder / "result.json").read_text())["bad_images"] == len(names)
+    assert not list(runs.folder.glob(f".{LIST}-*"))
+
+
+def test_loaders_replace_bad_training_images_and_leave_the_others_out(digits, tmp_path):
+    shutil.copytree(digits / "val", tmp_path / "images")
+    folder, names = tmp_path / "images", sorted((tmp_path / "images" / "0").iterdir())
+    bad = spoil(names[1])
+    options = validate({"train_dir": folder, "val_dir": folder, "num_workers": 0, "batch_size_per_device": 8})
+    setup = Setup(options, {}, [], bad=BadImages(tmp_path))
+    indexed, plain, held_out = (
+        setup.loader(folder, setup.plain(), **more) for more in ({"indexed": True}, {}, {"held_out": True})
+    )
+    every, left = (torch.cat([batch[0] for batch in loader]) for loader in (plain, held_out))
+    assert [len(every), len(left)] == [40, 39]
+    assert torch.equal(every[1], every[2]) and torch.equal(left[1:], every[2:])
+    views, _, index = indexed.dataset[1]
+    assert torch.equal(views, every[2]) and index == 1 and torch.equal(indexed.dataset.evaluation[1][0], every[2])
+    assert setup.bad.names() == [str(bad)]

@@ -1,6 +1,5 @@
 """``skip_bad_images``: training replaces images that cannot be decoded, evaluations leave them out, all are counted."""
 
-import io
 import json
 import shutil
 
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from plugins.testing import spoil
 from plugins.tools.bad_images import LIST, BadImages, LeavingOut, Replacing
 from plugins.tools.command import UserError
 from plugins.tools.images import ImageError, open_image
@@ -17,17 +17,6 @@ from solo_ext.datasets import check_same_classes, image_dataset, paths_and_label
 from solo_ext.loaders import EpochSeeded, evaluation_loader
 
 pytestmark = pytest.mark.solo
-
-
-def _spoil(path):
-    """Replace a PNG file by a truncated JPEG file with the same position in its folder."""
-    buffer = io.BytesIO()
-    with Image.open(path) as image:
-        image.convert("RGB").save(buffer, "JPEG")
-    path.unlink()
-    broken = path.with_suffix(".jpg")
-    broken.write_bytes(buffer.getvalue()[:-200])
-    return broken
 
 
 @pytest.fixture
@@ -39,7 +28,7 @@ def images(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (24, 24), (index, index, index)).save(path)
         paths.append(path)
-    return tmp_path / "images", [str(_spoil(paths[index])) for index in (2, 3, 9)]
+    return tmp_path / "images", [str(spoil(paths[index])) for index in (2, 3, 9)]
 
 
 def _numbers(image):
@@ -127,7 +116,7 @@ def test_other_errors_remain(images, tmp_path):
     assert not isinstance(refused.value, ImageError)
     broken = [path for path in folder.rglob("*.jpg")]
     for path in folder.rglob("*.png"):
-        _spoil(path)
+        spoil(path)
     with pytest.raises(UserError, match=r"none of the \d+ images can be decoded: .* cannot be read as an image"):
         _opened(folder, bad=BadImages(tmp_path))[0]
     with pytest.raises(ImageError) as refused:
@@ -168,7 +157,7 @@ def test_training_and_evaluations_go_on(compose, digits, tmp_path, capsys):
     bad = {}
     for split, classes in (("train", "35"), ("val", "7")):
         shutil.copytree(digits / split, tmp_path / split)
-        bad[split] = [str(_spoil(sorted(tmp_path.glob(f"{split}/{label}/*.png"))[0])) for label in classes]
+        bad[split] = [str(spoil(sorted(tmp_path.glob(f"{split}/{label}/*.png"))[0])) for label in classes]
     every = sorted(bad["train"] + bad["val"])
     options = [
         f"data.train_path={tmp_path / 'train'}",

@@ -2,13 +2,15 @@
 
 import csv
 import json
+import shutil
 import socket
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from plugins.testing import tiny_backbone
+from plugins.testing import spoil, tiny_backbone
+from plugins.tools.bad_images import LIST
 from solo_ext.checkpoint import find_checkpoint, run_folder
 from solo_ext.datasets import image_dataset
 from solo_ext.transforms import evaluation_transform
@@ -37,21 +39,26 @@ _COMMON = ("++accelerator=cpu", "++data.num_workers=0")
 
 @pytest.fixture(scope="module")
 def pretrained(new_run, tmp_path_factory):
-    """Two epochs of IsoLoss in two processes: what was printed, and the run."""
+    """Two epochs of IsoLoss in two processes: what was printed, the run, and the validation images that are bad."""
     run = new_run(tmp_path_factory.mktemp("two"))
+    shutil.copytree(run.digits / "val", run.out / "val")
+    bad = [str(spoil(path)) for path in sorted(run.out.glob("val/*/*.png"))[:2]]  # each process reads one
     images = f"data.train_path={run.digits / 'train'}"
+    skip = (f"data.val_path={run.out / 'val'}", "++data.skip_bad_images=true")
     options = ("++checkpoint.keep_prev=true", "++knn_eval.enabled=true", "++knn_eval.k=5")
-    return _two(run, *_COMMON, images, "max_epochs=2", *options), run
+    return _two(run, *_COMMON, images, *skip, "max_epochs=2", *options), run, bad
 
 
 def test_two_processes_are_one_run(pretrained):
-    text, run = pretrained
+    text, run, bad = pretrained
     folder = run.folder
     assert text.count("epoch 1/2") == text.count("wrote ") == 1
     names = sorted(path.name.split("-")[-1] for path in folder.glob("*.ckpt"))
     assert names == ["ep=0.ckpt", "ep=1.ckpt"]
     summary = json.loads((folder / "pretrain.json").read_text())
     assert {"val_acc1", "val_knn_acc1", "train_acc1", "eigval_metrics/part_ratio"} <= set(summary["metrics"])
+    assert (folder / LIST).read_text().splitlines() == bad and not list(folder.glob(f".{LIST}-*"))
+    assert summary["bad_images"] == 2 and text.count("2 images could not be decoded") == 1
     # 96 images, 2 processes of 16: 3 steps an epoch
     assert torch.load(find_checkpoint(folder), weights_only=True)["global_step"] == 6
     with (folder / "metrics.csv").open() as file:
@@ -68,7 +75,7 @@ def test_learning_rates_grow_with_the_processes(pretrained):
 
 
 def test_one_process_goes_on_where_two_stopped(pretrained, new_run, tmp_path):
-    _, two = pretrained
+    _, two, _ = pretrained
     first = next(two.folder.glob("*ep=0.ckpt"))
     one = new_run(tmp_path / "one")
     images = f"data.train_path={one.digits / 'train'}"

@@ -1,6 +1,7 @@
 """Checkpoints and the folder of a run: no interruption of a training loses a checkpoint that was written."""
 
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -19,6 +20,7 @@ from vissl.utils import checkpoint
 from vissl.utils.checkpoint import CheckpointWriter, get_resume_checkpoint, is_training_finished
 
 import vissl_ext  # noqa: F401  (the shims)
+from plugins.tools.bad_images import LIST
 from plugins.tools.command import UserError
 from vissl_ext import ranks
 from vissl_ext.compat.checkpoints import checkpoints, reopen, set_aside, trained_epochs
@@ -264,16 +266,17 @@ def test_a_training_on_a_full_disk_ends_with_a_one_line_error(
 
 
 @pytest.mark.slow
-def test_an_image_that_cannot_be_read_is_named_once(
+def test_an_image_that_cannot_be_read_is_named_and_counted_once(
     few_digits: Path, tmp_path: Path, launches: Callable, watched: ModuleType
 ) -> None:
-    """The folder has no classes, worker processes load the images, and the run has two epochs."""
+    """The folder has no classes, worker processes load the images, and the run has two epochs, then three."""
     images = tmp_path / "images"
     images.mkdir()
     for path in sorted(few_digits.glob("train/*/*.png"))[:16]:
         (images / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
     torn, empty = sorted(images.iterdir())[:2]
-    torn.write_bytes(torn.read_bytes()[:-40])
+    content = torn.read_bytes()
+    torn.write_bytes(content[:-40])
     empty.write_bytes(b"")
     argv = [
         *("config=pretrain/ssl_ey/digits", *watched.TINY, "config.OPTIMIZER.num_epochs=2"),
@@ -287,3 +290,15 @@ def test_an_image_that_cannot_be_read_is_named_once(
     named = sorted(line for line in result["output"].splitlines() if "cannot be read" in line)
     assert [line.partition(" cannot be read as an image: ")[0] for line in named] == [str(torn), str(empty)]
     assert all(line.endswith("; it is replaced by a grey image or by another image of the training") for line in named)
+    torn.write_bytes(content)
+    argv[argv.index("config.OPTIMIZER.num_epochs=2")] = "config.OPTIMIZER.num_epochs=3"
+    (resumed,) = launches([{"argv": argv, "folder": str(tmp_path), "watch": True}])
+    assert resumed["status"] == 0 and "resumed after " in resumed["output"], resumed["output"][-3000:]
+    counted = (
+        "2 images could not be read: replaced by grey images or other images of the training; "
+        f"list: {tmp_path}/run/{LIST}"
+    )
+    for output in (result["output"], resumed["output"]):
+        assert output.splitlines().count(counted) == 1, output
+    assert (tmp_path / "run" / LIST).read_text().splitlines() == [str(torn), str(empty)]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_images"] == 2

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from plugins.testing import spoil
+from plugins.tools.bad_images import BadImages
 from plugins.tools.command import UserError
 from vissl_ext import compat
 from vissl_ext.compat import folder_images, import_warnings
@@ -321,6 +323,30 @@ def test_folder_images_are_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(disk_dataset, "ImageFolder", ImageFolder)
     images()[0]
     assert read == ["0.png", "0.png"]
+
+
+@pytest.mark.parametrize("queue", [False, True])
+def test_a_bad_image_of_a_folder_is_replaced_and_recorded_if_asked(queue, tmp_path):
+    """Also if the queue of seen images provides the image in its place, and if it is read twice in succession."""
+    from PIL import Image
+    from vissl.config import AttrDict
+    from vissl.data import disk_dataset
+
+    (tmp_path / "0").mkdir()
+    for index in range(3):
+        Image.new("RGB", (24, 24), (index, 0, 0)).save(tmp_path / "0" / f"{index}.png")
+    bad = spoil(tmp_path / "0" / "2.png")
+    keys = ("REMOVE_IMG_PATH_PREFIX", "NEW_IMG_PATH_PREFIX")
+    data = {**dict.fromkeys(keys, ""), "ENABLE_QUEUE_DATASET": queue, "BATCHSIZE_PER_REPLICA": 1}
+    data["DEFAULT_GRAY_IMG_SIZE"] = 24
+    cfg = AttrDict({"DATA": {"TRAIN": data, "SKIP_BAD_IMAGES": True}, "CHECKPOINT": {"DIR": str(tmp_path)}})
+    images = disk_dataset.DiskImageDataset(cfg, "disk_folder", str(tmp_path), "TRAIN", "it")
+    assert images[1][0].getpixel((0, 0))[0] == 1
+    assert [images[2][1] for _ in range(2)] == [queue, False]  # the queue has one image
+    assert BadImages(tmp_path).names() == [str(bad)]
+    cfg.DATA.SKIP_BAD_IMAGES = False
+    with pytest.raises(UserError, match=r"2\.jpg cannot be read as an image: "):
+        images[2]
 
 
 def test_broadcasts_are_needed(tmp_path, monkeypatch):

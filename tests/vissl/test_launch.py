@@ -125,6 +125,7 @@ _RESNETS = "config.MODEL.TRUNK.RESNETS"
         ([_ISOLOSS, "config.OPTIMIZER.weight_decay=abc"], "config.OPTIMIZER.weight_decay must be a number, got 'abc'"),
         ([_ISOLOSS, "config.SEED_VALUE=true"], "config.SEED_VALUE must be a number, got True"),
         ([_ISOLOSS, "config.TEST_MODEL=maybe"], "config.TEST_MODEL must be true or false, got 'maybe'"),
+        ([_ISOLOSS, "config.DATA.SKIP_BAD_IMAGES=1"], "config.DATA.SKIP_BAD_IMAGES must be true or false, got 1"),
         ([_ISOLOSS, "config.LOG_FREQUENCY=0"], "config.LOG_FREQUENCY must not be 0"),
         ([_ISOLOSS, "config.LOSS=isoloss"], "config.LOSS must be a mapping"),
         ([_ISOLOSS, "config.MACHINE.DEVICE=tpu"], "config.MACHINE.DEVICE: 'tpu' is unknown"),

@@ -8,6 +8,7 @@ everything else must be exact.
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +24,8 @@ from vissl.config import AttrDict
 
 from plugins.distributed import Collective
 from plugins.methods import METHODS
-from plugins.testing import NARROW, RankPool, toy_stacks, view_count
+from plugins.testing import NARROW, RankPool, spoil, toy_stacks, view_count
+from plugins.tools.bad_images import LIST
 from plugins.tools.process import LOCK
 
 pytestmark = [pytest.mark.vissl, pytest.mark.ddp]
@@ -249,14 +251,19 @@ def test_a_checkpoint_reaches_all_processes(two: RankPool, tmp_path: Path) -> No
 def test_two_processes_train_from_the_launcher(
     device: str, on: Callable, few_digits: Path, tmp_path: Path, launches: Callable
 ) -> None:
+    shutil.copytree(few_digits / "train", tmp_path / "images")
+    bad = [str(spoil(sorted((tmp_path / "images" / name).iterdir())[0])) for name in "0369"]
     argv = [
         *("config=pretrain/isoloss/digits", *on(device, count=2), *(GPU[1:3] if device == "cuda" else [])),
         *("config.DISTRIBUTED.NUM_PROC_PER_NODE=2", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16"),
         *("config.LOSS.isoloss.proj_hidden_dim=32", "config.LOSS.isoloss.proj_output_dim=16"),
         *("config.OPTIMIZER.num_epochs=2", f"config.CHECKPOINT.DIR={tmp_path}"),
+        *(f"config.DATA.TRAIN.DATA_PATHS=[{tmp_path / 'images'}]", "config.DATA.SKIP_BAD_IMAGES=true"),
     ]
     (result,) = launches([{"argv": argv, "folder": str(few_digits.parents[1])}])
     assert result["status"] == 0 and not result["left"], result["output"][-3000:]
+    assert (tmp_path / LIST).read_text().splitlines() == bad and not list(tmp_path.glob(f".{LIST}-*"))
+    assert result["output"].count("4 images could not be read: ") == 1
     # one of the two prints
     shown = [line.split("  ")[1] for line in result["output"].splitlines() if line.startswith("epoch 1/2")]
     assert shown[0] == "iteration 1/3" and shown[-1].startswith("train loss ")

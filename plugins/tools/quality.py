@@ -1,0 +1,219 @@
+"""Measure the quality of features without labels, without any framework: ``python -m plugins.tools.quality``.
+
+The features are those of a .npy file, of a folder of VISSL's ``extract_features``, or of a trained backbone on images::
+
+    python -m plugins.tools.quality features.npy
+    python -m plugins.tools.quality features/d8192 --split test
+    python -m plugins.tools.quality trained_models/ssl_ey/first --data datasets/imagenet/train --views 10
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plugins.metrics import Quality
+from plugins.metrics.monitor import QualityValues
+from plugins.tools.command import Parser, UserError, exit_on_user_error, integer_from, positive_number
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the argument parser of the command."""
+    found = Parser(
+        prog="python -m plugins.tools.quality",
+        description="Print RankMe, α-ReQ, LiDAR and other metrics of features, which need no labels.",
+    )
+    add = found.add_argument
+    source = "a .npy file [N, D] or [views, N, D], a folder of features, a checkpoint, or the folder of a run"
+    add("sources", type=Path, nargs="+", metavar="SOURCE", help=source)
+    add("--split", choices=["train", "test"], default="train", help="of a folder of features (default: train)")
+    add("--layer", metavar="NAME", help="of a folder of features, if it has several")
+    add("--data", type=Path, metavar="FOLDER", help="images for a checkpoint, one folder per class")
+    add("--arch", metavar="NAME", help="network of a checkpoint (default: the ResNet that fits)")
+    add("--size", type=positive_number(int), default=224, help="side of the images in pixels (default: 224)")
+    add("--views", type=integer_from(0), default=0, help="augmented views for LiDAR and alignment (default: 0, none)")
+    add("--min-scale", type=positive_number(float), default=0.2, help="least area of their crops (default: 0.2)")
+    add("--seed", type=integer_from(0), default=0, help="seed of the augmentations (default: 0)")
+    add("--batch-size", type=positive_number(int), default=256, help="images in a batch (default: 256)")
+    add("--num-workers", type=integer_from(0), default=0, help="workers of the data loader (default: 0)")
+    add("--device", help="cpu, cuda, ... (default: a GPU if one is available)")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    return found
+
+
+def of_features(views: Tensor, device: torch.device | None = None) -> QualityValues:
+    """Compute the metrics of features, ``[N, D]`` or ``[V, N, D]``."""
+    quality = Quality()
+    views = views if views.ndim == 3 else views[None]
+    for start in range(0, views.shape[1], 4096):
+        quality.update([*views[:, start : start + 4096].to(device)])
+    return quality.values()
+
+
+def read_array(path: Path) -> Tensor:
+    """Read a .npy file of floating-point numbers, ``[N, D]`` or ``[V, N, D]``.
+
+    Raises:
+        UserError: the file is unreadable, or holds something else.
+    """
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path} is not a readable .npy file: {str(error).splitlines()[0]}") from None
+    shape = getattr(array, "shape", ())
+    if len(shape) not in (2, 3) or not array.size or not np.issubdtype(array.dtype, np.floating):
+        raise UserError(f"{path} must hold floating-point numbers [N, D] or [views, N, D], got shape {list(shape)}")
+    rows = torch.from_numpy(array.astype(np.float32, copy=False))
+    if not bool(rows.isfinite().all()):
+        raise UserError(f"{path} holds numbers that are not finite; remove these rows")
+    return rows
+
+
+def plain_transform(size: int) -> Callable[[Any], Tensor]:
+    """Return the transform of evaluation: a centre crop, normalised as ImageNet."""
+    from torchvision import transforms as T
+
+    resize = T.Resize(size if size <= 64 else size * 256 // 224)
+    return T.Compose([resize, T.CenterCrop(size), T.ToTensor(), T.Normalize(MEAN, STD)])
+
+
+def views_transform(size: int, min_scale: float) -> Callable[[Any], Tensor]:
+    """Return the transform of the views: crops, colour jitter and grey, without flips."""
+    from torchvision import transforms as T
+
+    jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
+    crop = T.RandomResizedCrop(size, scale=(min_scale, 1.0))
+    return T.Compose([crop, jitter, T.RandomGrayscale(0.2), T.ToTensor(), T.Normalize(MEAN, STD)])
+
+
+def image_sets(data: Path, *, size: int = 224, views: int = 0, min_scale: float = 0.2) -> list[Any]:
+    """Open the images of a folder without augmentation, and once for each augmented view.
+
+    Args:
+        data: images, one folder per class.
+        size: side of the images in pixels.
+        views: number of augmented views.
+        min_scale: least area of the views' crops, in (0, 1].
+
+    Raises:
+        UserError: the folder is missing or has no images.
+    """
+    from plugins.tools.folders import ImageFolder
+    from plugins.tools.images import open_image
+
+    if not data.is_dir():
+        raise UserError(f"there is no folder {data}")
+    transforms = [plain_transform(size), *[views_transform(size, min_scale)] * views]
+    try:
+        return [ImageFolder(str(data), transform, loader=open_image) for transform in transforms]
+    except FileNotFoundError as error:
+        raise UserError(f"{data} must hold a folder of images for each class: {error}") from None
+
+
+@torch.no_grad()
+def of_network(
+    model: nn.Module, images: Sequence[Any], device: torch.device, *, batch: int = 256, workers: int = 0
+) -> tuple[QualityValues, Tensor, Tensor]:
+    """Compute the metrics of a backbone's features.
+
+    LiDAR and alignment are those of the augmented views, the other metrics those of the images without augmentation.
+
+    Args:
+        model: images ``[B, 3, size, size]`` → features ``[B, D]``, in evaluation mode.
+        images: data sets of (image, class) as of :func:`image_sets`; with fewer than two views there are no LiDAR and
+            alignment.
+        device: device of the computation.
+        batch: number of images in a batch.
+        workers: number of workers of the data loader.
+
+    Returns:
+        The metrics, the features without augmentation ``[N, D]`` and the classes ``[N]``, on the CPU.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    from plugins.tools.extract import extract
+
+    titles = ["images", *(f"view {view} of {len(images) - 1}" for view in range(1, len(images)))]
+    sides = [
+        extract(model, part, device, batch=batch, workers=workers, title=title)
+        for part, title in zip(images, titles, strict=True)
+    ]
+    rows = [features.flatten(1) for features, _ in sides]
+    values = of_features(rows[0], device)
+    if len(rows) > 2:
+        of_views = of_features(torch.stack(rows[1:]), device)
+        values = values._replace(lidar=of_views.lidar, alignment=of_views.alignment)
+    return values, rows[0], sides[0][1]
+
+
+def measure(source: Path, args: argparse.Namespace) -> QualityValues:
+    """Compute the metrics of one source of the command line.
+
+    Raises:
+        UserError: the source is missing or invalid, or ``--data`` is missing.
+    """
+    from plugins.tools.features import load_features, usable_device
+
+    device = usable_device(args.device)
+    if not source.exists():
+        raise UserError(f"there is no file or folder {source}")
+    if source.suffix == ".npy":
+        return of_features(read_array(source), device)
+    if source.is_dir() and any(source.glob("rank*_chunk*_inds.npy")):
+        return of_features(load_features(source, args.split, args.layer)[0], device)
+    if args.data is None:
+        raise UserError(f"{source} is no file of features; a checkpoint needs images: --data FOLDER")
+    from plugins.tools.hub import load_weights
+
+    model = load_weights(source, args.arch)
+    images = image_sets(args.data, size=args.size, views=args.views, min_scale=args.min_scale)
+    torch.manual_seed(args.seed)
+    return of_network(model, images, device, batch=args.batch_size, workers=args.num_workers)[0]
+
+
+def table(results: dict[str, dict[str, float | None]]) -> str:
+    """Return a table with a line for each source."""
+    names = list(next(iter(results.values())))
+    rows = [["source", *names]]
+    rows += [
+        [source, *("–" if v is None else f"{v:.4g}" for v in values.values())] for source, values in results.items()
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit status."""
+    with exit_on_user_error():
+        args = parser().parse_args(argv)
+        if args.views == 1 or args.min_scale > 1:
+            raise UserError("--views must be 0 or at least 2, and --min-scale at most 1")
+        results: dict[str, dict[str, float | None]] = {}
+        for source in args.sources:
+            try:
+                values = {name: value.item() for name, value in measure(source, args)._asdict().items()}
+            except ValueError as error:
+                raise UserError(f"{source}: {error}") from None
+            results[str(source)] = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        print(json.dumps(results, indent=1) if args.json else table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,9 +1,11 @@
-"""Check that ``import plugins`` finds this package.
+"""Check that ``import plugins`` finds this package, and that the framework is not a fork in the working directory.
 
-``python -m`` searches the working directory first, and many repositories have another folder named ``plugins``. The
-packages ``*_ext`` run this file by its path, because ``import plugins.shadow`` would find the other folder.
+``python -m`` searches the working directory first. Many repositories have another folder named ``plugins``, and the
+checkout of a fork contains a framework with methods of the same names. The packages ``*_ext`` run this file by path,
+because ``import plugins.shadow`` would find the other folder.
 """
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +16,29 @@ _COMMANDS = {
     "vissl_ext": "ssl-vissl",
     "lightly_ext": "ssl-lightly",
 }
+
+_FORKS = {
+    "solo_ext": ("solo/losses/isoloss.py", "solo/losses/ssley.py"),
+    "vissl_ext": ("vissl/losses/dstl_issl_loss.py",),
+}
+"""Adapter → files by which the checkout of a fork is recognised."""
+
+
+def leave_fork(package: str) -> None:
+    """Import the installed framework if the working directory is a fork of it; print a line.
+
+    Args:
+        package: name of the ``*_ext`` package that is being imported by ``python -m``.
+    """
+    here = Path.cwd()
+    if not any((here / name).is_file() for name in _FORKS.get(package, ())):
+        return
+    kept = [place for place in sys.path if Path(place or ".").resolve() != here.resolve()]
+    if len(kept) < len(sys.path):
+        sys.path[:] = kept
+        name = package.removesuffix("_ext")
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{here / name} is a fork: the installed {name} is used", file=sys.stderr)
 
 
 def other_plugins() -> Path | None:
@@ -65,6 +90,8 @@ def check(package: str) -> None:
     """
     # sys.argv[0] is "-m" while Python locates the module to run
     command = sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).name.startswith("ssl-")
+    if command:
+        leave_fork(package)
     other = other_plugins()
     if other is not None:
         error = sentence(other, package)

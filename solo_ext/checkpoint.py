@@ -28,6 +28,7 @@ from plugins.tools.export import read_backbone
 from plugins.tools.fitting import mismatch
 from plugins.tools.process import locked_folder
 from plugins.tools.records import difference, read_json, write_json
+from plugins.tools.stems import fit_stem_, stem_record
 from plugins.tools.trainer import (
     AtomicCheckpointIO,
     batches_done,
@@ -251,8 +252,7 @@ class Checkpointer(pl.Callback):
 
     def save_weights(self, model: torch.nn.Module) -> None:
         """Save the weights of an untrained network together with the run's identity."""
-        content = {"state_dict": model.state_dict(), _MARK: OmegaConf.to_container(self.cfg.identity)}
-        save_atomically(content, self._path(0))
+        save_atomically({"state_dict": model.state_dict(), **self._record(model)}, self._path(0))
 
     def save(self, trainer: pl.Trainer, epoch: int) -> None:
         """Save a checkpoint and, unless ``checkpoint.keep_prev``, delete the previous one. Call it on all ranks."""
@@ -266,8 +266,11 @@ class Checkpointer(pl.Callback):
             self._replaced = [path.name]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the run's identity to the checkpoint."""
-        checkpoint[_MARK] = OmegaConf.to_container(self.cfg.identity)
+        """Add the run's identity and the stem of the backbone to the checkpoint."""
+        checkpoint.update(self._record(module))
+
+    def _record(self, model: Any) -> dict[str, Any]:
+        return {_MARK: OmegaConf.to_container(self.cfg.identity), **stem_record(model.backbone)}
 
     def resume_hint(self) -> str:
         """Return the instruction for resuming this run, for the last line of a stopped run."""
@@ -512,14 +515,14 @@ def load_backbone(place: str | Path, backbone: torch.nn.Module) -> None:
     Args:
         place: the folder of a run, or a file that ``plugins.tools.export`` reads: a checkpoint of any framework, a file
             of VICReg's scripts, or an export.
-        backbone: the network that receives the weights.
+        backbone: the network that receives the weights, and the padding and max-pool of their stem.
 
     Raises:
         UserError: a weight is missing, unexpected or of another shape.
     """
     path = find_checkpoint(place)
-    weights = read_backbone(path).state
+    weights, _, stem = read_backbone(path)
     restore_sobel_(fit_norms_(backbone, weights), weights)
     if reason := mismatch(weights, backbone.state_dict()):
         raise UserError(f"{path} contains another backbone: {reason}")
-    backbone.load_state_dict(weights)
+    fit_stem_(backbone, stem).load_state_dict(weights)

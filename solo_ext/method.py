@@ -20,6 +20,7 @@ from plugins.spec import Embeddings, MethodSpec, Terms
 from plugins.taps import FeatureTaps
 from plugins.targets import needs_teacher
 from plugins.tools.command import UserError
+from plugins.tools.stems import stem_record
 from plugins.tools.trainer import check_strategy, ends_step, loss_scale, placeholder_loss, set_clock
 from solo_ext.compat import BaseMethod, BaseMomentumMethod
 from solo_ext.whole_set import WholeTrainingSet, training_set_size
@@ -191,6 +192,11 @@ class PluginMethod:
         self._log_step(terms, embeddings)
         # Lightning divides the loss by accumulate_grad_batches
         return joined.backward() * self.trainer.accumulate_grad_batches
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the stem of the backbone."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint.update(stem_record(self.backbone))
 
     def on_train_start(self) -> None:
         """Set the clock and the number of images, and discard an incomplete step of the optimiser after a resume."""

@@ -84,6 +84,27 @@ def ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def differing_loads(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """differing_loads(content, network) → the ways to load a checkpoint whose features are not those of the network."""
+    from plugins.tools.export import export
+    from plugins.tools.hub import load_weights
+
+    @torch.no_grad()
+    def differing(content: dict, network: torch.nn.Module, arch: str | None = None, timm: bool = False) -> list[str]:
+        folder = tmp_path_factory.mktemp("loads")
+        torch.save(content, folder / "run.ckpt")
+        targets = ("torchvision", *(("timm",) if timm else ()))
+        for target in targets:
+            export(folder / "run.ckpt", target, folder / target, arch)
+        images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+        expected = network.eval()(images)
+        found = {name: load_weights(folder / name, arch)(images) for name in ("run.ckpt", *targets)}
+        return [name for name, value in found.items() if not torch.allclose(value, expected, rtol=1e-6, atol=1e-6)]
+
+    return differing
+
+
+@pytest.fixture(scope="session")
 def all_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that ``python -m plugins.tools.data digits`` makes. Copy it; do not change it."""
     from plugins.tools.data import make_digits

@@ -106,6 +106,31 @@ def test_imports_raise_the_sentence(tmp_path, monkeypatch):
         shadow.check("lightly_ext")
 
 
+@pytest.mark.parametrize(
+    ("package", "file"), [("solo_ext", "solo/losses/isoloss.py"), ("vissl_ext", "vissl/losses/dstl_issl_loss.py")]
+)
+def test_a_command_in_the_checkout_of_a_fork_imports_the_installed_framework(
+    package, file, tmp_path, monkeypatch, capsys
+):
+    from plugins import shadow
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    (tmp_path / file).parent.mkdir(parents=True)
+    shadow.check(package)
+    assert sys.path[0] == str(tmp_path), "a folder of that name is no fork"
+    (tmp_path / file).touch()
+    monkeypatch.setattr(sys, "argv", ["own_script.py"])
+    shadow.check(package)
+    assert sys.path[0] == str(tmp_path) and capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    shadow.check(package)
+    assert str(tmp_path) not in sys.path
+    name = package.removesuffix("_ext")
+    assert capsys.readouterr().err == f"{tmp_path / name} is a fork: the installed {name} is used\n"
+
+
 def test_stock_scripts_go_on_without_our_methods(tmp_path):
     """A checkout of solo-learn with another package ``plugins``."""
     (tmp_path / "plugins").mkdir()

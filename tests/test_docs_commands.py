@@ -38,7 +38,7 @@ ELSEWHERE = {
     r"source \.venv/bin/activate": "made by ./run_experiments.sh",
     r"git clone .* && .*": "needs a network",
     r"(uv )?pip install .*|uv sync .*": "needs a package index",
-    r"python main_pretrain\.py .*": "the fork's own command",
+    r"python main_(pretrain|lincls)\.py .*": "the fork's own command",
     r"python (-m torch\.distributed\.launch .*main_vicreg|run_with_submitit|evaluate)\.py .*": "VICReg's own commands",
     r"python configs/detectron2/train\.py .*": "tests/tools, where detectron2 is installed",
     r"(python|torchrun --nproc-per-node 2) train\.py": "tests/test_docs_loop.py",
@@ -117,6 +117,7 @@ def fork_of_the_isoloss_paper(work: Path) -> Iterator[None]:
     place = work / "implicit-var-reg" / "scripts" / "pretrain" / "cifar"
     place.parent.mkdir(parents=True)
     place.symlink_to(ROOT / "configs" / "solo" / "cifar")
+    (work / "scripts").symlink_to(work / "implicit-var-reg" / "scripts")  # a command in the checkout
     yield
 
 

@@ -25,6 +25,7 @@ from plugins.objective import Objective, ParameterGroup
 from plugins.spec import Hints
 from plugins.tools.command import UserError
 from plugins.tools.stacks import SHARED_COLOURS
+from plugins.tools.stems import stem_record
 from vissl_ext.compat.broadcasts import broadcast_from_rank_zero
 from vissl_ext.compat.rank_states import KEY, RankStates, restore_rank_state
 from vissl_ext.hooks import MetricsHook, extra_hooks
@@ -282,12 +283,13 @@ class PluginTask(SelfSupervisionTask):
             set_epoch(getattr(self.datasets[phase_type], "transform", None), train_phase_idx)
 
     def get_classy_state(self, deep_copy: bool = False) -> dict[str, Any]:
-        """Return VISSL's state, that of the method's epoch, the loss tensors of each process, and the loss scale.
+        """Return VISSL's state, the stem, the method's epoch, the loss tensors of each process, and the loss scale.
 
         classy_vision/tasks/classification_task.py:968 saves the loss scale only if ``amp_args`` are set, which VISSL
         does for apex only.
         """
         state = super().get_classy_state(deep_copy=deep_copy)
+        state.update(stem_record(self.base_model.trunk))
         if self.amp_grad_scaler is not None:
             state["amp"] = self.amp_grad_scaler.state_dict()
         if self.loss_of_ranks is not None:

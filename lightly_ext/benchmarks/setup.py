@@ -27,6 +27,7 @@ from plugins.tools.folders import ImageFolder
 from plugins.tools.images import open_image
 from plugins.tools.library_names import library_names
 from plugins.tools.regnet import small_stem_
+from plugins.tools.stems import fit_stem_
 
 _LARGE = 64  # up to this side in pixels, evaluation resizes to the input size, without a margin that is cropped
 
@@ -205,10 +206,11 @@ def backbone(options: Options) -> nn.Module:
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
     if options.weights is not None:
-        state = library_names(read_backbone(options.weights).state, "torchvision")
+        found = read_backbone(options.weights)
+        state = library_names(found.state, "torchvision")
         if reason := mismatch(state, network.state_dict()):
             raise UserError(f"--weights: {options.weights} is of another backbone than {name}: {reason}")
-        network.load_state_dict(state)
+        fit_stem_(network, found.stem).load_state_dict(state)
     return network
 
 

@@ -20,6 +20,7 @@ from plugins.spec import Embeddings
 from plugins.targets import cosine_tau
 from plugins.tools.command import UserError
 from plugins.tools.labels import check_labels
+from plugins.tools.stems import stem_record
 from plugins.tools.trainer import (
     check_strategy,
     count_epochs,
@@ -208,6 +209,11 @@ class TrainingSteps:
         cls_loss, cls_log = self.online_classifier.validation_step((self(images), targets), batch_idx)
         self.log_dict(cls_log, prog_bar=True, sync_dist=True, batch_size=len(targets))
         return cls_loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the stem of the backbone."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint.update(stem_record(self.backbone))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Count the epochs of a checkpoint of an epoch's end, which Lightning does not with max_steps."""

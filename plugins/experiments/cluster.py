@@ -15,6 +15,7 @@ import io
 import os
 import secrets
 import shlex
+import signal
 import socket
 import sys
 import time
@@ -263,6 +264,8 @@ def run_locally(runs: Sequence[Run], submission: Submission, *, jobs: int) -> Ou
     Returns:
         The names of the runs that finished, failed or were skipped.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts `command &` so; jobs must not inherit it
+        signal.signal(signal.SIGINT, lambda number, frame: None)
     began, outcome, waiting = time.monotonic(), Outcome(), [run for run in runs if not run.result.is_file()]
     active: dict[int, tuple[Run, Any, float]] = {}
 

@@ -21,6 +21,7 @@ from plugins.experiments.results import (
     LOSSES,
     SECOND,
     Row,
+    drawn,
     format_number,
     markdown_table,
     notes,
@@ -145,36 +146,18 @@ def make_figure(rows: Sequence[Row], files: Sequence[Path]) -> None:
         rows: the rows of the suite.
         files: files to write; the suffix selects the format.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = dict(zip(((row.framework, row.method) for row in rows), titles(rows), strict=True))
     methods = [(names[row.framework, row.method], row) for row in rows if not row.baseline]
     columns = min(COLUMNS, max(len(methods), 3))
     bands = math.ceil(max(len(methods), 1) / columns)
     heights = [1.3 + 0.3 * max(len(methods), 1), 0.5 + 1.6 * bands, 0.9 + 1.8 * bands]
-    style: dict[Any, Any] = {
-        "font.size": 9,
-        "axes.titlesize": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": FAINT,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "pdf.fonttype": 42,
-    }
-    with rc_context(style):
-        figure = Figure(figsize=(max(1.75 * columns, 9), sum(heights)), layout="constrained")
-        FigureCanvasAgg(figure)
+    size = max(1.75 * columns, 9), sum(heights)
+    style = {"axes.titlesize": 9, "axes.edgecolor": FAINT, "xtick.color": INK, "ytick.color": INK}
+    with drawn(size, files, style) as figure:
         top, middle, bottom = figure.subfigures(3, 1, squeeze=False, height_ratios=heights).ravel()
         _draw_accuracy(top, methods, rows)
         _draw_losses(middle, methods, bands, columns)
         _draw_spectra(bottom, methods, bands, columns)
-        for file in files:
-            # Without a date in the file, the same results give the same bytes.
-            stamp = {"CreationDate": None} if file.suffix == ".pdf" else None
-            figure.savefig(file, dpi=150, metadata=stamp)
 
 
 def _draw_accuracy(figure: Any, methods: Sequence[tuple[str, Row]], rows: Sequence[Row]) -> None:

@@ -6,7 +6,6 @@ its published accuracy.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from plugins.experiments.published import PUBLISHED, Published
 from plugins.experiments.results import (
@@ -16,6 +15,7 @@ from plugins.experiments.results import (
     MISSING,
     SECOND,
     Row,
+    drawn,
     format_number,
     markdown_table,
     notes,
@@ -116,17 +116,11 @@ def make_figure(rows: Sequence[Row], published: dict[str, Published], files: Seq
         published: run → published accuracy.
         files: files to write; the suffix selects the format.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     datasets = list(dict.fromkeys(split_label(row)[1] for row in rows))
     methods = list(dict.fromkeys(names(rows)))
     marks = {"online": ("o", ACCENT, "online"), "knn": ("^", FAINT, "kNN"), "linear": ("s", INK, "linear")}
-    style: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
-    with rc_context(style):
-        figure = Figure(figsize=(2.2 + 2.4 * len(datasets), 1.4 + 0.32 * len(methods)), layout="constrained")
-        FigureCanvasAgg(figure)
+    size = 2.2 + 2.4 * len(datasets), 1.4 + 0.32 * len(methods)
+    with drawn(size, files) as figure:
         for ax, dataset in zip(figure.subplots(1, len(datasets), sharey=True, squeeze=False)[0], datasets, strict=True):
             for row, title in zip(rows, names(rows), strict=True):
                 if split_label(row)[1] != dataset:
@@ -158,8 +152,6 @@ def make_figure(rows: Sequence[Row], published: dict[str, Published], files: Seq
             name: handle for ax in figure.axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)
         }
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
-        for file in files:
-            figure.savefig(file, dpi=150, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
 
 
 def write(folder: Path) -> str | None:

@@ -20,6 +20,7 @@ from plugins.experiments.results import (
     MISSING,
     SECOND,
     Row,
+    drawn,
     format_number,
     markdown_table,
     notes,
@@ -223,15 +224,8 @@ def make_figure(suite: str, lines: dict[str, list[Curve]], files: Sequence[Path]
         lines: the result of :func:`curves`.
         files: files to write; the suffix selects the format.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     label, base = ("number of labels", 10) if suite == "dissl_fig7a" else ("width of the representation", 2)
-    style: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
-    with rc_context(style):
-        figure = Figure(figsize=(3.6 * max(len(lines), 1), 3.0), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawn((3.6 * max(len(lines), 1), 3.0), files) as figure:
         panels = figure.subplots(1, len(lines), squeeze=False)[0]
         for ax, (dataset, each) in zip(panels, lines.items(), strict=True):
             looks = [(ACCENT, "o", "-"), (SECOND, "s", "--"), (INK, "^", ":"), (FAINT, "D", "-.")]
@@ -250,8 +244,6 @@ def make_figure(suite: str, lines: dict[str, list[Curve]], files: Sequence[Path]
             ax.set_axisbelow(True)
             ax.legend(frameon=False, fontsize=8)
         panels[0].set_ylabel("accuracy (%)")
-        for file in files:
-            figure.savefig(file, dpi=150, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -3,7 +3,8 @@
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,30 @@ def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, words:
 
     rule = "|" + "|".join("-" * (width + 1) + ("-" if i < words else ":") for i, width in enumerate(widths)) + "|"
     return [text(head), rule, *map(text, body)]
+
+
+@contextmanager
+def drawn(size: tuple[float, float], files: Sequence[Path], style: Mapping[str, Any] | None = None) -> Iterator[Any]:
+    """Yield an empty figure of matplotlib in the style of the reports, and write it.
+
+    Args:
+        size: width and height in inches.
+        files: files to write; the suffix selects the format.
+        style: further settings of matplotlib (rcParams).
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shared: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
+    shared.update(style or {})
+    with rc_context(shared):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)  # never opens a window
+        yield figure
+        for file in files:
+            # Without a date in the file, the same results give the same bytes.
+            figure.savefig(file, dpi=150, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
 
 
 def score(row: Row, key: str, reference: float | None) -> str:

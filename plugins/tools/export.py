@@ -26,6 +26,7 @@ the backbone are dropped, and the command prints their number. A missing or unex
 an error, since a partially loaded backbone gives random features.
 """
 
+import json
 import pickle
 import re
 import sys
@@ -44,6 +45,7 @@ from plugins.tools.command import Parser, UserError, exit_on_user_error, print_o
 from plugins.tools.files import atomic
 from plugins.tools.fitting import mismatch, plain_names
 from plugins.tools.library_names import library_names
+from plugins.tools.stems import KEY, Stem, fit_stem_, stem_of, stem_of_file, with_stem
 
 _BACKBONES = ("backbone", "encoder", "student_backbone")
 _WRAPPERS = r"(?:(?:module|model|student|online)\.)*"
@@ -71,10 +73,12 @@ class Backbone(NamedTuple):
     Args:
         state: {name: tensor}; the names are those of torchvision if the backbone is one of its ResNets.
         dropped: number of other tensors in the checkpoint, by the first part of their names.
+        stem: of the network, if its first convolution is 3×3; None if it is unknown.
     """
 
     state: dict[str, Tensor]
     dropped: Mapping[str, int]
+    stem: Stem | None = None
 
 
 def checkpoint_file(path: Path) -> Path:
@@ -132,7 +136,7 @@ def read_backbone(path: Path) -> Backbone:
     if {key.split(".")[0] for key in state} - {"8"} == set(_CHILDREN):  # nn.Sequential(*list(resnet.children())[:-1])
         names = {**_CHILDREN, "8": "avgpool"}  # with an expanded representation, the average pooling has weights
         state = {f"{names[(parts := key.partition('.'))[0]]}.{parts[2]}": value for key, value in state.items()}
-    return Backbone(state, dict(sorted(dropped.items())))
+    return Backbone(state, dict(sorted(dropped.items())), stem_of_file(content, state))
 
 
 def _prefix(state: Mapping[str, Tensor], path: Path) -> str:
@@ -152,23 +156,25 @@ def _prefix(state: Mapping[str, Tensor], path: Path) -> str:
     return ""
 
 
-def fit(state: Mapping[str, Tensor], target: str, arch: str | None, **options: Any) -> tuple[str, nn.Module]:
+def fit(backbone: Backbone, target: str, arch: str | None, **options: Any) -> tuple[str, dict[str, Tensor], nn.Module]:
     """Load the weights of a backbone into a model of a library.
 
     Args:
-        state: state dict of a backbone.
+        backbone: the weights, and the stem.
         target: "torchvision" or "timm".
         arch: name of the model in the library; None selects the ResNet that fits.
         options: of the model, if ``arch`` is given.
 
     Returns:
-        The name of the model, and the model without its classifier. If the weights are those of a ResNet with the stem
-        for small images, the model has that stem.
+        The name of the model, the weights with the names of the library, and the model without its classifier. If the
+        weights are those of a ResNet with a 3×3 convolution, the model has that stem; a stem that is unknown has
+        padding 1 and no max-pool.
 
     Raises:
         UserError: there is no such model, it has no such option, or the weights do not fit it; the message names the
             differences.
     """
+    state = library_names(backbone.state, target)
     if arch is None and options:
         raise UserError(f"the options {', '.join(options)} need an architecture; set arch too")
     if arch is None:
@@ -186,8 +192,8 @@ def fit(state: Mapping[str, Tensor], target: str, arch: str | None, **options: A
     model = build_network(target, arch, **options)
     if differences := _differences(state, model):
         raise UserError(f"the backbone is not a {arch} of {target}: {differences}")
-    model.load_state_dict(dict(state))
-    return arch, model
+    model.load_state_dict(state)
+    return arch, state, fit_stem_(model, backbone.stem)
 
 
 def build_network(target: str, arch: str, **options: Any) -> nn.Module:
@@ -287,7 +293,7 @@ def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
     backbone = read_backbone(path)
     # tensors of a checkpoint may share memory: safetensors rejects them, and torch.save would write all of the memory
     state = {key: value.clone().contiguous() for key, value in backbone.state.items()}
-    what = f"{len(state)} tensors"
+    what, stem = f"{len(state)} tensors", backbone.stem
     if target != "safetensors" and any(key.rpartition(".")[2] == BUFFER for key in state):
         raise UserError(
             f"{path} has a Sobel filter before its first convolution, which no model of {target} has; export it with "
@@ -300,9 +306,9 @@ def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
         state = published_names(build(state, str(path)).state_dict())
         what = f"the format of DISSL's weights, {len(state)} tensors"
     elif target != "safetensors" or arch is not None:
-        state = library_names(state, "timm" if target == "timm" else "torchvision")
-        arch = fit(state, "timm" if target == "timm" else "torchvision", arch)[0]
-        what = f"{arch} for {target}, {what}"
+        library = "timm" if target == "timm" else "torchvision"
+        arch, state, network = fit(backbone._replace(state=state), library, arch)
+        what, stem = f"{arch} for {target}, {what}", stem_of(network)
         if any(".attn." in key or ".self_attention." in key for key in state):
             what += (
                 "; the weights do not determine the number of attention heads: create the model with the same number"
@@ -315,24 +321,28 @@ def export(path: Path, target: str, out: Path, arch: str | None = None) -> str:
                 "norm_layer=lambda width: torch.nn.GroupNorm(1, width)"
             )
         if arch in _RESNETS and state["conv1.weight"].shape[-1] == 3:
-            what += ", with the stem for small images: the model needs a 3x3 conv1 with stride 1 and no maxpool"
+            assert stem is not None
+            what += (
+                ", with the stem for small images: the model needs a 3x3 conv1 with stride 1 and padding "
+                f"{stem.padding}, and {'a' if stem.pool else 'no'} maxpool"
+            )
     if target == "detectron2":
         if out.suffix != ".pkl":
             raise UserError(f"OUT must end in .pkl, by which detectron2 recognises the format, got {out}")
         if arch not in _BOTTLENECKS or state["conv1.weight"].shape[-1] == 3:
-            stem = " with a 3x3 conv1" if state["conv1.weight"].shape[-1] == 3 else ""
-            raise UserError(f"detectron2 needs {', '.join(_BOTTLENECKS)} with a 7x7 conv1, got {arch}{stem}")
+            small = " with a 3x3 conv1" if state["conv1.weight"].shape[-1] == 3 else ""
+            raise UserError(f"detectron2 needs {', '.join(_BOTTLENECKS)} with a 7x7 conv1, got {arch}{small}")
         if not _has_statistics(state):
             raise UserError("detectron2's ResNets have batch norms, but the backbone was trained with norm=per_sample")
     with atomic(out) as file:
         if target == "safetensors":
             from safetensors.torch import save
 
-            file.write(save(state))
+            file.write(save(state, None if stem is None else {KEY: json.dumps(stem._asdict())}))
         elif target == "detectron2":
             pickle.dump(to_detectron2(state), file)
         else:
-            torch.save(state, file)
+            torch.save(with_stem(state, stem), file)
     dropped = ", ".join(f"{name} ({count})" for name, count in backbone.dropped.items()) or "none"
     return f"{out}: {what}; dropped: {dropped}"
 

@@ -15,7 +15,6 @@ from torch import nn
 from plugins.methods import METHODS
 from plugins.tools.cpc_encoders import ENCODERS
 from plugins.tools.export import build_network, checkpoint_file, fit, read_backbone
-from plugins.tools.library_names import library_names
 from plugins.tools.weights import check_digest
 
 ARCHITECTURES = ("resnet18", "resnet50", "resnet50x2", "resnet200x2")
@@ -38,8 +37,8 @@ def load_weights(
         options: of the network ``arch``, such as ``size=64, ndf=192`` of ``amdim_encoder``.
 
     Returns:
-        The network ``[B, 3, H, W] → [B, F]`` in evaluation mode, on the CPU. A ResNet that was trained with the
-        stem for small images has that stem.
+        The network ``[B, 3, H, W] → [B, F]`` in evaluation mode, on the CPU. A ResNet that was trained with a stem
+        for small images has that stem, with its padding and max-pool.
 
     Raises:
         UserError: there is no such file, it contains no backbone, its SHA-256 differs, or a tensor is missing,
@@ -48,7 +47,7 @@ def load_weights(
     path = checkpoint_file(Path(source).expanduser())
     if sha256 is not None and path.is_file():
         check_digest(path, sha256)
-    return fit(library_names(read_backbone(path).state, "torchvision"), "torchvision", arch, **options)[1].eval()
+    return fit(read_backbone(path), "torchvision", arch, **options)[2].eval()
 
 
 def constructors(names: Iterable[str] = METHODS) -> dict[str, Callable[..., nn.Module]]:

@@ -370,7 +370,11 @@ def test_suite_as_jobs_on_this_machine(stub, capfd):
 def test_an_interrupt_ends_local_jobs_and_a_second_call_continues(stub):
     Path("wait").touch()
     command = [sys.executable, *MAIN, "--cluster", "local", "--only", "base"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts `command &`; a child inherits it
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     steps = folder("base") / "steps.json"
     wait_for(lambda: steps.is_file() and "score" in json.loads(steps.read_text()))
     holder = status.holder(folder("base"), runner.RUN_LOCK)

@@ -1,13 +1,17 @@
 """The suite self_supervised_vision: runs, commands, collected results, the table, and one training."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib import rc_context
+from PIL import Image, ImageColor
 
 from plugins.experiments import report_ssv
 from plugins.experiments import run as experiments
+from plugins.experiments.results import SECOND
 from plugins.experiments.suites import Request, ssv
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +86,37 @@ def test_result_and_table(tmp_path):
         ["cifar100", "byol", "resnet18", "3", "61.0", "62.0", "72.0", "82.0", "", "1.50"],
         ["cifar100", "sela", "wide_resnet50: missing", "–", "–", "–", "–", "–", "", "–"],
     ]
+
+
+def test_figure_has_the_methods_and_what_is_published(tmp_path, capsys):
+    """kNN and linear accuracy of two networks on two data sets; the published number of BYOL on CIFAR-10 alone."""
+    folder = tmp_path / "self_supervised_vision"
+    labels = ("byol-resnet18", "sela-resnet18", "byol-resnet50_digits")
+    for label, seed in (*((label, 420) for label in labels), ("byol-resnet18", 421)):
+        place = folder / "solo" / label / f"seed{seed}"
+        place.mkdir(parents=True)
+        numbers = {"knn": 70.0 + seed - 420, "linear": 81.0, "neighbors_head": 61.0}
+        (place / "result.json").write_text(json.dumps({"method": label.partition("-")[0], **numbers}))
+    (folder / "solo" / "dino-resnet18" / "seed420").mkdir(parents=True)  # not finished
+    assert report_ssv.main([str(folder)]) == 0
+    assert f"{folder / 'figure.png'}, {folder / 'figure.pdf'}" in capsys.readouterr().out
+    assert (folder / "figure.pdf").read_bytes().startswith(b"%PDF")
+    with Image.open(folder / "figure.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
+    wanted = {*(colour for _, colour, _ in report_ssv.MARKS.values()), SECOND}
+    assert {ImageColor.getrgb(colour) for colour in wanted} <= colours, "a mark is missing"
+
+    svg = tmp_path / "figure.svg"
+    with rc_context({"svg.fonttype": "none"}):
+        report_ssv.make_figure(report_ssv.ordered_rows(folder), [svg])
+    words = re.findall(r"<text[^>]*>([^<]+)</text>", svg.read_text())
+    of_x = [word for word in words if word in ssv.ALGORITHMS]
+    assert of_x == ["byol", "sela", "dino"] * 2, "the axis of each network, in the order of the suite"
+    assert {"resnet18", "resnet50", "cifar10: accuracy (%)", "digits: accuracy (%)"} <= {*words}
+    legend = ("kNN", "linear", "neighbours, head", "published, best on test")
+    assert [words.count(name) for name in legend] == [1] * 4
+    assert report_ssv.published("byol", "cifar10") == 80.09
+    assert report_ssv.published("byol", "digits") is report_ssv.published("sela", "cifar10") is None
 
 
 def test_without_runs_the_report_is_one_sentence(tmp_path, capsys):

@@ -352,3 +352,43 @@ def test_a_compiled_backbone_is_loaded_and_another_one_is_refused(tmp_path: Path
     torch.save({"state_dict": {f"backbone.{key}": value for key, value in other.state_dict().items()}}, path)
     with pytest.raises(UserError, match=r"unexpected layer1\.2\.conv1\.weight and 95 more.* of another depth"):
         load_backbone(path, one)
+
+
+STEMS = {"of solo-learn": "{}", "3x3 with a max-pool": "{stem: 3x3}", "3x3": "{stem: cifar}"}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_the_stem_of_a_checkpoint_is_kept(stem: str, compose, tmp_path: Path, differing_loads) -> None:
+    """Its padding and max-pool are in no tensor: in our checkpoints, in earlier ones, and in those of stock scripts."""
+    from solo_ext.checkpoint import Checkpointer, find_checkpoint, read_checkpoint
+    from solo_ext.config import parse_pretrain
+    from solo_ext.registry import method_class
+
+    cfg = parse_pretrain(compose("ssl_ey", "backbone.name=resnet18", f"++backbone.kwargs={STEMS[stem]}"))
+    cfg.data.dataset = "cifar10"
+    torch.manual_seed(0)
+    model = method_class(cfg)(cfg)
+    Checkpointer(cfg, tmp_path).save_weights(model)
+    content = read_checkpoint(find_checkpoint(tmp_path))
+    assert content["stem"]["padding"] == (2 if stem == "of solo-learn" else 1)
+    assert differing_loads(content, model.backbone) == []
+    assert differing_loads({key: content[key] for key in ("state_dict", "solo_ext")}, model.backbone) == []
+    stock: dict = {"state_dict": content["state_dict"]}
+    if stem == "of solo-learn":
+        assert differing_loads(stock, model.backbone) == []
+    model.on_save_checkpoint(stock)  # our methods in stock scripts
+    assert differing_loads(stock, model.backbone) == []
+
+
+def test_an_evaluation_has_the_stem_of_the_training(tmp_path: Path) -> None:
+    """That of a file of lightly has padding 1, that of solo-learn's networks for CIFAR padding 2."""
+    theirs = build_backbone("resnet18", {"stem": "3x3"}, "custom", 32).eval()
+    state = {f"backbone.{name}": value for name, value in theirs.state_dict().items()}
+    record = {"stride": 1, "padding": 1, "pool": True}
+    torch.save({"state_dict": state, "stem": record}, tmp_path / "run.ckpt")
+    ours = build_backbone("resnet18", {}, "cifar10", 32).eval()
+    assert ours.conv1.padding == (2, 2)
+    load_backbone(tmp_path / "run.ckpt", ours)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(ours(images), theirs(images))

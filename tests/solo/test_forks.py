@@ -20,7 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from plugins.methods import METHODS
 from plugins.predictors import ClosedFormPredictor
+from plugins.testing import tiny_backbone
 from solo_ext import main_pretrain
+from solo_ext.architectures import ARCHITECTURES
 from solo_ext.checkpoint import find_checkpoint
 from solo_ext.config import parse_linear, parse_pretrain
 from solo_ext.registry import method_class, plugin_methods
@@ -28,6 +30,7 @@ from solo_ext.registry import method_class, plugin_methods
 pytestmark = pytest.mark.solo
 
 CHECKOUTS = "FORKS_CHECKOUTS"
+ROOT = Path(__file__).parents[2]
 
 # The entries above and below the method in all files of both forks.
 _HEAD = """
@@ -294,6 +297,44 @@ def test_a_machine_without_gpu_or_data_is_told_so_in_one_sentence(scripts, tmp_p
         assert stopped.value.code == 2 and "Traceback" not in err + out
         (line,) = (line for line in err.splitlines() if line.startswith("error: "))
         assert line.startswith(sentence)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        *(("byol", "byol"), ("simsiam", "byol-noema")),
+        *((name, name) for name in ("directpred", "directpred-noema", "isoloss", "isoloss-noema")),
+        *(("directcopy", "directpred"), ("directcopy-noema", "directpred-noema")),
+        *(("directcopy-isocopy", "isoloss"), ("directcopy-isocopy-noema", "isoloss-noema")),
+    ],
+)
+def test_the_commands_of_run_experiments_train(name, file, scripts, digits, tmp_path, monkeypatch):
+    """The ten variants of the script, with the options of docs/migration.md, in a checkout's layout; DATA is digits."""
+    page = (ROOT / "docs" / "migration.md").read_text()
+    (row,) = (line for line in page.splitlines() if f"data.dataset=DATA name={name}_DATA" in line)
+    words = row.split("`")[1].replace("DATA", "digits").split()
+    assert words[0] == f"{file}.yaml"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scripts" / "pretrain").mkdir(parents=True)
+    (tmp_path / "scripts" / "pretrain" / "cifar").symlink_to(scripts)
+    monkeypatch.setitem(ARCHITECTURES, "tiny", tiny_backbone)
+    small = ["backbone.name=tiny", "max_epochs=1", "++limit_train_batches=2", "++limit_val_batches=1"]
+    small += ["wandb.enabled=False", "++checkpoint.version=v", "++log_every_n_steps=1"]
+    given = ["--config-path", "scripts/pretrain/cifar/", "--config-name", *words]
+    monkeypatch.setattr(sys, "argv", ["prog", *given, *_forced(digits), *small])
+    main_pretrain.main()
+    (folder,) = (tmp_path / "trained_models").glob("*/v")
+    assert folder.parent.name == ("directpred" if "direct" in name or "iso" in name else "byol")
+    options = json.loads((folder / "args.json").read_text())
+    assert options["name"] == f"{name}_digits"
+    assert options["optimizer"]["weight_decay"] == (1e-5 if name in ("byol", "simsiam") else 1e-4)
+    kwargs = options["method_kwargs"]
+    powers = (1, 0.25) if name.startswith("directcopy") else (0.5, 0.0)
+    if folder.parent.name == "directpred":
+        assert (kwargs["dp_alpha"], kwargs["eps_iso"], kwargs["iso"]) == (*powers, "iso" in name)
+    losses = _logged(folder)["train_neg_cos_sim_step"]
+    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
 
 
 # what is logged

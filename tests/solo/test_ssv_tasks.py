@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import nn
 
 from plugins.testing import tiny_backbone
@@ -27,6 +31,7 @@ from solo_ext.ssv import evaluate
 from solo_ext.ssv.checkpoints import LAYOUTS, load_network
 from solo_ext.ssv.command import Arguments, run
 from solo_ext.ssv.metrics import K, NeighborMetrics, outputs
+from solo_ext.ssv.repairs import announcements
 from solo_ext.transforms import evaluation_transform
 
 pytestmark = pytest.mark.solo
@@ -359,27 +364,47 @@ def test_tasks_refuse_before_they_read_an_image(arguments, files, tmp_path):
 
 
 @pytest.mark.slow
-def test_train_then_linear_eval_then_get_features(digits, tmp_path, monkeypatch, capsys):
-    """The three tasks as main.py runs them: BYOL's trial for two epochs of 96 images, with its ResNet-18."""
+@pytest.mark.ddp
+def test_train_on_two_devices_then_linear_eval_then_get_features(thin_digits, tmp_path, monkeypatch, capsys):
+    """The three tasks of main.py: an epoch of BYOL's trial in two processes, whose numbers are those of one process.
+
+    41 test images and 99 training images: the processes have shares of different sizes.
+    """
     monkeypatch.chdir(tmp_path)
     given = ["-c", str(ROOT / "configs" / "ssv" / "digits" / "byol.yaml"), "-a", "byol", "-m", "resnet18"]
-    entries = [f"data.root={digits}", "data.batch_size=32", "epochs=2", "eval_every=1", "linear_eval.epochs=2"]
-    run([*given, "-t", "train", "-o", "trained", *entries])
+    entries = [f"data.root={thin_digits(99, 41)}", "data.batch_size=32", "epochs=1", "eval_every=1"]
+    entries += ["linear_eval.epochs=2", "scheduler.warmup_epochs=0", "data.num_workers=0"]
+    words = [sys.executable, str(ROOT / "main.py"), *given, "-t", "train", "-o", "trained", "--devices", "2", *entries]
+    paths = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "outputs" / "byol" / "resnet18" / "trained"
+    assert OmegaConf.load(folder / "args.json").devices == 2
+    # 99 images: 50 in each process, in batches of 16
+    assert read_checkpoint(find_checkpoint(folder))["global_step"] == 4
     logged = (folder / "trainlogs.txt").read_text().splitlines()
     assert [line.partition(" [")[0] for line in logged] == [
-        *(f"[{kind}] Epoch    {epoch}/   2" for epoch in (1, 2) for kind in ("TRAIN", "VALID")),
+        *(f"[{kind}] Epoch    1/   1" for kind in ("TRAIN", "VALID")),
         f"[INFO] Test linear eval accuracy:{logged[-1].rpartition(':')[2]}",
     ]
+    printed = done.stdout.splitlines()
+    assert [printed.count(line) for line in (announcements("byol")[0], logged[1])] == [1, 1]
+
     run([*given, "-t", "linear_eval", "-l", str(folder), "-o", "evaluated", *entries])
     results = [json.loads((at / "linear_eval.json").read_text()) for at in (folder, folder.parent / "evaluated")]
-    assert results[0]["neighbors"] == results[1]["neighbors"] and results[0]["linear"] == results[1]["linear"]
-    assert f"[accuracy] {results[0]['neighbors']['head'] / 100:.4f}" in logged[-2]
+    for kind in ("neighbors", "knn", "linear"):
+        assert results[0][kind] == results[1][kind], kind
+    for part in ("head", "trunk"):
+        share = results[1]["neighbors"][part]
+        assert share * 41 * K / 100 == pytest.approx(round(share * 41 * K / 100), abs=1e-6)  # of 41 images, each once
+        assert _column(folder, f"val_neighbors_{part}")[1] == pytest.approx(share, rel=1e-6)
+    assert f"[accuracy] {results[0]['neighbors']['head'] / 100:.4f}" in logged[1]
     run([*given, "-t", "get_features", "-l", str(folder), "-o", "features", *entries])
     shapes = {path.name: np.load(path).shape for path in (folder.parent / "features").glob("*.npy")}
     assert shapes == {
-        **{"train_fvecs.npy": (96, 128), "train_gt.npy": (96,)},
-        **{"test_fvecs.npy": (40, 128), "test_gt.npy": (40,)},
+        **{"train_fvecs.npy": (99, 128), "train_gt.npy": (99,)},
+        **{"test_fvecs.npy": (41, 128), "test_gt.npy": (41,)},
     }
-    loaded = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loaded ")]
+    loaded = [line for line in (done.stdout + capsys.readouterr().out).splitlines() if line.startswith("loaded ")]
     assert [Path(line.removeprefix("loaded ")).resolve() for line in loaded] == [find_checkpoint(folder)] * 3

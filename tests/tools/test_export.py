@@ -285,7 +285,7 @@ def test_the_outermost_backbone_is_exported(tmp_path: Path) -> None:
     backbone, inner = nn.Linear(2, 3), nn.Linear(2, 3)
     state = {**prefixed(inner, "model.student.backbone."), **prefixed(backbone, "backbone.")}
     torch.save({"state_dict": {**state, "projector.w": torch.ones(1)}}, tmp_path / "run.ckpt")
-    exported, dropped = read_backbone(tmp_path / "run.ckpt")
+    exported, dropped, _ = read_backbone(tmp_path / "run.ckpt")
     assert exported.keys() == backbone.state_dict().keys()
     assert all(torch.equal(exported[key], value) for key, value in backbone.state_dict().items())
     assert dropped == {"model": 2, "projector": 1}
@@ -325,7 +325,7 @@ def test_the_stem_for_small_images(tmp_path: Path, capsys: pytest.CaptureFixture
     model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     torch.save(checkpoint("solo main", model), tmp_path / "run.ckpt")
     main([str(tmp_path / "run.ckpt"), "--to", "torchvision", str(tmp_path / "tv.pth")])
-    assert "the model needs a 3x3 conv1 with stride 1 and no maxpool" in capsys.readouterr().out
+    assert "the model needs a 3x3 conv1 with stride 1 and padding 1, and no maxpool" in capsys.readouterr().out
     assert torch.equal(torch.load(tmp_path / "tv.pth", weights_only=True)["conv1.weight"], model.conv1.weight)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import shlex
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from plugins.tools.export import export, read_backbone
 from plugins.tools.library_names import library_names
 from plugins.tools.regnet import regnet_y
 from plugins.tools.resnet8 import resnet8
+from plugins.tools.stems import stem_record
 from vissl_ext.compose import compose
 from vissl_ext.defaults import adapt
 from vissl_ext.parts import check_layers
@@ -77,6 +79,17 @@ def test_cifar_stem_is_that_of_solo_learn() -> None:
     pooled, last = ours(torch.randn(2, 3, 32, 32), ["res1", "res5"])
     assert pooled.shape == (2, 64, 34, 34)
     assert last.shape == (2, 512, 5, 5)
+
+
+@pytest.mark.parametrize("depth", [8, 18])
+def test_the_stem_of_a_checkpoint_is_kept(depth: int, differing_loads: Callable) -> None:
+    """Its padding is in no tensor: with the record of a run's checkpoint, and without, as earlier releases wrote it."""
+    ours = trunk("+config.MODEL.TRUNK.RESNETS.CIFAR_STEM=true", f"config.MODEL.TRUNK.RESNETS.DEPTH={depth}")
+    network = torch.nn.Sequential(*ours._feature_blocks.values())
+    state = {"base_model": {"model": {"trunk": ours.state_dict(), "heads": {}}}}
+    contents = [{"classy_state_dict": {**state, **stem_record(ours)}}, {"classy_state_dict": state}]
+    for content in contents[: 1 if depth == 8 else 2]:
+        assert differing_loads(content, network, "resnet8" if depth == 8 else None) == []
 
 
 def test_features_of_any_width_are_those_of_the_expanded_resnet() -> None:

@@ -1,6 +1,7 @@
 """Measure the quality of features without labels, without any framework: ``python -m plugins.tools.quality``.
 
-The features are those of a .npy file, of a folder of VISSL's ``extract_features``, or of a trained backbone on images::
+The features are those of a .npy, .npz or .pt file, of a folder of VISSL's ``extract_features``, or of a trained
+backbone on images::
 
     python -m plugins.tools.quality features.npy
     python -m plugins.tools.quality features/d8192 --split test
@@ -11,7 +12,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         description="Print RankMe, α-ReQ, LiDAR and other metrics of features, which need no labels.",
     )
     add = found.add_argument
-    source = "a .npy file [N, D] or [views, N, D], a folder of features, a checkpoint, or the folder of a run"
+    source = "a .npy, .npz or .pt file [N, D] or [views, N, D], a folder of features, a checkpoint, or a run's folder"
     add("sources", type=Path, nargs="+", metavar="SOURCE", help=source)
     add("--split", choices=["train", "test"], default="train", help="of a folder of features (default: train)")
     add("--layer", metavar="NAME", help="of a folder of features, if it has several")
@@ -58,25 +60,51 @@ def of_features(views: Tensor, device: torch.device | None = None) -> QualityVal
     return quality.values()
 
 
-def read_array(path: Path) -> Tensor:
-    """Read a .npy file of floating-point numbers, ``[N, D]`` or ``[V, N, D]``.
+def read_file(path: Path) -> Tensor | None:
+    """Read the features of a .npy, .npz or .pt file, ``[N, D]`` or ``[V, N, D]``.
+
+    Args:
+        path: the file. A .npz file has one array, or one of the name ``features``. A .pt file has a tensor, or a
+            dictionary with the tensor ``features``.
+
+    Returns:
+        The features in single precision; None if it is a file of another kind, such as a checkpoint.
 
     Raises:
-        UserError: the file is unreadable, or holds something else.
+        UserError: the file is unreadable, or its features are invalid.
     """
     import numpy as np
 
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path} is not a readable .npy file: {str(error).splitlines()[0]}") from None
-    shape = getattr(array, "shape", ())
-    if len(shape) not in (2, 3) or not array.size or not np.issubdtype(array.dtype, np.floating):
-        raise UserError(f"{path} must hold floating-point numbers [N, D] or [views, N, D], got shape {list(shape)}")
-    rows = torch.from_numpy(array.astype(np.float32, copy=False))
-    if not bool(rows.isfinite().all()):
+    if path.suffix == ".pt":
+        from plugins.tools.unpickle import read_without_code
+
+        content = read_without_code(path)[0]
+        found = content.get("features") if isinstance(content, dict) else content
+        if not isinstance(found, Tensor):
+            return None
+    elif path.suffix in (".npy", ".npz"):
+        try:
+            content = np.load(path, allow_pickle=False)
+            found = _only_array(path, dict(content)) if path.suffix == ".npz" else content
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is not a readable {path.suffix} file: {str(error).splitlines()[0]}") from None
+        if isinstance(found, np.ndarray) and np.issubdtype(found.dtype, np.floating):
+            found = torch.from_numpy(found.astype(np.float32, copy=False))
+    else:
+        return None
+    shape = list(getattr(found, "shape", ()))
+    if not isinstance(found, Tensor) or not found.is_floating_point() or len(shape) not in (2, 3) or 0 in shape:
+        kind = getattr(found, "dtype", type(found).__name__)
+        raise UserError(f"{path} must hold floating-point numbers [N, D] or [views, N, D], got {kind} {shape}")
+    if not bool(found.isfinite().all()):
         raise UserError(f"{path} holds numbers that are not finite; remove these rows")
-    return rows
+    return found.float()
+
+
+def _only_array(path: Path, arrays: Mapping[str, Any]) -> Any:
+    if "features" not in arrays and len(arrays) != 1:
+        raise UserError(f"{path} must have an array with the name features, got {', '.join(arrays) or 'no array'}")
+    return arrays.get("features", next(iter(arrays.values())))
 
 
 def plain_transform(size: int) -> Callable[[Any], Tensor]:
@@ -168,8 +196,8 @@ def measure(source: Path, args: argparse.Namespace) -> QualityValues:
     device = usable_device(args.device)
     if not source.exists():
         raise UserError(f"there is no file or folder {source}")
-    if source.suffix == ".npy":
-        return of_features(read_array(source), device)
+    if source.is_file() and (features := read_file(source)) is not None:
+        return of_features(features, device)
     if source.is_dir() and any(source.glob("rank*_chunk*_inds.npy")):
         return of_features(load_features(source, args.split, args.layer)[0], device)
     if args.data is None:

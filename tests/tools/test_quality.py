@@ -57,11 +57,17 @@ def test_files_of_features(tmp_path, capsys):
     np.save(tmp_path / "rows.npy", VIEWS[0].numpy())
     np.save(tmp_path / "views.npy", VIEWS.numpy())
     save_features(tmp_path / "folder", "test", "res5", VIEWS[0], torch.arange(30))
+    np.savez(tmp_path / "one.npz", VIEWS[0].numpy())
+    np.savez(tmp_path / "named.npz", targets=np.arange(30), features=VIEWS[0].double().numpy())
+    torch.save(VIEWS[0], tmp_path / "tensor.pt")
+    torch.save({"features": VIEWS, "targets": torch.arange(30)}, tmp_path / "views.pt")
     single = pytest.approx(_expected([VIEWS[0]]))
     assert single != _expected([*VIEWS])
-    assert _json(capsys, tmp_path / "rows.npy") == single
+    for name in ("rows.npy", "one.npz", "named.npz", "tensor.pt"):
+        assert _json(capsys, tmp_path / name) == single, name
     assert _json(capsys, tmp_path / "folder", "--split", "test") == single
-    assert _json(capsys, tmp_path / "views.npy") == pytest.approx(_expected([*VIEWS]))
+    for name in ("views.npy", "views.pt"):
+        assert _json(capsys, tmp_path / name) == pytest.approx(_expected([*VIEWS])), name
     quality.main([str(tmp_path / "rows.npy"), str(tmp_path / "views.npy")])
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[:2] == ["source", "rankme"] and len(lines) == 2 and "–" in lines[0]
@@ -90,7 +96,13 @@ def test_a_checkpoint_on_images(tmp_path, images, capsys):
     [
         (["missing.npy"], "there is no file or folder missing.npy"),
         (["text.npy"], "text.npy is not a readable .npy file"),
-        (["flat.npy"], "must hold floating-point numbers [N, D] or [views, N, D], got shape [3]"),
+        (["flat.npy"], "must hold floating-point numbers [N, D] or [views, N, D], got torch.float32 [3]"),
+        (["whole.pt"], "must hold floating-point numbers [N, D] or [views, N, D], got torch.int64 [2, 2]"),
+        (["whole.npy"], "must hold floating-point numbers [N, D] or [views, N, D], got int64 [2, 2]"),
+        (["two.npz"], "two.npz must have an array with the name features, got a, b"),
+        (["text.npz"], "text.npz is not a readable .npz file"),
+        (["text.pt"], "text.pt cannot be read as a checkpoint"),
+        (["weights.pt"], "a checkpoint needs images: --data FOLDER"),
         (["nan.npy"], "nan.npy holds numbers that are not finite"),
         (["last.ckpt"], "a checkpoint needs images: --data FOLDER"),
         (["last.ckpt", "--data", "nowhere", "--arch", "resnet8"], "there is no folder nowhere"),
@@ -99,7 +111,12 @@ def test_a_checkpoint_on_images(tmp_path, images, capsys):
 )
 def test_errors_are_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.npy").write_text("no array")
+    for name in ("text.npy", "text.npz", "text.pt"):
+        (tmp_path / name).write_text("no array")
+    np.savez("two.npz", a=np.eye(2), b=np.eye(2))
+    torch.save(torch.ones(2, 2, dtype=torch.int64), "whole.pt")
+    np.save("whole.npy", np.ones((2, 2), dtype=np.int64))
+    torch.save({"state_dict": {}}, "weights.pt")
     np.save("flat.npy", np.zeros(3))
     np.save("nan.npy", np.array([[1.0, math.nan]]))
     _weights(tmp_path / "last.ckpt")

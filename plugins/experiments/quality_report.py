@@ -13,6 +13,7 @@ from typing import Any
 
 from plugins.experiments.results import FAINT, INK, MISSING, markdown_table, read_rows
 from plugins.tools.command import Parser, UserError, exit_on_user_error, integer_from, positive_number
+from plugins.tools.quality import Augmentation, image_sets
 from plugins.tools.records import write_json
 
 TITLES = {
@@ -26,6 +27,8 @@ TITLES = {
     "uniformity": "uniformity",
 }
 """Metric → title."""
+AUGMENTATION = Augmentation(0.6, (0.4, 0.4, 0.8, 0.5), jitter_prob=1, gray_prob=0.8, flip_prob=0)
+"""That of the digits runs."""
 COLOURS = {"solo": "#1f6fb4", "lightly": "#c8553d", "vissl": "#4a8f5b"}
 
 
@@ -35,7 +38,9 @@ def checkpoint(run: Path) -> Path:
     return next((path for path in inner if [*path.glob("*.ckpt")] or (path / "checkpoint.torch").is_file()), run)
 
 
-def measure(folder: Path, data: Path, *, arch: str, size: int, views: int) -> tuple[list[dict[str, Any]], list[str]]:
+def measure(
+    folder: Path, data: Path, *, arch: str, size: int, views: int, images: int
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Compute kNN accuracy and metrics of each finished run.
 
     Args:
@@ -44,6 +49,7 @@ def measure(folder: Path, data: Path, *, arch: str, size: int, views: int) -> tu
         arch: network of the runs.
         size: side of the images in pixels.
         views: number of augmented views for LiDAR and alignment.
+        images: number of images that have them.
 
     Returns:
         A dictionary for each run, and one line for each run whose checkpoint is not that of the network.
@@ -52,11 +58,12 @@ def measure(folder: Path, data: Path, *, arch: str, size: int, views: int) -> tu
 
     from plugins.tools.hub import load_weights
     from plugins.tools.knn import knn_accuracy
-    from plugins.tools.quality import image_sets, of_network
+    from plugins.tools.quality import of_network
 
     torch.manual_seed(0)
     print(f"reading {data}", flush=True)
-    train_images = [_in_memory(part) for part in image_sets(data / "train", size=size, views=views, min_scale=0.6)]
+    sets = image_sets(data / "train", size=size, views=views, images=images, how=AUGMENTATION)
+    train_images = [_in_memory(part) for part in sets]
     val_images = [_in_memory(part) for part in image_sets(data / "val", size=size)]
     found, skipped = [], []
     runs = [(row, run) for row in read_rows(folder) for run in row.folders]
@@ -162,13 +169,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data", type=Path, default=Path("datasets/digits"), help="images (default: datasets/digits)")
     add("--arch", default="resnet8", help="network of the runs (default: resnet8)")
     add("--size", type=positive_number(int), default=16, help="side of the images in pixels (default: 16)")
-    add("--views", type=integer_from(2), default=10, help="augmented views for LiDAR and alignment (default: 10)")
+    add("--views", type=integer_from(2), default=50, help="augmented views for LiDAR and alignment (default: 50)")
+    add("--images", type=integer_from(2), default=200, help="images that have such views (default: 200)")
     with exit_on_user_error():
         args = parser.parse_args(argv)
         for folder in (args.folder, args.data):
             if not folder.is_dir():
                 raise UserError(f"there is no folder {folder}")
-        runs, skipped = measure(args.folder, args.data, arch=args.arch, size=args.size, views=args.views)
+        runs, skipped = measure(
+            args.folder, args.data, arch=args.arch, size=args.size, views=args.views, images=args.images
+        )
         if len(runs) < 3:
             raise UserError(f"{args.folder} has {len(runs)} usable runs, a correlation needs at least 3; run the suite")
         text = make_table(runs, skipped)

@@ -15,7 +15,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,18 @@ from plugins.metrics.monitor import QualityValues
 from plugins.tools.command import Parser, UserError, exit_on_user_error, integer_from, positive_number
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Augmentation(NamedTuple):
+    """Augmentation of the views, which should be that of the training."""
+
+    min_scale: float = 0.2
+    """Least area of the crops, in (0, 1]."""
+    jitter: Sequence[float] = (0.4, 0.4, 0.4, 0.1)
+    """Strength of the colour jitter: brightness, contrast, saturation and hue."""
+    jitter_prob: float = 0.8
+    gray_prob: float = 0.2
+    flip_prob: float = 0.5
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,13 +54,27 @@ def parser() -> argparse.ArgumentParser:
     add("--arch", metavar="NAME", help="network of a checkpoint (default: the ResNet that fits)")
     add("--size", type=positive_number(int), default=224, help="side of the images in pixels (default: 224)")
     add("--views", type=integer_from(0), default=0, help="augmented views for LiDAR and alignment (default: 0, none)")
-    add("--min-scale", type=positive_number(float), default=0.2, help="least area of their crops (default: 0.2)")
-    add("--seed", type=integer_from(0), default=0, help="seed of the augmentations (default: 0)")
+    add("--images", type=integer_from(2), default=1000, help="images with such views, drawn at random (default: 1000)")
+    usual = Augmentation()
+    add("--min-scale", type=_share, default=usual.min_scale, help="least area of their crops (default: 0.2)")
+    names = ("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE")
+    add("--jitter", type=_share, nargs=4, default=usual.jitter, metavar=names, help="(default: 0.4 0.4 0.4 0.1)")
+    add("--jitter-prob", type=_share, default=usual.jitter_prob, help="probability of the jitter (default: 0.8)")
+    add("--gray-prob", type=_share, default=usual.gray_prob, help="probability of a grey view (default: 0.2)")
+    add("--flip-prob", type=_share, default=usual.flip_prob, help="probability of a flip (default: 0.5)")
+    add("--seed", type=integer_from(0), default=0, help="seed of images and augmentations (default: 0)")
     add("--batch-size", type=positive_number(int), default=256, help="images in a batch (default: 256)")
     add("--num-workers", type=integer_from(0), default=0, help="workers of the data loader (default: 0)")
     add("--device", help="cpu, cuda, ... (default: a GPU if one is available)")
     add("--json", action="store_true", help="print JSON instead of a table")
     return found
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text}")
+    return value
 
 
 def of_features(views: Tensor, device: torch.device | None = None) -> QualityValues:
@@ -115,23 +141,27 @@ def plain_transform(size: int) -> Callable[[Any], Tensor]:
     return T.Compose([resize, T.CenterCrop(size), T.ToTensor(), T.Normalize(MEAN, STD)])
 
 
-def views_transform(size: int, min_scale: float) -> Callable[[Any], Tensor]:
-    """Return the transform of the views: crops, colour jitter and grey, without flips."""
+def views_transform(size: int, how: Augmentation) -> Callable[[Any], Tensor]:
+    """Return the transform of the views: crop, flip, colour jitter and grey."""
     from torchvision import transforms as T
 
-    jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
-    crop = T.RandomResizedCrop(size, scale=(min_scale, 1.0))
-    return T.Compose([crop, jitter, T.RandomGrayscale(0.2), T.ToTensor(), T.Normalize(MEAN, STD)])
+    crop = T.RandomResizedCrop(size, scale=(how.min_scale, 1.0), interpolation=T.InterpolationMode.BICUBIC)
+    jitter = T.RandomApply([T.ColorJitter(*how.jitter)], how.jitter_prob)
+    steps = [crop, T.RandomHorizontalFlip(how.flip_prob), jitter, T.RandomGrayscale(how.gray_prob)]
+    return T.Compose([*steps, T.ToTensor(), T.Normalize(MEAN, STD)])
 
 
-def image_sets(data: Path, *, size: int = 224, views: int = 0, min_scale: float = 0.2) -> list[Any]:
-    """Open the images of a folder without augmentation, and once for each augmented view.
+def image_sets(
+    data: Path, *, size: int = 224, views: int = 0, images: int = 1000, how: Augmentation | None = None
+) -> list[Any]:
+    """Open the images of a folder without augmentation, and some of them once for each augmented view.
 
     Args:
         data: images, one folder per class.
         size: side of the images in pixels.
         views: number of augmented views.
-        min_scale: least area of the views' crops, in (0, 1].
+        images: number of images that have them, drawn with torch's generator.
+        how: their augmentation.
 
     Raises:
         UserError: the folder is missing or has no images.
@@ -141,11 +171,14 @@ def image_sets(data: Path, *, size: int = 224, views: int = 0, min_scale: float 
 
     if not data.is_dir():
         raise UserError(f"there is no folder {data}")
-    transforms = [plain_transform(size), *[views_transform(size, min_scale)] * views]
+    augment = views_transform(size, how or Augmentation())
     try:
-        return [ImageFolder(str(data), transform, loader=open_image) for transform in transforms]
+        whole = ImageFolder(str(data), plain_transform(size), loader=open_image)
+        augmented = ImageFolder(str(data), augment, loader=open_image)
     except FileNotFoundError as error:
         raise UserError(f"{data} must hold a folder of images for each class: {error}") from None
+    chosen = torch.randperm(len(whole))[:images].sort().values.tolist()
+    return [whole, *[torch.utils.data.Subset(augmented, chosen)] * views]
 
 
 @torch.no_grad()
@@ -205,8 +238,9 @@ def measure(source: Path, args: argparse.Namespace) -> QualityValues:
     from plugins.tools.hub import load_weights
 
     model = load_weights(source, args.arch)
-    images = image_sets(args.data, size=args.size, views=args.views, min_scale=args.min_scale)
     torch.manual_seed(args.seed)
+    how = Augmentation(args.min_scale, args.jitter, args.jitter_prob, args.gray_prob, args.flip_prob)
+    images = image_sets(args.data, size=args.size, views=args.views, images=args.images, how=how)
     return of_network(model, images, device, batch=args.batch_size, workers=args.num_workers)[0]
 
 
@@ -230,8 +264,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
     with exit_on_user_error():
         args = parser().parse_args(argv)
-        if args.views == 1 or args.min_scale > 1:
-            raise UserError("--views must be 0 or at least 2, and --min-scale at most 1")
+        if args.views == 1:
+            raise UserError("--views must be 0 or at least 2, got 1")
+        if args.min_scale == 0 or args.jitter[3] > 0.5:
+            raise UserError("--min-scale must be above 0, and the hue of --jitter at most 0.5")
         results: dict[str, dict[str, float | None]] = {}
         for source in args.sources:
             try:

@@ -128,6 +128,21 @@ def test_lidar_of_known_scatters():
     assert lidar(torch.zeros(2, 2), torch.zeros(2, 2)) == 0
 
 
+def test_lidar_of_few_views_is_that_of_the_noise_unless_their_number_is_given():
+    """Images that differ in one of 20 directions, and views with equal noise in all."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4000, 1, generator=generator, dtype=torch.float64) * torch.eye(20, dtype=torch.float64)[0]
+    moments = Moments()
+    moments.update([images + torch.randn(4000, 20, generator=generator, dtype=torch.float64) for _ in range(2)])
+    scatters = moments.between / moments.count, moments.within / moments.rows
+    assert lidar(*scatters).item() == pytest.approx(math.exp(math.log(22) - 3 * math.log(3) / 22), rel=0.02)
+    assert lidar(*scatters, views=2).item() < 6
+    exact = torch.diag(torch.tensor([3.5, 0.5], dtype=torch.float64)), torch.eye(2, dtype=torch.float64) * 0.5
+    assert lidar(*exact, views=2).item() == pytest.approx(1, rel=1e-5)
+    with pytest.raises(ValueError, match=r"views must be in \[2, inf\), got 1"):
+        lidar(*exact, views=1)
+
+
 def test_alignment_and_uniformity_of_known_points():
     poles = torch.tensor([[0.0, 3.0], [0.0, -1.0]])
     assert uniformity(poles).item() == pytest.approx(-8)

@@ -23,8 +23,8 @@ def lidar(
     ``exp(−Σ_k p_k log p_k)`` with ``p_k = λ_k / Σ_j λ_j + eps``, where λ are the eigenvalues of
     ``Σ_w^(−1/2) Σ_b Σ_w^(−1/2)``. They are computed as those of ``L⁻¹ Σ_b L⁻ᵀ`` with ``Σ_w = L Lᵀ``, which are equal.
 
-    The mean of V views retains a V-th of the variance within an image, which adds ``Σ_w / V`` to Σ_b in expectation. With
-    few views this noise dominates and raises LiDAR towards D. ``views`` removes it: Σ_b becomes
+    The mean of V views retains a V-th of the variance within an image, which adds ``Σ_w / V`` to Σ_b in expectation.
+    With few views this noise dominates and raises LiDAR towards D. ``views`` removes it: Σ_b becomes
     ``between − within / (V − 1)``, an estimate without bias, and negative eigenvalues count as 0.
 
     Args:

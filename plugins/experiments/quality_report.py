@@ -101,7 +101,9 @@ def correlations(runs: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float
         pairs = [(run[name], run["knn"]) for run in runs if math.isfinite(run[name])]
         if len(pairs) > 2:
             x, y = zip(*pairs, strict=True)
-            found[name] = (float(spearmanr(x, y)[0]), float(pearsonr(x, y)[0]), len(pairs))
+            rho: Any = spearmanr(x, y)[0]
+            r: Any = pearsonr(x, y)[0]
+            found[name] = (float(rho), float(r), len(pairs))
     return found
 
 

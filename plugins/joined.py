@@ -108,7 +108,8 @@ class JoinedBatch:
         self._live = [view.requires_grad_() for view in (*z, *(target if features else []), *flat)]
         indexes = [part.embeddings.index for part in self.parts if part.embeddings.index is not None]
         index = torch.cat(indexes) if indexes else None
-        embeddings = Embeddings(z, z if predict is None else predict(z), target, features, index, maps)
+        backbone = _joined([list(part.embeddings.backbone) for part in self.parts])
+        embeddings = Embeddings(z, z if predict is None else predict(z), target, features, index, maps, backbone)
         self._terms = terms = objective(embeddings)
         if not torch.is_grad_enabled():
             return terms, embeddings

@@ -13,6 +13,8 @@ from plugins.clock import Clock, Feed, Stepped
 from plugins.distributed import LOCAL, Collective
 from plugins.heads import MapHead, SharedHead, StackHead, TwoBranchHead
 from plugins.losses import ETFMonitor
+from plugins.metrics import QualityMonitor
+from plugins.metrics.monitor import check_width
 from plugins.patches import patch_stack
 from plugins.predictors import RunningMoment
 from plugins.spec import Embeddings, Hints, MethodSpec, Terms
@@ -120,15 +122,18 @@ def embed(
     """
     z = project(projector, features)
     p = z if predict is None else predict(z)
+    whole = [(h.mean(1) if h.ndim == 3 else h).detach() for h in features[: large or None]]
     if isinstance(projector, TwoBranchHead):
         shown = features[:large]
-        return Embeddings(z, p, [projector.teacher(h) for h in shown], [h.detach() for h in shown], index)
+        targets, detached = [projector.teacher(h) for h in shown], [h.detach() for h in shown]
+        return Embeddings(z, p, targets, detached, index, backbone=whole)
     local: list[tuple[Tensor, ...]] = []
     if isinstance(projector, MapHead) and any(maps):
         local = [projector.project_maps(view) for view in maps]
     if isinstance(projector, StackHead):
         local = [projector.project_stack(h) if h.ndim == 3 else () for h in features]
-    return Embeddings(z, p, [view.detach() for view in z[:large]] if target is None else target, (), index, local)
+    target = [view.detach() for view in z[:large]] if target is None else target
+    return Embeddings(z, p, target, (), index, local, whole)
 
 
 def _by_view(embeddings: Embeddings) -> dict[str, Tensor]:
@@ -199,6 +204,11 @@ class Objective(nn.Module):
         self.embedding_moment: RunningMoment | None = None
         if spec.width and options.get("log_eigvals", False) and not isinstance(predictor, RunningMoment):
             self.embedding_moment = RunningMoment(options[spec.width], rho=0.99, comm=comm)
+        self.quality: QualityMonitor | None = None
+        if where := options.get("log_quality", False):
+            self.quality = QualityMonitor(where, comm)
+            if spec.width and "projections" in self.quality.kinds:
+                check_width(options[spec.width], "projections")
         # in lists: the networks must not be registered as submodules
         self._heads = [projector, predictor]
         self._teacher: tuple[list[nn.Module], list[nn.Module]] = ([], [])
@@ -215,6 +225,8 @@ class Objective(nn.Module):
         self._own_clock = None if clocks else Clock(persistent=bool(self._freezing))
         roots = [self] if predictor is None else [self, predictor]
         self._stepped = [part for root in roots for part in root.modules() if isinstance(part, Stepped)]
+        if self.quality is not None:
+            self._stepped.append(self.quality)
         for part in self._stepped:
             part.attach(predictor, projector)
         self._micro_batches = 0
@@ -366,6 +378,9 @@ class Objective(nn.Module):
             self.embedding_moment.micro_batch()
             for view in embeddings.z:
                 self.embedding_moment.update(view)
+        if self.quality is not None and self.training:
+            large = len(embeddings.target) or None  # without large views, the stacks
+            self.quality.update(features=embeddings.backbone, projections=embeddings.z[:large])
         try:
             terms = self.criterion(embeddings)
         except NotFiniteError:
@@ -378,6 +393,15 @@ class Objective(nn.Module):
     def tracked_moment(self, predictor: nn.Module | None) -> RunningMoment | None:
         """Return the running second moment of the projections, or None if the method does not track it."""
         return predictor if isinstance(predictor, RunningMoment) else self.embedding_moment
+
+    def epoch_quality(self) -> dict[str, Tensor]:
+        """Return the quality of features and projections since the last call, and start anew. Call it once an epoch.
+
+        The names are ``quality/features/rankme``, ``quality/projections/lidar``, ..., see
+        :class:`plugins.metrics.Quality`. The values are the same on all processes, which must all call it. The result
+        is {} without the option ``log_quality``.
+        """
+        return {} if self.quality is None else self.quality.values()
 
     @torch.no_grad()
     def statistics(self, terms: Terms, embeddings: Embeddings) -> dict[str, Tensor]:

@@ -48,6 +48,8 @@ class Embeddings(NamedTuple):
     maps: Sequence[tuple[Tensor, ...]] = ()
     """Projected feature maps of each view, with gradient, as ``MapHead.project_maps`` or ``StackHead.project_stack``
     returns them; empty unless the method has ``taps`` or such a head."""
+    backbone: Sequence[Tensor] = ()
+    """Detached features of the large views, or means over the patches of stacks, for the option ``log_quality``."""
 
 
 def large_views(sizes: Sequence[int | tuple[int, int]]) -> int:
@@ -105,7 +107,7 @@ class Option:
     """One entry of a method's options (``method_kwargs`` in solo-learn).
 
     Args:
-        default: the value if the user gives none. A given value must have the same type.
+        default: the value if the user gives none. A given value must have the same type, or that of a choice.
         help: one line with meaning, range and unit.
         aliases: other names, used by the forks, each with a function that converts the value (None: no conversion).
         choices: the allowed values, or None.
@@ -119,6 +121,14 @@ class Option:
     choices: tuple[Any, ...] | None = None
     low: float | None = None
     high: float = math.inf
+
+
+LOG_QUALITY = Option(
+    False,
+    "log the quality of features and projections, measured without labels, once an epoch; or of one of the two",
+    choices=(False, True, "features", "projections"),
+)
+"""The option ``log_quality``, which every method has."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +226,7 @@ class MethodSpec:
             their patches, ``[B, P, features_dim]``, to ``[B, D]``.
         patches: options → what each stack consists of, or None if any number of patches is allowed.
         indexed: whether the loss reads ``Embeddings.index``, the positions of the images in the training set.
-        options: all options of the method.
+        options: all options of the method; ``log_quality`` is added.
         paper: title and reference.
         width: name of the option that is the output width of the head; None if several options make it.
         hints: options → how the optimiser treats the method's own parameters. A key is a prefix of their names:
@@ -258,6 +268,9 @@ class MethodSpec:
     teacher_init: Callable[[nn.Module], Any] | None = None
     fork_names: tuple[str, ...] = ()
     log_name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", {**self.options, "log_quality": LOG_QUALITY})
 
     @property
     def only_stacks(self) -> bool:
@@ -351,10 +364,12 @@ class MethodSpec:
     def _checked(self, name: str, key: str, value: Any) -> Any:
         option = self.options[name]
         kind = type(option.default)
+        kinds = {kind, *map(type, option.choices or ())}
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if type(value) is not kind:
-            raise ValueError(f"method {self.name}: {key} must be a {kind.__name__}, got {value!r}")
+        if type(value) not in kinds:
+            allowed = " or ".join(sorted(one.__name__ for one in kinds))
+            raise ValueError(f"method {self.name}: {key} must be a {allowed}, got {value!r}")
         if option.low is not None:
             check_range(f"method {self.name}: {key}", value, low=option.low, high=option.high)
         if option.choices is not None and value not in option.choices:

@@ -37,6 +37,8 @@ class PluginMethod:
     * ``train_z_std``, the standard deviation of the normalised embedding: 1 / sqrt(D) when it is isotropic.
     * ``eigval_metrics/eigval_{min,max,mean,std}`` and ``eigval_metrics/part_ratio`` of the embedding's second moment,
       at every logged step and the last step of an epoch; ``_epoch`` is the mean over these steps.
+    * ``quality/features/rankme`` and other metrics of :mod:`plugins.metrics` once an epoch, with the option
+      ``log_quality``.
     * the values of solo-learn: ``train_class_loss`` (over labelled images), ``train_acc1``, ``train_acc5`` (an image
       without a label counts as wrong), ``tau``, ``val_loss``, ``val_acc1``, ``val_acc5``.
 
@@ -286,6 +288,8 @@ class PluginMethod:
         """
         super().on_train_batch_end(outputs, batch, batch_idx)
         trainer = self.trainer
+        if trainer.is_last_batch:
+            self.log_dict(self.objective.epoch_quality(), on_step=False, on_epoch=True)
         is_logged = trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0
         if self.moment is None or not is_logged:
             return

@@ -15,6 +15,7 @@ from lightly_ext.names import CLASS_NAMES
 from plugins.distributed import LOCAL
 from plugins.heads import SharedHead, StackHead, TwoBranchHead
 from plugins.methods import METHODS
+from plugins.metrics import QualityMonitor
 from plugins.objective import connect, encode_views
 from plugins.spec import Embeddings
 from plugins.testing import NARROW
@@ -35,6 +36,7 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "solo" / "digits"
 SMALL = {
     **NARROW,
     **{"proj_hidden_dim": 24, "proj_output_dim": 12, "pred_hidden_dim": 20, "n_classes": 16, "log_eigvals": True},
+    "log_quality": True,
 }
 
 
@@ -84,8 +86,8 @@ class Parts(NamedTuple):
     teacher_projector: nn.Module | None
 
 
-Step = Callable[[list[Tensor]], Tensor]
-"""Views → loss with a gradient."""
+Step = Callable[[list[Tensor]], tuple[Tensor, dict[str, Tensor]]]
+"""Views → loss with a gradient, and the quality of features and projections."""
 
 
 def options_of(case: Case) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def in_plugins(case: Case) -> tuple[Parts, Step]:
     predictor = spec.predictor(options, LOCAL) if spec.predictor else None
     parts = Parts(*encoder(), predictor, *(encoder() if spec.teacher else (None, None)))
 
-    def step(views: list[Tensor]) -> Tensor:
+    def step(views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         features, maps = encode_views(parts.backbone, views, spec.taps(options))
         local = [parts.projector.project_maps(view) for view in maps if view]
         if isinstance(parts.projector, SharedHead):
@@ -140,7 +142,10 @@ def in_plugins(case: Case) -> tuple[Parts, Step]:
         labelled(loss)
         if isinstance(parts.projector, StackHead):
             local = [parts.projector.project_stack(h) if h.ndim == 3 else () for h in features]
-        return loss(Embeddings(z, p, target, index=INDEX, maps=local)).loss
+        quality = QualityMonitor(True)
+        large = case.large or None  # without large views, the stacks
+        quality.update(features=[h.mean(1) if h.ndim == 3 else h for h in features[:large]], projections=z[:large])
+        return loss(Embeddings(z, p, target, index=INDEX, maps=local)).loss, quality.values()
 
     return parts, step
 
@@ -167,12 +172,12 @@ def in_solo(case: Case) -> tuple[Parts, Step]:
         model.momentum_projector if teacher else None,
     )
 
-    def step(views: list[Tensor]) -> Tensor:
+    def step(views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         model.to(views[0].dtype)  # the classifiers, too
         model.objective.allocate(IMAGES)
         labelled(model.objective.criterion)
         model.training_step((INDEX, views, INDEX % 10), 0)
-        return losses.pop()
+        return losses.pop(), model.objective.epoch_quality()
 
     return parts, step
 
@@ -194,7 +199,7 @@ def in_lightly(case: Case) -> tuple[Parts, Step]:
     )
     model.allocate(IMAGES)
     labelled(model.objective.criterion)
-    return parts, lambda views: model.loss(views, INDEX)
+    return parts, lambda views: (model.loss(views, INDEX), model.epoch_quality())
 
 
 def in_vissl(case: Case) -> tuple[Parts, Step]:
@@ -218,23 +223,24 @@ def in_vissl(case: Case) -> tuple[Parts, Step]:
         teacher and teacher.heads[0].projector,
     )
 
-    def step(views: list[Tensor]) -> Tensor:
+    def step(views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         task.base_loss.objective.allocate(IMAGES)
         labelled(task.base_loss.objective.criterion)
         batch = SimpleNamespace(sample={"input": views, "data_idx": [INDEX] * len(views)})
         task.base_loss.set_index(batch.sample)
         EMATeacherHook().on_forward(SimpleNamespace(base_loss=task.base_loss, last_batch=batch))
         (output,) = task.base_model(views)
-        return task.base_loss(output, torch.zeros(1))
+        return task.base_loss(output, torch.zeros(1)), task.base_loss.objective.epoch_quality()
 
     return parts, step
 
 
 def run(build: Callable[[Case], tuple[Parts, Step]], case: Case, dtype: torch.dtype, weights: Any) -> Any:
-    """Loss and gradients of one framework.
+    """Loss, gradients and quality of one framework.
 
     Returns:
-        The loss, the gradients by part and name, and the weights before the step, which are those given if any are.
+        The loss, the gradients by part and name, the weights before the step, which are those given if any are, and
+        the quality of features and projections.
     """
     parts, step = build(case)
     torch.manual_seed(1)
@@ -257,7 +263,7 @@ def run(build: Callable[[Case], tuple[Parts, Step]], case: Case, dtype: torch.dt
     if case.patches:
         stack = torch.randn(8, case.patches, 3, 8, 8, generator=generator, dtype=torch.float64)
         views.append(stack.to(dtype))
-    loss = step(views)
+    loss, quality = step(views)
     names = {
         (part, key): parameter
         for part, module in zip(Parts._fields, parts, strict=True)
@@ -266,7 +272,7 @@ def run(build: Callable[[Case], tuple[Parts, Step]], case: Case, dtype: torch.dt
         if parameter.requires_grad
     }
     gradients = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
-    return loss.detach(), dict(zip(names, gradients, strict=True)), weights
+    return loss.detach(), dict(zip(names, gradients, strict=True)), weights, quality
 
 
 @pytest.mark.sample("isoloss-float64", "cissl-float32")
@@ -283,12 +289,12 @@ def test_every_framework_computes_the_same_with_small_crops(name: str) -> None:
 
 
 def compare(case: Case, dtype: torch.dtype) -> None:
-    """Assert that loss and gradients of a method are equal in all frameworks."""
+    """Assert that loss, gradients and logged quality of a method are equal in all frameworks."""
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
-    loss, gradients, weights = run(in_plugins, case, dtype, None)
+    loss, gradients, weights, quality = run(in_plugins, case, dtype, None)
     assert len(gradients) > 27 and loss.dtype == dtype
     for build in (in_solo, in_lightly, in_vissl):
-        their_loss, their_gradients, _ = run(build, case, dtype, weights)
+        their_loss, their_gradients, _, their_quality = run(build, case, dtype, weights)
         assert abs(their_loss - loss) <= tolerance * abs(loss), build.__name__
         assert their_gradients.keys() == gradients.keys(), build.__name__
         for key, gradient in gradients.items():
@@ -296,6 +302,10 @@ def compare(case: Case, dtype: torch.dtype) -> None:
             if gradient is not None:
                 error = (their_gradients[key] - gradient).norm()
                 assert error <= tolerance * gradient.norm() + 1e-30, (build.__name__, key, error / gradient.norm())
+        assert their_quality.keys() == quality.keys() and len(quality) >= 12, build.__name__
+        for key, value in quality.items():
+            theirs = their_quality[key]
+            assert torch.allclose(theirs, value, rtol=0.1 * tolerance**0.5, equal_nan=True), (build.__name__, key)
 
 
 @pytest.mark.sample("isoloss")

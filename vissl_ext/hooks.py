@@ -54,6 +54,7 @@ class MetricsHook(SilentHook):
     Columns: epoch; for the losses of this package the means of the terms, ``z_std``, ``tau`` (with a teacher), and, if
     the method tracks the second moment, ``eigval_{min,max,mean,std}`` and ``part_ratio``; for all others the mean loss.
     The meters follow, as ``train top_1``, and after a test phase ``test loss`` and ``test top_1``. With
+    ``log_quality=true`` there are ``quality/features/rankme`` and other metrics of :mod:`plugins.metrics`. With
     ``log_eigvals=true`` eigenvalues.csv has the whole spectrum. A resumed run replaces the rows of epochs that it
     repeats. TensorBoard has the values as ``Epoch/<column>``.
     """
@@ -85,12 +86,15 @@ class MetricsHook(SilentHook):
 
     def on_phase_end(self, task: Any) -> None:
         """Write the row of the epoch, which a test phase completes."""
+        # all processes compute it together
+        quality = task.base_loss.objective.epoch_quality() if isinstance(task.base_loss, MethodLoss) else {}
         if not (is_primary() and self._steps):
             return
         folder, epoch = Path(task.checkpoint_folder), max(task.train_phase_idx, 0)  # -1 without training
         row = {name: float(value) / self._steps for name, value in self._sums.items()}
         if task.train and isinstance(task.base_loss, LossWithMetrics):
             row.update(self._of_method(task.base_loss, folder, epoch))
+        row.update({name: float(value) for name, value in quality.items()})
         row.update(meters(task))
         self._row = row if task.train else {**self._row, **row}
         write_row(folder / "metrics.csv", epoch, self._row)

@@ -81,7 +81,8 @@ class MethodHead(nn.Module):
     a head of two branches, the targets and the detached features of each large view. Stacks of patches are the last
     views. Batch statistics are computed per view. In evaluation the output contains the projections only.
 
-    For a method with ``taps`` the model appends the projected feature maps, view after view. A head that projects each
+    With the option ``log_quality`` of features the detached features of the large views come before all of these. For a
+    method with ``taps`` the model appends the projected feature maps, view after view. A head that projects each
     patch appends what it makes of each stack.
 
     Args:
@@ -119,6 +120,7 @@ class MethodHead(nn.Module):
         self.projector = spec.head(in_dim, self.options)
         self.predictor = spec.predictor(self.options, WORLD) if spec.predictor else None
         self.taps = dict(spec.taps(self.options))
+        self.shown = (large or stacks) if self.options["log_quality"] in (True, "features") else 0
 
     def prepare(self, trunk: nn.Module) -> None:
         """Change the trunk in place, as the method's options say."""
@@ -148,7 +150,7 @@ class MethodHead(nn.Module):
         e = embed([*views, *stacks], self.projector, predict, large=self.large)
         predictions = e.p if self.predictor is not None else []
         maps = [map_ for view in e.maps for map_ in view]
-        return [*e.z, *predictions, *(e.target if e.features else []), *e.features, *maps]
+        return [*e.backbone[: self.shown], *e.z, *predictions, *(e.target if e.features else []), *e.features, *maps]
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -182,7 +184,7 @@ class MethodLoss(ClassyLoss):
         self.objective = Objective(self.spec, self.options, WORLD)
         self.large = 2
         self.views = 2
-        self.own_targets = 0
+        self.own_targets = self.shown = 0
         self.without_maps = self.with_maps = 0
         self.index: Tensor | None = None
         self.predictor: list[nn.Module | None] = [None]  # in a list, so that it is not a submodule of the loss
@@ -207,7 +209,7 @@ class MethodLoss(ClassyLoss):
         """Read the number of views and the predictor from the head, and create the teacher."""
         (head,) = model.heads
         self.predictor = [head.predictor]
-        self.large, self.views = head.large, head.views + head.stacks
+        self.large, self.views, self.shown = head.large, head.views + head.stacks, head.shown
         self.own_targets = head.large if isinstance(head.projector, TwoBranchHead) else 0
         if head.taps:
             self.with_maps = self.views
@@ -281,7 +283,7 @@ class MethodLoss(ClassyLoss):
         """
         copied = copy_model(model)
         for head in copied.heads:
-            head.predictor, head.views, head.stacks, head.taps = None, head.large, 0, {}
+            head.predictor, head.views, head.stacks, head.taps, head.shown = None, head.large, 0, {}, 0
             if self.spec.teacher_init is not None:
                 self.spec.teacher_init(head.projector)
         return nn.ModuleList([model.trunk, *(head.projector for head in model.heads)]), copied
@@ -298,6 +300,7 @@ class MethodLoss(ClassyLoss):
             target: labels; not used.
         """
         maps: list[tuple[Tensor, ...]] = []
+        backbone, output = output[: self.shown], output[self.shown :]
         if self.with_maps:
             own = self.views * (1 if self.spec.predictor is None else 2)
             per_view = (len(output) - own) // self.with_maps
@@ -317,7 +320,7 @@ class MethodLoss(ClassyLoss):
             embeddings = embeddings._replace(index=self.index.to(z[0].device))
         if maps:
             embeddings = embeddings._replace(maps=maps)
-        terms = self.objective(embeddings)
+        terms = self.objective(embeddings._replace(backbone=backbone))
         self.metrics = self.objective.statistics(terms, embeddings)
         return terms.loss
 

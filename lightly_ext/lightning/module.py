@@ -65,7 +65,8 @@ class TrainingSteps:
     It logs ``train_loss``, the loss's other terms as ``train_<term>``, ``train_z_std``, ``tau`` of a teacher, and
     lightly's ``train_online_cls_*`` and ``val_online_cls_*`` of a linear classifier that learns beside the model. If
     the embedding's second moment is tracked, it logs ``eigval_{min,max,mean,std}`` and ``part_ratio`` (participation
-    ratio of the eigenvalues) at the end of each epoch.
+    ratio of the eigenvalues) at the end of each epoch. With the option ``log_quality`` it logs
+    ``quality/features/rankme`` and other metrics of :mod:`plugins.metrics` there.
 
     Batches are (views, targets, …). A method with a memory of images reads the third element of those of a
     ``lightly_ext.data.IndexedDataset``, whose length is the size of the memory.
@@ -283,13 +284,14 @@ class TrainingSteps:
         self.log("tau", tau, batch_size=1)
 
     def on_train_epoch_end(self) -> None:
-        """Log the statistics of the embedding's spectrum, the same on all processes.
+        """Log the statistics of the embedding's spectrum, and the quality, the same on all processes.
 
         The loggers get them here: Lightning itself logs an epoch's values after its checkpoint, and a run that is
         killed in between would lose them.
         """
-        if self.moment is not None:
-            values = spectrum_statistics(self.moment.spectrum())
+        values = {} if self.moment is None else spectrum_statistics(self.moment.spectrum())
+        values.update(self.objective.epoch_quality())
+        if values:
             self.log_dict(values, logger=False)
             for logger in self.trainer.loggers:
                 row = {name: float(value) for name, value in values.items()}

@@ -461,6 +461,13 @@ class MethodModel(nn.Module):
         """
         self.objective.after_backward()
 
+    def epoch_quality(self) -> dict[str, Tensor]:
+        """Return the quality of features and projections since the last call. Call it once an epoch, on all processes.
+
+        It needs the option ``log_quality``; see :meth:`plugins.objective.Objective.epoch_quality`.
+        """
+        return self.objective.epoch_quality()
+
     def after_step(self) -> None:
         """End the optimizer step. It has no effect if no step is open."""
         self.objective.after_step()

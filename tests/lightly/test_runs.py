@@ -160,13 +160,13 @@ def test_a_kill_right_after_the_checkpoint_loses_no_row(runs):
     """No row of metrics.csv, of eigenvalues.csv or of Lightning's logger is lost."""
     ours = ("--methods", "ssl_ey", "--backbone", "resnet18", "--option", "proj_hidden_dim=8", "proj_output_dim=8")
     folder = runs.folder.parent / "ssl_ey"
-    words = (*ours, "log_eigvals=true", "--optimizer", "adamw", "--lr", "0.001")
+    words = (*ours, "log_eigvals=true", "log_quality=true", "--optimizer", "adamw", "--lr", "0.001")
     runs("--epochs", "3", *words, kill_at=1, status=-signal.SIGKILL)
     runs("--epochs", "3", *words, "--ckpt-path", str(folder / "checkpoint.ckpt"))
     for name in ("metrics.csv", "eigenvalues.csv"):
         assert [row["epoch"] for row in read_rows(folder / name)] == ["0", "1", "2"]
     logged = read_rows(folder / "pretrain" / "metrics.csv")
-    for name in ("part_ratio", "val_online_cls_top1"):
+    for name in ("part_ratio", "quality/features/rankme", "quality/projections/lidar", "val_online_cls_top1"):
         assert [row["epoch"] for row in logged if row.get(name)] == ["0", "1", "2"], name
 
 

@@ -57,6 +57,7 @@ def _refused(main, argv, monkeypatch, capfd) -> str:
 @pytest.mark.slow
 def test_pretrain_then_knn_then_linear(digits, tmp_path, monkeypatch, capfd):
     more = ("max_epochs=2", "++checkpoint.version=v", "seed=3", "backbone.name=resnet18")
+    more = (*more, "++method_kwargs.log_quality=true")
     _run(main_pretrain.main, _arguments(digits, tmp_path, "isoloss", *more), monkeypatch)
     run = tmp_path / "isoloss" / "v"
     files = ("args.json", "eigenvalues.csv", "isoloss-digits-v-ep=1.ckpt", "metrics.csv", "pretrain.json")
@@ -68,7 +69,11 @@ def test_pretrain_then_knn_then_linear(digits, tmp_path, monkeypatch, capfd):
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"histograms": 0})
     events.Reload()
     assert [event.step for event in events.Histograms("eigenvalues")] == [0, 1]
-    logged = set().union(*(row.keys() for row in csv.DictReader((run / "metrics.csv").open())))
+    values = list(csv.DictReader((run / "metrics.csv").open()))
+    logged = set().union(*values)
+    for name in ("quality/features/rankme", "quality/projections/lidar"):
+        of_epochs = [row for row in values if row[name]]
+        assert [row["epoch"] for row in of_epochs] == ["0", "1"] and all(float(row[name]) > 1 for row in of_epochs)
     assert {"eigval_metrics/part_ratio_epoch", "train_z_std_epoch", "val_acc1", "train_acc1_epoch", "tau"} <= logged
     summary = json.loads((run / "pretrain.json").read_text())
     assert summary["seed"] == 3 and summary["epochs"] == 2 and summary["images_per_second"] > 0

@@ -37,6 +37,7 @@ def runs(few_digits: Path, launch: Callable) -> Path:
     launch(
         "config=pretrain/simsiam/digits",
         *(*SMALL, "config.LOSS.simsiam.proj_hidden_dim=32", "config.LOSS.simsiam.proj_output_dim=16"),
+        "config.LOSS.simsiam.log_quality=features",
         f"config.CHECKPOINT.DIR={folder / 'runs' / 'isoloss'}",
     )
     launch(
@@ -66,7 +67,7 @@ def test_metrics_and_tensorboard_of_any_loss(name: str, runs: Path) -> None:
         assert float(row["loss"]) == pytest.approx(mean, abs=1e-5)
         for column in row.keys() - {"epoch"}:
             assert logged[f"Epoch/{column}"][epoch] == pytest.approx(float(row[column]), rel=1e-5)
-    terms = {"epoch", "loss"} if name == "simclr" else {"epoch", "loss", "cosine", "z_std"}
+    terms = {"epoch", "loss"} if name == "simclr" else {"epoch", "loss", "cosine", "z_std", "quality/features/rankme"}
     assert terms <= rows[0].keys() and (name != "simclr" or rows[0].keys() == terms)
     assert len(logged["Training/Learning_rate"]) == 6
 

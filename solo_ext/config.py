@@ -112,7 +112,8 @@ def _checked(cfg: DictConfig, model: type[Run]) -> DictConfig:
 
 def _drop_fork_entries(given: Any) -> None:
     """Remove the entries that only a fork of solo-learn reads, in place, with a line for each."""
-    for path, reason in FORK_ENTRIES.get(given.get("method"), {}).items():
+    method = given.get("method")
+    for path, reason in FORK_ENTRIES.get(method if isinstance(method, str) else "", {}).items():
         *parents, key = path
         section = given
         for parent in parents:

@@ -60,7 +60,7 @@ def assert_same(ours: Any, theirs: Any, place: str) -> int:
 def test_summary_counts_the_parts_of_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("vissl_ext.summary.time", SimpleNamespace(perf_counter=lambda: now))
-    config = {"LOSS": {"name": "isoloss"}, "SEED_VALUE": 1, "OPTIMIZER": {"num_epochs": 2}}
+    config = {"LOSS": {"name": "isoloss"}, "DATA": {}, "SEED_VALUE": 1, "OPTIMIZER": {"num_epochs": 2}}
     task = SimpleNamespace(train=True, checkpoint=None, checkpoint_folder=tmp_path, config=config)
     for start in (100.0, 900.0):
         hook, now = Summary(), start

@@ -97,6 +97,8 @@ def draw_generalized_gaussian(
         sizes = torch.empty(rows, width, device=device, dtype=dtype).exponential_(generator=generator)
     else:
         shapes = torch.full((rows, width), 1 / p, device=device, dtype=dtype)
-        sizes = torch._standard_gamma(shapes, generator=generator).mul_(p).pow_(1 / p)
+        # the public sampler takes no generator
+        sizes = torch._standard_gamma(shapes, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
+        sizes = sizes.mul_(p).pow_(1 / p)
     signs = torch.randint(2, (rows, width), generator=generator, device=device)
     return torch.where(signs == 0, -sizes, sizes)

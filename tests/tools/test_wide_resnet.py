@@ -7,7 +7,7 @@ from torchvision.models import resnet50
 from torchvision.models.resnet import Bottleneck
 
 from plugins.tools.backbones import BACKBONES
-from plugins.tools.export import fit
+from plugins.tools.export import Backbone, fit
 from plugins.tools.wide_resnet import LAYERS, wide_resnet
 
 
@@ -96,6 +96,6 @@ def test_an_export_finds_the_network_of_the_weights() -> None:
         network = BACKBONES["resnet50x2"]()
     network.fc = nn.Identity()
     state = {name: torch.zeros(()).expand(value.shape) for name, value in network.state_dict().items()}
-    arch, model = fit(state, "torchvision", None)
+    arch, _, model = fit(Backbone(state, {}, None), "torchvision", None)
     assert arch == "resnet50x2"
     assert model.conv1.weight.shape[0] == 128

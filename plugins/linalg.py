@@ -613,6 +613,15 @@ def coding_rate(
     return rate, torch.cholesky_solve(every, factor)[..., own, :] * scale
 
 
+def centre_distance(z: Float[Tensor, "V B D"], large: int) -> tuple[Float[Tensor, ""], Float[Tensor, "V B D"]]:
+    """Return the sum of all ``(z_v - μ)²`` and its gradient; μ is the mean of the first ``large`` views."""
+    slope = z - z[:large].mean(0)
+    total = torch.linalg.vector_norm(slope).square()
+    if large < len(z):  # with all views large the distances to the mean add up to 0
+        slope[:large] -= slope.sum(0) / large
+    return total, slope.mul_(2)
+
+
 def attach_gradient(
     value: Float[Tensor, " *B"], inputs: Sequence[Float[Tensor, "..."]], gradients: Sequence[Float[Tensor, "..."]]
 ) -> Float[Tensor, " *B"]:

@@ -20,7 +20,7 @@ from plugins.checks import check_count, check_range, check_result, check_rows, c
 from plugins.clock import Clock
 from plugins.distributed import LOCAL, Collective
 from plugins.draws import device_generator, unit_directions
-from plugins.linalg import attach_gradient
+from plugins.linalg import attach_gradient, centre_distance
 
 Views = Sequence[Float[Tensor, "B D"]] | Float[Tensor, "V B D"]
 T_MAX, KNOTS = 5.0, 17
@@ -119,15 +119,6 @@ def lejepa_terms(
             loss = attach_gradient(loss, list(views), list(gradient))
     check_result("the LeJEPA loss", loss, comm, **named)
     return LeJEPALossTerms(loss, prediction, sigreg)
-
-
-def centre_distance(z: Float[Tensor, "V B D"], large: int) -> tuple[Float[Tensor, ""], Float[Tensor, "V B D"]]:
-    """Return the sum of all ``(z_v - μ)²`` and its gradient; μ is the mean of the first ``large`` views."""
-    slope = z - z[:large].mean(0)
-    total = torch.linalg.vector_norm(slope).square()
-    if large < len(z):  # with all views large the distances to the mean add up to 0
-        slope[:large] -= slope.sum(0) / large
-    return total, slope.mul_(2)
 
 
 def sigreg_terms(

@@ -33,8 +33,7 @@ from plugins.generalized_gaussian import (
     rectified_unit_variance_scale,
     unit_variance_scale,
 )
-from plugins.linalg import attach_gradient, score_blocks
-from plugins.losses.lejepa import centre_distance
+from plugins.linalg import attach_gradient, centre_distance, score_blocks
 
 Views = Sequence[Float[Tensor, "B D"]] | Float[Tensor, "V B D"]
 PROJECTIONS = ("random", "torch_svd_and_random", "torch_svd_bottom_half_eigen_and_random")

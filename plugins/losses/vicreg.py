@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from plugins.checks import check_choice, check_range, check_result, check_rows, compute_dtype
 from plugins.distributed import LOCAL, Collective
-from plugins.linalg import FORMS, attach_gradient, gram_is_cheaper, squared_norm, standardized_rows
+from plugins.linalg import FORMS, attach_gradient, centre_distance, gram_is_cheaper, squared_norm, standardized_rows
 
 EPS = 1e-4
 """Added to the variance of each column."""
@@ -114,9 +114,9 @@ def vicreg_terms(
             diagonals = weights.diagonal(dim1=1, dim2=2).clone()
             squares = squared_norm(weights)
         entries = factor**2 / (1 + factor**2) / width  # 1 / (N D)
-        pairs = count * (count - 1) / 2
-        distances = torch.stack([squared_norm(z[view] - z[view + 1 :]) for view in range(count - 1)]).sum()
-        invariance = comm.sum(distances) * (entries / pairs)
+        away, pull = centre_distance(z, count)
+        of_pairs = 2 * entries / (count - 1)  # a mean over the pairs is this multiple of the distances to the mean
+        invariance = comm.sum(away) * of_pairs
         deviations = (diagonals + EPS).sqrt()
         short = (1 - deviations).clamp_min(0)
         variance = short.mean()
@@ -127,8 +127,7 @@ def vicreg_terms(
             by_columns = by_columns - diagonals * (8 * cov_coeff / (count * width))
             gradient = weights @ every if every is not None else s @ weights
             gradient.mul_(8 * cov_coeff / (count * width)).addcmul_(s, by_columns.unsqueeze(1)).mul_(factor)
-            differences = count * z - z.sum(0)  # of each view from all others, added
-            gradient.add_(differences * (2 * sim_coeff * entries / pairs)).mul_(comm.size)
+            gradient.add_(pull * (sim_coeff * of_pairs)).mul_(comm.size)
             loss = attach_gradient(loss, views, gradient.unbind())
     check_result(what, loss, comm, **named)
     return VICRegLossTerms(loss, invariance, variance, covariance)

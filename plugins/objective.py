@@ -122,18 +122,18 @@ def embed(
     """
     z = project(projector, features)
     p = z if predict is None else predict(z)
-    whole = [(h.mean(1) if h.ndim == 3 else h).detach() for h in features[: large or None]]
+    seen = [h.detach() for h in features[: large or None]]
     if isinstance(projector, TwoBranchHead):
         shown = features[:large]
         targets, detached = [projector.teacher(h) for h in shown], [h.detach() for h in shown]
-        return Embeddings(z, p, targets, detached, index, backbone=whole)
+        return Embeddings(z, p, targets, detached, index, backbone=seen)
     local: list[tuple[Tensor, ...]] = []
     if isinstance(projector, MapHead) and any(maps):
         local = [projector.project_maps(view) for view in maps]
     if isinstance(projector, StackHead):
         local = [projector.project_stack(h) if h.ndim == 3 else () for h in features]
     target = [view.detach() for view in z[:large]] if target is None else target
-    return Embeddings(z, p, target, (), index, local, whole)
+    return Embeddings(z, p, target, (), index, local, seen)
 
 
 def _by_view(embeddings: Embeddings) -> dict[str, Tensor]:
@@ -380,7 +380,8 @@ class Objective(nn.Module):
                 self.embedding_moment.update(view)
         if self.quality is not None and self.training:
             large = len(embeddings.target) or None  # without large views, the stacks
-            self.quality.update(features=embeddings.backbone, projections=embeddings.z[:large])
+            features = [h.mean(1) if h.ndim == 3 else h for h in embeddings.backbone]
+            self.quality.update(features=features, projections=embeddings.z[:large])
         try:
             terms = self.criterion(embeddings)
         except NotFiniteError:

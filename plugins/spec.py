@@ -49,7 +49,7 @@ class Embeddings(NamedTuple):
     """Projected feature maps of each view, with gradient, as ``MapHead.project_maps`` or ``StackHead.project_stack``
     returns them; empty unless the method has ``taps`` or such a head."""
     backbone: Sequence[Tensor] = ()
-    """Detached features of the large views, or means over the patches of stacks, for the option ``log_quality``."""
+    """Detached features of the large views, those of stacks patch by patch, for the option ``log_quality``."""
 
 
 def large_views(sizes: Sequence[int | tuple[int, int]]) -> int:

@@ -41,7 +41,7 @@ SPEC = MethodSpec(
         **projector_options(hidden=2048, output=256),
         "proj_norm": Option(False, "whether a batch norm follows each hidden layer of the projector"),
         "eps": Option(
-            0.05, "square of the paper's ε, > 0 and at least 1e-5 D; a smaller one spreads the rows more", low=1e-5
+            0.05, "square of the paper's ε, >= 1e-5 and >= 1e-5 D; a smaller one spreads the rows more", low=1e-5
         ),
         "similarity_weight": Option(1.0, "weight of the cosine of student and teacher, >= 0", low=0),
         "expansion_of": Option(

@@ -652,6 +652,8 @@ class _AttachGradient(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # that is create_graph=True
             raise RuntimeError("an analytic gradient has no second derivative: differentiate without create_graph")
-        gradients = ctx.saved_tensors
-        scaled = (outer[0].view(outer[0].shape + (1,) * (g.ndim - outer[0].ndim)) * g for g in gradients)
-        return None, *scaled, *(None for _ in gradients)
+        gradients, (factor,) = ctx.saved_tensors, outer
+        on_cpu = factor.device.type == "cpu" and not torch.compiler.is_compiling()  # else .item() would synchronise
+        if not (on_cpu and factor.ndim == 0 and factor.item() == 1):  # a product of a large map costs time and memory
+            gradients = [factor.view(factor.shape + (1,) * (g.ndim - factor.ndim)) * g for g in gradients]
+        return None, *gradients, *(None for _ in gradients)

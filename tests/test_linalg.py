@@ -155,6 +155,19 @@ def test_attached_gradients_are_scaled_by_what_comes_from_above():
     torch.testing.assert_close(y.grad, 3 * torch.ones_like(y))
 
 
+def test_an_attached_gradient_survives_a_retained_graph():
+    """The incoming gradient 1 hands out the stored gradient itself: .grad is a copy, and a change of it is noticed."""
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    value = attach_gradient(torch.tensor(5.0), [x], [2 * x.detach()])
+    for factor, expected in ((1.0, [2.0, 4.0]), (1.0, [4.0, 8.0]), (1.5, [7.0, 14.0])):
+        value.backward(torch.tensor(factor), retain_graph=True)
+        assert x.grad.tolist() == expected
+    (gradient,) = torch.autograd.grad(value, x, retain_graph=True)
+    gradient.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
 def _symmetric(size, *, positive=False, seed=0):
     a, b = toy_views(size, size, seed=seed)
     matrix = torch.stack([a, b])

@@ -243,7 +243,7 @@ class _Block(NamedTuple):
     @classmethod
     def of(cls, scores: Float[Tensor, "b J L"], own: Own, clip: float) -> "_Block":
         """Compute a block."""
-        ratio = (scores / clip).tanh_()
+        ratio = _tanh(scores / clip) if clip <= LARGEST_EXPONENT else (scores / clip).tanh_()
         clipped = ratio * clip
         positive = clipped[own]
         clipped[own] = -math.inf
@@ -273,6 +273,11 @@ class _Block(NamedTuple):
         slope = self.mass.mul_(factor[:, None, None])
         slope[own] = -missed
         return slope.addcmul_(slope, self.ratio.square_(), value=-1).add_(scores, alpha=pull).flatten(1)
+
+
+def _tanh(x: Tensor) -> Tensor:
+    """Overwrite x by its tanh with an absolute error of about the machine's epsilon, in a third of the time of tanh."""
+    return x.mul_(-2).sigmoid_().mul_(-2).add_(1)
 
 
 def _mean_square(scores: Tensor, rows: int) -> Tensor:

@@ -147,7 +147,7 @@ def test_page_of_lightly_names_the_methods_that_need_more_of_a_loop(call):
 def test_page_of_lightly_has_every_loss_and_every_transform():
     from lightly_ext import loss, transforms
 
-    (example,) = re.findall(r"```python\n(.*?from lightly_ext\.loss import .*?)```", LIGHTLY, re.DOTALL)[-1:]
+    (example,) = re.findall(r"^## A loss alone\n.*?```python\n(.*?)```", LIGHTLY, re.DOTALL | re.MULTILINE)
     missing = [name for name in loss.__all__ if f"{name}(" not in example.rpartition("import ")[2]]
     (table,) = re.findall(r"^\| Transform \|.*?\n\n", LIGHTLY, re.DOTALL | re.MULTILINE)
     missing += [name for name in transforms.__all__ if name != "TwoViewTransform" and f"`{name}`" not in table]

@@ -156,7 +156,7 @@ def _compute(
         if rows_here < 2:  # the joined batch can be too small only in this case, so only this case synchronises
             check_count(int(rows.item()), least=2, what=WHAT)
         moments = _Moments(first / rows, second.div_(rows), rows)
-        _, matrix, away = _running(moments, mean.to(first), covariance.to(first), settings)
+        _, matrix, away = _running(moments.first, moments.second, mean.to(first), covariance.to(first), settings)
         matrix.diagonal(dim1=1, dim2=2).add_(settings.eps)
         factor, _ = torch.linalg.cholesky_ex(matrix)
         log_det = factor.diagonal(dim1=1, dim2=2).log().mean() * 2  # of the factor, half the logarithm
@@ -190,10 +190,9 @@ def _joined(parts: list[Tensor], comm: Collective) -> list[Tensor]:
 
 
 def _running(
-    moments: _Moments, mean: Tensor, covariance: Tensor, settings: _Settings
+    first: Tensor, second: Tensor, mean: Tensor, covariance: Tensor, settings: _Settings
 ) -> tuple[Float[Tensor, "V D"], Float[Tensor, "V D D"], Float[Tensor, "V D"]]:
     """Return the running means and covariances with this batch, and the distances of its means from those before it."""
-    first, second, _ = moments
     away = first - mean
     of_batch = torch.baddbmm(
         second, torch.stack([-first, settings.mean_momentum**2 * away], 2), torch.stack([first, away], 1)
@@ -280,12 +279,12 @@ class CorInfoMaxLoss(Stepped, nn.Module):
     def _move(self) -> None:
         if self._seen is None:
             return
-        moments = _Moments(*self._seen.means, self._seen.rows)
-        views, self._seen = len(moments.first), None
+        (first, second), self._seen = self._seen.means, None
+        views = len(first)
         if views > len(self.mean):
             self.mean, self.covariance = self._state(views)
         mean, covariance = self.mean[:views], self.covariance[:views]
-        moved, matrix, _ = _running(moments, mean, covariance, self.settings)
+        moved, matrix, _ = _running(first, second, mean, covariance, self.settings)
         finite = matrix.isfinite().all()  # an overflow must not stay
         # in place: DistributedDataParallel keeps references to the buffers
         mean.copy_(moved.where(finite, mean))

@@ -212,8 +212,8 @@ class CorInfoMaxLoss(Stepped, nn.Module):
         initial_covariance: R is this multiple of the identity before the first step, ≥ 0.
         sim_weight, cov_weight, mean_momentum, covariance_momentum, eps, comm: as of :func:`corinfomax_loss`.
 
-    Buffers, always float64, of the two first views, and of more after a step with more:
-        mean: ``[V, D]``, 0 before the first step.
+    Buffers, always float64. V is 0 before the first step or checkpoint, then the largest number of views of a step:
+        mean: ``[V, D]``, initially 0.
         covariance: ``[V, D, D]``.
     """
 
@@ -240,7 +240,6 @@ class CorInfoMaxLoss(Stepped, nn.Module):
         self.width, self.initial_covariance, self.comm = width, initial_covariance, comm
         self.register_buffer("mean", torch.zeros(0, width, dtype=torch.float64))
         self.register_buffer("covariance", torch.zeros(0, width, width, dtype=torch.float64))
-        self.mean, self.covariance = self._state(2)
         self._seen: RowMeans | None = None  # moments over the open step
 
     def terms(self, *views: Float[Tensor, "B D"]) -> CorInfoMaxLossTerms:

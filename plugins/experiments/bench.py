@@ -46,6 +46,7 @@ from plugins.losses import (
     barlow_twins_loss,
     byol_loss,
     cissl_loss,
+    corinfomax_loss,
     cpc_terms,
     dissl_loss,
     draw_negatives,
@@ -491,6 +492,27 @@ def _ours_i_vne(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat(torch.autograd.grad(i_vne_loss(x, y), (x, y)))
 
 
+def _plain_corinfomax(x: Tensor, y: Tensor) -> Tensor:
+    """Update the first state and take the log-determinants by autograd; a float64 state promotes, as published."""
+    u, v = F.normalize(x, dim=1), F.normalize(y, dim=1)
+    eye = torch.eye(x.shape[1], dtype=torch.float64, device=x.device)
+    loss = 250 * F.mse_loss(u, v)
+    for z in (u, v):
+        mean = 0.01 * torch.zeros_like(eye[0]) + 0.99 * z.mean(0)
+        covariance = 0.01 * eye + 0.99 * (z - mean).T @ (z - mean) / len(z)
+        loss = loss - torch.logdet(covariance + 1e-8 * eye) / len(eye)
+    return torch.cat(torch.autograd.grad(loss, (x, y)))
+
+
+def _solvers_corinfomax(rows: int, width: int) -> tuple[float, float]:
+    """Count the operations of two LU decompositions and inverses, and of two Cholesky decompositions and inverses."""
+    return 2 * 8 / 3 * width**3, 2 * width**3
+
+
+def _ours_corinfomax(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(corinfomax_loss(x, y), (x, y)))
+
+
 def _scores(rows: int, width: int, device: str) -> list[Tensor]:
     """Return cosines of random rows with random prototypes, in 128 dimensions."""
     generator = torch.Generator().manual_seed(0)
@@ -622,6 +644,13 @@ LOSSES = {
     "isoloss": Case(_predicted_views, _plain_isoloss, _ours_isoloss),
     "i_vne": Case(
         _views, _plain_i_vne, _ours_i_vne, _solvers_i_vne, sizes=((64, 256), (256, 256), (1024, 256), (256, 2048))
+    ),
+    "corinfomax": Case(
+        _views,
+        _plain_corinfomax,
+        _ours_corinfomax,
+        _solvers_corinfomax,
+        sizes=((512, 64), (1024, 128), (1536, 512)),
     ),
     "matrix_ssl": Case(_four_views, _plain_matrix_ssl, _ours_matrix_ssl, sizes=WIDE_AND_TALL),
     "mec": Case(_four_views, _plain_mec, _ours_mec, sizes=WIDE_AND_TALL),

@@ -74,6 +74,7 @@ def plain_head(
     layers: int = 2,
     activation: type[nn.Module] = nn.ReLU,
     norm: bool = False,
+    final_bias: bool = True,
 ) -> nn.Sequential:
     """Build a projection head, by default without BatchNorm, as in MoCo, SEER and DINO: ``[B, in_dim] → [B, out_dim]``.
 
@@ -84,6 +85,7 @@ def plain_head(
         layers: number of Linear layers, ≥ 1.
         activation: the module between two of them.
         norm: whether a BatchNorm follows each hidden Linear layer.
+        final_bias: whether the last Linear layer has a bias.
 
     Raises:
         ValueError: fewer than one layer, or a width below 1.
@@ -96,6 +98,7 @@ def plain_head(
         check_range(name, count, low=1)
     widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
     modules: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        modules += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if norm else []), activation()]
+    for place, (before, after) in enumerate(pairwise(widths), 1):
+        bias = final_bias or place < layers
+        modules += [nn.Linear(before, after, bias=bias), *([nn.BatchNorm1d(after)] if norm else []), activation()]
     return nn.Sequential(*modules[: -2 if norm else -1])

@@ -9,6 +9,7 @@ from plugins.losses.barlow_twins import (
 )
 from plugins.losses.byol import BYOLLoss, BYOLLossTerms, byol_loss, byol_terms
 from plugins.losses.cissl import CISSLLoss, CISSLTerms, cissl_loss, cissl_terms
+from plugins.losses.corinfomax import CorInfoMaxLoss, CorInfoMaxLossTerms, corinfomax_loss, corinfomax_terms
 from plugins.losses.cpc import CPCLoss, CPCTerms, cpc_loss, cpc_terms, non_overlapping_offsets
 from plugins.losses.deepcluster import (
     DeepClusterLoss,
@@ -65,6 +66,8 @@ __all__ = [
     "CISSLTerms",
     "CPCLoss",
     "CPCTerms",
+    "CorInfoMaxLoss",
+    "CorInfoMaxLossTerms",
     "DINOLoss",
     "DINOTerms",
     "DISSLLoss",
@@ -116,6 +119,8 @@ __all__ = [
     "cissl_loss",
     "cissl_terms",
     "cluster_weights",
+    "corinfomax_loss",
+    "corinfomax_terms",
     "cpc_loss",
     "cpc_terms",
     "deepcluster_loss",

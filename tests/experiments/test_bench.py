@@ -228,6 +228,7 @@ def test_step_takes_no_more_work_than_the_reference(method, limits, one_thread, 
         ("relic", 256, 128, 1, 1.1),
         ("i_vne", 64, 64, None, 1),  # the operations of solvers are not counted
         ("i_vne", 64, 256, None, 1.2),
+        ("corinfomax", 512, 64, 1.45, 1.6),
         ("amdim", 128, 64, 1, 1.5),
         ("cpc", 16, 64, 1.4, 0.7),  # it reads each block of scores more than once, but does not store it
         ("lejepa", 64, 32, 0.6, 1),  # the sums in the cache count as traffic, too; cosines and sines cost the time

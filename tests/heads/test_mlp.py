@@ -72,5 +72,7 @@ def test_plain_head_has_activations_between_its_linear_layers(layers, norm):
     hidden = ["Linear", *(["BatchNorm1d"] if norm else []), "GELU"]
     assert [type(module).__name__ for module in head] == [*hidden * (layers - 1), "Linear"]
     assert head(torch.zeros(2, 5)).shape == (2, 4)
+    free = plain_head(5, 6, 4, layers=layers, norm=norm, final_bias=False)
+    assert [module.bias is None for module in free if isinstance(module, nn.Linear)] == [False] * (layers - 1) + [True]
     with pytest.raises(ValueError, match=r"layers must be in \[1, inf\), got 0"):
         plain_head(5, 6, 4, layers=0)

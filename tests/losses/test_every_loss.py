@@ -16,6 +16,7 @@ from plugins.losses import (
     barlow_twins_loss,
     byol_loss,
     cissl_loss,
+    corinfomax_loss,
     cpc_loss,
     dissl_loss,
     i_vne_loss,
@@ -78,6 +79,7 @@ LOSSES = {
     "isoloss": lambda a, b, c, d: isoloss(a, b, c),
     "cissl": lambda a, b, c, d: cissl_loss([a, b], [c, d]),
     "cissl, other": lambda a, b, c, d: cissl_loss([a, b], [c, d], positives="other"),
+    "corinfomax": lambda a, b, c, d: corinfomax_loss(a, b),
     "dissl": lambda a, b, c, d: dissl_loss([c, d], [a, b]),
     "dissl, one teacher view": lambda a, b, c, d: dissl_loss([c], [a, b]),
     "lejepa": lambda a, b, c, d: lejepa_loss([a, b, c, d], _eye(a), large=2),
@@ -113,6 +115,7 @@ NAMES = {
     "i_vne": ["z0", "z1"],
     "isoloss": ["z", "p", "target"],
     "cissl": [r"student\[0\]", r"student\[1\]", r"teacher\[0\]", r"teacher\[1\]"],
+    "corinfomax": ["z0", "z1"],
     "dissl": [r"student_logits\[0\]", r"student_logits\[1\]", r"teacher_logits\[0\]", r"teacher_logits\[1\]"],
     "lejepa": [rf"views\[{view}\]" for view in range(4)],
     "matrix_ssl": _MATRIX,
@@ -187,7 +190,10 @@ def test_an_input_that_is_not_finite_is_named(name, value):
     """On the CPU; on a GPU it shows in the loss, so that nothing waits for the device."""
     views = [torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     kind = name.partition(",")[0]
-    two, three = ("barlow_twins", "cpc", "i_vne", "pirl", "ssl_ey", "vicreg"), ("byol", "isoloss", "dissl, one")
+    two, three = (
+        ("barlow_twins", "corinfomax", "cpc", "i_vne", "pirl", "ssl_ey", "vicreg"),
+        ("byol", "isoloss", "dissl, one"),
+    )
     used = 2 if name.startswith(two) else 3 if name.startswith(three) else 4
     for index in range(used):
         if name.startswith("byol") and index == 1:
@@ -287,6 +293,7 @@ CALLS_OF_RANKS = {
     "the Barlow Twins loss": lambda a, b, comm: barlow_twins_loss(a, b, comm=comm),
     "the BYOL loss": lambda a, b, comm: byol_loss(a, b, comm=comm),
     "the I-VNE+ loss": lambda a, b, comm: i_vne_loss(a, b, comm=comm),
+    "the CorInfoMax loss": lambda a, b, comm: corinfomax_loss(a, b, comm=comm),
     "the IsoLoss": lambda a, b, comm: isoloss(a, a, b, comm=comm),
     "the SSL-EY loss": lambda a, b, comm: ssl_ey_loss(a, b, comm=comm),
     "the VICReg loss": lambda a, b, comm: vicreg_loss(a, b, comm=comm),

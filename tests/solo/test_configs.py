@@ -108,6 +108,31 @@ def test_i_vne_weighs_the_cosine_by_the_logarithm_of_the_joined_batch(folder):
     assert cfg.method_kwargs.alpha_1 == pytest.approx(math.log(cfg.optimizer.batch_size * cfg.devices), abs=0.005)
 
 
+@pytest.mark.parametrize(
+    ("folder", "images", "rate", "last", "epochs", "backbone", "options"),
+    [
+        ("cifar", 512, 0.5, 1e-6, 1000, "resnet18", (2048, 64, False, 250, 0.01)),
+        ("tinyimagenet", 1024, 0.5, 1e-6, 800, "resnet50", (4096, 128, False, 500, 0.1)),
+        ("imagenet100", 1024, 1.0, 5e-3, 400, "resnet18", (4096, 128, False, 500, 0.01)),
+        ("imagenet", 1536, 0.2, 1e-6, 100, "resnet50", (8192, 512, True, 2000, 0.1)),
+    ],
+)
+def test_published_settings_of_corinfomax(folder, images, rate, last, epochs, backbone, options):
+    cfg = load(Path(folder) / "corinfomax.yaml")
+    OmegaConf.resolve(cfg)
+    optimizer, given = cfg.optimizer, cfg.method_kwargs
+    assert optimizer.batch_size * cfg.devices == images
+    assert (optimizer.lr * images / 256, float(cfg.scheduler.min_lr)) == pytest.approx((rate, last), rel=1e-6)
+    assert (optimizer.name, float(optimizer.weight_decay), optimizer.kwargs.momentum) == ("sgd", 1e-4, 0.9)
+    assert not optimizer.get("exclude_bias_n_norm_wd", False) and float(cfg.scheduler.warmup_start_lr) == 3e-3
+    assert (cfg.max_epochs, cfg.backbone.name, cfg.backbone.kwargs.zero_init_residual) == (epochs, backbone, True)
+    names = ("proj_hidden_dim", "proj_output_dim", "proj_norm", "sim_weight", "covariance_momentum")
+    assert tuple(given[name] for name in names) == options and given.mean_momentum == given.covariance_momentum
+    assert [view.gaussian_blur.prob for view in cfg.augmentations] == [1.0, 0.1]
+    assert [view.solarization.prob for view in cfg.augmentations] == [0, 0.2]
+    assert all(view.rrc.crop_min_scale == 0.08 and view.horizontal_flip.prob == 0.5 for view in cfg.augmentations)
+
+
 @pytest.mark.parametrize("name", ["byol", "directpred", "isoloss"])
 def test_imagenet_settings(name, images):
     """100 epochs, learning rate 7.2 for 4096 images, half of them blurred."""

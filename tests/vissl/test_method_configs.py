@@ -30,7 +30,8 @@ OURS = sorted(
 
 def test_every_method_has_its_three() -> None:
     expected = {f"pretrain/{method}/{data}" for method in METHODS for data in ("digits", "cifar", "imagenet_rn50")}
-    hundred = {f"pretrain/{method}/imagenet100" for method in ("i_vne", "matrix_ssl", "mec", "rectified_lpjepa")}
+    on_hundred = ("corinfomax", "i_vne", "matrix_ssl", "mec", "rectified_lpjepa")
+    hundred = {f"pretrain/{method}/imagenet100" for method in on_hundred}
     assert expected | hundred <= set(OURS)
 
 
@@ -88,6 +89,35 @@ def test_i_vne_weighs_the_cosine_by_the_logarithm_of_the_joined_batch(data: str)
     nodes, processes = config.DISTRIBUTED.NUM_NODES, config.DISTRIBUTED.NUM_PROC_PER_NODE
     images = config.DATA.TRAIN.BATCHSIZE_PER_REPLICA * nodes * processes
     assert config.LOSS.i_vne.alpha_1 == pytest.approx(math.log(images), abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("data", "images", "rate", "last", "epochs", "options"),
+    [
+        ("cifar", 512, 0.5, 1e-6, 1000, (2048, 64, False, 250, 0.01)),
+        ("imagenet100", 1024, 1.0, 5e-3, 400, (4096, 128, False, 500, 0.01)),
+        ("imagenet_rn50", 1536, 0.2, 1e-6, 100, (8192, 512, True, 2000, 0.1)),
+    ],
+)
+def test_published_settings_of_corinfomax(
+    data: str, images: int, rate: float, last: float, epochs: int, options: tuple[Any, ...]
+) -> None:
+    config: Any = compose_hydra_configuration([f"config=pretrain/corinfomax/{data}"]).config
+    processes = config.DISTRIBUTED.NUM_NODES * config.DISTRIBUTED.NUM_PROC_PER_NODE
+    assert config.DATA.TRAIN.BATCHSIZE_PER_REPLICA * processes == images
+    optimizer, given = config.OPTIMIZER, config.LOSS.corinfomax
+    schedule = optimizer.param_schedulers.lr
+    peak = schedule.auto_lr_scaling.base_value * images / schedule.auto_lr_scaling.base_lr_batch_size
+    assert (peak, peak * schedule.end_value) == pytest.approx((rate, last), rel=1e-6)
+    assert schedule.warmup * epochs == pytest.approx(10) and schedule.warmup_value == 3e-3
+    assert (optimizer.name, optimizer.use_larc, optimizer.num_epochs) == ("sgd", False, epochs)
+    assert optimizer.regularize_bn and optimizer.regularize_bias and optimizer.weight_decay == 1e-4
+    names = ("proj_hidden_dim", "proj_output_dim", "proj_norm", "sim_weight", "covariance_momentum")
+    assert tuple(given[name] for name in names) == options and given.mean_momentum == given.covariance_momentum
+    steps = {step.name: step for step in config.DATA.TRAIN.TRANSFORMS}
+    assert steps["RandomResizedCrop"].scale == [0.08, 1.0] and config.MODEL.TRUNK.RESNETS.ZERO_INIT_RESIDUAL
+    random = [step.prob for step in config.DATA.TRAIN.TRANSFORMS if step.name == "ImgPilMultiCropRandomApply"]
+    assert random == [[0.8, 0.8], [1.0, 0.1], [0.0, 0.2]]
 
 
 LINEAR = "benchmark/linear_image_classification"

@@ -66,7 +66,7 @@ PRINTED = [
     Printed(
         *("implicit-var-reg", "README.md", 30),
         "python3 main_pretrain.py --config-path scripts/pretrain/cifar/ --config-name isoloss.yaml",
-        (f"{_FORKS}::test_the_commands_of_run_experiments_train",),
+        (f"{_FORKS}::test_the_forty_commands_of_run_experiments_train",),
     ),
     Printed(
         _ISSL, "README.md", 32, f"{_HUB}'dissl_resnet50_d8192_e800_m8')", (f"{_WEIGHTS}::test_hub_has_every_name",)

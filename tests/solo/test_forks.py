@@ -28,7 +28,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from plugins.methods import METHODS
 from plugins.predictors import ClosedFormPredictor
 from plugins.testing import tiny_backbone
-from solo_ext import main_pretrain
+from solo_ext import main_knn, main_linear, main_pretrain
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.checkpoint import find_checkpoint
 from solo_ext.config import parse_linear, parse_pretrain
@@ -527,6 +527,35 @@ def test_ssleys_file_logs_its_name(train):
     assert (
         logged["train_ssley_loss_step"] == logged["train_ssl_loss_step"] and len(logged["train_ssley_loss_step"]) == 2
     )
+
+
+# evaluations of the branch ssley; tests/solo/test_umap.py has umap.sh
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ssley", "barlow"])
+def test_linear_evaluation_of_the_branch_ssley(name, ssley, tmp_path):
+    """The README's commands: pre-training, then a linear classifier on the frozen backbone, each with its file."""
+    run = ssley.pretrain(name)
+    given = [f"pretrained_feature_extractor={run}", "backbone.name=tiny", "++limit_train_batches=2", "devices=1"]
+    given += [f"data.{split}_path=datasets/imagenet-100/{split}" for split in ("train", "val")]  # barlow's are absolute
+    given += ["++data.augmentations.crop_size=32", "max_epochs=1", "wandb.enabled=False", f"checkpoint.dir={tmp_path}"]
+    ssley(main_linear.main, [*ssley.words("main_linear", name), *ssley.small, *given])
+    (folder,) = tmp_path.glob("linear/*")
+    found = json.loads((folder / "linear.json").read_text())
+    assert found["checkpoint"].startswith(run) and found["train_images"] == 240 and 0 <= found["acc1"] <= 100
+    config = found["config"]
+    assert (config["scheduler"]["name"], config["scheduler"]["lr_decay_steps"]) == ("step", [60, 80])
+
+
+@pytest.mark.slow
+def test_knn_sh_of_the_branch_ssley(ssley, tmp_path):
+    """Two features, eight numbers of neighbours up to 200, the euclidean distance and eight temperatures of cosines."""
+    few = ["--num_workers", "0", "--output", str(tmp_path / "knn.json")]
+    ssley(main_knn.main, [*ssley.words("main_knn", run=ssley.pretrain("ssley")), *few])
+    rows = json.loads((tmp_path / "knn.json").read_text())
+    assert len(rows) == 2 * 8 * (1 + 8) and len({tuple(list(row.values())[:4]) for row in rows}) == len(rows)
+    assert all(0 <= row["acc1"] <= row["acc5"] <= 100 for row in rows)
 
 
 @pytest.mark.sample("isoloss")

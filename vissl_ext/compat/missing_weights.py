@@ -203,11 +203,16 @@ def _compare(config: Any, model: Any, found: Mapping[str, Any], skipped: list[st
             print_on_rank_zero(f"the heads in {path} ({len(heads)} tensors) are not used by this evaluation")
         return
     differ = differences(heads, part(ours, "heads."))
-    if "of another shape" in differ:
+    uses_heads = settings.EVAL_MODE_ON and "missing" in differ  # without training they would stay random
+    if uses_heads or "of another shape" in differ:
         reason = mismatch(heads, part(ours, "heads."))
-        raise UserError(
-            f"{path} has other heads than config.MODEL.HEAD: {reason}; to start with new heads add "
-            f"{_KEY}.SKIP_LAYERS=[num_batches_tracked,heads]"
-        )
+        advice = f"to start with new heads add {_KEY}.SKIP_LAYERS=[num_batches_tracked,heads]"
+        if settings.EVAL_MODE_ON:
+            advice = (
+                "this evaluation uses the heads, which would be untrained; take the features of the trunk, as "
+                "config=benchmark/nearest_neighbor/imagenet1k/eval_resnet50_knn does, or set config.MODEL.HEAD.PARAMS "
+                "to the heads of the file"
+            )
+        raise UserError(f"{path} has other heads than config.MODEL.HEAD: {reason}; {advice}")
     for kind, names in differ.items():
         print_on_rank_zero(f"heads in {path}: {len(names)} tensors are {kind}, such as {names[0]}")

@@ -38,7 +38,8 @@ ELSEWHERE = {
     r"source \.venv/bin/activate": "made by ./run_experiments.sh",
     r"git clone .* && .*": "needs a network",
     r"(uv )?pip install .*|uv sync .*": "needs a package index",
-    r"python main_(pretrain|lincls)\.py .*": "the fork's own command",
+    r"python3? main_(pretrain|lincls|knn|umap)\.py .*": "the fork's own command",
+    r"python -m solo_ext\.main_\w+ --config-path scripts/\w+/imagenet-100/ .*": "tests/solo/test_forks.py",
     r"python (-m torch\.distributed\.launch .*main_vicreg|run_with_submitit|evaluate)\.py .*": "VICReg's own commands",
     r"python configs/detectron2/train\.py .*": "tests/tools, where detectron2 is installed",
     r"(python|torchrun --nproc-per-node 2) train\.py": "tests/test_docs_loop.py",
@@ -131,10 +132,16 @@ def fork_of_the_dissl_paper(work: Path) -> None:
         "defaults": ["/config/pretrain/dissl/imagenet_rn50", "_self_"],
         "config": {"DATA": {"TRAIN": {"TRANSFORMS": transforms}}},
     }
-    folder = work / "FORK" / "configs" / "config" / "pretrain" / "dstl"
-    folder.mkdir(parents=True)
-    for name in ("dissl_e100_d8192_m6", "dissl_e100_d2048_m2"):
-        (folder / f"{name}.yaml").write_text("# @package _global_\n" + yaml.safe_dump(file))
+    files = {f"pretrain/dstl/{name}": file for name in ("dissl_e100_d8192_m6", "dissl_e100_d2048_m2")}
+    files["server/sphinxmem"] = {"config": {"SLURM": {"PARTITION": "sphinx"}}}
+    extract = {"defaults": ["/config/feature_extraction/digits/extract", "_self_"], "engine_name": "extract_features"}
+    files["feature_extraction/extract_resnet_z8192"] = extract
+    for name, content in files.items():
+        path = work / "FORK" / "configs" / "config" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("# @package _global_\n" + yaml.safe_dump(content))
+    for split in ("train", "test"):
+        _images(work / "FLOWERS" / split, 20)
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,10 @@ class Printed(NamedTuple):
 
 
 _FORKS, _WEIGHTS = "tests/solo/test_forks.py", "tests/tools/test_weights.py"
+_IMAGENET100 = (
+    "--dataset imagenet100 --train_data_path ./datasets/imagenet-100/train --val_data_path ./datasets/imagenet-100/val "
+    "--batch_size 16 --num_workers 10 --pretrained_checkpoint_dir RUN"
+)
 _DISSL, _RECIPE = "tests/experiments/test_suites_dissl.py", "tests/test_vicreg_recipe.py"
 _MATRIX = "tests/experiments/test_suites_matrix_ssl.py::test_a_trial_on_the_digits_goes_through_all_steps"
 _VICREG = (f"{_RECIPE}::test_solo_commands_run", "tests/vissl/test_vicreg.py::test_commands_run")
@@ -66,7 +70,23 @@ PRINTED = [
     Printed(
         *("implicit-var-reg", "README.md", 30),
         "python3 main_pretrain.py --config-path scripts/pretrain/cifar/ --config-name isoloss.yaml",
-        (f"{_FORKS}::test_the_commands_of_run_experiments_train",),
+        (f"{_FORKS}::test_the_forty_commands_of_run_experiments_train",),
+    ),
+    Printed(
+        *("solo-learn-ssley", "README.md", 172),
+        "python3 main_pretrain.py --config-path scripts/pretrain/imagenet-100/ --config-name barlow.yaml",
+        (f"{_FORKS}::test_linear_evaluation_of_the_branch_ssley",),
+    ),
+    Printed(
+        *("solo-learn-ssley", "scripts/knn/imagenet-100/knn.sh", 1),
+        f"python3 main_knn.py {_IMAGENET100} --k 1 2 5 10 20 50 100 200 --temperature 0.01 0.02 0.05 0.07 0.1 0.2 0.5 "
+        "1 --feature_type backbone projector --distance_function euclidean cosine",
+        (f"{_FORKS}::test_knn_sh_of_the_branch_ssley",),
+    ),
+    Printed(
+        *("solo-learn-ssley", "scripts/umap/imagenet-100/umap.sh", 1),
+        f"python3 main_umap.py {_IMAGENET100}",
+        ("tests/solo/test_umap.py::test_umap_sh_of_the_branch_ssley",),
     ),
     Printed(
         _ISSL, "README.md", 32, f"{_HUB}'dissl_resnet50_d8192_e800_m8')", (f"{_WEIGHTS}::test_hub_has_every_name",)
@@ -124,6 +144,7 @@ PRINTED = [
 
 FURTHER = {
     "implicit-var-reg/README.md": ["pip3 install -r requirements.txt"],
+    "solo-learn-ssley/README.md": ["pip3 install .[dali,umap,h5]"],
     "vicreg/README.md": [
         "pip install submitit",
         *(
@@ -148,7 +169,7 @@ def normal(text: str) -> str:
 
     The two options that the script of VICReg rejects have the names that it accepts.
     """
-    text = re.sub(r"\\ *\n", " ", text)
+    text = re.sub(r"\\ *\n", " ", text).replace("$1", "RUN")
     text = re.sub(r"'(tcp:[^']*)'", r"\1", text).replace("--train-perc ", "--train-percent ")
     text = text.replace("--lr-classifier ", "--lr-head ")
     text = re.sub(r"(--(?:data-dir|exp-dir|pretrained)) \S+", r"\1 PATH", text)

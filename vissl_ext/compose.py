@@ -140,7 +140,7 @@ def _own_options() -> dict[str, set[str]]:
     from classy_vision.losses import LOSS_REGISTRY
 
     from vissl_ext.registry import register
-    from vissl_ext.trunks import BACKBONE_SECTIONS, CONVNEXT
+    from vissl_ext.trunks import BACKBONE_SECTIONS, CONVNEXT, STEM
 
     register()
     names = {name: getattr(kind, "option_names", None) for name, kind in LOSS_REGISTRY.items()}
@@ -151,7 +151,7 @@ def _own_options() -> dict[str, set[str]]:
         "config.MODEL.TRUNK": {"OUT_FEATURE_KEYS", "CONVNEXT", *BACKBONE_SECTIONS, "PATCHES", "PER_SAMPLE_NORM"},
         "config.MODEL.TRUNK.CONVNEXT": set(CONVNEXT),
         **{f"config.MODEL.TRUNK.{section}": names for section, names in BACKBONE_SECTIONS.items()},
-        "config.MODEL.TRUNK.RESNETS": {"CIFAR_STEM", "Z_DIM_OLD_TMP_NEW", "IS_SKIP_RESIZER"},
+        "config.MODEL.TRUNK.RESNETS": {"CIFAR_STEM", *STEM, "Z_DIM_OLD_TMP_NEW", "IS_SKIP_RESIZER"},
         "config.OPTIMIZER.larc_config": {"exclude_bias_and_norm"},
         "config.OPTIMIZER.param_schedulers.lr.auto_lr_scaling": {"keep_warmup"},
     }

@@ -5,9 +5,10 @@ scales), PCA whitening, data sets and scores are VISSL's own code (vissl/utils/i
 
 - A further protocol, ``EVAL_DATASET_NAME=folder``: each image of ``DATASET_PATH`` is a query for the other images of
   its class folder.
-- ``TRAIN_DATASET_NAME`` may also be any folder of images, in ``DATASET_PATH`` or elsewhere.
-- Oxford5k and Paris6k, whose scores need the program ``compute_ap``, INSTRE and the whitening lists, for which
-  vissl/utils/instance_retrieval_utils/data_util.py:198 and :160 fail, are not supported.
+- ``TRAIN_DATASET_NAME`` may also be any folder of images, in ``DATASET_PATH`` or elsewhere. With ``WHITEN_IMG_LIST``
+  the PCA sees the images that this file lists; vissl/utils/instance_retrieval_utils/data_util.py:509 fails on them.
+- ``EVAL_DATASET_NAME`` Oxford and Paris need no program ``compute_ap``.
+- INSTRE, whose images vissl/utils/instance_retrieval_utils/data_util.py:520 cannot read, is not supported.
 - Features of an earlier command are not used again. With ``SAVE_FEATURES`` those of all images are in two files.
 """
 
@@ -41,9 +42,11 @@ from plugins.tools.records import write_json
 from vissl_ext.summary import plain
 
 REVISITED = ("roxford5k", "rparis6k")
-EVALUATED = (*REVISITED, "copydays", "folder")
+LANDMARKS = ("Oxford", "Paris")
+EVALUATED = (*REVISITED, *LANDMARKS, "copydays", "folder")
 """Values of EVAL_DATASET_NAME."""
 POOLINGS = ("rmac", "gem", "")
+_PATH = "config.IMG_RETRIEVAL.DATASET_PATH"
 KS = [1, 5, 10]
 """Numbers of images of the precision at k, as in VISSL."""
 
@@ -92,6 +95,71 @@ class FolderDataset:
         return {"mAP": mean, "mp@k": {"k": KS, "mAP": at_k.tolist()}}
 
 
+_CORRUPT = {
+    f"paris_{place}_{number:06}"
+    for place, numbers in {
+        "louvre": (136, 146),
+        "moulinrouge": (422,),
+        "museedorsay": (1059,),
+        "notredame": (188,),
+        "pantheon": (284, 960, 974),
+        "pompidou": (195, 196, 201, 467, 640),
+        "sacrecoeur": (299, 330, 353),
+        "triomphe": (662, 833, 863, 867),
+    }.items()
+    for number in numbers
+}
+"""Images of Paris6k that its authors list as corrupt, and that no evaluation uses."""
+
+
+class LandmarkDataset(FolderDataset):
+    """Oxford5k (Philbin et al. 2007) or Paris6k (Philbin et al. 2008), in the files of the authors.
+
+    A query is a region of an image. Its relevant images are those of the lists good and ok; those of the list junk do
+    not count. The average precision is that of the authors' program ``compute_ap``.
+
+    Args:
+        folder: with the images in ``jpg`` or its subfolders, and the files NAME_query.txt, NAME_good.txt, NAME_ok.txt
+            and NAME_junk.txt of each query in ``lab``.
+
+    Raises:
+        UserError: there are no images or queries, a file is missing, or a query has no image.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = [path for path in images_in(folder / "jpg") if Path(path).stem not in _CORRUPT]
+        numbers = {Path(path).stem: number for number, path in enumerate(self.paths)}
+        self.queries: list[tuple[int, list[float]]] = []
+        truth = []
+        for file in sorted((folder / "lab").glob("*_query.txt")):
+            image, *box = file.read_text().split()
+            image, lists = image.removeprefix("oxc1_"), {}
+            for kind in ("good", "ok", "junk"):
+                path = file.with_name(file.name.replace("_query.txt", f"_{kind}.txt"))
+                if not path.is_file():
+                    raise UserError(f"{_PATH}: there is no file {path}")
+                lists[kind] = [numbers[name] for name in path.read_text().split() if name in numbers]
+            if image not in numbers or len(box) != 4:
+                raise UserError(f"{_PATH}: {file} must name an image of {folder / 'jpg'} and four coordinates")
+            self.queries.append((numbers[image], [float(value) for value in box]))
+            truth.append({"ok": np.array(sorted({*lists["good"], *lists["ok"]})), "junk": np.array(lists["junk"])})
+        if not truth:
+            raise UserError(f"{_PATH}: there are no files NAME_query.txt in {folder / 'lab'}")
+        self.truth = truth
+
+    def get_num_query_images(self) -> int:
+        """Return the number of queries."""
+        return len(self.queries)
+
+    def get_query_filename(self, i: int) -> str:
+        """Return the path of the image of a query."""
+        return self.paths[self.queries[i][0]]
+
+    def get_query_roi(self, i: int) -> list[float]:
+        """Return the region of a query: left, top, right and bottom, in pixels."""
+        return self.queries[i][1]
+
+
 def check_retrieval(config: Any) -> None:
     """Validate the section IMG_RETRIEVAL and the features.
 
@@ -129,6 +197,8 @@ def check_retrieval(config: Any) -> None:
     if config.DISTRIBUTED.NUM_PROC_PER_NODE * config.DISTRIBUTED.NUM_NODES > 1:
         raise UserError("engine_name=retrieval runs in one process: set config.DISTRIBUTED.NUM_PROC_PER_NODE=1")
     section.DATASET_PATH = str(Path(str(section.DATASET_PATH)).expanduser().absolute())
+    if section.WHITEN_IMG_LIST:
+        section.WHITEN_IMG_LIST = str(Path(str(section.WHITEN_IMG_LIST)).expanduser().absolute())
     _evaluated(section)
     if section.TRAIN_PCA_WHITENING:
         _training_images(section)
@@ -137,20 +207,23 @@ def check_retrieval(config: Any) -> None:
 def _evaluated(section: Any) -> Any:
     """Return the data set of the evaluation."""
     root, name = Path(section.DATASET_PATH), section.EVAL_DATASET_NAME
-    key = "config.IMG_RETRIEVAL.DATASET_PATH"
     if name == "folder":
         if not root.is_dir():
-            raise UserError(f"{key}: there is no folder {root}")
+            raise UserError(f"{_PATH}: there is no folder {root}")
         dataset = FolderDataset(root)
         if not any(len(truth["ok"]) for truth in dataset.truth):
-            raise UserError(f"{key}: {root} must have one subfolder per class, and two images in one of them")
+            raise UserError(f"{_PATH}: {root} must have one subfolder per class, and two images in one of them")
         return dataset
-    database = "database_and_distractors" if section.USE_DISTRACTORS else "database"
-    for entry in ("jpg", f"gnd_{name}.pkl") if name in REVISITED else ("queries", database):
+    needed = ["queries", "database_and_distractors" if section.USE_DISTRACTORS else "database"]
+    if name != "copydays":
+        needed = ["jpg", f"gnd_{name}.pkl" if name in REVISITED else "lab"]
+    for entry in needed:
         if not (root / name / entry).exists():
-            raise UserError(f"{key}: {name} needs {root / name / entry}, which does not exist")
+            raise UserError(f"{_PATH}: {name} needs {root / name / entry}, which does not exist")
     if name in REVISITED:
         return data_util.RevisitedInstanceRetrievalDataset(name, str(root))
+    if name in LANDMARKS:
+        return LandmarkDataset(root / name)
     return data_util.CopyDaysDataset(str(root / name), use_distractors=section.USE_DISTRACTORS)
 
 
@@ -159,6 +232,10 @@ def _training_images(section: Any) -> list[str]:
     root, name = Path(section.DATASET_PATH), str(section.TRAIN_DATASET_NAME)
     key = "config.IMG_RETRIEVAL.TRAIN_DATASET_NAME"
     folder = root / name  # ``name`` alone if it is absolute
+    if section.WHITEN_IMG_LIST:
+        return _listed_images(folder, Path(section.WHITEN_IMG_LIST))
+    if name in LANDMARKS and (folder / "lab").is_dir():
+        return LandmarkDataset(folder).paths
     if name in REVISITED and (folder / f"gnd_{name}.pkl").is_file():
         dataset = data_util.RevisitedInstanceRetrievalDataset(name, str(root))
         return [dataset.get_filename(i) for i in range(dataset.get_num_images())]
@@ -169,6 +246,19 @@ def _training_images(section: Any) -> list[str]:
             "config.IMG_RETRIEVAL.TRAIN_PCA_WHITENING=false"
         )
     return images
+
+
+def _listed_images(folder: Path, file: Path) -> list[str]:
+    """Return the paths of the images in a folder whose names are the lines of a file."""
+    key = "config.IMG_RETRIEVAL.WHITEN_IMG_LIST"
+    if not file.is_file():
+        raise UserError(f"{key}: there is no file {file}")
+    images = [folder / name for name in file.read_text().splitlines() if name]
+    missing = [path for path in images if not path.is_file()]
+    if missing or not images:
+        what = f"lists {missing[0].relative_to(folder)}, which is not in {folder}" if missing else "lists no image"
+        raise UserError(f"{key}: {file} {what}; its lines are paths below DATASET_PATH/TRAIN_DATASET_NAME")
+    return [str(path) for path in images]
 
 
 class Describer:

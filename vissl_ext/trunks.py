@@ -1,7 +1,8 @@
 """Trunks that VISSL 0.1.6 does not have: small and expanded ResNets, ConvNeXt, and the encoders of AMDIM and CPC.
 
 - ``plain_resnet``: ``TRUNK: {NAME: plain_resnet, RESNETS: {DEPTH: 18, CIFAR_STEM: true}}``. DEPTH 8 is the ResNet-8 of
-  ``plugins.tools.resnet8``; 18 to 152 are torchvision's ResNets. Further options are ZERO_INIT_RESIDUAL and
+  ``plugins.tools.resnet8``; 18 to 152 are torchvision's ResNets. Further options are STEM_STRIDE, STEM_PADDING and
+  STEM_POOL, which change the stem for CIFAR, ZERO_INIT_RESIDUAL, and
   ``Z_DIM_OLD_TMP_NEW: [512, 512, 2048]``, DISSL's name (arXiv:2209.06235) for an expansion from 512 features to 2048
   with a bottleneck of 512. Its state dict has the keys of VISSL's ``resnet``, so checkpoints are interchangeable.
 - ``resnet``: VISSL's trunk with the options of DISSL's fork, see :class:`WideResNeXt`.
@@ -26,6 +27,7 @@ from plugins.heads import ExpandDim
 from plugins.tools.backbones import BACKBONES, backbone_options, headless_backbone
 from plugins.tools.command import UserError
 from plugins.tools.resnet8 import resnet8
+from plugins.tools.stems import Stem
 from vissl_ext.parts import check_choice, is_number
 
 DEPTHS = {
@@ -59,7 +61,9 @@ _FIXED = {
 """Options of VISSL's trunk ``resnet`` that ``plain_resnet`` does not support, and the value that they must have."""
 _OPTIONS = {"DEPTH", "NORM", "GROUPNORM_GROUPS", "ZERO_INIT_RESIDUAL", "Z_DIM_OLD_TMP_NEW", *_FIXED}
 """Options in RESNETS of both trunks."""
-_FURTHER = {"plain_resnet": {"CIFAR_STEM"}, "resnet": {"IS_SKIP_RESIZER"}}
+STEM = {"STEM_STRIDE": 1, "STEM_PADDING": 2, "STEM_POOL": False}
+"""Options of the stem for CIFAR, in the order of :class:`Stem`, and their defaults, which are solo-learn's."""
+_FURTHER = {"plain_resnet": {"CIFAR_STEM", *STEM}, "resnet": {"IS_SKIP_RESIZER"}}
 """Further options of one of them."""
 
 
@@ -82,12 +86,18 @@ def check_trunk(model_config: Any) -> None:
         return
     for key in config:
         check_choice(f"config.MODEL.TRUNK.RESNETS: option of {name}", key, _OPTIONS | _FURTHER[name])
-    for key in ("CIFAR_STEM", "IS_SKIP_RESIZER", "ZERO_INIT_RESIDUAL", "STANDARDIZE_CONVOLUTIONS"):
+    for key in ("CIFAR_STEM", "STEM_POOL", "IS_SKIP_RESIZER", "ZERO_INIT_RESIDUAL", "STANDARDIZE_CONVOLUTIONS"):
         if not isinstance(config.get(key, False), bool):
             raise UserError(f"config.MODEL.TRUNK.RESNETS.{key} must be true or false, got {config[key]!r}")
     if name == "resnet":
         _check_widths(config, 2048 * config.WIDTH_MULTIPLIER)
         return
+    for key, least in (("STEM_STRIDE", 1), ("STEM_PADDING", 0)):
+        value = config.get(key, least)
+        if type(value) is not int or value < least:
+            raise UserError(f"config.MODEL.TRUNK.RESNETS.{key} must be an integer, at least {least}, got {value!r}")
+    if not config.get("CIFAR_STEM") and (given := [key for key in STEM if key in config]):
+        raise UserError(f"config.MODEL.TRUNK.RESNETS.{given[0]} has no effect without RESNETS.CIFAR_STEM=true")
     if config.DEPTH not in DEPTHS:
         raise UserError(
             f"RESNETS.DEPTH of plain_resnet must be one of {', '.join(map(str, DEPTHS))}, got {config.DEPTH}"
@@ -132,7 +142,7 @@ class PlainResNet(nn.Module):
     """torchvision's ResNet as a trunk.
 
     The CIFAR stem is that of solo-learn: the first convolution is 3×3 with stride 1 and padding 2 (32 pixels become
-    34), and there is no max-pooling.
+    34), and there is no max-pooling. The options STEM change it, for weights that were trained with another one.
 
     Args:
         model_config: VISSL's MODEL section.
@@ -151,8 +161,9 @@ class PlainResNet(nn.Module):
         network = DEPTHS[config.DEPTH](weights=None, zero_init_residual=config.ZERO_INIT_RESIDUAL)
         self.num_features = network.fc.in_features
         if config.get("CIFAR_STEM", False):
-            network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, stride=1, padding=2, bias=False)
-            network.maxpool = nn.Identity()
+            stem = Stem(*(config.get(key, default) for key, default in STEM.items()))
+            network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, stem.stride, stem.padding, bias=False)
+            network.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem.pool else nn.Identity()
         resizer = {}
         if config.get("Z_DIM_OLD_TMP_NEW"):
             old, inner, self.num_features = config["Z_DIM_OLD_TMP_NEW"]

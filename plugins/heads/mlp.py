@@ -10,6 +10,7 @@ SimSiam (2011.10566), Matrix-SSL   ``mlp_head(2048, 2048, 2048, layers=3, bias=F
 =================================  ==================================================================================
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -20,7 +21,7 @@ from plugins.checks import check_choice, check_range
 
 def mlp_head(
     in_dim: int,
-    hidden_dim: int,
+    hidden_dim: int | Sequence[int],
     out_dim: int,
     *,
     layers: int = 2,
@@ -34,9 +35,9 @@ def mlp_head(
 
     Args:
         in_dim: width of the backbone's features.
-        hidden_dim: width of the hidden layers.
+        hidden_dim: width of the hidden layers, or the width of each.
         out_dim: width of the embedding.
-        layers: number of Linear layers, ≥ 1.
+        layers: number of Linear layers, ≥ 1; not used if ``hidden_dim`` has the width of each hidden layer.
         final_norm: BatchNorm after the last Linear: ``"affine"`` with scale and shift, ``"plain"`` without, or None.
         bias: whether the hidden Linear layers, each followed by BatchNorm, have a bias (BatchNorm cancels it).
         final_bias: whether the last Linear layer has a bias. ``"frozen"`` keeps it at its initial value, as in
@@ -49,14 +50,16 @@ def mlp_head(
         >>> [type(module).__name__ for module in mlp_head(512, 4096, 256)]
         ['Linear', 'BatchNorm1d', 'ReLU', 'Linear']
     """
-    for name, count in {"layers": layers, "in_dim": in_dim, "hidden_dim": hidden_dim, "out_dim": out_dim}.items():
-        check_range(name, count, low=1)
+    check_range("layers", layers, low=1)
+    hidden = [hidden_dim] * (layers - 1) if isinstance(hidden_dim, int) else list(hidden_dim)
+    for name, width in (("in_dim", in_dim), *(("hidden_dim", width) for width in hidden), ("out_dim", out_dim)):
+        check_range(name, width, low=1)
     if final_norm is not None:
         check_choice("final_norm", final_norm, ("affine", "plain"))
     modules: list[nn.Module] = []
-    for _ in range(layers - 1):
-        modules += [nn.Linear(in_dim, hidden_dim, bias=bias), nn.BatchNorm1d(hidden_dim), nn.ReLU()]
-        in_dim = hidden_dim
+    for width in hidden:
+        modules += [nn.Linear(in_dim, width, bias=bias), nn.BatchNorm1d(width), nn.ReLU()]
+        in_dim = width
     last = nn.Linear(in_dim, out_dim, bias=bool(final_bias))
     if final_bias == "frozen":
         last.bias.requires_grad_(False)

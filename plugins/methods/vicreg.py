@@ -36,6 +36,7 @@ SPEC = replace(
     options={
         **projector_options(hidden=8192, output=8192),
         "proj_layers": ssl_ey.SPEC.options["proj_layers"],
+        "proj_hidden_widths": ssl_ey.SPEC.options["proj_hidden_widths"],
         "proj_output_bias": Option(False, "whether the projector's last layer has a bias, which changes no statistic"),
         "projector": ssl_ey.SPEC.options["projector"],
         "sim_coeff": Option(

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from plugins.heads import mlp_head, plain_head
+from plugins.methods import METHODS
 
 
 def hidden(width_in, width_out, bias=True):
@@ -17,6 +18,10 @@ PUBLISHED = {
     "ssl_ey, vicreg": (
         mlp_head(6, 12, 4, layers=3, final_bias=False),
         [*hidden(6, 12), *hidden(12, 12), nn.Linear(12, 4, bias=False)],
+    ),
+    "ssl_ey, vicreg, two widths": (
+        mlp_head(6, (12, 8), 4, final_bias=False),
+        [*hidden(6, 12), *hidden(12, 8), nn.Linear(8, 4, bias=False)],
     ),
     "ssl_ey, lightly": (mlp_head(6, 12, 4, bias=False), [*hidden(6, 12, False), nn.Linear(12, 4)]),
     "simsiam": (
@@ -57,6 +62,7 @@ def test_frozen_bias_is_kept_but_not_trained():
         ({"final_norm": "batch"}, "final_norm"),
         ({"in_dim": 0}, "in_dim"),
         ({"hidden_dim": -1}, "hidden_dim"),
+        ({"hidden_dim": (8, 0)}, "hidden_dim"),
         ({"out_dim": 0}, "out_dim"),
     ],
 )
@@ -76,3 +82,14 @@ def test_plain_head_has_activations_between_its_linear_layers(layers, norm):
     assert [module.bias is None for module in free if isinstance(module, nn.Linear)] == [False] * (layers - 1) + [True]
     with pytest.raises(ValueError, match=r"layers must be in \[1, inf\), got 0"):
         plain_head(5, 6, 4, layers=0)
+
+
+@pytest.mark.parametrize("name", ["ssl_ey", "vicreg"])
+def test_hidden_layers_of_different_widths_as_vicregs_mlp(name):
+    """``--mlp 12-8-4`` of main_ssley.py and main_vicreg.py."""
+    spec = METHODS[name]
+    head = spec.head(6, spec.resolve({"proj_hidden_widths": "12-8", "proj_output_dim": 4}))
+    assert [tuple(layer.weight.shape) for layer in head if isinstance(layer, nn.Linear)] == [(12, 6), (8, 12), (4, 8)]
+    for wrong in ("12-", "12-0", "12,8", "12-8-x", "same"):
+        with pytest.raises(ValueError, match="proj_hidden_widths must be equal, or widths such as 8192-4096, got '"):
+            spec.head(6, spec.resolve({"proj_hidden_widths": wrong}))

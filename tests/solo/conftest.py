@@ -1,15 +1,19 @@
 """Digits, configurations and runs that the solo-learn tests share."""
 
 import os
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from plugins.experiments.warm import WarmProcess
 from plugins.methods import METHODS
 from plugins.testing import NARROW, tiny_backbone
+from solo_ext import main_pretrain
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.compat import CHECKOUT, GENERATION, host_release
 
@@ -122,3 +126,94 @@ class Run:
 def new_run(digits: Path) -> Callable[[Path], Run]:
     """new_run(out) → a Run that writes to the folder ``out``."""
     return lambda out: Run(digits, out)
+
+
+class Ssley:
+    """A folder like a checkout of the branch ssley of solo-learn, and the commands of docs/migration.md in it.
+
+    ``scripts`` has our YAML in the form of the branch's; with FORKS_CHECKOUTS it is that of the checkout.
+    ``datasets/imagenet-100`` has 240 training images, more than the 200 neighbours of knn.sh, and 30 for validation.
+    """
+
+    small = ("accelerator=cpu", "data.num_workers=0", "data.format=image_folder", "optimizer.batch_size=16")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if root := os.environ.get("FORKS_CHECKOUTS"):
+            (folder / "scripts").symlink_to(Path(root, "solo-learn-ssley", "scripts").absolute())
+        else:
+            self._scripts()
+        for split, count in (("train", 24), ("val", 3)):
+            for label in range(10):
+                place = folder / "datasets" / "imagenet-100" / split / f"n{label:08}"
+                place.mkdir(parents=True)
+                for index in range(count):
+                    Image.effect_noise((32, 32), 20 * label + index).convert("RGB").save(place / f"{index}.png")
+        (folder / "datasets" / "imagenet100").symlink_to("imagenet-100")  # ssley.yaml's spelling
+
+    def _scripts(self) -> None:
+        def view(crops: int) -> str:
+            off = "".join(f", {name}: {{prob: 0}}" for name in ("color_jitter", "grayscale", "gaussian_blur"))
+            off += "".join(f", {name}: {{prob: 0.1}}" for name in ("solarization", "equalization", "horizontal_flip"))
+            crop = "rrc: {enabled: True, crop_min_scale: 0.2, crop_max_scale: 1.0}"
+            return f"  - {{{crop}{off}, crop_size: 224, num_crops: {crops}}}\n"
+
+        common = (
+            "defaults: [_self_, {wandb: private.yaml}, {override hydra/hydra_logging: disabled}]\n"
+            "hydra: {output_subdir: null, run: {dir: .}}\n"
+            "data: {dataset: imagenet100, train_path: %s/train, val_path: %s/val, format: dali, num_workers: 4}\n"
+            "backbone: {name: resnet18}\ncheckpoint: {enabled: True, dir: trained_models, frequency: 1}\n"
+            "auto_resume: {enabled: True}\nmax_epochs: 400\ndevices: [0]\nsync_batchnorm: True\naccelerator: gpu\n"
+            "strategy: ddp\n"
+        )
+        lars = (
+            "optimizer: {name: lars, batch_size: 128, lr: 0.3, classifier_lr: 0.1, weight_decay: 1e-4}\n"
+            "scheduler: {name: warmup_cosine}\nprecision: 16-mixed\n"
+            "method_kwargs: {proj_hidden_dim: 2048, proj_output_dim: 2048%s}\naugmentations:\n%s"
+        )
+        linear = (
+            "pretrained_feature_extractor: None\noptimizer: {name: sgd, batch_size: 256, lr: 0.3, weight_decay: 0}\n"
+            "scheduler: {name: step, lr_decay_steps: [60, 80]}\nprecision: 16\n"
+        )
+        own, usual = "datasets/imagenet100", "./datasets/imagenet-100"
+        ssley, barlow = (lars % ("", view(2)), lars % (", scale_loss: 0.1", 2 * view(1)))
+        files = {
+            "pretrain/imagenet-100/ssley": f"{common % (own, own)}{ssley}name: ssley-imagenet100\nmethod: ssley\n",
+            "pretrain/imagenet-100/barlow": f"{common % (usual, usual)}{barlow}name: barlow\nmethod: barlow_twins\n",
+            "linear/imagenet-100/ssley": f"{common % (usual, usual)}{linear}name: a\npretrain_method: ssley\n",
+            "linear/imagenet-100/barlow": f"{common % (usual, usual)}{linear}name: b\npretrain_method: barlow_twins\n",
+        }
+        for name, text in files.items():
+            path = self.folder / "scripts" / f"{name}.yaml"
+            (path.parent / "wandb").mkdir(parents=True, exist_ok=True)
+            (path.parent / "wandb" / "private.yaml").write_text("enabled: True\nentity: None\nproject: solo-learn\n")
+            path.write_text(text)
+
+    def words(self, module: str, name: str = "", run: str = "") -> list[str]:
+        """Return the words after ``python -m solo_ext.MODULE`` on the page, for a YAML file, or for RUN."""
+        page = (ROOT / "docs" / "migration.md").read_text().partition("branch ssley")[2].replace("\\\n", " ")
+        (found,) = re.findall(rf"python -m solo_ext\.{module} (.*?{name}\b.*?)(?:`|\n)", page)
+        return found.replace("RUN", run).split()
+
+    def __call__(self, main: Callable[[], None], words: list[str]) -> None:
+        """Run a command in the folder."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.setattr(sys, "argv", ["prog", *words])
+            patch.setitem(ARCHITECTURES, "tiny", tiny_backbone)
+            main()
+
+    def pretrain(self, name: str) -> str:
+        """Pre-train with a YAML file for two steps; return the run's folder."""
+        few = ["backbone.name=tiny", "max_epochs=1", "++limit_train_batches=2", "++limit_val_batches=1", "devices=1"]
+        few += ["method_kwargs.proj_hidden_dim=32", "method_kwargs.proj_output_dim=16", "wandb.enabled=False"]
+        few += [f"++augmentations.{number}.crop_size=32" for number in range(2 if name == "barlow" else 1)]
+        self(main_pretrain.main, [*self.words("main_pretrain", name), *self.small, *few, "++checkpoint.version=v"])
+        (found,) = self.folder.glob(f"trained_models/{name}*/v")
+        return str(found)
+
+
+@pytest.fixture(scope="session")
+def ssley(tmp_path_factory: pytest.TempPathFactory) -> Ssley:
+    """A folder like a checkout of the branch ssley of solo-learn."""
+    return Ssley(tmp_path_factory.mktemp("solo-learn-ssley"))

@@ -6,22 +6,29 @@ solo-learn-ssley/, their 24 files are read too.
 """
 
 import csv
+import hashlib
 import json
 import math
 import os
+import pickle
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
 from plugins.methods import METHODS
 from plugins.predictors import ClosedFormPredictor
 from plugins.testing import tiny_backbone
-from solo_ext import main_pretrain
+from solo_ext import main_knn, main_linear, main_pretrain
 from solo_ext.architectures import ARCHITECTURES
 from solo_ext.checkpoint import find_checkpoint
 from solo_ext.config import parse_linear, parse_pretrain
@@ -299,35 +306,115 @@ def test_a_machine_without_gpu_or_data_is_told_so_in_one_sentence(scripts, tmp_p
         assert line.startswith(sentence)
 
 
+# the forty commands of run_experiments.sh
+
+_VARIANTS = {
+    **{"byol": "byol", "simsiam": "byol-noema", "directcopy": "directpred", "directcopy-noema": "directpred-noema"},
+    **{"directcopy-isocopy": "isoloss", "directcopy-isocopy-noema": "isoloss-noema"},
+    **{name: name for name in ("directpred", "directpred-noema", "isoloss", "isoloss-noema")},
+}
+"""Run → its YAML file."""
+_DATA = {"cifar10": ("cifar", 10), "cifar100": ("cifar", 100), "stl10": ("stl-10", 10)}
+_DATA["tinyimagenet"] = ("tinyimagenet", 200)
+"""Data set → its folder of YAML files, its classes."""
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def _cifar(folder: Path, patch: pytest.MonkeyPatch, images: np.random.Generator) -> None:
+    """CIFAR-10 and CIFAR-100 as their authors pack them, with 4 images a file; torchvision expects these files."""
+    for cls in (CIFAR10, CIFAR100):
+        names = [name for name, _ in (*cls.train_list, *cls.test_list)]
+        (folder / cls.base_folder).mkdir()
+        labels, classes = ("labels", 10) if cls is CIFAR10 else ("fine_labels", 100)
+        for name in names:
+            rows = images.integers(256, size=(16 if name == "train" else 4, 3 * 32 * 32), dtype=np.uint8)
+            batch = {"data": rows, labels: images.integers(classes, size=len(rows)).tolist()}
+            (folder / cls.base_folder / name).write_bytes(pickle.dumps(batch))
+        meta = folder / cls.base_folder / cls.meta["filename"]
+        meta.write_bytes(pickle.dumps({cls.meta["key"]: [str(label) for label in range(classes)]}))
+        for attribute in ("train_list", "test_list"):
+            files = [(name, _md5(meta.parent / name)) for name, _ in getattr(cls, attribute)]
+            patch.setattr(cls, attribute, files)
+        patch.setattr(cls, "meta", {**cls.meta, "md5": _md5(meta)})
+
+
+def _stl10(folder: Path, patch: pytest.MonkeyPatch, images: np.random.Generator) -> None:
+    """STL-10 as its authors pack it: 8 labelled and 8 unlabelled training images, 8 test images."""
+    root = folder / STL10.base_folder
+    root.mkdir()
+    for split in ("train", "unlabeled", "test"):
+        images.integers(256, size=(8, 3, 96, 96), dtype=np.uint8).tofile(root / f"{split}_X.bin")
+        if split != "unlabeled":
+            images.integers(1, 11, size=8, dtype=np.uint8).tofile(root / f"{split}_y.bin")
+    (root / STL10.class_names_file).write_text("\n".join(map(str, range(10))))
+    for attribute in ("train_list", "test_list"):
+        patch.setattr(STL10, attribute, [[name, _md5(root / name)] for name, _ in getattr(STL10, attribute)])
+
+
+def _tinyimagenet(folder: Path, images: np.random.Generator) -> None:
+    """Tiny ImageNet as ``python -m plugins.tools.data tinyimagenet`` sorts it: two of its classes."""
+    for split, count in (("train", 8), ("val", 4)):
+        for name in ("n01443537", "n01629819"):
+            place = folder / "tinyimagenet" / split / name
+            place.mkdir(parents=True)
+            for index in range(count):
+                pixels = images.integers(256, size=(64, 64, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{name}_{index}.JPEG")
+
+
+@pytest.fixture(scope="module")
+def fork(scripts, tmp_path_factory) -> Iterator[Path]:
+    """A folder like a checkout of implicit-var-reg: its scripts, and in ``datasets`` a few images of each data set.
+
+    With FORKS_CHECKOUTS, ``scripts`` is that of the checkout.
+    """
+    folder, images = tmp_path_factory.mktemp("implicit-var-reg"), np.random.default_rng(0)
+    if root := os.environ.get(CHECKOUTS):
+        (folder / "scripts").symlink_to(Path(root, "implicit-var-reg", "scripts").absolute())
+    else:
+        for name in ("cifar", "stl-10", "tinyimagenet"):
+            shutil.copytree(scripts, folder / "scripts" / "pretrain" / name)
+        for path in (folder / "scripts" / "pretrain" / "tinyimagenet").glob("*.yaml"):
+            text = path.read_text()
+            for split in ("train", "val"):
+                old, new = (f'{split}_path: "./datasets{end}"' for end in ("", f"/tinyimagenet/{split}"))
+                assert old in text
+                text = text.replace(old, new)
+            path.write_text(text)
+    (folder / "datasets").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        _cifar(folder / "datasets", patch, images)
+        _stl10(folder / "datasets", patch, images)
+        _tinyimagenet(folder / "datasets", images)
+        patch.setitem(ARCHITECTURES, "tiny", tiny_backbone)
+        yield folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [
-        *(("byol", "byol"), ("simsiam", "byol-noema")),
-        *((name, name) for name in ("directpred", "directpred-noema", "isoloss", "isoloss-noema")),
-        *(("directcopy", "directpred"), ("directcopy-noema", "directpred-noema")),
-        *(("directcopy-isocopy", "isoloss"), ("directcopy-isocopy-noema", "isoloss-noema")),
-    ],
-)
-def test_the_commands_of_run_experiments_train(name, file, scripts, digits, tmp_path, monkeypatch):
-    """The ten variants of the script, with the options of docs/migration.md, in a checkout's layout; DATA is digits."""
+@pytest.mark.parametrize("dataset", _DATA)
+@pytest.mark.parametrize("name", _VARIANTS)
+def test_the_forty_commands_of_run_experiments_train(name, dataset, fork, monkeypatch):
+    """Each command, as docs/migration.md has it, with the data that its file names; only the network is small."""
     page = (ROOT / "docs" / "migration.md").read_text()
     (row,) = (line for line in page.splitlines() if f"data.dataset=DATA name={name}_DATA" in line)
-    words = row.split("`")[1].replace("DATA", "digits").split()
-    assert words[0] == f"{file}.yaml"
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "scripts" / "pretrain").mkdir(parents=True)
-    (tmp_path / "scripts" / "pretrain" / "cifar").symlink_to(scripts)
-    monkeypatch.setitem(ARCHITECTURES, "tiny", tiny_backbone)
-    small = ["backbone.name=tiny", "max_epochs=1", "++limit_train_batches=2", "++limit_val_batches=1"]
-    small += ["wandb.enabled=False", "++checkpoint.version=v", "++log_every_n_steps=1"]
-    given = ["--config-path", "scripts/pretrain/cifar/", "--config-name", *words]
-    monkeypatch.setattr(sys, "argv", ["prog", *given, *_forced(digits), *small])
+    words = row.split("`")[1].replace("DATA", dataset).split()
+    assert words[0] == f"{_VARIANTS[name]}.yaml"
+    (scripts, classes), run = _DATA[dataset], f"{name}_{dataset}"
+    small = ["backbone.name=tiny", "max_epochs=1", "optimizer.batch_size=8", "data.num_workers=0", "accelerator=cpu"]
+    small += ["method_kwargs.proj_hidden_dim=32", "method_kwargs.proj_output_dim=16", "++limit_val_batches=1"]
+    small += ["method_kwargs.pred_hidden_dim=32"] if name in ("byol", "simsiam") else []
+    small += ["wandb.enabled=False", f"++checkpoint.version={run}", "++log_every_n_steps=1"]
+    monkeypatch.chdir(fork)
+    given = ["--config-path", f"scripts/pretrain/{scripts}/", "--config-name", *words]
+    monkeypatch.setattr(sys, "argv", ["prog", *given, *small])
     main_pretrain.main()
-    (folder,) = (tmp_path / "trained_models").glob("*/v")
+    (folder,) = (fork / "trained_models").glob(f"*/{run}")
     assert folder.parent.name == ("directpred" if "direct" in name or "iso" in name else "byol")
     options = json.loads((folder / "args.json").read_text())
-    assert options["name"] == f"{name}_digits"
+    assert (options["name"], options["data"]["dataset"]) == (run, dataset)
     assert options["optimizer"]["weight_decay"] == (1e-5 if name in ("byol", "simsiam") else 1e-4)
     kwargs = options["method_kwargs"]
     powers = (1, 0.25) if name.startswith("directcopy") else (0.5, 0.0)
@@ -335,6 +422,8 @@ def test_the_commands_of_run_experiments_train(name, file, scripts, digits, tmp_
         assert (kwargs["dp_alpha"], kwargs["eps_iso"], kwargs["iso"]) == (*powers, "iso" in name)
     losses = _logged(folder)["train_neg_cos_sim_step"]
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
+    state = torch.load(find_checkpoint(folder), weights_only=True)["state_dict"]
+    assert state["classifier.weight"].shape == (classes, 32)
 
 
 # what is logged
@@ -438,6 +527,35 @@ def test_ssleys_file_logs_its_name(train):
     assert (
         logged["train_ssley_loss_step"] == logged["train_ssl_loss_step"] and len(logged["train_ssley_loss_step"]) == 2
     )
+
+
+# evaluations of the branch ssley; tests/solo/test_umap.py has umap.sh
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ssley", "barlow"])
+def test_linear_evaluation_of_the_branch_ssley(name, ssley, tmp_path):
+    """The README's commands: pre-training, then a linear classifier on the frozen backbone, each with its file."""
+    run = ssley.pretrain(name)
+    given = [f"pretrained_feature_extractor={run}", "backbone.name=tiny", "++limit_train_batches=2", "devices=1"]
+    given += [f"data.{split}_path=datasets/imagenet-100/{split}" for split in ("train", "val")]  # barlow's are absolute
+    given += ["++data.augmentations.crop_size=32", "max_epochs=1", "wandb.enabled=False", f"checkpoint.dir={tmp_path}"]
+    ssley(main_linear.main, [*ssley.words("main_linear", name), *ssley.small, *given])
+    (folder,) = tmp_path.glob("linear/*")
+    found = json.loads((folder / "linear.json").read_text())
+    assert found["checkpoint"].startswith(run) and found["train_images"] == 240 and 0 <= found["acc1"] <= 100
+    config = found["config"]
+    assert (config["scheduler"]["name"], config["scheduler"]["lr_decay_steps"]) == ("step", [60, 80])
+
+
+@pytest.mark.slow
+def test_knn_sh_of_the_branch_ssley(ssley, tmp_path):
+    """Two features, eight numbers of neighbours up to 200, the euclidean distance and eight temperatures of cosines."""
+    few = ["--num_workers", "0", "--output", str(tmp_path / "knn.json")]
+    ssley(main_knn.main, [*ssley.words("main_knn", run=ssley.pretrain("ssley")), *few])
+    rows = json.loads((tmp_path / "knn.json").read_text())
+    assert len(rows) == 2 * 8 * (1 + 8) and len({tuple(list(row.values())[:4]) for row in rows}) == len(rows)
+    assert all(0 <= row["acc1"] <= row["acc5"] <= 100 for row in rows)
 
 
 @pytest.mark.sample("isoloss")

@@ -165,6 +165,15 @@ def test_command_draws_both_splits(run, digits, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_umap_sh_of_the_branch_ssley(ssley):
+    """Its options, after a pre-training with the branch's file."""
+    run = ssley.pretrain("ssley")
+    ssley(main_umap.main, [*ssley.words("main_umap", run=run), "--num_workers", "0"])
+    counts = {path.name: len(path.read_text().splitlines()) - 1 for path in Path(run, "umap").glob("*.csv")}
+    assert counts == {"train_umap.csv": 240, "val_umap.csv": 30}
+
+
+@pytest.mark.slow
 def test_unlabelled_images_are_drawn_grey(run, digits, tmp_path):
     """A folder without class folders, with and without --no_labels, beside a labelled one or alone."""
     flat = tmp_path / "flat"

@@ -1,13 +1,15 @@
 """Configurations in the form of DISSL's VISSL fork train unmodified; the YAML here is ours, with the fork's keys.
 
 With VISSL_FORK_CHECKOUT naming a checkout of the fork, its own files are read too: the 39 below pretrain/dstl and
-pretrain/cntr, the 14 of pretrain/simclr, and the 13 of its linear and MLP probes.
+pretrain/cntr, the 14 of pretrain/simclr, the 13 of its linear and MLP probes, and the 25 scripts of bin_final.
 """
 
 import copy
 import json
 import math
 import os
+import re
+import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -455,6 +457,71 @@ def test_files_of_the_fork_pass_the_checks_and_build(path: Path, prepared: Calla
     assert isinstance(PluginTask.from_config(config)._build_loss(), LOSS_REGISTRY[config.LOSS.name])
     assert len(teacher) == len(student) == 4
     assert teacher.shape[1] == student.shape[1] == model.heads[0][-1].clf[0].out_features
+
+
+_PAGE = (Path(__file__).parents[2] / "docs" / "migration.md").read_text().partition("### The scripts of bin_final")[2]
+_SCRIPTS = {row.split("`")[1]: row for row in re.findall(r"^\| `\w+\.sh.*$", _PAGE.partition("\n## ")[0], re.MULTILINE)}
+"""A script of bin_final with its arguments → its row of the page."""
+
+
+def _command_of_the_page(row: str) -> dict[str, str]:
+    """The options of the page's command with the values of a row."""
+    (block,) = re.findall(r"config=pretrain/dstl/.*?\n```", _PAGE.replace("\\\n", " "), re.DOTALL)
+    options = dict(word.split("=", 1) for word in block.removesuffix("```").split())
+    cells = [cell.strip().strip("`") for cell in row.strip("|").split("|")]
+    file, server, gpus, batch, workers, memory, folder = cells[1:8]
+    values = {"NUM_PROC_PER_NODE": gpus, "TRAIN.BATCHSIZE_PER_REPLICA": batch, "WORKERS": workers, "MEM_GB": memory}
+    for ending, value in values.items():
+        (key,) = (key for key in options if key.endswith(ending))
+        options[key] = value
+    options["config"] = file.replace("LINEAR", "benchmark/linear_image_classification")
+    options |= {"+config/server": server, "config.SLURM.LOG_FOLDER": folder}
+    options["config.CHECKPOINT.DIR"] = f"{folder}/checkpoints"
+    options |= {f"config.{key}": value for key, value in (word.strip("`").split("=", 1) for word in cells[8].split())}
+    return options
+
+
+def _command_of_the_script(path: Path, arguments: list[str]) -> dict[str, str]:
+    """The options with which a script of bin_final starts VISSL; its arguments are the page's placeholders."""
+    text = re.sub(r"^ *#.*\n", "", path.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    variables = dict(re.findall(r"^(\w+)=(\S+)$", text, re.MULTILINE))
+    variables |= {str(place): argument for place, argument in enumerate(arguments, 1)}
+    (line,) = re.findall(r"^\./dev/launch_slurm\.sh (.*)$", text, re.MULTILINE)
+    while "$" in line:
+        line = re.sub(r"\$(\w+)", lambda name: variables[name[1]], line)
+    folder, *words = shlex.split(line.rstrip("\\ "))
+    more = {"USE_SLURM": "true", "LOG_FOLDER": folder}  # launch_slurm.sh adds them
+    options = dict(word.split("=", 1) for word in words) | {f"config.SLURM.{key}": more[key] for key in more}
+    return {**options, "config.CHECKPOINT.DIR": f"{folder}/checkpoints"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", _fork_files(25, "../../bin_final/*.sh"))
+def test_scripts_of_the_fork(path: Path, few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page has the options of each script, and ours accepts them, on the digits and without the cluster."""
+    if path.stem.startswith("all_transfer"):
+        assert f"`{path.name}`" in _PAGE
+        return
+    (typed,) = (name for name in _SCRIPTS if name.split()[0] == path.name)
+    options, script = _command_of_the_page(_SCRIPTS[typed]), _command_of_the_script(path, typed.split()[1:])
+    own = ("DATA_PATHS", "PORT_ID", "SLURM.NAME", "IS_NOWARMUP")
+    assert {key: value for key, value in options.items() if not key.endswith(own)} == {
+        key: value for key, value in script.items() if not key.endswith(own)
+    }
+    weights = tmp_path / "weights.torch"
+    torch.save({"classy_state_dict": {"base_model": {"model": {"trunk": {}, "heads": {}}}}}, weights)
+    given = {"MODEL": "dissl_e100_d2048_m2", "SUFFIX": "_z8" if path.stem == "augeval" else "hi"}
+    options = {key: re.sub("MODEL|SUFFIX", lambda name: given[name[0]], value) for key, value in options.items()}
+    options["config.SLURM.USE_SLURM"] = "false"
+    if options["+config/server"] == "sphinx1_2gpu":
+        del options["+config/server"]
+    for split, folder in (("TRAIN", "train"), ("TEST", "val")):
+        options[f"config.DATA.{split}.DATA_PATHS"] = f"[{few_digits / folder}]"
+    if "config.MODEL.WEIGHTS_INIT.PARAMS_FILE" in options:
+        options["config.MODEL.WEIGHTS_INIT.PARAMS_FILE"] = str(weights)
+    monkeypatch.chdir(tmp_path)
+    config = prepare([f"{key}={value}" for key, value in options.items()], [str(path.parents[1] / "configs")])[1]
+    assert int(options["config.DATA.TRAIN.BATCHSIZE_PER_REPLICA"]) == config.DATA.TRAIN.BATCHSIZE_PER_REPLICA
 
 
 @pytest.mark.slow

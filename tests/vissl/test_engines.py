@@ -26,6 +26,7 @@ from vissl_ext import load_model
 from vissl_ext.checks import check, check_engine
 from vissl_ext.compose import compose
 from vissl_ext.registry import register
+from vissl_ext.retrieval import LandmarkDataset, _listed_images
 
 register()
 pytestmark = pytest.mark.vissl
@@ -432,6 +433,66 @@ def test_copydays(work: Path, revisited: dict, launch: Callable) -> None:
     assert f"retrieval in copydays: strong: mAP {100 * np.mean(results):.2f} %" in out
 
 
+@pytest.mark.slow
+def test_oxford_and_a_whitening_list(work: Path, revisited: dict, launch: Callable) -> None:
+    """Regions as queries, lists good, ok and junk; a corrupt image of Paris is left out, as are those of no list."""
+    root = work / "retrieval" / "Oxford"
+    (root / "lab").mkdir(parents=True)
+    names = sorted(revisited["imlist"])
+    for place, name in enumerate(names):
+        (root / "jpg" / str(place % 2)).mkdir(parents=True, exist_ok=True)  # the archive of Paris6k has subfolders
+        source = work / "retrieval" / "roxford5k" / "jpg" / f"{name}.jpg"
+        (root / "jpg" / str(place % 2) / f"{name}.jpg").write_bytes(source.read_bytes())
+    (root / "jpg" / "paris_louvre_000136.jpg").write_bytes(b"")
+    order = [*names[::2], *names[1::2]]  # of the paths
+    wanted = []
+    for query in names[::9]:
+        same = [name for name in names if name[0] == query[0]]
+        lists = {"good": same[:2], "ok": [*same[2:], "not_there"], "junk": [name for name in names if name[0] == "8"]}
+        for kind, listed in lists.items():
+            (root / "lab" / f"q_{query}_1_{kind}.txt").write_text("".join(f"{name}\n" for name in listed))
+        (root / "lab" / f"q_{query}_1_query.txt").write_text(f"oxc1_{query} 1.0 2.5 20.0 15.0\n")
+        wanted.append([[order.index(name) for name in listed] for listed in (same, lists["junk"])])
+    (work / "list.txt").write_text("".join(f"{number}.jpg\n" for number in range(20)))
+    words = ("EVAL_DATASET_NAME=Oxford", "DATASET_PATH=retrieval", "TRAIN_DATASET_NAME=others", "N_PCA=16")
+    words = (*words, "WHITEN_IMG_LIST=list.txt", "FEATS_PROCESSING_TYPE=gem", "CROP_QUERY_ROI=true")
+    out = launch(
+        *RETRIEVAL, *(f"config.IMG_RETRIEVAL.{word}" for word in words), f"config.CHECKPOINT.DIR={work / 'ox'}"
+    )
+    found = json.loads((work / "ox" / "metrics.json").read_text())
+    rankings = json.loads((work / "ox" / "rankings.json").read_text())
+    assert [len(ranking) for ranking in rankings] == [40] * 5
+    results = [_reference_retrieval(ranking, *lists) for ranking, lists in zip(rankings, wanted, strict=True)]
+    assert found["mAP"] == pytest.approx(np.mean([area for area, _ in results]), abs=1e-9)
+    assert f"retrieval in Oxford: mAP {100 * found['mAP']:.2f} %; precision at 1, 5, 10: " in out
+
+
+def test_the_files_of_oxford_and_a_whitening_list_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "jpg").mkdir()
+    (tmp_path / "lab").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "jpg" / "a.jpg")
+    with pytest.raises(UserError, match=r"there are no files NAME_query\.txt in "):
+        LandmarkDataset(tmp_path)
+    query = tmp_path / "lab" / "q_1_query.txt"
+    query.write_text("oxc1_b 0 0 8 8")
+    with pytest.raises(UserError, match=r"there is no file .*q_1_good\.txt"):
+        LandmarkDataset(tmp_path)
+    for kind in ("good", "ok", "junk"):
+        (tmp_path / "lab" / f"q_1_{kind}.txt").touch()
+    with pytest.raises(UserError, match=r"q_1_query\.txt must name an image of .*jpg and four coordinates"):
+        LandmarkDataset(tmp_path)
+    query.write_text("oxc1_a 0 1.5 8 7")
+    dataset = LandmarkDataset(tmp_path)
+    assert dataset.get_query_filename(0) == dataset.get_filename(0) and dataset.get_query_roi(0) == [0, 1.5, 8, 7]
+    listed = tmp_path / "list.txt"
+    with pytest.raises(UserError, match=r"WHITEN_IMG_LIST: there is no file .*list\.txt"):
+        _listed_images(tmp_path / "jpg", listed)
+    for text, message in (("\n", "lists no image"), ("a.jpg\nb.jpg\n", "lists b.jpg, which is not in ")):
+        listed.write_text(text)
+        with pytest.raises(UserError, match=message):
+            _listed_images(tmp_path / "jpg", listed)
+
+
 # errors
 
 
@@ -472,7 +533,11 @@ _RETRIEVAL, _CLUSTERFIT = "config.IMG_RETRIEVAL", "config.CLUSTERFIT"
             ["cluster", _CLUSTER, f"{_CLUSTERFIT}.FEATURES.EXTRACT=true", f"{_CLUSTERFIT}.FEATURES.LAYER_NAME=res3"],
             "LAYER_NAME must be a layer whose features are extracted, res5, got 'res3'",
         ),
-        (["retrieval", _ROXFORD, f"{_RETRIEVAL}.EVAL_DATASET_NAME=Oxford"], "EVAL_DATASET_NAME must be one of 'roxfor"),
+        (["retrieval", _ROXFORD, f"{_RETRIEVAL}.EVAL_DATASET_NAME=instre"], "EVAL_DATASET_NAME must be one of 'roxfor"),
+        (
+            ["retrieval", _ROXFORD, f"{_RETRIEVAL}.EVAL_DATASET_NAME=Paris", f"{_RETRIEVAL}.DATASET_PATH=/no"],
+            "Paris needs /no/Paris/jpg, which does not exist",
+        ),
         (["retrieval", _ROXFORD, f"{_RETRIEVAL}.FEATS_PROCESSING_TYPE=max"], "must be one of 'rmac', 'gem', '', got"),
         (["retrieval", _ROXFORD, f"{_RETRIEVAL}.IMG_SCALINGS=[1,2]"], "rmac needs TRAIN_PCA_WHITENING=true and one sc"),
         (["retrieval", _ROXFORD, f"{_RETRIEVAL}.DATASET_PATH=/no"], "roxford5k needs /no/roxford5k/jpg, which does no"),

@@ -232,3 +232,31 @@ def test_heads_that_are_not_loaded_are_reported_once(heads: bool, capsys: pytest
     if not heads:
         with pytest.raises(UserError, match=r"other heads .* to start with new heads add .*SKIP_LAYERS="):
             load(config, model, {"classy_state_dict": {"base_model": {"model": dict(parts)}}}, **how)
+
+
+def test_an_evaluation_of_heads_needs_the_heads_of_the_file() -> None:
+    """VISSL's own kNN evaluation takes the features of SimCLR's head, which a method of ours does not have."""
+    weights = "config.MODEL.WEIGHTS_INIT.PARAMS_FILE=weights.torch"
+    config = compose(["config=benchmark/nearest_neighbor/eval_resnet_8gpu_in1k_kNN", weights], [])[0].config
+    small, other = torch.nn.Linear(3, 4), torch.nn.Sequential(torch.nn.Linear(3, 5))
+    model = torch.nn.ModuleDict({"trunk": torch.nn.Linear(2, 3), "heads": torch.nn.ModuleList([small])})
+    how = {"state_dict_key_name": "classy_state_dict", "skip_layers": [], "replace_prefix": None, "append_prefix": None}
+    load = base_ssl_model.init_model_from_consolidated_weights
+
+    def checkpoint(head: torch.nn.Module) -> dict:
+        heads = {f"0.{name}": value for name, value in head.state_dict().items()}
+        return {"classy_state_dict": {"base_model": {"model": {"trunk": model["trunk"].state_dict(), "heads": heads}}}}
+
+    load(config, model, checkpoint(small), **how)
+    ours = torch.nn.ModuleDict({"projector": torch.nn.Linear(3, 4)})
+    for head, difference in ((ours, "missing 0.weight"), (other[0], "of another shape 0.weight")):
+        with pytest.raises(UserError) as refused:
+            load(config, model, checkpoint(head), **how)
+        said = str(refused.value)
+        assert said.startswith("weights.torch has other heads than config.MODEL.HEAD: " + difference)
+        assert "\n" not in said and "SKIP_LAYERS" not in said
+        (advised,) = re.findall(r"config=(\S+)", said)
+    features = compose([f"config={advised}"], [])[0].config.MODEL.FEATURE_EVAL_SETTINGS
+    assert features.EVAL_MODE_ON and not features.EVAL_TRUNK_AND_HEAD
+    config.MODEL.FEATURE_EVAL_SETTINGS = features
+    load(config, model, checkpoint(ours), **how)

@@ -23,6 +23,7 @@ from plugins.heads import expand_resnet_dim
 from plugins.tools.backbones import BACKBONES
 from plugins.tools.command import UserError
 from plugins.tools.export import export, read_backbone
+from plugins.tools.hub import load_weights
 from plugins.tools.library_names import library_names
 from plugins.tools.regnet import regnet_y
 from plugins.tools.resnet8 import resnet8
@@ -271,6 +272,60 @@ def test_every_trunk_that_trains_can_be_evaluated_and_exported(name: str, tmp_pa
         theirs.load_state_dict(library_names(state, library))
         with torch.no_grad():
             torch.testing.assert_close(theirs(images), last.flatten(1), rtol=1e-4, atol=1e-5)
+
+
+_STEM = "config.MODEL.TRUNK.RESNETS."
+
+
+@pytest.fixture(scope="module")
+def stem_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Weights of a ResNet-18 with padding 1 and a max-pool: a checkpoint of VISSL, and an export."""
+    folder = tmp_path_factory.mktemp("stems")
+    network = trunk(*(f"+{_STEM}{entry}" for entry in ("CIFAR_STEM=true", "STEM_PADDING=1", "STEM_POOL=true")))
+    model = {"trunk": network.state_dict(), "heads": {}}
+    torch.save({"classy_state_dict": {"base_model": {"model": model}, **stem_record(network)}}, folder / "vissl.torch")
+    export(folder / "vissl.torch", "torchvision", folder / "export.pth")
+    return {path.name: path for path in folder.iterdir()}
+
+
+def _initialised(path: Path, *stem: str) -> torch.nn.Module:
+    """A model with the weights of a file, in evaluation mode."""
+    config = evaluation_config("plain_resnet", ["res5avg"])
+    config.MODEL.TRUNK.RESNETS = model_config(*(f"+{_STEM}{entry}" for entry in stem)).TRUNK.RESNETS
+    weights = config.MODEL.WEIGHTS_INIT
+    weights.PARAMS_FILE, config.MODEL._MODEL_INIT_SEED = str(path), 0
+    if path.suffix == ".pth":
+        weights.STATE_DICT_KEY_NAME, weights.APPEND_PREFIX = "", "trunk.base_model._feature_blocks."
+    check_trunk(config.MODEL)
+    model = build_model(config.MODEL, {})
+    model.init_model_from_weights_params_file(config, torch.load(path))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["vissl.torch", "export.pth"])
+def test_the_stem_of_weights_is_that_of_the_trunk(name: str, stem_files: dict[str, Path]) -> None:
+    """If it is another, the message has the options that make it right; the features are those of the run then."""
+    with pytest.raises(UserError) as refused:
+        _initialised(stem_files[name], "CIFAR_STEM=true")
+    said = str(refused.value)
+    assert "\n" not in said and f"{name} was trained with another stem (stride 1, padding 1, a max-pool)" in said
+    assert "than that of config.MODEL.TRUNK (stride 1, padding 2, no max-pool)" in said
+    words = [word.removeprefix(_STEM) for word in said.split() if word.startswith(_STEM)]
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        (features,) = _initialised(stem_files[name], *words)(images)
+        torch.testing.assert_close(features.flatten(1), load_weights(stem_files[name])(images), rtol=1e-4, atol=1e-5)
+
+
+def test_options_of_a_stem_are_checked() -> None:
+    for entries, message in (
+        (("CIFAR_STEM=true", "STEM_PADDING=-1"), "RESNETS.STEM_PADDING must be an integer, at least 0, got -1"),
+        (("CIFAR_STEM=true", "STEM_STRIDE=0"), "RESNETS.STEM_STRIDE must be an integer, at least 1, got 0"),
+        (("CIFAR_STEM=true", "STEM_POOL=2"), "RESNETS.STEM_POOL must be true or false, got 2"),
+        (("STEM_POOL=true",), "RESNETS.STEM_POOL has no effect without RESNETS.CIFAR_STEM=true"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_trunk(model_config(*(f"+{_STEM}{entry}" for entry in entries)))
 
 
 def test_features_that_a_trunk_does_not_have_are_an_error() -> None:

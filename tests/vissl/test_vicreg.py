@@ -1,4 +1,4 @@
-"""The commands of docs/migration.md for SSL-EY on ImageNet and for VICReg's linear evaluation, on 16 images."""
+"""The commands of docs/migration.md for SSL-EY on ImageNet and for VICReg's evaluate.py, on 16 images."""
 
 import json
 import re
@@ -59,3 +59,16 @@ def test_commands_run(launches: Callable[[list[dict]], list[dict]], tmp_path: Pa
     assert recorded["config.OPTIMIZER"]["weight_decay"] == 1e-6
     rates = re.findall(r"lr (\S+)", done["output"])
     assert rates and all(float(rate) == pytest.approx(0.02 * 8 / 256, rel=1e-3) for rate in rates)
+
+    (tmp_path / "IMAGENET" / "train_1").symlink_to("train")
+    words = [*command("benchmark/semi_supervised/imagenet1k/eval_resnet50_finetune"), *SMALL]
+    words += ["config.MODEL.HEAD.PARAMS=[[mlp,{dims:[512,1000]}]]", "config.DATA.TEST.BATCHSIZE_PER_REPLICA=8"]
+    words += ["config.DATA.TRAIN.TRANSFORMS.0.size=64", "config.DATA.TEST.TRANSFORMS.1.size=64"]
+    (done,) = launches([{"argv": words, "folder": str(tmp_path)}])
+    assert done["status"] == 0, done["output"]
+    content = torch.load("runs/one_percent/checkpoint.torch", weights_only=False)["classy_state_dict"]
+    groups = [group for group in content["optimizer"]["optim"]["param_groups"] if group["params"]]
+    found = [(len(group["params"]), group["lr"], group["weight_decay"], group["nesterov"]) for group in groups]
+    assert found == [(60, 0.03 * 8 / 256, 0, False), (2, 0.08 * 8 / 256, 0, False)]  # the backbone's, the classifier's
+    tuned = read_backbone(Path("runs/one_percent")).state
+    assert not [name for name in loaded if "conv" in name and torch.equal(trained[name], tuned[name])]

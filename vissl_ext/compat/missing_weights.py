@@ -1,4 +1,4 @@
-"""Comparison of the weights in MODEL.WEIGHTS_INIT.PARAMS_FILE with the model.
+"""Comparison of the weights in MODEL.WEIGHTS_INIT.PARAMS_FILE, and of their stem, with the model.
 
 vissl/utils/checkpoint.py:888 keeps the initial values of weights that are missing in the file, and ignores unexpected
 weights of the file. Only log.txt reports it, so a checkpoint of a ResNet-18 can be evaluated as a ResNet-34.
@@ -19,6 +19,7 @@ from plugins.tools.command import UserError, print_on_rank_zero
 from plugins.tools.fitting import differences, mismatch, plain_names
 from plugins.tools.overrides import hydra_value
 from plugins.tools.records import read_json
+from plugins.tools.stems import Stem, stem_of, stem_of_file
 from vissl_ext.compat.saved_types import unknown_types
 
 _KEY = "config.MODEL.WEIGHTS_INIT"
@@ -54,7 +55,42 @@ def _checked(load: Callable[..., Any], config: Any, model: Any, state_dict: Any,
             found = append_module_prefix(found, how["append_prefix"])
     restore_sobel_(model.trunk, found)
     _compare(config, model, found, how.get("skip_layers") or [])
+    _check_stem(config, model, state_dict, found)
     return load(config, model, state_dict, **how)
+
+
+def _check_stem(config: Any, model: Any, content: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Check that the trunk has the stem of the file, which its tensors do not determine.
+
+    Args:
+        config: VISSL's configuration, below ``config``.
+        model: the model.
+        content: content of the file.
+        found: its weights, with the names of the model.
+
+    Raises:
+        UserError: the stems differ; the message has the options of the trunk that give it that of the file.
+    """
+    from vissl_ext.trunks import STEM
+
+    names = {name.removeprefix("trunk.").removeprefix("base_model."): value for name, value in found.items()}
+    names = {name.removeprefix("_feature_blocks."): value for name, value in names.items()}
+    theirs, ours = stem_of_file(content, names), stem_of(model.trunk)
+    if theirs is None or ours is None or theirs == ours:
+        return
+    where = "config.MODEL.TRUNK.RESNETS"
+    options = zip(("CIFAR_STEM", *STEM), (True, *theirs), strict=True)
+    settings = " ".join(f"{where}.{key}={str(value).lower()}" for key, value in options)
+    plain = config.MODEL.TRUNK.NAME == "plain_resnet"
+    raise UserError(
+        f"{config.MODEL.WEIGHTS_INIT.PARAMS_FILE} was trained with another stem ({_described(theirs)}) than that of "
+        f"config.MODEL.TRUNK ({_described(ours)}), so its features would be others; "
+        + (f"add {settings} to the command" if plain else f"the trunk {config.MODEL.TRUNK.NAME} has no option for it")
+    )
+
+
+def _described(stem: Stem) -> str:
+    return f"stride {stem.stride}, padding {stem.padding}, {'a' if stem.pool else 'no'} max-pool"
 
 
 def check_weights_file(weights: Any) -> None:
@@ -167,11 +203,16 @@ def _compare(config: Any, model: Any, found: Mapping[str, Any], skipped: list[st
             print_on_rank_zero(f"the heads in {path} ({len(heads)} tensors) are not used by this evaluation")
         return
     differ = differences(heads, part(ours, "heads."))
-    if "of another shape" in differ:
+    uses_heads = settings.EVAL_MODE_ON and "missing" in differ  # without training they would stay random
+    if uses_heads or "of another shape" in differ:
         reason = mismatch(heads, part(ours, "heads."))
-        raise UserError(
-            f"{path} has other heads than config.MODEL.HEAD: {reason}; to start with new heads add "
-            f"{_KEY}.SKIP_LAYERS=[num_batches_tracked,heads]"
-        )
+        advice = f"to start with new heads add {_KEY}.SKIP_LAYERS=[num_batches_tracked,heads]"
+        if settings.EVAL_MODE_ON:
+            advice = (
+                "this evaluation uses the heads, which would be untrained; take the features of the trunk, as "
+                "config=benchmark/nearest_neighbor/imagenet1k/eval_resnet50_knn does, or set config.MODEL.HEAD.PARAMS "
+                "to the heads of the file"
+            )
+        raise UserError(f"{path} has other heads than config.MODEL.HEAD: {reason}; {advice}")
     for kind, names in differ.items():
         print_on_rank_zero(f"heads in {path}: {len(names)} tensors are {kind}, such as {names[0]}")

@@ -22,7 +22,7 @@ SPLIT = 1 / 1024
 LEAST_VARIANCE = 1e-6
 """Directions with a smaller variance, over the largest one, are rounding errors, which whitening would magnify."""
 BOUNDED = 2048
-"""Least size K D of the centroids with which bounds are used. Below it the search of all rows costs less."""
+"""Least K (D + 1) with which bounds are used. Below it the search of all rows costs less."""
 SETTLED = 1 / 32
 """Bounds are used from the iteration after one in which a smaller share of the rows has changed its cluster."""
 MOST = 3 / 4
@@ -173,22 +173,23 @@ class _Rows:
         for rows, block in blocks(x, x.shape[1]):
             self.norms[rows] = torch.linalg.vector_norm(block, dim=1)
         self.lead: Tensor | None = None  # of the best score before the second; at least
-        self.changes, self.limit = len(x), SETTLED * len(x) if self.totals.numel() >= BOUNDED else 0
+        self.changes = len(x)
+        self.limit = SETTLED * len(x) if self.totals.numel() >= BOUNDED else 0
         self.centroids: Tensor | None = None
 
     def assign(self, centroids: Tensor) -> None:
         """Assign the rows to centroids."""
-        first = self.centroids is None
-        if not first and torch.equal(centroids, self.centroids):
+        before, heights = self.centroids, _heights(centroids, self.spherical)
+        if before is None:
+            self.centroids, self.heights = centroids, heights
+            self.labels = self._search(None)
+            self._add(None, self.labels, None)
             return
-        heights = _heights(centroids, self.spherical)
-        rows = None if self.lead is None else self._open(centroids, heights)
+        if torch.equal(centroids, before):
+            return
+        rows = None if self.lead is None else self._open(centroids - before, centroids, heights)
         self.centroids, self.heights = centroids, heights
         found = self._search(rows)
-        if first:
-            self.labels = found
-            self._add(None, found, None)
-            return
         old = self.labels if rows is None else self.labels.index_select(0, rows)
         changed = (found != old).nonzero().flatten()
         new, old = found.index_select(0, changed), old.index_select(0, changed)
@@ -200,13 +201,13 @@ class _Rows:
         self._add(changed, new, old)
         self.changes = len(changed)
 
-    def _open(self, centroids: Tensor, heights: Tensor) -> Tensor | None:
+    def _open(self, steps: Tensor, centroids: Tensor, heights: Tensor) -> Tensor | None:
         """Return the rows whose cluster may change; None and no leads if they are most rows.
 
         The leads decrease by what the new centroids can take, and by the rounding errors of two scores.
         """
         assert self.lead is not None
-        moved = torch.linalg.vector_norm(centroids - self.centroids, dim=1)
+        moved = torch.linalg.vector_norm(steps, dim=1)
         lifted = (heights - self.heights).abs().flatten()
         error = 64 * torch.finfo(moved.dtype).eps
         moved += moved.max() + error * torch.linalg.vector_norm(centroids, dim=1).max()

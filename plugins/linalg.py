@@ -315,13 +315,18 @@ def row_blocks(rows: Tensor) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def score_blocks(rows: int, columns: int, device: torch.device, *, least: int = 16) -> list[slice]:
+def score_blocks(rows: int, columns: int, device: torch.device, *, least: int = 16, multiple: int = 1) -> list[slice]:
     """Split rows into blocks of about as many scores with all columns as fit the cache, and of ``least`` rows or more.
+
+    The number of rows of a block, except for the last one, is a multiple of ``multiple``, a divisor of ``least``.
 
     >>> score_blocks(20_000, 6272, torch.device("cpu"))[:2]
     [slice(0, 167, None), slice(167, 334, None)]
+    >>> score_blocks(20_000, 6272, torch.device("cpu"), multiple=16)[:2]
+    [slice(0, 160, None), slice(160, 320, None)]
     """
     size = max((CPU_SCORES if device.type == "cpu" else GPU_SCORES) // max(columns, 1), least)
+    size -= size % multiple
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

@@ -587,6 +587,12 @@ def _clustered(rows: int, width: int, device: str) -> list[Tensor]:
     return [x.to(device), x[: min(128, rows // 8)].to(device)]
 
 
+def _unclustered(rows: int, width: int, device: str) -> list[Tensor]:
+    """Return directions without clusters, and first centroids."""
+    x = F.normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(0)), dim=1)
+    return [x.to(device), x[: min(500, rows // 40)].to(device)]
+
+
 def _plain_kmeans(x: Tensor, init: Tensor) -> Tensor:
     """Compute all distances, and the mean of each cluster by itself, as in the code of DeepCluster v2."""
     centroids = init.clone()
@@ -717,6 +723,9 @@ if importlib.util.find_spec("lightly") is not None:
     LOSSES["vicreg"] = Case(_views, _lightly_vicreg, _ours_vicreg, sizes=sizes)
 if importlib.util.find_spec("faiss") is not None:
     LOSSES["kmeans_faiss"] = LOSSES["kmeans"]._replace(plain=_faiss_kmeans)
+    LOSSES["kmeans_faiss_unclustered"] = LOSSES["kmeans_faiss"]._replace(
+        make=_unclustered, sizes=((5000, 64), (20000, 128), (50000, 64))
+    )
 PREDICTORS = {
     "closed_form_predictor": Case(
         _moments,

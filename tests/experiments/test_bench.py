@@ -295,6 +295,14 @@ def test_i_vne_solves_once_for_all_views():
     assert (calls["_linalg_eigh"], calls["_linalg_svd"]) == (1, 0)
 
 
+def test_kmeans_searches_the_scores_by_pooling():
+    """Tensor.max and sorting by label take as long as the products."""
+    case = CASES["kmeans"]
+    calls = counted(case.ours, case.make(256, 16, "cpu"))[2]
+    assert 1 < calls["max_pool2d_with_indices"] == calls["addmm"] <= 21
+    assert calls["max"] == calls["argmax"] == calls["sort"] == calls["_embedding_bag"] == 0
+
+
 def test_predictor_solves_once_by_the_symmetric_solver():
     """The general solver takes about 25 D³ operations, the symmetric one 9 D³; each is one call."""
     case = CASES["closed_form_predictor"]

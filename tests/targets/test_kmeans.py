@@ -12,6 +12,8 @@ from plugins.checks import NotFiniteError
 from plugins.distributed import LOCAL
 from plugins.targets import kmeans, whitened
 
+module = importlib.import_module("plugins.targets.kmeans")
+
 
 def _rows(n=120, d=5, groups=6, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
@@ -48,26 +50,83 @@ def test_equals_the_slow_reference(iterations, spherical):
     assert torch.equal(init, x[::20]), "the given centroids stay"
 
 
-@pytest.mark.parametrize("spherical", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rows_whose_cluster_cannot_change_are_not_compared_again(spherical, dtype, monkeypatch):
-    module = importlib.import_module("plugins.targets.kmeans")
-    searched, search = [], module._Rows._search
+@pytest.fixture
+def searched(monkeypatch):
+    """The numbers of rows that each iteration compares with the centroids, with bounds whatever the size."""
+    numbers, search = [], module._Rows._search
 
     def counted(rows, chosen):
-        searched.append(len(chosen))
-        search(rows, chosen)
+        numbers.append(len(rows.x) if chosen is None else len(chosen))
+        return search(rows, chosen)
 
     monkeypatch.setattr(module._Rows, "_search", counted)
-    for seed in range(6):
+    monkeypatch.setattr(module, "BOUNDED", 0)
+    return numbers
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("most", [module.MOST, 0.4])
+def test_rows_whose_cluster_cannot_change_are_not_compared_again(spherical, dtype, most, searched, monkeypatch):
+    """With the smaller limit the bounds are given up in some iterations."""
+    monkeypatch.setattr(module, "MOST", most)
+    shares = []
+    for seed in range(2):
         x = _rows(300, 4, groups=12, seed=seed)
         x = (F.normalize(x, dim=1) if spherical else x).to(dtype)
         searched.clear()
         found = kmeans(x, 12, iterations=20, spherical=spherical, init=x[:12].clone())
-        assert searched[0] == 300 and len(searched) == 21 and sum(searched) < 0.8 * 21 * 300
+        assert searched[0] == 300 and len(searched) <= 21
+        shares += [number / 300 for number in searched[1:]]
         centroids, labels = _reference_kmeans(x.double(), x[:12].double(), 20, spherical)
         assert found.labels.tolist() == labels.tolist()
         np.testing.assert_allclose(found.centroids.double(), centroids, rtol=1e-4 if dtype == torch.float32 else 1e-10)
+    assert any(0 < share < most for share in shares) and not any(most <= share < 1 for share in shares)
+
+
+def test_bounds_are_given_up_until_fewer_rows_change(searched, monkeypatch):
+    x = _rows(300, 4, groups=12)
+    monkeypatch.setattr(module, "MOST", 0)
+    limits, follow = [], module._Rows._open
+
+    def followed(rows, *new):
+        chosen = follow(rows, *new)
+        limits.append((rows.changes, rows.limit, chosen, rows.lead))
+        return chosen
+
+    monkeypatch.setattr(module._Rows, "_open", followed)
+    kmeans(x, 12, init=x[:12].clone())
+    assert limits and all(limit == changes / 2 and chosen is lead is None for changes, limit, chosen, lead in limits)
+    assert set(searched) == {300}
+
+
+def test_centroids_that_stay_end_the_comparisons(searched):
+    x = torch.cat([torch.rand(50, 2), 5 + torch.rand(50, 2)])
+    reports = []
+    found = kmeans(x, 2, iterations=20, init=x[[0, 50]], report=lambda *pair: reports.append(pair))
+    assert len(searched) <= 3 and len(reports) == 21 and reports[-1][1] == reports[5][1]
+    assert found.labels.tolist() == [0] * 50 + [1] * 50
+
+
+@pytest.mark.parametrize("threads", [1, 2, 6, 64])
+def test_the_largest_score_is_the_first_one(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for count, columns in ((1, 5), (63, 17), (200, 33), (449, 300)):
+        for dtype in (torch.float32, torch.float64):
+            scores = torch.randint(-20, 20, (count, columns)).to(dtype)
+            best, places = module.largest(scores)
+            assert torch.equal(best, scores.amax(0))
+            assert places.tolist() == scores.numpy().argmax(0).tolist()
+
+
+def test_sums_by_groups_equal_sums_by_rows():
+    """The first are those of a GPU."""
+    rows, labels = _rows(50, 3), torch.randint(4, (50,))
+    totals = torch.ones(6, 3, dtype=torch.float64)  # two of the groups have no rows
+    module.add_rows(totals, labels, rows)
+    torch.testing.assert_close(totals - 1, module.grouped_sums(6, labels, rows))
+    module.add_rows(totals, labels, rows, sign=-1)
+    torch.testing.assert_close(totals, torch.ones(6, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("spherical", [False, True])

@@ -18,6 +18,7 @@ from plugins.testing import RankPool, parsed_once
 # Hydra reads thousands of files in the tests: with libyaml it takes a tenth of the time, and each text is parsed once
 yaml.SafeLoader = yaml.CSafeLoader
 OmegaConf.load = parsed_once(OmegaConf.load)
+gc.disable()  # until the tests are collected: imports and collection make no garbage worth a search
 
 
 def pytest_collection_finish() -> None:
@@ -25,8 +26,8 @@ def pytest_collection_finish() -> None:
 
     There are a million of them, and VISSL collects garbage several times in each run. Forked processes would copy them.
     """
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

@@ -23,6 +23,7 @@ A failure on a rank is raised in the test, with the traceback of the rank. Each 
 import frameworks inside functions.
 """
 
+import gc
 import importlib.util
 import io
 import multiprocessing
@@ -170,6 +171,7 @@ def _serve(pipe: connection.Connection, rank: int, size: int, rendezvous: str, t
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # otherwise gloo resolves the host name, which can be slow
     torch.set_num_threads(1)
+    gc.freeze()  # a collection would copy the pages of the fork server
     limit = timedelta(seconds=timeout)
     if backend == "nccl":
         torch.cuda.set_device(rank)
@@ -497,3 +499,23 @@ def composed(arguments: Sequence[str], module: str = "main_pretrain") -> Any:
         cfg = compose(config, overrides)
     OmegaConf.resolve(cfg)
     return cfg
+
+
+def parsed_once(load: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a function like ``OmegaConf.load`` that parses each text once, and returns a new copy at each call.
+
+    Args:
+        load: takes the path of a file or an open file.
+    """
+    pickles: dict[str | bytes, bytes] = {}
+
+    def copied(file: Any) -> Any:
+        is_path = isinstance(file, str | Path)
+        text = Path(file).read_bytes() if is_path else file.read()
+        if text not in pickles:
+            if not is_path:
+                file.seek(0)
+            pickles[text] = pickle.dumps(load(file))
+        return pickle.loads(pickles[text])  # takes a tenth of the time of a parsed file
+
+    return copied

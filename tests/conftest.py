@@ -1,5 +1,6 @@
 """Fixtures of the whole suite."""
 
+import gc
 import os
 import shutil
 from collections import Counter, defaultdict
@@ -10,10 +11,29 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
-from plugins.testing import RankPool
+from plugins.testing import RankPool, parsed_once
 
-yaml.SafeLoader = yaml.CSafeLoader  # Hydra reads thousands of files in the tests, with libyaml in a tenth of the time
+# Hydra reads thousands of files in the tests: with libyaml it takes a tenth of the time, and each text is parsed once
+yaml.SafeLoader = yaml.CSafeLoader
+OmegaConf.load = parsed_once(OmegaConf.load)
+gc.disable()  # until the tests are collected: imports and collection make no garbage worth a search
+
+
+def pytest_collection_finish() -> None:
+    """Exclude the objects of imports and of the collection from garbage collection.
+
+    There are a million of them, and VISSL collects garbage several times in each run. Forked processes would copy them.
+    """
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """Undo ``gc.freeze``. Compiled libraries would report these objects as leaks when the process ends."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

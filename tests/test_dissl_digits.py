@@ -27,10 +27,10 @@ METHODS = {"random": 1.0, "simclr": 1.0, "cissl": 1.0, "dissl": 1.0, "dissl weak
 
 
 class Outcome(NamedTuple):
-    """Accuracy with all labels and with 20; loss and (of DISSL) entropies of the last step; the alarm's warnings."""
+    """Accuracy with all labels and (of DISSL) with 20; loss, entropies of the last step; the alarm's warnings."""
 
     all_labels: float
-    few_labels: float
+    few_labels: float = math.nan
     loss: float = math.nan
     H_M: float = math.nan
     H_Mlz: float = math.nan
@@ -107,7 +107,8 @@ def _outcome(name, seed):
         probe = LogisticRegression(max_iter=5000).fit(features[rows], labels[rows])
         return probe.score(test_features, test_labels)
 
-    return Outcome(score(slice(None)), float(np.mean([score(rows) for rows in _few(labels)])), **numbers)
+    few = {"few_labels": float(np.mean([score(rows) for rows in _few(labels)]))} if method == "dissl" else {}
+    return Outcome(score(slice(None)), **few, **numbers)
 
 
 def _few(labels):
@@ -122,7 +123,7 @@ def _few(labels):
 def _pretrain(encoder, method, strength, images):
     teacher, student = _heads(method)
     parameters = {id(p): p for module in (encoder, teacher, student) for p in module.parameters()}
-    optimizer = torch.optim.Adam(parameters.values(), lr=2e-3, weight_decay=1e-6)
+    optimizer = torch.optim.Adam(parameters.values(), lr=2e-3, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     alarm = StallAlarm(CLUSTERS, after=200, every=50)
     numbers = {}

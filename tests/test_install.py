@@ -170,18 +170,29 @@ def _run(words: list[str], folder: Path, **more: str) -> str:
     return done.stdout
 
 
-def _environment(wheel: Path, extra: str, folder: Path, index: bool) -> Path:
-    """Make a virtual environment and install the wheel with its extra by pip; its Python."""
+@pytest.fixture(scope="module")
+def pip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the package pip, which ``venv`` takes seconds to install."""
+    folder = tmp_path_factory.mktemp("pip")
     _run([sys.executable, "-m", "venv", str(folder / "venv")], folder)
+    (found,) = (folder / "venv" / "lib").glob("python*/site-packages/pip")
+    return found
+
+
+def _environment(wheel: Path, extra: str, folder: Path, pip_package: Path, index: bool) -> Path:
+    """Make a virtual environment and install the wheel with its extra by pip; its Python."""
+    _run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], folder)
     python = folder / "venv" / "bin" / "python"
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    (site / "pip").symlink_to(pip_package)
+    # bytecode only of what is imported
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     host = HOSTS[extra]
     if index:
         _run([*pip, f"{wheel}[{extra}]"], folder)
         if host is not None:
             _run([*pip, "--no-deps", host], folder)
         return python
-    (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
     with zipfile.ZipFile(wheel) as archive:
         metadata = next(name for name in archive.namelist() if name.endswith("/METADATA"))
         (folder / "METADATA").write_bytes(archive.read(metadata))
@@ -194,8 +205,8 @@ def _environment(wheel: Path, extra: str, folder: Path, index: bool) -> Path:
     return python
 
 
-def _check(wheel: Path, extra: str, folder: Path, index: bool) -> None:
-    python = _environment(wheel, extra, folder, index)
+def _check(wheel: Path, extra: str, folder: Path, pip: Path, index: bool) -> None:
+    python = _environment(wheel, extra, folder, pip, index)
     work = folder / "work"
     (work / "plugins").mkdir(parents=True)  # a folder of the user's that must not hide ours
     (work / "plugins" / "__init__.py").write_text("raise RuntimeError('the other plugins')\n")
@@ -218,17 +229,17 @@ def _check(wheel: Path, extra: str, folder: Path, index: bool) -> None:
 
 @pytest.mark.parametrize("extra", HOSTS)
 @pytest.mark.slow
-def test_one_training_step_with_what_the_extra_brings(extra: str, wheel: Path, tmp_path: Path) -> None:
-    _check(wheel, extra, tmp_path, index=False)
+def test_one_training_step_with_what_the_extra_brings(extra: str, wheel: Path, pip: Path, tmp_path: Path) -> None:
+    _check(wheel, extra, tmp_path, pip, index=False)
 
 
 @pytest.mark.parametrize("extra", HOSTS)
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_one_training_step_after_pip_install_from_the_index(extra: str, wheel: Path, tmp_path: Path) -> None:
+def test_one_training_step_after_pip_install_from_the_index(extra: str, wheel: Path, pip: Path, tmp_path: Path) -> None:
     if os.environ.get("PIP_INSTALLS") != "1":
         pytest.skip("NOT TESTED: pip install from the package index, several GB; PIP_INSTALLS=1 tests it")
-    _check(wheel, extra, tmp_path, index=True)
+    _check(wheel, extra, tmp_path, pip, index=True)
 
 
 @pytest.mark.parametrize("package", REQUIRED)

@@ -1,6 +1,8 @@
 """One number everywhere: the same weights and views give the same loss and gradients in every framework."""
 
+import pickle
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -150,15 +152,28 @@ def in_plugins(case: Case) -> tuple[Parts, Step]:
     return parts, step
 
 
+@lru_cache(maxsize=1)  # a case runs in two dtypes
+def solo_config(method: str, *options: str) -> bytes:
+    """The pickled configuration of the digits in solo-learn."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.2"):
+        cfg = compose(method, [f"data.train_path={CONFIGS}", "data.val_path=null", *options])
+    return pickle.dumps(parse_pretrain(cfg))
+
+
+@lru_cache(maxsize=1)
+def vissl_config(method: str, *options: str) -> bytes:
+    """The pickled configuration of the digits in VISSL."""
+    composed = compose_hydra_configuration([f"config=pretrain/{method}/digits", *options])
+    return pickle.dumps(convert_to_attrdict(composed, dump_config=False)[1])
+
+
 def in_solo(case: Case) -> tuple[Parts, Step]:
     """solo-learn's training step, of the generation that is loaded; its online classifier has a separate loss."""
     options = [f"++method_kwargs.{key}={value}" for key, value in options_of(case).items()]
     if len(case.sides) > case.large:
         crop = "{rrc:{enabled:true,crop_min_scale:0.1,crop_max_scale:1.0},crop_size:%d,num_crops:%d}"
         options.append(f"augmentations=[{crop % (16, case.large)},{crop % (8, len(case.sides) - case.large)}]")
-    with initialize_config_dir(str(CONFIGS), version_base="1.2"):
-        cfg = compose(case.method, [f"data.train_path={CONFIGS}", "data.val_path=null", *options])
-    cfg = parse_pretrain(cfg)
+    cfg = pickle.loads(solo_config(case.method, *options))
     model = method_class(cfg)(cfg)
     model.log_dict = model.log = lambda *what, **how: None
     losses: list[Tensor] = []
@@ -209,8 +224,7 @@ def in_vissl(case: Case) -> tuple[Parts, Step]:
         crops = f"size_crops:[16,8],num_crops:[{case.large},{small}],crop_scales:[[0.1,1],[0.1,1]]"
         crops = f"{{name:ImgPilToMultiCrop,total_num_crops:{len(case.sides)},{crops}}}"
         options.append(f"config.DATA.TRAIN.TRANSFORMS=[{crops},{{name:ToTensor}}]")
-    composed = compose_hydra_configuration([f"config=pretrain/{case.method}/digits", *options])
-    task = PluginTask.from_config(convert_to_attrdict(composed, dump_config=False)[1])
+    task = PluginTask.from_config(pickle.loads(vissl_config(case.method, *options)))
     task.base_model = task._build_model()
     task.base_loss = task._build_loss()
     (head,) = task.base_model.heads

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import vissl_ext  # noqa: F401 - patches VISSL before a test imports it
 
@@ -30,30 +28,12 @@ _ROWS = {
         r"^\| ([^|]+?) \| (pretrain/\S+) \| ([^|]*=[^|]*) \|$", _PAGE, re.MULTILINE
     )
 }
-_PARSED: dict[tuple[str, str], bytes] = {}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with the argument ``stock`` runs for each method of docs/vissl_stock.md that has a command."""
     if "stock" in metafunc.fixturenames:
         metafunc.parametrize("stock", _ROWS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def files_are_parsed_once() -> Iterator[None]:
-    """Hydra reads and parses VISSL's long defaults twice for each configuration; a test file may compose hundreds."""
-    parse = yaml.load
-
-    def load(stream: Any, Loader: Any) -> Any:
-        text = stream if isinstance(stream, str) else stream.read()
-        key = (text, Loader.__name__)
-        if key not in _PARSED:
-            _PARSED[key] = pickle.dumps(parse(text, Loader))
-        return pickle.loads(_PARSED[key])  # faster than deepcopy
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yaml, "load", load)
-        yield
 
 
 @pytest.fixture(scope="session")

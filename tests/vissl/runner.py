@@ -9,6 +9,7 @@ is killed after a step. With "toys" the method of in_ranks/toys.py is there. Wit
 bytes than that. All processes are killed after 300 seconds.
 """
 
+import gc
 import json
 import os
 import resource
@@ -74,14 +75,27 @@ def left(child):
 
 def main():
     """Run all."""
+    import setuptools  # noqa: F401 - each run imports it and the next one
+    import torch.utils.cpp_extension  # noqa: F401
+    import yaml
+    from omegaconf import OmegaConf
+
     import vissl_ext.checks
-    import vissl_ext.compose
     import vissl_ext.ranks  # noqa: F401
+    from plugins.testing import parsed_once
+    from vissl_ext.compose import compose, defaults
 
     global toys, watched
     sys.path.append(os.path.join(os.path.dirname(__file__), "in_ranks"))
     import toys
     import watched
+
+    yaml.SafeLoader = yaml.CSafeLoader
+    OmegaConf.load = parsed_once(OmegaConf.load)
+    defaults()
+    compose(["config=pretrain/isoloss/digits"])
+    gc.collect()
+    gc.freeze()  # VISSL collects garbage several times in each run, which would copy all pages
 
     for line in sys.stdin:
         job = json.loads(line)

@@ -406,6 +406,7 @@ def test_probes_of_the_fork_pass_the_checks_and_build(path: Path, prepared: Call
 def test_a_probe_of_a_pretrained_trunk(folder: Path, few_digits: Path, tmp_path: Path, launch: Callable) -> None:
     """Both of the fork's probes train on a trunk of this test's pre-training, four channels and 4096 features."""
     common = ["config.DISTRIBUTED.NUM_NODES=1", "config.DISTRIBUTED.NUM_PROC_PER_NODE=1", "--config-dir", str(folder)]
+    common += ["config.DATA.TRAIN.DATA_LIMIT=16", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=8"]
     train = f"config.DATA.TRAIN.DATA_PATHS=[{few_digits / 'train'}]"
     first, second = tmp_path / "pretrain", tmp_path / "probe"
     launch(
@@ -414,7 +415,7 @@ def test_a_probe_of_a_pretrained_trunk(folder: Path, few_digits: Path, tmp_path:
     launch(
         *("config=benchmark/small/probe", train, f"config.DATA.TEST.DATA_PATHS=[{few_digits / 'val'}]"),
         *(f"config.MODEL.WEIGHTS_INIT.PARAMS_FILE={first / 'checkpoint.torch'}", f"config.CHECKPOINT.DIR={second}"),
-        *common,
+        *(*common, "config.DATA.TEST.DATA_LIMIT=16", "config.DATA.TEST.BATCHSIZE_PER_REPLICA=8"),
     )
     before, after = (
         torch.load(at / "checkpoint.torch", weights_only=False)["classy_state_dict"]["base_model"]["model"]
@@ -527,7 +528,7 @@ def test_scripts_of_the_fork(path: Path, few_digits: Path, tmp_path: Path, monke
 @pytest.mark.slow
 def test_the_trunk_convnext_is_torchvisions(prepared: Callable) -> None:
     """Weights of torchvision's ConvNeXt, which is written independently of timm's, give the same features."""
-    depths, dims = [1, 2, 3, 1], [8, 16, 24, 4096]
+    depths, dims = [1, 2, 3, 1], [8, 16, 24, 64]
     shape = f"config.MODEL.TRUNK.CONVNEXT={{DEPTH: {depths}, DIMS: {dims}}}"
     rgb = prepared("pretrain/small/dstl", "config.MODEL.TRUNK.NAME=convnext", shape, "config.MODEL.INPUT_TYPE=rgb")
     trunk = ConvNeXtTrunk(rgb.MODEL, "convnext").double()
@@ -555,14 +556,15 @@ def test_the_trunk_convnext_is_torchvisions(prepared: Callable) -> None:
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     (features,) = trunk(images)
     expected = theirs.classifier[0](theirs.avgpool(theirs.features(images))).flatten(1)
-    assert features.shape == (2, 4096)
+    assert features.shape == (2, 64)
     torch.testing.assert_close(features, expected)
 
 
 @pytest.mark.slow
 def test_convnext_is_trained_with_four_channels(prepared: Callable) -> None:
-    shape = "config.MODEL.TRUNK.CONVNEXT={DEPTH: [1, 1, 1, 1], DIMS: [8, 8, 8, 4096]}"
-    config = prepared("pretrain/small/dstl", "config.MODEL.TRUNK.NAME=convnext", shape)
+    shape = "config.MODEL.TRUNK.CONVNEXT={DEPTH: [1, 1, 1, 1], DIMS: [8, 8, 8, 64]}"
+    heads = "config.MODEL.HEAD.PARAMS=[[mlp,{dims:[64,20]}],[mlp,{dims:[64,20]}]]"
+    config = prepared("pretrain/small/dstl", "config.MODEL.TRUNK.NAME=convnext", shape, heads)
     task = built(config)
     views = [torch.randn(4, 4, size, size) for size in (64, 64, 32, 32)]
     task.base_loss(task.base_model.train()(views), None).backward()
@@ -667,9 +669,10 @@ def test_the_first_head_can_have_the_features_of_before_the_block(prepared: Call
 
 @pytest.mark.slow
 def test_a_resumed_run_goes_on_in_its_warm_up(folder: Path, few_digits: Path, launches: Callable) -> None:
-    """96 images, 3 steps an epoch; the launcher's own command."""
+    """24 images, 3 steps an epoch; the launcher's own command."""
     words = ["config=pretrain/small/dstl", "--config-dir", str(folder), "config.MACHINE.DEVICE=cpu"]
     words += ["config.CHECKPOINT.DIR=runs/fork", "config.DISTRIBUTED.BACKEND=gloo"]
+    words += ["config.DATA.TRAIN.DATA_LIMIT=24", "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=8"]
     for epochs in (1, 2):
         job = {"argv": [*words, f"config.OPTIMIZER.num_epochs={epochs}"], "folder": str(few_digits.parents[1])}
         if epochs == 2:

@@ -36,7 +36,7 @@ from vissl_ext.views import patches_of, resolutions, stack_count
 from vissl.trainer.train_task import SelfSupervisionTask
 
 register()
-pytestmark = [pytest.mark.vissl, pytest.mark.usefixtures("files_are_parsed_once")]
+pytestmark = pytest.mark.vissl
 
 EPOCHS = 2
 STEPS = 6

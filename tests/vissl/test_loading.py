@@ -146,11 +146,15 @@ def test_wrong_files_raise_a_one_line_error(runs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_loss_and_the_trunk_of_the_page_in_two_processes(runs: Path, launch: Callable) -> None:
+    """The launcher starts the processes anew, so each imports the module."""
     section = PAGE.partition("## Your own loss and trunk\n")[2]
     (code,), (command,) = (re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL) for kind in ("python", "bash"))
     (runs / "my_loss.py").write_text(code)
     words = shlex.split(command.replace("\\\n", " "))[3:]
-    launch(*words, "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16", "config.DISTRIBUTED.NUM_PROC_PER_NODE=2")
+    output = launch(*words, "config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16", "config.DISTRIBUTED.NUM_PROC_PER_NODE=2")
+    # one of the two prints
+    shown = [line.split("  ")[:2] for line in output.splitlines() if line.startswith("epoch ")]
+    assert ["epoch 1/2", "iteration 1/3"] in shown and all(shown.count(line) == 1 for line in shown), output
     folder = runs / "runs" / "alignment"
     rows = read_rows(folder / "metrics.csv")
     assert 0 < float(rows[1]["loss"]) < float(rows[0]["loss"]) < 2

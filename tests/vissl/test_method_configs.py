@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from classy_vision.optim import build_optimizer_schedulers
 from classy_vision.optim.param_scheduler import UpdateInterval
 from vissl.data.ssl_transforms import get_transform
@@ -47,7 +48,9 @@ def test_pretraining_configuration_builds(name: str) -> None:
     config.MODEL.SYNC_BN_CONFIG.CONVERT_BN_TO_SYNC_BN = False
     check_config(config)
     task = PluginTask.from_config(config)
-    task.base_model = task._build_model()
+    task.device = torch.device("meta")  # no weights, which nothing here looks at
+    with task.device:
+        task.base_model = task._build_model()
     head = task.base_model.heads[0]
     weights = [parameter for parameter in head.projector.parameters() if parameter.ndim > 1]
     if head.options.get("project_features", True):
@@ -132,7 +135,8 @@ def test_linear_evaluation_with_larc_builds(data: str, classes: int, rate: float
     config.MACHINE.DEVICE, config.MODEL.WEIGHTS_INIT.PARAMS_FILE = "cpu", ""
     check_config(config)
     task = PluginTask.from_config(config)
-    task.base_model = task._build_model()
+    with torch.device("meta"):
+        task.base_model = task._build_model()
     trained = {name: tuple(p.shape) for name, p in task.base_model.named_parameters() if p.requires_grad}
     assert trained == {"heads.0.clf.1.weight": (classes, 2048), "heads.0.clf.1.bias": (classes,)}
     task.optimizer, task.optimizer_schedulers = task._build_optimizer(), task._build_optimizer_schedulers()

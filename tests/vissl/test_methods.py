@@ -3,7 +3,9 @@
 import copy
 import csv
 import math
+import pickle
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,11 +40,17 @@ SMALL = {
 }
 
 
+@cache
+def composed(*words: str) -> bytes:
+    """The pickled configuration of the launcher's words."""
+    return pickle.dumps(compose_hydra_configuration(list(words)))
+
+
 def configuration(method: str, *overrides: str) -> Any:
     """The digits configuration of a method, with a small head."""
     small = [f"++config.LOSS.{method}.{key}={value}" for key, value in SMALL.items() if key in METHODS[method].options]
     words = [f"config=pretrain/{method}/digits", *small, *overrides]
-    return convert_to_attrdict(compose_hydra_configuration(words), dump_config=False)[1]
+    return convert_to_attrdict(pickle.loads(composed(*words)), dump_config=False)[1]
 
 
 def built(method: str, *overrides: str) -> Any:
@@ -71,9 +79,7 @@ def vissl_loss(task: Any, batch: Any) -> Tensor:
 def views_of(method: str, rows: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Random views of the digits configuration of a method, with its stacks of patches."""
     spec = METHODS[method]
-    options = method_options(
-        method, compose_hydra_configuration([f"config=pretrain/{method}/digits"]).config.LOSS[method]
-    )
+    options = method_options(method, pickle.loads(composed(f"config=pretrain/{method}/digits")).config.LOSS[method])
     views = [torch.randn(rows, 3, 16, 16, dtype=dtype) for _ in range(view_count(spec))]
     return views + toy_stacks(spec, options[0], rows, 3, 8, 8, dtype=dtype)
 

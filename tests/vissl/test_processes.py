@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,6 +28,7 @@ from plugins.methods import METHODS
 from plugins.testing import NARROW, RankPool, spoil, toy_stacks, view_count
 from plugins.tools.bad_images import LIST
 from plugins.tools.process import LOCK
+from vissl_ext import ranks  # the pool's processes inherit it, if it is imported here
 
 pytestmark = [pytest.mark.vissl, pytest.mark.ddp]
 
@@ -44,31 +46,25 @@ GPU = [
 
 
 def first_step(
-    method: str, views: list[Tensor], index: Tensor, rank: int | None = None, gpu: bool = False
+    config: AttrDict, views: list[Tensor], index: Tensor, rank: int | None = None, gpu: bool = False
 ) -> dict[str, Any]:
     """Loss, gradients and buffers of the head after one step as VISSL takes it; without a rank in this process.
 
     ``index`` has the positions of the images among ten.
     """
-    from vissl_ext.registry import register
-
-    register()
     from classy_vision.generic.distributed_util import (
         init_distributed_data_parallel_model,
         set_cpu_device,
         set_cuda_device_index,
     )
-    from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
 
     from vissl_ext.hooks import EMATeacherHook
     from vissl_ext.life_cycle import LifeCycleHook
     from vissl_ext.task import PluginTask
 
-    small = [f"++config.LOSS.{method}.{key}={value}" for key, value in SMALL.items() if key in METHODS[method].options]
-    cfg = compose_hydra_configuration([f"config=pretrain/{method}/digits", *small, *(GPU if gpu else [])])
     if gpu:
         set_cuda_device_index(rank or 0)
-    task = PluginTask.from_config(convert_to_attrdict(cfg, dump_config=False)[1])
+    task = PluginTask.from_config(deepcopy(config))
     torch.manual_seed(0)
     task.base_model = task._build_model().double().train()
     task.base_loss = task._build_loss()
@@ -107,10 +103,12 @@ def first_step(
     return {name: value.cpu() for name, value in found.items()}
 
 
-def step_of_rank(comm: Collective, method: str, views: list[Tensor], counts: list[int], gpu: bool) -> dict[str, Any]:
+def step_of_rank(
+    comm: Collective, config: AttrDict, views: list[Tensor], counts: list[int], gpu: bool
+) -> dict[str, Any]:
     """The step of one rank on its rows."""
     ours = [part.split(counts)[comm.rank] for part in (*views, torch.arange(10))]
-    return first_step(method, ours[:-1], ours[-1], comm.rank, gpu)
+    return first_step(config, ours[:-1], ours[-1], comm.rank, gpu)
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -123,20 +121,22 @@ def two(request: pytest.FixtureRequest, on: Callable) -> Iterator[RankPool]:
 
 @pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if not spec.indexed])
 def test_two_processes_step_as_one(method: str, two: RankPool) -> None:
+    from vissl.utils.hydra_config import compose_hydra_configuration, convert_to_attrdict
+
     gpu = two.backend == "nccl"
     torch.manual_seed(3)
     spec = METHODS[method]
+    small = [f"++config.LOSS.{method}.{key}={value}" for key, value in SMALL.items() if key in spec.options]
+    cfg = compose_hydra_configuration([f"config=pretrain/{method}/digits", *small, *(GPU if gpu else [])])
+    config = convert_to_attrdict(cfg, dump_config=False)[1]  # once: the ranks would take longer for it than for a step
     views = [torch.randn(10, 3, 16, 16, dtype=torch.float64) for _ in range(view_count(spec))]
     if spec.stacks:
-        from vissl.utils.hydra_config import compose_hydra_configuration
-
         from vissl_ext.methods import method_options
 
-        given = compose_hydra_configuration([f"config=pretrain/{method}/digits"]).config.LOSS[method]
-        views += toy_stacks(spec, method_options(method, given)[0], 10, 3, 8, 8, dtype=torch.float64)
+        views += toy_stacks(spec, method_options(method, config.LOSS[method])[0], 10, 3, 8, 8, dtype=torch.float64)
     views[0][:6] += 0.5  # the halves differ in their means
-    expected = first_step(method, views, torch.arange(10), gpu=gpu)
-    for result in two.run(step_of_rank, [(method, views, [6, 4], gpu)] * 2):
+    expected = first_step(config, views, torch.arange(10), gpu=gpu)
+    for result in two.run(step_of_rank, [(config, views, [6, 4], gpu)] * 2):
         assert result.keys() == expected.keys()
         for name, value in result.items():
             # W is a root of eigenvalues that may be zero but for rounding
@@ -149,8 +149,6 @@ def trained(comm: Collective, config: Any, folder: str) -> None:
     """Train as a rank of the launcher does, in the group that is there."""
     sys.path.append(str(Path(__file__).with_name("in_ranks")))  # the pool may be older than the fixture ``watched``
     import watched
-
-    from vissl_ext import ranks
 
     ranks.worker(comm.rank, config, 0, "", "train", None, folder, watched.hooks)
 
@@ -183,8 +181,6 @@ def test_all_processes_hold_the_same(
 
 def test_data_loaders_have_a_fork_server_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one of multiprocessing keeps the modules that it started with; it may have been started without ours."""
-    from vissl_ext import ranks
-
     context, codes = multiprocessing.get_context("forkserver"), []
 
     def start(*_: Any) -> None:
@@ -211,8 +207,6 @@ def test_a_job_of_slurm_locks_the_folder_of_its_run(monkeypatch: pytest.MonkeyPa
     """Each machine has a separate file."""
     import submitit
     from vissl.utils import distributed_launcher
-
-    from vissl_ext import ranks
 
     called = []
     for name in ("_distributed_worker", "default_hook_generator"):  # put back after the test
@@ -251,6 +245,7 @@ def test_a_checkpoint_reaches_all_processes(two: RankPool, tmp_path: Path) -> No
 def test_two_processes_train_from_the_launcher(
     device: str, on: Callable, few_digits: Path, tmp_path: Path, launches: Callable
 ) -> None:
+    """Processes that are started anew, as the launcher does it, train in test_loading.py; these are forked."""
     shutil.copytree(few_digits / "train", tmp_path / "images")
     bad = [str(spoil(sorted((tmp_path / "images" / name).iterdir())[0])) for name in "0369"]
     argv = [
@@ -260,7 +255,7 @@ def test_two_processes_train_from_the_launcher(
         *("config.OPTIMIZER.num_epochs=2", f"config.CHECKPOINT.DIR={tmp_path}"),
         *(f"config.DATA.TRAIN.DATA_PATHS=[{tmp_path / 'images'}]", "config.DATA.SKIP_BAD_IMAGES=true"),
     ]
-    (result,) = launches([{"argv": argv, "folder": str(few_digits.parents[1])}])
+    (result,) = launches([{"argv": argv, "folder": str(few_digits.parents[1]), "watch": True}])
     assert result["status"] == 0 and not result["left"], result["output"][-3000:]
     assert (tmp_path / LIST).read_text().splitlines() == bad and not list(tmp_path.glob(f".{LIST}-*"))
     assert result["output"].count("4 images could not be read: ") == 1
@@ -278,7 +273,7 @@ def test_two_processes_train_from_the_launcher(
 def test_a_signal_ends_all_processes(few_digits: Path, tmp_path: Path, launches: Callable, watched: ModuleType) -> None:
     """The signal goes to the launcher or, as from a terminal, to all processes. The launcher reports it."""
     jobs = []
-    for ranks, group, name, fork in (
+    for count, group, name, fork in (
         (1, True, "SIGINT", False),
         (2, False, "SIGINT", True),
         (2, True, "SIGINT", True),
@@ -288,14 +283,14 @@ def test_a_signal_ends_all_processes(few_digits: Path, tmp_path: Path, launches:
         (1, False, "SIGKILL", False),
         (2, False, "SIGKILL", False),
     ):
-        folder = tmp_path / f"{ranks}_{group}_{name}"
+        folder = tmp_path / f"{count}_{group}_{name}"
         argv = [
-            *("config=pretrain/byol/digits", f"config.DISTRIBUTED.NUM_PROC_PER_NODE={ranks}"),
+            *("config=pretrain/byol/digits", f"config.DISTRIBUTED.NUM_PROC_PER_NODE={count}"),
             *("config.DATA.TRAIN.BATCHSIZE_PER_REPLICA=16", "config.OPTIMIZER.num_epochs=500"),
             *("config.LOSS.byol.proj_hidden_dim=32", "config.LOSS.byol.proj_output_dim=16"),
             *("config.CHECKPOINT.CHECKPOINT_FREQUENCY=1", f"config.CHECKPOINT.DIR={folder}"),
-            *(["config.DATA.NUM_DATALOADER_WORKERS=1"] if ranks == 1 else []),
-            *(watched.TINY if fork or ranks == 1 else []),  # it is not registered in a spawned rank
+            *(["config.DATA.NUM_DATALOADER_WORKERS=1"] if count == 1 else []),
+            *(watched.TINY if fork or count == 1 else []),  # it is not registered in a spawned rank
         ]
         when = {"when": str(folder / "model_phase0.torch"), "signal": name, "group": group, "watch": fork}
         jobs.append({"argv": argv, "folder": str(few_digits.parents[1]), **when})

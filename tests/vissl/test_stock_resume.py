@@ -8,6 +8,16 @@ import torch
 pytestmark = [pytest.mark.vissl, pytest.mark.slow]
 
 
+SMALL = {
+    "MoCo": [
+        *("config.MODEL.TRUNK.NAME=plain_resnet", "config.MODEL.TRUNK.RESNETS.DEPTH=8"),
+        "config.MODEL.HEAD.PARAMS=[[mlp,{dims:[64,64],use_relu:true,skip_last_layer_relu_bn:false}],[mlp,{dims:[64,128]}]]",
+    ],
+    "DINO, DeiT": ["config.MODEL.TRUNK.VISION_TRANSFORMERS.NUM_LAYERS=1"],
+}
+"""Method, two kinds of momentum encoder → overrides of the network; test_stock.py trains the stock one."""
+
+
 def tensors(value, name=""):
     """The tensors in nested dictionaries and lists, by their place."""
     if isinstance(value, dict):
@@ -17,11 +27,11 @@ def tensors(value, name=""):
     return {name: value} if torch.is_tensor(value) else {}
 
 
-@pytest.mark.parametrize("method", ["MoCo", "DINO, DeiT"])  # two kinds of momentum encoder
+@pytest.mark.parametrize("method", SMALL)
 def test_killed_training_resumes_to_the_same_checkpoint(method, stock_commands, tmp_path, launches: Callable):
     jobs = []
     for kind in ("whole", "cut", "cut"):
-        argv = [*stock_commands[method](tmp_path / kind, 2), "config.CHECKPOINT.CHECKPOINT_FREQUENCY=1"]
+        argv = [*stock_commands[method](tmp_path / kind, 2), *SMALL[method], "config.CHECKPOINT.CHECKPOINT_FREQUENCY=1"]
         jobs.append({"argv": argv, "folder": str(tmp_path)})
     jobs[1]["when"] = str(tmp_path / "cut" / "model_phase0.torch")
     whole, killed, resumed = launches(jobs)
@@ -31,6 +41,6 @@ def test_killed_training_resumes_to_the_same_checkpoint(method, stock_commands, 
         tensors(torch.load(tmp_path / kind / "model_final_checkpoint_phase1.torch", weights_only=False))
         for kind in ("whole", "cut")
     )
-    assert one.keys() == other.keys() and len(one) > 100
+    assert one.keys() == other.keys() and len(one) > 80
     different = [key for key in one if not torch.equal(one[key], other[key])]
     assert not different, different[:5]

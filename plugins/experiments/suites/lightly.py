@@ -5,7 +5,7 @@ frameworks train with the same settings.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,23 @@ def digits(request: Request) -> list[Run]:
     Returns:
         The runs, in the order in which they should start.
     """
-    from hydra import compose, initialize_config_dir
-
-    configs = config_folder("digits")
-    with initialize_config_dir(str(configs.resolve()), version_base="1.2"):
-        methods = {name: compose(name) for name in methods_of(configs)}
-        linear, linear_5 = compose("linear"), compose("linear_5")
+    configs = config_folder("digits").resolve()
+    methods = {name: _composed(configs, name) for name in methods_of(configs)}
+    linear, linear_5 = _composed(configs, "linear"), _composed(configs, "linear_5")
     return [
         _run(method, seed, config, linear, linear_5, request)
         for seed in request.seeds
         for method, config in methods.items()
     ]
+
+
+@cache
+def _composed(folder: Path, name: str) -> Any:
+    """Return a configuration of solo-learn. Do not change it."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(folder), version_base="1.2"):
+        return compose(name)
 
 
 def _run(method: str, seed: int, config: Any, linear: Any, linear_5: Any, request: Request) -> Run:

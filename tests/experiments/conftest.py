@@ -1,7 +1,7 @@
 """Fixtures of the tests of the suites."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,17 +16,19 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def few_digits_here(all_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """few_digits_here(train) makes tmp_path a folder to run suites in: our YAML, ``train`` and 5 digits of a class."""
+def few_digits_here(all_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """few_digits_here(train) makes tmp_path a folder to run suites in: our YAML, ``train`` and ``val`` digits a class."""
 
-    def make(train: int) -> None:
+    def make(train: int, val: int = 5) -> None:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "configs").symlink_to(ROOT / "configs")
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
-        shutil.copytree(all_digits, "datasets/digits")
-        for split, left in (("train", train), ("val", 5)):
-            for label in (tmp_path / "datasets" / "digits" / split).iterdir():
-                for image in sorted(label.iterdir())[left:]:
-                    image.unlink()
+        left = {"train": train, "val": val}
+
+        def further(folder: str, names: Sequence[str]) -> list[str]:
+            images = sorted(name for name in names if name.endswith(".png"))
+            return images[left.get(Path(folder).parent.name, len(images)) :]
+
+        shutil.copytree(all_digits, "datasets/digits", ignore=further)
 
     return make

@@ -2,9 +2,12 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+
+from plugins.experiments import warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,3 +35,19 @@ def few_digits_here(all_digits: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         shutil.copytree(all_digits, "datasets/digits", ignore=further)
 
     return make
+
+
+@pytest.fixture
+def preload(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """preload(framework, …) → the commands of a suite are forked from a process that has imported these frameworks."""
+    modules = {
+        "solo": warm.PRELOADED,
+        "lightly": ("lightly_ext.benchmarks.run", "lightly_ext.lightning.module"),
+        "vissl": ("vissl_ext.checks", "vissl_ext.compose", "vissl_ext.ranks"),
+    }
+
+    def choose(*frameworks: str) -> None:
+        monkeypatch.setattr(warm, "PRELOADED", tuple(name for each in frameworks for name in modules[each]))
+        monkeypatch.setattr(warm, "_SERVER", forkserver.ForkServer())
+
+    return choose

@@ -2,12 +2,11 @@
 
 import json
 import pickle
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
-from plugins.experiments import report_datasets, warm
+from plugins.experiments import report_datasets
 from plugins.experiments import run as experiments
 from plugins.experiments.report import read_rows
 from plugins.experiments.suites import Request, matrix_ssl, solo, vissl
@@ -125,11 +124,9 @@ def short_linear(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_trial_on_the_digits_goes_through_all_steps(tmp_path, few_digits_here, short_linear, monkeypatch, capfd):
+def test_a_trial_on_the_digits_goes_through_all_steps(tmp_path, few_digits_here, short_linear, preload, capfd):
     few_digits_here(7, val=2)  # two batches of 32 in the training, one of 64 in the linear evaluation
-    # all commands share the imports
-    monkeypatch.setattr(warm, "PRELOADED", (*warm.PRELOADED, "vissl_ext.checks", "vissl_ext.compose", "vissl_ext.ranks"))
-    monkeypatch.setattr(warm, "_SERVER", forkserver.ForkServer())
+    preload("solo", "vissl")
     options = ("--data", "digits", "--framework", "all", "--only", "mec", "--epochs", "1")
     assert experiments.main(["matrix_ssl", *options]) == 0, capfd.readouterr()
     suite = tmp_path / "results" / "matrix_ssl"

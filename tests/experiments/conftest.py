@@ -20,7 +20,7 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def few_digits_here(all_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """few_digits_here(train) makes tmp_path a folder to run suites in: our YAML, ``train`` and ``val`` digits a class."""
+    """few_digits_here(train) makes tmp_path a folder for suites: our YAML, ``train`` and ``val`` digits a class."""
 
     def make(train: int, val: int = 5) -> None:
         monkeypatch.chdir(tmp_path)

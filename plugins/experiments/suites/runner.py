@@ -349,7 +349,9 @@ class Runner:
 
 def is_warm(arguments: Sequence[str]) -> bool:
     """Return whether a command is forked from the server process that has already imported torch and its framework."""
-    return arguments[0] == "-m" and arguments[1].startswith(("solo_ext.", "lightly_ext.", "vissl_ext.", "plugins.tools."))
+    return arguments[0] == "-m" and arguments[1].startswith(
+        ("solo_ext.", "lightly_ext.", "vissl_ext.", "plugins.tools.")
+    )
 
 
 def _start(arguments: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes] | WarmProcess":

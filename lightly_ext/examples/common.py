@@ -30,6 +30,9 @@ Methods that compare stacks of patches need another transform and the positions 
 SIZE, BATCH = 16, 64
 """Side of the images in pixels, and batch size on each process."""
 
+CHANNELS = 16
+"""Channels of the first convolution; the network has eight times as many features."""
+
 WIDTHS = {
     **{"proj_hidden_dim": 512, "proj_output_dim": 256, "pred_hidden_dim": 512},
     **{"n_classes": 1024, "num_prototypes": 64},
@@ -50,7 +53,8 @@ def optimizer(method: str, parameters: Any) -> torch.optim.Optimizer:
 def build(method: str) -> models.MethodModel:
     """Build the model of a method with a ResNet of 128 features, which is small enough for two CPU cores."""
     cls = MODELS[method]
-    return cls(_backbone(), input_dim=128, **{key: value for key, value in WIDTHS.items() if key in cls.spec.options})
+    widths = {key: value for key, value in WIDTHS.items() if key in cls.spec.options}
+    return cls(_backbone(), input_dim=8 * CHANNELS, **widths)
 
 
 class _Block(nn.Module):
@@ -74,8 +78,9 @@ class _Block(nn.Module):
 
 
 def _backbone() -> nn.Module:
-    network = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-    for number, width in ((2, 32), (3, 64), (4, 128)):  # with the names of a ResNet's stages, which AMDIM looks for
+    network = nn.Sequential(nn.Conv2d(3, CHANNELS, 3, padding=1, bias=False), nn.BatchNorm2d(CHANNELS), nn.ReLU())
+    for number in (2, 3, 4):  # with the names of a ResNet's stages, which AMDIM looks for
+        width = CHANNELS * 2 ** (number - 1)
         network.add_module(f"layer{number}", _Block(width // 2, width))
     network.add_module("avgpool", nn.AdaptiveAvgPool2d(1))
     return network

@@ -5,6 +5,7 @@ server) imports the modules once, and each command is forked from it. A command 
 file, session and process group, as if ``python`` had started it.
 """
 
+import gc
 import multiprocessing
 import multiprocessing.context
 import os
@@ -111,6 +112,7 @@ class WarmProcess(multiprocessing.context.ForkServerProcess):
 
 
 def _run(module: str, arguments: list[str], log: str, environment: dict[str, str], folder: str) -> Any:
+    gc.freeze()  # VISSL collects garbage several times in each phase, and would traverse all objects of the imports
     os.setsid()
     os.chdir(folder)
     os.environ.update(environment)

@@ -9,7 +9,7 @@ import pytest
 from plugins.experiments import report_datasets
 from plugins.experiments import run as experiments
 from plugins.experiments.report import read_rows
-from plugins.experiments.suites import Request, matrix_ssl
+from plugins.experiments.suites import Request, matrix_ssl, solo, vissl
 from plugins.testing import composed
 
 ROOT = Path(__file__).parents[2]
@@ -108,16 +108,34 @@ def test_table_tells_the_frameworks_apart(tmp_path):
     assert "69.0" in line and "70.80" in line
 
 
+@pytest.fixture
+def short_linear(monkeypatch):
+    """Two epochs of linear evaluation, both tested, in place of the twelve of the YAML files."""
+
+    def in_solo(step, configs, name, overrides, original=solo.linear_step):
+        return original(step, configs, name, {**overrides, "max_epochs": 2, "check_val_every_n_epoch": 1})
+
+    def in_vissl(config, overrides, original=vissl.command):
+        short = {"OPTIMIZER.num_epochs": 2, "TEST_EVERY_NUM_EPOCH": 1} if config.startswith("benchmark/") else {}
+        return original(config, {**overrides, **short})
+
+    monkeypatch.setattr(solo, "linear_step", in_solo)
+    monkeypatch.setattr(vissl, "command", in_vissl)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("framework", ["solo", "vissl"])
-def test_a_trial_on_the_digits_goes_through_all_steps(framework, tmp_path, few_digits_here, capfd):
-    few_digits_here(13)
-    options = ("--data", "digits", "--framework", framework, "--only", "mec", "--epochs", "1")
+def test_a_trial_on_the_digits_goes_through_all_steps(tmp_path, few_digits_here, short_linear, preload, capfd):
+    few_digits_here(7, val=2)  # two batches of 32 in the training, one of 64 in the linear evaluation
+    preload("solo", "vissl")
+    options = ("--data", "digits", "--framework", "all", "--only", "mec", "--epochs", "1")
     assert experiments.main(["matrix_ssl", *options]) == 0, capfd.readouterr()
-    folder = tmp_path / "results" / "matrix_ssl" / framework / "mec-e1_digits" / "seed0"
-    result = json.loads((folder / "result.json").read_text())
-    assert result["epochs"] == 1
-    assert 0 < result["linear"] <= result["linear_best"] <= 100
-    detector = pickle.loads((folder / "backbone.pkl").read_bytes())  # ours, just written
-    assert detector["model"]["res5.2.conv3.weight"].shape == (2048, 512, 1, 1)
-    assert "mec-e1" in (tmp_path / "results" / "matrix_ssl" / "table.md").read_text()
+    suite = tmp_path / "results" / "matrix_ssl"
+    table = (suite / "table.md").read_text()
+    for framework in ("solo", "vissl"):
+        folder = suite / framework / "mec-e1_digits" / "seed0"
+        result = json.loads((folder / "result.json").read_text())
+        assert result["epochs"] == 1
+        assert 0 <= result["linear"] <= result["linear_best"] <= 100 and 0 < result["linear_top5"] <= 100
+        detector = pickle.loads((folder / "backbone.pkl").read_bytes())  # ours, just written
+        assert detector["model"]["res5.2.conv3.weight"].shape == (2048, 512, 1, 1)
+        assert f"mec-e1 ({framework})" in table

@@ -1,13 +1,11 @@
 """The VISSL runs of the suite digits: commands, collected results, and one training."""
 
 import json
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
 from plugins.experiments import run as experiments
-from plugins.experiments import warm
 from plugins.experiments.suites import Request, vissl
 from plugins.methods import METHODS
 
@@ -47,15 +45,19 @@ def test_progress_is_rows_of_all_epochs(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_method_runs_from_training_to_table(in_checkout, tmp_path, monkeypatch):
-    """On fewer epochs and labels: the numbers are those that the evaluations wrote."""
+def test_a_method_runs_from_training_to_table(few_digits_here, preload, tmp_path, monkeypatch):
+    """On fewer images, epochs and labels: the numbers are those that the evaluations wrote."""
+    few_digits_here(60, val=20)
+
+    def short(config, overrides, engine="train", original=vissl.command):
+        linear = config == vissl.LINEAR and "OPTIMIZER.num_epochs" not in overrides
+        return original(config, {**overrides, **({"OPTIMIZER.num_epochs": 6} if linear else {})}, engine)
+
+    monkeypatch.setattr(vissl, "command", short)
     monkeypatch.setattr(vissl, "FEW", {"batch": 50, "epochs": 2})
-    # the four commands share the imports
-    monkeypatch.setattr(warm, "PRELOADED", ("vissl_ext.checks", "vissl_ext.compose", "vissl_ext.ranks"))
-    monkeypatch.setattr(warm, "_SERVER", forkserver.ForkServer())
+    preload("vissl")
+    assert experiments.main(["digits", "--only", "vissl/ssl_ey", "--epochs", "1"]) == 0
     out = tmp_path / "results"
-    options = ("--only", "vissl/ssl_ey", "--epochs", "1", "--out", str(out), "--data-folder", str(tmp_path / "data"))
-    assert experiments.main(["digits", *options]) == 0
     folder = out / "digits" / "vissl" / "ssl_ey" / "seed0"
     result = json.loads((folder / "result.json").read_text())
     assert (result["framework"], result["method"], result["epochs"]) == ("vissl", "ssl_ey", 1)

@@ -44,6 +44,7 @@ def few_batches(digits: Path) -> DataLoader:
     return DataLoader(list(common.views(digits / "train")), batch_size=None)
 
 
+@pytest.mark.usefixtures("narrow_examples")
 @pytest.mark.sample("isoloss-*", "dissl-plain_pytorch")
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("method", OF_VIEWS)
@@ -128,7 +129,7 @@ def _small_backbone() -> nn.Module:
 @pytest.fixture(scope="module")
 def simclr_views(digits: Path) -> list[list[torch.Tensor]]:
     transform = SimCLRTransform(input_size=16)
-    images = [Image.open(path).convert("RGB") for path in sorted((digits / "train").glob("*/*.png"))[::2]]
+    images = [Image.open(path).convert("RGB") for path in sorted((digits / "train").glob("*/*.png"))[::4]]
     torch.manual_seed(0)
     return [[torch.stack(view) for view in zip(*map(transform, images), strict=True)] for _ in range(2)]
 
@@ -136,13 +137,13 @@ def simclr_views(digits: Path) -> list[list[torch.Tensor]]:
 @pytest.mark.sample("isoloss", "ssl_ey")
 @pytest.mark.parametrize("method", OF_VIEWS)
 def test_defaults_are_stable_with_lightlys_usual_sgd(method: str, simclr_views: list[list[torch.Tensor]]) -> None:
-    """Model class, stock transform, learning rate 0.06: SSL-EY gave 2.4e4, 1.2e25, NaN."""
+    """Model class, stock transform, learning rate 0.06, three steps: SSL-EY gave 2.4e4, 1.2e25, NaN."""
     torch.manual_seed(0)
     model = vars(models)[NAMES[method]](_small_backbone(), input_dim=64)
     model.start_epoch(0)
     optimizer = torch.optim.SGD(model.training_parameters(), lr=0.06)
     first = last = None
-    for step in range(4):
+    for step in range(3):
         loss = model.loss(simclr_views[step % 2])
         loss.backward()
         model.after_backward()

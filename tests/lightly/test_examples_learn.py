@@ -11,12 +11,12 @@ from lightly_ext.examples import common
 from lightly_ext.names import CLASS_NAMES
 from plugins.testing import OF_VIEWS
 
-pytestmark = pytest.mark.lightly
+pytestmark = [pytest.mark.lightly, pytest.mark.usefixtures("narrow_examples")]
 
 NAMES = {spec.name: name for name, spec in CLASS_NAMES.items()}
 
 
-STEPS = (60, 200)
+STEPS = (40, 200)
 """Most methods have learned something after the first number of steps; for the others the test begins anew."""
 
 

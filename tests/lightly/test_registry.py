@@ -133,21 +133,27 @@ def test_reloading() -> None:
 
 
 class Views(torch.utils.data.Dataset):
-    """Two views of a black image; as_in_lightly imports the transform in the worker itself."""
+    """Two views of a black image; the transform of the second and the third item is imported in the worker itself."""
 
-    def __init__(self, transform: object = None, as_in_lightly: str = "") -> None:
-        self.transform, self.as_in_lightly = transform, as_in_lightly
+    imports = (None, "", "import lightly_ext.auto; ")
+
+    def __init__(self, transform: object) -> None:
+        self.transform = transform
 
     def __len__(self) -> int:
-        return 2
+        return len(self.imports)
 
-    def __getitem__(self, index: int) -> list[torch.Tensor]:
+    def __getitem__(self, index: int) -> str:
         from PIL import Image
 
-        if self.as_in_lightly:
-            exec(self.as_in_lightly, scope := {})
-            self.transform = scope["SSLEYTransform"](input_size=8)
-        return self.transform(Image.new("RGB", (8, 8)))
+        transform = self.transform
+        if index:
+            try:
+                exec(f"{self.imports[index]}from lightly.transforms import SSLEYTransform", scope := {})
+            except ImportError as error:
+                return f"ImportError {'SSLEYTransform' in str(error)}"
+            transform = scope["SSLEYTransform"](input_size=8)
+        return str([tuple(view.shape) for view in transform(Image.new("RGB", (8, 8)))])
 
 
 WORKER = """
@@ -160,16 +166,9 @@ if __name__ == "__main__":
     import lightly_ext.auto
     from lightly.transforms import SSLEYTransform
 
-    def shapes(dataset):
-        loader = DataLoader(dataset, batch_size=2, num_workers=1, multiprocessing_context="spawn")
-        return [tuple(view.shape) for views in loader for view in views]
-
-    print(shapes(Views(SSLEYTransform(input_size=8))))
-    print(shapes(Views(as_in_lightly="import lightly_ext.auto; from lightly.transforms import SSLEYTransform")))
-    try:
-        shapes(Views(as_in_lightly="from lightly.transforms import SSLEYTransform"))
-    except ImportError as error:
-        print("ImportError", "SSLEYTransform" in str(error))
+    views = Views(SSLEYTransform(input_size=8))
+    for text in DataLoader(views, batch_size=None, num_workers=1, multiprocessing_context="spawn"):
+        print(text)
 """
 
 
@@ -188,8 +187,8 @@ def test_spawned_loader_workers(tmp_path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    shape = (2, 3, 8, 8)
-    assert done.stdout.splitlines() == [str([shape, shape]), str([shape, shape]), "ImportError True"]
+    shapes = str([(3, 8, 8)] * 2)
+    assert done.stdout.splitlines() == [shapes, "ImportError True", shapes]
 
 
 def test_auto_registers() -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from plugins.methods import METHODS
-from plugins.testing import NARROW, POOL_SIZE, tiny_backbone
+from plugins.testing import NARROW, RankPool, tiny_backbone
 
 pytestmark = [pytest.mark.solo, pytest.mark.slow, pytest.mark.ddp]
+PROCESSES = 2
 CONFIGS = Path(__file__).parents[2] / "configs" / "solo" / "digits"
 SMALL = {
     **NARROW,
@@ -31,6 +32,7 @@ def _kept(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _pretrain(comm: Any, rank: int, size: int, digits: str, out: str) -> dict[str, dict[str, Tensor]]:
+    import yaml
     from hydra import compose, initialize_config_dir
 
     from solo_ext import logs
@@ -44,6 +46,7 @@ def _pretrain(comm: Any, rank: int, size: int, digits: str, out: str) -> dict[st
             if trainer.global_step == 3:
                 found[module.spec.name] = _kept(module)
 
+    yaml.SafeLoader = yaml.CSafeLoader  # as in conftest.py
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
     place.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=1, TORCHELASTIC_RUN_ID="test")  # the group is there already
     before, usual, found = dict(os.environ), logs.callbacks, {}
@@ -72,9 +75,10 @@ def _pretrain(comm: Any, rank: int, size: int, digits: str, out: str) -> dict[st
         os.environ.update(before)
 
 
-def test_what_a_method_keeps_is_the_same_on_all_processes(ranks, digits, tmp_path):
-    given = [(rank, POOL_SIZE, str(digits), str(tmp_path)) for rank in range(POOL_SIZE)]
-    found = ranks.run(_pretrain, given)
+def test_what_a_method_keeps_is_the_same_on_all_processes(digits, tmp_path):
+    given = [(rank, PROCESSES, str(digits), str(tmp_path)) for rank in range(PROCESSES)]
+    with RankPool(PROCESSES, timeout=600) as pool:
+        found = pool.run(_pretrain, given)
     assert found[0].keys() == METHODS.keys()
     for method, first in found[0].items():
         assert any(name.startswith("momentum_backbone") for name in first) == METHODS[method].teacher

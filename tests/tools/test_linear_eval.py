@@ -252,14 +252,16 @@ def test_command_needs_no_framework_and_ends_in_one_sentence(files, quick, tmp_p
         "for name in ('solo', 'solo_ext', 'lightly', 'lightly_ext', 'vissl', 'vissl_ext', 'pytorch_lightning'):\n"
         "    sys.modules[name] = None\n"
         "from plugins.tools.linear_eval import main\n"
-        "main(sys.argv[1:])\n"
+        "then = sys.argv.index('then')\n"
+        "main(sys.argv[1:then])\n"
+        "print('then')\n"
+        "main(sys.argv[then + 1:])\n"
     )
-    command = [sys.executable, "-c", block]
-    done = subprocess.run([*command, *files, *quick], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "linear probe, 90 labels: top-1" in done.stdout
-    done = subprocess.run([*command, *files, "--config", str(tmp_path)], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (
+    arguments = [*files, *quick, "then", *files, "--config", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", block, *arguments], capture_output=True, text=True)
+    first, second = done.stdout.split("then\n")
+    assert "linear probe, 90 labels: top-1" in first
+    assert (done.returncode, second, done.stderr) == (
         2,
         "",
         f"error: --config must be a YAML file or the name of one in configs/probes, got {tmp_path}\n",

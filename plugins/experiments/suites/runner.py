@@ -348,14 +348,16 @@ class Runner:
 
 
 def is_warm(arguments: Sequence[str]) -> bool:
-    """Return whether a command is forked from the server process that has already imported its framework."""
-    return arguments[0] == "-m" and arguments[1].startswith(("solo_ext.", "lightly_ext.", "vissl_ext."))
+    """Return whether a command is forked from the server process that has already imported torch and its framework."""
+    return arguments[0] == "-m" and arguments[1].startswith(
+        ("solo_ext.", "lightly_ext.", "vissl_ext.", "plugins.tools.")
+    )
 
 
 def _start(arguments: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes] | WarmProcess":
     """Start a ``python`` command in a new session, so that a signal reaches all its children, such as data loaders.
 
-    Commands of the adapters are forked from a process that has already imported torch and the framework.
+    Commands of the adapters and tools are forked from a process that has already imported torch and the framework.
     """
     if is_warm(arguments):
         return WarmProcess(arguments, log, ENVIRONMENT)

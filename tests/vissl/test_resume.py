@@ -216,7 +216,8 @@ def killed_and_resumed(
         argv.append(f"config.DATA.TRAIN.BATCHSIZE_PER_REPLICA={batch}")
         return {"argv": argv, "folder": str(folder), "watch": True}
 
-    killed = {**job("cut", 2, 8), "when": str(folder / "cut" / "model_phase0.torch")}
+    # the group: without the launcher alone, the processes could end their second epoch of one step
+    killed = {**job("cut", 2, 8), "when": str(folder / "cut" / "model_phase0.torch"), "group": True}
     whole, cut = launches([job("whole", 2, 8), killed])
     assert (whole["status"], cut["status"]) == (0, -signal.SIGKILL), (whole, cut)
     shutil.copytree(folder / "cut", folder / "one", symlinks=True)

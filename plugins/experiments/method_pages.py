@@ -211,7 +211,7 @@ def _results(spec: MethodSpec) -> str:
             "",
         ]
     else:
-        parts += ["Published numbers: none are available.", ""]
+        parts += ["No suite has published numbers for this method.", ""]
     digits = digits_row(spec.title)
     parts += [
         "Our results on the digits, kNN accuracy (%) with seeds 0 / 1 / 2; there are no published results:",

@@ -137,11 +137,13 @@ def _compute(
 ) -> tuple[CorInfoMaxLossTerms, _Moments]:
     """Return the terms, and the moments by which the state moves."""
     named = {f"z{view}": z for view, z in enumerate(of_views)}
+    if len(named) < 2:
+        raise ValueError(f"{WHAT} needs at least 2 views, got {len(named)}")
     check_rows(**named)
     settings.check()
     (rows_here, width), device, count = of_views[0].shape, of_views[0].device, len(of_views)
-    mean = torch.zeros(count, width) if mean is None else mean
-    covariance = torch.eye(width).expand(count, width, width) if covariance is None else covariance
+    mean = torch.zeros(count, width) if mean is None else mean.detach()
+    covariance = torch.eye(width).expand(count, width, width) if covariance is None else covariance.detach()
     for name, state, shape in (("mean", mean, (count, width)), ("covariance", covariance, (count, width, width))):
         if state.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(state.shape)}")
@@ -244,6 +246,7 @@ class CorInfoMaxLoss(Stepped, nn.Module):
 
     def terms(self, *views: Float[Tensor, "B D"]) -> CorInfoMaxLossTerms:
         """Return the loss and its two parts; in training, move the state or leave it to the end of the open step."""
+        self._check(views)
         mean, covariance = self._state(len(views))
         terms, moments = _compute(views, mean, covariance, self.settings, self.comm)
         if self.training:
@@ -266,6 +269,15 @@ class CorInfoMaxLoss(Stepped, nn.Module):
         self._seen = None
         super().discard_step()
 
+    def _check(self, views: tuple[Tensor, ...]) -> None:
+        for number, z in enumerate(views):
+            if z.shape[-1:] != (self.width,):
+                raise ValueError(f"z{number} must be [B, {self.width}], the width of the module, got {tuple(z.shape)}")
+        if self._seen is not None and (before := len(self._seen.means[0])) != len(views):
+            raise ValueError(
+                f"all micro-batches of a step need the same number of views, got {before} and {len(views)}"
+            )
+
     def _state(self, views: int) -> tuple[Tensor, Tensor]:
         """Return the state of the first views; views that it does not hold yet have the first state."""
         more = views - len(self.mean)
@@ -285,7 +297,7 @@ class CorInfoMaxLoss(Stepped, nn.Module):
         mean, covariance = self.mean[:views], self.covariance[:views]
         moved, matrix, _ = _running(first, second, mean, covariance, self.settings)
         finite = matrix.isfinite().all()  # an overflow must not stay
-        # in place: DistributedDataParallel keeps references to the buffers
+        # in place, once their views are there: DistributedDataParallel keeps references to the buffers
         mean.copy_(moved.where(finite, mean))
         covariance.copy_(matrix.where(finite, covariance))
 

@@ -336,6 +336,23 @@ def test_wrong_input_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             CorInfoMaxLoss(**options)
+    module = CorInfoMaxLoss(3)
+    with pytest.raises(ValueError, match="the CorInfoMax loss needs at least 2 views, got 1"):
+        module(z)
+    with pytest.raises(ValueError, match=r"z0 must be \[B, 3\], the width of the module, got \(4, 2\)"):
+        module(z[:, :2], z[:, :2])
+    module.before_step()
+    module(z, z, z)
+    with pytest.raises(ValueError, match="all micro-batches of a step need the same number of views, got 3 and 2"):
+        module(z, z)
+
+
+def test_a_state_that_requires_a_gradient_gets_none():
+    z, state = torch.eye(3), torch.eye(3).expand(2, 3, 3).clone().requires_grad_()
+    assert not corinfomax_loss(z, z, covariance=state).requires_grad
+    z.requires_grad_()
+    corinfomax_loss(z, z, covariance=state, mean=torch.zeros(2, 3, requires_grad=True)).backward()
+    assert state.grad is None and z.grad is not None
 
 
 @pytest.mark.parametrize("device", devices())

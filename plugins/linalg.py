@@ -69,6 +69,18 @@ def joined_mean(values: Float[Tensor, " B *C"], comm: Collective = LOCAL) -> Flo
     return (total[:-1] / total[-1]).view(values.shape[1:])
 
 
+def joined_sums(parts: Sequence[Tensor], comm: Collective = LOCAL) -> list[Tensor]:
+    """Sum several tensors of one dtype over the processes, with one collective.
+
+    >>> [part.tolist() for part in joined_sums([torch.tensor([1.0, 2.0]), torch.tensor(3.0)])]
+    [[1.0, 2.0], 3.0]
+    """
+    if comm.size == 1:
+        return [*parts]
+    sums = comm.sum(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
+    return [summed.view_as(part) for summed, part in zip(sums, parts, strict=True)]
+
+
 def labelled_mean(
     values: Float[Tensor, " B *C"], labelled: Bool[Tensor, " B *C"], comm: Collective = LOCAL
 ) -> Float[Tensor, " *C"]:

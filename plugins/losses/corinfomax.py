@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from plugins.checks import check_count, check_range, check_result, check_rows, check_whole, compute_dtype
 from plugins.clock import RowMeans, Stepped
 from plugins.distributed import LOCAL, Collective
-from plugins.linalg import attach_gradient, centre_distance, tangent, unit_rows
+from plugins.linalg import attach_gradient, centre_distance, joined_sums, tangent, unit_rows
 
 LEAST_EPS = 1e-10
 """Rounding of the float64 covariance of unit rows is far below it, so that the Cholesky decomposition exists."""
@@ -154,7 +154,7 @@ def _compute(
         total, pull = centre_distance(unit, count)
         # view by view: the rows in float64 take twice the memory
         second, first = (torch.stack(parts) for parts in zip(*map(_sums, unit), strict=True))
-        second, first, total, rows = _joined([second, first, total.double(), first.new_tensor(rows_here)], comm)
+        second, first, total, rows = joined_sums([second, first, total.double(), first.new_tensor(rows_here)], comm)
         if rows_here < 2:  # the joined batch can be too small only in this case, so only this case synchronises
             check_count(int(rows.item()), least=2, what=WHAT)
         moments = _Moments(first / rows, second.div_(rows), rows)
@@ -181,14 +181,6 @@ def _compute(
 def _sums(u: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "D D"], Float[Tensor, " D"]]:
     x = u.double()
     return x.T @ x, x.sum(0)
-
-
-def _joined(parts: list[Tensor], comm: Collective) -> list[Tensor]:
-    """Sum several tensors over the processes with one collective."""
-    if comm.size == 1:
-        return parts
-    sums = comm.sum(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
-    return [summed.view_as(part) for summed, part in zip(sums, parts, strict=True)]
 
 
 def _running(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from plugins.checks import check_rows
 from plugins.distributed import LOCAL, Collective
+from plugins.linalg import joined_sums
 
 
 class Moments:
@@ -88,15 +89,14 @@ class Moments:
         # the mean of each process in a place of its own: sums of squares about a common origin would lose digits
         places = self.mean.new_zeros(comm.size, width + 1)
         places[comm.rank, 0], places[comm.rank, 1:] = self.count, self.mean
-        total = comm.sum(torch.cat([places.flatten(), self.between.flatten(), self.within.flatten()]))
-        places, between, within = total.split([places.numel(), width**2, width**2])
-        counts, means = places.view(comm.size, width + 1).tensor_split([1], dim=1)
+        places, between, within = joined_sums([places, self.between, self.within], comm)
+        counts, means = places.tensor_split([1], dim=1)
         found = Moments()
         found.views, found.count = self.views, int(counts.sum())
         found.mean = (counts * means).sum(0) / max(found.count, 1)
         shifts = means - found.mean
-        found.between = between.view(width, width) + (counts * shifts).T @ shifts
-        found.within = within.view(width, width)
+        found.between = between + (counts * shifts).T @ shifts
+        found.within = within
         return found
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from plugins.checks import check_range, check_rows
 from plugins.clock import RowMeans, Stepped
 from plugins.distributed import LOCAL, Collective
-from plugins.linalg import eigvalsh, squared_norm
+from plugins.linalg import eigvalsh, joined_sums, squared_norm
 
 
 class RunningMoment(Stepped, nn.Module):
@@ -90,7 +90,8 @@ class RunningMoment(Stepped, nn.Module):
             # no entry of any product below exceeds the sum of all squares; this check does not synchronise
             usable = squared_norm(z) < torch.finfo(z.dtype).max / self.comm.size
             z = torch.where(usable, z, 0)
-            second, first, rows, bad = self._joined([z.T @ z, z.sum(0), z.new_full((), z.shape[0]), (~usable).to(z)])
+            parts = [z.T @ z, z.sum(0), z.new_full((), z.shape[0]), (~usable).to(z)]
+            second, first, rows, bad = joined_sums(parts, self.comm)
             divisor = rows.clamp(min=1)
             self._average([second.div_(divisor), first / divisor], torch.where(bad == 0, rows, 0))
 
@@ -116,14 +117,6 @@ class RunningMoment(Stepped, nn.Module):
             self.mass.lerp_(torch.ones_like(self.mass), weight)
         if new:
             self.steps += 1
-
-    def _joined(self, parts: list[Tensor]) -> list[Tensor]:
-        """Sum several tensors over the processes with one collective."""
-        if self.comm.size == 1:
-            return parts
-        total = self.comm.sum(torch.cat([part.flatten() for part in parts]))
-        sums = total.split([part.numel() for part in parts])
-        return [summed.view_as(part) for summed, part in zip(sums, parts, strict=True)]
 
     def covariance(self) -> Float[Tensor, "D D"]:
         """Return C, or with ``center`` C − μμᵀ of the rows so far (scaled by 1 − ρ^k like C)."""

@@ -200,3 +200,45 @@ class RowMeans:
             share = rows / self.rows.clamp(min=1)
             self.means = [so_far.lerp(mean, share.to(mean)) for so_far, mean in zip(self.means, means, strict=True)]
         return self.means, self.rows
+
+
+class MovedByMeans(Stepped, nn.Module):
+    """A component whose state moves once per step, by means over the rows of all micro-batches of the step.
+
+    All micro-batches of a step see the same state. Without an open step each batch moves it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: RowMeans | None = None  # means over the open step
+
+    def move(self, means: list[Tensor]) -> None:
+        """Move the state by the means over the rows of a step."""
+        raise NotImplementedError
+
+    def observe(self, means: list[Tensor], rows: Tensor) -> None:
+        """Add the means of a micro-batch, and move the state if no step is open; the arguments of ``RowMeans.add``."""
+        self._seen = self._seen or RowMeans()
+        self._seen.add(means, rows)
+        if not self.stepping:
+            self._move()
+
+    def after_step(self) -> None:
+        """End the open step: move the state by the rows of its micro-batches."""
+        super().after_step()
+        self._move()
+
+    def discard_step(self) -> None:
+        """Forget the open step and the rows of its micro-batches."""
+        self._seen = None
+        super().discard_step()
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        if self._seen is not None:
+            self.move(self._seen.means)
+            self._seen = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._seen = None

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from plugins.checks import check_count, check_range, check_result, check_rows, check_whole, compute_dtype
-from plugins.clock import RowMeans, Stepped
+from plugins.clock import MovedByMeans
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import attach_gradient, centre_distance, joined_sums, tangent, unit_rows
 
@@ -195,7 +195,7 @@ def _running(
     return moved, of_batch.lerp_(covariance, settings.covariance_momentum), away
 
 
-class CorInfoMaxLoss(Stepped, nn.Module):
+class CorInfoMaxLoss(MovedByMeans):
     """:func:`corinfomax_loss` with the running mean and covariance of each view, which move in training.
 
     All micro-batches of a step see the same state. The step moves it once, by the rows of all of them. The state is the
@@ -234,7 +234,6 @@ class CorInfoMaxLoss(Stepped, nn.Module):
         self.width, self.initial_covariance, self.comm = width, initial_covariance, comm
         self.register_buffer("mean", torch.zeros(0, width, dtype=torch.float64))
         self.register_buffer("covariance", torch.zeros(0, width, width, dtype=torch.float64))
-        self._seen: RowMeans | None = None  # moments over the open step
 
     def terms(self, *views: Float[Tensor, "B D"]) -> CorInfoMaxLossTerms:
         """Return the loss and its two parts; in training, move the state or leave it to the end of the open step."""
@@ -242,24 +241,11 @@ class CorInfoMaxLoss(Stepped, nn.Module):
         mean, covariance = self._state(len(views))
         terms, moments = _compute(views, mean, covariance, self.settings, self.comm)
         if self.training:
-            self._seen = self._seen or RowMeans()
-            self._seen.add([moments.first, moments.second], moments.rows)
-            if not self.stepping:
-                self._move()
+            self.observe([moments.first, moments.second], moments.rows)
         return terms
 
     def forward(self, *views: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
         return self.terms(*views).loss
-
-    def after_step(self) -> None:
-        """End the open step: move the state by the rows of its micro-batches."""
-        super().after_step()
-        self._move()
-
-    def discard_step(self) -> None:
-        """Forget the open step and the rows of its micro-batches."""
-        self._seen = None
-        super().discard_step()
 
     def _check(self, views: tuple[Tensor, ...]) -> None:
         for number, z in enumerate(views):
@@ -278,11 +264,9 @@ class CorInfoMaxLoss(Stepped, nn.Module):
         first = self.initial_covariance * torch.eye(self.width).to(self.mean).expand(more, self.width, self.width)
         return torch.cat([self.mean, self.mean.new_zeros(more, self.width)]), torch.cat([self.covariance, first])
 
-    @torch.no_grad()
-    def _move(self) -> None:
-        if self._seen is None:
-            return
-        (first, second), self._seen = self._seen.means, None
+    def move(self, means: list[Tensor]) -> None:
+        """Move the running means and covariances by the moments of a step."""
+        first, second = means
         views = len(first)
         if views > len(self.mean):
             self.mean, self.covariance = self._state(views)
@@ -300,7 +284,6 @@ class CorInfoMaxLoss(Stepped, nn.Module):
                 state.new_zeros(len(saved), *state.shape[1:]) for state in (self.mean, self.covariance)
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._seen = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CorInfoMaxLoss":
         def in_float64(tensor: Tensor) -> Tensor:

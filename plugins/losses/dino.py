@@ -5,14 +5,14 @@ centre of :class:`DINOLoss` after each teacher view; in the original it moves on
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from plugins.checks import check_choice, check_range, check_result, check_views, compute_dtype
-from plugins.clock import RowMeans, Stepped
+from plugins.clock import MovedByMeans
 from plugins.distributed import LOCAL, Collective
 from plugins.linalg import joined_mean
 
@@ -113,7 +113,7 @@ def teacher_temperature(epoch: int, *, first: float = 0.04, last: float = 0.04, 
     return last if epoch >= epochs else first + (last - first) * epoch / max(epochs - 1, 1)
 
 
-class DINOLoss(Stepped, nn.Module):
+class DINOLoss(MovedByMeans):
     """:func:`dino_terms` with a running centre: in training ``c ← m c + (1 − m) mean(t)`` after the loss.
 
     The means are over the joined batch, so the centre is the same on all processes.
@@ -150,7 +150,6 @@ class DINOLoss(Stepped, nn.Module):
         self.register_buffer("center", torch.zeros(classes))
         self.tau_student, self.tau_teacher = tau_student, tau_teacher
         self.center_momentum, self.moves, self.comm = center_momentum, moves, comm
-        self._seen: RowMeans | None = None  # mean of the teacher's logits over the open step
 
     def forward(self, student: Views, teacher: Views) -> DINOTerms:
         options = {"tau_student": self.tau_student, "tau_teacher": self.tau_teacher}
@@ -159,10 +158,7 @@ class DINOLoss(Stepped, nn.Module):
         means, rows = self._means(teacher)
         if self.moves == "batch":
             terms = dino_terms(student, teacher, self.center, **options, comm=self.comm)
-            self._seen = self._seen or RowMeans()
-            self._seen.add([means.mean(0)], rows)
-            if not self.stepping:
-                self._move()
+            self.observe([means.mean(0)], rows)
             return terms
         centers = [self.center]
         for mean in means:
@@ -171,15 +167,10 @@ class DINOLoss(Stepped, nn.Module):
         self.center.copy_(centers[-1])
         return terms
 
-    def after_step(self) -> None:
-        """End the open step: move the centre by the mean over its micro-batches."""
-        super().after_step()
-        self._move()
-
-    def discard_step(self) -> None:
-        """Forget the open step and the means of its micro-batches."""
-        self._seen = None
-        super().discard_step()
+    def move(self, means: list[Tensor]) -> None:
+        """Move the centre by the mean of the teacher's logits over a step."""
+        moved = self.center.lerp(means[0], 1 - self.center_momentum)
+        self.center.copy_(moved.where(moved.isfinite().all(), self.center))  # an overflow must not stay
 
     @torch.no_grad()
     def _means(self, teacher: Views) -> tuple[Float[Tensor, "T C"], Float[Tensor, ""]]:
@@ -188,14 +179,3 @@ class DINOLoss(Stepped, nn.Module):
         rows = sums.new_full((len(teacher), 1), len(teacher[0]))
         sums = self.comm.sum(torch.cat([sums, rows], 1))
         return sums[:, :-1] / sums[:, -1:], sums[0, -1]
-
-    @torch.no_grad()
-    def _move(self) -> None:
-        if self._seen is not None:
-            moved = self.center.lerp(self._seen.means[0], 1 - self.center_momentum)
-            self.center.copy_(moved.where(moved.isfinite().all(), self.center))  # an overflow must not stay
-            self._seen = None
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._seen = None

@@ -501,6 +501,15 @@ def composed(arguments: Sequence[str], module: str = "main_pretrain") -> Any:
     return cfg
 
 
+def read_yaml_fast() -> None:
+    """Let Hydra read YAML with libyaml, which takes a tenth of the time, and parse each text once."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    yaml.SafeLoader = yaml.CSafeLoader
+    OmegaConf.load = parsed_once(OmegaConf.load)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def parsed_once(load: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return a function like ``OmegaConf.load`` that parses each text once, and returns a new copy at each call.
 

@@ -10,14 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from omegaconf import OmegaConf
 
-from plugins.testing import RankPool, parsed_once
+from plugins.testing import RankPool, read_yaml_fast
 
-# Hydra reads thousands of files in the tests: with libyaml it takes a tenth of the time, and each text is parsed once
-yaml.SafeLoader = yaml.CSafeLoader
-OmegaConf.load = parsed_once(OmegaConf.load)
+read_yaml_fast()  # Hydra reads thousands of files in the tests
 gc.disable()  # until the tests are collected: imports and collection make no garbage worth a search
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plugins.methods import METHODS
-from plugins.testing import NARROW, RankPool, tiny_backbone
+from plugins.testing import NARROW, RankPool, read_yaml_fast, tiny_backbone
 
 pytestmark = [pytest.mark.solo, pytest.mark.slow, pytest.mark.ddp]
 PROCESSES = 2
@@ -32,7 +32,6 @@ def _kept(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _pretrain(comm: Any, rank: int, size: int, digits: str, out: str) -> dict[str, dict[str, Tensor]]:
-    import yaml
     from hydra import compose, initialize_config_dir
 
     from solo_ext import logs
@@ -46,7 +45,7 @@ def _pretrain(comm: Any, rank: int, size: int, digits: str, out: str) -> dict[st
             if trainer.global_step == 3:
                 found[module.spec.name] = _kept(module)
 
-    yaml.SafeLoader = yaml.CSafeLoader  # as in conftest.py
+    read_yaml_fast()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
     place.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=1, TORCHELASTIC_RUN_ID="test")  # the group is there already
     before, usual, found = dict(os.environ), logs.callbacks, {}

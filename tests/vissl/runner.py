@@ -77,12 +77,10 @@ def main():
     """Run all."""
     import setuptools  # noqa: F401 - each run imports it and the next one
     import torch.utils.cpp_extension  # noqa: F401
-    import yaml
-    from omegaconf import OmegaConf
 
     import vissl_ext.checks
     import vissl_ext.ranks  # noqa: F401
-    from plugins.testing import parsed_once
+    from plugins.testing import read_yaml_fast
     from vissl_ext.compose import compose, defaults
 
     global toys, watched
@@ -90,8 +88,7 @@ def main():
     import toys
     import watched
 
-    yaml.SafeLoader = yaml.CSafeLoader
-    OmegaConf.load = parsed_once(OmegaConf.load)
+    read_yaml_fast()
     defaults()
     compose(["config=pretrain/isoloss/digits"])
     gc.collect()

@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 from plugins.distributed import LOCAL, WORLD, Collective
 from plugins.methods import METHODS
+from plugins.metrics import Quality
 from plugins.spec import MethodSpec
 
 POOL_SIZE = 3
@@ -298,6 +299,31 @@ def _one_step(
     loss.backward()
     zeros = torch.zeros_like
     return loss.detach(), {n: zeros(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+
+
+def record_quality(folder: Path) -> None:
+    """Let this process and its forks write the views of each update of :class:`plugins.metrics.Quality` to a folder."""
+    usual, epochs = Quality.update, []
+
+    def update(self: Quality, views: Sequence[Tensor]) -> None:
+        usual(self, views)
+        if self not in epochs:
+            epochs.append(self)
+        name = f"{epochs.index(self)}_{os.getpid()}_{self.moments.count}.pt"
+        torch.save([view.detach().clone() for view in views], folder / name)
+
+    Quality.update = update
+
+
+def recorded_quality(folder: Path) -> list[dict[str, float]]:
+    """Compute the quality of the features of each epoch, from the rows that all processes have written to a folder."""
+    epochs: dict[int, Quality] = {}
+    for file in folder.glob("*.pt"):
+        epochs.setdefault(int(file.name.split("_")[0]), Quality()).update(torch.load(file))
+    return [
+        {f"quality/features/{name}": value.item() for name, value in epochs[number].values()._asdict().items()}
+        for number in sorted(epochs)
+    ]
 
 
 def toy_mlp(width: int, output: int = 4, *, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -1,6 +1,7 @@
 """LightningModules of both flavours, and the benchmarks that are run with them."""
 
 import copy
+import csv
 import json
 import os
 import pickle
@@ -27,7 +28,7 @@ from lightly_ext.lightning import pytorch
 from lightly_ext.names import CLASS_NAMES
 from plugins.methods import METHODS
 from plugins.targets import cosine_tau
-from plugins.testing import NARROW, OF_VIEWS, spoil, toy_backbone
+from plugins.testing import NARROW, OF_VIEWS, recorded_quality, spoil, toy_backbone
 from plugins.tools.bad_images import LIST
 from plugins.tools.command import UserError
 
@@ -429,17 +430,26 @@ def test_benchmark_of_ours_and_of_lightlys(digits: Path, tmp_path: Path, capsys:
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_print_one_table(digits: Path, tmp_path: Path) -> None:
-    """The command uses its default strategy; teacher and prediction matrix are in the checkpoint."""
-    images = tmp_path / "digits"
+    """The command uses its default strategy; teacher and prediction matrix are in the checkpoint.
+
+    The quality that it logs is that of the rows of both processes.
+    """
+    images, rows = tmp_path / "digits", tmp_path / "rows"
+    rows.mkdir()
+    record = (
+        f"from pathlib import Path\nfrom plugins.testing import record_quality\nrecord_quality(Path({str(rows)!r}))"
+    )
+    (tmp_path / "sitecustomize.py").write_text(record)  # each process imports it as it starts
     shutil.copytree(digits, images)
     # of the validation images, each process reads one
     paths = [next((images / "train" / "3").iterdir()), *sorted((images / "val" / "0").iterdir())[:2]]
     bad = [str(spoil(path)) for path in paths]
     folders = ["--train-dir", str(images / "train"), "--val-dir", str(images / "val"), "--log-dir", str(tmp_path)]
     more = ["--methods", "isoloss", "--devices", "2", "--skip-linear-eval", "--skip-finetune-eval", "--skip-bad-images"]
+    more += ["--option", "proj_hidden_dim=16", "proj_output_dim=8", "log_quality=features"]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "lightly_ext.benchmarks", *folders, *QUICK, *more],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{tmp_path}"},
         capture_output=True,
         text=True,
     )
@@ -452,6 +462,12 @@ def test_two_processes_print_one_table(digits: Path, tmp_path: Path) -> None:
     state = torch.load(tmp_path / "isoloss" / "checkpoint.ckpt", weights_only=True)
     # 80 images are two steps of 2 x 16 and a rest: two updates of the second moment each
     assert state["global_step"] == 2 and int(state["state_dict"]["prediction_head.steps"]) == 4
+    (wanted,) = recorded_quality(rows)
+    with (tmp_path / "isoloss" / "pretrain" / "metrics.csv").open() as lines:
+        logged = [row for row in csv.DictReader(lines) if row["quality/features/rankme"]]
+    assert len(logged) == 1
+    for name, value in wanted.items():
+        assert float(logged[0][name]) == pytest.approx(value, rel=1e-5), name
 
 
 def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

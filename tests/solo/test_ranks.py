@@ -1,5 +1,6 @@
-"""The state of a method is the same on all processes after three steps of main_pretrain."""
+"""The state of a method is the same on all processes after three steps of main_pretrain, and so is the quality."""
 
+import csv
 import os
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from plugins.methods import METHODS
-from plugins.testing import NARROW, RankPool, read_yaml_fast, tiny_backbone
+from plugins.testing import NARROW, RankPool, read_yaml_fast, record_quality, recorded_quality, tiny_backbone
 
 pytestmark = [pytest.mark.solo, pytest.mark.slow, pytest.mark.ddp]
 PROCESSES = 2
 CONFIGS = Path(__file__).parents[2] / "configs" / "solo" / "digits"
+LOGS_QUALITY = "isoloss"
 SMALL = {
     **NARROW,
     **{"proj_hidden_dim": 16, "proj_output_dim": 8, "pred_hidden_dim": 8, "n_classes": 16, "log_eigvals": "true"},
@@ -39,6 +41,10 @@ def _pretrain(comm: Any, rank: int, size: int, digits: str, out: str) -> dict[st
     from solo_ext.compat import pl
     from solo_ext.main_pretrain import pretrain
 
+    rows = Path(out, "rows")
+    rows.mkdir(exist_ok=True)
+    record_quality(rows)
+
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             assert trainer.world_size == size
@@ -55,6 +61,8 @@ def _pretrain(comm: Any, rank: int, size: int, digits: str, out: str) -> dict[st
     try:
         for method, spec in METHODS.items():
             small = [f"++method_kwargs.{key}={value}" for key, value in SMALL.items() if key in spec.options]
+            if method == LOGS_QUALITY:
+                small.append("++method_kwargs.log_quality=features")
             quick = (f"++devices={size}", "++strategy=ddp", "++max_epochs=1", "++limit_val_batches=0", "optimizer.lr=1")
             quick = (*quick, f"data.train_path={digits}/train", f"data.val_path={digits}/val", "optimizer.batch_size=8")
             more = (
@@ -85,3 +93,10 @@ def test_what_a_method_keeps_is_the_same_on_all_processes(digits, tmp_path):
             assert other[method].keys() == first.keys()
             differ = [name for name, value in first.items() if not torch.equal(value, other[method][name])]
             assert not differ, (method, differ)
+    (wanted,) = recorded_quality(tmp_path / "rows")
+    (file,) = (tmp_path / LOGS_QUALITY).rglob("metrics.csv")
+    with file.open() as lines:
+        logged = [row for row in csv.DictReader(lines) if row.get("quality/features/rankme")]
+    assert len(logged) == 1 and wanted.keys() <= logged[0].keys()
+    for name, value in wanted.items():
+        assert float(logged[0][name]) == pytest.approx(value, rel=1e-5), name

@@ -5,8 +5,9 @@ Reads jobs from standard input, each a line of JSON, and answers each with a lin
 "folder": ...}, and may have a signal that is sent as soon as a file is there: {"when": the file's path,
 "signal": "SIGKILL"}. With "group" it goes to all processes of the command, as a terminal's Ctrl-C does. With "watch"
 the hooks and the trunk of in_ranks/watched.py are there, and ranks are forked, not started anew; the rank "kill_rank"
-is killed after a step. With "toys" the method of in_ranks/toys.py is there. With "largest_file" no file can have more
-bytes than that. All processes are killed after 300 seconds.
+is killed after a step, and the rows whose quality is logged go to the folder "rows". With "toys" the method of
+in_ranks/toys.py is there. With "largest_file" no file can have more bytes than that. All processes are killed after 300
+seconds.
 """
 
 import gc
@@ -30,7 +31,7 @@ def run(job):
     if job.get("toys"):
         toys.install()
     if job.get("watch"):
-        watched.install(job.get("kill_rank"))
+        watched.install(job.get("kill_rank"), job.get("rows"))
     try:
         runpy.run_module("vissl_ext.launch", run_name="__main__", alter_sys=True)
     except SystemExit as stopped:

@@ -5,6 +5,7 @@ statistics would differ between the halves and the whole; its layers use their r
 everything else must be exact.
 """
 
+import csv
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from vissl.config import AttrDict
 
 from plugins.distributed import Collective
 from plugins.methods import METHODS
-from plugins.testing import NARROW, RankPool, spoil, toy_stacks, view_count
+from plugins.testing import NARROW, RankPool, recorded_quality, spoil, toy_stacks, view_count
 from plugins.tools.bad_images import LIST
 from plugins.tools.process import LOCK
 from vissl_ext import ranks  # the pool's processes inherit it, if it is imported here
@@ -254,8 +255,11 @@ def test_two_processes_train_from_the_launcher(
         *("config.LOSS.isoloss.proj_hidden_dim=32", "config.LOSS.isoloss.proj_output_dim=16"),
         *("config.OPTIMIZER.num_epochs=2", f"config.CHECKPOINT.DIR={tmp_path}"),
         *(f"config.DATA.TRAIN.DATA_PATHS=[{tmp_path / 'images'}]", "config.DATA.SKIP_BAD_IMAGES=true"),
+        "config.LOSS.isoloss.log_quality=features",
     ]
-    (result,) = launches([{"argv": argv, "folder": str(few_digits.parents[1]), "watch": True}])
+    (tmp_path / "rows").mkdir()
+    place = {"folder": str(few_digits.parents[1]), "rows": str(tmp_path / "rows")}
+    (result,) = launches([{"argv": argv, "watch": True, **place}])
     assert result["status"] == 0 and not result["left"], result["output"][-3000:]
     assert (tmp_path / LIST).read_text().splitlines() == bad and not list(tmp_path.glob(f".{LIST}-*"))
     assert result["output"].count("4 images could not be read: ") == 1
@@ -267,6 +271,12 @@ def test_two_processes_train_from_the_launcher(
     assert checkpoint["iteration"] == 2 * (96 // 32)
     heads = checkpoint["classy_state_dict"]["base_model"]["model"]["heads"]
     assert int(heads["0.predictor.steps"]) == 2 * 6  # one update a view
+    if device == "cpu":  # the command is not watched on GPUs
+        with (tmp_path / "metrics.csv").open() as lines:
+            logged = list(csv.DictReader(lines))
+        for row, wanted in zip(logged, recorded_quality(tmp_path / "rows"), strict=True):
+            for name, value in wanted.items():
+                assert float(row[name]) == pytest.approx(value, rel=1e-5), name
 
 
 @pytest.mark.slow

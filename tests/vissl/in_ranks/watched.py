@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from plugins.testing import toy_backbone
+from plugins.testing import record_quality, toy_backbone
 from vissl_ext import ranks  # patches VISSL
 
 # isort: split
@@ -107,11 +107,14 @@ class Killed(SilentHook):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def install(killed: int | None) -> None:
+def install(killed: int | None, rows: str | None) -> None:
     """Add the watch to the trainings of the launcher in this process.
 
     Args:
         killed: the rank of a process that is killed after a step.
+        rows: a folder for the rows whose quality is logged.
     """
     ranks.hooks = hooks if killed is None else lambda cfg: [*hooks(cfg), Killed(killed)]
     torch.multiprocessing.spawn = partial(torch.multiprocessing.start_processes, start_method="fork")
+    if rows is not None:
+        record_quality(Path(rows))

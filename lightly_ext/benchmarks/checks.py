@@ -49,7 +49,8 @@ def prepare(options: Options) -> Setup:
         raise UserError(f"--ckpt-path needs one method, got {number}; select it with --methods")
     for name in setup.methods:  # find an invalid option or backbone before the first method is trained
         if setup.is_ours(name):
-            _check_transform(setup, name)
+            if options.epochs > 0:  # an evaluation does not use it
+                _check_transform(setup, name)
             setup.model(name)
     if path is not None:
         (name,) = setup.methods

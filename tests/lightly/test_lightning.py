@@ -470,6 +470,21 @@ def test_two_processes_print_one_table(digits: Path, tmp_path: Path) -> None:
         assert float(logged[0][name]) == pytest.approx(value, rel=1e-5), name
 
 
+def test_an_evaluation_does_not_need_the_transform_of_the_training(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The default patches of CPC do not fill images of 20 pixels."""
+    folders = ["--train-dir", str(digits / "train"), "--val-dir", str(digits / "val"), "--log-dir", str(tmp_path)]
+    words = [*folders, "--methods", "cpc", "--backbone", "resnet8", "--input-size", "20", "--accelerator", "cpu"]
+    words += ["--batch-size-per-device", "16", "--option", "grid=4", "patch=8", "stride=4"]
+    with pytest.raises(SystemExit):
+        command.main([*words, "--epochs", "1"])
+    assert "do not fill an image of 20 pixels" in capsys.readouterr().err
+    nothing = ["--skip-knn-eval", "--skip-linear-eval", "--skip-finetune-eval"]
+    command.main([*words, "--epochs", "0", *nothing])
+    assert json.loads((tmp_path / "cpc" / "result.json").read_text())["epochs"] == 0
+
+
 def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     empty = tmp_path / "empty"
     (empty / "0").mkdir(parents=True)

@@ -277,13 +277,23 @@ class CorInfoMaxLoss(MovedByMeans):
         mean.copy_(moved.where(finite, mean))
         covariance.copy_(matrix.where(finite, covariance))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        saved = state_dict.get(f"{prefix}mean")
-        if isinstance(saved, Tensor) and saved.ndim == 2 and saved.shape[1] == self.width:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        mean, covariance = (state_dict.get(f"{prefix}{name}") for name in ("mean", "covariance"))
+        errors = lists[-1]
+        if isinstance(mean, Tensor) and mean.ndim == 2 and mean.shape[1] == self.width:
+            views, width = mean.shape
+            if not isinstance(covariance, Tensor) or covariance.shape != (views, width, width):
+                errors.append(f"{prefix}covariance must be [{views}, {width}, {width}], like {prefix}mean")
+                return
+            if not (mean.isfinite().all() and covariance.isfinite().all()):
+                errors.append(f"{prefix}mean or {prefix}covariance holds NaN or inf")
+                return
             self.mean, self.covariance = (
-                state.new_zeros(len(saved), *state.shape[1:]) for state in (self.mean, self.covariance)
+                state.new_zeros(views, *state.shape[1:]) for state in (self.mean, self.covariance)
             )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CorInfoMaxLoss":
         def in_float64(tensor: Tensor) -> Tensor:

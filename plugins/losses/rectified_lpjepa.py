@@ -108,8 +108,9 @@ def rectified_lpjepa_terms(
     rdm_reg_loss_weight: float = 125.0,
     projection_vectors_type: str = "random",
     comm: Collective = LOCAL,
+    counts: list[int] | None = None,
 ) -> RectifiedLpJEPALossTerms:
-    """Return :func:`rectified_lpjepa_loss` and its two parts."""
+    """Return the loss and its two parts; ``counts`` are the numbers of rows of the processes if they are known."""
     named = check_views(views=views)
     if len(named) < 2:
         raise ValueError(f"the Rectified LpJEPA loss needs at least 2 views, got {len(named)}")
@@ -118,7 +119,7 @@ def rectified_lpjepa_terms(
     count, width = len(views), views[0].shape[1]
     dtype = compute_dtype(reduce(torch.promote_types, [view.dtype for view in views]))
     with torch.autocast(views[0].device.type, enabled=False):
-        counts = comm.row_counts(len(views[0]), views[0].device)
+        counts = comm.row_counts(len(views[0]), views[0].device) if counts is None else counts
         rows = sum(counts)
         check_count(rows, least=1, what="the Rectified LpJEPA loss")
         if directions.shape[1] != width or targets.shape != (rows, width):
@@ -266,9 +267,9 @@ class RectifiedLpJEPALoss(nn.Module):
     def terms(self, views: Views) -> RectifiedLpJEPALossTerms:
         """Return the loss and its two parts, with the directions and targets of this step."""
         rows, width = views[0].shape
-        rows = sum(self.comm.row_counts(rows, views[0].device))
-        drawn = self.draw(rows, width, self.clock.earlier(), views[0])
-        return rectified_lpjepa_terms(views, *drawn, **self.weights, comm=self.comm)
+        counts = self.comm.row_counts(rows, views[0].device)
+        drawn = self.draw(sum(counts), width, self.clock.earlier(), views[0])
+        return rectified_lpjepa_terms(views, *drawn, **self.weights, comm=self.comm, counts=counts)
 
     def forward(self, views: Views) -> Float[Tensor, ""]:
         return self.terms(views).loss

@@ -476,7 +476,7 @@ def test_an_evaluation_does_not_need_the_transform_of_the_training(
     """The default patches of CPC do not fill images of 20 pixels."""
     folders = ["--train-dir", str(digits / "train"), "--val-dir", str(digits / "val"), "--log-dir", str(tmp_path)]
     words = [*folders, "--methods", "cpc", "--backbone", "resnet8", "--input-size", "20", "--accelerator", "cpu"]
-    words += ["--batch-size-per-device", "16", "--option", "grid=4", "patch=8", "stride=4"]
+    words += ["--batch-size-per-device", "16", "--knn-k", "5", "--option", "grid=4", "patch=8", "stride=4"]
     with pytest.raises(SystemExit):
         command.main([*words, "--epochs", "1"])
     assert "do not fill an image of 20 pixels" in capsys.readouterr().err

@@ -217,6 +217,22 @@ def test_the_state_is_in_the_checkpoint_and_grows_with_the_number_of_views():
         CorInfoMaxLoss(5).load_state_dict(loss.state_dict())
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_incomplete_state_or_one_with_nan_is_not_loaded(strict):
+    loss = CorInfoMaxLoss(4, **SETTINGS)
+    loss(*toy_views(7, 4))
+    whole = loss.state_dict()
+    incomplete = {"mean": whole["mean"]}
+    shorter = {**whole, "covariance": whole["covariance"][:1]}
+    nan = {**whole, "covariance": whole["covariance"] * torch.nan}
+    messages = [r"covariance must be \[2, 4, 4\], like mean"] * 2 + ["mean or covariance holds NaN or inf"]
+    for state, message in zip((incomplete, shorter, nan), messages, strict=True):
+        fresh = CorInfoMaxLoss(4, **SETTINGS)
+        with pytest.raises(RuntimeError, match=message):
+            fresh.load_state_dict(state, strict=strict)
+        assert len(fresh.mean) == 0
+
+
 def test_the_state_stays_in_float64():
     loss = CorInfoMaxLoss(4)
     loss(*toy_views(7, 4))

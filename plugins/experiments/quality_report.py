@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from plugins.experiments.results import FAINT, INK, MISSING, markdown_table, read_rows
+from plugins.experiments.suites import lightly
 from plugins.tools.command import Parser, UserError, exit_on_user_error, integer_from, positive_number
-from plugins.tools.quality import Augmentation, image_sets
+from plugins.tools.quality import Augmentation, Channels, image_sets
 from plugins.tools.records import write_json
 
 TITLES = {
@@ -28,13 +29,16 @@ TITLES = {
 }
 """Metric → title."""
 AUGMENTATION = Augmentation(0.6, (0.4, 0.4, 0.8, 0.5), jitter_prob=1, gray_prob=0.8, flip_prob=0)
-"""That of the digits runs."""
+CHANNELS = Channels(**lightly.CHANNELS)
+"""Augmentation and normalisation of the digits runs."""
 COLOURS = {"solo": "#1f6fb4", "lightly": "#c8553d", "vissl": "#4a8f5b"}
 
 
 def checkpoint(run: Path) -> Path:
-    """Return the folder of a run's checkpoint: the run's, or that of the pre-training within it."""
+    """Return the folder of a run's checkpoint: the run's, or that of the training within it."""
     inner = [run, run / run.parent.name, run / "pretrain"]
+    if run.parent.name == "supervised":  # in other runs this is a classifier on frozen features
+        inner.append(run / "linear" / "all")
     return next((path for path in inner if [*path.glob("*.ckpt")] or (path / "checkpoint.torch").is_file()), run)
 
 
@@ -62,9 +66,9 @@ def measure(
 
     torch.manual_seed(0)
     print(f"reading {data}", flush=True)
-    sets = image_sets(data / "train", size=size, views=views, images=images, how=AUGMENTATION)
+    sets = image_sets(data / "train", size=size, views=views, images=images, how=AUGMENTATION, channels=CHANNELS)
     train_images = [_in_memory(part) for part in sets]
-    val_images = [_in_memory(part) for part in image_sets(data / "val", size=size)]
+    val_images = [_in_memory(part) for part in image_sets(data / "val", size=size, channels=CHANNELS)]
     found, skipped = [], []
     runs = [(row, run) for row in read_rows(folder) for run in row.folders]
     for number, (row, run) in enumerate(runs, 1):
@@ -108,7 +112,7 @@ def correlations(runs: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float
 
 
 def make_table(runs: Sequence[dict[str, Any]], skipped: Sequence[str]) -> str:
-    """Return the report in Markdown: correlations over all runs and over the self-supervised ones, then each run."""
+    """Return the report in Markdown: correlations over all, self-supervised and a framework's runs, then each run."""
     own = [run for run in runs if run["method"] not in ("untrained", "supervised")]
     every, ours = correlations(runs), correlations(own)
     head = ["metric", "Spearman", "Pearson", "runs", "Spearman, self-supervised", "Pearson, self-supervised", "runs "]
@@ -120,6 +124,16 @@ def make_table(runs: Sequence[dict[str, Any]], skipped: Sequence[str]) -> str:
         ]
         body.append([title, *texts[0], *texts[1]])
     lines = [*markdown_table(head, body), ""]
+    by_framework = {
+        name: correlations([run for run in own if run["framework"] == name])
+        for name in COLOURS
+        if any(run["framework"] == name for run in own)
+    }
+    body = [
+        [title, *(f"{found[name][0]:.2f}" if name in found else MISSING for found in by_framework.values())]
+        for name, title in TITLES.items()
+    ]
+    lines += [*markdown_table(["Spearman, self-supervised", *by_framework], body), ""]
     titles = ["framework", "method", "run", "kNN (%)", *TITLES.values()]
     rows = [
         [run["framework"], run["method"], run["run"], f"{run['knn']:.1f}"]
@@ -148,10 +162,13 @@ def draw(runs: Sequence[dict[str, Any]], file: Path) -> None:
         for run in runs:
             if run["method"] in ("untrained", "supervised") and math.isfinite(run[name]):
                 place = (run[name], run["knn"])
-                ax.annotate(run["method"], place, fontsize=6, color=INK, xytext=(3, 3), textcoords="offset points")
+                right = run[name] > sum(ax.get_xlim()) / 2
+                side = {"ha": "right", "xytext": (-4, 3)} if right else {"ha": "left", "xytext": (4, 3)}
+                ax.annotate(run["method"], place, fontsize=6, color=INK, textcoords="offset points", **side)
         rho = f"   ρ = {found[name][0]:.2f}" if name in found else ""
         ax.set_title(f"{title}{rho}", fontsize=9, color=INK)
         ax.tick_params(labelsize=7, colors=FAINT)
+        ax.locator_params(axis="x", nbins=5)
     for ax in axes[:, 0]:
         ax.set_ylabel("kNN accuracy (%)", fontsize=8)
     axes[0, 0].legend(fontsize=6, frameon=False)

@@ -24,7 +24,13 @@ from plugins.metrics import Quality
 from plugins.metrics.monitor import QualityValues
 from plugins.tools.command import Parser, UserError, exit_on_user_error, integer_from, positive_number
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+class Channels(NamedTuple):
+    """Normalisation of red, green and blue, which should be that of the training; by default ImageNet's."""
+
+    mean: Sequence[float] = (0.485, 0.456, 0.406)
+    std: Sequence[float] = (0.229, 0.224, 0.225)
+    """Above 0."""
 
 
 class Augmentation(NamedTuple):
@@ -53,6 +59,12 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, metavar="FOLDER", help="images for a checkpoint, one folder per class")
     add("--arch", metavar="NAME", help="network of a checkpoint (default: the ResNet that fits)")
     add("--size", type=positive_number(int), default=224, help="side of the images in pixels (default: 224)")
+    rgb, imagenet = ("RED", "GREEN", "BLUE"), Channels()
+    add("--mean", type=float, nargs=3, default=imagenet.mean, metavar=rgb, help="of the channels (default: ImageNet's)")
+    positive = positive_number(float)
+    add(
+        "--std", type=positive, nargs=3, default=imagenet.std, metavar=rgb, help="of the channels (default: ImageNet's)"
+    )
     add("--views", type=integer_from(0), default=0, help="augmented views for LiDAR and alignment (default: 0, none)")
     add("--images", type=integer_from(2), default=1000, help="images with such views, drawn at random (default: 1000)")
     usual = Augmentation()
@@ -133,26 +145,32 @@ def _only_array(path: Path, arrays: Mapping[str, Any]) -> Any:
     return arrays.get("features", next(iter(arrays.values())))
 
 
-def plain_transform(size: int) -> Callable[[Any], Tensor]:
-    """Return the transform of evaluation: a centre crop, normalised as ImageNet."""
+def plain_transform(size: int, channels: Channels) -> Callable[[Any], Tensor]:
+    """Return the transform of evaluation: a centre crop."""
     from torchvision import transforms as T
 
     resize = T.Resize(size if size <= 64 else size * 256 // 224)
-    return T.Compose([resize, T.CenterCrop(size), T.ToTensor(), T.Normalize(MEAN, STD)])
+    return T.Compose([resize, T.CenterCrop(size), T.ToTensor(), T.Normalize(*channels)])
 
 
-def views_transform(size: int, how: Augmentation) -> Callable[[Any], Tensor]:
+def views_transform(size: int, how: Augmentation, channels: Channels) -> Callable[[Any], Tensor]:
     """Return the transform of the views: crop, flip, colour jitter and grey."""
     from torchvision import transforms as T
 
     crop = T.RandomResizedCrop(size, scale=(how.min_scale, 1.0), interpolation=T.InterpolationMode.BICUBIC)
     jitter = T.RandomApply([T.ColorJitter(*how.jitter)], how.jitter_prob)
     steps = [crop, T.RandomHorizontalFlip(how.flip_prob), jitter, T.RandomGrayscale(how.gray_prob)]
-    return T.Compose([*steps, T.ToTensor(), T.Normalize(MEAN, STD)])
+    return T.Compose([*steps, T.ToTensor(), T.Normalize(*channels)])
 
 
 def image_sets(
-    data: Path, *, size: int = 224, views: int = 0, images: int = 1000, how: Augmentation | None = None
+    data: Path,
+    *,
+    size: int = 224,
+    views: int = 0,
+    images: int = 1000,
+    how: Augmentation | None = None,
+    channels: Channels | None = None,
 ) -> list[Any]:
     """Open the images of a folder without augmentation, and some of them once for each augmented view.
 
@@ -162,6 +180,7 @@ def image_sets(
         views: number of augmented views.
         images: number of images that have them, drawn with torch's generator.
         how: their augmentation.
+        channels: normalisation of all images.
 
     Raises:
         UserError: the folder is missing or has no images.
@@ -171,9 +190,10 @@ def image_sets(
 
     if not data.is_dir():
         raise UserError(f"there is no folder {data}")
-    augment = views_transform(size, how or Augmentation())
+    channels = channels or Channels()
+    augment = views_transform(size, how or Augmentation(), channels)
     try:
-        whole = ImageFolder(str(data), plain_transform(size), loader=open_image)
+        whole = ImageFolder(str(data), plain_transform(size, channels), loader=open_image)
         augmented = ImageFolder(str(data), augment, loader=open_image)
     except FileNotFoundError as error:
         raise UserError(f"{data} must hold a folder of images for each class: {error}") from None
@@ -240,7 +260,8 @@ def measure(source: Path, args: argparse.Namespace) -> QualityValues:
     model = load_weights(source, args.arch)
     torch.manual_seed(args.seed)
     how = Augmentation(args.min_scale, args.jitter, args.jitter_prob, args.gray_prob, args.flip_prob)
-    images = image_sets(args.data, size=args.size, views=args.views, images=args.images, how=how)
+    channels = Channels(args.mean, args.std)
+    images = image_sets(args.data, size=args.size, views=args.views, images=args.images, how=how, channels=channels)
     return of_network(model, images, device, batch=args.batch_size, workers=args.num_workers)[0]
 
 

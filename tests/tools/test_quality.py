@@ -83,6 +83,12 @@ def test_a_checkpoint_on_images(tmp_path, images, capsys):
     known = {name: value for name, value in expected.items() if value is not None}
     assert {name: found[name] for name in known} == pytest.approx(known, rel=1e-4)
     assert found["lidar"] is None and found.keys() == expected.keys()
+    scaled = _json(capsys, *words, "--mean", 0, 0, 0, "--std", 0.1, 0.2, 0.4)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    given = torch.stack([(image * std + mean) / torch.tensor([0.1, 0.2, 0.4]).view(3, 1, 1) for image, _ in plain])
+    with torch.no_grad():
+        assert scaled["rankme"] == pytest.approx(_expected([model(given)])["rankme"], rel=1e-4)
     with_views = _json(capsys, *words, "--views", 3)
     assert with_views["lidar"] > 1 and 0 < with_views["alignment"] < 4
     assert {name: with_views[name] for name in ("rankme", "uniformity")} == pytest.approx(
@@ -128,19 +134,20 @@ def test_errors_are_one_line(words, message, tmp_path, monkeypatch, capsys):
 
 def test_the_report_correlates_runs(tmp_path, images, capsys):
     results = tmp_path / "digits"
-    for seed, method in enumerate(("untrained", "isoloss", "byol")):
+    places = {"untrained": "", "isoloss": "", "byol": "pretrain", "supervised": "linear/all"}
+    for seed, (method, place) in enumerate(places.items()):
         folder = results / "solo" / method / "seed0"
-        _weights(folder / "last.ckpt", seed)
+        _weights(folder / place / "last.ckpt", seed)
         (folder / "result.json").write_text(json.dumps({"framework": "solo", "method": method, "knn": 50.0}))
     bad = results / "solo" / "cpc" / "seed0"
-    bad.mkdir(parents=True)
+    _weights(bad / "linear" / "all" / "last.ckpt")  # a classifier on frozen features
     (bad / "result.json").write_text("{}")
     assert quality_report.main([str(results), "--data", str(images), "--views", "2"]) == 0
-    assert "1/4" in capsys.readouterr().out
+    assert "1/5" in capsys.readouterr().out
     runs = json.loads((results / "quality.json").read_text())
-    assert len(runs["runs"]) == 3 and "contains no checkpoint" in runs["skipped"][0]
+    assert len(runs["runs"]) == 4 and "contains no checkpoint" in runs["skipped"][0]
     text = (results / "quality.md").read_text()
-    assert "| RankMe " in text and "- solo/cpc/seed0" in text
+    assert "| RankMe " in text and "| Spearman, self-supervised | solo" in text and "- solo/cpc/seed0" in text
     assert (results / "quality.png").stat().st_size > 5000
 
 

@@ -300,8 +300,10 @@ def test_ranks_equal_the_joined_batch(ranks, counts):
     assert_joined(ranks, _step, toy_views(sum(counts), 5, views=3), counts)
 
 
-def _two_steps(comm, *batches):
+def _steps(comm, saved, *batches):
     loss = CorInfoMaxLoss(4, **SETTINGS, comm=comm)
+    if saved is not None:
+        loss.load_state_dict(saved)
     for views in batches:
         loss.before_step()
         for micro_batch in (slice(0, 2), slice(2, None)):
@@ -311,16 +313,25 @@ def _two_steps(comm, *batches):
 
 
 @pytest.mark.ddp
-def test_the_state_of_all_ranks_is_that_of_the_joined_batches(ranks):
-    batches, counts = [toy_views(13, 5, seed=seed) for seed in range(2)], (3, 6, 4)
-    parts = [[view.split(counts) for view in views] for views in batches]
-    of_ranks = ranks.run(_two_steps, [tuple([v[rank] for v in views] for views in parts) for rank in range(3)])
+@pytest.mark.parametrize("counts", [(13,), (6, 7)])
+def test_the_state_of_all_ranks_is_that_of_the_joined_batches_also_after_a_resume(ranks, counts):
+    """Two steps on three ranks, and two more on as many ranks as there are counts, from the state of the first rank."""
+    batches = [toy_views(13, 5, seed=seed) for seed in range(4)]
+
+    def steps(counts, saved, batches):
+        parts = [[view.split(counts) for view in views] for views in batches]
+        of_ranks = [[[view[rank] for view in views] for views in parts] for rank in range(len(counts))]
+        return ranks.run(_steps, [(saved, *of_rank) for of_rank in of_ranks])
+
+    before = steps((3, 6, 4), None, batches[:2])
+    after = steps(counts, before[0], batches[2:])
     expected = CorInfoMaxLoss(4, **SETTINGS)
-    for views in batches:
-        expected(*(toy_mlp(5)(view) for view in views))
-    for state in of_ranks:
-        torch.testing.assert_close(state, dict(expected.state_dict()), rtol=1e-11, atol=1e-14)
-        torch.testing.assert_close(state, of_ranks[0], rtol=0, atol=0)
+    for of_ranks, joined in ((before, batches[:2]), (after, batches[2:])):
+        for views in joined:
+            expected(*(toy_mlp(5)(view) for view in views))
+        for state in of_ranks:
+            torch.testing.assert_close(state, dict(expected.state_dict()), rtol=1e-11, atol=1e-14)
+            torch.testing.assert_close(state, of_ranks[0], rtol=0, atol=0)
 
 
 # --- numerics -------------------------------------------------------------------------------------------------------

@@ -97,6 +97,7 @@ def vicreg_terms(
         views = [z.to(dtype) for z in named.values()]
         z = torch.stack(views).detach()
         count, width, what = len(z), z0.shape[1], "the VICReg loss"
+        away, pull = centre_distance(z, count)
         counts = [] if form == "covariance" else comm.row_counts(len(z0), z0.device)
         gram = form == "gram" or (form == "auto" and gram_is_cheaper(sum(counts), width))
         if gram:
@@ -109,12 +110,12 @@ def vicreg_terms(
             diagonals = every.square().sum(1)
             squares = comm.sum(squared_norm(weights))
         else:
-            every, (s, factor) = None, standardized_rows(z, comm, what=what)
+            every, (s, factor) = None, standardized_rows(z, comm, what=what, overwrite=True)
             weights = comm.sum(s.mT @ s)
             diagonals = weights.diagonal(dim1=1, dim2=2).clone()
             squares = squared_norm(weights)
+        del z  # s has taken its memory, or its place in it
         entries = factor**2 / (1 + factor**2) / width  # 1 / (N D)
-        away, pull = centre_distance(z, count)
         of_pairs = 2 * entries / (count - 1)  # a mean over the pairs is this multiple of the distances to the mean
         invariance = comm.sum(away) * of_pairs
         deviations = (diagonals + EPS).sqrt()
@@ -127,7 +128,7 @@ def vicreg_terms(
             by_columns = by_columns - diagonals * (8 * cov_coeff / (count * width))
             gradient = weights @ every if every is not None else s @ weights
             gradient.mul_(8 * cov_coeff / (count * width)).addcmul_(s, by_columns.unsqueeze(1)).mul_(factor)
-            gradient.add_(pull * (sim_coeff * of_pairs)).mul_(comm.size)
+            gradient.add_(pull.mul_(sim_coeff * of_pairs)).mul_(comm.size)
             loss = attach_gradient(loss, views, gradient.unbind())
     check_result(what, loss, comm, **named)
     return VICRegLossTerms(loss, invariance, variance, covariance)

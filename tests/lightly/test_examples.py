@@ -129,7 +129,7 @@ def _small_backbone() -> nn.Module:
 @pytest.fixture(scope="module")
 def simclr_views(digits: Path) -> list[list[torch.Tensor]]:
     transform = SimCLRTransform(input_size=16)
-    images = [Image.open(path).convert("RGB") for path in sorted((digits / "train").glob("*/*.png"))[::4]]
+    images = [Image.open(path).convert("RGB") for path in sorted((digits / "train").glob("*/*.png"))[::8]]
     torch.manual_seed(0)
     return [[torch.stack(view) for view in zip(*map(transform, images), strict=True)] for _ in range(2)]
 

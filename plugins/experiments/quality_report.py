@@ -169,6 +169,7 @@ def draw(runs: Sequence[dict[str, Any]], file: Path) -> None:
         ax.set_title(f"{title}{rho}", fontsize=9, color=INK)
         ax.tick_params(labelsize=7, colors=FAINT)
         ax.locator_params(axis="x", nbins=5)
+        ax.margins(y=0.1)  # room for a name above the highest point
     for ax in axes[:, 0]:
         ax.set_ylabel("kNN accuracy (%)", fontsize=8)
     axes[0, 0].legend(fontsize=6, frameon=False)

@@ -33,7 +33,7 @@ environment .venv (several GB); later calls use it as it is, until pyproject.tom
                                                 executes the jobs on this machine
   ./run_experiments.sh test -k isoloss          checks, then the tests that match
   ./run_experiments.sh test --fast              ruff and lint-imports, then the tests that are neither slow nor run on
-                                                several processes, and a few cases of those with many; 90 s on two cores
+                                                several processes, and a few cases of those with many; two minutes on two cores
   PIP_INSTALLS=1 ./run_experiments.sh test      install the wheel with pip from the package index too; several GB
   SOLO_LEARN_CHECKOUT=FOLDER ./run_experiments.sh test   the tests of solo_ext a second time, on a checkout of
                                                 solo-learn's main branch

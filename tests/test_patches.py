@@ -48,6 +48,7 @@ def test_mistakes_are_sentences(call, sentence):
     assert sentence in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_norm_that_does_more_is_not_replaced():
     timm = pytest.importorskip("timm")
     with torch.device("meta"):

@@ -96,11 +96,13 @@ def test_matrix_losses_take_less_memory_at_any_size(name, rows, width):
     assert result.ours_bytes < result.plain_bytes
 
 
+@pytest.mark.slow
 def test_relic_takes_a_third_of_the_memory():
     result = compare("relic", 4096, 16, repeat=1, budget=0)
     assert 3 * result.ours_bytes < result.plain_bytes
 
 
+@pytest.mark.slow
 def test_amdim_takes_a_third_of_the_memory():
     result = compare("amdim", 480, 16, repeat=1, budget=0)
     assert 3 * result.ours_bytes < result.plain_bytes
@@ -255,6 +257,7 @@ def test_losses_of_many_views_take_less_memory(name, rows):
     assert result.ours_bytes < result.plain_bytes
 
 
+@pytest.mark.slow
 def test_cpc_stores_no_matrix_of_scores():
     """Predictions x locations numbers for each offset and direction, in the published form."""
     result = compare("cpc", 40, 64, repeat=1)
@@ -268,6 +271,7 @@ def test_lejepa_stores_no_cosines():
     assert result.plain_bytes > 3 * 4 * 2 * 64 * 1024 * 17 and 8 * result.ours_bytes < result.plain_bytes
 
 
+@pytest.mark.slow
 def test_rectified_lpjepa_stores_no_projections():
     """Rows x directions numbers, several for each view, in the published form; ours has blocks of a fixed size."""
     result = compare("rectified_lpjepa", 256, 64, repeat=1)

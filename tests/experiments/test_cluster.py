@@ -307,6 +307,7 @@ def test_status_of_each_state_on_a_cluster(slurm, capsys):
     assert totals == "4 runs: 4 submitted"
 
 
+@pytest.mark.slow
 def test_status_of_each_state_on_this_machine(stub, capsys):
     done = subprocess.run([sys.executable, *MAIN, "--jobs", "1", "--only", "broken"], capture_output=True, text=True)
     assert done.returncode == 1
@@ -351,6 +352,7 @@ def test_report_is_made_without_running_anything(stub, capfd):
 # Jobs -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_suite_as_jobs_on_this_machine(stub, capfd):
     assert experiments.main(["stub", "--cluster", "local", "--jobs", "3"]) == 1
     captured = capfd.readouterr()
@@ -367,6 +369,7 @@ def test_suite_as_jobs_on_this_machine(stub, capfd):
     assert (folder("heir") / "count").read_text() == "x"
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_local_jobs_and_a_second_call_continues(stub):
     Path("wait").touch()
     command = [sys.executable, *MAIN, "--cluster", "local", "--only", "base"]

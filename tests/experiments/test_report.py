@@ -84,6 +84,7 @@ def test_frameworks_are_named_and_compared_with_their_own_untrained(results):
     assert table["BYOL (solo)"][1] == "80.2 (+16.2)"
 
 
+@pytest.mark.slow
 def test_command_writes_table_and_figures(results, capsys):
     assert report.main([str(results)]) == 0
     assert (results / "table.md").read_text() in capsys.readouterr().out
@@ -101,11 +102,13 @@ def test_figure_is_the_same_each_time(results):
     assert first == [(results / name).read_bytes() for name in ("figure.png", "figure.pdf")]
 
 
+@pytest.mark.slow
 def test_a_lone_unfinished_run_does_not_crash(tmp_path):
     add_run(tmp_path, "byol", curves=False)
     assert report.main([str(tmp_path)]) == 0
 
 
+@pytest.mark.slow
 def test_baselines_alone_do_not_crash(tmp_path):
     add_run(tmp_path, "untrained", curves=False, epochs=0, knn=64.0, linear=74.0, linear_5=36.5)
     assert report.main([str(tmp_path)]) == 0
@@ -142,6 +145,7 @@ def test_curves_skip_lines_without_the_number(tmp_path):
     assert report.read_losses(folder) == ([], [])
 
 
+@pytest.mark.slow
 def test_a_half_written_line_of_eigenvalues_does_not_crash(tmp_path):
     folder = add_run(tmp_path, "byol", **SCORES)
     with (folder / "eigenvalues.csv").open("a") as file:

@@ -380,6 +380,7 @@ def test_the_sample_is_the_default_and_options_select_from_all_runs(tmp_path, mo
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [f"{name}/seed0" for name in names]
 
 
+@pytest.mark.slow
 def test_the_sample_of_the_digits_exists_and_covers_all_frameworks(monkeypatch, tmp_path):
     monkeypatch.chdir(Path(experiments.__file__).parents[2])
     suite = experiments.SUITES["digits"]

@@ -120,6 +120,7 @@ def _probe(run):
     return arguments[arguments.index("--config") + 1]
 
 
+@pytest.mark.slow
 def test_epochs_shorten_the_training_and_the_warm_up_of_dino():
     found = {
         name: training(run)

@@ -33,6 +33,7 @@ def column():
         return {run.method: run for run in lightly.digits(Request())}
 
 
+@pytest.mark.slow
 def test_every_method_has_a_column(column):
     assert list(column) == sorted(METHODS)
 

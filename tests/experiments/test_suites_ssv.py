@@ -88,6 +88,7 @@ def test_result_and_table(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_figure_has_the_methods_and_what_is_published(tmp_path, capsys):
     """kNN and linear accuracy of two networks on two data sets; the published number of BYOL on CIFAR-10 alone."""
     folder = tmp_path / "self_supervised_vision"

@@ -166,6 +166,7 @@ def test_iso_scale_of_other_powers(alpha, scale):
     np.testing.assert_allclose(path[-1], scale, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_direct_implicit_time_and_escape():
     start = 0.01
     path = integrate(lambda x: euclidean_rate(x, noise=NOISE), np.array([start]), step=1e-3, steps=60_000)[:, 0]
@@ -397,6 +398,7 @@ def participation_while_trained(metric, iso, at):
     return ratios
 
 
+@pytest.mark.slow
 @pytest.mark.sample("cosine")
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_p15_iso_recruits_modes_sooner_end_to_end(metric):

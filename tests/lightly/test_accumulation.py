@@ -355,6 +355,7 @@ class _Stream(torch.utils.data.IterableDataset):
         return iter(micro_batches(5)[1])
 
 
+@pytest.mark.slow
 def test_schedules_follow_the_trainers_limits() -> None:
     batches = micro_batches(5)[1]
     assert schedule(batches, max_steps=12) == (10, 12, 12)  # max_epochs is -1: the warm-up was negative
@@ -368,6 +369,7 @@ def test_schedules_follow_the_trainers_limits() -> None:
     assert schedule(_Stream(), 0, max_steps=7) == (0, 7, 7)
 
 
+@pytest.mark.slow
 def test_the_default_warmup_is_ten_epochs_and_at_most_a_tenth_of_the_run() -> None:
     batches = micro_batches(5)[1]
     assert schedule(batches, None, max_steps=40) == (4, 40, 40)

@@ -38,6 +38,7 @@ SMALL = {**NARROW, "proj_hidden_dim": 12, "proj_output_dim": 8, "pred_hidden_dim
 NAMES = {spec.name: name for name, spec in CLASS_NAMES.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf"])
 def test_the_stem_of_a_checkpoint_is_kept(name: str, tmp_path: Path, differing_loads) -> None:
     """The padding of a ResNet and the stride of a RegNet are in no tensor of the checkpoint."""
@@ -59,6 +60,7 @@ def built(method: str, flavour: object = lightning, **more: object) -> nn.Module
     return cls(batch_size_per_device=8, num_classes=10, backbone=backbone, **{"optimizer": "sgd", **options, **more})
 
 
+@pytest.mark.slow
 def test_regnets_are_backbones(tmp_path: Path) -> None:
     """The stem for small images has stride 1; SEER's head has the widths that it is given."""
     options = {"train_dir": tmp_path, "val_dir": tmp_path, "backbone": "regnet_y_400mf"}
@@ -82,6 +84,7 @@ def test_wide_resnets_are_backbones(tmp_path: Path) -> None:
     assert network.conv1.weight.shape == (128, 3, 3, 3)
 
 
+@pytest.mark.slow
 def test_weights_of_a_file_and_options_reach_the_backbone(tmp_path: Path) -> None:
     """A bare state dict, and the full checkpoint of VICReg's script."""
     options = {"train_dir": tmp_path, "val_dir": tmp_path, "backbone": "resnet18"}
@@ -485,6 +488,7 @@ def test_an_evaluation_does_not_need_the_transform_of_the_training(
     assert json.loads((tmp_path / "cpc" / "result.json").read_text())["epochs"] == 0
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     empty = tmp_path / "empty"
     (empty / "0").mkdir(parents=True)

@@ -516,6 +516,7 @@ def test_adam_without_momentum() -> None:
     assert betas["projection_head.layer"] == (0.0, 0.999) and betas["backbone"] == (0.9, 0.999)
 
 
+@pytest.mark.slow
 def test_lightning_counts_an_accumulated_step_once() -> None:
     """The mean of equal micro-batches' losses, and the joined loss of unequal ones."""
     whole = _module()

@@ -292,6 +292,7 @@ def test_the_spectrum_can_be_followed() -> None:
     assert computed.moment is computed.prediction_head
 
 
+@pytest.mark.slow
 def test_backbones_are_asked_for_their_width_and_left_alone() -> None:
     import timm
     import torchvision

@@ -113,6 +113,7 @@ def test_the_loss_is_that_of_the_rotated_grid_with_the_same_predictions():
 # --- drawn negatives ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_drawn_negatives_are_the_same_for_all_predictions():
     predictions, targets = _inputs()
     leaves = [targets.requires_grad_(), *(p.requires_grad_() for p in predictions.values())]

@@ -154,6 +154,7 @@ SELA = {"n_clusters": 3, "n_heads": 2, "lamb": 5.0, "tol": 1e-3}
 BATCHES = [torch.arange(start, start + 10) for start in (0, 10, 20)]
 
 
+@pytest.mark.slow
 def test_labels_are_those_of_all_images_as_evaluated():
     run = Run("sela", **SELA)
     before = run.objective.criterion.table.labels.clone()

@@ -257,6 +257,7 @@ def test_split_is_the_trace_of_two_half_batches(form, shape):
     assert _squared_covariance(x, y, form, "split") == pytest.approx(np.trace(even @ odd), rel=1e-11)
 
 
+@pytest.mark.slow
 def test_split_and_ustat_are_unbiased_and_plugin_is_not():
     width, rows, draws = 20, 32, 1500
     generator = torch.Generator().manual_seed(5)

@@ -70,6 +70,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, other[name], **EXACT, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.sample("isoloss")
 @pytest.mark.parametrize("method", ["dissl", "mec", "isoloss", "ssl_ey"])
 def test_accumulated_batches_are_one_step(method, compose) -> None:
@@ -86,6 +87,7 @@ def test_accumulated_batches_are_one_step(method, compose) -> None:
     assert (other.objective.clock.total, other.objective.clock.steps_per_epoch) == (3, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.sample("isoloss", "dissl")
 @pytest.mark.parametrize("method", OF_FEATURES)
 def test_the_joined_loss_trains_as_one_batch(method, compose) -> None:
@@ -114,6 +116,7 @@ def test_what_cannot_be_joined_is_a_sentence(compose) -> None:
         built(compose, "isoloss", "++accumulate=sum")
 
 
+@pytest.mark.slow
 @pytest.mark.sample("options1-*")
 @pytest.mark.parametrize(
     ("options", "by_step", "by_epoch"),

@@ -292,6 +292,7 @@ def test_the_host_builds_student_and_teacher(name, dataset, unset_weights):
     assert method.features_dim == method.classifier.in_features == expected.num_features
 
 
+@pytest.mark.slow
 def test_evaluations_read_files_of_vicregs_scripts_exports_and_other_frameworks(tmp_path: Path) -> None:
     """main_linear, main_knn and main_probe load a backbone with the same function as the export."""
     network = models.resnet18()
@@ -357,6 +358,7 @@ def test_a_compiled_backbone_is_loaded_and_another_one_is_refused(tmp_path: Path
 STEMS = {"of solo-learn": "{}", "3x3 with a max-pool": "{stem: 3x3}", "3x3": "{stem: cifar}"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", STEMS)
 def test_the_stem_of_a_checkpoint_is_kept(stem: str, compose, tmp_path: Path, differing_loads) -> None:
     """Its padding and max-pool are in no tensor: in our checkpoints, in earlier ones, and in those of stock scripts."""

@@ -147,6 +147,7 @@ def test_a_run_that_stopped_at_a_bad_image_resumes_with_the_option(compose):
     assert runs[0].data.skip_bad_images and not runs[1].data.skip_bad_images
 
 
+@pytest.mark.slow
 def test_training_and_evaluations_go_on(compose, digits, tmp_path, capsys):
     """One epoch with two workers, then linear evaluation and kNN of the run."""
     from solo_ext.main_knn import evaluate as knn

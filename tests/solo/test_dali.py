@@ -82,6 +82,7 @@ def test_lightning_takes_every_step_of_every_epoch(compose, digits):
     assert len({tuple(order) for order in orders}) == 4
 
 
+@pytest.mark.slow
 def test_batches_are_those_of_the_ordinary_loader(compose):
     orders = []
     for form in ((), DALI):
@@ -326,6 +327,7 @@ def test_a_method_with_a_memory_of_the_images(compose):
     assert torch.isfinite(trainer.callback_metrics["train_deepcluster_loss_epoch"])  # NaN in the first, by design
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sela", "deepcluster", "deepcluster_v2"])
 def test_a_pass_over_the_training_set_labels_the_images_that_dali_reads(method, compose, tiny):
     """The pass reads the image folder, whose positions are those of DALI's batches."""

@@ -78,6 +78,7 @@ def test_sentence_reaches_the_reader(layout, workers, tmp_path):
     assert str(refused.value).startswith(f"{name} cannot be read as an image: ") and "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_training_stops_with_the_sentence(compose, digits, tmp_path):
     from solo_ext.main_pretrain import pretrain
 

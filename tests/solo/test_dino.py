@@ -106,6 +106,7 @@ def test_head_is_the_published_one_and_the_teachers_begins_at_random(configured)
         assert not teacher.requires_grad
 
 
+@pytest.mark.slow
 def test_step_is_the_loss_of_both_views_through_one_batch_norm(configured):
     model = _model(configured()).double()
     indexes, views, labels = _batch()
@@ -128,6 +129,7 @@ def test_step_is_the_loss_of_both_views_through_one_batch_norm(configured):
     assert "objective.criterion.dino.center" in state
 
 
+@pytest.mark.slow
 @pytest.mark.sample("0-True")
 @pytest.mark.parametrize(("epoch", "frozen"), [(0, True), (1, False)])
 def test_the_last_layer_stays_in_the_first_epoch(configured, epoch, frozen):
@@ -140,6 +142,7 @@ def test_the_last_layer_stays_in_the_first_epoch(configured, epoch, frozen):
     assert model.objective.criterion.dino.tau_teacher == pytest.approx(0.04 if epoch == 0 else 0.07)
 
 
+@pytest.mark.slow
 def test_the_teacher_follows_both_networks_but_not_their_statistics(configured):
     model = _model(configured())
     pairs = [(model.backbone, model.momentum_backbone), (model.projector, model.momentum_projector)]

@@ -214,6 +214,7 @@ def test_every_method_resumes_to_the_same_weights(method, digits, tmp_path, monk
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+@pytest.mark.slow
 def test_auto_resume_takes_the_same_run_only(compose, tmp_path):
     """T10: name, method and dataset alone do not make a run the same."""
     cfg = parse_pretrain(compose("isoloss", "auto_resume.enabled=true", "name=shared"))
@@ -242,6 +243,7 @@ def test_auto_resume_takes_the_same_run_only(compose, tmp_path):
     assert auto_resume(cfg, "isoloss") is None  # older than max_hours
 
 
+@pytest.mark.slow
 @pytest.mark.sample("1")
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_the_means_of_an_epoch_outlive_a_kill_after_its_checkpoint(epochs, digits, tmp_path, monkeypatch):
@@ -461,6 +463,7 @@ def test_linear_evaluation_ends_with_a_validation(untrained, digits, tmp_path, m
     assert json.loads((tmp_path / "linear" / "w" / "linear.json").read_text())["acc1"] is not None
 
 
+@pytest.mark.slow
 def test_features_are_normalized_before_the_classifier(untrained, digits, tmp_path, monkeypatch):
     """The statistics are those of the training images; the rate is constant in an epoch and falls along a cosine."""
     more = (f"pretrained_feature_extractor={untrained}", "max_epochs=2", "++checkpoint.version=n")

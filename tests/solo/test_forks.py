@@ -238,6 +238,7 @@ _MEANINGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.sample("isoloss-noema-*")
 @pytest.mark.parametrize(("name", "overrides", "ours", "given"), _MEANINGS)
 def test_directpreds_options_are_those_of_our_methods(name, overrides, ours, given, composed):
@@ -257,6 +258,7 @@ def test_directpreds_options_are_those_of_our_methods(name, overrides, ours, giv
     assert model.has_teacher is ("noema" not in name)
 
 
+@pytest.mark.slow
 def test_byol_with_their_options_is_ours(composed):
     for name, metric in (("byol", "cosine"), ("byol-noema", "euclidean")):
         cfg = parse_pretrain(composed(name, f"method_kwargs.use_l2={metric == 'euclidean'}"))
@@ -558,6 +560,7 @@ def test_knn_sh_of_the_branch_ssley(ssley, tmp_path):
     assert all(0 <= row["acc1"] <= row["acc5"] <= 100 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.sample("isoloss")
 @pytest.mark.parametrize("name", ["isoloss", "byol", "ssley"])
 def test_unlabelled_images_count_as_wrong_and_not_in_the_loss(name, composed):

@@ -166,6 +166,7 @@ def test_two_processes_have_the_gradients_of_one(device, compose):
                     )
 
 
+@pytest.mark.slow
 @pytest.mark.sample("isoloss-*")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", OF_VIEWS)

@@ -48,6 +48,7 @@ def _knn(run: Path, digits: Path, *more: str) -> list[dict]:
     return main_knn.evaluate(main_knn.parser().parse_args(options))
 
 
+@pytest.mark.slow
 def test_a_chosen_epoch(run, digits, tmp_path):
     """Other weights under another number are found by it; the newest are the default."""
     folder = tmp_path / "run"

@@ -45,6 +45,7 @@ def _arguments(run: Path, digits: Path, file: Path, *more: str):
     return main_probe.parser().parse_args(options)
 
 
+@pytest.mark.slow
 @pytest.mark.sample("test")
 @pytest.mark.parametrize("select", ["validation", "test"])
 def test_probes_are_those_of_the_file_on_the_features_of_the_run(run, digits, tmp_path, capsys, select):

@@ -748,6 +748,7 @@ def test_main_py_of_the_checkout():
     assert "--config" in done.stdout and all(algo in done.stdout for algo in ALGOS)
 
 
+@pytest.mark.slow
 def test_methods_that_train():
     """All with heads of ours: solo-learn's own methods of these names have other ones."""
     for algo in ALGOS:

@@ -48,6 +48,7 @@ def _column(folder: Path, name: str) -> dict[int, float]:
         return {int(row["epoch"]) + 1: float(row[name]) for row in csv.DictReader(file) if row.get(name)}
 
 
+@pytest.mark.slow
 def test_the_metric_is_logged_and_changes_nothing(compose, tiny, tmp_path, capsys):
     """Three epochs, evaluated after the second and the last, and the same run without."""
     overrides = (tiny, "++max_epochs=3", "++checkpoint.version=v", "++method_kwargs.predictor=none")
@@ -322,6 +323,7 @@ def test_features_of_a_file_of_the_original_are_written(arguments, files, digits
         assert arrays["test_gt.npy"][row] == label
 
 
+@pytest.mark.slow
 def test_linear_evaluation_of_our_run(arguments, compose, tiny, tmp_path, capsys, monkeypatch):
     """The numbers are those of the arrays that get_features writes, and those of the training's last evaluation."""
     options = (f"++method_kwargs.{option}" for option in OPTIONS["relic"])

@@ -83,6 +83,7 @@ def _pixels(file: Path) -> np.ndarray:
     return colours[np.ptp(colours, axis=1) > 60]
 
 
+@pytest.mark.slow
 def test_one_colour_for_each_class(tmp_path):
     """Points far apart, so that nothing is blended: the pictures contain the three colours, and blends with white."""
     points = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
@@ -92,6 +93,7 @@ def test_one_colour_for_each_class(tmp_path):
     assert {(False, False, True), (True, False, False), (False, True, False)} <= hues  # blue, orange, green
 
 
+@pytest.mark.slow
 def test_unlabelled_points_are_grey(tmp_path):
     points = np.random.default_rng(0).normal(size=(50, 2))
     umap.plot(points, [-1] * 50, [], "a title", [tmp_path / "p.png"])
@@ -105,6 +107,7 @@ def test_colours_differ(count):
     assert len(colours) == count == len({tuple(np.round(colour, 6)) for colour in colours})
 
 
+@pytest.mark.slow
 def test_the_legend_hides_no_point(tmp_path):
     """The picture grows to the right with the legend; the axes keep their place and size."""
     points, labels = np.random.default_rng(0).uniform(size=(200, 2)), list(range(100)) * 2

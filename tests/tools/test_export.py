@@ -61,6 +61,7 @@ def checkpoint(kind: str, model: nn.Module) -> dict:
     return model.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.sample("vissl")
 @pytest.mark.parametrize("kind", ["solo main", "solo 1.0.2", "lightly", "vissl", "bare", "original"])
 def test_features_are_the_same(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -87,6 +88,7 @@ def test_features_are_the_same(kind: str, tmp_path: Path, capsys: pytest.Capture
     torch.testing.assert_close(features(other), features(model), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.sample("bare")
 @pytest.mark.parametrize("kind", ["solo main", "solo 1.0.2", "lightly", "vissl", "bare"])
 def test_detectron2(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -120,6 +122,7 @@ def test_detectron2(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) ->
         assert torch.equal(torch.from_numpy(written["model"][name]), value), name
 
 
+@pytest.mark.slow
 @pytest.mark.lightly
 def test_a_backbone_that_was_trained_on_its_maps_is_exported_without_them(tmp_path: Path) -> None:
     """Two steps of AMDIM; the features of plain images are the same in torchvision."""
@@ -140,6 +143,7 @@ def test_a_backbone_that_was_trained_on_its_maps_is_exported_without_them(tmp_pa
     torch.testing.assert_close(features(other), expected)
 
 
+@pytest.mark.slow
 def test_half_precision_becomes_single_for_detectron2(tmp_path: Path) -> None:
     model = resnet("resnet50").to(torch.bfloat16)
     torch.save(checkpoint("bare", model), tmp_path / "run.ckpt")

@@ -48,6 +48,7 @@ def same(found: nn.Module, backbone: nn.Module) -> bool:
         return torch.equal(found(images), backbone(images)) and not found.training
 
 
+@pytest.mark.slow
 def test_a_checkpoint_the_folder_of_a_run_and_an_export_are_the_same_network(
     checkpoint: Path, backbone: nn.Module, tmp_path: Path
 ) -> None:
@@ -59,6 +60,7 @@ def test_a_checkpoint_the_folder_of_a_run_and_an_export_are_the_same_network(
     assert same(load_weights(exported, "resnet18", sha256=digest.upper()), backbone)
 
 
+@pytest.mark.slow
 def test_hub_builds_the_backbone_of_every_method(checkpoint: Path, backbone: nn.Module) -> None:
     found = torch.hub.load(ROOT, "ssl_ey_resnet18", source="local", trust_repo=True, weights=checkpoint)
     assert same(found, backbone)
@@ -125,6 +127,7 @@ def files_of_vicreg(backbone: nn.Module, folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in found}
 
 
+@pytest.mark.slow
 def test_files_of_vicregs_scripts_are_read(backbone: nn.Module, tmp_path: Path) -> None:
     files = files_of_vicreg(backbone, tmp_path)
     for name, path in files.items():

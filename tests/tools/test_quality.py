@@ -132,6 +132,7 @@ def test_errors_are_one_line(words, message, tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_report_correlates_runs(tmp_path, images, capsys):
     results = tmp_path / "digits"
     places = {"untrained": "", "isoloss": "", "byol": "pretrain", "supervised": "linear/all"}

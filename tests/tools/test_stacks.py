@@ -118,6 +118,7 @@ class _Photos(Dataset):
         return self.transform(_coordinates(32))
 
 
+@pytest.mark.slow
 def test_seeded_workers_are_deterministic_and_differ():
     def epoch(seed):
         generator = torch.Generator().manual_seed(seed)

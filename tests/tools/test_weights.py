@@ -178,6 +178,7 @@ def release(model, tmp_path, monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_download_is_kept_and_remembered(release, model, tmp_path):
     name = "dissl_resnet50_d8192_e400_m6"
     file = tmp_path / "hub" / "checkpoints" / f"{name}.torch"
@@ -218,6 +219,7 @@ def test_no_network_is_one_sentence(release, monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_hub_has_every_name(release, model):
     root = str(Path(__file__).parents[2])
     public = {key for key, value in runpy.run_path(f"{root}/hubconf.py").items() if callable(value) and key[0] != "_"}
@@ -233,6 +235,7 @@ def test_hub_has_every_name(release, model):
     assert "8192 dimensions, trained by DISSL for 800 epochs of 8 crops" in constructor.__doc__
 
 
+@pytest.mark.slow
 def test_pretrained_weights_and_torchvisions_options(release, tmp_path):
     state = published(expand_resnet_dim(torchvision.models.resnet50(), 2048))
     torch.save(state, tmp_path / "file.torch")

@@ -52,6 +52,7 @@ def test_sizes_of_the_papers_table() -> None:
     assert [_count(depth, width) // 10**6 for depth, width in ((50, 1), (50, 2), (200, 2))] == [23, 93, 250]
 
 
+@pytest.mark.slow
 def test_width_1_is_the_network_of_torchvision() -> None:
     ours, theirs = wide_resnet(50, 1, num_classes=3).eval(), resnet50(num_classes=3).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -91,6 +92,7 @@ def test_invalid_arguments_raise_an_error(arguments: tuple[int, int], options: d
         wide_resnet(*arguments, **options)
 
 
+@pytest.mark.slow
 def test_an_export_finds_the_network_of_the_weights() -> None:
     with torch.device("meta"):
         network = BACKBONES["resnet50x2"]()

@@ -634,6 +634,7 @@ def test_heads_see_groups_of_resolutions_and_the_loss_is_that_of_plugins(prepare
     assert model.trunk._feature_blocks["conv1"].in_channels == 4
 
 
+@pytest.mark.slow
 @pytest.mark.sample("cntr_issl_loss")
 @pytest.mark.parametrize("name", ["cntr_issl_loss", "simple_cntr_issl_loss"])
 def test_two_features_have_a_head_each(name: str, prepared: Callable) -> None:

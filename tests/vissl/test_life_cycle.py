@@ -346,6 +346,7 @@ def _checked(method: str, *words: str) -> None:
 ALONE = [name for name, spec in METHODS.items() if spec.only_stacks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ALONE)
 def test_a_grid_whose_patches_share_their_colours_is_warned_of(method: str) -> None:
     with warnings.catch_warnings():

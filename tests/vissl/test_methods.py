@@ -148,6 +148,7 @@ def test_loss_and_gradients_are_those_of_plugins(method: str, dtype: torch.dtype
             torch.testing.assert_close(ours, theirs, **tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.sample("isoloss")
 @pytest.mark.parametrize("method", ["isoloss", "byol"])
 def test_batches_of_any_collator(method: str) -> None:

@@ -82,6 +82,7 @@ def test_cifar_stem_is_that_of_solo_learn() -> None:
     assert last.shape == (2, 512, 5, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [8, 18])
 def test_the_stem_of_a_checkpoint_is_kept(depth: int, differing_loads: Callable) -> None:
     """Its padding is in no tensor: with the record of a run's checkpoint, and without, as earlier releases wrote it."""
@@ -129,6 +130,7 @@ def test_invalid_options_raise_a_one_line_error() -> None:
             trunk(f"+config.MODEL.TRUNK.RESNETS.Z_DIM_OLD_TMP_NEW={widths}")
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_no_gradient() -> None:
     torch.manual_seed(0)
     images, gradients = torch.randn(2, 3, 40, 40), []
@@ -302,6 +304,7 @@ def _initialised(path: Path, *stem: str) -> torch.nn.Module:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vissl.torch", "export.pth"])
 def test_the_stem_of_weights_is_that_of_the_trunk(name: str, stem_files: dict[str, Path]) -> None:
     """If it is another, the message has the options that make it right; the features are those of the run then."""
@@ -328,6 +331,7 @@ def test_options_of_a_stem_are_checked() -> None:
             check_trunk(model_config(*(f"+{_STEM}{entry}" for entry in entries)))
 
 
+@pytest.mark.slow
 def test_features_that_a_trunk_does_not_have_are_an_error() -> None:
     for name, layers, message in (
         (
@@ -352,6 +356,7 @@ def test_trunks_that_need_a_gpu_raise_an_error(name: str, monkeypatch: pytest.Mo
         adapt(*compose(words))
 
 
+@pytest.mark.slow
 def test_every_backbone_is_a_trunk_with_its_options() -> None:
     """Its width is known before it is built, and the options are those of its section."""
     widths = {"amdim_encoder": 1024, "resnet8": 64, "resnet161_v2_stacks": 4096, "wrn_28_2_gn": 128, "resnet50x2": 4096}

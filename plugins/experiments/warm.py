@@ -11,6 +11,7 @@ import multiprocessing.context
 import os
 import runpy
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -78,7 +79,12 @@ class WarmProcess(multiprocessing.context.ForkServerProcess):
         start_server(environment)
         with _changed_environment(environment) as changed:
             super().__init__(target=_run, args=(module, rest, log.name, changed, os.getcwd()))
-            self.start()
+            try:
+                self.start()
+            except (EOFError, ConnectionError):  # the fork server has ended: killed, or without memory
+                time.sleep(1)  # until its end is known
+                start_server(environment)
+                self.start()
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:

@@ -51,6 +51,25 @@ def test_arguments_output_and_status(run, tmp_path):
     assert "RuntimeError: on purpose" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_fork_server_that_was_killed_is_started_again(run, when, monkeypatch):
+    assert run().wait(300) == 0
+    server = warm._SERVER
+    old, connect = server._forkserver_pid, server.connect_to_new_process
+
+    def broken(files):
+        monkeypatch.setattr(server, "connect_to_new_process", connect)
+        os.kill(old, signal.SIGKILL)
+        raise EOFError("unexpected EOF")
+
+    if when == "before":
+        os.kill(old, signal.SIGKILL)
+    else:
+        monkeypatch.setattr(server, "connect_to_new_process", broken)
+    assert run("seven").wait(300) == 7
+    assert server._forkserver_pid != old
+
+
 def test_it_can_be_killed_with_its_group(run):
     process = run("sleep")
     deadline = time.monotonic() + 300

@@ -81,9 +81,8 @@ class WarmProcess(multiprocessing.context.ForkServerProcess):
             super().__init__(target=_run, args=(module, rest, log.name, changed, os.getcwd()))
             try:
                 self.start()
-            except (EOFError, ConnectionError):  # the fork server has ended: killed, or without memory
-                time.sleep(1)  # until its end is known
-                start_server(environment)
+            except (EOFError, ConnectionError):  # the fork server was killed, for example for lack of memory
+                time.sleep(1)  # until the system reports its end: start() then starts another one
                 self.start()
 
     @staticmethod

@@ -114,7 +114,7 @@ def vicreg_terms(
             weights = comm.sum(s.mT @ s)
             diagonals = weights.diagonal(dim1=1, dim2=2).clone()
             squares = squared_norm(weights)
-        del z  # s has taken its memory, or its place in it
+        del z  # z was overwritten by s, or is not needed any more
         entries = factor**2 / (1 + factor**2) / width  # 1 / (N D)
         of_pairs = 2 * entries / (count - 1)  # a mean over the pairs is this multiple of the distances to the mean
         invariance = comm.sum(away) * of_pairs

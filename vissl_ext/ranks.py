@@ -24,7 +24,7 @@ from vissl.utils.distributed_launcher import _ResumableSlurmJob
 from vissl.utils.env import get_machine_local_and_dist_rank
 
 from plugins.tools.command import UserError
-from plugins.tools.process import started_by
+from plugins.tools.process import GUARD, started_by
 from vissl_ext import catalog
 from vissl_ext.compat.checkpoints import room
 from vissl_ext.compat.console import hide_log
@@ -40,7 +40,7 @@ from vissl_ext.user_modules import KEY, import_modules
 
 register()
 
-_PRELOADED = (__name__,)
+_PRELOADED = (GUARD, __name__)
 """Modules that the fork server of the data loaders imports once, because VISSL starts new workers in each epoch."""
 _SERVER = forkserver.ForkServer()
 """The fork server of the data loaders' workers; see ``started_by``."""

@@ -18,7 +18,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import IO, Any
 
-from plugins.tools.process import started_by
+from plugins.tools.process import GUARD, started_by
 
 PRELOADED = (
     "torch",
@@ -45,7 +45,7 @@ def start_server(environment: Mapping[str, str]) -> None:
         environment: variables that are set before anything is imported.
     """
     with _changed_environment(environment):
-        _SERVER.set_forkserver_preload([*PRELOADED])
+        _SERVER.set_forkserver_preload([GUARD, *PRELOADED])
         _SERVER.ensure_running()
 
 

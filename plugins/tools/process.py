@@ -22,6 +22,8 @@ _PR_SET_PDEATHSIG = 1
 _FIRST = "SSL_PLUGINS_FIRST_PROCESS"
 GRACE_SECONDS = 8.0
 """Seconds that a run may take to exit after SIGTERM or SIGINT; less than a scheduler waits before SIGKILL."""
+GUARD = "plugins.tools.fork_server_guard"
+"""The module that a fork server imports first; see there."""
 LOCK = ".lock"
 """The file in a run's folder that a running command holds locked."""
 
@@ -138,7 +140,8 @@ def started_by(server: forkserver.ForkServer) -> Iterator[None]:
     everything anew.
 
     Args:
-        server: started by the first process; the caller has set its modules with ``set_forkserver_preload``.
+        server: started by the first process; the caller has set its modules with ``set_forkserver_preload``, and GUARD
+            is the first of them.
     """
     general = forkserver.connect_to_new_process
     forkserver.connect_to_new_process = server.connect_to_new_process

@@ -1,0 +1,41 @@
+"""Let a fork server outlive its clients. It imports this module first; in other processes the import has no effect.
+
+* A client can be killed, or interrupted from a terminal, between its connection to the fork server and its request.
+  Python's fork server then ends with ``EOFError``, and its other clients cannot start a process. If the client ends
+  after the request, the new process prints the traceback of an incomplete pickle. Here such requests are dropped.
+* A terminal sends SIGINT to the fork server too, which ignores it only after its imports. Here it always does.
+"""
+
+import errno
+import pickle
+import signal
+import sys
+from multiprocessing import reduction, spawn
+from socket import socket
+from typing import Any
+
+_receive: Any = reduction.recvfds
+_main: Any = spawn._main
+_on_interrupt: Any = signal.getsignal(signal.SIGINT)
+
+
+def _receive_or_drop(connection: socket, size: int) -> list[int]:
+    """Receive the file descriptors of a request. The fork server continues after ECONNABORTED."""
+    try:
+        return _receive(connection, size)
+    except (EOFError, ConnectionResetError):
+        raise OSError(errno.ECONNABORTED, "the client ended before its request") from None
+
+
+def _run_or_drop(*arguments: Any) -> int:
+    """Run the process that the client describes; return its exit status."""
+    signal.signal(signal.SIGINT, _on_interrupt)
+    try:
+        return _main(*arguments)
+    except (EOFError, pickle.UnpicklingError):  # exceptions of the process itself are handled in ``_main``
+        return 1
+
+
+if any(word.startswith("from multiprocessing.forkserver import main") for word in sys.orig_argv):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    reduction.recvfds, spawn._main = _receive_or_drop, _run_or_drop

@@ -55,6 +55,7 @@ def test_an_interrupt_does_not_end_the_fork_server_but_its_processes(tmp_path: P
         "from multiprocessing import forkserver\n"
         "from pathlib import Path\n"
         "from plugins.tools.process import GUARD, started_by\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell ignores it for a background job
         "server = forkserver.ForkServer()\n"
         "server.set_forkserver_preload([GUARD, 'slow_to_import'])\n"
         "server.ensure_running()\n"

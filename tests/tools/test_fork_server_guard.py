@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,13 @@ def _status(server: forkserver.ForkServer, description: bytes) -> int:
         os.close(answer)
 
 
+class _Unreadable:
+    """Its description reads an empty file, which raises EOFError in the new process."""
+
+    def __reduce__(self) -> tuple:
+        return eval, ("__import__('gzip').decompress(b'\\x1f\\x8b')",)
+
+
 def test_requests_of_clients_that_end_are_dropped(capfd: pytest.CaptureFixture[str]) -> None:
     server = forkserver.ForkServer()
     server.set_forkserver_preload([GUARD])
@@ -43,33 +51,91 @@ def test_requests_of_clients_that_end_are_dropped(capfd: pytest.CaptureFixture[s
         process.start()
     process.join()
     assert process.exitcode == 7
-    assert server._forkserver_pid == pid
     assert capfd.readouterr() == ("", "")
+    # an error of what a complete request calls is shown
+    assert _status(server, first + pickle.dumps(_Unreadable())) == 1
+    shown = capfd.readouterr()
+    assert shown.out == "" and shown.err.startswith("Traceback") and "\nEOFError" in shown.err
+    assert server._forkserver_pid == pid
 
 
-def test_an_interrupt_does_not_end_the_fork_server_but_its_processes(tmp_path: Path) -> None:
-    """Nor during its imports. A new process has Python's handler, which raises KeyboardInterrupt."""
-    (tmp_path / "slow_to_import.py").write_text("import os, time\nopen('begun', 'w').close()\ntime.sleep(0.3)\n")
-    program = (
-        "import multiprocessing, os, signal, sys, time\n"
-        "from multiprocessing import forkserver\n"
-        "from pathlib import Path\n"
-        "from plugins.tools.process import GUARD, started_by\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell ignores it for a background job
-        "server = forkserver.ForkServer()\n"
-        "server.set_forkserver_preload([GUARD, 'slow_to_import'])\n"
-        "server.ensure_running()\n"
-        "while not Path('begun').exists(): time.sleep(0.01)\n"
-        "os.kill(server._forkserver_pid, signal.SIGINT)\n"
-        "with started_by(server):\n"
-        "    create = multiprocessing.get_context('forkserver').Process\n"
-        "    process = create(target=signal.raise_signal, args=(signal.SIGINT,))\n"
-        "    process.start()\n"
-        "process.join()\n"
-        "print('exit status', process.exitcode)\n"
+def _run(program: str, folder: Path) -> tuple[str, str]:
+    """Run a program, with SIGINT as in a terminal; return its output and its errors."""
+    (folder / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for a background job
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
-    words = [sys.executable, "-c", program]
-    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.stdout == "exit status 1\n", done.stderr
-    assert done.stderr.count("Traceback") == 1 and done.stderr.endswith("KeyboardInterrupt\n")
+    return done.stdout, done.stderr
+
+
+INTERRUPTED = """
+import multiprocessing, os, signal, time
+from multiprocessing import forkserver
+from pathlib import Path
+from plugins.tools.process import GUARD, started_by
+
+if __name__ == "__main__":
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([GUARD, "slow_to_import"])
+    server.ensure_running()
+    while not Path("begun").exists():
+        time.sleep(0.01)
+    os.kill(server._forkserver_pid, signal.SIGINT)
+    with started_by(server):
+        create = multiprocessing.get_context("forkserver").Process
+        process = create(target=signal.raise_signal, args=(signal.SIGINT,))
+        process.start()
+    process.join()
+    print("exit status", process.exitcode)
+"""
+
+
+def test_an_interrupt_ends_the_processes_but_not_the_fork_server(tmp_path: Path) -> None:
+    """Nor during its imports. A new process has Python's handler, which raises KeyboardInterrupt."""
+    (tmp_path / "slow_to_import.py").write_text("import time\nopen('begun', 'w').close()\ntime.sleep(0.3)\n")
+    out, errors = _run(INTERRUPTED, tmp_path)
+    assert out == "exit status 1\n", errors
+    assert errors.count("Traceback") == 1 and errors.endswith("KeyboardInterrupt\n")
+
+
+ELSEWHERE = """
+import multiprocessing, signal
+from importlib import import_module
+from multiprocessing import forkserver, reduction, spawn
+from plugins.tools.process import GUARD, started_by
+
+
+def check(load):
+    if load:
+        import_module(GUARD)
+    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    own = all(part.__module__.startswith("multiprocessing.") for part in (reduction.recvfds, spawn._main))
+    raise SystemExit(7 if heeded and own else 1)
+
+
+if __name__ == "__main__":
+    for modules, load in (([GUARD], False), (["zipfile"], True)):
+        server = forkserver.ForkServer()
+        server.set_forkserver_preload(modules)
+        with started_by(server):
+            process = multiprocessing.get_context("forkserver").Process(target=check, args=(load,))
+            process.start()
+        process.join()
+        print(process.exitcode)
+    try:
+        check(True)
+    except SystemExit as end:
+        print(end.code)
+"""
+
+
+def test_other_processes_are_not_changed(tmp_path: Path) -> None:
+    """A process of a server with the guard; one of a server without it that imports it; one of no server."""
+    assert _run(ELSEWHERE, tmp_path) == ("7\n7\n7\n", "")
